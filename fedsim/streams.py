@@ -1,0 +1,113 @@
+"""Keyed random numbers: one stream per (seed, purpose, client, job, step).
+
+A number depends on its key and on its index in the stream, never on the row its client has in a stack, the
+process it runs in or the order of arrival. So the same seed gives the same numbers for any stack width and
+any number of workers. The generator is SplitMix64 (Steele, Lea, Flood. Fast splittable pseudorandom number
+generators. OOPSLA 2014), which needs no state beyond its key and is a handful of integer operations per number
+for all clients of a stack at once, on a CPU or a GPU.
+
+Letters: C clients in the stack, n numbers per client.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical (not arithmetic) shift of signed 64-bit integers."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix64(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit moves every output bit."""
+    z = (z ^ _shift_right(z, 30)) * _MIX1
+    z = (z ^ _shift_right(z, 27)) * _MIX2
+    return z ^ _shift_right(z, 31)
+
+
+def _hash64(*parts: object) -> int:
+    """A signed 64-bit integer from a few plain values, the same in every process."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def server_rng(seed: int, purpose: str, step: int = 0) -> np.random.Generator:
+    """The server's own generator for one purpose and one step (round)."""
+    key = _hash64(seed, purpose) & (2**64 - 1)
+    return np.random.Generator(np.random.Philox(key=np.array([key, step], dtype=np.uint64)))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams of a stack of clients.
+
+    Args:
+        seed: the run's seed.
+        clients: [C] int64 client ids.
+        jobs: [C] int64; the how-manieth job of its client each row is.
+
+    >>> s = Streams(0, torch.tensor([3, 5]), torch.tensor([0, 0]))
+    >>> torch.equal(s.uniform("x", 4)[1], s.rows([1]).uniform("x", 4)[0])
+    True
+    """
+
+    seed: int
+    clients: Tensor
+    jobs: Tensor
+
+    def rows(self, which: slice | list[int] | Tensor) -> Streams:
+        """The streams of some rows of the stack."""
+        return Streams(self.seed, self.clients[which], self.jobs[which])
+
+    def keys(self, purpose: str, step: int = 0) -> Tensor:
+        """[C] int64: each client's key for a purpose and a step."""
+        base = _hash64(self.seed, purpose, step)
+        return mix64(mix64(self.clients * _GOLDEN + base) + mix64(self.jobs + 1) * _GOLDEN)
+
+    def bits(self, purpose: str, n: int, step: int = 0) -> Tensor:
+        """[C, n] int64, every bit random (numbers may be negative)."""
+        index = torch.arange(1, n + 1, device=self.clients.device)
+        return mix64(self.keys(purpose, step)[:, None] + index * _GOLDEN)
+
+    def uniform(self, purpose: str, *shape: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[C, *shape] uniform on [0, 1): 24 random bits in float32, 53 in float64."""
+        digits = 53 if dtype == torch.float64 else 24
+        u = _shift_right(self.bits(purpose, prod(shape), step), 64 - digits).to(dtype) * 2.0**-digits
+        return u.view(-1, *shape)
+
+    def normal(self, purpose: str, *shape: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[C, *shape] standard normal, by Box and Muller's transform in float64."""
+        n = prod(shape)
+        half = (n + 1) // 2
+        u = self.uniform(purpose, 2 * half, step=step, dtype=torch.float64)
+        radius = torch.sqrt(-2.0 * torch.log1p(-u[:, :half]))
+        angle = u[:, half:] * (2.0 * torch.pi)
+        z = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :n]
+        return z.to(dtype).reshape(-1, *shape)
+
+    def rademacher(self, purpose: str, *shape: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[C, *shape] of -1 and +1 with equal chance."""
+        return (_shift_right(self.bits(purpose, prod(shape), step), 63) * 2 - 1).to(dtype).view(-1, *shape)
+
+    def permutation(self, purpose: str, counts: Tensor, step: int = 0) -> Tensor:
+        """Random orders of 0..counts-1, one per client.
+
+        Returns:
+            [C, max(counts)] int64; beyond a client's count stand the unused positions in order.
+        """
+        width = int(counts.max()) if counts.numel() else 0
+        keys = _shift_right(self.bits(purpose, width, step), 1)
+        column = torch.arange(width, device=keys.device)
+        keys = torch.where(column < counts[:, None], keys, torch.iinfo(torch.int64).max)
+        return torch.sort(keys, dim=1, stable=True).indices
