@@ -1,0 +1,326 @@
+"""Where the rows of a run go: JSON lines always, and TensorBoard, W&B, MLflow or trackio when asked.
+
+A row is one server step: {"round": 3, "test_accuracy": 0.71, ...}. `metrics.jsonl` is the record that everything
+else (resume, History, the report) reads; the others are mirrors for their own viewers. A resumed run computes
+the rows after its checkpoint again, to the same bits, so each sink forgets them (or may safely see them twice).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """Takes the rows of one run, in order."""
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        """Make ready.
+
+        Args:
+            run_dir: the run's folder, which exists.
+            config: the resolved configuration, nested.
+            resume_at: the checkpoint's round, after which rows will be written again; None for a new run.
+        """
+        ...
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Take one row; it has a `round`. Numbers may be Python's, NumPy's or scalar tensors."""
+        ...
+
+    def close(self) -> None:
+        """Bring everything to rest; calling it twice, or before `open`, is harmless."""
+        ...
+
+
+@dataclass(kw_only=True)
+class JsonLines:
+    """`metrics.jsonl`: one JSON object a line, flushed as it is written, so that a crash costs half a line at most."""
+
+    _file: TextIO | None = field(default=None, init=False, repr=False)
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        """See `Sink.open`. On resume the rows beyond the checkpoint are cut off, atomically.
+
+        Raises:
+            ValueError: if the folder holds rows and this is no resume, or a row before the last cannot be read.
+        """
+        path = Path(run_dir) / METRICS_FILE
+        if resume_at is not None:
+            kept = [row for row in read_rows(path) if row["round"] <= resume_at] if path.exists() else []
+            _replace(path, "".join(encode_row(row) + "\n" for row in kept))
+        elif path.exists() and path.stat().st_size:
+            raise ValueError(f"{path} already holds a run; resume it (--resume) or write to another folder (--out)")
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        assert self._file is not None, "write before open"
+        self._file.write(encode_row(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+@dataclass(kw_only=True)
+class TensorBoard:
+    """TensorBoard event files in `tensorboard/`; steps are rounds."""
+
+    _writer: Any = field(default=None, init=False, repr=False)
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        """See `Sink.open`. On resume TensorBoard is told to hide what it has beyond the checkpoint."""
+        module = _need("torch.utils.tensorboard", "tensorboard", "pip install tensorboard")
+        purge = None if resume_at is None else resume_at + 1
+        self._writer = module.SummaryWriter(log_dir=str(Path(run_dir) / "tensorboard"), purge_step=purge)
+        if resume_at is None:
+            text = json.dumps(config, indent=2, default=str).replace("\n", "\n    ")
+            self._writer.add_text("config", "    " + text)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(name, value, global_step=int(row["round"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+@dataclass(kw_only=True)
+class WandB:
+    """Weights & Biases. Works without a network: see `mode`.
+
+    Args:
+        project: the project's name.
+        mode: online, offline (files under the run folder, sent later by `wandb sync`) or disabled. None follows
+            the environment's WANDB_MODE, and is offline where that is not set.
+    """
+
+    project: str = "fedsim"
+    mode: Literal["online", "offline", "disabled"] | None = None
+    _run: Any = field(default=None, init=False, repr=False)
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        """See `Sink.open`. W&B drops rows of steps it has seen; a resumed run repeats them to the same bits."""
+        wandb = _need("wandb", "wandb")
+        self._run = wandb.init(
+            project=self.project,
+            name=Path(run_dir).resolve().name,
+            dir=str(run_dir),
+            config=dict(config),
+            mode=self.mode or os.environ.get("WANDB_MODE") or "offline",
+            id=_remembered(Path(run_dir) / "wandb_run_id", resume_at) or _remember(Path(run_dir) / "wandb_run_id"),
+            resume="allow",
+        )
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._run.log(scalars(row), step=int(row["round"]))
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+@dataclass(kw_only=True)
+class Trackio:
+    """trackio: W&B's calls on a local database, shown by `trackio show`."""
+
+    project: str = "fedsim"
+    _run: Any = field(default=None, init=False, repr=False)
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        """See `Sink.open`. Runs go by name; on resume the rows are added to the run of that name."""
+        trackio = _need("trackio", "trackio")
+        resume = "never" if resume_at is None else "allow"
+        known = _remembered(Path(run_dir) / "trackio_run_name", resume_at)
+        name = known or _remember(Path(run_dir) / "trackio_run_name", f"{Path(run_dir).resolve().name}-")
+        self._run = trackio.init(project=self.project, name=name, config=dict(config), resume=resume, embed=False)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._run.log(scalars(row), step=int(row["round"]))
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+@dataclass(kw_only=True)
+class MLflow:
+    """MLflow.
+
+    Args:
+        experiment: its name; made if missing.
+        tracking_uri: where; None follows MLflow's own setting (the environment's MLFLOW_TRACKING_URI).
+    """
+
+    experiment: str = "fedsim"
+    tracking_uri: str | None = None
+    _client: Any = field(default=None, init=False, repr=False)
+    _run_id: str = field(default="", init=False, repr=False)
+
+    def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        """See `Sink.open`. A resumed run writes on into the same MLflow run; repeated steps have equal values."""
+        mlflow = _need("mlflow", "mlflow")
+        self._client = mlflow.MlflowClient(tracking_uri=self.tracking_uri)
+        known = _remembered(Path(run_dir) / "mlflow_run_id", resume_at)
+        if known:
+            self._run_id = known
+            return
+        found = self._client.get_experiment_by_name(self.experiment)
+        experiment = found.experiment_id if found else self._client.create_experiment(self.experiment)
+        run = self._client.create_run(experiment, run_name=Path(run_dir).resolve().name)
+        self._run_id = run.info.run_id
+        (Path(run_dir) / "mlflow_run_id").write_text(self._run_id, encoding="utf-8")
+        for key, value in _flat(config):
+            self._client.log_param(self._run_id, key, str(value)[:500])  # MLflow's oldest limit on a value
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        entities = importlib.import_module("mlflow.entities")
+        now = int(time.time() * 1000)
+        step = int(row["round"])
+        batch = [entities.Metric(name, value, now, step) for name, value in scalars(row).items()]
+        self._client.log_batch(self._run_id, metrics=batch)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.set_terminated(self._run_id)
+            self._client = None
+
+
+SINKS: dict[str, type[Sink]] = {
+    "jsonl": JsonLines,
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+}
+
+
+def make_sinks(names: list[str]) -> list[Sink]:
+    """Sinks by name, with their defaults; JSON lines are always among them, first.
+
+    Raises:
+        ValueError: for a name that is not in `SINKS`.
+    """
+    for name in names:
+        if name not in SINKS:
+            near = difflib.get_close_matches(name, SINKS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else "choose among " + ", ".join(SINKS)
+            raise ValueError(f"log.sinks: unknown sink '{name}'; {hint}")
+    return [SINKS[name]() for name in dict.fromkeys(["jsonl", *names])]
+
+
+def encode_row(row: Mapping[str, Any]) -> str:
+    """One line of JSON. NaN and infinity become null, and their keys are listed under "nonfinite".
+
+    >>> encode_row({"round": 1, "train_loss": float("nan")})
+    '{"round": 1, "train_loss": null, "nonfinite": ["train_loss"]}'
+    """
+    plain = {key: _plain(value) for key, value in row.items() if key != "nonfinite"}
+    bad = [key for key, value in plain.items() if not _finite(value)]
+    out: dict[str, Any] = {key: _nulled(value) for key, value in plain.items()}
+    listed = [*dict.fromkeys([*row.get("nonfinite", []), *bad])]
+    return json.dumps(out | ({"nonfinite": listed} if listed else {}), allow_nan=False)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, nulls left as they are. A last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: if any other line is not a JSON object with a `round`.
+    """
+    rows = []
+    lines = Path(path).read_bytes().split(b"\n")
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            row["round"] <= 0  # noqa: B015 (a row that cannot be placed is as bad as one that cannot be read)
+        except (ValueError, TypeError, KeyError):
+            if i == len(lines) - 1:  # what follows the last newline: nothing, or a line cut short
+                break
+            raise ValueError(f"{path}, line {i + 1} is not a row of metrics; restore the file or start anew") from None
+        rows.append(row)
+    return rows
+
+
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a row, without `round`: what the viewers can show."""
+    plain = {key: _plain(value) for key, value in row.items() if key != "round"}
+    numbers = {k: v for k, v in plain.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {k: float(v) for k, v in numbers.items() if isfinite(v)}
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and torch's values as Python's own, by the method that both have."""
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_finite(v) for v in value)
+    return not isinstance(value, float) or isfinite(value)
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nulled(v) for v in value]
+    return value if _finite(value) else None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8", newline="\n") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def _need(module: str, extra: str, install: str | None = None) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        way_out = install or f"pip install 'fedsim[{extra}]'"
+        raise ValueError(f"log.sinks: '{extra}' is not installed ({e}); run {way_out}, or leave it out") from e
+
+
+def _remembered(file: Path, resume_at: int | None) -> str | None:
+    """The name under which a viewer knows this run, if it is resumed and has one."""
+    return file.read_text(encoding="utf-8") if resume_at is not None and file.exists() else None
+
+
+def _remember(file: Path, prefix: str = "") -> str:
+    name = prefix + uuid.uuid4().hex[:8]
+    file.write_text(name, encoding="utf-8")
+    return name
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys joined by dots."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
