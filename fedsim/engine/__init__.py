@@ -1,0 +1,1 @@
+"""Gradients of a stack of clients: engines, and the rule that chooses one."""

@@ -1,0 +1,48 @@
+"""The table of engines."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedsim.engine.base import Engine
+from fedsim.engine.loop import LoopEngine
+from fedsim.engine.losses import LOSSES, Loss
+from fedsim.engine.precision import check_precision
+from fedsim.params import Layout
+
+ENGINES = {
+    "loop": "plain autograd, one client after another: any module",
+}
+
+
+def build_engine(
+    name: str,
+    module: nn.Module,
+    layout: Layout,
+    loss: Loss | str = "cross_entropy",
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+) -> Engine:
+    """An engine by name, for a module on a device.
+
+    Args:
+        name: one of `ENGINES`.
+        module: any `nn.Module` of inputs [B, ...]; it is copied, and its own parameters are not used.
+        layout: `Layout.of_module(module)`.
+        loss: a name of `LOSSES`, or a function (logits, targets) -> [B].
+        device: where stacks will lie.
+        precision: fp32, tf32 or bf16 products; storage is float32.
+
+    Raises:
+        ValueError: for an unknown name, or a layer whose noise cannot be keyed.
+    """
+    check_precision(precision)
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a function, got {loss!r}")
+        loss = LOSSES[loss]
+    module = module.to(device)
+    if name == "loop":
+        return LoopEngine(module, layout, loss, precision)
+    raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")

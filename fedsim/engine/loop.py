@@ -1,0 +1,97 @@
+"""The plain engine: autograd, one client after another. It carries any module and is the others' oracle.
+
+Letters: C clients in the stack, B samples of a minibatch, P entries of a client's vector.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedsim.engine.base import Batch, PlainSession, Session
+from fedsim.engine.functional import Tensors, ThreadModules, evaluate
+from fedsim.engine.losses import Loss, sample_shares
+from fedsim.engine.noise import dropout_keys, start_calls
+from fedsim.engine.precision import products
+from fedsim.params import Layout
+
+
+class LoopEngine:
+    """See `Engine`. Padded rows are cut off, so each client's module sees its own samples and nothing else."""
+
+    name = "loop"
+
+    def __init__(self, module: nn.Module, layout: Layout, loss: Loss, precision: str = "fp32") -> None:
+        self.layout = layout
+        self.loss = loss
+        self.precision = precision
+        self.tensors = Tensors(module, layout)
+        self.modules = ThreadModules(module)
+
+    def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        module = self.modules.get(training=True)
+        keys = dropout_keys(module, batch.streams, batch.step)
+        counts = _num_samples(batch)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        out.zero_()
+        losses = [
+            self._client(module, x[i], out[i], batch, i, counts[i], {name: k[i] for name, k in keys.items()})
+            for i in range(len(x))
+        ]
+        return out, torch.stack(losses)
+
+    def sgd_step_(
+        self,
+        x: Tensor,
+        batch: Batch,
+        lr: float,
+        *,
+        scale: float = 1.0,
+        shift: Tensor | None = None,
+        grad_sum: Tensor | None = None,
+    ) -> None:
+        return None
+
+    def session(self, x: Tensor) -> Session:
+        return PlainSession(self, x)
+
+    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+        with products(self.precision, x.device):
+            if x.ndim == 1:
+                return evaluate(self.modules, self.tensors, x, inputs).to(x.dtype)
+            return torch.stack(
+                [evaluate(self.modules, self.tensors, row, inputs[i]).to(x.dtype) for i, row in enumerate(x)]
+            )
+
+    def _client(
+        self, module: nn.Module, x: Tensor, out: Tensor, batch: Batch, i: int, n: int, keys: dict[str, Tensor]
+    ) -> Tensor:
+        """Writes client i's gradient to out [P], its buffers to x [P], and returns its loss."""
+        if n == 0:
+            return x.new_zeros(())
+        start_calls(module)
+        trained, buffers = self.tensors.of(x.detach())
+        leaves = {k: v.requires_grad_() for k, v in trained.items()}
+        # copies: views of one storage share a version counter, so autograd would take a new running mean for a new weight
+        buffers = {k: v.clone() for k, v in buffers.items()}
+        with torch.enable_grad(), products(self.precision, x.device):
+            logits = functional_call(module, leaves | buffers | keys, (batch.inputs[i, :n],))
+            losses = self.loss(logits.to(x.dtype), batch.targets[i, :n])
+            shares = sample_shares(None if batch.weights is None else batch.weights[i, :n], losses)
+            loss = (losses * shares).sum()
+            grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        for view, grad in zip(self.layout.views(out).values(), grads, strict=False):
+            if grad is not None:
+                view.copy_(grad)
+        self.tensors.write_back_(x, buffers)
+        return loss.detach()
+
+
+def _num_samples(batch: Batch) -> list[int]:
+    """How many leading rows of each client hold samples."""
+    clients, width = batch.targets.shape[:2]
+    if batch.weights is None:
+        return [width] * clients
+    position = torch.arange(1, width + 1, device=batch.weights.device)
+    return (position * (batch.weights > 0)).amax(1).tolist()

@@ -1,0 +1,105 @@
+"""Keyed dropout: the same masks in every engine, for any stack width, padding or process.
+
+A copy of the module has each dropout layer replaced by one whose key is a buffer, so that an engine hands every
+client its own key with the other tensors of the functional call, under vmap as well. Number i of a mask is a
+function of (key, i) alone, and samples come first in a layer's input: padding behind them moves nothing.
+
+Letters: C clients, B samples.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.streams import _GOLDEN, Streams, mix64
+
+_PLAIN = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_UNKEYED = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+
+
+def purpose(layer: str) -> str:
+    """The stream that a dropout layer draws from."""
+    return f"dropout/{layer}"
+
+
+def keep_mask(keys: Tensor, shape: tuple[int, ...], rate: float, dtype: torch.dtype) -> Tensor:
+    """[*keys.shape, *shape] of 0 (dropped, with chance `rate`) and 1 / (1 - rate), from int64 keys."""
+    numel = 1
+    for n in shape:
+        numel *= n
+    index = torch.arange(1, numel + 1, device=keys.device) * _GOLDEN
+    digits = mix64(keys.unsqueeze(-1) + index) >> 40 & 0xFFFFFF  # the 24 leading bits, as Streams.uniform takes them
+    kept = digits >= round(rate * 2**24)
+    return (kept.to(dtype) * (1.0 / (1.0 - rate))).view(*keys.shape, *shape)
+
+
+class KeyedDropout(nn.Module):
+    """Dropout of an input [B, ...] from a key; a second call in the same forward pass draws other numbers."""
+
+    key: Tensor
+
+    def __init__(self, rate: float, channels: bool) -> None:
+        super().__init__()
+        self.rate = rate
+        self.channels = channels
+        self.calls = 0  # in this forward pass
+        self.register_buffer("key", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channels else tuple(x.shape)
+        key = self.key + self.calls
+        self.calls += 1
+        return x * keep_mask(key, shape, self.rate, x.dtype)
+
+
+def keyed_copy(module: nn.Module) -> nn.Module:
+    """A deep copy whose dropout layers are keyed.
+
+    Raises:
+        ValueError: for a layer that draws random numbers which cannot be keyed.
+    """
+    module = copy.deepcopy(module)
+    if isinstance(module, _PLAIN):
+        return _keyed(module)
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, _UNKEYED):
+            raise ValueError(f"layer {name} ({type(layer).__name__}) has no keyed form; use nn.Dropout instead")
+        for child_name, child in list(layer.named_children()):
+            if isinstance(child, _PLAIN):
+                setattr(layer, child_name, _keyed(child))
+    return module
+
+
+def dropout_layers(module: nn.Module) -> Iterator[tuple[str, KeyedDropout]]:
+    """(name, layer) of the active dropout layers of a keyed copy."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, KeyedDropout) and layer.rate > 0:
+            yield name, layer
+
+
+def dropout_keys(module: nn.Module, streams: Streams | None, step: int) -> dict[str, Tensor]:
+    """{buffer name: [C] keys} for the functional call of a keyed copy in training mode."""
+    keys = {}
+    for name, layer in dropout_layers(module):
+        if streams is None:
+            raise ValueError(f"dropout layer {name} needs keyed noise: give the batch its streams")
+        keys[f"{name}.key" if name else "key"] = streams.keys(purpose(name), step)
+    return keys
+
+
+def start_calls(module: nn.Module) -> None:
+    """Before every forward pass: each layer's next call is its first."""
+    for _, layer in dropout_layers(module):
+        layer.calls = 0
+
+
+def _keyed(layer: nn.Module) -> KeyedDropout:
+    assert isinstance(layer, _PLAIN)
+    keyed = KeyedDropout(layer.p, channels=type(layer) is not nn.Dropout)
+    return keyed.train(layer.training)

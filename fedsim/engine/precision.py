@@ -1,0 +1,54 @@
+"""The precision of matrix products: fp32, tf32 or bf16 products over fp32 storage.
+
+tf32 and fp32 are process-wide settings of torch, so they are entered and left in pairs and counted: the first user
+sets them and the last one restores what it found. bf16 is autocast's, which belongs to a thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+_lock = threading.Lock()
+_users = 0
+_before: tuple[str, bool] = ("highest", False)
+
+
+def products(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products on the device have this precision."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    if precision == "fp32" and device.type == "cpu":
+        return nullcontext()  # what a CPU does anyway
+    return _float32_products("high" if precision == "tf32" else "highest")
+
+
+def check_precision(precision: str) -> str:
+    """The name itself, or ValueError."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return precision
+
+
+@contextmanager
+def _float32_products(level: str) -> Iterator[None]:
+    global _users, _before
+    with _lock:
+        if _users == 0:
+            _before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            torch.set_float32_matmul_precision(level)
+            torch.backends.cudnn.allow_tf32 = level == "high"
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                torch.set_float32_matmul_precision(_before[0])
+                torch.backends.cudnn.allow_tf32 = _before[1]
