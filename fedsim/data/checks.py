@@ -1,0 +1,128 @@
+"""Arrays that come from outside: turned into tensors of the expected types, or refused in one sentence.
+
+Letters: n samples, T length of a sequence.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ROWS = 1 << 16  # rows looked at together when searching for NaN
+
+
+def as_inputs(array: object, origin: str) -> Tensor:
+    """Inputs as float32, or int64 where they are tokens.
+
+    Floating-point and boolean arrays become float32; uint8 is read as pixels and divided by 255; every other integer
+    type is read as tokens.
+
+    Args:
+        array: [n, ...], a tensor, a numpy array or nested lists of numbers.
+        origin: where it came from (file and key), for the message.
+
+    Raises:
+        ValueError: if it does not hold numbers, or a row holds a single bare number.
+    """
+    values = _numeric(array, origin, "numbers")
+    if values.ndim < 2:
+        raise ValueError(
+            f"{origin}: expected one row per sample, [n, ...], got shape {list(values.shape)}; reshape a single "
+            f"feature to [n, 1]"
+        )
+    if values.dtype == np.uint8:
+        return torch.from_numpy(values.astype(np.float32) / 255)
+    kind = np.int64 if values.dtype.kind in "iu" else np.float32
+    return torch.from_numpy(np.require(values, dtype=kind, requirements=["C", "W"]))
+
+
+def as_targets(array: object, origin: str) -> Tensor:
+    """Targets as int64, [n] or [n, T].
+
+    Raises:
+        ValueError: if they are not integers.
+    """
+    values = _numeric(array, origin, "integer classes")
+    if values.dtype.kind not in "iub":
+        raise ValueError(
+            f"{origin}: labels must be integers from 0, got {values.dtype}; save them with .astype('int64') and "
+            f"without missing values"
+        )
+    if values.ndim not in (1, 2):
+        raise ValueError(f"{origin}: labels must be [n], or [n, T] for sequences, got shape {list(values.shape)}")
+    return torch.from_numpy(np.require(values, dtype=np.int64, requirements=["C", "W"]))
+
+
+def _numeric(array: object, origin: str, wanted: str) -> np.ndarray:
+    try:
+        values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    except (ValueError, TypeError) as error:  # ragged lists, bfloat16
+        raise ValueError(f"{origin}: cannot be read as an array ({error}); give every row the same shape") from None
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"{origin}: expected {wanted}, got type {values.dtype}; convert it before saving")
+    return values
+
+
+def as_keys(array: object, rows: int, origin: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Client keys as numbers 0..G-1 in sorted order, with their names.
+
+    Args:
+        array: [n] integers or strings, one per row.
+        rows: n.
+        origin: for the message.
+
+    >>> as_keys(["bob", "ann", "bob"], 3, "here")
+    (tensor([1, 0, 1]), ('ann', 'bob'))
+    """
+    keys = array.cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    if keys.dtype.kind == "O" and all(isinstance(key, str) for key in keys.flat):
+        keys = keys.astype(str)
+    if keys.dtype.kind not in "iubUS":
+        raise ValueError(f"{origin}: client keys must be integers or strings without gaps, got type {keys.dtype}")
+    if keys.shape != (rows,):
+        raise ValueError(f"{origin}: expected one client key for each of {rows} rows, got shape {list(keys.shape)}")
+    names, codes = np.unique(keys, return_inverse=True)
+    return torch.from_numpy(codes.astype(np.int64)), tuple(str(name) for name in names)
+
+
+def check_samples(
+    inputs: Tensor, targets: Tensor, test_inputs: Tensor, test_targets: Tensor, num_classes: int, origin: str
+) -> None:
+    """Refuse samples that cannot be trained on; see `FederatedData.check`."""
+    if not len(inputs):
+        raise ValueError(f"{origin}: the data set is empty, it has no training rows")
+    for part, x, y in (("training", inputs, targets), ("test", test_inputs, test_targets)):
+        if len(x) != len(y):
+            raise ValueError(f"{origin}: {len(x)} {part} inputs but {len(y)} labels; one label per row is needed")
+        if x.dtype not in (torch.float32, torch.int64):
+            raise ValueError(f"{origin}: {part} inputs must be float32, or int64 tokens, got {x.dtype}")
+        if y.dtype != torch.int64:
+            raise ValueError(f"{origin}: {part} targets must be int64 classes, got {y.dtype}")
+        if x.shape[1:] != inputs.shape[1:] or y.shape[1:] != targets.shape[1:] or x.dtype != inputs.dtype:
+            raise ValueError(
+                f"{origin}: test rows are {_row(x)} -> {_row(y)}, training rows {_row(inputs)} -> {_row(targets)}; "
+                f"they must agree"
+            )
+        _check_finite(x, f"{origin}: {part} inputs")
+        if len(y) and (y.min() < 0 or y.max() >= num_classes):
+            wrong = (y < 0) | (y >= num_classes)
+            bad = int(wrong.view(len(y), -1).any(1).nonzero()[0])
+            raise ValueError(
+                f"{origin}: the {part} label of row {bad} is {y[bad].tolist()}, but labels must be 0 to "
+                f"{num_classes - 1}; renumber them or set num_classes"
+            )
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not x.is_floating_point():
+        return
+    for first in range(0, len(x), _ROWS):
+        finite = torch.isfinite(x[first : first + _ROWS]).flatten(1).all(1)
+        if not finite.all():
+            row = first + int((~finite).nonzero()[0])
+            raise ValueError(f"{what}: row {row} holds NaN or infinity; drop the row or fill the gap before training")
+
+
+def _row(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape[1:])}"

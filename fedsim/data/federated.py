@@ -1,0 +1,145 @@
+"""Data of a federation: one pool of samples and, for each client, which rows of it are its own.
+
+Nothing here is kept per client as an object: a client is two neighbouring entries of `offsets`, so a million
+clients cost 8 MB, and the samples of any stack of clients are gathered in one indexing operation.
+
+Letters: N clients in all, C in a stack, B positions per client, n samples in the pool, m entries of `order`,
+T length of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedsim.data.checks import check_samples
+
+_CHUNK = 1 << 22  # entries of `order` counted at a time: bounds the memory of class_counts
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Samples and their owners.
+
+    Args:
+        inputs: [n, ...] float32, or int64 tokens.
+        targets: [n] int64 classes, or [n, T] for sequences.
+        offsets: [N+1] int64; client i owns the rows `order[offsets[i]:offsets[i+1]]`.
+        order: [m] int64 rows of the pool. A row may belong to several clients, or to none.
+        test_inputs: [n_test, ...] held out for the server; may have no rows.
+        test_targets: [n_test] or [n_test, T].
+        num_classes: how many values a target may take.
+        client_names: one per client, where the data has names for them.
+        class_names: one per class, where the data has names for them.
+        notes: what a reader of the results should know about the data, one sentence each.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    offsets: Tensor
+    order: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+    num_classes: int
+    client_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_clients(self) -> int:
+        """N."""
+        return self.offsets.numel() - 1
+
+    @property
+    def num_examples(self) -> Tensor:
+        """[N] int64: samples of each client."""
+        return self.offsets.diff()
+
+    def rows(self, ids: Tensor, position: Tensor) -> Tensor:
+        """Rows of the pool that stand at given positions of given clients.
+
+        Args:
+            ids: [C] int64 clients.
+            position: [C, B] int64, 0 is the client's first sample. Positions beyond a client's last sample give its
+                last one; a client without samples gives some valid row, which the caller weights zero.
+
+        Returns:
+            [C, B] int64 rows of `inputs` and `targets`.
+        """
+        start, end = self.offsets[ids, None], self.offsets[ids + 1, None]
+        at = torch.minimum(start + position.clamp(min=0), end - 1)
+        return self.order[at.clamp(0, self.order.numel() - 1)]
+
+    def class_counts(self, ids: Tensor | None = None) -> Tensor:
+        """How many targets of each class a client has; a sequence counts once per element.
+
+        Args:
+            ids: [C] clients; None for all N.
+
+        Returns:
+            [C, num_classes] int64.
+        """
+        if ids is None:
+            ids = torch.arange(self.num_clients, device=self.offsets.device)
+        start, ends = self.offsets[ids], self.num_examples[ids].cumsum(0)
+        shift = start - torch.cat([ends.new_zeros(1), ends[:-1]])  # from a running position to an entry of `order`
+        counts = torch.zeros(len(ids) * self.num_classes, dtype=torch.int64, device=ends.device)
+        total = int(ends[-1]) if len(ids) else 0
+        for first in range(0, total, _CHUNK):
+            running = torch.arange(first, min(first + _CHUNK, total), device=ends.device)
+            owner = torch.searchsorted(ends, running, right=True)
+            labels = self.targets[self.order[running + shift[owner]]]
+            cell = (owner.view(-1, *[1] * (labels.ndim - 1)) * self.num_classes + labels).flatten()
+            counts.scatter_add_(0, cell, torch.ones_like(cell))
+        return counts.view(len(ids), self.num_classes)
+
+    def to(self, device: torch.device | str) -> FederatedData:
+        """The same data with its tensors on a device."""
+        tensors = ("inputs", "targets", "offsets", "order", "test_inputs", "test_targets")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+    def check(self, origin: str = "data", *, cohort_size: int | None = None) -> FederatedData:
+        """Refuse what cannot be trained on.
+
+        Args:
+            origin: where the data came from, for the message.
+            cohort_size: clients that a round asks for, if that is known.
+
+        Returns:
+            The data itself.
+
+        Raises:
+            ValueError: not-a-number or infinite inputs, targets out of range, shapes or types that do not fit, no
+                samples, a partition that names rows that do not exist or gives nobody any, a cohort larger than N.
+        """
+        check_samples(self.inputs, self.targets, self.test_inputs, self.test_targets, self.num_classes, origin)
+        offsets, order, n = self.offsets, self.order, len(self.inputs)
+        if offsets.dtype != torch.int64 or order.dtype != torch.int64 or offsets.ndim != 1 or order.ndim != 1:
+            raise ValueError(
+                f"{origin}: offsets and order must be one-dimensional int64, got {offsets.dtype}{list(offsets.shape)} "
+                f"and {order.dtype}{list(order.shape)}"
+            )
+        if self.num_clients < 1:
+            raise ValueError(f"{origin}: the federation has no clients; set clients.count to 1 or more")
+        if offsets[0] != 0 or offsets[-1] != order.numel() or bool((offsets.diff() < 0).any()):
+            raise ValueError(
+                f"{origin}: offsets must start at 0, never fall and end at the {order.numel()} entries of order; they "
+                f"run from {int(offsets[0])} to {int(offsets[-1])}"
+            )
+        if not order.numel():
+            raise ValueError(f"{origin}: the partition is empty, none of the {self.num_clients} clients has a sample")
+        if order.min() < 0 or order.max() >= n:
+            raise ValueError(
+                f"{origin}: the partition names rows {int(order.min())} to {int(order.max())}, but the rows are "
+                f"0 to {n - 1}"
+            )
+        if self.client_names is not None and len(self.client_names) != self.num_clients:
+            raise ValueError(f"{origin}: {len(self.client_names)} client names for {self.num_clients} clients")
+        if cohort_size is not None and not 1 <= cohort_size <= self.num_clients:
+            raise ValueError(
+                f"strategy.cohort_size={cohort_size} does not fit a federation of {self.num_clients} clients; lower it "
+                f"or raise clients.count"
+            )
+        return self
