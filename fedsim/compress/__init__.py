@@ -1,0 +1,31 @@
+"""Compressors of what travels: the table of their names, and packets with an exact byte encoding.
+
+To add one: a frozen dataclass that satisfies `fedsim.compress.packet.Compressor`, and a row below. The contract suite
+then checks its bits, its round trip and its constants.
+"""
+
+from __future__ import annotations
+
+from fedsim.compress.low_rank import PowerSGD
+from fedsim.compress.packet import Compressor
+from fedsim.compress.quantize import QSGD, Natural, NaturalDithering, ScaledSign, TernGrad
+from fedsim.compress.sparsify import Bernoulli, Identity, RandK, TopK
+from fedsim.params import Layout
+
+COMPRESSORS: dict[str, type] = {
+    "identity": Identity,
+    "rand_k": RandK,
+    "top_k": TopK,
+    "bernoulli": Bernoulli,
+    "qsgd": QSGD,
+    "terngrad": TernGrad,
+    "natural": Natural,
+    "natural_dithering": NaturalDithering,
+    "scaled_sign": ScaledSign,
+    "powersgd": PowerSGD,
+}
+
+
+def bind(compressor: Compressor, layout: Layout) -> Compressor:
+    """The compressor for a model's layout; those that look at a flat vector only are returned as they are."""
+    return compressor.bind(layout) if isinstance(compressor, PowerSGD) else compressor

@@ -1,0 +1,97 @@
+"""Error feedback: what compression leaves out of one message enters a later one.
+
+EF14: Seide et al. 1-bit stochastic gradient descent. Interspeech 2014. EF21: Richtarik, Sokolov, Fatkhullin.
+arXiv:2106.05203. DIANA: Mishchenko et al. arXiv:1901.09269. Pure functions: the caller keeps the rows.
+
+Letters: C clients in the stack, P entries of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedsim.compress.packet import Compressor, Field, Packet
+from fedsim.streams import Streams
+
+
+def compress_with_error(
+    v: Tensor, error: Tensor, compressor: Compressor, streams: Streams, step: int = 0
+) -> tuple[Packet, Tensor]:
+    """Send v plus what earlier messages left out (EF14).
+
+    Args:
+        v: [C, P], this round's vectors, step sizes included.
+        error: [C, P], zeros at first.
+
+    Returns:
+        (packet of v + error, the new error [C, P]); sum of all decoded packets + last error = sum of all v.
+    """
+    u = v + error
+    packet = compressor.encode(u, streams, step)
+    return packet, u - packet.decode()
+
+
+def compress_difference(
+    v: Tensor, reference: Tensor, compressor: Compressor, streams: Streams, step: int = 0, rate: float = 1.0
+) -> tuple[Packet, Tensor]:
+    """Send v minus a reference that both sides keep: EF21 with rate 1, DIANA with rate 1 / (1 + omega).
+
+    The receiver's estimate of v is reference + packet.decode(), and its copy of the reference moves as ours does.
+
+    Args:
+        v: [C, P].
+        reference: [C, P], the same on both sides.
+        rate: how far the reference moves towards v, in (0, 1].
+
+    Returns:
+        (packet of v - reference, reference + rate * decoded packet [C, P]).
+    """
+    packet = compressor.encode(v - reference, streams, step)
+    return packet, reference + rate * packet.decode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contractive:
+    """An unbiased compressor divided by 1 + omega: biased, and contractive with delta = 1 + omega.
+
+    Error feedback needs a contraction, which Rand-k or QSGD as they stand may not be.
+    """
+
+    of: Compressor
+
+    def __post_init__(self) -> None:
+        if not self.of.unbiased:
+            raise ValueError(f"{self.of} is biased and needs no scaling; give it to error feedback as it is")
+
+    @property
+    def unbiased(self) -> bool:
+        return False
+
+    def fields(self, num_entries: int) -> tuple[Field, ...]:
+        return self.of.fields(num_entries)
+
+    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
+        return self.of.shared(streams, num_entries, step)
+
+    def bits(self, num_entries: int) -> int:
+        return self.of.bits(num_entries)
+
+    def omega(self, num_entries: int) -> float | None:
+        return None
+
+    def delta(self, num_entries: int) -> float | None:
+        omega = self.of.omega(num_entries)
+        assert omega is not None  # it is unbiased
+        return 1.0 + omega
+
+    def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
+        packet = self.of.encode(v, streams, step)
+        return Packet(compressor=self, num_entries=packet.num_entries, payload=packet.payload)
+
+    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+        delta = self.delta(num_entries)
+        assert delta is not None
+        return self.of.decode(payload, num_entries) / delta

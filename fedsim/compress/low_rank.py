@@ -1,0 +1,117 @@
+"""PowerSGD: each matrix of a model is sent as the product of two thin ones.
+
+Vogels, Karimireddy, Jaggi. PowerSGD: practical low-rank gradient compression for distributed optimization.
+arXiv:1905.13727. Departures: no warm start, so that a packet is a function of its stack and its key alone; the random
+side is always the shorter one. The receiver needs the two factors only.
+
+For M [a, b], a >= b, and random Q [b, r]: P = orthonormal basis of M Q, and P P^T M is sent as P and P^T M. The
+projection keeps at least |M Q'|^2, Q' an orthonormal basis of Q, whose mean is r / b |M|^2: hence delta = b / r.
+
+Letters: C clients in the stack, P entries of a vector (and the factor [a, r] above), r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fedsim.compress.packet import Field, Packet, check_stack, row_bits
+from fedsim.params import Layout
+from fedsim.streams import Streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerSGD:
+    """Sends each matrix as two factors of rank r, 32 r (a + b) bits, and vectors as they are: delta = max b / r.
+
+    A tensor of three or more axes is a matrix [first axis, rest]. One that the factors would not make smaller is sent
+    as it is. Meant for error feedback, which makes up
+    for the bias.
+
+    Args:
+        rank: r, at least 1.
+        layout: of the model; see `bind`.
+    """
+
+    rank: int
+    layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"powersgd.rank must be at least 1, got {self.rank}")
+
+    def bind(self, layout: Layout) -> PowerSGD:
+        """The same compressor for the matrices of a model."""
+        return replace(self, layout=layout)
+
+    @property
+    def unbiased(self) -> bool:
+        return False
+
+    def fields(self, num_entries: int) -> tuple[Field, ...]:
+        out: list[Field] = []
+        for name, a, b in self._matrices(num_entries):
+            out += [Field(f"{name}.left", a * self.rank), Field(f"{name}.right", b * self.rank)]
+        return (*out, Field("rest", num_entries - sum(a * b for _, a, b in self._matrices(num_entries))))
+
+    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
+        return {}
+
+    def bits(self, num_entries: int) -> int:
+        return row_bits(self.fields(num_entries))
+
+    def omega(self, num_entries: int) -> float | None:
+        return None
+
+    def delta(self, num_entries: int) -> float | None:
+        return max((min(a, b) / self.rank for _, a, b in self._matrices(num_entries)), default=1.0)
+
+    def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
+        check_stack(v)
+        views, payload = self._layout(v.shape[1]).views(v), {}
+        matrices = self._matrices(v.shape[1])
+        for name, a, b in matrices:
+            m = views[name].reshape(-1, a, b)
+            tall = m if a >= b else m.transpose(1, 2)
+            q = streams.normal(f"compress.powersgd.{name}", tall.shape[2], self.rank, step=step, dtype=v.dtype)
+            left = torch.linalg.qr(tall @ q).Q
+            right = tall.transpose(1, 2) @ left
+            factors = (left, right) if a >= b else (right, left)
+            payload[f"{name}.left"], payload[f"{name}.right"] = (t.reshape(len(v), -1) for t in factors)
+        sent = {name for name, _, _ in matrices}
+        rest = [view.reshape(len(v), -1) for name, view in views.items() if name not in sent]
+        payload["rest"] = torch.cat(rest, dim=1) if rest else v[:, :0]
+        return Packet(compressor=self, num_entries=v.shape[1], payload=payload)
+
+    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+        rest, at = payload["rest"], 0
+        sizes = {name: (a, b) for name, a, b in self._matrices(num_entries)}
+        parts = []
+        layout = self._layout(num_entries)
+        for name, size in zip(layout.names, layout.sizes, strict=True):
+            if name in sizes:
+                a, b = sizes[name]
+                left = payload[f"{name}.left"].reshape(-1, a, self.rank)
+                right = payload[f"{name}.right"].reshape(-1, b, self.rank)
+                parts.append((left @ right.transpose(1, 2)).reshape(-1, a * b))
+            else:
+                parts.append(rest[:, at : at + size])
+                at += size
+        return torch.cat(parts, dim=1)
+
+    def _matrices(self, num_entries: int) -> list[tuple[str, int, int]]:
+        """(name, a, b) of every tensor that is sent as factors."""
+        layout = self._layout(num_entries)
+        sizes = ((name, s[0], prod(s[1:])) for name, s in zip(layout.names, layout.shapes, strict=True) if len(s) >= 2)
+        return [(name, a, b) for name, a, b in sizes if self.rank * (a + b) < a * b]
+
+    def _layout(self, num_entries: int) -> Layout:
+        if self.layout is None:
+            raise ValueError("powersgd needs the shapes of the model: call bind(layout) first")
+        if self.layout.size != num_entries:
+            raise ValueError(f"powersgd is bound to {self.layout.size} entries and was given {num_entries}")
+        return self.layout

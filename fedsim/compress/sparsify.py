@@ -1,0 +1,249 @@
+"""Compressors that send some entries as they are: identity, Rand-k, Top-k, Bernoulli.
+
+Constants: Beznosikov, Horvath, Richtarik, Safaryan. On biased compression for distributed learning. JMLR 24 (2023).
+An index costs ceil(log2 P) bits.
+
+Letters: C clients in the stack, P entries of a vector, k of them sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.compress.packet import Field, Packet, check_stack, code_dtype, row_bits
+from fedsim.compress.words import sample, uniform, words64
+from fedsim.streams import Streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Sends every entry: 32 P bits. The packet holds the stack itself and not a copy."""
+
+    @property
+    def unbiased(self) -> bool:
+        return True
+
+    def fields(self, num_entries: int) -> tuple[Field, ...]:
+        return (Field("values", num_entries),)
+
+    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
+        return {}
+
+    def bits(self, num_entries: int) -> int:
+        return row_bits(self.fields(num_entries))
+
+    def omega(self, num_entries: int) -> float | None:
+        return 0.0
+
+    def delta(self, num_entries: int) -> float | None:
+        return 1.0
+
+    def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
+        check_stack(v)
+        return Packet(compressor=self, num_entries=v.shape[1], payload={"values": v})
+
+    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+        return payload["values"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandK:
+    """Sends k random entries, scaled by P / k so that the mean is right: omega = P / k - 1.
+
+    Args:
+        k: entries to send; or
+        fraction: of the P entries, rounded, at least one.
+        shared_seed: the receiver draws the same indices from the run's seed, so that they cost nothing.
+    """
+
+    k: int | None = None
+    fraction: float | None = None
+    shared_seed: bool = False
+
+    def __post_init__(self) -> None:
+        _check_k("rand_k", self.k, self.fraction)
+
+    @property
+    def unbiased(self) -> bool:
+        return True
+
+    def fields(self, num_entries: int) -> tuple[Field, ...]:
+        k = _resolve_k("rand_k", self.k, self.fraction, num_entries)
+        index = Field("index", k, _index_bits(num_entries), number=False, shared=self.shared_seed)
+        return Field("values", k), index
+
+    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
+        return {"index": self._index(streams, num_entries, step)} if self.shared_seed else {}
+
+    def bits(self, num_entries: int) -> int:
+        return row_bits(self.fields(num_entries))
+
+    def omega(self, num_entries: int) -> float | None:
+        return num_entries / _resolve_k("rand_k", self.k, self.fraction, num_entries) - 1.0
+
+    def delta(self, num_entries: int) -> float | None:
+        return contraction(self.omega(num_entries))
+
+    def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
+        check_stack(v)
+        index = self._index(streams, v.shape[1], step)
+        values = v.gather(1, index.long()) * (v.shape[1] / index.shape[1])
+        return Packet(compressor=self, num_entries=v.shape[1], payload={"values": values, "index": index})
+
+    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+        return _scatter(payload, num_entries)
+
+    def _index(self, streams: Streams, num_entries: int, step: int) -> Tensor:
+        k = _resolve_k("rand_k", self.k, self.fraction, num_entries)
+        chosen = sample(streams, num_entries, k, "compress.rand_k", step)
+        return chosen.to(code_dtype(_index_bits(num_entries)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """Sends the k entries of largest magnitude, unscaled; of equal ones the first. delta = P / k.
+
+    NaN counts as the largest magnitude, then infinity.
+
+    Args:
+        k: entries to send; or
+        fraction: of the P entries, rounded, at least one.
+    """
+
+    k: int | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_k("top_k", self.k, self.fraction)
+
+    @property
+    def unbiased(self) -> bool:
+        return False
+
+    def fields(self, num_entries: int) -> tuple[Field, ...]:
+        k = _resolve_k("top_k", self.k, self.fraction, num_entries)
+        return Field("values", k), Field("index", k, _index_bits(num_entries), number=False)
+
+    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
+        return {}
+
+    def bits(self, num_entries: int) -> int:
+        return row_bits(self.fields(num_entries))
+
+    def omega(self, num_entries: int) -> float | None:
+        return None
+
+    def delta(self, num_entries: int) -> float | None:
+        return num_entries / _resolve_k("top_k", self.k, self.fraction, num_entries)
+
+    def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
+        check_stack(v)
+        index = _largest(v, _resolve_k("top_k", self.k, self.fraction, v.shape[1]))
+        payload = {"values": v.gather(1, index), "index": index.to(code_dtype(_index_bits(v.shape[1])))}
+        return Packet(compressor=self, num_entries=v.shape[1], payload=payload)
+
+    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+        return _scatter(payload, num_entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bernoulli:
+    """Sends the whole vector, divided by p, with probability p, and else only a flag: omega = 1 / p - 1.
+
+    Args:
+        p: probability of sending, in (0, 1].
+    """
+
+    p: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.p <= 1.0:
+            raise ValueError(f"bernoulli.p must be a probability in (0, 1], got {self.p}")
+
+    @property
+    def unbiased(self) -> bool:
+        return True
+
+    def fields(self, num_entries: int) -> tuple[Field, ...]:
+        return Field("sent", 1, 1, number=False), Field("values", num_entries, optional=True)
+
+    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
+        return {}
+
+    def bits(self, num_entries: int) -> int:
+        """The mean: one bit for the flag and 32 P with probability p."""
+        return 1 + ceil(self.p * 32 * num_entries)
+
+    def omega(self, num_entries: int) -> float | None:
+        return 1.0 / self.p - 1.0
+
+    def delta(self, num_entries: int) -> float | None:
+        return contraction(self.omega(num_entries))
+
+    def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
+        check_stack(v)
+        words = words64(streams.keys("compress.bernoulli", step), 0, 1).view(torch.int32)
+        sent = uniform(words[:, :1]) < self.p
+        values = torch.where(sent, v / self.p, 0.0)
+        payload = {"sent": sent.to(torch.uint8), "values": values}
+        return Packet(compressor=self, num_entries=v.shape[1], payload=payload)
+
+    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+        return payload["values"]
+
+
+def contraction(omega: float | None) -> float | None:
+    """The contraction constant of a compressor as it stands that is unbiased with constant omega: only if omega < 1."""
+    return None if omega is None or omega >= 1.0 else 1.0 / (1.0 - omega)
+
+
+def _check_k(name: str, k: int | None, fraction: float | None) -> None:
+    if (k is None) == (fraction is None):
+        raise ValueError(f"{name} needs exactly one of k and fraction, got k={k} and fraction={fraction}")
+    if k is not None and k < 1:
+        raise ValueError(f"{name}.k must be at least 1 entry, got {k}")
+    if fraction is not None and not 0.0 < fraction <= 1.0:
+        raise ValueError(f"{name}.fraction must be in (0, 1], got {fraction}")
+
+
+def _resolve_k(name: str, k: int | None, fraction: float | None, num_entries: int) -> int:
+    if k is None:
+        assert fraction is not None
+        return max(1, round(fraction * num_entries))
+    if k > num_entries:
+        raise ValueError(f"{name}.k={k} exceeds the {num_entries} entries of a vector; lower k or give a fraction")
+    return k
+
+
+def _index_bits(num_entries: int) -> int:
+    """ceil(log2 P), exactly."""
+    return (num_entries - 1).bit_length()
+
+
+def _scatter(payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+    values, index = payload["values"], payload["index"]
+    return values.new_zeros(values.shape[0], num_entries).scatter_(1, index.long(), values)
+
+
+def _largest(v: Tensor, k: int) -> Tensor:
+    """[C, k] int64, ascending: where each row's k largest magnitudes stand, the first of equal ones."""
+    # Bits of a magnitude, read as an integer, are in the order of the magnitudes, with infinity and NaN above all.
+    size = v.abs().view(torch.int32 if v.dtype == torch.float32 else torch.int64)
+    if v.device.type == "cpu":  # numpy selects faster; the threshold is the same whoever finds it
+        threshold = torch.from_numpy(np.partition(size.numpy(), -k, axis=1)[:, -k].copy())[:, None]
+    else:
+        threshold = torch.topk(size, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    chosen = size >= threshold
+    surplus = chosen.sum(dim=1, keepdim=True) - k
+    tied = surplus[:, 0].nonzero()[:, 0]
+    if tied.numel():
+        equal = size[tied] == threshold[tied]
+        last = equal.cumsum(dim=1) > equal.sum(dim=1, keepdim=True) - surplus[tied]
+        chosen[tied] &= ~(equal & last)
+    return chosen.nonzero()[:, 1].view(-1, k)
