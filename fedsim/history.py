@@ -140,23 +140,23 @@ class History:
         named = strategy.get("name") if isinstance(strategy, dict) else strategy
         return self.path.resolve().name if self.path else str(named or "run")
 
-    def headlines(self) -> list[tuple[str, str]]:
-        """(label, final value as text with its unit) of the results that exist."""
+    def headlines(self) -> list[tuple[str, str, str]]:
+        """(key, label, final value as text with its unit) of the results that exist."""
         out = []
         for key, label in HEADLINES:
             values = self.series(key)[1]
             if len(values) and values.ndim == 1:
-                out.append((label, show(key, float(values[-1]))))
+                out.append((key, label, show(key, float(values[-1]))))
         return out
 
     def __repr__(self) -> str:
-        return f"History({self.name}: {'; '.join(f'{k.lower()} {v}' for k, v in self.headlines()) or 'no rows'})"
+        return f"History({self.name}: {'; '.join(f'{label.lower()} {v}' for _, label, v in self.headlines()) or 'no rows'})"
 
     def _repr_html_(self) -> str:
         cells = "".join(
             f'<tr><th style="text-align:left;font-weight:normal">{escape(k)}</th>'
             f'<td style="text-align:right;font-variant-numeric:tabular-nums">{escape(v)}</td></tr>'
-            for k, v in self.headlines()
+            for _, k, v in self.headlines()
         )
         return f"<table><caption style='text-align:left'><b>{escape(self.name)}</b></caption>{cells}</table>"
 

@@ -59,7 +59,7 @@ class JsonLines:
         path = Path(run_dir) / METRICS_FILE
         if resume_at is not None:
             kept = [row for row in read_rows(path) if row["round"] <= resume_at] if path.exists() else []
-            _replace(path, "".join(encode_row(row) + "\n" for row in kept))
+            write_whole(path, "".join(encode_row(row) + "\n" for row in kept))
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path} already holds a run; resume it (--resume) or write to another folder (--out)")
         self._file = path.open("a", encoding="utf-8", newline="\n")
@@ -288,7 +288,7 @@ def _nulled(value: Any) -> Any:
     return value if _finite(value) else None
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8", newline="\n") as f:

@@ -1,0 +1,210 @@
+"""`report.html` of one run: what it reached, over rounds, virtual time and bits, for whom, and how to get it again.
+
+The page is made from the run's folder alone: metrics.jsonl, and as far as they are there config.yaml, env.json,
+clients.jsonl or clients.parquet, split.npz and timeline.jsonl. What is missing is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.history import History, show
+from fedsim.report.clients import spread_section
+from fedsim.report.curves import over_each_axis
+from fedsim.report.draw import Curve, line_panel
+from fedsim.report.page import Key, Page, Picture, Section, Table, Tile, shortened
+from fedsim.report.split import split_section
+from fedsim.report.timing import timing_section
+
+_TABLE_KEYS = (
+    "round",
+    "virtual_seconds",
+    "bits_up",
+    "train_loss",
+    "test_loss",
+    "test_accuracy",
+    "client_accuracy_worst_decile",
+    "distance",
+)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a run's folder.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: if the folder holds no metrics, or a file that is there cannot be read.
+    """
+    folder = Path(run_dir)
+    history = History.load(folder)
+    sections = [
+        _accuracy(history),
+        _loss(history),
+        _distance(history),
+        spread_section(history, folder),
+        split_section(folder),
+        timing_section(history, folder),
+        _honest_spread(history),
+        _numbers(history),
+        _configuration(folder),
+        _reproduction(history, folder),
+        _environment(history, folder),
+    ]
+    page = Page(
+        title=history.name,
+        kind="fedsim run",
+        facts=facts(history.config),
+        notices=_notices(history),
+        tiles=_tiles(history),
+        sections=[section for section in sections if section is not None],
+    )
+    return page.write(folder / "report.html")
+
+
+def facts(config: Mapping[str, Any]) -> list[str]:
+    """What the run is, in a few words of its configuration: strategy, data, model, split, clients, seed."""
+    data = _dig(config, "task.dataset") or _dig(config, "task.name") or _dig(config, "task")
+    count = _dig(config, "clients.count")
+    alpha = _dig(config, "partition.alpha")
+    partition = _name(_dig(config, "partition"))
+    found = [
+        _name(_dig(config, "strategy")),
+        _name(data),
+        _name(_dig(config, "task.model")),
+        f"{partition} {alpha:g}" if partition and isinstance(alpha, int | float) else partition,
+        f"{count:,} clients" if isinstance(count, int) else "",
+        f"seed {config['seed']}" if "seed" in config else "",
+    ]
+    return [shortened(text, 80) for text in found if text]
+
+
+def _tiles(history: History) -> list[Tile]:
+    tiles = []
+    for key, label, value in history.headlines():
+        remark = ""
+        rounds, values = history.series(key)
+        if key in ("test_accuracy", "test_loss", "distance") and np.isfinite(values).any():
+            best = np.nanargmax(values) if key == "test_accuracy" else np.nanargmin(values)
+            text = show(key, float(values[best]))
+            remark = f"best {text}, round {rounds[best]:,}" if text != value else ""
+        tiles.append(Tile(label=label, value=value, remark=remark))
+    return tiles
+
+
+def _notices(history: History) -> list[str]:
+    out = []
+    for key in ("train_loss", "test_loss", "distance"):
+        rounds, values = history.series(key)
+        bad = np.flatnonzero(~np.isfinite(values.astype(float))) if values.ndim == 1 and len(values) else []
+        if len(bad):
+            out.append(f"{key} was not finite in round {rounds[bad[0]]:,}: the run diverged there.")
+    return out if history.rows else ["The run has written no rows yet."]
+
+
+def _accuracy(history: History) -> Section | None:
+    pictures = over_each_axis(history, ["test_accuracy"], percent=True)
+    return Section(title="Test accuracy", pictures=pictures) if pictures else None
+
+
+def _loss(history: History) -> Section | None:
+    keys = [key for key in ("test_loss", "train_loss") if len(history.series(key)[0])]
+    pictures = over_each_axis(history, keys)
+    if not pictures:
+        return None
+    names = {"test_loss": "held-out set", "train_loss": "clients, while training"}
+    legend = [Key(text=names[key], colour=f"c{i + 1}") for i, key in enumerate(keys)]
+    return Section(title="Loss", keys=legend, pictures=pictures)
+
+
+def _distance(history: History) -> Section | None:
+    pictures = over_each_axis(history, ["distance"], log=True)
+    rounds, x = history.series("x")
+    if len(rounds) and x.ndim == 2 and pictures:
+        curves = [Curve(x=rounds, y=x[:, i], colour=f"c{i % 6 + 1}", dash=i // 6) for i in range(x.shape[1])]
+        svg = line_panel(curves, x_label="round", alt="coordinates of x against rounds")
+        pictures.append(Picture(title="Coordinates of x", svg=svg))
+    return Section(title="Distance to the known solution", pictures=pictures) if pictures else None
+
+
+def _honest_spread(history: History) -> Section | None:
+    pictures = over_each_axis(history, ["honest_spread"], log=True)
+    text = "How far the honest clients are from one another: they agree as this goes to zero."
+    return Section(title="Spread of the honest clients", text=text, pictures=pictures) if pictures else None
+
+
+def _numbers(history: History) -> Section | None:
+    """The evaluated rounds as text, at most 60 of them."""
+    evaluated = ("test_accuracy", "test_loss", "distance")
+    rows = [row for row in history.rows if any(key in row for key in evaluated)] or history.rows
+    keys = [key for key in _TABLE_KEYS if any(row.get(key) is not None for row in rows)]
+    if not rows:
+        return None
+    chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 60)).astype(int))]
+    cells = [[show(key, float(row[key])) if row.get(key) is not None else "–" for key in keys] for row in chosen]
+    fold = f"{len(chosen):,} of {len(rows):,} rounds" if len(chosen) < len(rows) else f"{len(rows):,} rounds"
+    header = [key.replace("_", " ") for key in keys]
+    return Section(title="Numbers", table=Table(header=header, rows=cells, fold=fold))
+
+
+def _configuration(folder: Path) -> Section | None:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return None
+    return Section(title="Configuration", text="As resolved: every default written out.", code=shortened(_text(file)))
+
+
+def _reproduction(history: History, folder: Path) -> Section | None:
+    if not (folder / "config.yaml").is_file():
+        return None
+    config, out = shlex.quote(f"{history.name}/config.yaml"), shlex.quote(f"{history.name}-again")
+    text = "The same configuration, seeds included, gives the same metrics; wall time aside."
+    return Section(title="Run it again", text=text, code=f"fedsim run {config} --out {out}")
+
+
+def _environment(history: History, folder: Path) -> Section | None:
+    found: dict[str, Any] = {}
+    versions = history.config.get("versions")
+    if isinstance(versions, Mapping):
+        found |= versions
+    file = folder / "env.json"
+    if file.is_file():
+        try:
+            loaded = json.loads(_text(file))
+        except ValueError as e:
+            raise ValueError(f"{file} is not JSON ({e}); remove it to write the report without it") from e
+        found |= loaded if isinstance(loaded, dict) else {"environment": loaded}
+    rows = [[str(key), shortened(_inline(value), 300)] for key, value in list(found.items())[:80]]
+    return Section(title="Versions and machine", table=Table(header=(), rows=rows, prose=True)) if rows else None
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_inline(v)}" for k, v in value.items())
+    return ", ".join(map(_inline, value)) if isinstance(value, list) else str(value)
+
+
+def _dig(config: Mapping[str, Any], path: str) -> Any:
+    """A nested value, or None where the path ends early."""
+    at: Any = config
+    for key in path.split("."):
+        at = at.get(key) if isinstance(at, Mapping) else None
+    return at
+
+
+def _name(value: Any) -> str:
+    """The name of a table entry, given as text or as a mapping with a `name`."""
+    if isinstance(value, Mapping):
+        value = value.get("name")
+    return "" if value is None else str(value)
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,67 @@
+"""When things happened: staleness of what the server used, and a timeline of who worked when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fedsim.history import History
+from fedsim.report.draw import Curve, line_panel, timeline
+from fedsim.report.files import read_columns
+from fedsim.report.page import Key, Picture, Section
+
+SHOWN_CLIENTS = 36
+SHOWN_JOBS = 700
+SHOWN_STEPS = 80
+
+
+def timing_section(history: History, folder: Path) -> Section | None:
+    """The section, or None if the run has no staleness."""
+    rounds, mean = history.series("staleness_mean")
+    if not len(rounds):
+        return None
+    curves, keys = [Curve(x=rounds, y=mean.astype(float))], [Key(text="mean of a step's replies", colour="c1")]
+    max_rounds, largest = history.series("staleness_max")
+    if len(max_rounds):
+        curves.append(Curve(x=max_rounds, y=largest.astype(float), colour="c2"))
+        keys.append(Key(text="largest", colour="c2"))
+    svg = line_panel(curves, x_label="round", alt="staleness against rounds")
+    drawn = _timeline(history, folder)
+    pictures = [drawn[1]] if drawn else []
+    return Section(
+        title="Asynchrony",
+        text="Staleness: how many server steps a reply missed while its client worked." + (drawn[0] if drawn else ""),
+        keys=keys,
+        pictures=[*pictures, Picture(title="Staleness by round", svg=svg)],
+    )
+
+
+def _timeline(history: History, folder: Path) -> tuple[str, Picture] | None:
+    """A sentence and a picture of the first jobs of some clients."""
+    columns = read_columns(folder, "timeline", ["client", "start", "finish"])
+    if len(columns) < 3:
+        return None
+    client, start, finish = columns["client"], columns["start"], columns["finish"]
+    sound = np.isfinite(client) & np.isfinite(start) & np.isfinite(finish) & (finish >= start)
+    client, start, finish = client[sound], start[sound], finish[sound]
+    known = np.unique(client)
+    if not len(known):
+        return None
+    shown = known[np.unique(np.linspace(0, len(known) - 1, min(len(known), SHOWN_CLIENTS)).astype(int))]
+    theirs = np.isin(client, shown)
+    client, start, finish = client[theirs], start[theirs], finish[theirs]
+    first = np.argsort(start, kind="stable")[:SHOWN_JOBS]
+    client, start, finish = client[first], start[first], finish[first]
+    jobs = [list(zip(start[client == c].tolist(), finish[client == c].tolist(), strict=True)) for c in shown]
+    at = history.series("virtual_seconds")[1].astype(float)
+    at = at[at <= finish.max()]
+    text = f" The timeline shows {len(first):,} jobs of {len(shown):,} of {len(known):,} clients"
+    text += "; its upright lines are server steps." if 0 < len(at) <= SHOWN_STEPS else "."
+    svg = timeline(
+        jobs,
+        at if len(at) <= SHOWN_STEPS else np.zeros(0),
+        x_label="virtual time (s)",
+        alt="timeline: when each shown client worked",
+    )
+    return text, Picture(title="Who worked when", svg=svg, wide=True)
