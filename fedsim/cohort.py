@@ -1,0 +1,59 @@
+"""A cohort: the stack of clients that a client half works on.
+
+Letters: C clients, P entries of a client's vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedsim.memory import MemoryRows
+from fedsim.streams import Streams
+from fedsim.task import Task
+
+
+@dataclass
+class Cohort:
+    """What a client half sees: who, which task, what they remember, and their random numbers.
+
+    Args:
+        ids: [C] client ids, those with the most samples first.
+        task: gives batches and the field (gradient or operator) of these clients.
+        memory: rows that these clients keep between rounds.
+        streams: keyed by (seed, purpose, client, job).
+        device: where the stack's tensors live.
+        reuse: buffers that may be overwritten by the next stack; empty when replies are kept whole.
+    """
+
+    ids: Tensor
+    task: Task
+    memory: MemoryRows
+    streams: Streams
+    device: torch.device
+    reuse: dict[str, Tensor] | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_examples(self) -> Tensor:
+        """[C] int64: samples of each client."""
+        return self.task.num_examples[self.ids]
+
+    def log(self, **values: Tensor) -> None:
+        """Diagnostics [C], averaged over clients by their number of samples; they are not counted as traffic."""
+        self.metrics.update(values)
+
+    def buffer(self, name: str, like: Tensor) -> Tensor:
+        """[C, P] uninitialised; from the worker's own pool when replies are folded before the next stack runs."""
+        shape = (len(self), like.shape[-1])
+        if self.reuse is None:
+            return torch.empty(shape, dtype=like.dtype, device=self.device)
+        pool = self.reuse.get(name)
+        if pool is None or pool.shape[0] < shape[0] or pool.shape[1] != shape[1] or pool.dtype != like.dtype:
+            pool = self.reuse[name] = torch.empty(shape, dtype=like.dtype, device=self.device)
+        return pool[: shape[0]]

@@ -1,0 +1,467 @@
+"""The composition root: an experiment file becomes a task, a fleet and a strategy that fit together.
+
+This is the one place that knows every table. Everything it builds can be built by hand in the same way; see
+docs/tutorial.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clients.local_sgd import LocalSGD
+from fedsim.aggregate import AGGREGATORS
+from fedsim.config import FromTable, Reader
+from fedsim.data import DATASETS, PARTITIONS, federate
+from fedsim.data.federated import FederatedData
+from fedsim.engine import Plan, build_engine, choose
+from fedsim.engine.losses import LOSSES
+from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
+from fedsim.memory import Memory
+from fedsim.optim import OPTIMIZERS, Optimizer, build
+from fedsim.params import Layout
+from fedsim.sim.devices import DEVICES
+from fedsim.sim.executor import Executor, InProcess, StackRunner
+from fedsim.sim.fleet import SimFleet
+from fedsim.sinks import SINKS, Sink, make_sinks
+from fedsim.task import Schedule, Task
+from fedsim.tasks.classification import ClassificationTask
+from fedsim.tasks.models import MODELS, init_parameters
+from fedsim.tasks.quadratic import Numbers, QuadraticTask
+from strategies import STRATEGIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where a run computes. Engine, stack, threads, precision and device are part of what fixes its bits.
+
+    Args:
+        executor: in_process, ray, or auto: in-process on one device, Ray with several GPUs or an address.
+        workers: stacks that run side by side; auto is one per core, or one per GPU.
+        threads: intra-op threads of each worker.
+        address: of a Ray cluster: "auto", "host:port", or null.
+        device: cpu, cuda, cuda:1, or auto.
+        stack: clients of a stack, or auto: a rule on model, sizes and device (`fedsim tune` measures).
+        engine: loop, stacked, compiled, or auto.
+        precision: of products; storage is float32.
+        memory: where clients' rows are kept between rounds: ram, or disk (memory-mapped in the run's folder).
+    """
+
+    executor: Literal["auto", "in_process", "ray"] = "auto"
+    workers: int | Literal["auto"] = "auto"
+    threads: int = 1
+    address: str | None = None
+    device: str = "auto"
+    stack: int | Literal["auto"] = "auto"
+    engine: Literal["auto", "loop", "stacked", "compiled"] = "auto"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    memory: Literal["ram", "disk"] = "ram"
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "stack"):
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise ValueError(f"{name} must be at least 1 or auto, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """Who takes part.
+
+    Args:
+        count: N; null takes it from the data (a natural partition) or is 100.
+        devices: how fast they are.
+    """
+
+    count: int | None = None
+    devices: Annotated[Any, FromTable("device")] = field(default_factory=lambda: DEVICES["constant"]())
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Local training.
+
+    Args:
+        epochs: passes over a client's data; 1 unless `steps` is given.
+        steps: local steps instead of epochs.
+        batch_size: samples of a step, or "full" for all of a client's data.
+        shuffle: a fresh order every epoch.
+        optimizer: a rule of the shared core and its hyper-parameters.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int | Literal["full"] = 20
+    shuffle: bool = True
+    optimizer: Annotated[Any, FromTable("optimizer")] = field(default_factory=lambda: {"name": "sgd", "lr": 0.05})
+
+    def schedule(self) -> Schedule:
+        epochs = 1 if self.epochs is None and self.steps is None else self.epochs
+        size = None if self.batch_size == "full" else self.batch_size
+        return Schedule(epochs=epochs, steps=self.steps, batch_size=size, shuffle=self.shuffle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where data sets lie.
+
+    Args:
+        root: a folder to look in first.
+    """
+
+    root: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Where metrics go besides metrics.jsonl.
+
+    Args:
+        sinks: names of sinks.
+    """
+
+    sinks: tuple[str, ...] = ("jsonl",)
+
+
+@dataclass
+class Composition:
+    """A run that is ready to start, and what `fedsim check` prints about it."""
+
+    experiment: Experiment
+    executor: Executor
+    resolved: dict[str, Any]
+    plan: dict[str, str]
+    sinks: list[Sink]
+    data: FederatedData | None = None
+    module: nn.Module | None = None
+
+    def close(self) -> None:
+        self.executor.close()
+        if self.experiment.pool is not self.executor:
+            self.experiment.pool.close()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What a task needs to know of the rest of the file."""
+
+    reader: Reader
+    seed: int
+    clients: Clients
+    runtime: Runtime
+    device: torch.device
+    root: str | None
+    schedule: Schedule
+
+
+@dataclass
+class _Built:
+    """What building a task gave."""
+
+    task: Task
+    plan: Plan
+    data: FederatedData | None = None
+    module: nn.Module | None = None
+
+
+def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> Composition:
+    """Build everything an experiment file describes.
+
+    Args:
+        raw: the file's content after overrides.
+        source: the file's name, for messages.
+        folder: the run's folder, for client memory on disk.
+
+    Raises:
+        ConfigError: for the first mistake found.
+    """
+    reader = Reader(raw, source, NESTED)
+    seed = reader.value("seed", int, 0)
+    rounds = reader.value("rounds", int, 100)
+    if rounds < 1:
+        raise reader.error("rounds", f"must be at least 1, got {rounds}")
+    stop = reader.section("stop", Stop)
+    runtime = reader.section("runtime", Runtime)
+    clients = reader.section("clients", Clients)
+    root = reader.section("data", Data).root
+    local = reader.section("local", Local)
+    try:
+        schedule = local.schedule()
+    except ValueError as e:
+        raise reader.error("local", str(e)) from e
+    device = _device(runtime.device, reader)
+    site = _Site(reader, seed, clients, runtime, device, root, schedule)
+    built: _Built = reader.entry("task", TASKS, default="classification", given={"site": site})
+    task = built.task
+    optimizer, reader.resolved["local"]["optimizer"] = _optimizer(
+        reader, "local.optimizer", local.optimizer, task.layout
+    )
+    strategy = reader.entry(
+        "strategy",
+        STRATEGIES,
+        default="fedavg",
+        given={"local": LocalSGD(optimizer=optimizer, schedule=schedule), "layout": task.layout},
+    )
+    _check_cohort(reader, strategy, len(task.num_examples))
+    evaluate = reader.section("evaluate", Evaluate)
+    every = reader.section("checkpoint", Checkpoint)
+    diverge = reader.value("allow_divergence", bool, False)
+    log = reader.section("log", Log)
+    reader.finish()
+    try:
+        sinks = make_sinks(list(log.sinks))
+    except ValueError as e:
+        raise reader.error("log.sinks", str(e)) from e
+
+    runner = StackRunner(task, strategy, seed, device)
+    executor, workers = _executor(runtime, runner, built.plan.width, device)
+    pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
+    on_disk = runtime.memory == "disk" and folder is not None
+    fleet = SimFleet(
+        num_examples=task.num_examples,
+        model_size=task.layout.size,
+        executor=executor,
+        devices=clients.devices,
+        memory=Memory(len(task.num_examples), folder / "memory" if on_disk and folder else None),
+        seed=seed,
+    )
+    experiment = Experiment(
+        task=task,
+        strategy=strategy,
+        fleet=fleet,
+        pool=pool,
+        rounds=rounds,
+        seed=seed,
+        config=reader.resolved,
+        evaluate=evaluate,
+        stop=stop,
+        checkpoint=every,
+        allow_divergence=diverge,
+        device=device,
+    )
+    reader.resolved["clients"]["count"] = len(task.num_examples)
+    reader.resolved["runtime"] |= {"engine": built.plan.engine, "stack": built.plan.width, "device": str(device)}
+    plan = describe(experiment, built, workers, strategy)
+    return Composition(experiment, executor, reader.resolved, plan, sinks, built.data, built.module)
+
+
+def describe(experiment: Experiment, built: _Built, workers: str, strategy: Any) -> dict[str, str]:
+    """The plan, line by line."""
+    task, layout = experiment.task, experiment.task.layout
+    n = task.num_examples
+    cohort = getattr(strategy, "cohort_size", None) or len(n)
+    local = getattr(strategy, "local", None)
+    steps = local.schedule.num_steps(n) if local is not None else torch.ones(1, dtype=torch.int64)
+    width = built.plan.width
+    stack_bytes = 4 * layout.size * min(width, cohort)
+    model_bits = 32 * layout.size
+    return {
+        "clients": f"{len(n):,}, {cohort:,} of them in a round",
+        "samples per client": f"{int(n.min()):,} to {int(n.max()):,}, median {int(n.median()):,}; "
+        f"{int((n == 0).sum()):,} clients have none",
+        "local steps": f"{int(steps.min()):,} to {int(steps.max()):,}",
+        "model": f"{layout.num_trainable:,} parameters"
+        + (f" and {layout.size - layout.num_trainable:,} buffer entries" if layout.num_buffers else ""),
+        "engine": f"{built.plan.engine}, {width} clients a stack ({built.plan.reason})",
+        "workers": workers,
+        "device": str(experiment.device),
+        "memory": f"about {3 * stack_bytes / 2**20:,.1f} MiB a worker for parameters, gradients and one buffer",
+        "bits per round": f"{model_bits * cohort / 1e6:,.2f} Mbit down and as many up for every model-sized message",
+    }
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------
+
+
+def _classification(
+    site: _Site,
+    *,
+    dataset: Annotated[Any, FromTable("dataset")] = "digits",
+    model: Annotated[Any, FromTable("model")] = "mlp",
+    loss: str = "cross_entropy",
+) -> _Built:
+    """Classes or next tokens: any data set, any torch module."""
+    reader, runtime = site.reader, site.runtime
+    source = dataset(site) if callable(dataset) else _dataset(reader, "task.dataset", dataset)[0](site)
+    partition = reader.entry("partition", PARTITIONS, default="iid")
+    try:
+        data = federate(source, partition, site.clients.count, site.seed)
+    except ValueError as e:
+        raise reader.error("partition", str(e)) from e
+    make = model if callable(model) else _model(reader, "task.model", model)[0]
+    module, x0 = init_parameters(lambda: make(data), site.seed)
+    layout = Layout.of_module(module)
+    loss_of = LOSSES[loss] if loss in LOSSES else reader.imported(loss, "task.loss") if ":" in loss else None
+    if loss_of is None:
+        raise reader.error("task.loss", f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pkg.module:name")
+    counts = data.num_examples
+    size = site.schedule.batch_size or int(counts.max())
+    plan = choose(
+        module,
+        layout,
+        device=site.device,
+        batch_size=min(size, int(counts.max())),
+        steps=int(site.schedule.num_steps(counts).max()),
+        num_clients=len(counts),
+        engine=runtime.engine,
+        stack=runtime.stack,
+        precision=runtime.precision,
+    )
+    engine = build_engine(plan.engine, module, layout, loss_of, site.device, runtime.precision)
+    task = ClassificationTask(data.to(site.device), module, x0, engine, loss_of)
+    return _Built(task, plan, data, module)
+
+
+def _quadratic(
+    site: _Site,
+    *,
+    a: Numbers | None = None,
+    b: Numbers | None = None,
+    x0: float | tuple[float, ...] | None = None,
+    dim: int = 10,
+    spread: float = 1.0,
+    noise: float = 0.0,
+) -> _Built:
+    """Clients f_i(x) = 1/2 (x - b_i)' A_i (x - b_i) with a known solution; given, or drawn with `dim` and `spread`."""
+    if (a is None) != (b is None):
+        raise ValueError("give both a and b, one entry per client, or neither to have them drawn")
+    if a is None:
+        task = QuadraticTask.drawn(site.clients.count or 100, dim, site.seed, spread=spread, noise=noise)
+        if x0 is not None:
+            task.x0 = _start(x0, dim)
+    else:
+        at, bt = torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)
+        if site.clients.count not in (None, len(bt)):
+            raise ValueError(
+                f"b has {len(bt)} entries but clients.count is {site.clients.count}; leave one of them out"
+            )
+        task = QuadraticTask(at, bt, _start(0.0 if x0 is None else x0, 1 if bt.ndim == 1 else bt.shape[1]), noise)
+    width = site.runtime.stack if site.runtime.stack != "auto" else max(1, min(1024, len(task.num_examples)))
+    return _Built(task.to(site.device), Plan("exact", width, "the gradient is a formula"))
+
+
+def _start(x0: float | tuple[float, ...], dim: int) -> Tensor:
+    value = torch.tensor(x0, dtype=torch.float32)
+    return value.expand(dim).clone() if value.ndim == 0 else value
+
+
+TASKS: dict[str, Callable[..., _Built]] = {"classification": _classification, "quadratic": _quadratic}
+
+
+# Nested entries --------------------------------------------------------------------------------------------------
+
+
+def _dataset(reader: Reader, key: str, value: Any) -> tuple[Callable[[_Site], Any], Any]:
+    target, name, rest = reader.named(DATASETS, value, key)
+    arguments, resolved = reader.bind(target, rest, key, ("root", "seed"))
+    return (
+        lambda site: reader.call(target, {**arguments, "root": site.root, "seed": site.seed}, key),
+        {"name": name, **resolved},
+    )
+
+
+def _model(reader: Reader, key: str, value: Any) -> tuple[Callable[[FederatedData], nn.Module], Any]:
+    target, name, rest = reader.named(MODELS, value, key) if ":" not in str(value) else _own_model(reader, value, key)
+    arguments, resolved = reader.bind(target, rest, key, ("input_shape", "num_classes"))
+
+    def make(data: FederatedData) -> nn.Module:
+        sizes = {"input_shape": tuple(data.inputs.shape[1:]), "num_classes": data.num_classes}
+        module = reader.call(target, {**arguments, **sizes}, key)
+        if not isinstance(module, nn.Module):
+            raise reader.error(key, f"{name} gave a {type(module).__name__}, not a torch.nn.Module")
+        return module
+
+    return make, {"name": name, **resolved}
+
+
+def _own_model(reader: Reader, value: Any, key: str) -> tuple[Callable[..., Any], str, dict[str, Any]]:
+    return reader.named(MODELS, value, key)
+
+
+def _optimizer(reader: Reader, key: str, spec: Any, layout: Layout) -> tuple[Optimizer, Any]:
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    try:
+        return build(spec, layout), dict(spec)
+    except ValueError as e:
+        raise reader.error(key, str(e)) from e
+
+
+def _from(table: Mapping[str, Callable[..., Any]]) -> Callable[[Reader, str, Any], tuple[Any, Any]]:
+    return lambda reader, key, value: reader.build_entry(table, value, key, {})
+
+
+NESTED: dict[str, Callable[[Reader, str, Any], tuple[Any, Any]]] = {
+    "dataset": _dataset,
+    "model": _model,
+    "optimizer": lambda reader, key, value: (value, value),
+    "device": _from(DEVICES),
+    "aggregator": _from(AGGREGATORS),
+}
+
+
+# Places ----------------------------------------------------------------------------------------------------------
+
+
+def _device(name: str, reader: Reader) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise reader.error("runtime.device", f"unknown device {name!r}; use cpu, cuda, cuda:1 or auto") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise reader.error("runtime.device", f"{name!r} was asked for but no CUDA device is visible; use cpu or auto")
+    return device
+
+
+def _executor(runtime: Runtime, runner: StackRunner, width: int, device: torch.device) -> tuple[Executor, str]:
+    several = device.type == "cuda" and torch.cuda.device_count() > 1
+    ray = runtime.executor == "ray" or (runtime.executor == "auto" and (several or runtime.address is not None))
+    workers = runtime.workers
+    if ray:
+        from fedsim.sim.ray_executor import RayExecutor
+
+        executor = RayExecutor(
+            runner,
+            width=width,
+            workers=None if workers == "auto" else workers,
+            threads=runtime.threads,
+            address=runtime.address,
+        )
+        return executor, f"{executor.num_workers} Ray actors, {runtime.threads} thread(s) each"
+    if workers == "auto":
+        workers = 1 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // runtime.threads)
+    executor_here = InProcess(runner, width=width, workers=workers, threads=runtime.threads)
+    return executor_here, f"{workers} thread(s) in this process, {runtime.threads} intra-op thread(s) each"
+
+
+def _check_cohort(reader: Reader, strategy: Any, num_clients: int) -> None:
+    size = getattr(strategy, "cohort_size", None)
+    if size is not None and size > num_clients:
+        raise reader.error(
+            "strategy.cohort_size", f"{size} exceeds the {num_clients} clients; lower it or raise clients.count"
+        )
+
+
+TABLES: dict[str, Mapping[str, Any]] = {
+    "strategies": STRATEGIES,
+    "optimizers": OPTIMIZERS,
+    "aggregators": AGGREGATORS,
+    "partitions": PARTITIONS,
+    "datasets": DATASETS,
+    "models": MODELS,
+    "devices": DEVICES,
+    "tasks": TASKS,
+    "losses": LOSSES,
+    "sinks": SINKS,
+}

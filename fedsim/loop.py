@@ -1,0 +1,301 @@
+"""The loop: for each round, one call of the strategy; then evaluate, log, and now and then save everything.
+
+A round is one server step and nothing else: `state, metrics = strategy.round(state, fleet, rng)`. The loop knows
+neither how clients are reached nor what the strategy's state is made of.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim import checkpoint
+from fedsim.config import ConfigError
+from fedsim.fleet import Fleet
+from fedsim.metrics import spread
+from fedsim.sim.fleet import SimFleet
+from fedsim.sinks import Sink
+from fedsim.streams import server_rng
+from fedsim.task import Pool, Task
+
+
+class Strategy(Protocol):
+    """One algorithm: hyper-parameters as fields, client halves as methods."""
+
+    def init(self, x0: Tensor) -> Any:
+        """The state before the first round; its field `x` is the server's model [P]."""
+        ...
+
+    def round(self, state: Any, fleet: Fleet, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
+        """One server step: (new state, metrics of its own)."""
+        ...
+
+
+class Diverged(RuntimeError):
+    """The model or a loss is not finite any more."""
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C; the run was saved and can be resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """When and what to evaluate.
+
+    Args:
+        every: rounds between evaluations (the last round is always evaluated).
+        per_client: also the spread over every client's own data.
+    """
+
+    every: int = 5
+    per_client: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1 round, got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """What ends a run before its last round; the first that holds does.
+
+    Args:
+        virtual_seconds, bits_up, bits_down: ends when at least so much was used.
+        test_accuracy: ends when reached. test_loss, distance: ends when as small.
+    """
+
+    virtual_seconds: float | None = None
+    bits_up: float | None = None
+    bits_down: float | None = None
+    test_accuracy: float | None = None
+    test_loss: float | None = None
+    distance: float | None = None
+
+    def reason(self, row: Mapping[str, Any]) -> str | None:
+        """Why this row ends the run, or None."""
+        for name, bound in asdict(self).items():
+            if bound is None or row.get(name) is None:
+                continue
+            small = name in ("test_loss", "distance")
+            if row[name] <= bound if small else row[name] >= bound:
+                return f"{name} {row[name]:.6g} reached {bound:.6g}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save.
+
+    Args:
+        every: rounds between checkpoints; null saves only when interrupted and at the end.
+    """
+
+    every: int | None = 20
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every must be at least 1 round or null, got {self.every}")
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """Everything a run consists of, built by the composition root from an experiment file (or by hand)."""
+
+    task: Task
+    strategy: Strategy
+    fleet: SimFleet
+    pool: Pool
+    rounds: int
+    seed: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    stop: Stop = field(default_factory=Stop)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    allow_divergence: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+Watch = Callable[[Mapping[str, Any]], None]
+
+
+def train(
+    experiment: Experiment,
+    *,
+    sinks: Sequence[Sink] = (),
+    folder: Path | None = None,
+    resume: bool = False,
+    watch: Watch = lambda row: None,
+) -> tuple[Any, list[dict[str, Any]], str]:
+    """Run an experiment.
+
+    Args:
+        experiment: what to run.
+        sinks: where rows go, opened by the caller.
+        folder: the run's folder, for checkpoints; None keeps nothing.
+        resume: go on from the newest checkpoint in `folder`.
+        watch: called with every row, for a progress line.
+
+    Returns:
+        (final state, rows of this call, why it ended).
+
+    Raises:
+        Diverged: if the model is not finite; the rows so far are written.
+        Interrupted: after Ctrl-C, once the running round is finished and saved.
+    """
+    run = _Run(experiment, folder)
+    if resume:
+        run.restore()
+    rows: list[dict[str, Any]] = []
+    why = f"all {experiment.rounds} rounds done"
+    with _Interrupt() as interrupt:
+        while run.round < experiment.rounds:
+            row = run.step()
+            rows.append(row)
+            for sink in sinks:
+                sink.write(row)
+            watch(row)
+            if not experiment.allow_divergence:
+                run.check_finite(row)
+            reason = experiment.stop.reason(row)
+            every = experiment.checkpoint.every
+            if interrupt.asked or reason or run.round == experiment.rounds or (every and run.round % every == 0):
+                run.save()
+            if reason:
+                why = reason
+                break
+            if interrupt.asked:
+                raise Interrupted(f"stopped after round {run.round}")
+    return run.state, rows, why
+
+
+class _Run:
+    """A run in progress."""
+
+    def __init__(self, experiment: Experiment, folder: Path | None) -> None:
+        self.experiment = experiment
+        self.folder = folder / "checkpoints" if folder else None
+        self.state = experiment.strategy.init(experiment.task.init(experiment.seed).to(experiment.device))
+        self.round = 0
+        self._before = 0.0
+        self._started = time.perf_counter()
+
+    def step(self) -> dict[str, Any]:
+        """One round, and its row."""
+        e, fleet = self.experiment, self.experiment.fleet
+        fleet.round = self.round
+        rng = server_rng(e.seed, "server", self.round)
+        self.state, own = e.strategy.round(self.state, fleet, rng)
+        self.round += 1
+        row: dict[str, Any] = {
+            "round": self.round,
+            "virtual_seconds": fleet.now,
+            "wall_seconds": self._before + time.perf_counter() - self._started,
+            "bits_up": fleet.ledger.bits_up,
+            "bits_down": fleet.ledger.bits_down,
+            **fleet.observations().values(),
+            **own,
+        }
+        if self.round % e.evaluate.every == 0 or self.round == e.rounds:
+            row |= self.evaluation()
+        return row
+
+    def evaluation(self) -> dict[str, Any]:
+        """Metrics of the server's model: held out, and over every client's own data."""
+        e, x = self.experiment, self.state.x
+        out: dict[str, Any] = dict(e.task.evaluate(x, e.pool))
+        if e.task.layout.size <= 16 and "distance" in out:
+            out["x"] = x.tolist()
+        if e.evaluate.per_client:
+            for name, values in e.task.evaluate_clients(x, e.pool).items():
+                has_data = torch.isfinite(values) | (e.task.num_examples > 0)
+                found = spread(values, has_data.to(torch.float64), higher_is_better=name != "loss")
+                out |= {f"client_{name}_{k}": v for k, v in found.items()}
+        return out
+
+    def check_finite(self, row: Mapping[str, Any]) -> None:
+        bad = [k for k, v in row.items() if isinstance(v, float) and not isfinite(v)]
+        if not bad and not bool(torch.isfinite(self.state.x).all()):
+            bad = ["the model"]
+        if bad:
+            raise Diverged(
+                f"round {self.round}: {', '.join(bad)} not finite, the run diverged; lower local.optimizer.lr or "
+                "strategy.server_lr, clip gradients (local.optimizer.clip), or set allow_divergence=true to go on"
+            )
+
+    def save(self) -> None:
+        if self.folder is not None:
+            wall = self._before + time.perf_counter() - self._started
+            parts = {
+                "round": self.round,
+                "wall_seconds": wall,
+                "strategy": self.state,
+                "fleet": self.experiment.fleet.state(),
+                "config": fingerprint(self.experiment.config),
+            }
+            checkpoint.save(self.folder, self.round, parts)
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        assert self.folder is not None
+        found = checkpoint.checkpoints(self.folder)
+        if not found:
+            return
+        classes = checkpoint.classes_of(self.state) | self.experiment.fleet.state_classes
+        saved = checkpoint.load(found[-1], classes)
+        here = fingerprint(self.experiment.config)
+        changed = sorted(k for k in {*here, *saved["config"]} if here.get(k) != saved["config"].get(k))
+        if changed:
+            raise ConfigError(
+                f"{found[-1]}: belongs to another config ({', '.join(changed)} differ); resume with the same file and "
+                "overrides, or start anew in another folder"
+            )
+        self.state = checkpoint.to_device(saved["strategy"], self.experiment.device)
+        self.experiment.fleet.load(saved["fleet"])
+        self.round, self._before = saved["round"], saved["wall_seconds"]
+
+
+FREE_TO_CHANGE = ("rounds", "stop", "log", "checkpoint", "versions", "allow_divergence")
+"""Sections that may differ on resume: they change how long a run is or what is kept of it, not its numbers."""
+
+
+def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+    """One text per section, to compare the config of a checkpoint with today's."""
+    out = {k: repr(v) for k, v in config.items() if k not in (*FREE_TO_CHANGE, "runtime")}
+    runtime = config.get("runtime", {})
+    bits = ("engine", "stack", "precision", "threads", "device")
+    return out | {f"runtime.{k}": repr(runtime[k]) for k in bits if k in runtime}
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a wish to stop after this round; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._old: Any = None
+        self._main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> _Interrupt:
+        if self._main:
+            self._old = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._old)

@@ -1,0 +1,154 @@
+"""Rows that clients keep between rounds (control variates, momentum, error feedback, optimizer state).
+
+The store belongs to the server's process: a row is written when its client's reply is received, never before, so
+a killed worker or a reply that is never delivered changes nothing. Only clients that wrote a row take room, so a
+million registered clients cost one index each.
+
+Letters: N registered clients, C clients of a stack, M clients that own a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class _Table:
+    """Rows of one name and one shape, in RAM or in a memory-mapped file that grows by doubling."""
+
+    def __init__(self, num_clients: int, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> None:
+        self.slot = torch.full((num_clients,), -1, dtype=torch.int64)
+        self.owners: list[int] = []
+        self.path = path
+        self.rows = self._allocate(4, shape, dtype)
+
+    def _allocate(self, capacity: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.path is None:
+            return torch.zeros(capacity, *shape, dtype=dtype)
+        nbytes = capacity * prod(shape) * torch.empty((), dtype=dtype).element_size()
+        with open(self.path, "ab") as f:
+            f.truncate(nbytes)
+        raw = np.memmap(self.path, dtype=np.uint8, mode="r+", shape=(nbytes,))
+        return torch.from_numpy(raw).view(dtype).view(capacity, *shape)
+
+    def read(self, ids: Tensor) -> Tensor:
+        slots = self.slot[ids]
+        out = self.rows[slots.clamp(min=0)]
+        out[slots < 0] = 0
+        return out
+
+    def write(self, ids: Tensor, rows: Tensor) -> None:
+        fresh = ids[self.slot[ids] < 0]
+        if len(fresh):
+            start = len(self.owners)
+            self.owners.extend(fresh.tolist())
+            self.slot[fresh] = torch.arange(start, len(self.owners))
+            if len(self.owners) > len(self.rows):
+                self._grow(max(2 * len(self.rows), len(self.owners)))
+        self.rows[self.slot[ids]] = rows.to(self.rows.dtype)
+
+    def _grow(self, capacity: int) -> None:
+        old = self.rows
+        self.rows = self._allocate(capacity, tuple(old.shape[1:]), old.dtype)
+        if self.path is None:
+            self.rows[: len(old)] = old
+
+
+class Memory:
+    """All clients' rows, by name.
+
+    Args:
+        num_clients: N.
+        folder: where to page rows to disk; None keeps them in RAM.
+    """
+
+    def __init__(self, num_clients: int, folder: Path | None = None) -> None:
+        self.num_clients = num_clients
+        self.folder = folder
+        self._tables: dict[str, _Table] = {}
+
+    def names(self) -> tuple[str, ...]:
+        """Names under which any client has written a row."""
+        return tuple(self._tables)
+
+    def read(self, ids: Tensor) -> dict[str, Tensor]:
+        """{name: [C, ...]} copies for some clients; zeros for those that never wrote one."""
+        return {name: table.read(ids) for name, table in self._tables.items()}
+
+    def write(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Keep {name: [C, ...]} for these clients (on the CPU, whatever device the rows come from)."""
+        for name, value in rows.items():
+            value = value.detach().cpu()
+            if name not in self._tables:
+                path = None
+                if self.folder is not None:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    path = self.folder / f"{name.replace('/', '_')}.rows"
+                    path.unlink(missing_ok=True)
+                self._tables[name] = _Table(self.num_clients, tuple(value.shape[1:]), value.dtype, path)
+            self._tables[name].write(ids.cpu(), value)
+
+    def mean(self, name: str, size: int) -> Tensor:
+        """[size]: the mean of one row over all N clients, those that never wrote one counting as zero."""
+        if name not in self._tables:
+            return torch.zeros(size)
+        table = self._tables[name]
+        return table.rows[: len(table.owners)].sum(0) / self.num_clients
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors for a checkpoint: the owners and the rows of each name."""
+        out = {}
+        for name, table in self._tables.items():
+            out[f"{name}.owners"] = torch.tensor(table.owners, dtype=torch.int64)
+            out[f"{name}.rows"] = table.rows[: len(table.owners)].clone()
+        return out
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        self._tables.clear()
+        for key in state:
+            if key.endswith(".owners"):
+                name = key.removesuffix(".owners")
+                self.write(state[key], {name: state[f"{name}.rows"]})
+
+
+class MemoryRows:
+    """One stack's rows: what a client half reads and writes.
+
+    `rows["c"]` is [C, P], zeros at first; `rows["c"] = value` keeps it once the reply has been received. Rows of
+    another shape are read by `rows.read("name", shape)`.
+    """
+
+    def __init__(self, stored: dict[str, Tensor], num_rows: int, width: int, device: torch.device) -> None:
+        self._stored = stored
+        self._num_rows = num_rows
+        self._width = width
+        self._device = device
+        self.written: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name, (self._width,))
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """[C, *shape]: the clients' rows, zeros for those that never wrote one."""
+        if name in self.written:
+            return self.written[name]
+        if name in self._stored:
+            return self._stored[name].to(self._device)
+        return torch.zeros(self._num_rows, *shape, dtype=dtype, device=self._device)
+
+    def __setitem__(self, name: str, rows: Tensor) -> None:
+        if rows.shape[0] != self._num_rows:
+            raise ValueError(f"memory[{name!r}] needs one row per client ({self._num_rows}), got {tuple(rows.shape)}")
+        self.written[name] = rows
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.written or name in self._stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._stored, **self.written})

@@ -1,0 +1,64 @@
+"""Virtual time: a queue of jobs ordered by when they finish; ties go to the job that was sent first."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(order=True)
+class Event:
+    """One job in flight.
+
+    Args:
+        finish: seconds at which its reply reaches the server.
+        sequence: number of the job in the order of sending; breaks ties.
+        client: its client's id.
+        number: the how-manieth job of that client.
+        sent: which call of `send` it belongs to.
+        started: seconds at which it was sent.
+        result: this job's row of every reply field, once computed; None until then.
+    """
+
+    finish: float
+    sequence: int
+    client: int = field(compare=False)
+    number: int = field(compare=False)
+    sent: int = field(compare=False)
+    started: float = field(compare=False)
+    result: dict[str, Tensor] | None = field(default=None, compare=False)
+
+
+class EventQueue:
+    """A heap of events.
+
+    >>> q = EventQueue()
+    >>> q.push([Event(2.0, 0, 7, 0, 0, 0.0), Event(1.0, 1, 8, 0, 0, 0.0), Event(1.0, 2, 9, 0, 0, 0.0)])
+    >>> [e.client for e in q.pop(until=1.5)]
+    [8, 9]
+    """
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self._heap = list(events)
+        heapq.heapify(self._heap)
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def __iter__(self) -> Iterator[Event]:
+        """Events in order of arrival."""
+        return iter(sorted(self._heap))
+
+    def push(self, events: Iterable[Event]) -> None:
+        for event in events:
+            heapq.heappush(self._heap, event)
+
+    def pop(self, until: float, count: int | None = None) -> list[Event]:
+        """Events that finish by `until` (seconds), at most `count` of them, in order of arrival."""
+        out: list[Event] = []
+        while self._heap and self._heap[0].finish <= until and (count is None or len(out) < count):
+            out.append(heapq.heappop(self._heap))
+        return out

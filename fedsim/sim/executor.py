@@ -1,0 +1,260 @@
+"""Executors: where client halves run. Here: how a cohort is cut into stacks, and the in-process executor.
+
+Letters: R jobs, C clients of a stack, P entries of a client's vector, W workers.
+
+The cut depends on the cohort and on the stack width alone, and folds add stacks in their order, so results are the
+same bits for any number of workers. A worker is a thread with its own intra-op threads and its own buffers; torch
+releases the interpreter's lock inside its operations, so threads use the cores without copying anything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedsim.cohort import Cohort
+from fedsim.memory import MemoryRows
+from fedsim.streams import Streams
+from fedsim.task import Task
+
+
+class ClientError(RuntimeError):
+    """A client half raised; the message names clients, work and round, and the cause is the client's own exception."""
+
+
+@dataclass
+class Jobs:
+    """Work for some clients.
+
+    Args:
+        work: name of the strategy's method.
+        ids: [R] client ids.
+        numbers: [R] each client's job number, part of its random keys.
+        models: the distinct broadcasts.
+        which: [R] index into `models`.
+        memory: {name: [R, ...]} rows that the clients kept.
+        weights: [R] to fold replies by, or None to keep them apart.
+        round: for messages only.
+    """
+
+    work: str
+    ids: Tensor
+    numbers: Tensor
+    models: list[Mapping[str, Any]]
+    which: Tensor
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
+    round: int = 0
+
+    def rows(self, index: Tensor) -> Jobs:
+        """Some of these jobs, with the broadcasts they need."""
+        used = torch.unique(self.which[index])
+        renumber = torch.full((len(self.models),), -1, dtype=torch.int64)
+        renumber[used] = torch.arange(len(used))
+        return Jobs(
+            self.work,
+            self.ids[index],
+            self.numbers[index],
+            [self.models[i] for i in used.tolist()],
+            renumber[self.which[index]],
+            {k: v[index] for k, v in self.memory.items()},
+            None if self.weights is None else self.weights[index],
+            self.round,
+        )
+
+
+@dataclass
+class Results:
+    """What jobs gave, in the jobs' order.
+
+    Args:
+        fields: {name: [R, ...]} replies that stand apart.
+        sums: {name: [...]} replies that were folded.
+        memory: {name: [R, ...]} rows to keep.
+        metrics: {name: [R]} diagnostics.
+        bits_up: [R] bits of each reply.
+    """
+
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    bits_up: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+
+class Executor(Protocol):
+    """Runs jobs somewhere; the same jobs give the same bits wherever that is."""
+
+    def run(self, jobs: Jobs) -> Results: ...
+
+    def map(self, function: Any, pieces: list[Any]) -> list[Any]: ...
+
+    def close(self) -> None: ...
+
+
+def cut(num_examples: Tensor, width: int) -> list[Tensor]:
+    """Indices of each stack: clients with more samples first, at most `width` to a stack.
+
+    >>> [s.tolist() for s in cut(torch.tensor([5, 9, 5, 0]), 2)]
+    [[1, 0], [2, 3]]
+    """
+    order = torch.argsort(num_examples, descending=True, stable=True)
+    return list(order.split(width)) if len(order) else []
+
+
+@dataclass
+class StackRunner:
+    """Runs one stack: the part that every executor shares.
+
+    Args:
+        task: data, field and layout.
+        strategy: its methods are the client halves.
+        seed: of the run.
+        device: where stacks live.
+    """
+
+    task: Task
+    strategy: Any
+    seed: int
+    device: torch.device
+    _local: threading.local = field(default_factory=threading.local, repr=False)
+
+    def run(self, jobs: Jobs) -> Results:
+        """Run one stack; with weights, fields of two or more dimensions come back summed over the stack."""
+        reuse = None
+        if jobs.weights is not None:
+            reuse = self._local.__dict__.setdefault("buffers", {})
+        ids = jobs.ids.to(self.device)
+        cohort = Cohort(
+            ids=ids,
+            task=self.task,
+            memory=MemoryRows(dict(jobs.memory), len(ids), self.task.layout.size, self.device),
+            streams=Streams(self.seed, ids, jobs.numbers.to(self.device)),
+            device=self.device,
+            reuse=reuse,
+        )
+        try:
+            reply = getattr(self.strategy, jobs.work)(cohort, **_broadcast(jobs, self.device))
+        except Exception as error:
+            shown = ", ".join(str(i) for i in jobs.ids[:8].tolist()) + (", ..." if len(jobs.ids) > 8 else "")
+            raise ClientError(
+                f"{jobs.work} failed in round {jobs.round} for client(s) {shown}: {type(error).__name__}: {error}"
+            ) from error
+        return self._collect(jobs, cohort, reply)
+
+    def _collect(self, jobs: Jobs, cohort: Cohort, reply: Mapping[str, Any]) -> Results:
+        bits = torch.zeros(len(cohort), dtype=torch.int64)
+        fields, sums = {}, {}
+        for name, value in reply.items():
+            if not isinstance(value, Tensor):  # a Packet knows its own size
+                bits += value.bits.cpu()
+                value = value.decode()
+            elif value.ndim:
+                bits += 32 * (value.numel() // max(len(cohort), 1))
+            if jobs.weights is not None and value.ndim > 1:
+                sums[name] = torch.tensordot(jobs.weights.to(value), value, dims=1)
+            else:
+                fields[name] = value
+        metrics = {k: v.detach().cpu().to(torch.float64) for k, v in cohort.metrics.items()}
+        memory = {k: v.detach().cpu() for k, v in cohort.memory.written.items()}
+        return Results(fields, sums, memory, metrics, bits)
+
+
+def _broadcast(jobs: Jobs, device: torch.device) -> dict[str, Any]:
+    """The broadcast of a stack: [P] when all clients start from one model, [C, P] otherwise."""
+    if len(jobs.models) == 1:
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in jobs.models[0].items()}
+    return {
+        k: torch.stack([torch.as_tensor(jobs.models[m][k]) for m in jobs.which.tolist()]).to(device)
+        for k in jobs.models[0]
+    }
+
+
+class Gather:
+    """Puts the results of stacks together again, in the order of the stacks, whoever computed them."""
+
+    def __init__(self, num_jobs: int) -> None:
+        self._num_jobs = num_jobs
+        self.results = Results(bits_up=torch.zeros(num_jobs, dtype=torch.int64))
+
+    def add(self, index: Tensor, part: Results) -> None:
+        """Take the results of one stack, whose jobs were `index` [C] of the whole."""
+        out = self.results
+        out.bits_up[index] = part.bits_up
+        for name, value in part.sums.items():
+            if name in out.sums:
+                out.sums[name] += value
+            else:
+                out.sums[name] = value
+        for into, rows in ((out.fields, part.fields), (out.memory, part.memory), (out.metrics, part.metrics)):
+            for name, value in rows.items():
+                if name not in into:
+                    into[name] = value.new_zeros(self._num_jobs, *value.shape[1:])
+                into[name][index.to(value.device)] = value
+
+
+class InProcess:
+    """Workers are threads of this process.
+
+    Args:
+        runner: runs one stack.
+        width: clients of a stack.
+        workers: threads that run stacks side by side.
+        threads: intra-op threads of each worker.
+    """
+
+    def __init__(self, runner: StackRunner, *, width: int, workers: int = 1, threads: int = 1) -> None:
+        self.runner, self.width, self.workers = runner, width, workers
+        keep_freed_memory()
+        self._pool = ThreadPoolExecutor(
+            workers, thread_name_prefix="fedsim-worker", initializer=torch.set_num_threads, initargs=(threads,)
+        )
+
+    def run(self, jobs: Jobs) -> Results:
+        gather = Gather(len(jobs.ids))
+        stacks = cut(self.runner.task.num_examples[jobs.ids], self.width)
+        for index, part in zip(stacks, self._in_order(stacks, jobs), strict=True):
+            gather.add(index, part)
+        return gather.results
+
+    def _in_order(self, stacks: list[Tensor], jobs: Jobs) -> Iterator[Results]:
+        """Results in the order of the stacks, at most two stacks per worker ahead, so that memory stays bounded."""
+        waiting: deque[Future[Results]] = deque()
+        ahead = iter(stacks)
+        try:
+            for _ in range(len(stacks)):
+                while len(waiting) < 2 * self.workers and (index := next(ahead, None)) is not None:
+                    waiting.append(self._pool.submit(self.runner.run, jobs.rows(index)))
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def map(self, function: Any, pieces: list[Any]) -> list[Any]:
+        """Independent pieces side by side; results in the order of the pieces."""
+        return list(self._pool.map(function, pieces))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep big freed blocks instead of giving them back.
+
+    Gradients of a stack are tens of megabytes and live for one step; given back and faulted in anew each time they
+    cost up to twice the step itself. No effect where the C library is another one.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass

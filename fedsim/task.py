@@ -1,0 +1,112 @@
+"""What a task is: a field (gradient or operator) for every client, and how good a solution is.
+
+Letters: N clients, C clients of a stack, P entries of a client's vector, K local steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fedsim.params import Layout
+from fedsim.streams import Streams
+
+if TYPE_CHECKING:
+    from fedsim.cohort import Cohort
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a client goes through its own data.
+
+    Args:
+        epochs: passes over the client's data, or None when `steps` is given.
+        steps: local steps, or None when `epochs` is given.
+        batch_size: samples of a step; None for all of a client's data.
+        shuffle: a fresh keyed order every epoch; False keeps the order of the data.
+    """
+
+    epochs: int | None = 1
+    steps: int | None = None
+    batch_size: int | None = 20
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("local: give either epochs or steps, not both and not neither")
+        for name in ("epochs", "steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"local.{name} must be at least 1, got {value}")
+
+    def num_steps(self, num_examples: Tensor) -> Tensor:
+        """[C] int64 local steps of clients with these sample counts; a client without data takes none."""
+        if self.steps is not None:
+            return torch.where(num_examples > 0, self.steps, 0)
+        assert self.epochs is not None
+        return self.epochs * self.steps_per_epoch(num_examples)
+
+    def steps_per_epoch(self, num_examples: Tensor) -> Tensor:
+        """[C] int64: minibatches in one pass, the last of which may be short."""
+        if self.batch_size is None:
+            return (num_examples > 0).to(torch.int64)
+        return (num_examples + self.batch_size - 1) // self.batch_size
+
+
+class Batches(Protocol):
+    """The minibatches of a stack, step by step; clients that take more steps come first."""
+
+    num_steps: Tensor
+
+    def active(self, step: int) -> int:
+        """How many of the first clients still take this step."""
+        ...
+
+    def __getitem__(self, step: int) -> Any:
+        """The batch of the active clients, in the task's own form."""
+        ...
+
+
+class Task(Protocol):
+    """Loss problems and saddle points alike."""
+
+    layout: Layout
+    num_examples: Tensor
+
+    def init(self, seed: int) -> Tensor:
+        """[P]: where training starts."""
+        ...
+
+    def batches(self, cohort: Cohort, schedule: Schedule) -> Batches:
+        """The minibatches of a cohort."""
+        ...
+
+    def field(self, x: Tensor, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(gradient or operator [C, P], loss [C]) at x [C, P] on one batch."""
+        ...
+
+    def sgd_step_(self, x: Tensor, batch: Any, lr: float) -> Tensor | None:
+        """A plain SGD step in place where the task can fuse it: loss [C], or None (and x untouched)."""
+        ...
+
+    def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
+        """How good x [P] is, on held-out data or against a known solution."""
+        ...
+
+    def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
+        """{metric: [N]} of x [P] on every client's own data; NaN for clients without any."""
+        ...
+
+
+class Pool(Protocol):
+    """Runs independent pieces of work on the executor's own workers and returns their results in order."""
+
+    def map(self, function: Any, pieces: list[Any]) -> list[Any]: ...
+
+
+def stream_of(ids: Tensor, seed: int, job: int = 0) -> Streams:
+    """Streams of some clients for something that is not a job of theirs (drawing a task's own constants)."""
+    return Streams(seed, ids, torch.full_like(ids, job))

@@ -1,0 +1,98 @@
+"""Minibatch plans: which samples every client of a stack uses in every local step.
+
+Letters: C clients, K local steps of the busiest client, B samples of a minibatch.
+
+A client's plan depends on its own stream and its own sample count alone. Clients with fewer samples than a batch
+take short batches, the last batch of an epoch may be short, and clients without samples take no step. A step is
+cut to the longest batch among its active clients, so rows are padded only where clients truly differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.streams import Streams
+from fedsim.task import Schedule
+
+
+class BatchPlan:
+    """Positions of samples (0..n_i - 1) for every step of a stack.
+
+    Args:
+        counts: [C] samples of each client, in an order in which steps do not increase.
+        schedule: epochs or steps, batch size, shuffling.
+        streams: of the stack; `job` in its key makes every round's order fresh.
+        gather: turns positions into a batch.
+    """
+
+    def __init__(
+        self,
+        counts: Tensor,
+        schedule: Schedule,
+        streams: Streams,
+        gather: Callable[[int, Tensor, Tensor | None], Any],
+    ) -> None:
+        self.num_steps = schedule.num_steps(counts)
+        self._gather = gather
+        if len(counts) > 1 and bool((self.num_steps[1:] > self.num_steps[:-1]).any()):
+            raise AssertionError("a stack must be ordered by number of local steps")
+        largest = int(counts.max()) if len(counts) else 0
+        self._width = largest if schedule.batch_size is None else min(schedule.batch_size, largest)
+        self._positions, valid = _positions(counts, schedule, streams, self.num_steps, self._width)
+        host_steps = self.num_steps.cpu()
+        last = int(host_steps[0]) if len(host_steps) else 0
+        self._active = [int((host_steps > k).sum()) for k in range(last)]
+        filled = valid.view(len(counts), last, self._width).sum(2).cpu() if last else torch.zeros(len(counts), 0)
+        self._filled = filled.to(torch.int64)
+        self._cut = [int(self._filled[: self._active[k], k].max()) for k in range(last)]
+        self._full = [bool((self._filled[: self._active[k], k] == self._cut[k]).all()) for k in range(last)]
+        self._valid = valid
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def active(self, step: int) -> int:
+        """How many of the first clients still take this step."""
+        return self._active[step]
+
+    def __getitem__(self, step: int) -> Any:
+        k, cut, start = self._active[step], self._cut[step], step * self._width
+        columns = slice(start, start + cut)
+        weights = None if self._full[step] else self._valid[:k, columns].to(torch.float32)
+        return self._gather(step, self._positions[:k, columns], weights)
+
+
+def _positions(
+    counts: Tensor, schedule: Schedule, streams: Streams, num_steps: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """(positions [C, K * width], valid [C, K * width] bool): one epoch's order after the other."""
+    per_epoch = schedule.steps_per_epoch(counts)
+    total = int(num_steps.max()) * width if len(counts) else 0
+    dump = total  # padding of short epochs is scattered into one column beyond the end
+    positions = torch.zeros(len(counts), total + 1, dtype=torch.int64, device=counts.device)
+    valid = torch.zeros(len(counts), total + 1, dtype=torch.bool, device=counts.device)
+    if total == 0:
+        return positions[:, :0], valid[:, :0]
+    span = int(per_epoch.max()) * width
+    column = torch.arange(span, device=counts.device)
+    num_epochs = -(-num_steps // per_epoch.clamp(min=1))
+    for epoch in range(int(num_epochs.max())):
+        order = _order(counts, schedule, streams, epoch, span)
+        target = epoch * (per_epoch * width)[:, None] + column
+        ok = (column < counts[:, None]) & (target < (num_steps * width)[:, None])
+        target = torch.where(ok, target, dump)
+        positions.scatter_(1, target, order)
+        valid.scatter_(1, target, ok)
+    return positions[:, :total], valid[:, :total]
+
+
+def _order(counts: Tensor, schedule: Schedule, streams: Streams, epoch: int, span: int) -> Tensor:
+    """[C, span]: the order of one epoch; columns beyond a client's count hold any valid number."""
+    if not schedule.shuffle:
+        return torch.arange(span, device=counts.device).expand(len(counts), span)
+    order = streams.permutation("batches", counts, step=epoch)
+    return order if order.shape[1] == span else torch.nn.functional.pad(order, (0, span - order.shape[1]))

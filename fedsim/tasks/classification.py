@@ -1,0 +1,106 @@
+"""Classification (and next-token prediction) on federated data with any torch module.
+
+Letters: N clients, C clients of a stack, B samples of a batch, P entries of a client's vector, n training samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.cohort import Cohort
+from fedsim.data.federated import FederatedData
+from fedsim.engine.base import Batch, Engine
+from fedsim.params import Layout
+from fedsim.task import Pool, Schedule
+from fedsim.tasks.batches import BatchPlan
+
+EVALUATION_ROWS = 1024  # samples of one piece of evaluation; part of what fixes the bits
+
+
+class ClassificationTask:
+    """One module trained on every client's samples.
+
+    Args:
+        data: the federated data set.
+        module: any module that maps inputs [B, ...] to logits [B, K] (or [B, T, K] for sequences).
+        x0: [P], the initial parameters and buffers in `Layout.of_module(module)`'s order.
+        engine: computes the gradients of a stack.
+        sample_loss: (logits, targets) -> [B] losses; the same that the engine minimises.
+    """
+
+    def __init__(
+        self,
+        data: FederatedData,
+        module: nn.Module,
+        x0: Tensor,
+        engine: Engine,
+        sample_loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        self.data, self.module, self.x0, self.engine, self.sample_loss = data, module, x0, engine, sample_loss
+        self.layout = Layout.of_module(module)
+        self.num_examples = data.num_examples
+
+    def init(self, seed: int) -> Tensor:
+        return self.x0.clone()
+
+    def batches(self, cohort: Cohort, schedule: Schedule) -> BatchPlan:
+        def gather(step: int, positions: Tensor, weights: Tensor | None) -> Batch:
+            k = len(positions)
+            rows = self.data.rows(cohort.ids[:k], positions)
+            inputs = self.data.inputs.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+            targets = self.data.targets.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+            streams = cohort.streams if k == len(cohort) else cohort.streams.rows(slice(k))
+            return Batch(inputs, targets, weights, streams, step)
+
+        return BatchPlan(cohort.num_examples, schedule, cohort.streams, gather)
+
+    def field(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.engine.gradient(x, batch, out)
+
+    def sgd_step_(self, x: Tensor, batch: Batch, lr: float) -> Tensor | None:
+        return self.engine.sgd_step_(x, batch, lr)
+
+    def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
+        data = self.data
+        loss, hit = self._score(x, data.test_inputs, data.test_targets, None, pool)
+        if not len(loss):
+            return {}
+        return {"test_loss": float(loss.mean()), "test_accuracy": float(hit.mean())}
+
+    def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
+        """[N] mean loss and accuracy of the one model x [P] on every client's own training samples."""
+        data = self.data
+        loss, hit = self._score(x, data.inputs, data.targets, data.order, pool)
+        owner = torch.repeat_interleave(torch.arange(len(data.num_examples)), data.num_examples)
+        total = torch.zeros(2, len(data.num_examples), dtype=torch.float64)
+        total[0].index_add_(0, owner, loss)
+        total[1].index_add_(0, owner, hit)
+        mean = total / data.num_examples
+        return {"loss": mean[0], "accuracy": mean[1]}
+
+    def _score(
+        self, x: Tensor, inputs: Tensor, targets: Tensor, rows: Tensor | None, pool: Pool
+    ) -> tuple[Tensor, Tensor]:
+        """Per-sample (loss, hit) in float64; samples are cut at fixed places, so no number of workers shows."""
+        total = len(targets) if rows is None else len(rows)
+
+        def piece(start: int) -> Tensor:
+            span = slice(start, min(start + EVALUATION_ROWS, total))
+            here = (inputs[span], targets[span]) if rows is None else (inputs[rows[span]], targets[rows[span]])
+            with torch.no_grad():
+                logits = self.engine.logits(x, here[0])
+                loss = self.sample_loss(logits, here[1]).double()
+                hit = (logits.argmax(-1) == here[1]).double()
+            return torch.stack([_per_sample(loss), _per_sample(hit)]).cpu()
+
+        pieces = pool.map(piece, list(range(0, total, EVALUATION_ROWS)))
+        both = torch.cat(pieces, dim=1) if pieces else torch.zeros(2, 0, dtype=torch.float64)
+        return both[0], both[1]
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    """[B] from [B] or [B, T]: a sequence counts as one sample."""
+    return values if values.ndim == 1 else values.flatten(1).mean(1)

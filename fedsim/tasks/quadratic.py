@@ -1,0 +1,127 @@
+"""Quadratic clients, whose answers are known: f_i(x) = 1/2 (x - b_i)' A_i (x - b_i).
+
+The workhorse of the tests: the minimiser of the mean is x* = (sum A_i)^-1 sum A_i b_i, and most methods have a
+closed-form limit on it. With noise 0 the field is exact and `local.batch_size` changes nothing.
+
+Letters: N clients, C clients of a stack, d dimensions (P = d).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsim.cohort import Cohort
+from fedsim.params import Layout
+from fedsim.streams import Streams, server_rng
+from fedsim.task import Pool, Schedule
+
+Numbers = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | tuple[tuple[tuple[float, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class QuadraticBatch:
+    """Which clients, and the key of their noise."""
+
+    rows: Tensor
+    streams: Streams
+    step: int
+
+
+class QuadraticTask:
+    """See the module's head.
+
+    Args:
+        a: [N] numbers, [N, d] diagonals or [N, d, d] matrices: each client's curvature.
+        b: [N] or [N, d]: each client's minimiser.
+        x0: [d] where training starts.
+        noise: standard deviation of keyed Gaussian noise added to every entry of every local gradient.
+        num_examples: [N] weights of the clients; one each by default.
+    """
+
+    def __init__(
+        self, a: Tensor, b: Tensor, x0: Tensor, noise: float = 0.0, num_examples: Tensor | None = None
+    ) -> None:
+        b = b[:, None] if b.ndim == 1 else b
+        a = a[:, None].expand(-1, b.shape[1]) if a.ndim == 1 else a
+        if a.shape[0] != b.shape[0] or a.shape[-1] != b.shape[1] or x0.shape != (b.shape[1],):
+            raise ValueError(
+                f"task.a {tuple(a.shape)}, task.b {tuple(b.shape)} and task.x0 {tuple(x0.shape)} do not fit: "
+                "give one entry per client in a and b, and one number per dimension in x0"
+            )
+        self.a, self.b, self.x0, self.noise = a, b, x0, noise
+        self.layout = Layout.of({"x": (b.shape[1],)})
+        self.num_examples = torch.ones(len(b), dtype=torch.int64) if num_examples is None else num_examples
+
+    @classmethod
+    def drawn(cls, num_clients: int, dim: int, seed: int, *, spread: float = 1.0, noise: float = 0.0) -> QuadraticTask:
+        """Random diagonal curvatures in [0.5, 2] and minimisers N(0, spread^2), keyed by the seed."""
+        rng = server_rng(seed, "quadratic")
+        a = torch.from_numpy(rng.uniform(0.5, 2.0, (num_clients, dim))).float()
+        b = torch.from_numpy(rng.normal(0.0, spread, (num_clients, dim))).float()
+        return cls(a, b, torch.zeros(dim), noise)
+
+    def to(self, device: torch.device) -> QuadraticTask:
+        """The same task with its constants on a device."""
+        moved = [t.to(device) for t in (self.a, self.b, self.x0)]
+        return QuadraticTask(moved[0], moved[1], moved[2], self.noise, self.num_examples)
+
+    def solution(self) -> Tensor:
+        """[d] float64: the minimiser of the sum, weighted by the clients' examples."""
+        w = self.num_examples.to(torch.float64)
+        a, b = self.a.double(), self.b.double()
+        if a.ndim == 2:
+            return (w[:, None] * a * b).sum(0) / (w[:, None] * a).sum(0)
+        rhs = torch.einsum("n,nij,nj->i", w, a, b)
+        return torch.linalg.solve(torch.einsum("n,nij->ij", w, a), rhs)
+
+    def init(self, seed: int) -> Tensor:
+        return self.x0.clone()
+
+    def batches(self, cohort: Cohort, schedule: Schedule) -> _Steps:
+        return _Steps(cohort, schedule)
+
+    def field(self, x: Tensor, batch: QuadraticBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        a, away = self.a[batch.rows], x - self.b[batch.rows].to(x.dtype)
+        g = a * away if a.ndim == 2 else torch.einsum("cij,cj->ci", a, away)
+        loss = 0.5 * (g * away).sum(1)
+        if self.noise:
+            g = g + self.noise * batch.streams.normal("noise", x.shape[1], step=batch.step)
+        return (g if out is None else out.copy_(g)), loss
+
+    def sgd_step_(self, x: Tensor, batch: QuadraticBatch, lr: float) -> Tensor | None:
+        return None
+
+    def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
+        losses = self.evaluate_clients(x, pool)["loss"]
+        w = self.num_examples.to(losses.dtype)
+        return {
+            "test_loss": float((w * losses).sum() / w.sum()),
+            "distance": float(torch.linalg.vector_norm(x.double() - self.solution())),
+        }
+
+    def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
+        away = x.double() - self.b.double()
+        g = self.a.double() * away if self.a.ndim == 2 else torch.einsum("nij,nj->ni", self.a.double(), away)
+        return {"loss": 0.5 * (g * away).sum(1)}
+
+
+class _Steps:
+    """Every local step uses the client's own function; an epoch is one step."""
+
+    def __init__(self, cohort: Cohort, schedule: Schedule) -> None:
+        steps = schedule.steps if schedule.steps is not None else schedule.epochs
+        assert steps is not None
+        self._cohort, self._num = cohort, steps
+        self.num_steps = torch.full((len(cohort),), steps, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self._num
+
+    def active(self, step: int) -> int:
+        return len(self._cohort)
+
+    def __getitem__(self, step: int) -> QuadraticBatch:
+        return QuadraticBatch(self._cohort.ids, self._cohort.streams, step)
