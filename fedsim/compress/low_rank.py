@@ -29,8 +29,7 @@ class PowerSGD:
     """Sends each matrix as two factors of rank r, 32 r (a + b) bits, and vectors as they are: delta = max b / r.
 
     A tensor of three or more axes is a matrix [first axis, rest]. One that the factors would not make smaller is sent
-    as it is. Meant for error feedback, which makes up
-    for the bias.
+    as it is. Meant for error feedback, which makes up for the bias.
 
     Args:
         rank: r, at least 1.

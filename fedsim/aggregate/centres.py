@@ -1,0 +1,106 @@
+"""Rules that seek a centre by small steps: the geometric median and centred clipping.
+
+Geometric median: smoothed Weiszfeld iteration, Pillutla, Kakade, Harchaoui. Robust aggregation for federated learning.
+arXiv:1912.13445. Centred clipping: Karimireddy, He, Jaggi. Learning from history for Byzantine robust optimization.
+ICML 2021.
+
+Letters: R rows, P entries of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsim.aggregate.base import finite_rows, without_bad
+from fedsim.aggregate.distances import squared_distances
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometricMedian:
+    """The point with the least sum of distances to the rows, smoothed near a row. Weights do not count.
+
+    z <- sum_i v_i / max(nu, |v_i - z|) / sum_i 1 / max(nu, |v_i - z|), starting from z = 0. Three iterations, a common
+    setting, are far from converged. Every z but the first is a mixture of the rows, so the iterations run on the R^2
+    distances between rows, and the rows themselves are read once, however many iterations there are.
+
+    Args:
+        nu: distances below it count as it.
+        iterations: at most.
+        tol: stop when no row's share of the mixture moves by more than this.
+    """
+
+    nu: float = 0.1
+    iterations: int = 1000
+    tol: float = 1e-10
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.nu > 0:
+            raise ValueError(f"geometric_median.nu must be a positive distance, got {self.nu}")
+        if self.iterations < 1:
+            raise ValueError(f"geometric_median.iterations must be at least 1, got {self.iterations}")
+        if not self.tol >= 0:
+            raise ValueError(f"geometric_median.tol must not be negative, got {self.tol}")
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        ok = finite_rows(v)
+        if not bool(ok.any()):
+            return torch.full_like(v[0], torch.nan)
+        rows = v if bool(ok.all()) else v[ok]  # a row infinitely far away has the share 0
+        squared = squared_distances(rows, rows).cpu()  # R x R numbers, and many short steps: not work for a GPU
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
+        return self._shares(norms, squared).to(v) @ rows
+
+    def _shares(self, from_zero: Tensor, squared: Tensor) -> Tensor:
+        """[R] float64: the final z as a mixture of the rows."""
+        share = self._step(from_zero)
+        for _ in range(self.iterations - 1):
+            # |v_i - sum_j s_j v_j|^2 = sum_j s_j |v_i - v_j|^2 - 1/2 sum_jk s_j s_k |v_j - v_k|^2
+            to_rows = squared @ share
+            before, share = share, self._step((to_rows - 0.5 * (share @ to_rows)).clamp_(min=0.0).sqrt())
+            if float((share - before).abs().max()) <= self.tol:
+                break
+        return share
+
+    def _step(self, distances: Tensor) -> Tensor:
+        pull = 1.0 / distances.clamp(min=self.nu)
+        return pull / pull.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenteredClipping:
+    """Moves a start point by the mean of the rows' differences to it, each cut to length tau. Weights do not count.
+
+    The start is the last round's result: a strategy keeps it and passes it on. A row that is not finite does not move
+    the point.
+
+    Args:
+        tau: greatest length of a difference.
+        iterations: moves a call.
+    """
+
+    tau: float = 100.0
+    iterations: int = 1
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.tau > 0:
+            raise ValueError(f"centered_clipping.tau must be a positive length, got {self.tau}")
+        if self.iterations < 1:
+            raise ValueError(f"centered_clipping.iterations must be at least 1, got {self.iterations}")
+
+    def __call__(self, v: Tensor, weights: Tensor, start: Tensor | None = None) -> Tensor:
+        """Rows [R, P], weights [R] (ignored) and start [P], zero if None -> [P]."""
+        ok = finite_rows(v)
+        rows = without_bad(v, ok)
+        z = torch.zeros_like(v[0]) if start is None else start
+        for _ in range(self.iterations):
+            difference = rows - z
+            length = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
+            factor = torch.where(ok, (self.tau / length).clamp(max=1.0), 0.0).to(v.dtype)
+            z = z + factor @ difference / v.shape[0]
+        return z

@@ -1,0 +1,148 @@
+"""Rules that treat every coordinate alone: median, trimmed mean, MeaMed, Phocas, and Bulyan's last step.
+
+Median and trimmed mean: Yin et al. arXiv:1803.01498. MeaMed: Xie, Koyejo, Gupta. Generalized Byzantine-tolerant SGD.
+arXiv:1802.10116. Phocas: the same authors, arXiv:1805.09682. Bulyan: El Mhamdi, Guerraoui, Rouault. ICML 2018.
+All start from the sorted columns, so they do not depend on the order of the rows. NaN is sorted above infinity.
+
+Letters: R or n rows, P entries of a row, f rows that may be faulty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.aggregate.base import check_f, check_majority
+from fedsim.aggregate.distances import squared_distances
+from fedsim.aggregate.neighbours import krum_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Median:
+    """Median of every coordinate, the mean of the middle two of an even number. Weights do not count."""
+
+    foldable: ClassVar[bool] = False
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        return _median(sort_columns(v))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimmedMean:
+    """Mean of every coordinate without its f lowest and f highest values. Weights do not count.
+
+    Args:
+        f: rows that may be faulty; n > 2f is needed.
+    """
+
+    f: int
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_f("trimmed_mean", self.f)
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        check_majority("trimmed_mean", v.shape[0], self.f)
+        return _trimmed(sort_columns(v), self.f)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeaMed:
+    """Mean of the n - f values of every coordinate nearest to its median. Weights do not count.
+
+    Args:
+        f: rows that may be faulty; n > 2f is needed.
+    """
+
+    f: int
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_f("meamed", self.f)
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        check_majority("meamed", v.shape[0], self.f)
+        columns = sort_columns(v)
+        return _mean_around(columns, _median(columns), v.shape[0] - self.f)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phocas:
+    """Mean of the n - f values of every coordinate nearest to its trimmed mean. Weights do not count.
+
+    Args:
+        f: rows that may be faulty; n > 2f is needed.
+    """
+
+    f: int
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_f("phocas", self.f)
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        check_majority("phocas", v.shape[0], self.f)
+        columns = sort_columns(v)
+        return _mean_around(columns, _trimmed(columns, self.f), v.shape[0] - self.f)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bulyan:
+    """Krum's choice n - 2f times without replacement, then the n - 4f values nearest to the median. No weights.
+
+    Args:
+        f: rows that may be faulty; n >= 4f + 3 is needed.
+    """
+
+    f: int
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_f("bulyan", self.f)
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        n = v.shape[0]
+        if n < 4 * self.f + 3:
+            raise ValueError(f"bulyan needs 4f + 3 = {4 * self.f + 3} rows for f={self.f}, got n={n}; lower f")
+        distances, left, chosen = squared_distances(v, v), list(range(n)), []
+        for _ in range(n - 2 * self.f):
+            among = torch.tensor(left, device=v.device)
+            best = int(krum_scores(distances[among][:, among], self.f, 2).argmin())
+            chosen.append(left.pop(best))
+        columns = sort_columns(v[chosen])
+        return _mean_around(columns, _median(columns), n - 4 * self.f)
+
+
+def sort_columns(v: Tensor) -> Tensor:
+    """[R, P]: every column ascending, NaN last."""
+    if v.device.type == "cpu":  # numpy's vectorised sort is several times faster
+        return torch.from_numpy(np.sort(v.numpy(), axis=0))
+    return v.sort(dim=0).values
+
+
+def _median(columns: Tensor) -> Tensor:
+    n = columns.shape[0]
+    low, high = columns[(n - 1) // 2], columns[n // 2]
+    return low.clone() if n % 2 else (low + high) / 2
+
+
+def _trimmed(columns: Tensor, f: int) -> Tensor:
+    return columns[f : columns.shape[0] - f].mean(dim=0)
+
+
+def _mean_around(columns: Tensor, centre: Tensor, keep: int) -> Tensor:
+    """[P]: mean of the `keep` values of each sorted column nearest to `centre`; ties go to the lower values."""
+    # The nearest values stand side by side: drop the farther end until `keep` are left.
+    first = torch.zeros(columns.shape[1], dtype=torch.int64, device=columns.device)
+    last = torch.full_like(first, columns.shape[0] - 1)
+    for _ in range(columns.shape[0] - keep):
+        low = centre - columns.gather(0, first[None])[0]
+        high = columns.gather(0, last[None])[0] - centre
+        drop_low = low > high  # false if high is NaN: a NaN is dropped first
+        first, last = first + drop_low, last - (~drop_low).to(torch.int64)
+    row = torch.arange(columns.shape[0], device=columns.device)[:, None]
+    return torch.where((row >= first) & (row <= last), columns, 0.0).sum(dim=0) / keep

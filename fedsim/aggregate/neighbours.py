@@ -1,0 +1,148 @@
+"""Rules that look at who is near whom: nearest-neighbour averaging, Krum, Multi-Krum.
+
+NNA: Farhadkhani et al. Robust collaborative learning with linear gradient overhead (MoNNA). ICML 2023. Krum: Blanchard
+et al. Machine learning with adversaries: Byzantine tolerant gradient descent. NeurIPS 2017.
+
+Letters: R or n rows, C pivots, M rows sent, P entries of a row, f rows that may be faulty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedsim.aggregate.base import check_f, check_majority, finite_rows, without_bad
+from fedsim.aggregate.distances import FAR, squared_distances
+
+
+def nearest_neighbour_average(pivot: Tensor, sent: Tensor, heard: Tensor, keep: int) -> Tensor:
+    """Average the `keep` heard vectors nearest to each pivot (MoNNA, NNA rule).
+
+    A pivot that was sent and heard is at distance 0 from itself and counts as one of the `keep`. A vector with a NaN or
+    an infinity is the farthest of those heard; a pivot that must take one, or is one itself, gets NaN.
+
+    Args:
+        pivot: [C, P], each client's own vector.
+        sent: [M, P], every vector sent, the clients' own among them.
+        heard: [C, M] bool, which of them reached which client.
+        keep: how many to average; ties go to the lower row.
+
+    Returns:
+        [C, P].
+
+    Raises:
+        ValueError: if keep < 1 or some client heard fewer than `keep`.
+
+    >>> nearest_neighbour_average(torch.tensor([[0.]]), torch.tensor([[0.], [1.], [9.]]), torch.ones(1, 3).bool(), 2)
+    tensor([[0.5000]])
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep} must be at least 1: f is too large for the {sent.shape[0]} vectors sent")
+    fewest = int(heard.sum(dim=1).min()) if heard.numel() else 0
+    if fewest < keep:
+        raise ValueError(f"keep={keep} exceeds the {fewest} vectors a client heard; lower f or wait for more")
+    if keep == sent.shape[0]:  # everyone is kept: the plain mean, whatever the distances
+        return sent.mean(dim=0).expand_as(pivot).clone()
+    order = squared_distances(pivot, sent).masked_fill_(~heard, inf).argsort(dim=1, stable=True)[:, :keep]
+    return _average(sent, order, finite_rows(pivot))
+
+
+def _average(v: Tensor, chosen: Tensor, ok: Tensor | None = None) -> Tensor:
+    """Mean of the chosen rows [C, k] of v [M, P] as one product with a 0/1 matrix; NaN where a bad row is chosen."""
+    ok_v = finite_rows(v)
+    member = v.new_zeros(chosen.shape[0], v.shape[0]).scatter_(1, chosen, 1.0)
+    out = (member @ without_bad(v, ok_v)).div_(chosen.shape[1])
+    good = ok_v[chosen].all(dim=1)
+    return out.masked_fill_(~(good if ok is None else good & ok)[:, None], torch.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NNA:
+    """Mean of the n - f rows nearest to one trusted row. The trusted row counts; weights do not.
+
+    Args:
+        f: rows that may be faulty; n > 2f is needed.
+        pivot: the trusted row.
+    """
+
+    f: int
+    pivot: int = 0
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_f("nna", self.f)
+        if self.pivot < 0:
+            raise ValueError(f"nna.pivot must be a row, at least 0, got {self.pivot}")
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        n = v.shape[0]
+        check_majority("nna", n, self.f)
+        if self.pivot >= n:
+            raise ValueError(f"nna.pivot={self.pivot} is not one of the {n} rows 0..{n - 1}")
+        heard = torch.ones(1, n, dtype=torch.bool, device=v.device)
+        return nearest_neighbour_average(v[self.pivot : self.pivot + 1], v, heard, n - self.f)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Krum:
+    """The row whose nearest others are nearest, the first of equal ones. Weights do not count.
+
+    Args:
+        f: rows that may be faulty; n > 2f is needed.
+        neighbours: how many others a row is scored by; the paper's n - f - 2 leaves out one more.
+    """
+
+    f: int
+    neighbours: Literal["n-f-1", "n-f-2"] = "n-f-1"
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_f("krum", self.f)
+        if self.neighbours not in ("n-f-1", "n-f-2"):
+            raise ValueError(f"krum.neighbours must be n-f-1 or n-f-2, got {self.neighbours!r}")
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        check_majority("krum", v.shape[0], self.f)
+        spared = 1 if self.neighbours == "n-f-1" else 2
+        return v[int(krum_scores(squared_distances(v, v), self.f, spared).argmin())].clone()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiKrum:
+    """Mean of the n - f rows with the best Krum scores (n - f - 1 neighbours). Weights do not count.
+
+    Args:
+        f: rows that may be faulty; n > 2f is needed.
+    """
+
+    f: int
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_f("multi_krum", self.f)
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        check_majority("multi_krum", v.shape[0], self.f)
+        scores = krum_scores(squared_distances(v, v), self.f, 1)
+        return _average(v, scores.argsort(stable=True)[None, : v.shape[0] - self.f])[0]
+
+
+def krum_scores(distances: Tensor, f: int, spared: int) -> Tensor:
+    """[n] mean squared distance of each row to its n - f - spared nearest others; at least one of them."""
+    n = distances.shape[0]
+    if n == 1:
+        return distances.new_zeros(1)
+    others = distances.clone().fill_diagonal_(-1.0).sort(dim=1).values[:, 1:]
+    count = max(1, n - f - spared)
+    nearest = others[:, :count]
+    return (nearest.clamp(max=FAR / n)).mean(dim=1)
+
+
+def mix_with_neighbours(v: Tensor, f: int) -> Tensor:
+    """[R, P]: each row replaced by the mean of the R - f rows nearest to it, itself included; ties to the lower row."""
+    order = squared_distances(v, v).argsort(dim=1, stable=True)[:, : v.shape[0] - f]
+    return _average(v, order, finite_rows(v))

@@ -1,0 +1,107 @@
+"""Pre-aggregators: rows are mixed or shortened before a robust rule sees them.
+
+NNM: Allouah et al. Fixing by mixing. AISTATS 2023. Bucketing: Karimireddy, He, Jaggi. arXiv:2006.09365. ARC (adaptive
+robust clipping): Allouah et al. arXiv:2405.14432.
+
+Letters: R or n rows, P entries of a row, f rows that may be faulty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.aggregate.base import check_f, finite_rows, without_bad
+from fedsim.aggregate.neighbours import mix_with_neighbours
+
+
+@dataclass(frozen=True, kw_only=True)
+class NNM:
+    """Replaces every row by the mean of the n - f rows nearest to it; all rows then weigh the same.
+
+    A row that is not finite becomes NaN, which the rule that follows takes for the farthest.
+
+    Args:
+        f: rows that may be faulty, less than n.
+    """
+
+    f: int
+
+    def __post_init__(self) -> None:
+        check_f("nnm", self.f)
+
+    def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        if self.f >= v.shape[0]:
+            raise ValueError(f"nnm needs more rows than f={self.f}, got n={v.shape[0]}; lower f or wait for more rows")
+        return mix_with_neighbours(v, self.f), torch.ones_like(weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucketing:
+    """Means of `size` rows each, in random order; the last may be of fewer. A mean weighs as many rows as it has.
+
+    Args:
+        size: rows of a bucket.
+    """
+
+    size: int = 2
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"bucketing.size must be at least 1 row, got {self.size}")
+
+    def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        order = torch.from_numpy(rng.permutation(v.shape[0])).to(v.device)
+        buckets = [v[part] for part in order.split(self.size)]
+        counts = torch.tensor([len(b) for b in buckets], dtype=weights.dtype, device=weights.device)
+        return torch.stack([b.mean(dim=0) for b in buckets]), counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clipping:
+    """Shortens rows longer than `norm` to that length; a row that is not finite becomes zero.
+
+    Args:
+        norm: greatest length.
+    """
+
+    norm: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.norm > 0:
+            raise ValueError(f"clipping.norm must be a positive length, got {self.norm}")
+
+    def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        lengths = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
+        return _shorten(v, lengths, torch.tensor(self.norm, dtype=torch.float64)), weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARC:
+    """Shortens the floor(2f (n - f) / n) longest rows to the length of the next one; a row not finite becomes zero.
+
+    Args:
+        f: rows that may be faulty, at most n.
+    """
+
+    f: int
+
+    def __post_init__(self) -> None:
+        check_f("arc", self.f)
+
+    def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        n = v.shape[0]
+        if self.f > n:
+            raise ValueError(f"arc needs at least f={self.f} rows, got n={n}; lower f or wait for more rows")
+        lengths = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        longest = 2 * self.f * (n - self.f) // n
+        return _shorten(v, lengths, lengths.sort().values[n - longest - 1]), weights
+
+
+def _shorten(v: Tensor, lengths: Tensor, limit: Tensor) -> Tensor:
+    ok = finite_rows(v)
+    factor = torch.where(lengths > limit, limit / lengths, 1.0).nan_to_num_(nan=0.0)
+    return without_bad(v, ok) * factor[:, None].to(v.dtype)
