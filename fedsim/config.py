@@ -109,7 +109,7 @@ class Reader:
         if ":" in name:
             return self.imported(name, f"{key}.name"), name, rest
         if name not in table:
-            raise self.error(f"{key}.name", f"unknown name {name!r}{_did_you_mean(name, table)}")
+            raise self.error(f"{key}.name", f"unknown name {name!r}{did_you_mean(name, table)}")
         return table[name], name, rest
 
     def imported(self, path: str, key: str) -> Callable[..., Any]:
@@ -150,7 +150,7 @@ class Reader:
             if name in given:
                 raise self.error(f"{key}.{name}", "is not set here but by its own section of the file")
             if name not in own:
-                raise self.error(f"{key}.{name}", f"unknown key{_did_you_mean(str(name), own)}")
+                raise self.error(f"{key}.{name}", f"unknown key{did_you_mean(str(name), own)}")
         arguments, resolved = {}, {}
         for name, (hint, default) in own.items():
             if name in values:
@@ -175,7 +175,7 @@ class Reader:
         """Refuse top-level sections that nobody asked for."""
         for key in self.raw:
             if key not in self._read and key != "versions":
-                raise self.error(str(key), f"unknown section{_did_you_mean(str(key), self._read)}")
+                raise self.error(str(key), f"unknown section{did_you_mean(str(key), self._read)}")
 
     def _argument(self, value: Any, hint: Any, key: str) -> tuple[Any, Any]:
         """(checked value, what to record) of one field, nested table entries and sections included."""
@@ -210,7 +210,7 @@ def read_file(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file{_did_you_mean(path.name, near)}")
+        raise ConfigError(f"{path}: no such file{did_you_mean(path.name, near)}")
     with _plain_errors(str(path)):
         from omegaconf import OmegaConf
 
@@ -327,7 +327,7 @@ def _describe(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -40,14 +40,27 @@ class Cost:
         return torch.full(num_examples.shape, float(self.steps), dtype=torch.float64)
 
 
-class Fold(Protocol):
-    """A linear aggregation: the weighted sum of replies, taken stack by stack so that replies need not be kept."""
+class Aggregator(Protocol):
+    """One vector from many: see fedsim.aggregate."""
 
-    foldable: bool
+    foldable: ClassVar[bool]
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        """Rows [R, P] and sample counts [R] -> [P]."""
+        ...
+
+
+class Fold(Aggregator, Protocol):
+    """A linear aggregation: the weighted sum of replies, taken stack by stack so that replies need not be kept."""
 
     def weigh(self, num_examples: Tensor) -> Tensor:
         """[R] weights of the replies, summing to one, from the clients' sample counts [R]."""
         ...
+
+
+def linear(aggregator: Aggregator) -> Fold | None:
+    """The aggregator if replies can be folded by it, else None, so that they are kept apart for it."""
+    return cast(Fold, aggregator) if aggregator.foldable else None
 
 
 @dataclass
@@ -70,6 +83,13 @@ class Replies:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.fields[name]
+
+    def mean(self, name: str, aggregator: Aggregator) -> Tensor:
+        """[P]: one field aggregated; taken as it is where `fold=linear(aggregator)` already did it."""
+        value: Tensor = self.fields[name]
+        if len(self) and value.ndim > 1:
+            return aggregator(value, self.num_examples)
+        return value
 
     def __len__(self) -> int:
         return len(self.ids)

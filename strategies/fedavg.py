@@ -10,7 +10,7 @@ Letters: S clients of a cohort, P parameters; x the server's model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch import Tensor
 from clients.local_sgd import LocalSGD
 from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, Fold, choose
+from fedsim.config import FromTable
+from fedsim.fleet import Aggregator, Fleet, choose, linear
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class FedAvg:
 
     cohort_size: int | None = None
     server_lr: float = 1.0
-    aggregator: Fold = field(default_factory=Mean)
+    aggregator: Annotated[Aggregator, FromTable("aggregator")] = field(default_factory=Mean)
     local: LocalSGD
 
     def __post_init__(self) -> None:
@@ -55,8 +56,8 @@ class FedAvg:
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         cohort = choose(fleet.clients, self.cohort_size, rng)
-        r = fleet.ask(cohort, self.local_update, cost=self.local.cost, fold=self.aggregator, x=s.x)
-        return State(s.x - self.server_lr * r["delta"]), {}
+        r = fleet.ask(cohort, self.local_update, cost=self.local.cost, fold=linear(self.aggregator), x=s.x)
+        return State(s.x - self.server_lr * r.mean("delta", self.aggregator)), {}
 
     def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
         return {"delta": self.local(clients, x).delta}

@@ -1,0 +1,49 @@
+# Everything runs in .venv, which any target below makes and fills when it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/quickstart.yaml
+OUT ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint types contract unit check bench bench-optim figures clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+$(BIN)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(BIN)/.test: $(BIN)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,flower]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt -r tests/oracles.txt
+	touch $@
+
+run: $(BIN)/.run ## set up and run the main job (CONFIG=..., OUT=...)
+	$(BIN)/fedsim run $(CONFIG) $(if $(OUT),--out $(OUT))
+
+test: lint types contract unit ## set up, then lint, types, import contract and all tests
+
+lint: $(BIN)/.test ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(BIN)/.test ## static types
+	$(BIN)/mypy
+
+contract: $(BIN)/.test ## who may import whom
+	$(BIN)/lint-imports
+
+unit: $(BIN)/.test ## the tests alone
+	$(BIN)/pytest -n 2 --dist loadgroup
+
+bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
+	$(BIN)/python -m benchmarks.rounds
+
+bench-optim: $(BIN)/.test ## the optimizer core beside torch's own kernels, as ratios
+	$(BIN)/python -m benchmarks.bench_optim
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,79 @@
+"""What `fedsim run` shows while it runs and when it has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from fedsim.compose import Composition
+from fedsim.history import History
+
+SHOWN = ("test_accuracy", "test_loss", "distance", "train_loss")
+
+
+class Progress:
+    """A live line on a terminal, a plain line now and then elsewhere, nothing when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.console = Console()
+        self._bar: Bar | None = None
+        self._seen: dict[str, Any] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def start(self, composition: Composition, folder: Path) -> None:
+        """Say what is about to run."""
+        if self.quiet:
+            return
+        plan, rounds = composition.plan, composition.experiment.rounds
+        self.console.print(f"[bold]{folder}[/bold]: {plan['clients']}; {plan['engine']}; {plan['workers']}")
+        if self.console.is_terminal:
+            self._bar = Bar(
+                TextColumn("round"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("round", total=rounds, shown="")
+            self._bar.start()
+
+    def watch(self, row: Mapping[str, Any]) -> None:
+        """Take one row."""
+        if self.quiet:
+            return
+        self._seen |= {k: row[k] for k in SHOWN if k in row}
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in self._seen.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["round"], shown=shown)
+        elif time.monotonic() - self._last_line > 10 and self._seen.keys() - {"train_loss"}:
+            self._last_line = time.monotonic()
+            self.console.print(f"round {row['round']}: {shown}", highlight=False)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def summary(self, history: History, folder: Path) -> None:
+        """The result table, and where the report is."""
+        if self.quiet:
+            return
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(style="bold")
+        table.add_column(justify="right")
+        for label, value in history.headlines():
+            table.add_row(label, value)
+        self.console.print(table)
+        self.console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,65 @@
+"""Layouts: views share memory, buffers come last, and a module survives the round trip."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedsim.params import Layout
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.body = nn.Linear(4, 3)
+        self.head = nn.Linear(3, 2)
+        self.body.bias.requires_grad_(False)
+
+
+def test_views_share_memory_with_the_flat_stack() -> None:
+    layout = Layout.of({"w": (2, 3), "b": (2,), "s": ()})
+    flat = torch.zeros(4, layout.size)
+    views = layout.views(flat)
+    views["w"][1, 0, 2] = 5.0
+    views["s"][3] = 7.0
+    assert flat[1, 2] == 5.0 and flat[3, 8] == 7.0
+    assert torch.equal(layout.flatten(views), flat)
+
+
+def test_trainable_entries_come_before_buffers_and_frozen_parameters() -> None:
+    layout = Layout.of_module(Net())
+    n = len(layout.names) - layout.num_buffers
+    assert layout.names[:n] == ("embed.weight", "norm.weight", "norm.bias", "body.weight", "head.weight", "head.bias")
+    assert layout.names[n:] == ("body.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked")
+    assert layout.num_trainable == 20 + 4 + 4 + 12 + 6 + 2
+    assert layout.trainable.size == layout.num_trainable
+
+
+def test_roles_tell_embeddings_and_the_head_from_hidden_matrices() -> None:
+    layout = Layout.of_module(Net())
+    assert dict(zip(layout.names, layout.roles, strict=True)) | {} == {
+        "embed.weight": "embed",
+        "norm.weight": "vector",
+        "norm.bias": "vector",
+        "body.weight": "matrix",
+        "head.weight": "head",
+        "head.bias": "vector",
+        "body.bias": "vector",
+        "norm.running_mean": "vector",
+        "norm.running_var": "vector",
+        "norm.num_batches_tracked": "vector",
+    }
+
+
+def test_a_state_dict_loads_back_into_the_module() -> None:
+    net = Net()
+    layout = Layout.of_module(net)
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    flat = layout.flatten({k: v.detach() for k, v in tensors.items()})
+    other = Net()
+    other.load_state_dict(layout.state_dict(flat, other))
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+        assert other.state_dict()[name].dtype == value.dtype
