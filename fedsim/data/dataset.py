@@ -1,0 +1,137 @@
+"""What a source gives: training rows, held-out rows and, where the data has them, the client of each training row.
+
+Letters: n samples, T length of a sequence, G natural clients (groups).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.data.checks import as_inputs, as_keys, as_targets, check_samples
+from fedsim.streams import server_rng
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Samples before they are given to clients.
+
+    Args:
+        inputs: [n, ...] float32, or int64 tokens.
+        targets: [n] int64 classes, or [n, T] for sequences.
+        test_inputs: [n_test, ...]; may have no rows.
+        test_targets: [n_test] or [n_test, T].
+        num_classes: how many values a target may take.
+        groups: [n] int64 in 0..G-1, the natural client of each training row.
+        group_names: G names.
+        class_names: one per class.
+        notes: what a reader of the results should know, one sentence each.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+    num_classes: int
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    def check(self, origin: str) -> Dataset:
+        """Refuse what cannot be trained on, naming `origin`; returns the data set itself."""
+        check_samples(self.inputs, self.targets, self.test_inputs, self.test_targets, self.num_classes, origin)
+        if self.groups is not None:
+            if self.group_names is None:
+                raise ValueError(f"{origin}: groups need group_names, one name per natural client")
+            if self.groups.shape != self.targets.shape[:1] or self.groups.dtype != torch.int64:
+                raise ValueError(f"{origin}: groups must be int64 with one entry for each of {len(self.inputs)} rows")
+            if self.groups.min() < 0 or self.groups.max() >= len(self.group_names):
+                raise ValueError(f"{origin}: groups must be 0 to {len(self.group_names) - 1}, one per name")
+        return self
+
+
+def from_arrays(
+    x: object,
+    y: object,
+    x_test: object = None,
+    y_test: object = None,
+    *,
+    clients: object = None,
+    num_classes: int | None = None,
+    test_fraction: float = 0.2,
+    origin: str = "data",
+) -> Dataset:
+    """A data set from arrays, converted as `checks.as_inputs` and `checks.as_targets` say.
+
+    Args:
+        x: [n, ...].
+        y: [n] or [n, T] integers.
+        x_test: held-out rows. Without them a share of the training rows is held out, class by class; which rows does
+            not depend on the run's seed.
+        y_test: their labels.
+        clients: [n] keys of the natural clients.
+        num_classes: by default one more than the largest label.
+        test_fraction: the share held out when there is no x_test; 0 holds out nothing.
+        origin: where the arrays come from, for messages.
+
+    Raises:
+        ValueError: if anything does not fit.
+    """
+    inputs, targets = as_inputs(x, f"{origin}: inputs"), as_targets(y, f"{origin}: labels")
+    if len(inputs) != len(targets):
+        raise ValueError(f"{origin}: {len(inputs)} inputs but {len(targets)} labels; one label per row is needed")
+    groups, names = (None, None) if clients is None else as_keys(clients, len(inputs), f"{origin}: clients")
+    if (x_test is None) != (y_test is None):
+        raise ValueError(f"{origin}: test inputs and test labels must be given together")
+    if x_test is not None:
+        test_inputs, test_targets = (
+            as_inputs(x_test, f"{origin}: test inputs"),
+            as_targets(y_test, f"{origin}: test labels"),
+        )
+    else:
+        train, test = hold_out(targets, test_fraction, origin)
+        inputs, targets, test_inputs, test_targets = inputs[train], targets[train], inputs[test], targets[test]
+        groups = None if groups is None else groups[train]
+    if num_classes is None:
+        num_classes = 1 + max((int(t.max()) for t in (targets, test_targets) if t.numel()), default=0)
+    return Dataset(
+        inputs=inputs,
+        targets=targets,
+        test_inputs=test_inputs,
+        test_targets=test_targets,
+        num_classes=num_classes,
+        groups=groups,
+        group_names=names,
+    ).check(origin)
+
+
+def hold_out(targets: Tensor, fraction: float, origin: str = "data") -> tuple[Tensor, Tensor]:
+    """Training rows and held-out rows, the same share of every class; sequences count as one class.
+
+    Args:
+        targets: [n] or [n, T].
+        fraction: in [0, 1); every class gives up round(fraction * its size) rows.
+        origin: for the message.
+
+    Returns:
+        (rows to train on, rows held out), each sorted.
+
+    >>> train, test = hold_out(torch.tensor([0, 0, 0, 0, 1, 1]), 0.5)
+    >>> len(train), sorted(torch.tensor([0, 0, 0, 0, 1, 1])[test].tolist())
+    (3, [0, 0, 1])
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"{origin}: test_fraction must be in [0, 1), got {fraction}; 0 holds out nothing")
+    labels = targets.numpy() if targets.ndim == 1 else np.zeros(len(targets), dtype=np.int64)
+    shuffled = server_rng(0, "data.hold_out").permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    starts = np.flatnonzero(np.diff(labels[by_class], prepend=-1))
+    held = np.zeros(len(labels), dtype=bool)
+    for start, end in pairwise([*starts, len(labels)]):
+        held[by_class[start : start + round(fraction * (end - start))]] = True
+    return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))

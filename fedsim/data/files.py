@@ -1,0 +1,233 @@
+"""The user's own data in files: `.npz` or Parquet, one file or one file per client.
+
+Letters: n samples.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedsim.data.checks import as_inputs, as_targets
+from fedsim.data.dataset import Dataset, from_arrays
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Arrays of one file; `clients` and the test pair may be missing."""
+
+    x: np.ndarray
+    y: np.ndarray
+    clients: np.ndarray | None = None
+    x_test: np.ndarray | None = None
+    y_test: np.ndarray | None = None
+
+
+def npz(*, path: str, root: str | None = None, num_classes: int | None = None, test_fraction: float = 0.2) -> Dataset:
+    """Your own arrays: an .npz file with x, y and perhaps client, x_test, y_test, or a folder with a file per client.
+
+    In a folder every `NAME.npz` with x and y is the client NAME, and `test.npz`, if there is one, is held out.
+    Floating-point x is taken as it is, uint8 is divided by 255, other integers are tokens.
+
+    Args:
+        path: the file or folder; relative to `root` where that is given and has it.
+        root: the folder of the configuration's `data.root`.
+        num_classes: by default one more than the largest label.
+        test_fraction: the share held out, class by class, when the files hold no test rows.
+
+    Raises:
+        ValueError: naming the file and the key that is missing or does not fit.
+    """
+    return _load(_resolve(path, root), ".npz", _read_npz, num_classes, test_fraction)
+
+
+def parquet(
+    *,
+    path: str,
+    root: str | None = None,
+    label: str = "label",
+    client: str = "client",
+    features: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    test_path: str | None = None,
+    num_classes: int | None = None,
+    test_fraction: float = 0.2,
+) -> Dataset:
+    """Your own table: a Parquet file with label, features and perhaps client, or a folder with a file per client.
+
+    In a folder every `NAME.parquet` is the client NAME, and `test.parquet`, if there is one, is held out.
+
+    Args:
+        path: the file or folder; relative to `root` where that is given and has it.
+        root: the folder of the configuration's `data.root`.
+        label: the column of classes, integers from 0.
+        client: the column of client keys; in a single file it may be missing.
+        features: one column that holds a list per row: floating-point numbers, pixels (uint8, divided by 255) or
+            tokens (other integers). By default all other columns, each of them one measurement.
+        shape: of one sample, such as [1, 28, 28]; by default a vector.
+        test_path: a file of held-out rows with the same columns.
+        num_classes: by default one more than the largest label.
+        test_fraction: the share held out, class by class, when there is no file of test rows.
+
+    Raises:
+        ValueError: naming the file and the column that is missing or does not fit.
+    """
+    test = None if test_path is None else _resolve(test_path, root)
+
+    def read(file: Path) -> _Table:
+        return _read_parquet(file, label, client, features, shape)
+
+    return _load(_resolve(path, root), ".parquet", read, num_classes, test_fraction, test)
+
+
+def _resolve(path: str, root: str | None) -> Path:
+    candidates = [*([Path(root) / path] if root else []), Path(path)]
+    found = next((p for p in candidates if p.exists()), None)
+    if found is None:
+        raise ValueError(
+            f"no file or folder {' or '.join(map(str, candidates))}; correct the path, or name the "
+            f"folder it lies in as data.root"
+        )
+    return found
+
+
+def _load(
+    path: Path,
+    suffix: str,
+    read: Callable[[Path], _Table],
+    num_classes: int | None,
+    test_fraction: float,
+    test_file: Path | None = None,
+) -> Dataset:
+    table = _read_folder(path, suffix, read) if path.is_dir() else read(path)
+    x_test, y_test = table.x_test, table.y_test
+    if test_file is not None:
+        held = read(test_file)
+        x_test, y_test = held.x, held.y
+    return from_arrays(
+        table.x,
+        table.y,
+        x_test,
+        y_test,
+        clients=table.clients,
+        num_classes=num_classes,
+        test_fraction=test_fraction,
+        origin=str(path),
+    )
+
+
+def _read_folder(folder: Path, suffix: str, read: Callable[[Path], _Table]) -> _Table:
+    files = sorted(file for file in folder.glob(f"*{suffix}") if file.stem != "test")
+    if not files:
+        raise ValueError(f"{folder}: no *{suffix} files in this folder; put one file per client there, named after it")
+    xs: list[np.ndarray] = []
+    ys: list[np.ndarray] = []
+    for file in files:
+        table = read(file)
+        if table.x_test is not None:
+            raise ValueError(
+                f"{file}: x_test in a client's file is not read; put held-out rows into {folder}/test{suffix}"
+            )
+        # converted here already, so that a message names the client's own file
+        x, y = as_inputs(table.x, f"{file}: inputs").numpy(), as_targets(table.y, f"{file}: labels").numpy()
+        if len(x) != len(y):
+            raise ValueError(f"{file}: {len(x)} inputs but {len(y)} labels; one label per row is needed")
+        if xs and (x.shape[1:] != xs[0].shape[1:] or x.dtype != xs[0].dtype or y.shape[1:] != ys[0].shape[1:]):
+            raise ValueError(
+                f"{file}: rows are {x.dtype}{list(x.shape[1:])}, but {files[0].name} has "
+                f"{xs[0].dtype}{list(xs[0].shape[1:])}; every client needs the same"
+            )
+        xs.append(x)
+        ys.append(y)
+    clients = np.repeat([file.stem for file in files], [len(x) for x in xs])
+    held = folder / f"test{suffix}"
+    pooled = _Table(np.concatenate(xs), np.concatenate(ys), clients)
+    if not held.exists():
+        return pooled
+    test = read(held)
+    return replace(pooled, x_test=test.x, y_test=test.y)
+
+
+def _read_npz(file: Path) -> _Table:
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{file}: not an .npz archive, or cut short; write it with numpy.savez(file, x=..., y=...)")
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in ("x", "y", "client", "x_test", "y_test") if key in archive}
+            keys = ", ".join(archive)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{file}: cannot be read as .npz ({error}); write it with numpy.savez(file, x=..., y=...), without objects"
+        ) from None
+    for key in ("x", "y"):
+        if key not in arrays:
+            raise ValueError(
+                f"{file}: no key '{key}', it has {keys or 'none'}; save with numpy.savez(file, x=..., y=...)"
+            )
+    if ("x_test" in arrays) != ("y_test" in arrays):
+        raise ValueError(f"{file}: x_test and y_test must be there together, it has {keys}")
+    return _Table(arrays["x"], arrays["y"], arrays.get("client"), arrays.get("x_test"), arrays.get("y_test"))
+
+
+def _read_parquet(file: Path, label: str, client: str, features: str | None, shape: tuple[int, ...] | None) -> _Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file}: cannot be read as Parquet ({error}); write it again, or correct the path") from None
+    columns = table.column_names
+    for key, column in (("label", label), ("features", features)):
+        if column is not None and column not in columns:
+            raise ValueError(f"{file}: no column '{column}', it has {', '.join(columns)}; set task.dataset.{key}")
+    chosen = [features] if features else [name for name in columns if name not in (label, client)]
+    if not chosen:
+        raise ValueError(f"{file}: no column left for features beside '{label}'; set task.dataset.features")
+    for name in [*chosen, label]:
+        if table[name].null_count:
+            raise ValueError(f"{file}: column '{name}' has {table[name].null_count} missing values; fill or drop them")
+    if features:
+        x = _list_column(table[features].combine_chunks(), f"{file}: column '{features}'")
+    else:
+        x = _number_columns({name: table[name].to_numpy() for name in chosen}, file)
+    if shape is not None:
+        if min(shape, default=0) < 1 or int(np.prod(shape)) != x.shape[1]:
+            raise ValueError(f"{file}: {x.shape[1]} numbers per row do not fill task.dataset.shape={list(shape)}")
+        x = x.reshape(len(x), *shape)
+    clients = table[client].to_numpy() if client in columns else None
+    return _Table(x, table[label].to_numpy(), clients)
+
+
+def _list_column(column: object, what: str) -> np.ndarray:
+    """A column of equally long lists of numbers as [n, d]."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type  # type: ignore[attr-defined]
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise ValueError(f"{what}: expected a list of numbers per row, got {kind}; leave features out to use columns")
+    lengths = pc.list_value_length(column)
+    shortest, longest = pc.min(lengths).as_py(), pc.max(lengths).as_py()
+    if shortest != longest:
+        raise ValueError(f"{what}: lists have {shortest} to {longest} entries; give every row the same length")
+    values = column.flatten()  # type: ignore[attr-defined]
+    if values.null_count:
+        raise ValueError(f"{what}: {values.null_count} missing values in the lists; fill or drop them")
+    return values.to_numpy(zero_copy_only=False).reshape(len(lengths), longest or 0)
+
+
+def _number_columns(columns: dict[str, np.ndarray], file: Path) -> np.ndarray:
+    """Columns of one number each as [n, d] float32, integers too: columns of a table are measurements, not tokens."""
+    for name, values in columns.items():
+        if values.dtype.kind not in "fiub":
+            raise ValueError(
+                f"{file}: column '{name}' holds {values.dtype}, not numbers; drop it, encode it, or name a list column "
+                f"in task.dataset.features"
+            )
+    return np.stack([values.astype(np.float32) for values in columns.values()], axis=1)

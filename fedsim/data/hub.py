@@ -1,0 +1,178 @@
+"""Data sets of the Hugging Face hub and of torchvision, through their own libraries (the extra `hub`).
+
+Letters: n samples.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsim.data.dataset import Dataset, from_arrays
+
+_TEXT_WAY_OUT = "turn it into numbers in a Python factory, task.dataset: mypkg.mymodule:my_factory"
+
+
+def huggingface(
+    *,
+    path: str,
+    root: str | None = None,
+    configuration: str | None = None,
+    features: str = "image",
+    label: str = "label",
+    client: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = "test",
+    standardize: bool = True,
+    num_classes: int | None = None,
+    test_fraction: float = 0.2,
+) -> Dataset:
+    """Any Hugging Face data set of images or numbers, by its name on the hub or a local folder (extra: hub).
+
+    Args:
+        path: such as `ylecun/mnist`, or a folder of files that the library reads.
+        root: where downloads are kept, the configuration's `data.root`; by default the library's own cache.
+        configuration: the library's name of the subset, where a data set has several.
+        features: the column of images or lists of numbers.
+        label: the column of classes, integers from 0.
+        client: the column of client keys, for the natural partition.
+        train_split: the split to train on.
+        test_split: the split that is held out; null holds out `test_fraction` of the training rows.
+        standardize: shift and scale images per channel to mean 0 and deviation 1 over the training rows.
+        num_classes: by default one more than the largest label.
+        test_fraction: used when test_split is null.
+
+    Raises:
+        ValueError: if the library, the data set, a split or a column is missing, or rows differ in shape.
+    """
+    datasets = _require("datasets", "huggingface")
+    origin = f"huggingface {path}"
+
+    def columns(split: str) -> tuple[np.ndarray, ...]:
+        try:
+            table = datasets.load_dataset(path, configuration, split=split, cache_dir=root)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(
+                f"{origin}: cannot load split '{split}' ({error}); check the name and the network, or name a local "
+                f"folder as task.dataset.path"
+            ) from None
+        wanted = [features, label, *([client] if client else [])]
+        for name in wanted:
+            if name not in table.column_names:
+                raise ValueError(f"{origin}: no column '{name}', it has {', '.join(table.column_names)}")
+        rows = table.select_columns(wanted).with_format("numpy")[:]
+        return tuple(rows[name] for name in wanted)
+
+    x, y, *keys = columns(train_split)
+    x_test, y_test = columns(test_split)[:2] if test_split else (None, None)
+    return _images_or_numbers(x, y, x_test, y_test, keys, standardize, num_classes, test_fraction, origin)
+
+
+def torchvision(
+    *,
+    dataset: str,
+    root: str | None = None,
+    download: bool = True,
+    standardize: bool = True,
+    num_classes: int | None = None,
+) -> Dataset:
+    """Any torchvision classification set with a training and a test part, such as CIFAR10 (extra: hub).
+
+    Args:
+        dataset: the name of the class in torchvision.datasets.
+        root: the folder to read from and download to, the configuration's `data.root`; ./data by default.
+        download: whether it may be fetched.
+        standardize: shift and scale images per channel to mean 0 and deviation 1 over the training rows.
+        num_classes: by default one more than the largest label.
+
+    Raises:
+        ValueError: if the library or the data set is missing, or images differ in size.
+    """
+    known = _require("torchvision.datasets", "torchvision")
+    found = getattr(known, dataset, None)
+    if not inspect.isclass(found):
+        raise ValueError(f"torchvision: no data set '{dataset}'; see the classes of torchvision.datasets")
+    build: Any = found
+    parameters = inspect.signature(build).parameters
+    if not {"train", "split"} & set(parameters):
+        raise ValueError(f"torchvision: {dataset} has no training and test part; use a Python factory instead")
+    parts = []
+    for name in ("train", "test"):
+        chosen: dict[str, object] = {"train": name == "train"} if "train" in parameters else {"split": name}
+        if "download" in parameters:
+            chosen["download"] = download
+        try:
+            parts.append(_pixels(build(root or "data", **chosen), f"torchvision {dataset}"))
+        except (OSError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"torchvision: cannot load {dataset} from {root or 'data'} ({error}); check the network, or put the "
+                f"files there and name the folder in data.root"
+            ) from None
+    return _images_or_numbers(*parts[0], *parts[1], [], standardize, num_classes, 0.0, f"torchvision {dataset}")
+
+
+def _pixels(samples: object, origin: str) -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels of a torchvision set, straight from its memory where it keeps them there."""
+    labels = getattr(samples, "targets", getattr(samples, "labels", None))
+    images = getattr(samples, "data", None)
+    if images is not None and labels is not None:
+        x = np.asarray(images)
+        if type(samples).__name__ in ("SVHN", "STL10"):  # these keep [n, channels, height, width]
+            x = x.transpose(0, 2, 3, 1)
+        return x, np.asarray(labels)
+    pairs = [(np.asarray(image), label) for image, label in samples]  # type: ignore[attr-defined]
+    shapes = {image.shape for image, _ in pairs}
+    if len(shapes) > 1:
+        raise ValueError(f"{origin}: images have {len(shapes)} different sizes; resize them in a Python factory")
+    return np.stack([image for image, _ in pairs]), np.asarray([label for _, label in pairs])
+
+
+def _images_or_numbers(
+    x: np.ndarray,
+    y: np.ndarray,
+    x_test: np.ndarray | None,
+    y_test: np.ndarray | None,
+    keys: list[np.ndarray],
+    standardize: bool,
+    num_classes: int | None,
+    test_fraction: float,
+    origin: str,
+) -> Dataset:
+    images = x.dtype == np.uint8 and x.ndim >= 3
+    if x.dtype.kind not in "fiub":
+        raise ValueError(f"{origin}: inputs are {x.dtype}, either text or rows of different shapes; {_TEXT_WAY_OUT}")
+    data = from_arrays(
+        _channels_first(x),
+        y,
+        None if x_test is None else _channels_first(x_test),
+        y_test,
+        clients=keys[0] if keys else None,
+        num_classes=num_classes,
+        test_fraction=test_fraction,
+        origin=origin,
+    )
+    if images and standardize:
+        axes = [0, *range(2, data.inputs.ndim)]
+        deviation, mean = torch.std_mean(data.inputs, dim=axes, keepdim=True)
+        for part in (data.inputs, data.test_inputs):
+            part.sub_(mean).div_(deviation.clamp(min=1e-6))
+    return data
+
+
+def _channels_first(x: np.ndarray) -> np.ndarray:
+    """uint8 images [n, height, width] or [n, height, width, channels] as [n, channels, height, width]."""
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        return x
+    return x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+
+
+def _require(module: str, source: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{source} needs the library {module.split('.')[0]} ({error}); install fedsim[hub]") from None

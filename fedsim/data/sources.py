@@ -1,0 +1,93 @@
+"""The table of data sets, and loading one by its name in a configuration.
+
+An entry is a function of keyword parameters that returns a `Dataset`; the first line of its docstring is its line in
+`fedsim list datasets`. Parameters called `root` and `seed` are filled from the configuration's `data.root` and `seed`
+where `task.dataset` does not give them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedsim.config import Reader
+from fedsim.data.dataset import Dataset, from_arrays
+from fedsim.data.federated import FederatedData
+from fedsim.data.files import npz, parquet
+from fedsim.data.hub import huggingface, torchvision
+from fedsim.data.images import digits, fashion_mnist
+from fedsim.data.synthetic import blobs, synthetic
+from fedsim.data.text import shakespeare
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "shakespeare": shakespeare,
+    "npz": npz,
+    "parquet": parquet,
+    "huggingface": huggingface,
+    "torchvision": torchvision,
+    "blobs": blobs,
+    "synthetic": synthetic,
+}
+
+Spec = str | Mapping[str, Any]
+"""A table entry as a configuration writes it: a name, or a mapping of `name` and its fields."""
+
+
+def load(spec: Spec | Dataset | FederatedData, *, root: str | None = None, seed: int = 0) -> Dataset | FederatedData:
+    """The data set that a configuration names.
+
+    Args:
+        spec: a name in DATASETS or `package.module:function`, or a mapping of `name` and that function's parameters.
+            A data set passes through.
+        root: the configuration's `data.root`, the folder where data sets look first.
+        seed: the run's seed, for data sets that are drawn.
+
+    Raises:
+        ValueError: if the name or a parameter is unknown or of the wrong type, or the data set cannot be read. An
+            exception of another kind from the user's own function is not caught.
+
+    >>> data = load({"name": "blobs", "num_examples": 30, "shape": [4]})
+    >>> data.inputs.shape, data.num_classes
+    (torch.Size([30, 4]), 10)
+    """
+    if isinstance(spec, Dataset | FederatedData):
+        return spec
+    return read_entry(Reader({}, "data"), "task.dataset", spec, root=root, seed=seed)[0]
+
+
+def read_entry(
+    reader: Reader, key: str, value: Spec, *, root: str | None = None, seed: int = 0
+) -> tuple[Dataset | FederatedData, dict[str, Any]]:
+    """(the data set, its resolved fields) of a reader's table entry; see `load`."""
+    target, name, fields = reader.named(DATASETS, value, key)
+    taken = inspect.signature(target).parameters
+    defaults = {"root": root, "seed": seed}
+    given = {field: default for field, default in defaults.items() if field in taken and field not in fields}
+    made, resolved = reader.build(target, fields, key, given)
+    try:
+        return as_dataset(made, name), {"name": name, **resolved}
+    except ValueError as error:
+        raise reader.error(key, str(error)) from None
+
+
+def as_dataset(made: object, origin: str) -> Dataset | FederatedData:
+    """What a source returned as a checked data set.
+
+    Args:
+        made: a Dataset, a FederatedData, or arrays or tensors (x, y) or (x, y, x_test, y_test), which `from_arrays`
+            takes; without test rows a fifth of every class is held out.
+        origin: the source's name, for the message.
+
+    Raises:
+        ValueError: if it is something else, or does not pass the checks.
+    """
+    if isinstance(made, Dataset | FederatedData):
+        return made.check(origin)
+    if isinstance(made, tuple) and len(made) in (2, 4):
+        return from_arrays(*made, origin=origin)
+    raise ValueError(
+        f"{origin} returned {type(made).__name__}; return a Dataset, a FederatedData, (x, y) or (x, y, x_test, y_test)"
+    )
