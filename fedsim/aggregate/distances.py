@@ -44,9 +44,9 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
         part_b = b[:, at].to(torch.float64) - centre[at]
         part_a = part_b if same else a[:, at].to(torch.float64) - centre[at]
         gram.addmm_(part_a, part_b.T)
-        norm_a += torch.linalg.vector_norm(part_a, dim=1).square()
+        norm_a += torch.linalg.vecdot(part_a, part_a)
         if not same:
-            norm_b += torch.linalg.vector_norm(part_b, dim=1).square()
+            norm_b += torch.linalg.vecdot(part_b, part_b)
     scale = norm_a[:, None] + norm_b
     out = scale - 2.0 * gram
     known = ok_a[:, None] & ok_b

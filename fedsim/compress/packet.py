@@ -215,8 +215,7 @@ class _Writer:
         self._open = np.empty(0, dtype=np.uint8)  # bits that do not fill a byte yet
 
     def put(self, values: np.ndarray, f: Field) -> None:
-        words = values.astype("<f4").view("<u4") if f.number else values.astype("<u4")
-        raw = np.ascontiguousarray(words).view(np.uint8)
+        raw = np.ascontiguousarray(values, dtype="<f4" if f.number else "<u4").view(np.uint8)
         if f.bits == 32 and not self._open.size:
             self._whole.append(raw)
             return
@@ -228,7 +227,7 @@ class _Writer:
 
     def close(self) -> bytes:
         tail = np.packbits(self._open, bitorder="little")
-        return b"".join(part.tobytes() for part in (*self._whole, tail))
+        return b"".join([part.data for part in (*self._whole, tail)])
 
 
 class _Reader:

@@ -190,19 +190,17 @@ class NaturalDithering:
         code = torch.empty(v.shape, dtype=torch.uint8, device=v.device)
         for at, words in blocks(v, streams.keys("compress.natural_dithering", step)):
             share = (v[:, at] / divisor).to(torch.float32)
-            size = share.abs().clamp_(max=1.0).nan_to_num_(nan=0.0)
+            size = share.abs().clamp_(max=1.0)
             level = _round_to_power(size, words) - (127 - self.levels)  # 1 -> s, 1/2 -> s - 1, ...
-            below = size < 2.0 ** (1 - self.levels)
-            level = torch.where(below, (uniform(words) < size * 2.0 ** (self.levels - 1)).to(torch.int32), level)
-            code[:, at] = level | (share.signbit().to(torch.int32) << self.levels.bit_length())
+            chance = size * 2.0 ** (self.levels - 1)  # of the least level, for what lies below it
+            level = torch.where(chance < 1.0, (uniform(words) < chance).to(torch.int32), level)
+            code[:, at] = level.clamp_(max=self.levels) | _sign_bit(share, self.levels.bit_length())
         return Packet(compressor=self, num_entries=v.shape[1], payload={"norm": norm, "code": code})
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
-        norm, code = payload["norm"], payload["code"].to(torch.int32)
-        width = self.levels.bit_length()
-        level = code & ((1 << width) - 1)
-        share = torch.where(level > 0, torch.exp2((level - self.levels).to(norm.dtype)), 0.0)
-        return torch.where(code >> width > 0, -share, share) * norm
+        norm = payload["norm"]
+        powers = 2.0 ** torch.arange(1 - self.levels, 1, dtype=norm.dtype, device=norm.device)
+        return _look_up(payload["code"], torch.cat([powers.new_zeros(1), powers]), self.levels.bit_length()).mul_(norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,19 +228,27 @@ class ScaledSign:
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
-        scale = torch.linalg.vector_norm(v, ord=1, dim=1, keepdim=True, dtype=torch.float64) / v.shape[1]
-        payload = {"scale": scale.to(v.dtype), "code": (v < 0).to(torch.uint8)}
+        scale = v.abs().mean(dim=1, keepdim=True)
+        payload = {"scale": scale, "code": (v < 0).view(torch.uint8)}
         return Packet(compressor=self, num_entries=v.shape[1], payload=payload)
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
         scale = payload["scale"]
-        return torch.where(payload["code"] > 0, -scale, scale)
+        return payload["code"].to(scale.dtype).mul_(-2.0).add_(1.0).mul_(scale)
 
 
 def _norm(v: Tensor, order: float) -> tuple[Tensor, Tensor]:
     """Each row's norm [C, 1], and the same with 1 for 0, to divide by."""
-    # float64 inside: squares of large float32 entries would overflow, and the sum of millions would be inexact.
-    norm = torch.linalg.vector_norm(v, ord=order, dim=1, keepdim=True, dtype=torch.float64).to(v.dtype)
+    if order == inf:
+        low, high = torch.aminmax(v, dim=1, keepdim=True)
+        norm = torch.maximum(-low, high)
+    elif order == 1.0:
+        norm = v.abs().sum(dim=1, keepdim=True)
+    else:
+        norm = torch.linalg.vecdot(v, v)[:, None].sqrt()
+        extreme = ((norm < 1e-15) | (norm > 1e15)).nonzero()[:, 0]
+        if extreme.numel():  # squares leave the range of float32: a slower way
+            norm[extreme] = torch.linalg.vector_norm(v[extreme], dim=1, keepdim=True, dtype=torch.float64).to(v.dtype)
     return norm, torch.where(norm > 0, norm, 1.0)
 
 
@@ -252,21 +258,34 @@ def _dither(v: Tensor, levels: int, order: float, keys: Tensor) -> dict[str, Ten
     norm, divisor = _norm(v, order)
     width = levels.bit_length()
     code = torch.empty(v.shape, dtype=code_dtype(width + 1), device=v.device)
-    factor = levels / divisor
+    # Levels as integers with `point` binary places: adding random places and dropping them rounds without bias.
+    point = min(24, 30 - width)
     for at, words in blocks(v, keys):
-        share = v[:, at] * factor
-        size = share.abs().nan_to_num_(nan=0.0)
-        low = size.floor()
-        level = (low + (uniform(words) < size - low)).clamp_(max=levels).to(torch.int32)
-        code[:, at] = level | (share.signbit().to(torch.int32) << width)
+        share = v[:, at] / divisor
+        fixed = share.abs().mul_(levels * 2.0**point).to(torch.int32)
+        level = ((fixed + ((words >> 2) & ((1 << point) - 1))) >> point).clamp_(0, levels)
+        code[:, at] = level | _sign_bit(share, width)
     return {"norm": norm, "code": code}
 
 
 def _undither(payload: Mapping[str, Tensor], levels: int) -> Tensor:
-    norm, code = payload["norm"], payload["code"].to(torch.int32)
-    width = levels.bit_length()
-    level = (code & ((1 << width) - 1)).to(norm.dtype)
-    return torch.where(code >> width > 0, -level, level) * (norm / levels)
+    norm = payload["norm"]
+    level = torch.arange(levels + 1, dtype=norm.dtype, device=norm.device)
+    return _look_up(payload["code"], level, levels.bit_length()).mul_(norm / levels)
+
+
+def _sign_bit(v: Tensor, width: int) -> Tensor:
+    """int32 with bit `width` set where v is below zero (or -0)."""
+    if v.dtype == torch.float32:
+        return (v.contiguous().view(torch.int32) >> 31) & (1 << width)
+    return v.signbit().to(torch.int32) << width
+
+
+def _look_up(code: Tensor, level: Tensor, width: int) -> Tensor:
+    """The stack [C, P] whose codes point to levels [s + 1], negated where bit `width` is set."""
+    spare = level.new_zeros((1 << width) - level.numel())  # codes that no encoder writes
+    table = torch.cat([level, spare, -level, spare])
+    return table.index_select(0, code.flatten().to(torch.int32)).view(code.shape)
 
 
 def _round_to_power(size: Tensor, words: Tensor) -> Tensor:

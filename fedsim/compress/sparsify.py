@@ -235,10 +235,9 @@ def _largest(v: Tensor, k: int) -> Tensor:
     """[C, k] int64, ascending: where each row's k largest magnitudes stand, the first of equal ones."""
     # Bits of a magnitude, read as an integer, are in the order of the magnitudes, with infinity and NaN above all.
     size = v.abs().view(torch.int32 if v.dtype == torch.float32 else torch.int64)
-    if v.device.type == "cpu":  # numpy selects faster; the threshold is the same whoever finds it
-        threshold = torch.from_numpy(np.partition(size.numpy(), -k, axis=1)[:, -k].copy())[:, None]
-    else:
-        threshold = torch.topk(size, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    if v.device.type == "cpu" and v.shape[1] >= _LONG_ROW:
+        return torch.from_numpy(np.stack([_largest_of_row(row, k) for row in size.numpy()]))
+    threshold = torch.topk(size, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     chosen = size >= threshold
     surplus = chosen.sum(dim=1, keepdim=True) - k
     tied = surplus[:, 0].nonzero()[:, 0]
@@ -247,3 +246,25 @@ def _largest(v: Tensor, k: int) -> Tensor:
         last = equal.cumsum(dim=1) > equal.sum(dim=1, keepdim=True) - surplus[tied]
         chosen[tied] &= ~(equal & last)
     return chosen.nonzero()[:, 1].view(-1, k)
+
+
+_LONG_ROW = 1 << 15  # from here on a row is worth a loop of its own on a CPU: ten times faster than the whole stack
+
+
+def _largest_of_row(size: np.ndarray, k: int) -> np.ndarray:
+    """The same for one row of integers: a sample guesses a threshold, and only what passes it is looked at closely."""
+    sample_of_row = size[::61]
+    rank = int(1.3 * k / 61) + 20
+    passed = np.arange(size.size)
+    if rank < sample_of_row.size:
+        guess = np.partition(sample_of_row, -rank)[-rank]
+        passed = np.flatnonzero(size >= guess)
+    if passed.size < k:  # the sample misled
+        passed = np.arange(size.size)
+    close = size[passed]
+    threshold = np.partition(close, -k)[-k]
+    surplus = np.count_nonzero(close >= threshold) - k
+    drop = np.flatnonzero(close == threshold)[::-1][:surplus]
+    keep = close >= threshold
+    keep[drop] = False
+    return passed[keep]

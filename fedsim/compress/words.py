@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsim.streams import Streams, mix64
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
-_BLOCK = 1 << 15  # entries of a block, over all rows: 256 KiB of 64-bit words
+_BLOCK = 1 << 16  # entries of a block, over all rows: 256 KiB of random words
 
 
 def words64(keys: Tensor, start: int, stop: int) -> Tensor:
