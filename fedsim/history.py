@@ -141,22 +141,24 @@ class History:
         return self.path.resolve().name if self.path else str(named or "run")
 
     def headlines(self) -> list[tuple[str, str, str]]:
-        """(key, label, final value as text with its unit) of the results that exist."""
+        """(key, label, final value as text with its unit) of the results that exist; totals of 0 say nothing."""
         out = []
         for key, label in HEADLINES:
             values = self.series(key)[1]
-            if len(values) and values.ndim == 1:
+            total = key.startswith("bits") or key.endswith("seconds")
+            if len(values) and values.ndim == 1 and not (total and values[-1] == 0):
                 out.append((key, label, show(key, float(values[-1]))))
         return out
 
     def __repr__(self) -> str:
-        return f"History({self.name}: {'; '.join(f'{label.lower()} {v}' for _, label, v in self.headlines()) or 'no rows'})"
+        results = "; ".join(f"{label.lower()} {value}" for _, label, value in self.headlines())
+        return f"History({self.name}: {results or 'no rows'})"
 
     def _repr_html_(self) -> str:
         cells = "".join(
-            f'<tr><th style="text-align:left;font-weight:normal">{escape(k)}</th>'
-            f'<td style="text-align:right;font-variant-numeric:tabular-nums">{escape(v)}</td></tr>'
-            for _, k, v in self.headlines()
+            f'<tr><th style="text-align:left;font-weight:normal">{escape(label)}</th>'
+            f'<td style="text-align:right;font-variant-numeric:tabular-nums">{escape(value)}</td></tr>'
+            for _, label, value in self.headlines()
         )
         return f"<table><caption style='text-align:left'><b>{escape(self.name)}</b></caption>{cells}</table>"
 

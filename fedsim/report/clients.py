@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.history import History, show
-from fedsim.report.draw import Curve, cumulative, histogram, line_panel
+from fedsim.report.draw import Curve, histogram, line_panel
 from fedsim.report.files import read_columns
 from fedsim.report.page import Key, Picture, Section
 
@@ -27,7 +27,6 @@ def spread_section(history: History, folder: Path) -> Section | None:
         text=text,
         keys=keys if pictures else (),
         pictures=pictures + final,
-        columns=2 if len(pictures + final) in (2, 4) else 3,
     )
 
 
@@ -51,22 +50,22 @@ def _by_round(history: History, what: str) -> Picture | None:
 
 
 def _final(folder: Path) -> tuple[str, list[Picture]]:
-    """A sentence and two pictures from the per-client file, if there is one."""
+    """A sentence and a picture from the per-client file, if there is one."""
     columns = read_columns(folder, "clients", ["accuracy", "num_examples"])
     accuracy = columns.get("accuracy", np.zeros(0))
     accuracy = accuracy[np.isfinite(accuracy)]
     if not len(accuracy):
         return "", []
-    low, middle, high = (show("accuracy", float(q)) for q in np.quantile(accuracy, [0.1, 0.5, 0.9]))
-    text = f"At the end, over {len(accuracy):,} clients: median {middle}; one in ten below {low}, one in ten above {high}."
+    low, middle, high = (
+        show("accuracy", float(q)).replace(" ", "\u00a0") for q in np.quantile(accuracy, [0.1, 0.5, 0.9])
+    )
+    text = (
+        f"At the end, over {len(accuracy):,} clients: median {middle}; one in ten below {low}, one in ten above {high}."
+    )
     label = "client's accuracy"
     return text, [
         Picture(
             title="Clients by final accuracy",
             svg=histogram(accuracy, x_label=label, alt="number of clients by final accuracy", percent=True),
-        ),
-        Picture(
-            title="Share of clients at or below",
-            svg=cumulative(accuracy, x_label=label, alt="share of clients at or below each final accuracy"),
         ),
     ]

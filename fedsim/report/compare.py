@@ -24,6 +24,7 @@ from fedsim.report.page import Key, Page, Picture, Section, Table, shortened
 MEASURES = {"test_accuracy": True, "distance": False, "test_loss": False, "train_loss": False}
 _IRRELEVANT = ("versions", "log", "checkpoint", "runtime", "out")
 _GRID = 200
+_FAR_APART = 8  # times more bits than another run: a straight axis would press that one against the left
 
 
 @dataclass(frozen=True)
@@ -176,20 +177,23 @@ def _table_section(rows: Sequence[Mapping[str, Any]], measure: str) -> Section:
         (f"final {_title(measure).lower()}", lambda r: text(measure, r["final"], r["final_std"])),
         ("best", lambda r: text(measure, r["best"], r["best_std"])),
         ("rounds to target", lambda r: text("round", r["rounds_to_target"])),
-        ("virtual time", lambda r: text("virtual_seconds", r["virtual_seconds_to_target"])),
-        ("sent up", lambda r: text("bits_up", r["bits_up_to_target"])),
+        ("time to target", lambda r: text("virtual_seconds", r["virtual_seconds_to_target"])),
+        ("bits to target", lambda r: text("bits_up", r["bits_up_to_target"])),
         ("sets it apart", lambda r: shortened("  ".join(f"{k}={v}" for k, v in r["differs"].items()), 160)),
     ]
     cells = [[read(row) for _, read in columns] for row in rows]
     # A column in which nobody has anything to say is left out.
     kept = [i for i in range(len(columns)) if i == 0 or any(row[i] not in ("–", "") for row in cells)]
     target = rows[0]["target"]
-    note = f"Target: {show(measure, target)}, the best {_title(measure).lower()} that every run reached."
-    return Section(
-        title="Result",
-        text=note if target is not None else "",
-        table=Table(header=[columns[i][0] for i in kept], rows=[[row[i] for i in kept] for row in cells]),
+    note = ""
+    if target is not None:
+        note = f"Target: {show(measure, target)}, the best {_title(measure).lower()} that every run reached."
+    table = Table(
+        header=[columns[i][0] for i in kept],
+        rows=[[row[i] for i in kept] for row in cells],
+        style="left" if kept[-1] == len(columns) - 1 else "",
     )
+    return Section(title="Result", text=note, table=table)
 
 
 def _overlays(groups: Sequence[Group], key: str) -> list[Picture]:
@@ -198,14 +202,17 @@ def _overlays(groups: Sequence[Group], key: str) -> list[Picture]:
         pairs = [[run.pairs(axis, key) for run in group.runs] for group in groups]
         present = [(x, y) for runs in pairs for x, y in runs if len(x)]
         largest = max((float(x.max()) for x, _ in present), default=0.0)
-        if largest <= 0 or not any(np.isfinite(y).any() for _, y in present):
+        if (axis != "round" and largest <= 0) or not any(np.isfinite(y).any() for _, y in present):
             continue
         scale, label = axis_scale(axis, largest)
         curves = [_curve(runs, i, scale) for i, runs in enumerate(pairs) if all(len(x) for x, _ in runs)]
         percent = "accuracy" in key
         log = not percent and (key == "distance" or wants_log([y for _, y in present]))
         alt = f"{key.replace('_', ' ')} of all runs against {label}"
-        svg = line_panel(curves, x_label=label, alt=alt, percent=percent, log=log)
+        ends = [float(x.max()) for x, _ in present]
+        log_x = axis == "bits_up" and min(ends) > 0 and max(ends) / min(ends) > _FAR_APART
+        x_label = f"{label}, logarithmic" if log_x else label
+        svg = line_panel(curves, x_label=x_label, alt=alt, percent=percent, log=log, log_x=log_x)
         pictures.append(Picture(title=title[0].upper() + title[1:], svg=svg))
     return pictures
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANEL = (340, 224)
+PANEL = (340, 220)
 NUM_COLOURS = 6
 MAX_POINTS = 600
 
@@ -54,6 +54,7 @@ _STYLE = {
     "xtick.major.size": 3,
     "ytick.major.size": 0,
     "xtick.major.width": 0.8,
+    "xtick.minor.size": 0,
     "ytick.minor.size": 0,
 }
 
@@ -76,22 +77,32 @@ class Curve:
     dash: int = 0
 
 
-def line_panel(curves: Sequence[Curve], *, x_label: str, alt: str, percent: bool = False, log: bool = False) -> str:
+def line_panel(
+    curves: Sequence[Curve], *, x_label: str, alt: str, percent: bool = False, log: bool = False, log_x: bool = False
+) -> str:
     """Curves over one x axis, as SVG.
 
     Args:
-        curves: at least one; thinned to about 600 points each, extremes kept.
+        curves: at least one, the first drawn on top; thinned to about 600 points each, extremes kept.
         x_label: with its unit.
         alt: what a screen reader says.
         percent: y is a share, shown times 100 and kept within 0 and 1.
-        log: logarithmic y (values of 0 or less are then left out).
+        log: logarithmic y (values of 0 or less are then left out), unless no value is above 0.
+        log_x: the same for x.
     """
+    log = log and any((curve.y > 0).any() for curve in curves)  # a distance of 0 all along has no logarithm
     with _figure(*PANEL) as figure:
         ax = _panel(figure, x_label)
-        for curve in curves:
+        for curve in reversed(curves):
             _draw(ax, curve, log)
+        if log_x:
+            ax.set_xscale("log")
+            _log_axis(ax.xaxis)
+        else:
+            ax.set_xlim(left=0)
         if log:
-            _log_axis(ax)
+            ax.set_yscale("log")
+            _log_axis(ax.yaxis)
         else:
             _linear_axis(ax, percent)
         return _svg(figure, alt)
@@ -102,10 +113,12 @@ def histogram(values: np.ndarray, *, x_label: str, alt: str, percent: bool = Fal
 
     Args:
         values: [n] finite, n >= 1.
-        percent: values are shares, shown times 100, on an axis from 0 to 1.
+        percent: values are shares, shown times 100, on an axis that ends at 1.
         whole: values are whole numbers, and no bin is narrower than 1.
     """
-    low, high = (0.0, 1.0) if percent else (float(values.min()), float(values.max()))
+    low, high = float(values.min()), float(values.max())
+    if percent:  # whole tenths from the lowest up
+        low, high = min(np.floor(10 * low) / 10, 0.9), 1.0
     if whole:
         width = max(1, -(-int(high - low + 1) // 30))
         edges = np.arange(low, high + 1 + width, width) - 0.5
@@ -122,21 +135,6 @@ def histogram(values: np.ndarray, *, x_label: str, alt: str, percent: bool = Fal
         return _svg(figure, alt)
 
 
-def cumulative(values: np.ndarray, *, x_label: str, alt: str) -> str:
-    """The share of clients at or below each share (an accuracy), as SVG."""
-    x = np.sort(values)
-    y = np.arange(1, len(x) + 1) / len(x)
-    keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
-    with _figure(*PANEL) as figure:
-        ax = _panel(figure, x_label)
-        xs, ys = np.concatenate([[0.0], x[keep], [1.0]]), np.concatenate([[0.0], y[keep], [1.0]])
-        ax.plot(xs, ys, drawstyle="steps-post", color=_STAND_INS["c1"])
-        _linear_axis(ax, percent=True)
-        ax.set_xlim(-0.02, 1.02)
-        ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
-        return _svg(figure, alt)
-
-
 def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_label: str, alt: str, ids: bool) -> str:
     """A client-by-class picture, with a bar of each client's size above it, as SVG.
 
@@ -146,7 +144,7 @@ def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_
         ids: the columns are clients 0 to n - 1, so number them.
     """
     n, k = counts.shape
-    width, rows_high = 700, float(np.clip(k * 24, 120, 380))
+    width, rows_high = 700, float(np.clip(k * 32, 120, 380))
     left = 60 if rows is None else float(np.clip(24 + 6.5 * max(map(len, rows)), 60, 140))
     height = rows_high + 118
     with _figure(width, height) as figure:
@@ -159,8 +157,8 @@ def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_
         _ticks(sizes.yaxis, 2)
         # One hue, more or less opaque: the empty end is the page itself, light or dark.
         shade = np.zeros((k, n, 4))
-        shade[..., :3] = np.array([0x1F, 0x7A, 0xC4]) / 255
-        shade[..., 3] = np.sqrt(counts.T / max(counts.max(), 1))
+        shade[..., :3] = np.array([0x26, 0x86, 0xD9]) / 255
+        shade[..., 3] = np.where(counts.T > 0, 0.12 + 0.88 * np.sqrt(counts.T / max(counts.max(), 1)), 0)
         ax.imshow(shade, aspect="auto", interpolation="none", extent=(-0.5, n - 0.5, k - 0.5, -0.5))
         ax.set_xlabel(x_label)
         ax.set_ylabel(y_label if rows is None else "")
@@ -175,27 +173,32 @@ def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_
         return _svg(figure, alt)
 
 
-def timeline(jobs: Sequence[Sequence[tuple[float, float]]], steps: np.ndarray, *, x_label: str, alt: str) -> str:
+def timeline(
+    jobs: Sequence[Sequence[tuple[float, float]]], steps: np.ndarray, *, end: float, x_label: str, alt: str
+) -> str:
     """Who worked when, as SVG.
 
     Args:
         jobs: one entry per shown client: its (start, finish) pairs in the units of the x axis.
         steps: [s] times of server steps, drawn as thin lines.
+        end: where the x axis ends; it starts at the first job.
     """
-    width, rows_high = 700, float(np.clip(len(jobs) * 11, 60, 380))
-    height = rows_high + 60
+    width, rows_high = 700, float(np.clip(len(jobs) * 14, 60, 380))
+    height = rows_high + 56
     with _figure(width, height) as figure:
-        ax = figure.add_axes((40 / width, 46 / height, (width - 52) / width, rows_high / height))
+        ax = figure.add_axes((28 / width, 42 / height, (width - 40) / width, rows_high / height))
         for at in steps:
-            ax.axvline(at, color=_STAND_INS["grid"], linewidth=1)
+            ax.axvline(at, color=_STAND_INS["rule"], linewidth=0.8, zorder=0.5)
         for row, pairs in enumerate(jobs):
             colours = [_STAND_INS["c1"], _STAND_INS["c5"]]  # neighbours in time must be told apart
             bars = [(start, finish - start) for start, finish in pairs]
-            ax.broken_barh(bars, (row - 0.36, 0.72), facecolors=[colours[i % 2] for i in range(len(bars))])
+            ax.broken_barh(bars, (row - 0.34, 0.68), facecolors=[colours[i % 2] for i in range(len(bars))])
+        ax.set_xlim(min((pairs[0][0] for pairs in jobs if pairs), default=0.0), end)
         ax.set_ylim(len(jobs) - 0.4, -0.6)
         ax.set_yticks([])
         ax.set_ylabel("client")
         ax.set_xlabel(x_label)
+        ax.spines["left"].set_visible(False)
         _ticks(ax.xaxis, 8)
         return _svg(figure, alt)
 
@@ -228,11 +231,11 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
 
 def _panel(figure: Figure, x_label: str) -> Axes:
     width, height = PANEL
-    ax = figure.add_axes((48 / width, 44 / height, (width - 62) / width, (height - 54) / height))
+    ax = figure.add_axes((48 / width, 40 / height, (width - 62) / width, (height - 50) / height))
     ax.set_xlabel(x_label)
     ax.grid(axis="y")
     ax.spines["left"].set_visible(False)
-    _ticks(ax.xaxis, 5, whole=x_label == "round")
+    _ticks(ax.xaxis, 6, whole=x_label == "round")
     return ax
 
 
@@ -259,22 +262,21 @@ def _linear_axis(ax: Axes, percent: bool) -> None:
     ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g} %")
 
 
-def _log_axis(ax: Axes) -> None:
+def _log_axis(axis: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(numticks=6))
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    low, high = ax.get_ylim()
-    if np.log10(high / low) < 1.3:  # less than two powers of ten would leave the axis without numbers
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    ax.yaxis.set_major_formatter(lambda v, _: tick_text(v, log=True))
+    axis.set_major_locator(LogLocator(numticks=6))
+    axis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_view_interval()
+    if np.log10(high / low) < 1.3:  # so short an axis may hold no power of ten
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(lambda v, _: tick_text(v, log=True))
 
 
 def _ticks(axis: Any, most: int, whole: bool = False) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(most, integer=whole, steps=[1, 2, 2.5, 5, 10] if not whole else [1, 2, 5, 10]))
+    axis.set_major_locator(MaxNLocator(most, integer=whole, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(lambda v, _: tick_text(v))
 
 
@@ -297,9 +299,6 @@ def tick_text(value: float, log: bool = False) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-_pictures = re.compile(r'\bid="([^"]+)"')
-
-
 def _svg(figure: Figure, alt: str) -> str:
     """The figure as an inline <svg>: themed, without ids that nothing refers to, named for screen readers."""
     from html import escape
@@ -314,7 +313,7 @@ def _svg(figure: Figure, alt: str) -> str:
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    text = _pictures.sub(lambda m: m.group() if m.group(1) in used else "", text)
+    text = re.sub(r'\bid="([^"]+)"', lambda m: m.group() if m.group(1) in used else "", text)
     # Ids are hashes of what they name; a prefix per picture keeps those of two pictures apart on one page.
     stamp = f"f{abs(hash_text(text)):x}"[:9]
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{stamp}-", text)

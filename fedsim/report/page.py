@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fedsim.sinks import write_whole
 
@@ -46,11 +46,16 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Text in rows; the first column is left-aligned, the others right-aligned unless `prose` says otherwise."""
+    """Text in rows, the first column to the left and the others to the right.
+
+    Args:
+        style: `prose` puts all columns to the left, `left` the last one, and both let it wrap.
+        fold: where not empty, the table is folded behind this text.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    prose: bool = False
+    style: Literal["", "prose", "left"] = ""
     fold: str = ""
 
 
@@ -64,7 +69,6 @@ class Section:
     pictures: Sequence[Picture] = ()
     table: Table | None = None
     code: str = ""
-    columns: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)

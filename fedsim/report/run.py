@@ -103,7 +103,9 @@ def _notices(history: History) -> list[str]:
     out = []
     for key in ("train_loss", "test_loss", "distance"):
         rounds, values = history.series(key)
-        bad = np.flatnonzero(~np.isfinite(values.astype(float))) if values.ndim == 1 and len(values) else []
+        if values.ndim != 1:
+            continue
+        bad = np.flatnonzero(~np.isfinite(values.astype(float)))
         if len(bad):
             out.append(f"{key} was not finite in round {rounds[bad[0]]:,}: the run diverged there.")
     return out if history.rows else ["The run has written no rows yet."]
@@ -182,7 +184,7 @@ def _environment(history: History, folder: Path) -> Section | None:
             raise ValueError(f"{file} is not JSON ({e}); remove it to write the report without it") from e
         found |= loaded if isinstance(loaded, dict) else {"environment": loaded}
     rows = [[str(key), shortened(_inline(value), 300)] for key, value in list(found.items())[:80]]
-    return Section(title="Versions and machine", table=Table(header=(), rows=rows, prose=True)) if rows else None
+    return Section(title="Versions and machine", table=Table(header=(), rows=rows, style="prose")) if rows else None
 
 
 def _inline(value: Any) -> str:

@@ -15,6 +15,7 @@ from fedsim.report.page import Picture, Section
 SHOWN_CLIENTS = 200
 SAMPLED_CLIENTS = 100
 SHOWN_CLASSES = 100
+_CHUNK = 1 << 14
 
 
 def split_section(folder: Path) -> Section | None:
@@ -35,7 +36,7 @@ def split_section(folder: Path) -> Section | None:
         svg = histogram(sizes, x_label="examples", alt="number of clients by number of examples", whole=True)
         pictures.append(Picture(title="Clients by size", svg=svg))
     if len(counts) > 1 and counts.shape[1] > 1 and sizes.any():
-        entropy = class_entropy(counts[sizes > 0])
+        entropy = class_entropy(counts if sizes.all() else counts[sizes > 0])
         svg = histogram(entropy, x_label="class entropy (bit)", alt="number of clients by class entropy")
         pictures.append(Picture(title="Clients by mix of classes", svg=svg))
     return Section(title="How the data was split", text=_sentence(counts), pictures=pictures)
@@ -47,9 +48,13 @@ def class_entropy(counts: np.ndarray) -> np.ndarray:
     >>> class_entropy(np.array([[4, 0], [2, 2]]))
     array([0., 1.])
     """
-    share = counts / counts.sum(1, keepdims=True)
-    # 0 log 0 = 0; adding 0.0 turns the -0.0 of a client with one class into 0.0
-    return -(share * np.log2(np.where(share > 0, share, 1.0))).sum(1) + 0.0
+    out = np.empty(len(counts))
+    for start in range(0, len(counts), _CHUNK):  # a million clients by a thousand classes must fit
+        part = counts[start : start + _CHUNK]
+        share = part / part.sum(1, keepdims=True)
+        # 0 log 0 = 0; adding 0.0 turns the -0.0 of a client with one class into 0.0
+        out[start : start + _CHUNK] = -(share * np.log2(np.where(share > 0, share, 1.0))).sum(1) + 0.0
+    return out
 
 
 def _read(file: Path) -> tuple[np.ndarray, list[str] | None]:
@@ -60,7 +65,7 @@ def _read(file: Path) -> tuple[np.ndarray, list[str] | None]:
             names = [str(name) for name in stored["class_names"]] if "class_names" in stored else None
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"{file} cannot be read ({e}); {way_out}") from e
-    if counts.ndim != 2 or counts.dtype.kind not in "iuf" or (counts < 0).any():
+    if counts.ndim != 2 or counts.dtype.kind not in "iuf" or (counts.size and not counts.min() >= 0):
         raise ValueError(f"{file}: counts must be [clients, classes] and not negative, got {counts.shape}; {way_out}")
     if names is not None and len(names) != counts.shape[1]:
         raise ValueError(f"{file}: {len(names)} class_names for {counts.shape[1]} classes; {way_out}")
@@ -89,7 +94,7 @@ def _sentence(counts: np.ndarray) -> str:
     n = len(sizes)
     text = f"{n:,} client{'s' * (n != 1)}, {sizes.sum():,.0f} examples, {counts.shape[1]:,} classes. "
     text += f"The median client holds {np.median(sizes):,.0f} ({sizes.min():,.0f} to {sizes.max():,.0f})"
-    held = (counts[sizes > 0] > 0).sum(1)
+    held = np.count_nonzero(counts, axis=1)[sizes > 0]
     text += f" of {np.median(held):,.0f} classes." if len(held) else "."
     empty = int((sizes == 0).sum())
     text += f" {empty:,} hold{'s' * (empty == 1)} none." if empty else ""

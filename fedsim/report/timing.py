@@ -11,8 +11,8 @@ from fedsim.report.draw import Curve, line_panel, timeline
 from fedsim.report.files import read_columns
 from fedsim.report.page import Key, Picture, Section
 
-SHOWN_CLIENTS = 36
-SHOWN_JOBS = 700
+SHOWN_CLIENTS = 24
+SHOWN_JOBS = 240
 SHOWN_STEPS = 80
 
 
@@ -51,16 +51,21 @@ def _timeline(history: History, folder: Path) -> tuple[str, Picture] | None:
     shown = known[np.unique(np.linspace(0, len(known) - 1, min(len(known), SHOWN_CLIENTS)).astype(int))]
     theirs = np.isin(client, shown)
     client, start, finish = client[theirs], start[theirs], finish[theirs]
-    first = np.argsort(start, kind="stable")[:SHOWN_JOBS]
-    client, start, finish = client[first], start[first], finish[first]
+    order = np.argsort(start, kind="stable")
+    client, start, finish = client[order], start[order], finish[order]
+    # Up to where the next job would be one too many, so that no row ends before the others do.
+    end = float(start[SHOWN_JOBS]) if len(start) > SHOWN_JOBS else float(finish.max())
+    client, start, finish = client[:SHOWN_JOBS], start[:SHOWN_JOBS], finish[:SHOWN_JOBS]
     jobs = [list(zip(start[client == c].tolist(), finish[client == c].tolist(), strict=True)) for c in shown]
     at = history.series("virtual_seconds")[1].astype(float)
-    at = at[at <= finish.max()]
-    text = f" The timeline shows {len(first):,} jobs of {len(shown):,} of {len(known):,} clients"
-    text += "; its upright lines are server steps." if 0 < len(at) <= SHOWN_STEPS else "."
+    at = at[(at >= start[0]) & (at <= end)]
+    at = at if len(at) <= SHOWN_STEPS else np.zeros(0)
+    text = f" The timeline shows the first {len(start):,} jobs of {len(shown):,} of {len(known):,} clients"
+    text += "; its upright lines are server steps." if len(at) else "."
     svg = timeline(
         jobs,
-        at if len(at) <= SHOWN_STEPS else np.zeros(0),
+        at,
+        end=end,
         x_label="virtual time (s)",
         alt="timeline: when each shown client worked",
     )

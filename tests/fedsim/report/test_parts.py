@@ -1,0 +1,152 @@
+import json
+import re
+
+import numpy as np
+import pytest
+
+from fedsim.history import History
+from fedsim.report.curves import over_each_axis, wants_log
+from fedsim.report.draw import MAX_POINTS, Curve, histogram, line_panel, thin, tick_text
+from fedsim.report.files import read_columns
+from fedsim.report.page import shortened
+from fedsim.report.split import class_entropy, split_section
+from fedsim.report.timing import timing_section
+
+
+def test_thinning_keeps_the_ends_and_every_spike():
+    x = np.arange(100_000.0)
+    y = np.sin(x / 1000)
+    y[[777, 54_321]] = 50, -50
+    keep = thin(x, y)
+    assert len(keep) <= MAX_POINTS + 2 and keep[0] == 0 and keep[-1] == len(x) - 1
+    assert {777, 54_321} <= set(keep.tolist()) and (np.diff(keep) > 0).all()
+
+
+def test_thinning_keeps_a_gap_a_gap():
+    x, y = np.arange(10_000.0), np.ones(10_000)
+    y[4_000:6_000] = np.nan
+    assert np.isnan(y[thin(x, y)]).any()
+
+
+def test_a_short_curve_is_drawn_point_by_point():
+    assert thin(np.arange(5.0), np.ones(5)).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("y", [[0.5], [0.5, 0.5], [0.0, 0.0], [1e-9, 1e9], [np.nan, 0.25], [-1.0, 1.0]])
+def test_any_curve_can_be_drawn(y, log):
+    curve = Curve(x=np.arange(1.0, len(y) + 1), y=np.array(y))
+    svg = line_panel([curve], x_label="round", alt='a "picture" <here>', log=log)
+    assert svg.startswith('<svg class="picture" viewBox="0 0 340 220" role="img"')
+    assert 'aria-label="a &quot;picture&quot; &lt;here&gt;"' in svg
+    assert "nan" not in svg.lower()
+
+
+def test_accuracies_are_shown_in_percent_between_0_and_100():
+    curve = Curve(x=np.arange(3.0), y=np.array([0.0, 1.0, 1.0]), low=np.zeros(3) - 0.2, high=np.ones(3) + 0.2)
+    ticks = re.findall(r">([\d.]+) %<", line_panel([curve], x_label="round", alt="", percent=True))
+    assert ticks and all(0 <= float(t) <= 100 for t in ticks)
+
+
+def test_a_histogram_of_equal_values_has_one_bar():
+    assert "<path" in histogram(np.full(7, 3), x_label="examples", alt="", whole=True)
+    assert "<path" in histogram(np.full(7, 0.0), x_label="bit", alt="")
+    assert "100 %" in histogram(np.ones(7), x_label="accuracy", alt="", percent=True)
+
+
+def test_logarithmic_ticks_are_powers():
+    assert [tick_text(v, log=True) for v in (1e-6, 2e-5, 0.01, 1, 100, 1e5)] == [
+        "10⁻⁶",
+        "2·10⁻⁵",
+        "0.01",
+        "1",
+        "100",
+        "10⁵",
+    ]
+
+
+def test_an_axis_that_does_not_move_has_no_panel():
+    rows = [{"round": r, "virtual_seconds": 0.0, "bits_up": 8 * r, "loss": 1 / r} for r in range(1, 5)]
+    assert [p.title for p in over_each_axis(History(rows), ["loss"])] == ["By round", "By bits sent"]
+    assert over_each_axis(History(rows), ["nothing"]) == []
+
+
+def test_a_cliff_is_drawn_on_a_logarithmic_axis():
+    assert wants_log([np.array([1e6, 1.0, np.inf])])
+    assert not wants_log([np.array([2.0, 0.1])]) and not wants_log([np.array([1e6, 0.0])]) and not wants_log([])
+
+
+def test_class_entropy_by_hand():
+    counts = np.array([[8, 0, 0, 0], [2, 2, 2, 2], [1, 1, 0, 0], [2, 1, 1, 0]])
+    np.testing.assert_allclose(class_entropy(counts), [0, 2, 1, 1.5])
+
+
+def test_the_split_is_told_in_a_sentence(tmp_path):
+    np.savez(tmp_path / "split.npz", counts=np.array([[4, 0], [1, 1], [0, 0]]))
+    section = split_section(tmp_path)
+    assert section.text.startswith(
+        "3 clients, 6 examples, 2 classes. The median client holds 2 (0 to 4) of 2 classes. 1 holds none."
+    )
+    assert [p.title for p in section.pictures][1:] == ["Clients by size", "Clients by mix of classes"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 10), (3, 1), (200, 100), (201, 101), (2, 1000)])
+def test_a_split_of_any_shape_is_drawn(tmp_path, shape):
+    np.savez(tmp_path / "split.npz", counts=np.ones(shape, dtype=int))
+    assert split_section(tmp_path).pictures[0].wide
+
+
+def test_no_client_or_no_example_is_no_picture_and_no_crash(tmp_path):
+    np.savez(tmp_path / "split.npz", counts=np.zeros((0, 10), dtype=int))
+    assert split_section(tmp_path) is None
+    np.savez(tmp_path / "split.npz", counts=np.zeros((3, 10), dtype=int))
+    assert "3 hold none" in split_section(tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"counts": np.ones(3)}, r"got \(3,\)"),
+        ({"counts": -np.ones((2, 2))}, "not negative"),
+        ({"counts": np.ones((2, 2)), "class_names": np.array(["a"])}, "1 class_names for 2 classes"),
+        ({"other": np.ones(3)}, "cannot be read"),
+    ],
+)
+def test_a_split_that_makes_no_sense_is_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "split.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        split_section(tmp_path)
+
+
+def test_columns_come_from_json_lines_and_parquet_alike(tmp_path):
+    import pandas as pd
+
+    rows = [{"client": 0, "accuracy": 0.5}, {"client": 1, "accuracy": None, "nonfinite": ["accuracy"]}]
+    (tmp_path / "clients.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    from_lines = read_columns(tmp_path, "clients", ["accuracy", "client", "nothing"])
+    pd.DataFrame({"client": [0, 1], "accuracy": [0.5, None]}).to_parquet(tmp_path / "clients.parquet")
+    from_parquet = read_columns(tmp_path, "clients", ["accuracy", "client", "nothing"])
+    for columns in (from_lines, from_parquet):
+        assert set(columns) == {"accuracy", "client"}
+        np.testing.assert_equal(columns["accuracy"], [0.5, np.nan])
+    assert read_columns(tmp_path, "timeline", ["client"]) == {}
+
+
+def test_a_timeline_of_many_jobs_ends_where_all_rows_are_still_full(tmp_path):
+    history = History([{"round": r, "virtual_seconds": 1.0 * r, "staleness_mean": 1.0} for r in range(1, 100)])
+    jobs = [{"client": c, "start": 2.0 * k, "finish": 2.0 * k + 2} for k in range(1000) for c in range(100)]
+    (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(j) + "\n" for j in jobs))
+    section = timing_section(history, tmp_path)
+    assert "the first 240 jobs of 24 of 100 clients" in section.text and section.pictures[0].wide
+    assert [p.title for p in section.pictures] == ["Who worked when", "Staleness by round"]
+
+
+def test_staleness_without_a_timeline_is_one_panel(tmp_path):
+    history = History([{"round": 1, "staleness_mean": 1.0, "staleness_max": 2}])
+    assert [p.title for p in timing_section(history, tmp_path).pictures] == ["Staleness by round"]
+    assert timing_section(History([{"round": 1}]), tmp_path) is None
+
+
+def test_long_text_is_cut_and_says_by_how_much():
+    assert shortened("abc", 3) == "abc"
+    assert shortened("abcdef", 4) == "abcd\n… 2 more letters"
