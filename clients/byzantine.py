@@ -1,0 +1,253 @@
+"""Byzantine clients: what faulty clients send in place of their own vectors.
+
+All attackers know the vectors of the honest clients of the step, and each sends the same vector unless said otherwise.
+The vectors may be models or pseudo-gradients: an attack looks at numbers only. Attacks exist in simulation alone.
+
+Sources: sign flip, IPM and ALIE as in ByzFL and in the code of Farhadkhani et al. (MoNNA, ICML 2023); ALIE: Baruch,
+Baruch, Goldberg. A little is enough. NeurIPS 2019; IPM (also known as fall of empires): Xie, Koyejo, Gupta. UAI 2019;
+mimic: Karimireddy, He, Jaggi. arXiv:2006.09365.
+
+Letters: H honest clients, b byzantine ones, P entries of a vector, mu [P] the honest mean, s [P] their deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf, isfinite, nan
+from statistics import NormalDist
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedsim.streams import Streams
+
+
+@dataclass
+class AttackContext:
+    """What an attack knows beside the vectors.
+
+    Args:
+        step: server step, part of the key of its random numbers.
+        memory: what it keeps between steps; the owner passes the same dict again and saves it with a checkpoint.
+    """
+
+    step: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Attack(Protocol):
+    """Frozen settings of an attack."""
+
+    on_data: ClassVar[bool]
+    """Whether it poisons the clients' data instead of their vectors; then it is not called."""
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        """What the byzantine clients send.
+
+        Args:
+            honest: [H, P], the honest clients' vectors of this step, H >= 1.
+            b: how many byzantine clients send.
+            streams: theirs, b rows.
+            context: of the step.
+
+        Returns:
+            [b, P], rows perhaps sharing memory; None if they send nothing, so that no reply of theirs arrives.
+        """
+        ...
+
+
+def flip_labels(targets: Tensor, num_classes: int) -> Tensor:
+    """Class y becomes num_classes - 1 - y."""
+    return num_classes - 1 - targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignFlip:
+    """Sends -mu; scaled, -mu H / b, which makes the mean of all zero."""
+
+    scaled: bool = False
+    on_data: ClassVar[bool] = False
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        factor = len(honest) / max(b, 1) if self.scaled else 1.0
+        return _repeat(-factor * honest.mean(dim=0), b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerProduct:
+    """FOE, also known as IPM: sends -tau mu. Some write it as (1 - k) mu, so that tau = k - 1."""
+
+    tau: float = 2.0
+    on_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.tau):
+            raise ValueError(f"foe.tau must be a finite factor, got {self.tau}")
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        return _repeat(-self.tau * honest.mean(dim=0), b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alie:
+    """A little is enough: sends mu + k s, s with divisor H - 1 (and zero for a single honest client).
+
+    Args:
+        k: a factor, negative to subtract; `max` takes the quantile up to which honest clients outnumber those that
+            would have to be outvoted: Phi^-1((n - b - q) / (n - b)), q = floor(n / 2) + 1 - b, n = H + b.
+    """
+
+    k: float | Literal["max"] = 1.5
+    on_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.k != "max" and not (isinstance(self.k, int | float) and isfinite(self.k)):
+            raise ValueError(f"alie.k must be a finite factor or max, got {self.k!r}")
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        mu = honest.mean(dim=0)
+        s = honest.std(dim=0) if len(honest) > 1 else torch.zeros_like(mu)
+        k = alie_factor(len(honest) + b, b) if self.k == "max" else self.k
+        return _repeat(mu + k * s, b)
+
+
+def alie_factor(n: int, b: int) -> float:
+    """The largest k of ALIE for n clients of which b are byzantine.
+
+    Raises:
+        ValueError: if the byzantine clients are a majority already, or too few to be one with any number of others.
+    """
+    outvoted = n // 2 + 1 - b
+    share = (n - b - outvoted) / (n - b) if n > b else nan
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"alie.k=max is not defined for n={n} clients with b={b} byzantine ones; give k a number")
+    return NormalDist().inv_cdf(share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mimic:
+    """Sends a copy of one honest client's vector, so that this client counts too often.
+
+    Args:
+        target: row of the honest client that is copied.
+        warmup: None copies `target` always; a number of steps learns for so long the direction in which the honest
+            vectors differ most, and then copies the client that lies farthest along it.
+    """
+
+    target: int = 0
+    warmup: int | None = None
+    on_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.target < 0:
+            raise ValueError(f"mimic.target must be a row, at least 0, got {self.target}")
+        if self.warmup is not None and self.warmup < 1:
+            raise ValueError(f"mimic.warmup must be at least 1 step, got {self.warmup}")
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        if self.target >= len(honest):
+            raise ValueError(f"mimic.target={self.target} is not one of the {len(honest)} honest clients of this step")
+        if self.warmup is None or not b:
+            return _repeat(honest[self.target], b)
+        seen = int(context.memory.get("mimic.steps", torch.zeros(())))
+        if seen >= self.warmup:
+            return _repeat(honest[int((honest @ context.memory["mimic.direction"]).abs().argmax())], b)
+        self._learn(honest, streams, context, seen)
+        return _repeat(honest[self.target], b)
+
+    def _learn(self, honest: Tensor, streams: Streams, context: AttackContext, seen: int) -> None:
+        """One step towards the top direction of the honest vectors' scatter (Oja's rule, lengths normalised)."""
+        if not seen:
+            z = streams.rows([0]).normal("attack.mimic", honest.shape[1], dtype=honest.dtype)[0]
+            z = z / z.norm()
+        else:
+            z = context.memory["mimic.direction"]
+        centred = honest - honest.mean(dim=0)
+        pull = (centred @ z) @ centred
+        length = pull.norm()
+        if float(length) > 0:
+            z = seen * z + pull / length
+            z = z / z.norm()
+        context.memory["mimic.direction"] = z
+        context.memory["mimic.steps"] = torch.tensor(seen + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian:
+    """Sends normal noise, another one for each client."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    on_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.std >= 0:
+            raise ValueError(f"gaussian.std must not be negative, got {self.std}")
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        assert len(streams.clients) == b, f"{b} byzantine clients and {len(streams.clients)} streams"
+        noise = streams.normal("attack.gaussian", honest.shape[1], step=context.step, dtype=honest.dtype)
+        return self.mean + self.std * noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Infinity:
+    """Sends infinity in every entry."""
+
+    on_data: ClassVar[bool] = False
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        return _repeat(torch.full_like(honest[0], inf), b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotANumber:
+    """Sends NaN in every entry."""
+
+    on_data: ClassVar[bool] = False
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        return _repeat(torch.full_like(honest[0], nan), b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silence:
+    """Sends nothing: the replies of these clients never arrive."""
+
+    on_data: ClassVar[bool] = False
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelFlip:
+    """Trains on labels num_classes - 1 - y and sends what comes of it, as an honest client would."""
+
+    on_data: ClassVar[bool] = True
+
+    def poison(self, targets: Tensor, num_classes: int) -> Tensor:
+        """The labels that the byzantine clients train on."""
+        return flip_labels(targets, num_classes)
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+        raise ValueError("label_flip poisons data, not vectors: let its clients train on poison(targets, num_classes)")
+
+
+def _repeat(vector: Tensor, b: int) -> Tensor:
+    return vector.expand(b, -1)
+
+
+ATTACKS: dict[str, type] = {
+    "sign_flip": SignFlip,
+    "foe": InnerProduct,
+    "ipm": InnerProduct,
+    "alie": Alie,
+    "mimic": Mimic,
+    "label_flip": LabelFlip,
+    "gaussian": Gaussian,
+    "infinity": Infinity,
+    "nan": NotANumber,
+    "silence": Silence,
+}
