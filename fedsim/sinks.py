@@ -225,7 +225,7 @@ def make_sinks(names: list[str]) -> list[Sink]:
         if name not in SINKS:
             near = difflib.get_close_matches(name, SINKS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "choose among " + ", ".join(SINKS)
-            raise ValueError(f"log.sinks: unknown sink '{name}'; {hint}")
+            raise ValueError(f"unknown sink '{name}'; {hint}")
     return [SINKS[name]() for name in dict.fromkeys(["jsonl", *names])]
 
 
