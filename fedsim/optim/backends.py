@@ -1,0 +1,125 @@
+"""How a step runs: eagerly in cache-sized blocks, through torch's fused kernels, or as one compiled function.
+
+An eager step is a dozen passes over its arrays. On a CPU it is cut into blocks whose arrays and temporaries stay in
+the core's cache, which makes it several times faster for long vectors; on a GPU the whole stack is one block, so the
+number of launches does not grow with clients. Torch's fused kernels are private: when a call to one does not fit this
+version of torch, the eager formula answers.
+
+Letters: k clients, P coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fedsim.optim.fused import has_kernel, kernel_for
+from fedsim.optim.pipeline import Block, Plan, Values, step_block_
+from fedsim.optim.transforms import needs_whole_rows
+
+_EAGER_ENTRIES = 1 << 16  # of one array in a block: 256 KB, a handful of which fit a core's second-level cache
+_FUSED_ENTRIES = 1 << 18  # one pass needs no temporaries; the gradient is still near after its finite check
+
+
+def choose(plan: Plan, x: Tensor, block: Block) -> str:
+    """The back end of this step: `auto` takes torch's kernel where it does exactly what is asked."""
+    how = plan.settings.backend
+    if how in ("eager", "compiled"):
+        return how
+    part = plan.parts[0]
+    fits = fuses(plan) and not block.shared and not any(isinstance(v, Tensor) for v in block.coefs[0].values())
+    return "fused" if fits and kernel_for(part.rule, x.device.type, x.dtype) is not None else "eager"
+
+
+def fuses(plan: Plan) -> bool:
+    """Whether torch has a kernel for this rule with these settings (per-client numbers and masks aside)."""
+    part, clip = plan.parts[0], plan.settings.clip
+    simple = len(plan.parts) == 1 and part.lr_weights is None and clip.value is None
+    decay = part.mode in (None, "decoupled") or (part.mode == "l2" and part.decay_weights is None)
+    return simple and decay and not needs_whole_rows(plan.settings) and has_kernel(part.rule)
+
+
+def row_blocks(x: Tensor, how: str) -> list[slice]:
+    """The rows that are worked on together."""
+    k, width = x.shape
+    if x.device.type != "cpu" or how == "compiled":
+        return [slice(0, k)]
+    step = max(1, (_FUSED_ENTRIES if how == "fused" else _EAGER_ENTRIES) // width)
+    return [slice(i, min(i + step, k)) for i in range(0, k, step)]
+
+
+def take_rows(block: Block, rows: slice, k: int) -> Block:
+    """The part of a block that belongs to some of its k rows."""
+    if rows.start == 0 and rows.stop == k:
+        return block
+
+    def pick(values: Values) -> Values:
+        return {
+            n: v[rows] if isinstance(v, Tensor) and v.ndim == 2 and len(v) == k > 1 else v for n, v in values.items()
+        }
+
+    return Block(pick(block.shared), [pick(v) for v in block.states], [pick(v) for v in block.coefs])
+
+
+def run(plan: Plan, how: str, x: Tensor, g: Tensor, block: Block) -> None:
+    """One step of all rows of x by the chosen back end."""
+    if how == "compiled":
+        _compiled(plan)(x, g, block)
+    elif how == "fused":
+        _fused_step_(plan, x, g, block)
+    elif _may_cut_columns(plan) and x.device.type == "cpu" and x.shape[1] > _EAGER_ENTRIES:
+        for columns in _pieces(x.shape[1], _EAGER_ENTRIES):
+            step_block_(plan, x[:, columns], g[:, columns], _take_columns(block, columns, x.shape[1]))
+    else:
+        step_block_(plan, x, g, block)
+
+
+def _fused_step_(plan: Plan, x: Tensor, g: Tensor, block: Block) -> None:
+    """The step by torch's own kernel."""
+    part, coefs, states = plan.parts[0], block.coefs[0], block.states[0]
+    kernel = kernel_for(part.rule, x.device.type, x.dtype)
+    assert kernel is not None
+    rate, weights = coefs.get("decay_rate", 0.0), states["decay_weights"]
+    if part.mode == "decoupled":
+        x.mul_(1 - (rate if weights is None else weights * rate))
+    arrays = {"x": x, "g": g} | {s.name: states[s.name] for s in part.rule.active_states()}
+    whole = all(a.is_contiguous() for a in arrays.values())
+    lists = {n: [a] if whole else list(a.unbind(0)) for n, a in arrays.items()}
+    kernel(part.rule, lists, coefs, rate if part.mode == "l2" else 0.0)
+
+
+def _may_cut_columns(plan: Plan) -> bool:
+    return len(plan.parts) == 1 and plan.parts[0].rule.elementwise and not needs_whole_rows(plan.settings)
+
+
+def _pieces(width: int, size: int) -> Iterator[slice]:
+    for i in range(0, width, size):
+        yield slice(i, min(i + size, width))
+
+
+def _take_columns(block: Block, columns: slice, width: int) -> Block:
+    def pick(values: Values) -> Values:
+        return {
+            n: v[:, columns] if isinstance(v, Tensor) and v.ndim == 2 and v.shape[1] == width else v
+            for n, v in values.items()
+        }
+
+    return Block(pick(block.shared), [pick(v) for v in block.states], [pick(v) for v in block.coefs])
+
+
+_COMPILED: WeakKeyDictionary[Plan, Callable[[Tensor, Tensor, Block], None]] = WeakKeyDictionary()
+
+
+def _compiled(plan: Plan) -> Callable[[Tensor, Tensor, Block], None]:
+    """The step of a plan as one compiled function, whatever the number of rows."""
+    if plan not in _COMPILED:
+
+        def step(x: Tensor, g: Tensor, shared: Values, states: list[Values], coefs: list[Values]) -> None:
+            step_block_(plan, x, g, Block(shared, states, coefs))
+
+        compiled = torch.compile(step, dynamic=True, fullgraph=True)
+        _COMPILED[plan] = lambda x, g, b: compiled(x, g, b.shared, b.states, b.coefs)
+    return _COMPILED[plan]

@@ -1,0 +1,94 @@
+"""Torch's fused kernels for the rules that have one: one pass over the arrays.
+
+They are private functions of torch, so each is tried once on a tiny array per device type and type of number; where
+that fails, or gives another answer than the formula, the eager formula is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fedsim.optim.adaptive import Adam
+from fedsim.optim.elementwise import Sgd
+from fedsim.optim.rule import Rule
+
+Lists = Mapping[str, list[Tensor]]  # x, g and the states, each a list of contiguous arrays
+Kernel = Callable[[Rule, Lists, Mapping[str, float], float], None]
+
+
+def kernel_for(rule: Rule, device: str, dtype: torch.dtype) -> Kernel | None:
+    """The fused step of a rule on a kind of device, or None."""
+    if not has_kernel(rule):
+        return None
+    kernel, name = (_sgd, "sgd") if isinstance(rule, Sgd) else (_adam, "adam")
+    return kernel if _works(kernel, name, device, dtype) else None
+
+
+def has_kernel(rule: Rule) -> bool:
+    """Whether torch has a kernel for this form of the rule."""
+    if isinstance(rule, Sgd):
+        return not rule.ema
+    return isinstance(rule, Adam) and rule.eps_mode == "corrected"
+
+
+def _sgd(rule: Rule, arrays: Lists, c: Mapping[str, float], l2: float) -> None:
+    assert isinstance(rule, Sgd)
+    if "m" not in arrays:
+        if not l2:
+            for x, g in zip(arrays["x"], arrays["g"], strict=True):
+                x.add_(g, alpha=-c["lr"])
+            return
+        first, momentum, nesterov = False, 0.0, False
+    else:
+        first, momentum, nesterov = False, c["keep"], rule.nesterov
+    torch._fused_sgd_(
+        arrays["x"],
+        arrays["g"],
+        arrays.get("m", []),
+        weight_decay=l2,
+        momentum=momentum,
+        lr=c["lr"],
+        dampening=1 - c.get("take", 1.0),  # 0 at a client's first step, whose momentum is zero
+        nesterov=nesterov,
+        maximize=False,
+        is_first_step=first,
+    )
+
+
+def _adam(rule: Rule, arrays: Lists, c: Mapping[str, float], l2: float) -> None:
+    assert isinstance(rule, Adam)
+    step = torch.tensor(float(c["t"]), device=arrays["x"][0].device)
+    torch._fused_adam_(
+        arrays["x"],
+        arrays["g"],
+        arrays["m"],
+        arrays["v"],
+        arrays.get("v_max", []),
+        [step] * len(arrays["x"]),
+        lr=c["lr"],
+        beta1=c["beta1"],
+        beta2=c["beta2"],
+        weight_decay=l2,
+        eps=c["eps"],
+        amsgrad=rule.amsgrad,
+        maximize=False,
+    )
+
+
+@cache
+def _works(kernel: Kernel, name: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether this torch has the kernel, with the arguments and the meaning expected here."""
+    rule: Rule = Sgd(momentum=0.5) if name == "sgd" else Adam()
+    c = {"lr": 0.5, "keep": 0.5, "take": 1.0, "t": 1.0, "beta1": 0.9, "beta2": 0.999, "eps": 0.0}
+    arrays = {n: [torch.full((3,), v, device=device, dtype=dtype)] for n, v in (("x", 1.0), ("g", 2.0))}
+    arrays |= {n: [torch.zeros(3, device=device, dtype=dtype)] for n in (("m",) if name == "sgd" else ("m", "v"))}
+    try:
+        kernel(rule, arrays, c, 0.0)
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    expected = 0.0 if name == "sgd" else 0.5  # 1 - 0.5 * 2 and 1 - 0.5 * sign
+    return bool(torch.allclose(arrays["x"][0], torch.full_like(arrays["x"][0], expected)))

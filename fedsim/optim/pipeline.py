@@ -1,0 +1,186 @@
+"""One step on a block of rows: the order of section "a step" for every rule, written once.
+
+Gradient inputs (mask, additive term, l2 decay), gradient transforms, the rule's state and direction, decay, the step,
+decay modes that come after it, the weight average. The same function runs eagerly on blocks that fit a core's cache
+and, compiled, on the whole stack.
+
+Letters: k clients, P coordinates of the trainable vector, p those of one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.optim.rule import Rule
+from fedsim.optim.segments import Segments
+from fedsim.optim.spec import RuleSettings, Settings
+from fedsim.optim.transforms import transform
+
+Values = dict[str, Any]  # [k, w], [1, w] or [k, 1] tensors, numbers that all clients share, or None
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One rule and the coordinates it acts on.
+
+    Args:
+        name: prefix of its state buffers; empty for the main rule.
+        rule: what it computes.
+        base: learning rate and decay.
+        segments: of its own packed coordinates [p].
+        columns: [p] int64, its coordinates in the whole vector; None means all of them in order.
+        lr_weights: [1, p] factors on the learning rate; None means 1 everywhere.
+        decay_weights: [1, p] factors on the decay rate; None means 1 everywhere.
+        l2_weights: [1, P] the same over the whole vector, zero outside this part; None means 1 everywhere.
+        decays: whether any coordinate decays at all.
+    """
+
+    name: str
+    rule: Rule
+    base: RuleSettings
+    segments: Segments
+    columns: Tensor | None
+    lr_weights: Tensor | None
+    decay_weights: Tensor | None
+    l2_weights: Tensor | None
+    decays: bool
+
+    _constants: dict[object, Values] = field(default_factory=dict, repr=False)
+
+    @property
+    def mode(self) -> str | None:
+        """The decay mode, or None if nothing decays."""
+        return self.base.decay if self.decays else None
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"optimizer.{self.name}{type(self.rule).__name__}"
+
+    def constants(self, x: Tensor) -> Values:
+        """Weight vectors and columns on x's device and in its type, made once."""
+        key = (x.device, x.dtype)
+        if key not in self._constants:
+            vectors = {n: getattr(self, n) for n in ("lr_weights", "decay_weights", "l2_weights")}
+            self._constants[key] = {n: None if v is None else v.to(x.device, x.dtype) for n, v in vectors.items()}
+            self._constants[key]["columns"] = None if self.columns is None else self.columns.to(x.device)
+        return self._constants[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is fixed about a step: the parts, the transforms and the tensors of the whole vector."""
+
+    parts: tuple[Part, ...]
+    settings: Settings
+    segments: Segments
+
+
+class Named(SimpleNamespace):
+    """Values by attribute; built by assignment, which torch.compile can follow."""
+
+    def __init__(self, values: Values) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+@dataclass
+class Block:
+    """Everything one step needs about some rows.
+
+    Args:
+        shared: mask, add, average and average_keep, where present.
+        states: per part, its states, inputs and weight vectors.
+        coefs: per part, its coefficients.
+    """
+
+    shared: Values
+    states: list[Values]
+    coefs: list[Values]
+
+
+def step_block_(plan: Plan, x: Tensor, g: Tensor, block: Block) -> None:
+    """One step of every row of x [k, P], in place, with gradients g [k, P]."""
+    mask = _tensor(block.shared, "mask")
+    if "average_first" in block.shared:  # the average starts at the point the client starts from
+        average = block.shared["average"]
+        average.lerp_(x, block.shared["average_first"])
+    g = _gradient(plan, x, g, block, mask)
+    for part, states, coefs in zip(plan.parts, block.states, block.coefs, strict=True):
+        s, c = Named(states), Named(coefs)
+        if part.columns is None:
+            _advance_(part, x, g, s, c, mask)
+            continue
+        own = x.index_select(1, states["columns"])
+        picked = None if mask is None else mask.index_select(1, s.columns)
+        _advance_(part, own, g.index_select(1, s.columns), s, c, picked)
+        x.index_copy_(1, s.columns, own)
+    if "average" in block.shared:
+        block.shared["average"].lerp_(x, block.shared["average_rate"])
+
+
+def _gradient(plan: Plan, x: Tensor, g: Tensor, block: Block, mask: Tensor | None) -> Tensor:
+    """The gradient that the rules see: mask, additive term, l2 decay, transforms."""
+    if mask is not None:
+        g = g * mask
+        x = x * mask
+    if "add" in block.shared:
+        add = block.shared["add"]
+        g = g + (add if mask is None else add * mask)
+    for part, states, coefs in zip(plan.parts, block.states, block.coefs, strict=True):
+        if part.mode == "l2":
+            weights = _tensor(states, "l2_weights")
+            g = g + x * coefs["decay_rate"] if weights is None else g + x * (weights * coefs["decay_rate"])
+    return transform(x, g, plan.segments, plan.settings)
+
+
+def _advance_(part: Part, x: Tensor, g: Tensor, s: SimpleNamespace, c: SimpleNamespace, mask: Tensor | None) -> None:
+    """State, direction, decay and step of one part on its own coordinates."""
+    rule, mode = part.rule, part.mode
+    lr_weights, decay_weights = s.lr_weights, s.decay_weights
+    if mask is not None:
+        decay_weights = mask if decay_weights is None else decay_weights * mask
+    lr = c.lr
+    if rule.owns_lr and lr_weights is not None:
+        c.lr = lr * lr_weights
+    if rule.decay == "in_update":
+        rate = c.decay_rate if mode == "in_update" else 0.0
+        c.decay = rate if decay_weights is None else rate * decay_weights
+    u = rule.direction(x if mask is None else x * mask, g, s, c, part.segments)
+    if mask is not None:
+        u = u * mask
+    if mode in ("decoupled", "independent"):
+        _shrink_(x, c.decay_rate, decay_weights)
+    if rule.owns_lr:
+        x.sub_(u)
+    else:
+        _descend_(x, u if lr_weights is None else u * lr_weights, lr)
+    if mode == "decoupled_after":
+        _shrink_(x, c.decay_rate, decay_weights)
+    elif mode == "prox":
+        x.div_(1 + (c.decay_rate if decay_weights is None else c.decay_rate * decay_weights))
+
+
+def _shrink_(x: Tensor, rate: Tensor | float, weights: Tensor | None) -> None:
+    """x *= 1 - rate * weights."""
+    x.mul_(1 - (rate if weights is None else weights * rate))
+
+
+def _descend_(x: Tensor, u: Tensor, lr: Tensor | float) -> None:
+    """x -= lr * u."""
+    if isinstance(lr, Tensor):
+        x.sub_(u * lr)
+    else:
+        x.add_(u, alpha=-lr)
+
+
+def _tensor(values: Mapping[str, Any], name: str) -> Tensor | None:
+    value = values.get(name)
+    assert value is None or isinstance(value, torch.Tensor)
+    return value
