@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
 from fedsim.engine.base import Engine
+from fedsim.engine.compiled import CompiledEngine
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import LOSSES, Loss
 from fedsim.engine.precision import check_precision
+from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
 
 ENGINES = {
     "loop": "plain autograd, one client after another: any module",
+    "stacked": "one batched forward and backward pass for all clients of a stack, plain SGD fused into it",
+    "compiled": "torch.compile of the vmapped gradient: for long runs of few shapes",
 }
 
 
@@ -42,7 +48,11 @@ def build_engine(
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a function, got {loss!r}")
         loss = LOSSES[loss]
-    module = module.to(device)
+    module = copy.deepcopy(module).to(device)
     if name == "loop":
         return LoopEngine(module, layout, loss, precision)
+    if name == "stacked":
+        return StackedEngine(module, layout, loss, precision)
+    if name == "compiled":
+        return CompiledEngine(module, layout, loss, precision)
     raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")

@@ -73,7 +73,7 @@ class LoopEngine:
         start_calls(module)
         trained, buffers = self.tensors.of(x.detach())
         leaves = {k: v.requires_grad_() for k, v in trained.items()}
-        # copies: views of one storage share a version counter, so autograd would take a new running mean for a new weight
+        # copies: views of one storage share a version counter, so autograd would take a new mean for a new weight
         buffers = {k: v.clone() for k, v in buffers.items()}
         with torch.enable_grad(), products(self.precision, x.device):
             logits = functional_call(module, leaves | buffers | keys, (batch.inputs[i, :n],))

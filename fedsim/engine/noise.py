@@ -86,7 +86,7 @@ def dropout_layers(module: nn.Module) -> Iterator[tuple[str, KeyedDropout]]:
 def dropout_keys(module: nn.Module, streams: Streams | None, step: int) -> dict[str, Tensor]:
     """{buffer name: [C] keys} for the functional call of a keyed copy in training mode."""
     keys = {}
-    for name, layer in dropout_layers(module):
+    for name, _ in dropout_layers(module):
         if streams is None:
             raise ValueError(f"dropout layer {name} needs keyed noise: give the batch its streams")
         keys[f"{name}.key" if name else "key"] = streams.keys(purpose(name), step)

@@ -1,0 +1,118 @@
+"""The rule behind `engine: auto` and `stack: auto`: sizes, layer kinds and the device decide, never a timing.
+
+A timing would make the bits of a run depend on what else the machine did. Measured figures behind the constants are
+in docs/benchmarks.md. `fedsim tune` measures here and prints the keys to set.
+
+Letters: C clients in a stack (its width), B samples of a minibatch, P entries of a client's vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedsim.engine.precision import check_precision
+from fedsim.params import Layout
+
+STACK_BYTES = 4 * 2**20  # of parameters: stacks this small stay in a core's caches from step to step
+GPU_SHARE = 0.5  # of a GPU's memory for one stack; the rest is for data, evaluation and torch itself
+GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, direction, two of an optimizer
+MAX_WIDTH_CPU = 64
+MAX_WIDTH_GPU = 512
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How clients will be computed.
+
+    Args:
+        engine: name of the engine.
+        width: clients in a stack at most.
+        reason: one sentence for people.
+    """
+
+    engine: str
+    width: int
+    reason: str
+
+
+def choose(
+    module: nn.Module,
+    layout: Layout,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1,
+    steps: int = 1,
+    num_clients: int = 1,
+    engine: str = "auto",
+    stack: int | str = "auto",
+    precision: str = "fp32",
+) -> Plan:
+    """The engine and the stack width for a module.
+
+    Args:
+        module: the model.
+        layout: of the module.
+        device: where stacks will lie.
+        batch_size: B.
+        steps: of a local run, at most.
+        num_clients: clients there are; a stack is never wider.
+        engine: a name, or auto.
+        stack: a width, or auto.
+        precision: fp32, tf32 or bf16.
+
+    Raises:
+        ValueError: for a width below one, or an unknown precision.
+    """
+    check_precision(precision)
+    device = torch.device(device)
+    name, why = ("stacked", "") if engine == "auto" else (engine, f"engine {engine} as set; ")
+    if stack != "auto":
+        if not isinstance(stack, int) or stack < 1:
+            raise ValueError(f"stack must be auto or a positive number of clients, got {stack!r}")
+        return Plan(name, stack, why + f"stacks of {stack} as set")
+    width, reason = _width(module, layout, device, batch_size, name)
+    if width > num_clients:
+        width, reason = max(num_clients, 1), f"all {num_clients} clients in one stack"
+    return Plan(name, width, why + reason)
+
+
+def memory_bytes(layout: Layout, width: int, batch_size: int) -> int:
+    """A rough count of the memory of one stack: a client's vectors, and activations as large as one per sample row."""
+    return width * 4 * (GPU_COPIES * layout.size + batch_size * _activations(layout))
+
+
+def _width(module: nn.Module, layout: Layout, device: torch.device, batch_size: int, engine: str) -> tuple[int, str]:
+    if engine == "loop":
+        return 1, "the loop engine takes one client at a time"
+    if device.type != "cpu":
+        return _gpu_width(layout, device, batch_size)
+    if any(isinstance(layer, _CONVOLUTIONS) for layer in module.modules()):
+        return 1, "on a CPU convolutions are fastest one client at a time"
+    each = 4 * layout.size
+    width = min(max(1, STACK_BYTES // each), MAX_WIDTH_CPU)
+    if width == 1:
+        return 1, f"one client's parameters ({each / 2**20:.1f} MiB) fill a core's caches"
+    return width, f"{width} clients' parameters ({width * each / 2**20:.1f} MiB) stay in a core's caches between steps"
+
+
+def _gpu_width(layout: Layout, device: torch.device, batch_size: int) -> tuple[int, str]:
+    total = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 8 * 2**30
+    width = min(max(1, int(GPU_SHARE * total) // memory_bytes(layout, 1, batch_size)), MAX_WIDTH_GPU)
+    need = memory_bytes(layout, width, batch_size) / 2**30
+    return width, f"a GPU takes as many clients as fit in half its memory, up to {MAX_WIDTH_GPU}: about {need:.1f} GiB"
+
+
+def _activations(layout: Layout) -> int:
+    """Numbers kept per sample, guessed from the layers' output widths: 1,024 positions for each filter of an image."""
+    numbers = 0
+    for shape in layout.trainable.shapes:
+        if len(shape) == 4:
+            numbers += shape[0] * 1024
+        elif len(shape) == 2:
+            numbers += shape[0] + shape[1]
+    return 2 * numbers  # values and their gradients

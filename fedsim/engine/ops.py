@@ -1,0 +1,256 @@
+"""Stacked layers with their backward passes written out; parameter gradients go straight to a sink.
+
+An op belongs to one session: it holds its views of the stack's parameters and what its forward pass leaves for its
+backward pass. With one client there is no client axis, so products are plain `mm`s.
+
+Letters: C clients, B samples, I inputs and O outputs of a layer, Ch channels. Values are [C, B, ...], or [B, ...]
+when C = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.engine.base import Batch
+from fedsim.engine.noise import KeyedDropout, keep_mask, purpose
+from fedsim.engine.sinks import Sink
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One op of a tape, before it is bound to a stack.
+
+    Args:
+        make: the op's class.
+        name: of the layer or function in the module.
+        inputs: slots read.
+        output: slot written.
+        shape: of one sample's output.
+        params: names of the tensors it owns, in the op's own order.
+        needs: which inputs want a gradient.
+        in_place: nobody else reads the first input, and its maker keeps no copy: it may be overwritten.
+        layer: the module that holds the settings, if any.
+        function: for ops that take one.
+    """
+
+    make: Callable[[Spec, Bound], Op]
+    name: str
+    inputs: tuple[int, ...]
+    output: int
+    shape: tuple[int, ...]
+    params: tuple[str, ...] = ()
+    needs: tuple[bool, ...] = ()
+    in_place: bool = False
+    layer: nn.Module | None = None
+    function: Callable[..., Tensor] | None = None
+
+
+@dataclass
+class Bound:
+    """What the ops of a session share: the stack's tensors by name, and what changes from step to step."""
+
+    lead: int  # 1 with a client axis in front, 0 without
+    views: dict[str, Tensor]
+    low: bool  # products in bfloat16
+    sink: Sink = field(init=False)
+    batch: Batch = field(init=False)
+
+
+class Op(Protocol):
+    """A bound op: `forward(*inputs)`, and `backward(grad)` with one gradient per input, None where none is needed."""
+
+    spec: Spec
+
+    @property
+    def forward(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def backward(self) -> Callable[[Tensor], tuple[Tensor | None, ...]]: ...
+
+
+class Linear:
+    """z = x W^T + b over the last axis."""
+
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        self.spec, self.bound = spec, bound
+        self.weight = bound.views[spec.params[0]]
+        self.weight_t = self.weight.transpose(-1, -2)
+        self.bias = bound.views[spec.params[1]] if len(spec.params) > 1 else None
+        if self.bias is not None and bound.lead:
+            self.bias = self.bias.unsqueeze(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = self.bound.lead
+        self.shape = x.shape
+        if x.ndim > 2 + lead:
+            x = x.flatten(lead, -2)
+        self.x = x
+        if self.bound.low:
+            z = torch.matmul(x.bfloat16(), self.weight_t.bfloat16()).to(x.dtype)
+            if self.bias is not None:
+                z += self.bias
+        elif self.bias is None:
+            z = torch.matmul(x, self.weight_t)
+        else:
+            z = torch.baddbmm(self.bias, x, self.weight_t) if lead else torch.addmm(self.bias, x, self.weight_t)
+        return z if len(self.shape) == x.ndim else z.view(*self.shape[:-1], -1)
+
+    def backward(self, dz: Tensor) -> tuple[Tensor | None]:
+        if len(self.shape) > 2 + self.bound.lead:
+            dz = dz.flatten(self.bound.lead, -2)
+        dx = None
+        if self.spec.needs[0]:  # before a fused update changes the weights
+            dx = (
+                torch.matmul(*_lower(dz, self.weight)).to(dz.dtype) if self.bound.low else torch.matmul(dz, self.weight)
+            )
+            dx = dx.view(self.shape)
+        sink = self.bound.sink
+        if self.bound.low:
+            sink.tensor(self.spec.params[0], torch.matmul(*_lower(dz.transpose(-1, -2), self.x)))
+        else:
+            sink.product(self.spec.params[0], dz.transpose(-1, -2), self.x)
+        if self.bias is not None:
+            sink.tensor(self.spec.params[1], dz.sum(-2))
+        return (dx,)
+
+
+class ReLU:
+    """max(x, 0); the output alone is kept."""
+
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        self.spec = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.y = x.relu_() if self.spec.in_place else x.relu()
+        return self.y
+
+    def backward(self, dy: Tensor) -> tuple[Tensor]:
+        return (aten.threshold_backward.default(dy, self.y, 0),)
+
+
+class Reshape:
+    """Any change of shape within a sample."""
+
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        self.spec, self.lead = spec, bound.lead
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shape = x.shape
+        return x.reshape(*x.shape[: self.lead + 1], *self.spec.shape)
+
+    def backward(self, dy: Tensor) -> tuple[Tensor]:
+        return (dy.reshape(self.shape),)
+
+
+class Add:
+    """x + y of one shape."""
+
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        self.spec = spec
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def backward(self, dz: Tensor) -> tuple[Tensor, Tensor]:
+        return dz, dz
+
+
+class Dropout:
+    """Keyed dropout: the mask is a function of client, job, step, layer and position."""
+
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        self.spec, self.bound = spec, bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, batch, lead = self.spec.layer, self.bound.batch, self.bound.lead
+        assert isinstance(layer, KeyedDropout)
+        if batch.streams is None:
+            raise ValueError(f"dropout layer {self.spec.name} needs keyed noise: give the batch its streams")
+        keys = batch.streams.keys(purpose(self.spec.name), batch.step)
+        sample = tuple(x.shape[lead + 1 :])
+        if layer.channels:
+            sample = (sample[0], *(1 for _ in sample[1:]))
+        shape = (x.shape[lead], *sample)
+        self.mask = keep_mask(keys if lead else keys[0], shape, layer.rate, x.dtype)
+        return x * self.mask
+
+    def backward(self, dy: Tensor) -> tuple[Tensor]:
+        return (dy * self.mask,)
+
+
+class Local:
+    """Any differentiable stacked function of (inputs, own parameters), by autograd on this one op."""
+
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        self.spec, self.bound = spec, bound
+        # .data: a view with a version counter of its own, or fused updates of other layers would look like a
+        # change of what autograd saved here
+        self.params = [bound.views[name].data for name in spec.params]
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        assert self.spec.function is not None
+        return self.spec.function(*tensors)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        leaves = [t.detach().requires_grad_() if need else t for t, need in zip(inputs, self.spec.needs, strict=True)]
+        params = [p.detach().requires_grad_() for p in self.params]
+        with torch.enable_grad():
+            self.y = self.compute(*leaves, *params)
+        self.leaves = [t for t, need in zip(leaves, self.spec.needs, strict=True) if need] + params
+        return self.y.detach()
+
+    def backward(self, dy: Tensor) -> tuple[Tensor | None, ...]:
+        grads = iter(torch.autograd.grad(self.y, self.leaves, dy))
+        del self.y
+        inputs = tuple(next(grads) if need else None for need in self.spec.needs)
+        for name, grad in zip(self.spec.params, grads, strict=True):
+            self.bound.sink.tensor(name, grad)
+        return inputs
+
+
+class PerImage(Local):
+    """A function of images [N, Ch, H, W] one by one, such as pooling: clients and samples go in one axis."""
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        assert self.spec.function is not None
+        if not self.bound.lead:
+            return self.spec.function(tensors[0])
+        return self.spec.function(tensors[0].flatten(0, 1)).unflatten(0, tensors[0].shape[:2])
+
+
+class Embedding:
+    """Rows of a table."""
+
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        self.spec, self.bound = spec, bound
+        self.table = bound.views[spec.params[0]]
+
+    def forward(self, index: Tensor) -> Tensor:
+        self.index = index
+        if not self.bound.lead:
+            return self.table[index]
+        client = torch.arange(len(index), device=index.device).view(-1, *(1 for _ in index.shape[1:]))
+        return self.table[client, index]
+
+    def backward(self, dy: Tensor) -> tuple[None]:
+        lead, width = self.bound.lead, dy.shape[-1]
+        grad = dy.new_zeros(self.table.shape)
+        rows = self.index.flatten(lead).unsqueeze(-1).expand(*self.index.shape[:lead], -1, width)
+        grad.scatter_add_(lead, rows, dy.flatten(lead, -2))
+        layer = self.spec.layer
+        assert isinstance(layer, nn.Embedding)
+        if layer.padding_idx is not None:
+            grad.select(lead, layer.padding_idx).zero_()
+        self.bound.sink.tensor(self.spec.params[0], grad)
+        return (None,)
+
+
+def _lower(*tensors: Tensor) -> list[Tensor]:
+    return [t.bfloat16() for t in tensors]

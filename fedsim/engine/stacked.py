@@ -1,0 +1,226 @@
+"""The stacked engine: one forward and one backward pass for all clients of a stack.
+
+A module known to the tape runs on hand-written stacked layers, with SGD fused into the backward products. Another
+module runs under torch.func.vmap, and one that cannot be batched at all in the loop engine, with one warning.
+
+Letters: C clients, B samples, P entries of a client's vector.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.engine.base import Batch, PlainSession, Session
+from fedsim.engine.head import loss_and_gradient
+from fedsim.engine.loop import LoopEngine
+from fedsim.engine.losses import Loss
+from fedsim.engine.noise import keyed_copy
+from fedsim.engine.ops import Bound, Op
+from fedsim.engine.precision import products
+from fedsim.engine.sinks import GradientSink, SgdSink
+from fedsim.engine.tape import Tape, Unsupported, trace
+from fedsim.engine.vmapped import Vmapped
+from fedsim.params import Layout
+
+
+class StackedEngine:
+    """See `Engine`. `path` says how the module is carried once a batch was seen: tape, vmap or loop."""
+
+    name = "stacked"
+
+    def __init__(
+        self, module: nn.Module, layout: Layout, loss: Loss, precision: str = "fp32", *, use_tape: bool = True
+    ) -> None:
+        self.layout = layout
+        self.loss = loss
+        self.precision = precision
+        self.use_tape = use_tape
+        self.module = module
+        self.loop = LoopEngine(module, layout, loss, precision)
+        self.vmapped = Vmapped(module, layout, loss, precision, compiled=False)
+        self.path = ""
+        self.reason = ""
+        self._tapes: dict[tuple[torch.Size, torch.dtype], Tape | None] = {}
+        self._lock = threading.Lock()
+
+    def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        tape = self.tape(batch)
+        if tape is not None:
+            return TapeSession(self, x).gradient(batch, out)
+        if self.path == "loop":
+            return self.loop.gradient(x, batch, out)
+        if self.path == "vmap":
+            return self.vmapped.gradient(x, batch, out)
+        return self._first_gradient(x, batch, out)
+
+    def sgd_step_(
+        self,
+        x: Tensor,
+        batch: Batch,
+        lr: float,
+        *,
+        scale: float = 1.0,
+        shift: Tensor | None = None,
+        grad_sum: Tensor | None = None,
+    ) -> Tensor | None:
+        if self.tape(batch) is None:
+            return None
+        return TapeSession(self, x).sgd_step_(batch, lr, scale=scale, shift=shift, grad_sum=grad_sum)
+
+    def session(self, x: Tensor) -> Session:
+        return TapeSession(self, x) if self.use_tape else PlainSession(self, x)
+
+    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+        if x.ndim == 1 or not x.is_cuda or self.path == "loop":
+            return self.loop.logits(x, inputs)
+        return self.vmapped.logits(x, inputs)
+
+    def tape(self, batch: Batch) -> Tape | None:
+        """The tape for batches of this kind, or None if the module has none."""
+        key = batch.inputs.shape[2:], batch.inputs.dtype
+        if key not in self._tapes:
+            with self._lock:
+                if key not in self._tapes:
+                    self._tapes[key] = self._trace(batch.inputs[0, 0])
+        return self._tapes[key]
+
+    def _trace(self, sample: Tensor) -> Tape | None:
+        if not self.use_tape:
+            return None
+        try:
+            tape = trace(keyed_copy(self.module), sample)
+        except Unsupported as unknown:
+            self.reason = str(unknown)
+            return None
+        self.path = "tape"
+        return tape
+
+    def _first_gradient(self, x: Tensor, batch: Batch, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tries vmap; where it fails and the loop does not, the module cannot be batched."""
+        before = x[:, self.layout.num_trainable :].clone()
+        try:
+            result = self.vmapped.gradient(x, batch, out)
+        except Exception as error:  # a user's module may fail under vmap in any way
+            x[:, self.layout.num_trainable :] = before
+            result = self.loop.gradient(x, batch, out)
+            with self._lock:
+                if self.path != "loop":
+                    warn_loop(self.module, error)
+                self.path = "loop"
+            return result
+        self.path = "vmap"
+        return result
+
+
+class TapeSession:
+    """Ops of a tape bound to the rows of x [C, P]. Where there is no tape it hands on to its engine."""
+
+    def __init__(self, engine: StackedEngine, x: Tensor) -> None:
+        self.engine = engine
+        self.x = x
+        self.lead = int(len(x) > 1)
+        self.views = engine.layout.views(x if self.lead else x[0])
+        self.bound = Bound(lead=self.lead, views=self.views, low=engine.precision == "bf16")
+        self._tape: Tape | None = None
+        self._ops: list[Op] = []
+        self._key: object = None
+
+    def gradient(self, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self._prepare(batch):
+            return self.engine.gradient(self.x, batch, out)
+        layout = self.engine.layout
+        out = torch.empty_like(self.x, memory_format=torch.contiguous_format) if out is None else out
+        views = layout.views(out if self.lead else out[0])
+        sink = self.bound.sink = GradientSink(views)
+        loss = self._run(batch)
+        for name in layout.names:
+            if name not in sink.seen:
+                views[name].zero_()
+        return out, loss
+
+    def sgd_step_(
+        self,
+        batch: Batch,
+        lr: float,
+        *,
+        scale: float = 1.0,
+        shift: Tensor | None = None,
+        grad_sum: Tensor | None = None,
+    ) -> Tensor | None:
+        if not self._prepare(batch):
+            return None
+        assert self._tape is not None
+        trained = self.x[:, : self.engine.layout.num_trainable] if shift is not None or grad_sum is not None else self.x
+        if grad_sum is None and self._tape.fusible:
+            self.bound.sink = SgdSink(self.views, lr * scale)
+            loss = self._run(batch)
+        else:
+            trained = self.x[:, : self.engine.layout.num_trainable]
+            grad, loss = self.gradient(batch)
+            trained.sub_(grad[:, : trained.shape[1]], alpha=lr * scale)
+            if grad_sum is not None:
+                grad_sum.add_(grad)
+        if shift is not None:
+            trained.sub_(shift[..., : trained.shape[1]], alpha=lr)
+        return loss
+
+    def _prepare(self, batch: Batch) -> bool:
+        """Binds the tape for this kind of batch; False if there is none."""
+        key = batch.inputs.shape[2:], batch.inputs.dtype
+        if key != self._key:
+            self._key = key
+            self._tape = self.engine.tape(batch)
+            self._ops = [] if self._tape is None else self._tape.bind(self.bound)
+        return self._tape is not None
+
+    def _run(self, batch: Batch) -> Tensor:
+        """One forward and backward pass; parameter gradients go to the bound sink. Returns the loss [C]."""
+        assert self._tape is not None
+        inputs, targets, weights = batch.inputs, batch.targets, batch.weights
+        if not self.lead:
+            inputs, targets = inputs[0], targets[0]
+            weights = None if weights is None else weights[0]
+        self.bound.batch = batch
+        with torch.no_grad(), self._products():
+            values: list[Tensor] = [inputs] * self._tape.num_slots
+            for op in self._ops:
+                spec = op.spec
+                values[spec.output] = op.forward(*[values[i] for i in spec.inputs])
+            loss, grad = loss_and_gradient(self.engine.loss, values[self._tape.result], targets, weights, self.lead)
+            self._backward(grad)
+        return loss if self.lead else loss.view(1)
+
+    def _backward(self, grad: Tensor) -> None:
+        assert self._tape is not None
+        grads: list[Tensor | None] = [None] * self._tape.num_slots
+        grads[self._tape.result] = grad
+        for op in reversed(self._ops):
+            spec = op.spec
+            found = grads[spec.output]
+            if found is None or not (spec.params or any(spec.needs)):
+                continue
+            grads[spec.output] = None
+            for slot, part in zip(spec.inputs, op.backward(found), strict=True):
+                if part is not None:
+                    before = grads[slot]
+                    grads[slot] = part if before is None else before + part
+
+    def _products(self) -> AbstractContextManager[object]:
+        """bf16 is cast by the ops themselves."""
+        precision = self.engine.precision
+        return nullcontext() if precision == "bf16" else products(precision, self.x.device)
+
+
+def warn_loop(module: nn.Module, error: Exception) -> None:
+    """Says once that a module runs client by client, and why."""
+    reason = str(error).strip().splitlines()
+    warnings.warn(
+        f"{type(module).__name__} cannot be batched over clients and runs in the loop engine: "
+        f"{type(error).__name__}: {reason[0] if reason else ''}",
+        stacklevel=3,
+    )

@@ -1,0 +1,92 @@
+"""The gradient of any module on a stack, by torch.func.vmap over the clients; eager or compiled.
+
+Letters: C clients, B samples, P entries of a client's vector.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from fedsim.engine.base import Batch
+from fedsim.engine.functional import Tensors, ThreadModules
+from fedsim.engine.losses import Loss, sample_shares
+from fedsim.engine.noise import dropout_keys, start_calls
+from fedsim.engine.precision import products
+from fedsim.engine.twins import batchable_copy, share_names
+from fedsim.params import Layout
+
+
+class Vmapped:
+    """Gradients of a stack by one vmapped program; `compiled` passes it through torch.compile."""
+
+    def __init__(self, module: nn.Module, layout: Layout, loss: Loss, precision: str, compiled: bool = False) -> None:
+        self.layout = layout
+        self.loss = loss
+        self.precision = precision
+        self.compiled = compiled
+        self.tensors = Tensors(module, layout)
+        self.modules = ThreadModules(module, batchable_copy)
+        self._programs = threading.local()
+
+    def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Engine.gradient`."""
+        module = self.modules.get(training=True)
+        trained, buffers = self.tensors.of(x.detach())
+        rows = x.new_empty(batch.targets.shape[:2])
+        shares = sample_shares(batch.weights, rows).expand(rows.shape)
+        extra = dropout_keys(module, batch.streams, batch.step) | {name: shares for name in share_names(module)}
+        with torch.no_grad(), products(self.precision, x.device):
+            grads, (loss, changed) = self._program(module)(trained, buffers, extra, batch.inputs, batch.targets, shares)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        for name, view in self.layout.views(out).items():
+            if name in grads:
+                view.copy_(grads[name])
+            else:
+                view.zero_()
+        self.tensors.write_back_(x, changed, None if batch.weights is None else shares.sum(1) > 0)
+        return out, loss
+
+    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """x [C, P] and inputs [C, B, ...] -> outputs in evaluation mode."""
+        module = self.modules.get(training=False)
+        trained, buffers = self.tensors.of(x)
+
+        def one(tensors: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return functional_call(module, tensors, (sample,))
+
+        with torch.no_grad(), products(self.precision, x.device):
+            return vmap(one)(trained | buffers, inputs).to(x.dtype)
+
+    def _program(self, module: nn.Module) -> Callable[..., Any]:
+        """This thread's program for its own copy of the module."""
+        found = getattr(self._programs, "program", None)
+        if found is None:
+            found = vmap(grad_and_value(self._client_loss(module), has_aux=True))
+            if self.compiled:
+                found = torch.compile(found, dynamic=False)
+            self._programs.program = found
+        return found
+
+    def _client_loss(self, module: nn.Module) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+        def client_loss(
+            trained: dict[str, Tensor],
+            buffers: dict[str, Tensor],
+            extra: dict[str, Tensor],
+            inputs: Tensor,
+            targets: Tensor,
+            shares: Tensor,
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            start_calls(module)
+            tensors = trained | buffers | extra
+            logits = functional_call(module, tensors, (inputs,))
+            losses = self.loss(logits.to(shares.dtype), targets)
+            # the call leaves new values of changed buffers in the dictionary it was given
+            return (losses * shares).sum(), {name: tensors[name] for name in buffers}
+
+        return client_loss
