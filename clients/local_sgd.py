@@ -1,23 +1,23 @@
 """Local training: some steps of the shared optimizer core on every client of a stack.
 
-Letters: C clients, P entries, K local steps; y the local model, x the model a client received, g its gradient.
+Letters: C clients, k of them still stepping, P entries, K local steps; x the model a client received, y its local
+model, g the gradient of a minibatch at y, u the direction of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from clients.direction import GRADIENT, Affine
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost
-from fedsim.optim import Optimizer
+from fedsim.optim import Optimizer, OptState
 from fedsim.task import Batches, Schedule
 
-Direction = Callable[[Tensor], Tensor]
-"""g [k, P] -> u [k, P], for the first k clients of the stack, which are those that still step."""
+MEMORY = "optimizer/"  # names of the optimizer's rows in a client's memory
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LocalResult:
     Args:
         delta: [C, P], the model received minus the local model: a pseudo-gradient.
         steps: [C] local steps taken.
-        mean_grad: [C, P] mean of the raw gradients used, or None if it was not asked for.
+        mean_grad: [C, P] mean of the raw gradients g, or None if it was not asked for.
     """
 
     delta: Tensor
@@ -37,30 +37,43 @@ class LocalResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSGD:
-    """K steps y <- y - lr * u(g) on every client.
+    """K steps of an optimizer on every client.
 
     Args:
         optimizer: a rule of the shared core.
         schedule: epochs or steps, batch size, order.
+        rounds: length of the run, for learning rates that follow the fraction of it that is done.
     """
 
     optimizer: Optimizer
     schedule: Schedule
+    rounds: int = 1
 
     @property
     def cost(self) -> Cost:
         """Local steps of a job, from the clients' sample counts."""
         return Cost(steps=self.schedule.num_steps)
 
+    @property
+    def lr(self) -> float:
+        """The learning rate, for rules that divide by it.
+
+        Raises:
+            ValueError: if it is not one number for all clients and rounds.
+        """
+        if not isinstance(self.optimizer.lr, float | int) or self.optimizer.schedule is not None:
+            raise ValueError("this strategy divides by the local learning rate: give one number and no schedule")
+        return float(self.optimizer.lr)
+
     def __call__(
-        self, cohort: Cohort, x: Tensor, direction: Direction | None = None, *, mean_grad: bool = False
+        self, cohort: Cohort, x: Tensor, direction: Affine = GRADIENT, *, mean_grad: bool = False
     ) -> LocalResult:
-        """Train from x ([P], or [C, P] where clients start from different models)."""
+        """Train from x ([P], or [C, P] where clients start from different models) along `direction`."""
         batches = cohort.task.batches(cohort, self.schedule)
         y = cohort.buffer("y", x).copy_(x)
         total = torch.zeros_like(y) if mean_grad else None
-        if direction is None and total is None and self.optimizer.is_plain_sgd:
-            loss = self._fused(cohort, y, batches)
+        if self.optimizer.is_plain_sgd and isinstance(self.optimizer.lr, float | int):
+            loss = self._plain(cohort, y, batches, direction, total)
         else:
             loss = self._stepwise(cohort, y, batches, direction, total)
         steps = batches.num_steps
@@ -69,37 +82,100 @@ class LocalSGD:
             total /= steps.clamp(min=1)[:, None]
         return LocalResult(torch.sub(x, y, out=y), steps, total)
 
-    def _fused(self, cohort: Cohort, y: Tensor, batches: Batches) -> Tensor:
-        """Plain SGD, inside the backward products where the task's engine can: no gradient is ever stored."""
-        lr = self.optimizer.lr
-        total = torch.zeros(len(cohort), device=y.device)
+    def _plain(self, cohort: Cohort, y: Tensor, batches: Batches, u: Affine, total: Tensor | None) -> Tensor:
+        """y <- y - lr * u, inside the backward products where the task's engine can: then no gradient is stored."""
+        n, lr = cohort.task.layout.num_trainable, float(self.optimizer.lr)  # type: ignore[arg-type]
+        losses = torch.zeros(len(cohort), device=y.device)
         gradient = None
-        for k in range(len(batches)):
-            rows = slice(batches.active(k))
-            batch = batches[k]
-            loss = cohort.task.sgd_step_(y[rows], batch, lr)
+        session, k = None, -1
+        for step in range(len(batches)):
+            if batches.active(step) != k:
+                k = batches.active(step)
+                session = cohort.task.session(y[:k])
+                grad_sum = None if total is None else total[:k]
+            assert session is not None
+            batch = batches[step]
+            factor = self._lr_factor(cohort, step, k)
+            loss = None
+            if u.other is None and isinstance(factor, float):
+                loss = session.sgd_step_(batch, lr * factor, scale=u.scale, shift=u.rows(k), grad_sum=grad_sum)
             if loss is None:
                 gradient = cohort.buffer("gradient", y) if gradient is None else gradient
-                g, loss = cohort.task.field(y[rows], batch, gradient[rows])
-                n = cohort.task.layout.num_trainable
-                y[rows, :n].add_(g[:, :n], alpha=-lr)
-            total[rows] += loss.to(total.dtype)
-        return total
+                g, loss = session.gradient(batch, gradient[:k])
+                if grad_sum is not None:
+                    grad_sum += g
+                y[:k, :n].sub_(lr * factor * self._direction(cohort, u, g, batch)[:, :n])
+            losses[:k] += loss.to(losses.dtype)
+        return losses
 
-    def _stepwise(
-        self, cohort: Cohort, y: Tensor, batches: Batches, direction: Direction | None, total: Tensor | None
-    ) -> Tensor:
+    def _stepwise(self, cohort: Cohort, y: Tensor, batches: Batches, u: Affine, total: Tensor | None) -> Tensor:
         """Any rule of the core, with the raw gradients added up in `total` if wanted."""
         n = cohort.task.layout.num_trainable
         gradient = cohort.buffer("gradient", y)
-        state = self.optimizer.init(y[:, :n])
-        loss_sum = torch.zeros(len(cohort), device=y.device)
-        for k in range(len(batches)):
-            rows = slice(batches.active(k))
-            g, loss = cohort.task.field(y[rows], batches[k], gradient[rows])
+        losses = torch.zeros(len(cohort), device=y.device)
+        state = self._recall(cohort, y[:, :n])
+        for step in range(len(batches)):
+            k = batches.active(step)
+            batch = batches[step]
+            point = self.optimizer.eval_point(y[:k, :n], state)
+            at = y[:k] if point.data_ptr() == y.data_ptr() else torch.cat([point, y[:k, n:]], dim=1)
+            g, loss = cohort.task.field(at, batch, gradient[:k])
             if total is not None:
-                total[rows] += g
-            u = g if direction is None else direction(g)
-            self.optimizer.step_(y[rows, :n], u[:, :n], state, streams=cohort.streams.rows(rows))
-            loss_sum[rows] += loss.to(loss_sum.dtype)
-        return loss_sum
+                total[:k] += g
+            g = self._direction(cohort, u, g, batch)
+            factor = self._lr_factor(cohort, step, k)
+            streams = cohort.streams.rows(slice(k))
+            self.optimizer.step_(y[:k, :n], g[:, :n], state, lr_scale=factor, streams=streams)
+            losses[:k] += loss.to(losses.dtype)
+        final = self.optimizer.final(y[:, :n], state)
+        if final.data_ptr() != y.data_ptr():
+            y[:, :n] = final
+        self._remember(cohort, state)
+        if bool(state.skipped.any()):
+            cohort.log(skipped_steps=state.skipped.to(torch.float32))
+        return losses
+
+    def _direction(self, cohort: Cohort, u: Affine, g: Tensor, batch: object) -> Tensor:
+        """u [k, P] from the gradients g [k, P]."""
+        out = g if u.scale == 1.0 else g * u.scale
+        if u.other is not None:
+            k = len(g)
+            point = cohort.buffer("other", g)[:k].copy_(u.other)
+            there, _ = cohort.task.field(point, batch, cohort.buffer("other_gradient", g)[:k])
+            out = out + u.other_scale * there
+        shift = u.rows(len(g))
+        return out if shift is None else out + shift
+
+    def _lr_factor(self, cohort: Cohort, step: int, k: int) -> float | Tensor:
+        """The schedule's factor: one number, or [k] where clients were sent their work in different rounds."""
+        schedule = self.optimizer.schedule
+        if schedule is None:
+            return 1.0
+        rounds = cohort.rounds[:k].tolist()
+        done = [job * int(s) for job, s in zip(cohort.streams.jobs[:k].tolist(), self._steps(cohort, k), strict=True)]
+        keys = list(zip(rounds, done, strict=True)) if schedule.unit == "steps" else [(r, 0) for r in rounds]
+        factors = {
+            key: schedule.at_step(rounds=key[0], steps=key[1] + step, fraction=key[0] / self.rounds)
+            for key in dict.fromkeys(keys)
+        }
+        if len(factors) == 1:
+            return next(iter(factors.values()))
+        return torch.tensor([factors[key] for key in keys])
+
+    def _steps(self, cohort: Cohort, k: int) -> list[int]:
+        return self.schedule.num_steps(cohort.num_examples[:k]).tolist()
+
+    def _recall(self, cohort: Cohort, x: Tensor) -> OptState:
+        """Fresh state, or with `state_scope: client` what the clients kept."""
+        state = self.optimizer.init(x)
+        if self.optimizer.state_scope == "client" and MEMORY + "t" in cohort.memory:
+            known = cohort.memory.read(MEMORY + "t", ()).cpu() > 0
+            for name, rows in state.to_rows().items():
+                stored = cohort.memory.read(MEMORY + name, tuple(rows.shape[1:]), rows.dtype)
+                rows[known.to(rows.device)] = stored.to(rows)[known.to(rows.device)]
+        return state
+
+    def _remember(self, cohort: Cohort, state: OptState) -> None:
+        if self.optimizer.state_scope == "client":
+            for name, rows in state.to_rows().items():
+                cohort.memory[MEMORY + name] = rows

@@ -25,6 +25,7 @@ class Cohort:
         memory: rows that these clients keep between rounds.
         streams: keyed by (seed, purpose, client, job).
         device: where the stack's tensors live.
+        rounds: [C] on the host, the server step at which each was given this work.
         reuse: buffers that may be overwritten by the next stack; empty when replies are kept whole.
     """
 
@@ -33,6 +34,7 @@ class Cohort:
     memory: MemoryRows
     streams: Streams
     device: torch.device
+    rounds: Tensor
     reuse: dict[str, Tensor] | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 

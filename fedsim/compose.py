@@ -17,14 +17,19 @@ from torch import Tensor, nn
 
 from clients.local_sgd import LocalSGD
 from fedsim.aggregate import AGGREGATORS
-from fedsim.config import FromTable, Reader
-from fedsim.data import DATASETS, PARTITIONS, federate
+from fedsim.config import ConfigError, FromTable, Reader
+from fedsim.data import DATASETS, PARTITIONS
+from fedsim.data import build as build_data
+from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
+from fedsim.data.sources import as_dataset
 from fedsim.engine import Plan, build_engine, choose
 from fedsim.engine.losses import LOSSES
 from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
 from fedsim.memory import Memory
-from fedsim.optim import OPTIMIZERS, Optimizer, build
+from fedsim.optim import Optimizer
+from fedsim.optim import build as build_optimizer
+from fedsim.optim.table import RULES
 from fedsim.params import Layout
 from fedsim.sim.devices import DEVICES
 from fedsim.sim.executor import Executor, InProcess, StackRunner
@@ -80,7 +85,7 @@ class Clients:
     """
 
     count: int | None = None
-    devices: Annotated[Any, FromTable("device")] = field(default_factory=lambda: DEVICES["constant"]())
+    devices: Annotated[Any, FromTable("device", "constant")] = None
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
@@ -206,11 +211,12 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     optimizer, reader.resolved["local"]["optimizer"] = _optimizer(
         reader, "local.optimizer", local.optimizer, task.layout
     )
+    reader.nested["server_optimizer"] = lambda r, key, value: _optimizer(r, key, value, task.layout)
     strategy = reader.entry(
         "strategy",
         STRATEGIES,
         default="fedavg",
-        given={"local": LocalSGD(optimizer=optimizer, schedule=schedule), "layout": task.layout},
+        given={"local": LocalSGD(optimizer=optimizer, schedule=schedule, rounds=rounds)},
     )
     _check_cohort(reader, strategy, len(task.num_examples))
     evaluate = reader.section("evaluate", Evaluate)
@@ -286,20 +292,23 @@ def describe(experiment: Experiment, built: _Built, workers: str, strategy: Any)
 def _classification(
     site: _Site,
     *,
-    dataset: Annotated[Any, FromTable("dataset")] = "digits",
-    model: Annotated[Any, FromTable("model")] = "mlp",
+    dataset: Annotated[Any, FromTable("dataset", "digits")],
+    model: Annotated[Any, FromTable("model", "mlp")],
     loss: str = "cross_entropy",
 ) -> _Built:
     """Classes or next tokens: any data set, any torch module."""
     reader, runtime = site.reader, site.runtime
-    source = dataset(site) if callable(dataset) else _dataset(reader, "task.dataset", dataset)[0](site)
+    source = dataset(site)
     partition = reader.entry("partition", PARTITIONS, default="iid")
+    natural = isinstance(source, FederatedData) or isinstance(partition, PARTITIONS["natural"])
+    count = site.clients.count if natural else site.clients.count or 100
     try:
-        data = federate(source, partition, site.clients.count, site.seed)
+        data = build_data(source, partition, count, site.seed)
+    except ConfigError:
+        raise
     except ValueError as e:
         raise reader.error("partition", str(e)) from e
-    make = model if callable(model) else _model(reader, "task.model", model)[0]
-    module, x0 = init_parameters(lambda: make(data), site.seed)
+    module, x0 = init_parameters(lambda: model(data), site.seed)
     layout = Layout.of_module(module)
     loss_of = LOSSES[loss] if loss in LOSSES else reader.imported(loss, "task.loss") if ":" in loss else None
     if loss_of is None:
@@ -363,15 +372,21 @@ TASKS: dict[str, Callable[..., _Built]] = {"classification": _classification, "q
 
 def _dataset(reader: Reader, key: str, value: Any) -> tuple[Callable[[_Site], Any], Any]:
     target, name, rest = reader.named(DATASETS, value, key)
-    arguments, resolved = reader.bind(target, rest, key, ("root", "seed"))
-    return (
-        lambda site: reader.call(target, {**arguments, "root": site.root, "seed": site.seed}, key),
-        {"name": name, **resolved},
-    )
+    from_site = [k for k in ("root", "seed") if k not in rest]
+    arguments, resolved = reader.bind(target, rest, key, from_site)
+
+    def read(site: _Site) -> Dataset | FederatedData:
+        made = reader.call(target, {"root": site.root, "seed": site.seed, **arguments}, key)
+        try:
+            return as_dataset(made, name)
+        except ValueError as e:
+            raise reader.error(key, str(e)) from e
+
+    return read, {"name": name, **resolved}
 
 
 def _model(reader: Reader, key: str, value: Any) -> tuple[Callable[[FederatedData], nn.Module], Any]:
-    target, name, rest = reader.named(MODELS, value, key) if ":" not in str(value) else _own_model(reader, value, key)
+    target, name, rest = reader.named(MODELS, value, key)
     arguments, resolved = reader.bind(target, rest, key, ("input_shape", "num_classes"))
 
     def make(data: FederatedData) -> nn.Module:
@@ -384,16 +399,12 @@ def _model(reader: Reader, key: str, value: Any) -> tuple[Callable[[FederatedDat
     return make, {"name": name, **resolved}
 
 
-def _own_model(reader: Reader, value: Any, key: str) -> tuple[Callable[..., Any], str, dict[str, Any]]:
-    return reader.named(MODELS, value, key)
-
-
 def _optimizer(reader: Reader, key: str, spec: Any, layout: Layout) -> tuple[Optimizer, Any]:
     spec = {"name": spec} if isinstance(spec, str) else spec
     try:
-        return build(spec, layout), dict(spec)
+        return build_optimizer(spec, layout), dict(spec)
     except ValueError as e:
-        raise reader.error(key, str(e)) from e
+        raise reader.error(key, str(e).removeprefix("optimizer: ").replace("optimizer.", "")) from e
 
 
 def _from(table: Mapping[str, Callable[..., Any]]) -> Callable[[Reader, str, Any], tuple[Any, Any]]:
@@ -455,7 +466,7 @@ def _check_cohort(reader: Reader, strategy: Any, num_clients: int) -> None:
 
 TABLES: dict[str, Mapping[str, Any]] = {
     "strategies": STRATEGIES,
-    "optimizers": OPTIMIZERS,
+    "optimizers": RULES,
     "aggregators": AGGREGATORS,
     "partitions": PARTITIONS,
     "datasets": DATASETS,

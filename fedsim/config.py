@@ -31,9 +31,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class FromTable:
-    """Marks a parameter whose value is a table entry: `Annotated[Aggregator, FromTable("aggregators")]`."""
+    """Marks a parameter whose value is a table entry: `Annotated[Aggregator, FromTable("aggregator", "mean")]`.
+
+    Args:
+        kind: which table, a key of `Reader.nested`.
+        default: the entry when the file names none; None leaves the parameter's own default.
+    """
 
     kind: str
+    default: str | None = None
 
 
 Build = Callable[["Reader", str, Any], Any]
@@ -153,8 +159,10 @@ class Reader:
                 raise self.error(f"{key}.{name}", f"unknown key{did_you_mean(str(name), own)}")
         arguments, resolved = {}, {}
         for name, (hint, default) in own.items():
-            if name in values:
-                arguments[name], resolved[name] = self._argument(values[name], hint, f"{key}.{name}")
+            entry = next((m.default for m in getattr(hint, "__metadata__", ()) if isinstance(m, FromTable)), None)
+            if name in values or entry is not None:
+                value = values.get(name, entry)
+                arguments[name], resolved[name] = self._argument(value, hint, f"{key}.{name}")
             elif default is inspect.Parameter.empty:
                 raise self.error(f"{key}.{name}", f"missing; {key} needs it and it has no default")
             else:

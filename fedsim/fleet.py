@@ -26,11 +26,13 @@ class Cost:
 
     Args:
         steps: local steps: a number, or a function of the clients' sample counts [R] that returns [R].
-        bits_up: bits of one reply; None means one float32 vector of the model's size, or what the uplink's
-            compressor makes of it.
+        vectors_up: vectors of the model's size in one reply: 32 bits an entry, or what the uplink's compressor makes
+            of them.
+        bits_up: bits of one reply, where that is not a number of such vectors.
     """
 
     steps: int | Callable[[Tensor], Tensor] = 1
+    vectors_up: int = 1
     bits_up: int | None = None
 
     def steps_of(self, num_examples: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ class Progress:
         if self.quiet:
             return
         plan, rounds = composition.plan, composition.experiment.rounds
-        self.console.print(f"[bold]{folder}[/bold]: {plan['clients']}; {plan['engine']}; {plan['workers']}")
+        self.console.print(
+            f"[bold]{folder}[/bold]: {plan['clients']}; {plan['engine']}; {plan['workers']}", soft_wrap=True
+        )
         if self.console.is_terminal:
             self._bar = Bar(
                 TextColumn("round"),
@@ -60,7 +62,7 @@ class Progress:
             self._bar.update(self._task, completed=row["round"], shown=shown)
         elif time.monotonic() - self._last_line > 10 and self._seen.keys() - {"train_loss"}:
             self._last_line = time.monotonic()
-            self.console.print(f"round {row['round']}: {shown}", highlight=False)
+            self.console.print(f"round {row['round']}: {shown}", highlight=False, soft_wrap=True)
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
@@ -73,7 +75,7 @@ class Progress:
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(justify="right")
-        for label, value in history.headlines():
+        for _, label, value in history.headlines():
             table.add_row(label, value)
         self.console.print(table)
         self.console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)

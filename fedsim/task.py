@@ -5,6 +5,7 @@ Letters: N clients, C clients of a stack, P entries of a client's vector, K loca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,6 +71,48 @@ class Batches(Protocol):
         ...
 
 
+class Session(Protocol):
+    """A task (or an engine) bound to one stack x [C, P] for the steps of one local run."""
+
+    def gradient(self, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(gradient or operator [C, P], loss [C]) at the present x."""
+        ...
+
+    def sgd_step_(
+        self,
+        batch: Any,
+        lr: float,
+        *,
+        scale: float = 1.0,
+        shift: Tensor | None = None,
+        grad_sum: Tensor | None = None,
+    ) -> Tensor | None:
+        """x <- x - lr * (scale * g + shift) and grad_sum += g in place, fused; loss [C], or None if untouched."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainSession:
+    """Steps that share nothing and fuse nothing: what a task without an engine offers."""
+
+    field: Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Tensor]]
+    x: Tensor
+
+    def gradient(self, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.field(self.x, batch, out)
+
+    def sgd_step_(
+        self,
+        batch: Any,
+        lr: float,
+        *,
+        scale: float = 1.0,
+        shift: Tensor | None = None,
+        grad_sum: Tensor | None = None,
+    ) -> Tensor | None:
+        return None
+
+
 class Task(Protocol):
     """Loss problems and saddle points alike."""
 
@@ -88,8 +131,12 @@ class Task(Protocol):
         """(gradient or operator [C, P], loss [C]) at x [C, P] on one batch."""
         ...
 
-    def sgd_step_(self, x: Tensor, batch: Any, lr: float) -> Tensor | None:
-        """A plain SGD step in place where the task can fuse it: loss [C], or None (and x untouched)."""
+    def batch_sizes(self, batch: Any) -> Tensor:
+        """[C] samples of each client in a batch, padding not counted."""
+        ...
+
+    def session(self, x: Tensor) -> Session:
+        """The task bound to a stack x [C, P], whose steps may share preparations."""
         ...
 
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:

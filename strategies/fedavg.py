@@ -4,7 +4,7 @@ McMahan, Moore, Ramage, Hampson, Aguera y Arcas. Communication-Efficient Learnin
 Decentralized Data. arXiv:1602.05629, in the form with two step sizes (Reddi et al., arXiv:2003.00295): the server
 steps along the mean of the pseudo-gradients; server_lr = 1 is plain model averaging.
 
-Letters: S clients of a cohort, P parameters; x the server's model.
+Letters: P parameters; x the server's model.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.config import FromTable
 from fedsim.fleet import Aggregator, Fleet, choose, linear
+from fedsim.optim import Optimizer
+from strategies.checks import check_cohort
+from strategies.server import Server
 
 
 @dataclass(frozen=True)
 class State:
-    """x: [P], the server's model."""
+    """x: [P], the server's model; server: the same and its optimizer's state."""
 
     x: Tensor
+    server: Server
+    round: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,30 +39,31 @@ class FedAvg:
     """Average local models over a uniformly drawn cohort.
 
     Args:
-        cohort_size: S; None means every client.
+        cohort_size: clients in a round; null means every client.
         server_lr: step along the mean pseudo-gradient.
-        aggregator: how updates are averaged; weights are the clients' sample counts unless it says otherwise.
+        aggregator: how updates become one; the mean weighs clients by their samples unless told otherwise.
+        server_optimizer: a rule of the optimizer core for the server's step.
         local: local training.
     """
 
     cohort_size: int | None = None
     server_lr: float = 1.0
-    aggregator: Annotated[Aggregator, FromTable("aggregator")] = field(default_factory=Mean)
+    aggregator: Annotated[Aggregator, FromTable("aggregator", "mean")] = field(default_factory=Mean)
+    server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
     local: LocalSGD
 
     def __post_init__(self) -> None:
-        if self.cohort_size is not None and self.cohort_size < 1:
-            raise ValueError(f"strategy.cohort_size must be at least 1, got {self.cohort_size}")
-        if not self.server_lr > 0:
-            raise ValueError(f"strategy.server_lr must be positive, got {self.server_lr}")
+        check_cohort(self.cohort_size, self.server_lr)
 
     def init(self, x0: Tensor) -> State:
-        return State(x0)
+        return State(x0, Server.start(x0, self.server_optimizer))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         cohort = choose(fleet.clients, self.cohort_size, rng)
         r = fleet.ask(cohort, self.local_update, cost=self.local.cost, fold=linear(self.aggregator), x=s.x)
-        return State(s.x - self.server_lr * r.mean("delta", self.aggregator)), {}
+        delta = r.mean("delta", self.aggregator)
+        server = s.server.step(delta, self.server_lr, self.server_optimizer, s.round)
+        return State(server.point(self.server_optimizer), server, s.round + 1), {}
 
     def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
         return {"delta": self.local(clients, x).delta}

@@ -192,7 +192,7 @@ class SimFleet:
         self.job_counts[ids] += 1
         down = sum(BITS_PER_NUMBER * (v.numel() if isinstance(v, Tensor) else 1) for v in broadcast.values())
         self.ledger.bits_down += down * len(ids)
-        up = self._model_bits if cost.bits_up is None else cost.bits_up
+        up = cost.vectors_up * self._model_bits if cost.bits_up is None else cost.bits_up
         steps = cost.steps_of(self.num_examples[ids])
         seconds = self._devices.seconds(
             Streams(self._seed, ids, numbers), steps, torch.full_like(steps, down), torch.full_like(steps, up)
@@ -217,6 +217,7 @@ class SimFleet:
                     torch.tensor([keys.index(e.sent) for e in events]),
                     self.memory.read(ids),
                     round=self.round,
+                    rounds=torch.tensor([self.sent[e.sent].round for e in events]),
                 )
             )
             for i, event in enumerate(events):

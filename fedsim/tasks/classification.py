@@ -14,7 +14,7 @@ from fedsim.cohort import Cohort
 from fedsim.data.federated import FederatedData
 from fedsim.engine.base import Batch, Engine
 from fedsim.params import Layout
-from fedsim.task import Pool, Schedule
+from fedsim.task import Pool, Schedule, Session
 from fedsim.tasks.batches import BatchPlan
 
 EVALUATION_ROWS = 1024  # samples of one piece of evaluation; part of what fixes the bits
@@ -60,8 +60,13 @@ class ClassificationTask:
     def field(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.engine.gradient(x, batch, out)
 
-    def sgd_step_(self, x: Tensor, batch: Batch, lr: float) -> Tensor | None:
-        return self.engine.sgd_step_(x, batch, lr)
+    def batch_sizes(self, batch: Batch) -> Tensor:
+        if batch.weights is None:
+            return torch.full((len(batch.inputs),), batch.inputs.shape[1])
+        return batch.weights.sum(1)
+
+    def session(self, x: Tensor) -> Session:
+        return self.engine.session(x)
 
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
         data = self.data

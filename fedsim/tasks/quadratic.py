@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsim.cohort import Cohort
 from fedsim.params import Layout
 from fedsim.streams import Streams, server_rng
-from fedsim.task import Pool, Schedule
+from fedsim.task import PlainSession, Pool, Schedule, Session
 
 Numbers = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | tuple[tuple[tuple[float, ...], ...], ...]
 
@@ -84,15 +84,18 @@ class QuadraticTask:
         return _Steps(cohort, schedule)
 
     def field(self, x: Tensor, batch: QuadraticBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        a, away = self.a[batch.rows], x - self.b[batch.rows].to(x.dtype)
+        a, away = self.a[batch.rows].to(x.dtype), x - self.b[batch.rows].to(x.dtype)
         g = a * away if a.ndim == 2 else torch.einsum("cij,cj->ci", a, away)
         loss = 0.5 * (g * away).sum(1)
         if self.noise:
             g = g + self.noise * batch.streams.normal("noise", x.shape[1], step=batch.step)
         return (g if out is None else out.copy_(g)), loss
 
-    def sgd_step_(self, x: Tensor, batch: QuadraticBatch, lr: float) -> Tensor | None:
-        return None
+    def batch_sizes(self, batch: QuadraticBatch) -> Tensor:
+        return torch.ones(len(batch.rows), dtype=torch.int64)
+
+    def session(self, x: Tensor) -> Session:
+        return PlainSession(self.field, x)
 
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
         losses = self.evaluate_clients(x, pool)["loss"]
