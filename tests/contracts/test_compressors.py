@@ -1,0 +1,125 @@
+"""What every compressor of the table must keep: its bits, its bytes, its constants."""
+
+import pickle
+
+import pytest
+import torch
+
+from fedsim.compress import COMPRESSORS
+from fedsim.compress.packet import Compressor, Packet
+from fedsim.params import Layout
+from fedsim.streams import Streams
+
+P = 33
+LAYOUT = Layout.of({"w": (7, 4), "b": (5,)})
+SETTINGS: dict[str, list[dict[str, object]]] = {
+    "identity": [{}],
+    "rand_k": [{"k": 3}, {"k": 20}, {"fraction": 0.2, "shared_seed": True}],
+    "top_k": [{"k": 3}, {"fraction": 0.5}],
+    "bernoulli": [{"p": 0.3}],
+    "qsgd": [{"levels": 1}, {"levels": 4}, {"levels": 300}],
+    "terngrad": [{}],
+    "natural": [{}],
+    "natural_dithering": [{"levels": 1}, {"levels": 5}, {"levels": 3, "norm": "linf"}, {"levels": 3, "norm": "l1"}],
+    "scaled_sign": [{}],
+    "powersgd": [{"rank": 2, "layout": LAYOUT}],
+}
+CASES = [
+    pytest.param(COMPRESSORS[name](**fields), id="-".join([name, *(f"{k}={v}" for k, v in fields.items())][:3]))
+    for name in COMPRESSORS
+    for fields in SETTINGS[name]
+]
+every = pytest.mark.parametrize("compressor", CASES)
+
+
+def streams(rows: int, job: int = 0) -> Streams:
+    return Streams(11, torch.arange(rows), torch.full((rows,), job))
+
+
+def stack(rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(rows, P, generator=torch.Generator().manual_seed(rows), dtype=dtype)
+
+
+@every
+def test_every_row_reads_back_bit_for_bit_and_is_as_long_as_counted(compressor: Compressor) -> None:
+    packet = compressor.encode(stack(6), streams(6))
+    decoded = packet.decode()
+    assert decoded.shape == (6, P) and decoded.dtype == torch.float32
+    for i in range(6):
+        data = packet.encode_row(i)
+        known = compressor.shared(streams(6).rows([i]), P)
+        assert len(data) == -(-int(packet.bits[i]) // 8)
+        assert torch.equal(Packet.decode_row(data, compressor, P, known).decode()[0], decoded[i])
+
+
+@every
+def test_bits_are_known_before_the_work(compressor: Compressor) -> None:
+    bits = compressor.encode(stack(4000), streams(4000)).bits
+    assert bits.dtype == torch.int64
+    if int(bits.min()) == int(bits.max()):
+        assert int(bits[0]) == compressor.bits(P)
+    else:  # random: within four standard errors of the stated mean
+        assert float(bits.double().mean()) == pytest.approx(
+            compressor.bits(P), abs=4 * float(bits.double().std()) / 4000**0.5
+        )
+
+
+@every
+def test_zero_comes_back_as_zero(compressor: Compressor) -> None:
+    assert not compressor.encode(torch.zeros(3, P), streams(3)).decode().any()
+
+
+@every
+def test_a_row_does_not_depend_on_its_stack(compressor: Compressor) -> None:
+    v = stack(5)
+    whole = compressor.encode(v, streams(5), step=3)
+    alone = compressor.encode(v[3:4], streams(5).rows([3]), step=3)
+    assert torch.allclose(alone.decode()[0], whole.decode()[3], atol=1e-6)
+    assert torch.equal(whole.rows([3]).decode(), whole.decode()[3:4])
+
+
+@every
+def test_the_input_is_left_alone_and_may_have_any_stride(compressor: Compressor) -> None:
+    v = stack(5)
+    before = v.clone()
+    whole = compressor.encode(v, streams(5)).decode()
+    assert torch.equal(v, before)
+    transposed = v.T.contiguous().T
+    assert torch.allclose(compressor.encode(transposed, streams(5)).decode(), whole, atol=1e-6)
+
+
+@every
+def test_packets_pickle_and_turn_into_arrays(compressor: Compressor) -> None:
+    packet = compressor.encode(stack(3), streams(3))
+    assert torch.equal(pickle.loads(pickle.dumps(packet)).decode(), packet.decode())
+    assert torch.equal(Packet.from_arrays(packet.to_arrays(), compressor, P).decode(), packet.decode())
+
+
+@every
+def test_an_unbiased_one_is_right_on_average(compressor: Compressor) -> None:
+    if not compressor.unbiased:
+        assert compressor.omega(P) is None
+        return
+    rows = 20_000
+    v = stack(1, torch.float64)[0]
+    sent = compressor.encode(v.expand(rows, -1), streams(rows)).decode()
+    standard_error = sent.std(dim=0) / rows**0.5
+    assert bool(((sent.mean(dim=0) - v).abs() <= 4 * standard_error + 1e-6).all())
+
+
+@every
+def test_the_mean_error_stays_within_the_stated_constants(compressor: Compressor) -> None:
+    rows = 4000
+    for v in (stack(1, torch.float64)[0], torch.eye(P, dtype=torch.float64)[2], torch.ones(P, dtype=torch.float64)):
+        sent = compressor.encode(v.expand(rows, -1), streams(rows, job=1)).decode()
+        errors = (sent - v).square().sum(dim=1) / v.square().sum()
+        bound = float(errors.mean()) - 4 * float(errors.std()) / rows**0.5 - 1e-9
+        omega, delta = compressor.omega(P), compressor.delta(P)
+        assert omega is None or bound <= omega
+        assert delta is None or bound <= 1.0 - 1.0 / delta
+
+
+@every
+def test_float64_stays_float64_or_is_exactly_representable(compressor: Compressor) -> None:
+    packet = compressor.encode(stack(2, torch.float64), streams(2))
+    assert packet.decode().dtype == torch.float64 or set(packet.payload) == {"code"}
