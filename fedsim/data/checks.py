@@ -86,6 +86,11 @@ def as_keys(array: object, rows: int, origin: str) -> tuple[Tensor, tuple[str, .
     return torch.from_numpy(codes.astype(np.int64)), tuple(str(name) for name in names)
 
 
+def one_line(error: Exception) -> str:
+    """An exception's text without line breaks, for use inside a message."""
+    return " ".join(str(error).split())
+
+
 def check_samples(
     inputs: Tensor, targets: Tensor, test_inputs: Tensor, test_targets: Tensor, num_classes: int, origin: str
 ) -> None:
@@ -115,7 +120,10 @@ def check_samples(
 
 
 def _check_finite(x: Tensor, what: str) -> None:
-    if not x.is_floating_point():
+    if not x.is_floating_point() or not x.numel():
+        return
+    low, high = x.aminmax()  # one cheap pass; NaN wins over every number
+    if torch.isfinite(low) and torch.isfinite(high):
         return
     for first in range(0, len(x), _ROWS):
         finite = torch.isfinite(x[first : first + _ROWS]).flatten(1).all(1)

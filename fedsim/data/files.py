@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsim.data.checks import as_inputs, as_targets
+from fedsim.data.checks import as_inputs, as_targets, one_line
 from fedsim.data.dataset import Dataset, from_arrays
 
 
@@ -181,7 +181,9 @@ def _read_parquet(file: Path, label: str, client: str, features: str | None, sha
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file}: cannot be read as Parquet ({error}); write it again, or correct the path") from None
+        raise ValueError(
+            f"{file}: cannot be read as Parquet ({one_line(error)}); write it again, or correct the path"
+        ) from None
     columns = table.column_names
     for key, column in (("label", label), ("features", features)):
         if column is not None and column not in columns:

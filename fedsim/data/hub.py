@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsim.data.checks import one_line
 from fedsim.data.dataset import Dataset, from_arrays
 
 _TEXT_WAY_OUT = "turn it into numbers in a Python factory, task.dataset: mypkg.mymodule:my_factory"
@@ -58,8 +59,8 @@ def huggingface(
             table = datasets.load_dataset(path, configuration, split=split, cache_dir=root)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
-                f"{origin}: cannot load split '{split}' ({error}); check the name and the network, or name a local "
-                f"folder as task.dataset.path"
+                f"{origin}: cannot load split '{split}' ({one_line(error)}); check the name, the splits and the network, or name "
+                f"a local folder as task.dataset.path"
             ) from None
         wanted = [features, label, *([client] if client else [])]
         for name in wanted:
@@ -108,10 +109,10 @@ def torchvision(
             chosen["download"] = download
         try:
             parts.append(_pixels(build(root or "data", **chosen), f"torchvision {dataset}"))
-        except (OSError, RuntimeError, TypeError) as error:
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"torchvision: cannot load {dataset} from {root or 'data'} ({error}); check the network, or put the "
-                f"files there and name the folder in data.root"
+                f"torchvision: cannot load {dataset} from {root or 'data'} ({one_line(error)}); check the network, put "
+                f"the files there and name the folder in data.root, or load it in a Python factory"
             ) from None
     return _images_or_numbers(*parts[0], *parts[1], [], standardize, num_classes, 0.0, f"torchvision {dataset}")
 
@@ -174,5 +175,7 @@ def _channels_first(x: np.ndarray) -> np.ndarray:
 def _require(module: str, source: str) -> ModuleType:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{source} needs the library {module.split('.')[0]} ({error}); install fedsim[hub]") from None
+    except (ImportError, RuntimeError, OSError) as error:  # the latter two: built for another version of torch
+        raise ValueError(
+            f"{source} needs the library {module.split('.')[0]} ({error}); install fedsim[hub] beside this torch"
+        ) from None

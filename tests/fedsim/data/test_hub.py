@@ -1,0 +1,136 @@
+"""Hugging Face data read offline from a folder; torchvision by a stand-in with its interface."""
+
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedsim.data.hub import huggingface, torchvision
+
+RED = np.zeros((2, 3, 3), dtype=np.uint8) + np.array([255, 0, 0], dtype=np.uint8)  # height 2, width 3, 3 channels
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A local data set with a training and a test split of number lists."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    for split, n in (("train", 6), ("test", 2)):
+        table = pa.table(
+            {"v": [[float(i), 1.0] for i in range(n)], "label": [i % 2 for i in range(n)], "who": ["a", "b"] * (n // 2)}
+        )
+        pq.write_table(table, tmp_path / "set" / f"{split}-00000.parquet")
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_local_hugging_face_folder_is_read(folder):
+    data = huggingface(path=str(folder / "set"), root=str(folder / "cache"), features="v", client="who")
+    assert data.inputs.tolist() == [[float(i), 1.0] for i in range(6)] and data.targets.tolist() == [0, 1] * 3
+    assert data.test_inputs.tolist() == [[0.0, 1.0], [1.0, 1.0]]
+    assert data.groups is not None and data.groups.tolist() == [0, 1] * 3 and data.group_names == ("a", "b")
+    held = huggingface(path=str(folder / "set"), root=str(folder / "cache"), features="v", test_split=None)
+    assert len(held.inputs) + len(held.test_inputs) == 6 and len(held.test_inputs) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features": "w"}, "no column 'w', it has v, label, who"),
+        ({"features": "v", "train_split": "dev"}, "cannot load split 'dev'"),
+        ({"features": "who"}, "either text or rows of different shapes; .*Python factory"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_named(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        huggingface(path=str(folder / "set"), root=str(folder / "cache"), **arguments)
+
+
+class InMemory:
+    """Keeps arrays, as CIFAR10 does."""
+
+    def __init__(self, root, train=True, download=False):
+        self.data = np.stack([RED, RED * 0] * (4 if train else 1))
+        self.targets = [0, 1] * (4 if train else 1)
+
+
+class Listed:
+    """Gives one pair at a time, with splits, as Flowers102 does."""
+
+    def __init__(self, root, split="train"):
+        self.pairs = [(RED, 0), (RED * 0, 1)] * (4 if split == "train" else 1)
+
+    def __iter__(self):
+        return iter(self.pairs)
+
+
+class Ragged(Listed):
+    def __init__(self, root, split="train"):
+        self.pairs = [(RED, 0), (RED[:1], 1)]
+
+
+class Missing:
+    def __init__(self, root, train=True, download=False):
+        raise RuntimeError("Dataset not found or corrupted")
+
+
+class Single:
+    def __init__(self, root):
+        pass
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    module = types.ModuleType("torchvision.datasets")
+    for kind in (InMemory, Listed, Ragged, Missing, Single):
+        setattr(module, kind.__name__, kind)
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("name", ["InMemory", "Listed"])
+def test_torchvision_images_become_channels_first_and_standard(name):
+    data = torchvision(dataset=name, standardize=False)
+    assert data.inputs.shape == (8, 3, 2, 3) and data.test_inputs.shape == (2, 3, 2, 3)
+    assert data.inputs[0, :, 0, 0].tolist() == [1, 0, 0] and data.targets.tolist() == [0, 1] * 4
+    scaled = torchvision(dataset=name)
+    assert abs(float(scaled.inputs[:, 0].mean())) < 1e-6
+    assert float(scaled.inputs[:, 0].std()) == pytest.approx(1)
+    assert scaled.inputs[:, 1:].abs().max() == 0  # a constant channel is not blown up
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CIFAR11", "no data set 'CIFAR11'"),
+        ("Single", "has no training and test part"),
+        ("Ragged", "images have 2 different sizes"),
+        ("Missing", "cannot load Missing from data .*corrupted.*data.root"),
+    ],
+)
+def test_what_torchvision_cannot_give_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        torchvision(dataset=name)
+
+
+@pytest.mark.parametrize(
+    ("module", "load"),
+    [
+        ("datasets", lambda: huggingface(path="ylecun/mnist")),
+        ("torchvision.datasets", lambda: torchvision(dataset="CIFAR10")),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(monkeypatch, module, load):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"needs the library {module.split('.')[0]} .*install fedsim\[hub\]"):
+        load()
