@@ -59,8 +59,8 @@ def huggingface(
             table = datasets.load_dataset(path, configuration, split=split, cache_dir=root)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
-                f"{origin}: cannot load split '{split}' ({one_line(error)}); check the name, the splits and the network, or name "
-                f"a local folder as task.dataset.path"
+                f"{origin}: cannot load split '{split}' ({one_line(error)}); check the name, the splits and "
+                f"the network, or name a local folder as task.dataset.path"
             ) from None
         wanted = [features, label, *([client] if client else [])]
         for name in wanted:
