@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.rule import Hyper, Rule, State, check_choice, check_range
+from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
 from fedsim.optim.segments import Segments
 
 
@@ -47,10 +46,10 @@ class Adam(Rule):
     def active_states(self) -> tuple[State, ...]:
         return self.states if self.amsgrad else self.states[:2]
 
-    def coefficients(self, h: SimpleNamespace, t: Any, q: SimpleNamespace) -> Mapping[str, Any]:
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
         return adam_coefficients(h, t, raw=self.eps_mode == "raw")
 
-    def direction(self, x: Tensor, g: Tensor, s: SimpleNamespace, c: SimpleNamespace, seg: Segments) -> Tensor:
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
         s.v.lerp_(g * g, c.a2)
         v = torch.maximum(s.v_max, s.v, out=s.v_max) if self.amsgrad else s.v
@@ -77,11 +76,11 @@ class Adagrad(Rule):
     def active_states(self) -> tuple[State, ...]:
         return (State("a", init=self.init),)
 
-    def coefficients(self, h: SimpleNamespace, t: Any, q: SimpleNamespace) -> Mapping[str, Any]:
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
         slow = 1 + (t - 1) * h.lr_decay
         return {"slow": slow, "eps": h.eps * slow}
 
-    def direction(self, x: Tensor, g: Tensor, s: SimpleNamespace, c: SimpleNamespace, seg: Segments) -> Tensor:
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.a.add_(g * g)
         return g / s.a.sqrt().mul_(c.slow).add_(c.eps)
 
@@ -110,10 +109,10 @@ class RmsProp(Rule):
         kept = {"v": True, "mean": self.centered, "m": self.momentum != 0}
         return tuple(state for state in self.states if kept[state.name])
 
-    def coefficients(self, h: SimpleNamespace, t: Any, q: SimpleNamespace) -> Mapping[str, Any]:
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
         return {"a": 1 - h.alpha, "eps": h.eps, "keep": h.momentum}
 
-    def direction(self, x: Tensor, g: Tensor, s: SimpleNamespace, c: SimpleNamespace, seg: Segments) -> Tensor:
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.v.lerp_(g * g, c.a)
         v = s.v
         if self.centered:
@@ -123,7 +122,7 @@ class RmsProp(Rule):
         return s.m.mul_(c.keep).add_(u) if self.momentum != 0 else u
 
 
-def adam_coefficients(h: SimpleNamespace, t: Any, *, raw: bool = False) -> dict[str, Any]:
+def adam_coefficients(h: Named, t: Any, *, raw: bool = False) -> dict[str, Any]:
     """What Adam-like rules need; `root` and `shift` make `denominator` contain the bias corrections of m and v."""
     bc1, bc2 = 1 - h.beta1**t, 1 - h.beta2**t
     root = bc1 / np.sqrt(bc2)
@@ -132,6 +131,6 @@ def adam_coefficients(h: SimpleNamespace, t: Any, *, raw: bool = False) -> dict[
     return own | {"t": t, "beta1": h.beta1, "beta2": h.beta2, "eps": h.eps, "bc1": bc1, "bc2": bc2}
 
 
-def denominator(v: Tensor, c: SimpleNamespace) -> Tensor:
+def denominator(v: Tensor, c: Named) -> Tensor:
     """bc1 * (sqrt(v / bc2) + eps), so that m divided by it is Adam's direction."""
     return v.sqrt().mul_(c.root).add_(c.shift)

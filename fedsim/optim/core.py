@@ -15,17 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, fields
 from functools import cached_property
-from types import SimpleNamespace
+from math import isfinite
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.backends import choose, fuses, row_blocks, run, take_rows
+from fedsim.optim.backends import choose, row_blocks, run, take_rows
 from fedsim.optim.parts import make_parts
 from fedsim.optim.pipeline import Plan
-from fedsim.optim.rule import Hyper
+from fedsim.optim.rule import Hyper, Named
 from fedsim.optim.schedules import Schedule
 from fedsim.optim.segments import Segments
 from fedsim.optim.spec import Settings, parse
@@ -57,7 +57,7 @@ def build(spec: Mapping[str, Any], layout: Layout) -> Optimizer:
     parsed = parse(spec)
     layout = layout.trainable
     plan = Plan(make_parts(parsed, layout), parsed.settings, Segments.of(layout))
-    if parsed.settings.backend == "fused" and not fuses(plan):
+    if parsed.settings.backend == "fused" and not plan.fuses:
         raise ValueError(
             f"optimizer.backend: torch has no fused kernel for {dict(spec)!r}; take auto, eager or compiled"
         )
@@ -202,7 +202,7 @@ class Optimizer:
         """Where the next gradient is to be taken, [k, P]; x itself for all but shifted rules."""
         part = self.plan.parts[0]
         k = x.shape[0]
-        s = SimpleNamespace(**own_states(part, state, k))
+        s = Named(own_states(part, state, k))
         return part.rule.eval_point(x, s, hypers(part, k, 1.0), state.t[:k].numpy() + 1)
 
     def final(self, x: Tensor, state: OptState) -> Tensor:
@@ -214,15 +214,15 @@ class Optimizer:
         part = self.plan.parts[0]
         if len(self.plan.parts) > 1:  # rules that train somewhere else are elementwise and stand alone
             return x
-        result = part.rule.final(x, SimpleNamespace(**own_states(part, state, k)), hypers(part, k, 1.0))
+        result = part.rule.final(x, Named(own_states(part, state, k)), hypers(part, k, 1.0))
         return result if result is x else torch.where((state.t[:k] > 0).to(x.device)[:, None], result, x)
 
 
 def _not_finite(grad: Tensor) -> np.ndarray | None:
     """[k] bool, which rows hold an entry that is not finite; None if none does (the cheap answer)."""
-    if bool(torch.isfinite(grad.sum(1)).all()):
+    if isfinite(grad.sum().item()):
         return None
-    bad = ~torch.isfinite(grad).all(1)  # a sum of large finite entries may overflow: look closer
+    bad = ~torch.isfinite(grad).all(1)  # a sum of large entries may overflow: look closer
     return bad.cpu().numpy() if bool(bad.any()) else None
 
 

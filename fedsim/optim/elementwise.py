@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from fedsim.optim.rule import Hyper, Rule, State, check_range
+from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
 from fedsim.optim.segments import Segments
 
 
@@ -43,13 +42,13 @@ class Sgd(Rule):
     def active_states(self) -> tuple[State, ...]:
         return self.states if self.momentum != 0 else ()
 
-    def coefficients(self, h: SimpleNamespace, t: Any, q: SimpleNamespace) -> Mapping[str, Any]:
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
         if self.momentum == 0:
             return {}
         taken = 1 - (h.momentum if self.ema else where(t > 1, h.dampening, 0.0))
         return {"keep": h.momentum, "take": taken}
 
-    def direction(self, x: Tensor, g: Tensor, s: SimpleNamespace, c: SimpleNamespace, seg: Segments) -> Tensor:
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         if self.momentum == 0:
             return g
         m = s.m.mul_(c.keep).add_(scaled(g, c.take))
@@ -77,10 +76,10 @@ class Lion(Rule):
     def __post_init__(self) -> None:
         check_range(self, 0, 1, "beta1", "beta2")
 
-    def coefficients(self, h: SimpleNamespace, t: Any, q: SimpleNamespace) -> Mapping[str, Any]:
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
         return {"a1": 1 - h.beta1, "a2": 1 - h.beta2}
 
-    def direction(self, x: Tensor, g: Tensor, s: SimpleNamespace, c: SimpleNamespace, seg: Segments) -> Tensor:
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         u = s.m.lerp(g, c.a1).sign_()
         s.m.lerp_(g, c.a2)
         return u

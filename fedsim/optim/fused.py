@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,53 +17,53 @@ from fedsim.optim.adaptive import Adam
 from fedsim.optim.elementwise import Sgd
 from fedsim.optim.rule import Rule
 
+# Kernel(rule, arrays, coefficients, weight decay, whether that is decoupled)
 Lists = Mapping[str, list[Tensor]]  # x, g and the states, each a list of contiguous arrays
-Kernel = Callable[[Rule, Lists, Mapping[str, float], float], None]
+Kernel = Callable[[Rule, Lists, Mapping[str, float], float, bool], None]
 
 
 def kernel_for(rule: Rule, device: str, dtype: torch.dtype) -> Kernel | None:
     """The fused step of a rule on a kind of device, or None."""
     if not has_kernel(rule):
         return None
-    kernel, name = (_sgd, "sgd") if isinstance(rule, Sgd) else (_adam, "adam")
+    kernel, name = (_sgd, "sgd") if type(rule) is Sgd else (_adam, "adam")
     return kernel if _works(kernel, name, device, dtype) else None
 
 
 def has_kernel(rule: Rule) -> bool:
     """Whether torch has a kernel for this form of the rule."""
-    if isinstance(rule, Sgd):
+    if type(rule) is Sgd:
         return not rule.ema
-    return isinstance(rule, Adam) and rule.eps_mode == "corrected"
+    return type(rule) is Adam and rule.eps_mode == "corrected"
 
 
-def _sgd(rule: Rule, arrays: Lists, c: Mapping[str, float], l2: float) -> None:
-    assert isinstance(rule, Sgd)
-    if "m" not in arrays:
-        if not l2:
-            for x, g in zip(arrays["x"], arrays["g"], strict=True):
-                x.add_(g, alpha=-c["lr"])
-            return
-        first, momentum, nesterov = False, 0.0, False
-    else:
-        first, momentum, nesterov = False, c["keep"], rule.nesterov
+def _sgd(rule: Any, arrays: Lists, c: Mapping[str, float], decay: float, decoupled: bool) -> None:
+    if decoupled and decay:
+        for x in arrays["x"]:
+            x.mul_(1 - c["lr"] * decay)
+        decay = 0.0
+    if "m" not in arrays and not decay:
+        for x, g in zip(arrays["x"], arrays["g"], strict=True):
+            x.add_(g, alpha=-c["lr"])
+        return
     torch._fused_sgd_(
         arrays["x"],
         arrays["g"],
         arrays.get("m", []),
-        weight_decay=l2,
-        momentum=momentum,
+        weight_decay=decay,
+        momentum=c.get("keep", 0.0),
         lr=c["lr"],
         dampening=1 - c.get("take", 1.0),  # 0 at a client's first step, whose momentum is zero
-        nesterov=nesterov,
+        nesterov=rule.nesterov,
         maximize=False,
-        is_first_step=first,
+        is_first_step=False,
     )
 
 
-def _adam(rule: Rule, arrays: Lists, c: Mapping[str, float], l2: float) -> None:
-    assert isinstance(rule, Adam)
-    step = torch.tensor(float(c["t"]), device=arrays["x"][0].device)
-    torch._fused_adam_(
+def _adam(rule: Any, arrays: Lists, c: Mapping[str, float], decay: float, decoupled: bool) -> None:
+    step = torch.full((), c["t"], dtype=torch.float32, device=arrays["x"][0].device)
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    kernel(
         arrays["x"],
         arrays["g"],
         arrays["m"],
@@ -72,7 +73,7 @@ def _adam(rule: Rule, arrays: Lists, c: Mapping[str, float], l2: float) -> None:
         lr=c["lr"],
         beta1=c["beta1"],
         beta2=c["beta2"],
-        weight_decay=l2,
+        weight_decay=decay,
         eps=c["eps"],
         amsgrad=rule.amsgrad,
         maximize=False,
@@ -87,7 +88,7 @@ def _works(kernel: Kernel, name: str, device: str, dtype: torch.dtype) -> bool:
     arrays = {n: [torch.full((3,), v, device=device, dtype=dtype)] for n, v in (("x", 1.0), ("g", 2.0))}
     arrays |= {n: [torch.zeros(3, device=device, dtype=dtype)] for n in (("m",) if name == "sgd" else ("m", "v"))}
     try:
-        kernel(rule, arrays, c, 0.0)
+        kernel(rule, arrays, c, 0.0, False)
     except (AttributeError, TypeError, RuntimeError):
         return False
     expected = 0.0 if name == "sgd" else 0.5  # 1 - 0.5 * 2 and 1 - 0.5 * sign

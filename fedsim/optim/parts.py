@@ -10,6 +10,7 @@ Letters: P coordinates of the whole vector, p those of a part.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from fnmatch import fnmatch
 
 import torch
@@ -60,6 +61,8 @@ def _part(
     if base.decay in ("decoupled", "decoupled_after", "prox"):  # the rate is lr * lambda, so lr's factors belong to it
         wd = [w * f for w, f in zip(wd, lr, strict=True)]
     decays = base.weight_decay != 0 and any(wd)
+    hyper = {f.name: getattr(rule, f.name) for f in fields(rule)}  # type: ignore[arg-type]
+    hyper |= {"lr": base.lr, "weight_decay": base.weight_decay}
     columns = None if alone else _columns(layout, tensors)
     weights = _vector(wd, own.sizes) if decays else None
     return Part(
@@ -72,6 +75,7 @@ def _part(
         decay_weights=weights,
         l2_weights=weights if columns is None else _spread(weights, columns, own.size, layout.size),
         decays=decays,
+        plain_hypers=None if any(isinstance(v, tuple) for v in hyper.values()) else hyper,
     )
 
 

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.optim.rule import Rule
+from fedsim.optim.fused import has_kernel
+from fedsim.optim.rule import Named, Rule
 from fedsim.optim.segments import Segments
 from fedsim.optim.spec import RuleSettings, Settings
-from fedsim.optim.transforms import transform
+from fedsim.optim.transforms import needs_whole_rows, transform
 
 Values = dict[str, Any]  # [k, w], [1, w] or [k, 1] tensors, numbers that all clients share, or None
 
@@ -39,6 +40,7 @@ class Part:
         decay_weights: [1, p] factors on the decay rate; None means 1 everywhere.
         l2_weights: [1, P] the same over the whole vector, zero outside this part; None means 1 everywhere.
         decays: whether any coordinate decays at all.
+        plain_hypers: the rule's hyper-parameters if all are plain numbers, else None.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Part:
     decay_weights: Tensor | None
     l2_weights: Tensor | None
     decays: bool
-
+    plain_hypers: Mapping[str, Any] | None
     _constants: dict[object, Values] = field(default_factory=dict, repr=False)
 
     @property
@@ -81,13 +83,13 @@ class Plan:
     settings: Settings
     segments: Segments
 
-
-class Named(SimpleNamespace):
-    """Values by attribute; built by assignment, which torch.compile can follow."""
-
-    def __init__(self, values: Values) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
+    @cached_property
+    def fuses(self) -> bool:
+        """Whether torch has a kernel for this rule with these settings (per-client numbers and masks aside)."""
+        part, clip = self.parts[0], self.settings.clip
+        simple = len(self.parts) == 1 and part.lr_weights is None and clip.value is None
+        decay = part.mode in (None, "decoupled") or (part.mode == "l2" and part.decay_weights is None)
+        return simple and decay and not needs_whole_rows(self.settings) and has_kernel(part.rule)
 
 
 @dataclass
@@ -140,7 +142,7 @@ def _gradient(plan: Plan, x: Tensor, g: Tensor, block: Block, mask: Tensor | Non
     return transform(x, g, plan.segments, plan.settings)
 
 
-def _advance_(part: Part, x: Tensor, g: Tensor, s: SimpleNamespace, c: SimpleNamespace, mask: Tensor | None) -> None:
+def _advance_(part: Part, x: Tensor, g: Tensor, s: Named, c: Named, mask: Tensor | None) -> None:
     """State, direction, decay and step of one part on its own coordinates."""
     rule, mode = part.rule, part.mode
     lr_weights, decay_weights = s.lr_weights, s.decay_weights

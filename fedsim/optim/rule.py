@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +28,20 @@ NEEDS = frozenset(
     {"grad", "half_grads", "sampled_grad", "hvp", "loss_eval", "per_sample_norms", "layer_io", "eval_point"}
 )
 DECAY_MODES = ("l2", "decoupled", "decoupled_after", "prox", "in_update", "independent")
+
+
+class Named:
+    """Values by attribute, in a form that torch.compile can follow."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -80,19 +93,19 @@ class Rule(Protocol):
         """Which of `needs` the step numbered t (per client, [k]) will use."""
         return self.needs
 
-    def coefficients(self, h: SimpleNamespace, t: Any, q: SimpleNamespace) -> Mapping[str, Any]:
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
         """Coefficients of this step, floats or [k] arrays, from hyper-parameters, counter and host numbers."""
         return {}
 
-    def direction(self, x: Tensor, g: Tensor, s: SimpleNamespace, c: SimpleNamespace, seg: Segments) -> Tensor:
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         """u [k, P] for x -= lr * u, after updating the states in `s`."""
         ...
 
-    def final(self, x: Tensor, s: SimpleNamespace, h: SimpleNamespace) -> Tensor:
+    def final(self, x: Tensor, s: Named, h: Named) -> Tensor:
         """The point to send and evaluate, [k, P]; x itself unless the rule trains somewhere else."""
         return x
 
-    def eval_point(self, x: Tensor, s: SimpleNamespace, h: SimpleNamespace, t: np.ndarray) -> Tensor:
+    def eval_point(self, x: Tensor, s: Named, h: Named, t: np.ndarray) -> Tensor:
         """Where the next gradient is to be taken, [k, P]."""
         return x
 

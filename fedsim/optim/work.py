@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsim.optim.pipeline import Block, Part, Plan, Values
+from fedsim.optim.rule import Named
 from fedsim.optim.state import OptState
 from fedsim.streams import Streams
 
@@ -41,7 +41,7 @@ def assemble(
     host: dict[str, Any] = {}
     for part in plan.parts:
         h = hypers(part, k, scale)
-        q = SimpleNamespace(**{n: _agreed(state.host[part.name + n][:k].numpy()) for n in part.rule.host})
+        q = Named({n: _agreed(state.host[part.name + n][:k].numpy()) for n in part.rule.host})
         coefs = dict(part.rule.coefficients(h, t, q))
         host |= {part.name + n: getattr(q, n) for n in part.rule.host}
         coefs |= {"lr": h.lr} | ({"decay_rate": _decay_rate(part, h, scale)} if part.decays else {})
@@ -51,17 +51,23 @@ def assemble(
     return block, host
 
 
-def hypers(part: Part, k: int, lr_scale: float | np.ndarray) -> SimpleNamespace:
-    """The rule's hyper-parameters and `lr` for k clients, numbers or [k] float64."""
-    h = SimpleNamespace(**{f.name: _rows(part, f.name, getattr(part.rule, f.name), k) for f in fields(part.rule)})  # type: ignore[arg-type]
-    h.lr = _rows(part, "lr", part.base.lr, k) * lr_scale
-    h.weight_decay = _rows(part, "weight_decay", part.base.weight_decay, k)
+def hypers(part: Part, k: int, lr_scale: float | np.ndarray) -> Named:
+    """The rule's hyper-parameters, `lr` and `weight_decay` for k clients, numbers or [k] float64."""
+    if part.plain_hypers is not None:
+        h = Named(part.plain_hypers)
+    else:
+        names = [f.name for f in fields(part.rule)]  # type: ignore[arg-type]
+        h = Named({n: _rows(part, n, getattr(part.rule, n), k) for n in names})
+        h.lr = _rows(part, "lr", part.base.lr, k)
+        h.weight_decay = _rows(part, "weight_decay", part.base.weight_decay, k)
+    h.lr = h.lr * lr_scale
     return h
 
 
 def own_states(part: Part, state: OptState, k: int) -> dict[str, Tensor]:
     """A part's states under their own names, the first k rows."""
-    return {s.name: state.buffers[part.name + s.name][:k] for s in part.rule.active_states()}
+    buffers = {s.name: state.buffers[part.name + s.name] for s in part.rule.active_states()}
+    return buffers if k == state.num_clients else {n: b[:k] for n, b in buffers.items()}
 
 
 def _rows(part: Part, name: str, value: Any, k: int) -> Any:
@@ -74,7 +80,7 @@ def _rows(part: Part, name: str, value: Any, k: int) -> Any:
     return np.array(value[:k])
 
 
-def _decay_rate(part: Part, h: SimpleNamespace, scale: float | np.ndarray) -> Any:
+def _decay_rate(part: Part, h: Named, scale: float | np.ndarray) -> Any:
     """What multiplies x: lambda, lambda times the learning rate, or lambda times the schedule alone."""
     mode = part.base.decay
     if mode in ("l2", "in_update"):
@@ -99,10 +105,11 @@ def _on_device(coefs: Mapping[str, Any], x: Tensor, as_tensors: bool) -> Values:
 
 def _shared(plan: Plan, x: Tensor, state: OptState, t: Any, aux: Mapping[str, Tensor], as_tensors: bool) -> Values:
     """Mask, additive term and weight average, where present."""
-    known = {"mask", "add"}.union(*(part.rule.inputs for part in plan.parts))
-    for name in aux:
-        if name not in known:
-            raise ValueError(f"aux {name!r} is no input of this optimizer, which takes {', '.join(sorted(known))}")
+    if aux:
+        known = {"mask", "add"}.union(*(part.rule.inputs for part in plan.parts))
+        for name in aux:
+            if name not in known:
+                raise ValueError(f"aux {name!r} is no input of this optimizer, which takes {', '.join(sorted(known))}")
     shared: Values = {n: torch.atleast_2d(aux[n]).to(x.dtype) for n in ("mask", "add") if n in aux}
     average = plan.settings.average
     if average is None:
