@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate.base import finite_rows, without_bad
-from fedsim.aggregate.distances import squared_distances
+from fedsim.aggregate.distances import centred_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class GeometricMedian:
 
     z <- sum_i v_i / max(nu, |v_i - z|) / sum_i 1 / max(nu, |v_i - z|), starting from z = 0. Three iterations, a common
     setting, are far from converged. Every z but the first is a mixture of the rows, so the iterations run on the R^2
-    distances between rows, and the rows themselves are read once, however many iterations there are.
+    products of the rows, which are read twice, however many iterations there are.
 
     Args:
         nu: distances below it count as it.
@@ -51,17 +51,17 @@ class GeometricMedian:
         if not bool(ok.any()):
             return torch.full_like(v[0], torch.nan)
         rows = v if bool(ok.all()) else v[ok]  # a row infinitely far away has the share 0
-        squared = squared_distances(rows, rows).cpu()  # R x R numbers, and many short steps: not work for a GPU
+        products = centred_products(rows).cpu()  # R x R numbers, and many short steps: not work for a GPU
         norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
-        return self._shares(norms, squared).to(v) @ rows
+        return self._shares(norms, products).to(v) @ rows
 
-    def _shares(self, from_zero: Tensor, squared: Tensor) -> Tensor:
+    def _shares(self, from_zero: Tensor, products: Tensor) -> Tensor:
         """[R] float64: the final z as a mixture of the rows."""
         share = self._step(from_zero)
         for _ in range(self.iterations - 1):
-            # |v_i - sum_j s_j v_j|^2 = sum_j s_j |v_i - v_j|^2 - 1/2 sum_jk s_j s_k |v_j - v_k|^2
-            to_rows = squared @ share
-            before, share = share, self._step((to_rows - 0.5 * (share @ to_rows)).clamp_(min=0.0).sqrt())
+            with_z = products @ share  # <v_i, z>, both from the centre of the products
+            squared = products.diagonal() - 2.0 * with_z + share @ with_z
+            before, share = share, self._step(squared.clamp_(min=0.0).sqrt())
             if float((share - before).abs().max()) <= self.tol:
                 break
         return share

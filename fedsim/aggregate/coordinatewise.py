@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate.base import check_f, check_majority
-from fedsim.aggregate.distances import squared_distances
+from fedsim.aggregate.distances import FAR, squared_distances
 from fedsim.aggregate.neighbours import krum_scores
 
 
@@ -94,6 +94,8 @@ class Phocas:
 class Bulyan:
     """Krum's choice n - 2f times without replacement, then the n - 4f values nearest to the median. No weights.
 
+    Two rows that are each other's nearest have the same score when few are left: the one nearer to all rows goes first.
+
     Args:
         f: rows that may be faulty; n >= 4f + 3 is needed.
     """
@@ -108,11 +110,13 @@ class Bulyan:
         n = v.shape[0]
         if n < 4 * self.f + 3:
             raise ValueError(f"bulyan needs 4f + 3 = {4 * self.f + 3} rows for f={self.f}, got n={n}; lower f")
-        distances, left, chosen = squared_distances(v, v), list(range(n)), []
+        distances, left, chosen = squared_distances(v, v).cpu(), list(range(n)), []
+        to_all = distances.clamp(max=FAR / n).sum(dim=1).tolist()
         for _ in range(n - 2 * self.f):
-            among = torch.tensor(left, device=v.device)
-            best = int(krum_scores(distances[among][:, among], self.f, 2).argmin())
-            chosen.append(left.pop(best))
+            scores = krum_scores(distances[left][:, left], self.f, 2).tolist()
+            _, _, best = min((score, to_all[row], row) for score, row in zip(scores, left, strict=True))
+            chosen.append(best)
+            left.remove(best)
         columns = sort_columns(v[chosen])
         return _mean_around(columns, _median(columns), n - 4 * self.f)
 
@@ -120,7 +124,7 @@ class Bulyan:
 def sort_columns(v: Tensor) -> Tensor:
     """[R, P]: every column ascending, NaN last."""
     if v.device.type == "cpu":  # numpy's vectorised sort is several times faster
-        return torch.from_numpy(np.sort(v.numpy(), axis=0))
+        return torch.from_numpy(np.sort(v.detach().numpy(), axis=0))
     return v.sort(dim=0).values
 
 

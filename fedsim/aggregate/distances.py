@@ -34,7 +34,26 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     same = a is b
     ok_b = finite_rows(b)
     ok_a = ok_b if same else finite_rows(a)
-    centre = _middle_row(b, ok_b)
+    gram, norm_a, norm_b = _products(a, b, _middle_row(b, ok_b))
+    scale = norm_a[:, None] + norm_b
+    out = scale - 2.0 * gram
+    known = ok_a[:, None] & ok_b
+    _subtract_directly_(out, a, b, known & ~(out > _CANCELS * scale), same)
+    return out.masked_fill_(~known, FAR)
+
+
+def centred_products(v: Tensor) -> Tensor:
+    """[R, R] float64: inner products of finite rows v [R, P], measured from a row in the middle of the crowd.
+
+    With them the distance from a row to a mixture of rows can be had where squared distances would cancel: a row far
+    away does not enter the products of the others with each other.
+    """
+    return _products(v, v, _middle_row(v, torch.ones(v.shape[0], dtype=torch.bool, device=v.device)))[0]
+
+
+def _products(a: Tensor, b: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Products [C, M] of the rows less the centre [P], and squared norms [C] and [M], all float64."""
+    same = a is b
     gram = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
     norm_a = gram.new_zeros(a.shape[0])
     norm_b = norm_a if same else gram.new_zeros(b.shape[0])
@@ -47,11 +66,9 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
         norm_a += torch.linalg.vecdot(part_a, part_a)
         if not same:
             norm_b += torch.linalg.vecdot(part_b, part_b)
-    scale = norm_a[:, None] + norm_b
-    out = scale - 2.0 * gram
-    known = ok_a[:, None] & ok_b
-    _subtract_directly_(out, a, b, known & ~(out > _CANCELS * scale), same)
-    return out.masked_fill_(~known, FAR)
+    if same:  # a product of matrices may round (i, j) and (j, i) differently
+        gram = gram.tril() + gram.tril(diagonal=-1).T
+    return gram, norm_a, norm_b
 
 
 def _middle_row(v: Tensor, ok: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Mean:
 
     def fold(self, partial: Partial | None, v: Tensor, weights: Tensor) -> Partial:
         """Add rows [C, P] with weights [C] to a partial mean; None is the empty one."""
-        w = self._raw(weights).to(v.dtype)
+        w = self._raw(weights).to(v)
         part = Partial(w @ v, w.sum())
         return part if partial is None else self.merge(partial, part)
 

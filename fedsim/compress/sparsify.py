@@ -234,7 +234,7 @@ def _scatter(payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
 def _largest(v: Tensor, k: int) -> Tensor:
     """[C, k] int64, ascending: where each row's k largest magnitudes stand, the first of equal ones."""
     # Bits of a magnitude, read as an integer, are in the order of the magnitudes, with infinity and NaN above all.
-    size = v.abs().view(torch.int32 if v.dtype == torch.float32 else torch.int64)
+    size = v.detach().abs().view(torch.int32 if v.dtype == torch.float32 else torch.int64)
     if v.device.type == "cpu" and v.shape[1] >= _LONG_ROW:
         return torch.from_numpy(np.stack([_largest_of_row(row, k) for row in size.numpy()]))
     threshold = torch.topk(size, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)

@@ -1,0 +1,121 @@
+from statistics import NormalDist
+
+import pytest
+import torch
+
+from clients.byzantine import (
+    Alie,
+    AttackContext,
+    Gaussian,
+    InnerProduct,
+    LabelFlip,
+    Mimic,
+    SignFlip,
+    Silence,
+    alie_factor,
+    flip_labels,
+)
+from fedsim.streams import Streams
+
+H = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+
+
+def streams(b: int) -> Streams:
+    return Streams(2, torch.arange(b), torch.zeros(b, dtype=torch.int64))
+
+
+def sent(attack, honest: torch.Tensor = H, b: int = 2) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    out = attack(honest, b, streams(b), AttackContext())
+    assert out is not None
+    return out
+
+
+@pytest.mark.parametrize(
+    ("attack", "expected"),
+    [
+        (SignFlip(), [-4.0, -5.0, -6.0]),
+        (SignFlip(scaled=True), [-6.0, -7.5, -9.0]),  # times 3 / 2
+        (InnerProduct(), [-8.0, -10.0, -12.0]),
+        (InnerProduct(tau=0.5), [-2.0, -2.5, -3.0]),
+        (Alie(), [8.5, 9.5, 10.5]),
+        (Alie(k=-1.5), [-0.5, 0.5, 1.5]),
+        (Mimic(), [1.0, 2.0, 3.0]),
+        (Mimic(target=2), [7.0, 8.0, 9.0]),
+    ],
+)
+def test_the_documented_example(attack, expected: list[float]) -> None:  # type: ignore[no-untyped-def]
+    assert sent(attack).tolist() == [expected, expected]
+
+
+def test_a_scaled_sign_flip_makes_the_mean_of_all_zero() -> None:
+    everyone = torch.cat([H, sent(SignFlip(scaled=True))])
+    assert torch.allclose(everyone.mean(dim=0), torch.zeros(3))
+
+
+def test_the_largest_factor_of_alie() -> None:
+    # n = 50, b = 24: 26 - 24 = 2 of the 26 honest ones must be outvoted.
+    assert alie_factor(50, 24) == pytest.approx(NormalDist().inv_cdf(24 / 26))
+    assert alie_factor(26, 5) == pytest.approx(NormalDist().inv_cdf((21 - 9) / 21))
+    honest = torch.randn(21, 4, generator=torch.Generator().manual_seed(0))
+    expected = honest.mean(0) + alie_factor(26, 5) * honest.std(0)
+    assert torch.allclose(sent(Alie(k="max"), honest, 5)[0], expected)
+    with pytest.raises(ValueError, match="n=4 clients with b=3"):
+        alie_factor(4, 3)
+    with pytest.raises(ValueError, match="alie.k"):
+        Alie(k="most")  # type: ignore[arg-type]
+
+
+def test_alie_with_one_honest_client_has_no_spread_to_hide_in() -> None:
+    assert sent(Alie(), H[:1]).tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+def test_mimic_learns_the_direction_in_which_clients_differ() -> None:
+    g = torch.Generator().manual_seed(0)
+    honest = 0.1 * torch.randn(6, 20, generator=g)
+    honest[4, 7], honest[2, 7] = 5.0, -3.0
+    attack, context = Mimic(warmup=3), AttackContext()
+    for step in range(3):
+        context.step = step
+        out = attack(honest, 2, streams(2), context)
+        assert out is not None and torch.equal(out[0], honest[0])
+    out = attack(honest, 2, streams(2), context)
+    assert out is not None and torch.equal(out, honest[4].expand(2, -1))
+    assert abs(float(context.memory["mimic.direction"][7])) > 0.9
+    fresh = attack(honest, 2, streams(2), AttackContext())  # what it knows lies in the context alone
+    assert fresh is not None and torch.equal(fresh[0], honest[0])
+
+
+def test_noise_is_normal_and_another_for_each_client_and_step() -> None:
+    attack, honest = Gaussian(mean=2.0, std=3.0), torch.zeros(1, 20_000)
+    noise = sent(attack, honest)
+    assert float(noise.mean()) == pytest.approx(2.0, abs=4 * 3 / 200)
+    assert float(noise.std()) == pytest.approx(3.0, rel=0.03)
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(attack(honest, 2, streams(2), AttackContext(step=1)), noise)
+
+
+def test_the_silent_send_nothing() -> None:
+    assert Silence()(H, 2, streams(2), AttackContext()) is None
+
+
+def test_flipped_labels_count_from_the_other_end() -> None:
+    targets = torch.tensor([[0, 1], [4, 9]])
+    assert flip_labels(targets, 10).tolist() == [[9, 8], [5, 0]]
+    assert torch.equal(LabelFlip().poison(targets, 10), flip_labels(targets, 10))
+    with pytest.raises(ValueError, match="poisons data"):
+        LabelFlip()(H, 1, streams(1), AttackContext())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InnerProduct(tau=float("inf")), "foe.tau"),
+        (lambda: Gaussian(std=-1.0), "gaussian.std"),
+        (lambda: Mimic(target=-1), "mimic.target"),
+        (lambda: Mimic(warmup=0), "mimic.warmup"),
+        (lambda: sent(Mimic(target=3)), "mimic.target=3 is not one of the 3 honest"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        make()
