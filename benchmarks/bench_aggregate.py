@@ -1,7 +1,8 @@
-"""How fast are the rules that look at many long vectors? `python -m benchmarks.bench_aggregate [--rows n] [--entries P]`.
+"""How fast are the rules that look at many long vectors?
 
-First nearest-neighbour averaging for all n clients, whose distances a plain version would take with torch.cdist without
-matrix products; then every rule of the table on the same rows. Seconds, the best of the repeats.
+`python -m benchmarks.bench_aggregate [--rows n] [--entries P]`: first nearest-neighbour averaging for all n clients,
+whose distances a plain version would take with torch.cdist without matrix products; then rules of the table on the same
+rows. Seconds, the best of the repeats.
 """
 
 from __future__ import annotations

@@ -59,6 +59,15 @@ def finite_rows(v: Tensor) -> Tensor:
     return ok
 
 
+def lengths(v: Tensor) -> Tensor:
+    """[R] float64: Euclidean length of each row, summed in float64; NaN or infinity for a row that is not finite."""
+    squares = v.new_zeros(v.shape[0], dtype=torch.float64)
+    for part in v.split(max(256, (1 << 18) // max(1, v.shape[0])), dim=1):  # a part stays in the cache
+        wide = part.to(torch.float64)
+        squares += torch.linalg.vecdot(wide, wide)
+    return squares.sqrt()
+
+
 def without_bad(v: Tensor, ok: Tensor) -> Tensor:
     """v with the rows that are not ok set to zero, so that a product with weight zero leaves no NaN behind."""
     return v if bool(ok.all()) else torch.where(ok[:, None], v, 0.0)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import finite_rows, without_bad
+from fedsim.aggregate.base import finite_rows, lengths, without_bad
 from fedsim.aggregate.distances import centred_products
 
 
@@ -52,8 +52,7 @@ class GeometricMedian:
             return torch.full_like(v[0], torch.nan)
         rows = v if bool(ok.all()) else v[ok]  # a row infinitely far away has the share 0
         products = centred_products(rows).cpu()  # R x R numbers, and many short steps: not work for a GPU
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu()
-        return self._shares(norms, products).to(v) @ rows
+        return self._shares(lengths(rows).cpu(), products).to(v) @ rows
 
     def _shares(self, from_zero: Tensor, products: Tensor) -> Tensor:
         """[R] float64: the final z as a mixture of the rows."""
@@ -100,7 +99,6 @@ class CenteredClipping:
         z = torch.zeros_like(v[0]) if start is None else start
         for _ in range(self.iterations):
             difference = rows - z
-            length = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64)
-            factor = torch.where(ok, (self.tau / length).clamp(max=1.0), 0.0).to(v.dtype)
+            factor = torch.where(ok, (self.tau / lengths(difference)).clamp(max=1.0), 0.0).to(v.dtype)
             z = z + factor @ difference / v.shape[0]
         return z

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import check_f, finite_rows, without_bad
+from fedsim.aggregate.base import check_f, finite_rows, lengths, without_bad
 from fedsim.aggregate.neighbours import mix_with_neighbours
 
 
@@ -75,8 +75,7 @@ class Clipping:
             raise ValueError(f"clipping.norm must be a positive length, got {self.norm}")
 
     def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        lengths = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
-        return _shorten(v, lengths, torch.tensor(self.norm, dtype=torch.float64)), weights
+        return _shorten(v, lengths(v), torch.tensor(self.norm, dtype=torch.float64)), weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +95,12 @@ class ARC:
         n = v.shape[0]
         if self.f > n:
             raise ValueError(f"arc needs at least f={self.f} rows, got n={n}; lower f or wait for more rows")
-        lengths = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        longest = 2 * self.f * (n - self.f) // n
-        return _shorten(v, lengths, lengths.sort().values[n - longest - 1]), weights
+        length = lengths(v).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        num_longest = 2 * self.f * (n - self.f) // n
+        return _shorten(v, length, length.sort().values[n - num_longest - 1]), weights
 
 
-def _shorten(v: Tensor, lengths: Tensor, limit: Tensor) -> Tensor:
+def _shorten(v: Tensor, length: Tensor, limit: Tensor) -> Tensor:
     ok = finite_rows(v)
-    factor = torch.where(lengths > limit, limit / lengths, 1.0).nan_to_num_(nan=0.0)
+    factor = torch.where(length > limit, limit / length, 1.0)
     return without_bad(v, ok) * factor[:, None].to(v.dtype)
