@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.byzantine import ATTACKS
 from clients.local_sgd import LocalSGD
 from fedsim.aggregate import AGGREGATORS
+from fedsim.compress import COMPRESSORS, bind
+from fedsim.compress.sparsify import Identity
 from fedsim.config import ConfigError, FromTable, Reader
 from fedsim.data import DATASETS, PARTITIONS
 from fedsim.data import build as build_data
 from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
+from fedsim.data.partition import Natural
 from fedsim.data.sources import as_dataset
 from fedsim.engine import Plan, build_engine, choose
 from fedsim.engine.losses import LOSSES
@@ -31,11 +36,15 @@ from fedsim.optim import Optimizer
 from fedsim.optim import build as build_optimizer
 from fedsim.optim.table import RULES
 from fedsim.params import Layout
+from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.devices import DEVICES
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.sim.links import Downlink, Uplink
 from fedsim.sinks import SINKS, Sink, make_sinks
+from fedsim.streams import server_rng
 from fedsim.task import Schedule, Task
+from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import MODELS, init_parameters
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
@@ -76,16 +85,75 @@ class Runtime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lies:
+    """Byzantine clients.
+
+    Args:
+        attack: what they send.
+        count: how many there are, drawn by the seed; or
+        ids: which.
+    """
+
+    attack: Annotated[Any, FromTable("attack", "sign_flip")] = None
+    count: int = 0
+    ids: tuple[int, ...] | None = None
+
+    def draw(self, num_clients: int, seed: int) -> Tensor:
+        """[b] ids, ascending.
+
+        Raises:
+            ValueError: if there are not so many clients, or none would be honest.
+        """
+        if self.ids is not None:
+            bad = [i for i in self.ids if not 0 <= i < num_clients]
+            if bad:
+                raise ValueError(f"ids: client {bad[0]} is not one of the {num_clients} clients 0..{num_clients - 1}")
+            return torch.tensor(sorted(set(self.ids)), dtype=torch.int64)
+        if not 0 <= self.count < num_clients:
+            raise ValueError(f"count must leave at least one honest client of {num_clients}, got {self.count}")
+        picked = server_rng(seed, "byzantine").choice(num_clients, size=self.count, replace=False)
+        return torch.from_numpy(np.sort(picked))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Up:
+    """What clients send.
+
+    Args:
+        compressor: for every vector of a reply.
+        error_feedback: add to each message what earlier ones left out.
+    """
+
+    compressor: Annotated[Any, FromTable("compressor", "identity")] = None
+    error_feedback: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Down:
+    """What clients receive.
+
+    Args:
+        compressor: for the change of every model-sized vector since the last message.
+    """
+
+    compressor: Annotated[Any, FromTable("compressor", "identity")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clients:
     """Who takes part.
 
     Args:
         count: N; null takes it from the data (a natural partition) or is 100.
         devices: how fast they are.
+        availability: when they can be reached; `always` for now.
+        byzantine: who lies, and how.
     """
 
     count: int | None = None
     devices: Annotated[Any, FromTable("device", "constant")] = None
+    availability: Annotated[Any, FromTable("availability", "always")] = None
+    byzantine: Lies = field(default_factory=lambda: Lies())
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
@@ -219,6 +287,11 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
         given={"local": LocalSGD(optimizer=optimizer, schedule=schedule, rounds=rounds)},
     )
     _check_cohort(reader, strategy, len(task.num_examples))
+    up, down = reader.section("uplink", Up), reader.section("downlink", Down)
+    uplink, downlink = _links(reader, up, down, strategy, task.layout, seed)
+    n = len(task.num_examples)
+    byzantine = _byzantine(reader, clients.byzantine, n, seed, built)
+    devices = clients.devices(n)
     evaluate = reader.section("evaluate", Evaluate)
     every = reader.section("checkpoint", Checkpoint)
     diverge = reader.value("allow_divergence", bool, False)
@@ -229,7 +302,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     except ValueError as e:
         raise reader.error("log.sinks", str(e)) from e
 
-    runner = StackRunner(task, strategy, seed, device)
+    runner = StackRunner(task, strategy, seed, device, uplink)
     executor, workers = _executor(runtime, runner, built.plan.width, device)
     pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
     on_disk = runtime.memory == "disk" and folder is not None
@@ -237,9 +310,12 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
         num_examples=task.num_examples,
         model_size=task.layout.size,
         executor=executor,
-        devices=clients.devices,
+        devices=devices,
         memory=Memory(len(task.num_examples), folder / "memory" if on_disk and folder else None),
         seed=seed,
+        reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
+        downlink=downlink,
+        byzantine=byzantine,
     )
     experiment = Experiment(
         task=task,
@@ -300,7 +376,7 @@ def _classification(
     reader, runtime = site.reader, site.runtime
     source = dataset(site)
     partition = reader.entry("partition", PARTITIONS, default="iid")
-    natural = isinstance(source, FederatedData) or isinstance(partition, PARTITIONS["natural"])
+    natural = isinstance(source, FederatedData) or isinstance(partition, Natural)
     count = site.clients.count if natural else site.clients.count or 100
     try:
         data = build_data(source, partition, count, site.seed)
@@ -364,7 +440,68 @@ def _start(x0: float | tuple[float, ...], dim: int) -> Tensor:
     return value.expand(dim).clone() if value.ndim == 0 else value
 
 
-TASKS: dict[str, Callable[..., _Built]] = {"classification": _classification, "quadratic": _quadratic}
+def _bilinear(
+    site: _Site, *, dim: int = 50, low: float = 0.5, high: float = 2.0, lam: float = 0.0, noise: float = 0.0
+) -> _Built:
+    """Saddle points x'A_m y + ... with a known solution; `dim` numbers each in x and y, spectrum [low, high]."""
+    if dim < 1 or not 0 < low <= high or lam < 0 or noise < 0:
+        raise ValueError(
+            f"needs dim >= 1, 0 < low <= high, lam >= 0, noise >= 0; got {dim}, {low}, {high}, {lam}, {noise}"
+        )
+    count = site.clients.count or 25
+    task = BilinearTask.drawn(count, dim, site.seed, low=low, high=high, lam=lam, noise=noise)
+    width = site.runtime.stack if site.runtime.stack != "auto" else min(1024, count)
+    return _Built(task.to(site.device), Plan("exact", width, "the operator is a formula"))
+
+
+TASKS: dict[str, Callable[..., _Built]] = {
+    "classification": _classification,
+    "quadratic": _quadratic,
+    "bilinear": _bilinear,
+}
+
+
+def _links(
+    reader: Reader, up: Up, down: Down, strategy: Any, layout: Layout, seed: int
+) -> tuple[Uplink | None, Downlink | None]:
+    """The compressed links, None where nothing is compressed; refuses what does not fit the model or the strategy."""
+    own = [f.name for f in fields(strategy) if hasattr(getattr(strategy, f.name), "omega")]
+    for key in own:
+        _check_compressor(reader, f"strategy.{key}", getattr(strategy, key), layout)
+    made = []
+    for key, compressor in (("uplink", up.compressor), ("downlink", down.compressor)):
+        plain = isinstance(compressor, Identity)
+        if not plain and own:
+            raise reader.error(
+                f"{key}.compressor", f"this strategy compresses by itself; set strategy.{own[0]} instead"
+            )
+        _check_compressor(reader, f"{key}.compressor", compressor, layout)
+        made.append(None if plain else bind(compressor, layout))
+    if made[0] is None and up.error_feedback:
+        raise reader.error("uplink.error_feedback", "needs an uplink.compressor that leaves something out")
+    uplink = None if made[0] is None else Uplink(compressor=made[0], error_feedback=up.error_feedback)
+    return uplink, None if made[1] is None else Downlink(compressor=made[1], seed=seed)
+
+
+def _check_compressor(reader: Reader, key: str, compressor: Any, layout: Layout) -> None:
+    try:
+        bind(compressor, layout).bits(layout.size)
+    except ValueError as e:
+        raise reader.error(key, str(e)) from e
+
+
+def _byzantine(reader: Reader, lies: Lies, num_clients: int, seed: int, built: _Built) -> Byzantine | None:
+    try:
+        ids = lies.draw(num_clients, seed)
+    except ValueError as e:
+        raise reader.error("clients.byzantine", str(e)) from e
+    if not len(ids):
+        return None
+    if lies.attack.on_data:
+        if not isinstance(built.task, ClassificationTask):
+            raise reader.error("clients.byzantine.attack", "poisons labels, which this task does not have")
+        built.task.poison(ids, lies.attack.poison)
+    return Byzantine(ids=ids, attack=lies.attack, on_data=lies.attack.on_data, seed=seed)
 
 
 # Nested entries --------------------------------------------------------------------------------------------------
@@ -411,12 +548,29 @@ def _from(table: Mapping[str, Callable[..., Any]]) -> Callable[[Reader, str, Any
     return lambda reader, key, value: reader.build_entry(table, value, key, {})
 
 
+def _later(reader: Reader, key: str, value: Any) -> tuple[Any, Any]:
+    """A device model, to be built once the number of clients is known."""
+    target, name, rest = reader.named(DEVICES, value, key)
+    arguments, resolved = reader.bind(target, rest, key, ("count",))
+    return lambda count: reader.call(target, {**arguments, "count": count}, key), {"name": name, **resolved}
+
+
+def _always() -> str:
+    """Every client can be reached at any time."""
+    return "always"
+
+
+AVAILABILITY: dict[str, Callable[..., Any]] = {"always": _always}
+
 NESTED: dict[str, Callable[[Reader, str, Any], tuple[Any, Any]]] = {
     "dataset": _dataset,
     "model": _model,
     "optimizer": lambda reader, key, value: (value, value),
-    "device": _from(DEVICES),
+    "device": _later,
+    "availability": _from(AVAILABILITY),
     "aggregator": _from(AGGREGATORS),
+    "attack": _from(ATTACKS),
+    "compressor": _from(COMPRESSORS),
 }
 
 
@@ -438,19 +592,19 @@ def _device(name: str, reader: Reader) -> torch.device:
 def _executor(runtime: Runtime, runner: StackRunner, width: int, device: torch.device) -> tuple[Executor, str]:
     several = device.type == "cuda" and torch.cuda.device_count() > 1
     ray = runtime.executor == "ray" or (runtime.executor == "auto" and (several or runtime.address is not None))
-    workers = runtime.workers
+    workers: int | None = None if runtime.workers == "auto" else runtime.workers
     if ray:
         from fedsim.sim.ray_executor import RayExecutor
 
         executor = RayExecutor(
             runner,
             width=width,
-            workers=None if workers == "auto" else workers,
+            workers=workers,
             threads=runtime.threads,
             address=runtime.address,
         )
         return executor, f"{executor.num_workers} Ray actors, {runtime.threads} thread(s) each"
-    if workers == "auto":
+    if workers is None:
         workers = 1 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // runtime.threads)
     executor_here = InProcess(runner, width=width, workers=workers, threads=runtime.threads)
     return executor_here, f"{workers} thread(s) in this process, {runtime.threads} intra-op thread(s) each"
@@ -472,6 +626,8 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "datasets": DATASETS,
     "models": MODELS,
     "devices": DEVICES,
+    "compressors": COMPRESSORS,
+    "attacks": ATTACKS,
     "tasks": TASKS,
     "losses": LOSSES,
     "sinks": SINKS,

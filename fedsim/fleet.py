@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Arrival = Literal["all", "adversarial"]
 Work = Callable[..., Mapping[str, Any]]
 """A method of the strategy: (cohort, **broadcast) -> {field: [C, ...] or Packet}."""
 
@@ -27,7 +28,7 @@ class Cost:
     Args:
         steps: local steps: a number, or a function of the clients' sample counts [R] that returns [R].
         vectors_up: vectors of the model's size in one reply: 32 bits an entry, or what the uplink's compressor makes
-            of them.
+            of them; 0 if the reply stays with the client until an `exchange`.
         bits_up: bits of one reply, where that is not a number of such vectors.
     """
 
@@ -96,14 +97,40 @@ class Replies:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def weighted(self, name: str, weights: Tensor, like: Tensor) -> Tensor:
+        """[P]: the sum of weights [R] times one field's rows; zeros like `like` [P] where nothing arrived."""
+        if not len(self):
+            return torch.zeros_like(like)
+        rows: Tensor = self.fields[name]
+        return torch.tensordot(weights.to(rows), rows, dims=1)
+
+
+@dataclass
+class Inbox:
+    """What peers sent to the clients of one stack.
+
+    Args:
+        fields: {name: [M, P]}, every vector sent, one stack for all receivers.
+        heard: [C, M] bool, which of them reached which client.
+        own: [C], each client's own row.
+    """
+
+    fields: dict[str, Tensor]
+    heard: Tensor
+    own: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fields[name]
+
 
 class Fleet(Protocol):
     """Clients that can be given work and asked for replies."""
 
     clients: Tensor
+    num_examples: Tensor
     now: float
 
-    def send(self, ids: Tensor, work: Work, *, cost: Cost = ..., **broadcast: Tensor) -> None:
+    def send(self, ids: Tensor, work: Work, *, cost: Cost = ..., **broadcast: Any) -> None:
         """Start `work` on some idle clients, each with the broadcast tensors ([P], or a number)."""
         ...
 
@@ -111,14 +138,34 @@ class Fleet(Protocol):
         """Wait until a time, or for a number of replies, and return what arrived, in order of arrival."""
         ...
 
-    def ask(
-        self, ids: Tensor, work: Work, *, cost: Cost = ..., fold: Fold | None = None, **broadcast: Tensor
-    ) -> Replies:
+    def ask(self, ids: Tensor, work: Work, *, cost: Cost = ..., fold: Fold | None = None, **broadcast: Any) -> Replies:
         """Send and wait for all of these clients; replies stand in the order of `ids`."""
         ...
 
-    def exchange(self, replies: Replies, work: Work, **broadcast: Tensor) -> Replies:
-        """Every client of `replies` reads the others' replies and works on them."""
+    def exchange(
+        self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
+    ) -> Replies:
+        """Every client of `replies` reads the others' replies: `work(cohort, inbox, **broadcast)`.
+
+        Args:
+            replies: of an `ask` whose cost has `vectors_up=0`: they stay with the clients until now.
+            work: the second half; its replies again stay with the clients.
+            arrival: `all`, everybody hears everybody; `adversarial`, `missing` honest vectors never reach a client,
+                which ones is drawn for every receiver, and every byzantine vector does.
+            missing: f, for `adversarial`.
+        """
+        ...
+
+    def honest(self, ids: Tensor) -> Tensor:
+        """[R] bool: which of these clients are honest; all of them where nobody knows better. For metrics only."""
+        ...
+
+    def job_seconds(self, cost: Cost, samples: int = 1, **broadcast: Any) -> Tensor:
+        """[N, samples] float64: how long such a job takes each client, for weights that depend on it.
+
+        The simulator draws them, keyed; one column where durations do not vary. A deployed fleet returns what it has
+        measured, or NaN for clients that it has not.
+        """
         ...
 
 

@@ -153,9 +153,7 @@ def _into(composition: Composition, folder: Path, resume: bool, watch: Watch, st
         raise ConfigError(f"{folder}: can't write the run's folder: {e}; make room or choose another --out") from e
     try:
         started(composition)
-        state, rows, why = train(
-            experiment, sinks=composition.sinks, folder=folder, resume=bool(found), watch=watch
-        )
+        state, rows, why = train(experiment, sinks=composition.sinks, folder=folder, resume=bool(found), watch=watch)
     except OSError as e:
         raise ConfigError(f"{folder}: writing failed: {e}; make room, then add --resume to go on") from e
     finally:
@@ -191,8 +189,8 @@ def _write_split(folder: Path, composition: Composition) -> None:
     data = composition.data
     if data is None or data.num_clients > MAX_CLIENTS_LISTED or data.num_classes > 1000:
         return
-    names = {} if data.class_names is None else {"class_names": np.array(data.class_names)}
-    np.savez_compressed(folder / "split.npz", counts=data.class_counts().cpu().numpy(), **names)
+    names = [str(k) for k in range(data.num_classes)] if data.class_names is None else list(data.class_names)
+    np.savez_compressed(folder / "split.npz", counts=data.class_counts().cpu().numpy(), class_names=np.array(names))
 
 
 def _write_results(folder: Path, composition: Composition, state: Any, history: History, why: str) -> None:

@@ -62,6 +62,10 @@ class Batches(Protocol):
 
     num_steps: Tensor
 
+    def __len__(self) -> int:
+        """Steps of the busiest client."""
+        ...
+
     def active(self, step: int) -> int:
         """How many of the first clients still take this step."""
         ...

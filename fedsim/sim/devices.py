@@ -1,23 +1,35 @@
 """Devices: how long a job takes. Every model returns seconds for a stack of jobs, keyed by (seed, client, job).
 
-duration = download bits / downlink + steps * seconds_per_step + upload bits / uplink
+    duration = download bits / downlink + work + upload bits / uplink
 
-Letters: R jobs.
+Work is steps * seconds_per_step for the models whose clients compute, or a whole job's duration for those whose
+clocks come from a paper (`f_x`, `exponential`). A new model is a class here and a row in the table.
+
+Letters: N clients, R jobs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fedsim.streams import Streams
 
 
 class Devices(Protocol):
-    """A table of these maps names to classes; a new one is a class and a row."""
+    """Durations of jobs."""
+
+    @property
+    def random(self) -> bool:
+        """Whether two jobs of one client with equal work may take different times."""
+        ...
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
         """[R] float64 durations of jobs that take `steps` local steps and carry so many bits."""
@@ -38,18 +50,232 @@ class Constant:
     uplink: float = inf
 
     def __post_init__(self) -> None:
-        _check_speeds(self.seconds_per_step, self.downlink, self.uplink)
+        _check("seconds_per_step", self.seconds_per_step, self.downlink, self.uplink)
+
+    @property
+    def random(self) -> bool:
+        return False
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
         return bits_down / self.downlink + steps * self.seconds_per_step + bits_up / self.uplink
 
 
-def _check_speeds(seconds_per_step: float, downlink: float, uplink: float) -> None:
-    if not seconds_per_step >= 0:
-        raise ValueError(f"clients.devices.seconds_per_step must be 0 or more seconds, got {seconds_per_step}")
-    for name, value in (("downlink", downlink), ("uplink", uplink)):
+@dataclass(frozen=True, kw_only=True)
+class FX:
+    """Evenly spaced clocks: client i of N takes slowest * (1 - x/100 * i / (N - 1)) seconds a job.
+
+    Fraboni, Vidal, Kameni, Lorenzi. arXiv:2206.10189, section 5: F-0 are equal clocks, F-80 the fastest takes a fifth.
+
+    Args:
+        x: percent by which the fastest client is faster than the slowest.
+        count: N, filled in from clients.count.
+        slowest: seconds of the slowest client's job, transfers included.
+        downlink, uplink: bits per second, on top; infinite by default.
+    """
+
+    x: float = 80.0
+    count: int
+    slowest: float = 1.0
+    downlink: float = inf
+    uplink: float = inf
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.x < 100:
+            raise ValueError(f"x must be a percentage in [0, 100), got {self.x}")
+        _check("slowest", self.slowest, self.downlink, self.uplink)
+
+    @property
+    def random(self) -> bool:
+        return False
+
+    def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
+        place = streams.clients.double() / max(self.count - 1, 1)
+        return bits_down / self.downlink + self.slowest * (1 - self.x / 100 * place) + bits_up / self.uplink
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Every client's step takes a time of its own, drawn once from [low, high].
+
+    Args:
+        low, high: seconds of one local step.
+        downlink, uplink: bits per second; infinite by default.
+    """
+
+    low: float = 0.005
+    high: float = 0.05
+    downlink: float = inf
+    uplink: float = inf
+
+    def __post_init__(self) -> None:
+        _check("low", self.low, self.downlink, self.uplink)
+        if self.high < self.low:
+            raise ValueError(f"high must be at least low={self.low} seconds, got {self.high}")
+
+    @property
+    def random(self) -> bool:
+        return False
+
+    def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
+        share = _own(streams).uniform("device", 1, dtype=torch.float64)[:, 0]
+        per_step = self.low + (self.high - self.low) * share
+        return bits_down / self.downlink + steps * per_step + bits_up / self.uplink
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogNormal:
+    """A client's step takes median * exp(sigma * z) seconds, z drawn once; jobs vary by exp(jitter * z').
+
+    Args:
+        median: seconds of one local step of the median client.
+        sigma: spread over clients.
+        jitter: spread over the jobs of one client.
+        downlink, uplink: bits per second of the median client; links slow down by the client's own factor.
+    """
+
+    median: float = 0.01
+    sigma: float = 0.5
+    jitter: float = 0.0
+    downlink: float = inf
+    uplink: float = inf
+
+    def __post_init__(self) -> None:
+        _check("median", self.median, self.downlink, self.uplink)
+        if self.sigma < 0 or self.jitter < 0:
+            raise ValueError(f"sigma and jitter must not be negative, got {self.sigma} and {self.jitter}")
+
+    @property
+    def random(self) -> bool:
+        return self.jitter > 0
+
+    def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
+        z = _own(streams).normal("device", 1, dtype=torch.float64)[:, 0]
+        factor = torch.exp(self.sigma * z)
+        if self.jitter:
+            factor = factor * torch.exp(self.jitter * streams.normal("job", 1, dtype=torch.float64)[:, 0])
+        return factor * (bits_down / self.downlink + steps * self.median + bits_up / self.uplink)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential:
+    """Memoryless jobs: exponential with the mean of an F-X clock, plus a constant shift.
+
+    Args:
+        mean: seconds of the slowest client's mean job.
+        x: percent by which the fastest client is faster; 0 makes all alike.
+        count: N, filled in from clients.count.
+        shift: seconds that every job takes at least.
+        downlink, uplink: bits per second, on top; infinite by default.
+    """
+
+    mean: float = 1.0
+    x: float = 0.0
+    count: int
+    shift: float = 0.0
+    downlink: float = inf
+    uplink: float = inf
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.x < 100:
+            raise ValueError(f"x must be a percentage in [0, 100), got {self.x}")
+        _check("mean", self.mean, self.downlink, self.uplink)
+        if self.shift < 0:
+            raise ValueError(f"shift must be 0 or more seconds, got {self.shift}")
+
+    @property
+    def random(self) -> bool:
+        return True
+
+    def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
+        place = streams.clients.double() / max(self.count - 1, 1)
+        mean = self.mean * (1 - self.x / 100 * place)
+        u = streams.uniform("job", 1, dtype=torch.float64)[:, 0]
+        return bits_down / self.downlink + self.shift - mean * torch.log1p(-u) + bits_up / self.uplink
+
+
+def shifted_exponential(
+    *, count: int, mean: float = 1.0, shift: float = 0.5, x: float = 0.0, downlink: float = inf, uplink: float = inf
+) -> Exponential:
+    """Exponential jobs that take at least `shift` seconds."""
+    return Exponential(mean=mean, x=x, count=count, shift=shift, downlink=downlink, uplink=uplink)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Speeds of every client from a CSV file: client, seconds_per_step and, if known, downlink and uplink.
+
+    Args:
+        path: the file; one line a client, ids 0 to N - 1.
+        count: N, filled in from clients.count.
+    """
+
+    path: str
+    count: int
+    table: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", _read_speeds(Path(self.path), self.count))
+
+    @property
+    def random(self) -> bool:
+        return False
+
+    def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
+        per_step, down, up = self.table[streams.clients].unbind(1)
+        return bits_down / down + steps * per_step + bits_up / up
+
+
+def _read_speeds(path: Path, count: int) -> Tensor:
+    """[N, 3] float64: seconds per step, downlink, uplink."""
+    try:
+        with path.open(newline="", encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"path {path}: can't be read ({e}); give a CSV file with client,seconds_per_step") from e
+    table = torch.full((count, 3), float("nan"), dtype=torch.float64)
+    for line, row in enumerate(rows, start=2):
+        try:
+            client = int(row["client"])
+            speeds = [
+                float(row["seconds_per_step"]),
+                float(row.get("downlink") or inf),
+                float(row.get("uplink") or inf),
+            ]
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path}, line {line}: needs client and seconds_per_step as numbers, got {row}") from e
+        if not 0 <= client < count:
+            raise ValueError(f"{path}, line {line}: client {client} is not one of the {count} clients 0..{count - 1}")
+        if not (0 <= speeds[0] < inf and speeds[1] > 0 and speeds[2] > 0):
+            raise ValueError(f"{path}, line {line}: seconds must be 0 or more and links positive, got {speeds}")
+        table[client] = torch.tensor(speeds, dtype=torch.float64)
+    missing = torch.nonzero(table[:, 0].isnan()).flatten().tolist()
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"{path}: no line for {len(missing)} of {count} clients ({shown}); add them or lower clients.count"
+        )
+    return table
+
+
+def _own(streams: Streams) -> Streams:
+    """Streams of the clients themselves, the same for all of their jobs."""
+    return Streams(streams.seed, streams.clients, torch.zeros_like(streams.jobs))
+
+
+def _check(name: str, seconds: float, downlink: float, uplink: float) -> None:
+    if not 0 <= seconds < inf:
+        raise ValueError(f"{name} must be 0 or more seconds, got {seconds}")
+    for link, value in (("downlink", downlink), ("uplink", uplink)):
         if not value > 0:
-            raise ValueError(f"clients.devices.{name} must be positive bits per second, got {value}")
+            raise ValueError(f"{link} must be positive bits per second, got {value}")
 
 
-DEVICES: dict[str, type] = {"constant": Constant}
+DEVICES: dict[str, Callable[..., Devices]] = {
+    "constant": Constant,
+    "f_x": FX,
+    "uniform": Uniform,
+    "lognormal": LogNormal,
+    "exponential": Exponential,
+    "shifted_exponential": shifted_exponential,
+    "trace": Trace,
+}

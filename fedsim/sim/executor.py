@@ -2,9 +2,11 @@
 
 Letters: R jobs, C clients of a stack, P entries of a client's vector, W workers.
 
-The cut depends on the cohort and on the stack width alone, and folds add stacks in their order, so results are the
-same bits for any number of workers. A worker is a thread with its own intra-op threads and its own buffers; torch
-releases the interpreter's lock inside its operations, so threads use the cores without copying anything.
+The cut depends on the cohort and on the stack width alone, and so do the groups in which stacks are folded: first the
+stacks of a group in their order, then the groups in theirs. So results are the same bits for any number of workers,
+and a worker elsewhere can send one sum for a whole group. Here a worker is a thread with its own intra-op threads and
+its own buffers; torch releases the interpreter's lock inside its operations, so threads use the cores without copying
+anything.
 """
 
 from __future__ import annotations
@@ -21,9 +23,13 @@ import torch
 from torch import Tensor
 
 from fedsim.cohort import Cohort
+from fedsim.fleet import Inbox
 from fedsim.memory import MemoryRows
+from fedsim.sim.links import Uplink
 from fedsim.streams import Streams
 from fedsim.task import Task
+
+MAX_GROUPS = 64  # groups of stacks in one call; part of what fixes the bits of a fold
 
 
 class ClientError(RuntimeError):
@@ -40,9 +46,11 @@ class Jobs:
         numbers: [R] each client's job number, part of its random keys.
         models: the distinct broadcasts.
         which: [R] index into `models`.
-        memory: {name: [R, ...]} rows that the clients kept.
+        memory: {name: [R, ...]} rows that the clients kept. For an exchange `inbox/heard` [R, M] and `inbox/own` [R]
+            travel with them, and the vectors sent are `inbox/<name>` [M, P] of the only model.
         weights: [R] to fold replies by, or None to keep them apart.
-        round: for messages only.
+        round: the server step at which they run, for messages.
+        rounds: [R] the server step at which each was sent; `round` for all if left out.
     """
 
     work: str
@@ -53,6 +61,7 @@ class Jobs:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Tensor | None = None
     round: int = 0
+    rounds: Tensor | None = None
 
     def rows(self, index: Tensor) -> Jobs:
         """Some of these jobs, with the broadcasts they need."""
@@ -68,6 +77,7 @@ class Jobs:
             {k: v[index] for k, v in self.memory.items()},
             None if self.weights is None else self.weights[index],
             self.round,
+            None if self.rounds is None else self.rounds[index],
         )
 
 
@@ -95,8 +105,6 @@ class Executor(Protocol):
 
     def run(self, jobs: Jobs) -> Results: ...
 
-    def map(self, function: Any, pieces: list[Any]) -> list[Any]: ...
-
     def close(self) -> None: ...
 
 
@@ -110,6 +118,16 @@ def cut(num_examples: Tensor, width: int) -> list[Tensor]:
     return list(order.split(width)) if len(order) else []
 
 
+def grouped(stacks: list[Tensor]) -> list[list[Tensor]]:
+    """Neighbouring stacks whose sums are added first; one stack to a group unless there are more than `MAX_GROUPS`.
+
+    >>> [len(group) for group in grouped([torch.tensor([i]) for i in range(130)])][-3:]
+    [3, 3, 1]
+    """
+    size = -(-len(stacks) // MAX_GROUPS)
+    return [stacks[i : i + size] for i in range(0, len(stacks), size)] if stacks else []
+
+
 @dataclass
 class StackRunner:
     """Runs one stack: the part that every executor shares.
@@ -119,12 +137,14 @@ class StackRunner:
         strategy: its methods are the client halves.
         seed: of the run.
         device: where stacks live.
+        uplink: how replies are compressed; None sends them as they are.
     """
 
     task: Task
     strategy: Any
     seed: int
     device: torch.device
+    uplink: Uplink | None = None
     _local: threading.local = field(default_factory=threading.local, repr=False)
 
     def run(self, jobs: Jobs) -> Results:
@@ -133,16 +153,19 @@ class StackRunner:
         if jobs.weights is not None:
             reuse = self._local.__dict__.setdefault("buffers", {})
         ids = jobs.ids.to(self.device)
+        broadcast = _broadcast(jobs, self.device)
+        inbox = _inbox(jobs, broadcast, self.device)
         cohort = Cohort(
             ids=ids,
             task=self.task,
-            memory=MemoryRows(dict(jobs.memory), len(ids), self.task.layout.size, self.device),
+            memory=MemoryRows(_rows(jobs.memory), len(ids), self.task.layout.size, self.device),
             streams=Streams(self.seed, ids, jobs.numbers.to(self.device)),
             device=self.device,
+            rounds=jobs.rounds if jobs.rounds is not None else torch.full((len(ids),), jobs.round),
             reuse=reuse,
         )
         try:
-            reply = getattr(self.strategy, jobs.work)(cohort, **_broadcast(jobs, self.device))
+            reply = getattr(self.strategy, jobs.work)(cohort, *inbox, **broadcast)
         except Exception as error:
             shown = ", ".join(str(i) for i in jobs.ids[:8].tolist()) + (", ..." if len(jobs.ids) > 8 else "")
             raise ClientError(
@@ -153,7 +176,10 @@ class StackRunner:
     def _collect(self, jobs: Jobs, cohort: Cohort, reply: Mapping[str, Any]) -> Results:
         bits = torch.zeros(len(cohort), dtype=torch.int64)
         fields, sums = {}, {}
+        whole = getattr(self.strategy, "sent_whole", ())
         for name, value in reply.items():
+            if self.uplink is not None and isinstance(value, Tensor) and value.ndim > 1 and name not in whole:
+                value = self.uplink.encode(name, value, cohort.memory, cohort.streams)
             if not isinstance(value, Tensor):  # a Packet knows its own size
                 bits += value.bits.cpu()
                 value = value.decode()
@@ -178,27 +204,49 @@ def _broadcast(jobs: Jobs, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _rows(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in memory.items() if not k.startswith("inbox/")}
+
+
+def _inbox(jobs: Jobs, broadcast: dict[str, Any], device: torch.device) -> tuple[Inbox, ...]:
+    """The inbox of an exchange, taken out of the broadcast; empty for other work."""
+    if "inbox/heard" not in jobs.memory:
+        return ()
+    sent = {k.removeprefix("inbox/"): broadcast.pop(k) for k in list(broadcast) if k.startswith("inbox/")}
+    return (Inbox(sent, jobs.memory["inbox/heard"].to(device), jobs.memory["inbox/own"].to(device)),)
+
+
 class Gather:
     """Puts the results of stacks together again, in the order of the stacks, whoever computed them."""
 
     def __init__(self, num_jobs: int) -> None:
         self._num_jobs = num_jobs
+        self._open: dict[str, Tensor] = {}  # sums of the group at hand
         self.results = Results(bits_up=torch.zeros(num_jobs, dtype=torch.int64))
 
     def add(self, index: Tensor, part: Results) -> None:
-        """Take the results of one stack, whose jobs were `index` [C] of the whole."""
+        """Take the results of one stack (or of all stacks of a group), whose jobs were `index` [C] of the whole."""
         out = self.results
         out.bits_up[index] = part.bits_up
-        for name, value in part.sums.items():
-            if name in out.sums:
-                out.sums[name] += value
-            else:
-                out.sums[name] = value
+        _add_(self._open, part.sums)
         for into, rows in ((out.fields, part.fields), (out.memory, part.memory), (out.metrics, part.metrics)):
             for name, value in rows.items():
                 if name not in into:
                     into[name] = value.new_zeros(self._num_jobs, *value.shape[1:])
                 into[name][index.to(value.device)] = value
+
+    def end_group(self) -> None:
+        """Fold the sums of the group at hand into those of the groups before it."""
+        _add_(self.results.sums, self._open)
+        self._open = {}
+
+
+def _add_(into: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    for name, value in sums.items():
+        if name in into:
+            into[name] += value
+        else:
+            into[name] = value
 
 
 class InProcess:
@@ -221,8 +269,11 @@ class InProcess:
     def run(self, jobs: Jobs) -> Results:
         gather = Gather(len(jobs.ids))
         stacks = cut(self.runner.task.num_examples[jobs.ids], self.width)
-        for index, part in zip(stacks, self._in_order(stacks, jobs), strict=True):
-            gather.add(index, part)
+        parts = self._in_order(stacks, jobs)
+        for group in grouped(stacks):
+            for index in group:
+                gather.add(index, next(parts))
+            gather.end_group()
         return gather.results
 
     def _in_order(self, stacks: list[Tensor], jobs: Jobs) -> Iterator[Results]:

@@ -17,16 +17,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.fleet import Cost, Fold, Replies, Work
+from fedsim.compress.packet import Packet
+from fedsim.fleet import Arrival, Cost, Fold, Replies, Work
 from fedsim.memory import Memory
 from fedsim.metrics import Metrics
+from fedsim.sim.byzantine import Byzantine, Knowledge
 from fedsim.sim.devices import Devices
 from fedsim.sim.events import Event, EventQueue
 from fedsim.sim.executor import Executor, Jobs, Results
+from fedsim.sim.links import Copy, Downlink
 from fedsim.streams import Streams
 
 BITS_PER_NUMBER = 32
 ONE_STEP = Cost()
+TIMELINE = 5000  # jobs that the report's timeline shows
+TOLERANCE = 1e-9  # seconds: a job that ends with the window counts, whatever its sum of floats says
 
 
 @dataclass
@@ -56,6 +61,9 @@ class SimFleet:
         devices: durations of jobs.
         memory: rows that clients keep.
         seed: of the run.
+        reply_bits: bits of one model-sized vector on the way up; 32 P unless the uplink compresses.
+        downlink: compresses broadcasts; None sends them as they are.
+        byzantine: who lies, and how; None for nobody.
     """
 
     def __init__(
@@ -67,6 +75,9 @@ class SimFleet:
         devices: Devices,
         memory: Memory,
         seed: int,
+        reply_bits: int | None = None,
+        downlink: Downlink | None = None,
+        byzantine: Byzantine | None = None,
     ) -> None:
         self.clients = torch.arange(len(num_examples))
         self.now = 0.0
@@ -80,7 +91,10 @@ class SimFleet:
         self.sent: dict[int, Sent] = {}
         self._observed = Metrics()
         self._devices, self._seed = devices, seed
-        self._model_bits = BITS_PER_NUMBER * model_size
+        self._model_size = model_size
+        self._reply_bits = BITS_PER_NUMBER * model_size if reply_bits is None else reply_bits
+        self.downlink, self.byzantine = downlink, byzantine
+        self.timeline: list[tuple[int, float, float, int]] = []
         self._in_flight = torch.zeros(len(num_examples), dtype=torch.bool)
         self._sequence = 0
 
@@ -93,7 +107,7 @@ class SimFleet:
             ValueError: if a client is still busy, unknown, or named twice.
         """
         self._check_idle(ids)
-        numbers, finish = self._book(ids, cost, broadcast)
+        numbers, finish, broadcast = self._book(ids, cost, broadcast)
         self._in_flight[ids] = True
         key = self._sequence
         self.sent[key] = Sent(work.__name__, broadcast, self.round)
@@ -103,7 +117,7 @@ class SimFleet:
 
     def receive(self, *, until: float = inf, count: int | None = None) -> Replies:
         """Wait until a time, or for `count` replies, or (with neither) for all in flight; in order of arrival."""
-        events = self.queue.pop(until, count)
+        events = self.queue.pop(until + TOLERANCE, count)
         self._compute(events)
         if until < inf and (count is None or len(events) < count):
             self.now = max(self.now, until)
@@ -119,30 +133,71 @@ class SimFleet:
     ) -> Replies:
         """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
         self._check_idle(ids)
-        numbers, finish = self._book(ids, cost, broadcast)
+        numbers, finish, broadcast = self._book(ids, cost, broadcast)
         num_examples = self.num_examples[ids]
-        weights = None
-        if fold is not None:
-            if not fold.foldable:
-                raise ValueError(f"{type(fold).__name__} is not linear, so replies can't be folded; leave out fold=")
-            weights = fold.weigh(num_examples)
-        jobs = Jobs(
-            work.__name__,
-            ids,
-            numbers,
-            [broadcast],
-            torch.zeros(len(ids), dtype=torch.int64),
-            self.memory.read(ids),
-            weights,
-            self.round,
-        )
-        results = self.executor.run(jobs)
+        if fold is not None and not fold.foldable:
+            raise ValueError(f"{type(fold).__name__} is not linear, so replies can't be folded; leave out fold=")
+        lies = self.byzantine is not None and not bool(self.byzantine.honest(ids).all())
+        early = None if fold is None or lies else fold.weigh(num_examples)
+        memory = self.memory.read(ids)
+        results = self.executor.run(_jobs(work, ids, numbers, broadcast, memory, early, self.round))
         self.memory.write(ids, results.memory)
-        staleness = torch.zeros(len(ids), dtype=torch.int64)
-        self._observe(ids, results.metrics, results.bits_up, staleness)
+        bits = results.bits_up if cost.vectors_up or cost.bits_up is not None else torch.zeros_like(results.bits_up)
+        self._observe(ids, results.metrics, bits, torch.zeros(len(ids), dtype=torch.int64))
         if len(ids):
             self.now = max(self.now, float(finish.max()))
-        return Replies(ids, num_examples, finish, {**results.fields, **results.sums}, staleness)
+        fields: dict[str, Any] = {**results.fields, **results.sums}
+        if lies and self.byzantine is not None and cost.vectors_up:
+            arrive, fields = self.byzantine.deliver(ids, fields, self.round)
+            ids, finish, num_examples = ids[arrive], finish[arrive], num_examples[arrive]
+        if lies and fold is not None:
+            late = fold.weigh(num_examples)
+            fields = {k: torch.tensordot(late.to(v), v, dims=1) if v.ndim > 1 else v for k, v in fields.items()}
+        return Replies(ids, num_examples, finish, fields, torch.zeros(len(ids), dtype=torch.int64))
+
+    def exchange(
+        self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
+    ) -> Replies:
+        """Every client of `replies` reads the others' vectors (see `Fleet.exchange`); each sends n - 1 copies."""
+        ids, n = replies.ids, len(replies)
+        sent = dict(replies.fields)
+        if self.byzantine is not None:
+            arrive, sent = self.byzantine.deliver(ids, sent, self.round)
+        else:
+            arrive = torch.ones(n, dtype=torch.bool)
+        present = torch.nonzero(arrive).flatten()
+        heard = self._heard(ids, present, arrival, missing)
+        numbers = self.job_counts[ids]
+        self.job_counts[ids] += 1
+        vector = BITS_PER_NUMBER * sum(v[0].numel() for v in sent.values() if v.ndim > 1)
+        memory = self.memory.read(ids) | {"inbox/heard": heard, "inbox/own": _places(present, n)}
+        model = {**broadcast, **{f"inbox/{k}": v for k, v in sent.items()}}
+        results = self.executor.run(_jobs(work, ids, numbers, model, memory, None, self.round))
+        self.memory.write(ids, results.memory)
+        each = torch.full((n,), vector * (n - 1))
+        self.ledger.bits_down += int(each.sum())
+        self._observe(ids, results.metrics, each, torch.zeros(n, dtype=torch.int64), count=False)
+        streams = Streams(self._seed, ids, numbers)
+        seconds = self._devices.seconds(streams, torch.zeros(n).double(), each.double(), each.double())
+        finish = self.now + seconds
+        self.now = max(self.now, float(finish.max()))
+        return Replies(ids, self.num_examples[ids], finish, dict(results.fields), torch.zeros(n, dtype=torch.int64))
+
+    def honest(self, ids: Tensor) -> Tensor:
+        """[R] bool: which of these clients are honest."""
+        return torch.ones(len(ids), dtype=torch.bool) if self.byzantine is None else self.byzantine.honest(ids)
+
+    def job_seconds(self, cost: Cost, samples: int = 1, **broadcast: Any) -> Tensor:
+        """[N, samples] float64 seconds of such a job, drawn with keys that no real job has."""
+        n = len(self.clients)
+        down = torch.full((n,), float(_bits(broadcast)))
+        steps = cost.steps_of(self.num_examples)
+        up = torch.full((n,), float(self._up(cost)))
+        columns = []
+        for k in range(samples if self._devices.random else 1):
+            streams = Streams(self._seed, self.clients, torch.full((n,), -1 - k))
+            columns.append(self._devices.seconds(streams, steps, down.double(), up.double()))
+        return torch.stack(columns, dim=1)
 
     # The loop's side --------------------------------------------------------------------------------------------
 
@@ -151,7 +206,13 @@ class SimFleet:
         seen, self._observed = self._observed, Metrics()
         return seen
 
-    state_classes: ClassVar[dict[str, type]] = {"Event": Event, "Sent": Sent, "Ledger": Ledger}
+    state_classes: ClassVar[dict[str, type]] = {
+        "Event": Event,
+        "Sent": Sent,
+        "Ledger": Ledger,
+        "Knowledge": Knowledge,
+        "Copy": Copy,
+    }
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint needs: clock, counters, ledger, memory and the jobs in flight."""
@@ -163,6 +224,9 @@ class SimFleet:
             "queue": list(self.queue),
             "sent": dict(self.sent),
             "memory": self.memory.state(),
+            "timeline": torch.tensor(self.timeline, dtype=torch.float64).view(-1, 4),
+            "known": {} if self.byzantine is None else self.byzantine.known,
+            "copies": {} if self.downlink is None else self.downlink.copies,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -172,6 +236,11 @@ class SimFleet:
         self.queue = EventQueue(state["queue"])
         self.sent = dict(state["sent"])
         self.memory.load(state["memory"])
+        self.timeline = [(int(c), a, b, int(r)) for c, a, b, r in state["timeline"].tolist()]
+        if self.byzantine is not None:
+            self.byzantine.known = dict(state["known"])
+        if self.downlink is not None:
+            self.downlink.copies = dict(state["copies"])
         self._in_flight[:] = False
         self._in_flight[[e.client for e in self.queue]] = True
 
@@ -186,18 +255,43 @@ class SimFleet:
         if len(torch.unique(ids)) != len(ids):
             raise ValueError("a client was named twice in one call")
 
-    def _book(self, ids: Tensor, cost: Cost, broadcast: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """(job numbers [R], finish times [R]) of new jobs; counts what they download."""
+    def _book(self, ids: Tensor, cost: Cost, broadcast: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """(job numbers [R], finish times [R], what clients get) of new jobs; counts what they download."""
         numbers = self.job_counts[ids]
         self.job_counts[ids] += 1
-        down = sum(BITS_PER_NUMBER * (v.numel() if isinstance(v, Tensor) else 1) for v in broadcast.values())
-        self.ledger.bits_down += down * len(ids)
-        up = cost.vectors_up * self._model_bits if cost.bits_up is None else cost.bits_up
+        down = torch.zeros(len(ids), dtype=torch.int64)
+        received: dict[str, Any] = {}
+        for name, value in broadcast.items():
+            if isinstance(value, Packet):  # what the strategy compressed itself
+                received[name], bits = value.decode()[0], value.bits[0]
+            elif self.downlink is not None and isinstance(value, Tensor) and value.numel() == self._model_size:
+                received[name], bits = self.downlink.send(name, value, ids, len(self.clients))
+            else:
+                received[name], bits = value, torch.tensor(_bits({name: value}))
+            down += bits
+        self.ledger.bits_down += int(down.sum())
         steps = cost.steps_of(self.num_examples[ids])
-        seconds = self._devices.seconds(
-            Streams(self._seed, ids, numbers), steps, torch.full_like(steps, down), torch.full_like(steps, up)
-        )
-        return numbers, self.now + seconds
+        up = torch.full_like(steps, self._up(cost))
+        seconds = self._devices.seconds(Streams(self._seed, ids, numbers), steps, down.double(), up)
+        return numbers, self.now + seconds, received
+
+    def _up(self, cost: Cost) -> int:
+        return cost.vectors_up * self._reply_bits if cost.bits_up is None else cost.bits_up
+
+    def _heard(self, ids: Tensor, present: Tensor, arrival: Arrival, missing: int) -> Tensor:
+        """[R, M] bool: which of the M vectors sent reach which of the R clients."""
+        n, m = len(ids), len(present)
+        heard = torch.ones(n, m, dtype=torch.bool)
+        if arrival == "all" or not missing:
+            return heard
+        good = self.honest(ids[present])
+        own = present == torch.arange(n)[:, None]
+        streams = Streams(self._seed, ids, torch.full((n,), self.round))
+        order = streams.uniform("arrival", m, dtype=torch.float64)
+        order[:, ~good] = 2.0  # the adversary's own vectors always arrive, and so does a client's own
+        order[own] = 2.0
+        lost = order.argsort(dim=1, stable=True)[:, : min(missing, m)]
+        return heard.scatter_(1, lost, False) | own | ~good
 
     def _compute(self, due: list[Event]) -> None:
         """Compute what is due and, in the same stacks, whatever else is in flight and not computed yet."""
@@ -232,26 +326,57 @@ class SimFleet:
             kind, _, name = key.partition("/")
             if kind in stacked:
                 stacked[kind][name] = torch.stack([r[key] for r in rows if r is not None])
+        for e in events:
+            if len(self.timeline) < TIMELINE:
+                self.timeline.append((e.client, e.started, e.finish, self.sent[e.sent].round))
         self.memory.write(ids, stacked["memory"])
         bits = torch.tensor([int(r["bits"]) for r in rows if r is not None], dtype=torch.int64)
         staleness = torch.tensor([self.round - self.sent[e.sent].round for e in events], dtype=torch.int64)
         self._observe(ids, stacked["metric"], bits, staleness)
-        return Replies(
-            ids,
-            self.num_examples[ids],
-            torch.tensor([e.finish for e in events], dtype=torch.float64),
-            dict(stacked["field"]),
-            staleness,
-        )
+        finish = torch.tensor([e.finish for e in events], dtype=torch.float64)
+        fields = dict(stacked["field"])
+        if self.byzantine is not None:
+            arrive, fields = self.byzantine.deliver(ids, fields, self.round)
+            ids, finish, staleness = ids[arrive], finish[arrive], staleness[arrive]
+        return Replies(ids, self.num_examples[ids], finish, fields, staleness)
 
-    def _observe(self, ids: Tensor, metrics: dict[str, Tensor], bits_up: Tensor, staleness: Tensor) -> None:
+    def _observe(
+        self, ids: Tensor, metrics: dict[str, Tensor], bits_up: Tensor, staleness: Tensor, count: bool = True
+    ) -> None:
         self.ledger.bits_up += int(bits_up.sum())
-        seen = Metrics.count(num_clients=len(ids))
+        seen = Metrics.count(num_clients=len(ids) if count else 0)
         for name, values in metrics.items():
             seen += Metrics.mean_over(values, self.num_examples[ids], name=name)
         if len(ids) and bool((staleness > 0).any()) or "staleness_mean" in self._observed.means:
             seen += Metrics.mean_over(staleness, torch.ones(len(ids)), name="staleness_mean")
         self._observed += seen
+
+
+def _jobs(
+    work: Work,
+    ids: Tensor,
+    numbers: Tensor,
+    model: Mapping[str, Any],
+    memory: Mapping[str, Tensor],
+    weights: Tensor | None,
+    round: int,
+) -> Jobs:
+    """Jobs that all start from one broadcast."""
+    which = torch.zeros(len(ids), dtype=torch.int64)
+    return Jobs(work.__name__, ids, numbers, [model], which, memory, weights, round)
+
+
+def _bits(broadcast: Mapping[str, Any]) -> int:
+    """Bits of a broadcast sent as it is: 32 a number."""
+    present = [v for v in broadcast.values() if v is not None]
+    return sum(BITS_PER_NUMBER * (v.numel() if isinstance(v, Tensor) else 1) for v in present)
+
+
+def _places(present: Tensor, n: int) -> Tensor:
+    """[n]: each client's row among the vectors present; -1 for one that sent none."""
+    out = torch.full((n,), -1)
+    out[present] = torch.arange(len(present))
+    return out
 
 
 def _row(results: Results, i: int) -> dict[str, Tensor]:

@@ -42,6 +42,14 @@ class ClassificationTask:
         self.data, self.module, self.x0, self.engine, self.sample_loss = data, module, x0, engine, sample_loss
         self.layout = Layout.of_module(module)
         self.num_examples = data.num_examples
+        self._poisoned: Tensor | None = None
+        self._poison: Callable[[Tensor, int], Tensor] | None = None
+
+    def poison(self, ids: Tensor, labels: Callable[[Tensor, int], Tensor]) -> None:
+        """Let some clients [b] train on `labels(targets, num_classes)` instead of their own targets."""
+        self._poisoned = torch.zeros(len(self.num_examples), dtype=torch.bool, device=self.data.targets.device)
+        self._poisoned[ids.to(self._poisoned.device)] = True
+        self._poison = labels
 
     def init(self, seed: int) -> Tensor:
         return self.x0.clone()
@@ -52,6 +60,9 @@ class ClassificationTask:
             rows = self.data.rows(cohort.ids[:k], positions)
             inputs = self.data.inputs.index_select(0, rows.flatten()).unflatten(0, rows.shape)
             targets = self.data.targets.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+            if self._poisoned is not None and self._poison is not None:
+                lying = self._poisoned[cohort.ids[:k]].view(-1, *[1] * (targets.ndim - 1))
+                targets = torch.where(lying, self._poison(targets, self.data.num_classes), targets)
             streams = cohort.streams if k == len(cohort) else cohort.streams.rows(slice(k))
             return Batch(inputs, targets, weights, streams, step)
 

@@ -17,6 +17,7 @@ from fedsim.cohort import Cohort
 from fedsim.params import Layout
 from fedsim.streams import Streams, server_rng
 from fedsim.task import PlainSession, Pool, Schedule, Session
+from fedsim.tasks.steps import OwnFunction
 
 Numbers = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | tuple[tuple[tuple[float, ...], ...], ...]
 
@@ -80,8 +81,8 @@ class QuadraticTask:
     def init(self, seed: int) -> Tensor:
         return self.x0.clone()
 
-    def batches(self, cohort: Cohort, schedule: Schedule) -> _Steps:
-        return _Steps(cohort, schedule)
+    def batches(self, cohort: Cohort, schedule: Schedule) -> OwnFunction:
+        return OwnFunction(cohort, schedule, lambda step: QuadraticBatch(cohort.ids, cohort.streams, step))
 
     def field(self, x: Tensor, batch: QuadraticBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, away = self.a[batch.rows].to(x.dtype), x - self.b[batch.rows].to(x.dtype)
@@ -109,22 +110,3 @@ class QuadraticTask:
         away = x.double() - self.b.double()
         g = self.a.double() * away if self.a.ndim == 2 else torch.einsum("nij,nj->ni", self.a.double(), away)
         return {"loss": 0.5 * (g * away).sum(1)}
-
-
-class _Steps:
-    """Every local step uses the client's own function; an epoch is one step."""
-
-    def __init__(self, cohort: Cohort, schedule: Schedule) -> None:
-        steps = schedule.steps if schedule.steps is not None else schedule.epochs
-        assert steps is not None
-        self._cohort, self._num = cohort, steps
-        self.num_steps = torch.full((len(cohort),), steps, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return self._num
-
-    def active(self, step: int) -> int:
-        return len(self._cohort)
-
-    def __getitem__(self, step: int) -> QuadraticBatch:
-        return QuadraticBatch(self._cohort.ids, self._cohort.streams, step)

@@ -1,0 +1,100 @@
+"""Compressed links: what a reply or a broadcast becomes on its way, and how many bits that takes.
+
+Upwards every vector of a reply is compressed on its own, with error feedback if asked for (EF14; the error is a row of
+the client's memory). Downwards the server sends the compressed change of a vector since its last message, and both
+sides keep the same running copy; what a message leaves out is in the next change, so no error is lost. A client that
+missed messages is sent those, or the whole vector if that is shorter.
+
+Letters: N clients, R recipients, C clients of a stack, P entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedsim.compress.error_feedback import compress_with_error
+from fedsim.compress.packet import Compressor, Packet
+from fedsim.memory import MemoryRows
+from fedsim.streams import Streams
+
+FLOAT_BITS = 32
+ERROR = "uplink/"  # names of the error's rows in a client's memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uplink:
+    """How replies are compressed.
+
+    Args:
+        compressor: a rule.
+        error_feedback: add to each message what earlier ones left out.
+    """
+
+    compressor: Compressor
+    error_feedback: bool = False
+
+    def encode(self, name: str, v: Tensor, memory: MemoryRows, streams: Streams) -> Packet:
+        """The packet of one field v [C, P] of a stack's replies."""
+        step = _key(name)
+        if not self.error_feedback:
+            return self.compressor.encode(v, streams, step)
+        error = memory.read(ERROR + name, tuple(v.shape[1:])).to(v)
+        packet, memory[ERROR + name] = compress_with_error(v, error, self.compressor, streams, step)
+        return packet
+
+
+@dataclass
+class Copy:
+    """What clients know of one broadcast vector.
+
+    Args:
+        value: [P], the running copy after the newest message.
+        version: number of the newest message.
+        seen: [N] number of the last message each client got; 0 for none.
+    """
+
+    value: Tensor
+    version: int
+    seen: Tensor
+
+
+@dataclass(kw_only=True)
+class Downlink:
+    """How broadcasts are compressed.
+
+    Args:
+        compressor: a rule.
+        seed: of the run.
+        copies: by name of the broadcast vector.
+    """
+
+    compressor: Compressor
+    seed: int
+    copies: dict[str, Copy] = field(default_factory=dict)
+
+    def send(self, name: str, v: Tensor, ids: Tensor, num_clients: int) -> tuple[Tensor, Tensor]:
+        """(what clients get [P], bits to each recipient [R]) of a broadcast vector v [P]."""
+        whole = FLOAT_BITS * v.numel()
+        if name not in self.copies:
+            self.copies[name] = Copy(v.clone(), 1, torch.zeros(num_clients, dtype=torch.int64))
+            bits = torch.full((len(ids),), whole)
+        else:
+            copy = self.copies[name]
+            key = torch.tensor([_key(name)])
+            streams = Streams(self.seed, key.to(v.device), torch.tensor([copy.version]).to(v.device))
+            packet = self.compressor.encode((v - copy.value)[None], streams)
+            copy.value = copy.value + packet.decode()[0]
+            copy.version += 1
+            missed = copy.version - copy.seen[ids]
+            bits = torch.where(copy.seen[ids] == 0, whole, (missed * int(packet.bits[0])).clamp(max=whole))
+        copy = self.copies[name]
+        copy.seen[ids] = copy.version
+        return copy.value, bits
+
+
+def _key(name: str) -> int:
+    """A small number for a field's name, so that two fields of one reply draw different numbers."""
+    return sum((i + 1) * ord(c) for i, c in enumerate(name))
