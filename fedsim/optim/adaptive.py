@@ -1,4 +1,4 @@
-"""Elementwise rules with a running second moment: Adam and its forms, Adagrad, RMSprop.
+"""Elementwise rules with a running second moment: Adam, NAdam, RAdam, Adagrad, RMSprop.
 
 x parameter, g gradient, m and v its first and second moments, t the client's step (1 first), bc1 = 1 - beta1^t and
 bc2 = 1 - beta2^t. Each rule returns u for x -= lr * u. With the few steps of one round bc2 makes all of these close to
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.optim.arithmetic import adam_coefficients, denominator, rectification, where
 from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
 from fedsim.optim.segments import Segments
 
@@ -122,15 +123,63 @@ class RmsProp(Rule):
         return s.m.mul_(c.keep).add_(u) if self.momentum != 0 else u
 
 
-def adam_coefficients(h: Named, t: Any, *, raw: bool = False) -> dict[str, Any]:
-    """What Adam-like rules need; `root` and `shift` make `denominator` contain the bias corrections of m and v."""
-    bc1, bc2 = 1 - h.beta1**t, 1 - h.beta2**t
-    root = bc1 / np.sqrt(bc2)
-    shift = root * h.eps if raw else bc1 * h.eps
-    own = {"a1": 1 - h.beta1, "a2": 1 - h.beta2, "root": root, "shift": shift}
-    return own | {"t": t, "beta1": h.beta1, "beta2": h.beta2, "eps": h.eps, "bc1": bc1, "bc2": bc2}
+@dataclass(frozen=True, kw_only=True)
+class NAdam(Rule):
+    """NAdam: Adam with Nesterov momentum, mu_t = beta1 * (1 - 0.5 * 0.96^(t * momentum_decay)).
+
+    Dozat. Incorporating Nesterov momentum into Adam. ICLR workshop 2016, as torch.optim.NAdam:
+    u = ((1 - mu_t) / (1 - prod_t) * g + mu_{t+1} / (1 - prod_t * mu_{t+1}) * m) / (sqrt(v / bc2) + eps).
+    """
+
+    beta1: Hyper = 0.9
+    beta2: Hyper = 0.999
+    eps: Hyper = 1e-8
+    momentum_decay: Hyper = 4e-3
+
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
+    host: ClassVar[tuple[str, ...]] = ("product",)
+    default_lr: ClassVar[float | None] = 2e-3
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "beta1", "beta2")
+        check_range(self, 0, float("inf"), "eps", "momentum_decay")
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        mu = h.beta1 * (1 - 0.5 * 0.96 ** (t * h.momentum_decay))
+        mu_next = h.beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * h.momentum_decay))
+        q.product = where(t > 1, q.product, 1.0) * mu
+        of_g, of_m = (1 - mu) / (1 - q.product), mu_next / (1 - q.product * mu_next)
+        root = 1 / np.sqrt(1 - h.beta2**t)
+        return {"a1": 1 - h.beta1, "a2": 1 - h.beta2, "of_g": of_g, "of_m": of_m, "root": root, "shift": h.eps}
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        s.m.lerp_(g, c.a1)
+        s.v.lerp_(g * g, c.a2)
+        return (g * c.of_g).add_(s.m * c.of_m).div_(denominator(s.v, c))
 
 
-def denominator(v: Tensor, c: Named) -> Tensor:
-    """bc1 * (sqrt(v / bc2) + eps), so that m divided by it is Adam's direction."""
-    return v.sqrt().mul_(c.root).add_(c.shift)
+@dataclass(frozen=True, kw_only=True)
+class RAdam(Rule):
+    """RAdam: Adam whose second moment is used only once its variance is tractable (rho_t > 5).
+
+    Liu et al. arXiv:1908.03265, as torch.optim.RAdam. With beta2 = 0.999 the first five steps are plain momentum.
+    """
+
+    beta1: Hyper = 0.9
+    beta2: Hyper = 0.999
+    eps: Hyper = 1e-8
+
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
+    default_lr: ClassVar[float | None] = 1e-3
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "beta1", "beta2")
+        check_range(self, 0, float("inf"), "eps")
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return {"a1": 1 - h.beta1, "a2": 1 - h.beta2} | rectification(h, t, lambda length: length > 5)
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        s.m.lerp_(g, c.a1)
+        s.v.lerp_(g * g, c.a2)
+        return (s.m * c.scale).div_(s.v.sqrt().mul_(c.on).add_(c.off))

@@ -58,7 +58,7 @@ def take_rows(block: Block, rows: slice, k: int) -> Block:
 def run(plan: Plan, how: str, x: Tensor, g: Tensor, block: Block) -> None:
     """One step of all rows of x by the chosen back end."""
     if how == "compiled":
-        _compiled(plan)(x, g, block)
+        _compiled(plan, x, g, block)(x, g, block)
     elif how == "fused":
         _fused_step_(plan, x, g, block)
     elif _may_cut_columns(plan) and x.device.type == "cpu" and x.shape[1] > _EAGER_ENTRIES:
@@ -108,13 +108,24 @@ def _take_columns(block: Block, columns: slice, width: int) -> Block:
 _COMPILED: WeakKeyDictionary[Plan, Callable[[Tensor, Tensor, Block], None]] = WeakKeyDictionary()
 
 
-def _compiled(plan: Plan) -> Callable[[Tensor, Tensor, Block], None]:
+def _compiled(plan: Plan, x: Tensor, g: Tensor, block: Block) -> Callable[[Tensor, Tensor, Block], None]:
     """The step of a plan as one compiled function, whatever the number of rows."""
     if plan not in _COMPILED:
+        _rehearse(plan, x, g, block)
 
         def step(x: Tensor, g: Tensor, shared: Values, states: list[Values], coefs: list[Values]) -> None:
             step_block_(plan, x, g, Block(shared, states, coefs))
 
+        # torch.compile counts its versions per code object: each plan needs one of its own
+        step.__code__ = step.__code__.replace(co_name=f"step_{len(_COMPILED)}")
         compiled = torch.compile(step, dynamic=True, fullgraph=True)
         _COMPILED[plan] = lambda x, g, b: compiled(x, g, b.shared, b.states, b.coefs)
     return _COMPILED[plan]
+
+
+def _rehearse(plan: Plan, x: Tensor, g: Tensor, block: Block) -> None:
+    """An eager step on a copy of one row, so that segments' constants exist before the step is traced."""
+    one = take_rows(block, slice(0, 1), len(x))
+    copies = [{n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()} for values in one.states]
+    shared = {n: v.clone() if isinstance(v, Tensor) else v for n, v in one.shared.items()}
+    step_block_(plan, x[:1].clone(), g[:1], Block(shared, copies, one.coefs))

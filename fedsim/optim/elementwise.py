@@ -1,4 +1,4 @@
-"""Elementwise rules that follow the gradient, a momentum or a sign: SGD in all its forms, Lion.
+"""Rules that follow the gradient, a momentum or a sign: SGD in all its forms, sign descent, Lion, Langevin noise.
 
 x parameter, g gradient, m momentum, t the client's step (1 first), lr the learning rate eta. Each rule returns u for
 x -= lr * u. Defaults are the sources'.
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
+from fedsim.optim.arithmetic import nonzero, scaled, where
+from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
 from fedsim.optim.segments import Segments
 
 
@@ -85,13 +87,174 @@ class Lion(Rule):
         return u
 
 
-def where(condition: Any, yes: Any, no: Any) -> Any:
-    """numpy.where that keeps plain numbers plain."""
-    if isinstance(condition, bool):
-        return yes if condition else no
-    return np.where(condition, yes, no)
+KAPPAS = ("sign", "identity", "dead_zone", "huber", "lp", "group", "top_k")
 
 
-def scaled(g: Tensor, factor: Tensor | float) -> Tensor:
-    """g * factor, without a copy when the factor is the number one."""
-    return g if isinstance(factor, float | int) and factor == 1 else g * factor
+@dataclass(frozen=True, kw_only=True)
+class LionK(Rule):
+    """Lion-kappa: u = grad kappa(beta1 * m + (1 - beta1) * g), then m = beta2 * m + (1 - beta2) * g.
+
+    Chen, Liu, Liang, Liu. arXiv:2310.05898. grad kappa(c) by `kappa`: `sign` (Lion); `identity` (momentum);
+    `dead_zone`, sign(c) where abs(c) > e; `huber`, clip(c / e, -1, 1); `lp`, sign(c) * (abs(c) / norm_p(c))^(p - 1)
+    per tensor; `group`, c / norm(c) per tensor; `top_k`, the sign of the largest `fraction` of a client's entries.
+    """
+
+    kappa: str = "sign"
+    beta1: Hyper = 0.9
+    beta2: Hyper = 0.99
+    e: float = 1e-3
+    p: float = 1.5
+    fraction: float = 0.1
+
+    states: ClassVar[tuple[State, ...]] = (State("m"),)
+    elementwise: ClassVar[bool] = False
+    decay: ClassVar[str] = "decoupled"
+    default_lr: ClassVar[float | None] = 1e-4
+
+    def __post_init__(self) -> None:
+        check_choice(self, "kappa", KAPPAS)
+        check_range(self, 0, 1, "beta1", "beta2")
+        check_range(self, 0, 1, "fraction", open_high=False)
+        if self.e <= 0 or self.p <= 1 or self.fraction <= 0:
+            raise ValueError(
+                f"LionK needs e > 0, p > 1, fraction > 0; got e={self.e}, p={self.p}, fraction={self.fraction}"
+            )
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return {"a1": 1 - h.beta1, "a2": 1 - h.beta2}
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        u = self._gradient(s.m.lerp(g, c.a1), seg)
+        s.m.lerp_(g, c.a2)
+        return u
+
+    def _gradient(self, c: Tensor, seg: Segments) -> Tensor:
+        if self.kappa == "identity":
+            return c
+        if self.kappa == "huber":
+            return (c / self.e).clamp_(-1, 1)
+        if self.kappa == "group":
+            return c / seg.expand(nonzero(seg.norms(c)))
+        if self.kappa == "lp":
+            size = nonzero(seg.sums(c.abs() ** self.p) ** (1 / self.p))
+            return c.sign() * (c.abs() / seg.expand(size)) ** (self.p - 1)
+        if self.kappa == "dead_zone":
+            return c.sign() * (c.abs() > self.e)
+        if self.kappa == "top_k":
+            kept = torch.topk(c.abs(), max(1, int(self.fraction * c.shape[1])), dim=1).values
+            return c.sign() * (c.abs() >= kept[:, -1:])
+        return c.sign()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignSgd(Rule):
+    """signSGD: u = sign(g). Bernstein, Wang, Azizzadenesheli, Anandkumar. arXiv:1802.04434."""
+
+    decay: ClassVar[str] = "decoupled"
+    default_lr: ClassVar[float | None] = 1e-3
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        return g.sign()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signum(Rule):
+    """Signum: u = sign(m), m = momentum * m + (1 - momentum) * g. Bernstein et al. arXiv:1802.04434."""
+
+    momentum: Hyper = 0.9
+
+    states: ClassVar[tuple[State, ...]] = (State("m"),)
+    decay: ClassVar[str] = "decoupled"
+    default_lr: ClassVar[float | None] = 1e-3
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "momentum")
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return {"a": 1 - h.momentum}
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        return s.m.lerp_(g, c.a).sign()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimistic(Rule):
+    """Optimistic descent: u = 2 * g - g_prev, and u = g at the first step.
+
+    Rakhlin, Sridharan. Optimization, learning, and games with predictable sequences. arXiv:1311.1869.
+    """
+
+    states: ClassVar[tuple[State, ...]] = (State("g_prev"),)
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return {"later": where(t > 1, 1.0, 0.0)}
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        u = g + (g - s.g_prev) * c.later
+        s.g_prev.copy_(g)
+        return u
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExponentiatedGradient(Rule):
+    """Exponentiated gradient: x = x * exp(-lr * sign(x) * g), the exponent clipped to [-1, 1].
+
+    Cornford et al. Brain-like learning with exponentiated gradients (2024), after Kivinen, Warmuth (1997). Signs never
+    change and zeros stay, which suits networks under Dale's law.
+    """
+
+    decay: ClassVar[str] = "decoupled"
+    owns_lr: ClassVar[bool] = True
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        return -x * torch.expm1((-x.sign() * g * c.lr).clamp_(-1, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sgld(Rule):
+    """Stochastic gradient Langevin dynamics: x -= lr/2 * (num_data * g + prior * x) + sqrt(lr * temperature) * z.
+
+    Welling, Teh. Bayesian learning via stochastic gradient Langevin dynamics. ICML 2011. g is the gradient of a mean
+    loss over `num_data` samples, `prior` the precision of a Gaussian prior, z standard normal.
+    """
+
+    num_data: Hyper = 1.0
+    prior: Hyper = 0.0
+    temperature: Hyper = 1.0
+
+    inputs: ClassVar[tuple[str, ...]] = ("noise",)
+    owns_lr: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, float("inf"), "num_data", "prior", "temperature")
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return {"n": h.num_data, "prior": h.prior, "heat": np.sqrt(h.temperature)}
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        return (g * c.n + x * c.prior) * (c.lr / 2) - s.noise * (c.lr**0.5 * c.heat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sghmc(Rule):
+    """Stochastic gradient Hamiltonian Monte Carlo: m = (1 - a) * m - lr * g + sqrt(2 a lr temperature) * z; x += m.
+
+    Chen, Fox, Guestrin. arXiv:1402.4102. a is `friction`; give the gradient's scale (number of data) through lr.
+    """
+
+    friction: Hyper = 0.1
+    temperature: Hyper = 1.0
+
+    states: ClassVar[tuple[State, ...]] = (State("m"),)
+    inputs: ClassVar[tuple[str, ...]] = ("noise",)
+    owns_lr: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "friction", open_high=False)
+        check_range(self, 0, float("inf"), "temperature")
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return {"keep": 1 - h.friction, "heat": np.sqrt(2 * h.friction * h.temperature)}
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        return -s.m.mul_(c.keep).sub_(g * c.lr).add_(s.noise * (c.lr**0.5 * c.heat))

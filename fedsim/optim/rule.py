@@ -89,6 +89,10 @@ class Rule(Protocol):
         """The states that these hyper-parameters call for; a subset of `states`."""
         return self.states
 
+    def active_inputs(self, t: np.ndarray) -> tuple[str, ...]:
+        """Which of `inputs` the step numbered t (per client, [k]) will use."""
+        return self.inputs
+
     def wanted(self, t: np.ndarray) -> frozenset[str]:
         """Which of `needs` the step numbered t (per client, [k]) will use."""
         return self.needs

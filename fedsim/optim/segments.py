@@ -37,16 +37,18 @@ class Segments:
     Args:
         sizes: entries of each run, in order, covering the vector.
         shapes: shape of each run as [rows, columns]; empty when the runs are rows themselves.
+        matrices: whether each run is a tensor of two dimensions or more.
     """
 
     sizes: tuple[int, ...]
     shapes: tuple[tuple[int, int], ...] = ()
+    matrices: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, layout: Layout) -> Segments:
         """One run per tensor; a kernel [out, in, kh, kw] counts as [out, in * kh * kw], a vector as [1, n]."""
         shapes = tuple((s[0], prod(s[1:])) if len(s) >= 2 else (1, prod(s)) for s in layout.shapes)
-        return cls(layout.sizes, shapes)
+        return cls(layout.sizes, shapes, tuple(len(s) >= 2 for s in layout.shapes))
 
     @cached_property
     def rows(self) -> Segments:
@@ -67,9 +69,32 @@ class Segments:
             at += n
         return tuple(starts)
 
+    def shape_factors(self, like: Tensor) -> Tensor:
+        """[1, L] sqrt(max(1, rows / columns)) of each tensor."""
+        return self._constant("shape_factors", like)
+
     def counts(self, like: Tensor) -> Tensor:
         """[1, L] entries of each run, in the dtype and on the device of `like`."""
         return self._constant("counts", like)
+
+    def is_matrix(self, like: Tensor) -> Tensor:
+        """[1, L] bool, which runs are tensors of two dimensions or more."""
+        return self._constant("is_matrix", like)
+
+    def column_sums(self, p: Tensor) -> Tensor:
+        """Sum over the rows of each tensor viewed as [rows, columns]: [k, P] -> [k, all columns]."""
+        if not p.is_cuda:
+            return torch.cat([view.sum(1) for _, view in self.runs(p)], 1)
+        tall = Segments(tuple(rows for rows, columns in self.shapes for _ in range(columns)))
+        return tall.sums(p.index_select(1, self._constant("by_column", p)))
+
+    def column_heights(self, like: Tensor) -> Tensor:
+        """[1, all columns], over how many rows each column runs."""
+        return self._constant("column_heights", like)
+
+    def expand_columns(self, per_column: Tensor) -> Tensor:
+        """Each column's number at each of its coordinates: [k, all columns] -> [k, P]."""
+        return per_column.index_select(1, self._constant("column", per_column))
 
     def sums(self, p: Tensor) -> Tensor:
         """Sum of each run: [k, P] -> [k, L]."""
@@ -127,12 +152,37 @@ class Segments:
     def _constant(self, name: str, like: Tensor) -> Tensor:
         key = (name, like.dtype, like.device)
         if key not in self._constants:
-            sizes = torch.tensor(self.sizes, device=like.device)
-            if name == "counts":
-                self._constants[key] = sizes.to(like.dtype)[None]
-            else:
-                self._constants[key] = torch.repeat_interleave(torch.arange(len(sizes), device=like.device), sizes)
+            self._constants[key] = getattr(self, f"_make_{name}")(like).to(like.device)
         return self._constants[key]
+
+    def _make_counts(self, like: Tensor) -> Tensor:
+        return torch.tensor([self.sizes], dtype=like.dtype)
+
+    def _make_shape_factors(self, like: Tensor) -> Tensor:
+        return torch.tensor([[max(1.0, rows / columns) ** 0.5 for rows, columns in self.shapes]], dtype=like.dtype)
+
+    def _make_is_matrix(self, like: Tensor) -> Tensor:
+        return torch.tensor([self.matrices])
+
+    def _make_owner(self, like: Tensor) -> Tensor:
+        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+
+    def _make_column(self, like: Tensor) -> Tensor:
+        parts, at = [], 0
+        for rows, columns in self.shapes:
+            parts.append(torch.arange(at, at + columns).repeat(rows))
+            at += columns
+        return torch.cat(parts)
+
+    def _make_column_heights(self, like: Tensor) -> Tensor:
+        return torch.tensor([[rows for rows, columns in self.shapes for _ in range(columns)]], dtype=like.dtype)
+
+    def _make_by_column(self, like: Tensor) -> Tensor:
+        parts = [
+            torch.arange(start, start + rows * columns).view(rows, columns).T.reshape(-1)
+            for start, (rows, columns) in zip(self.offsets, self.shapes, strict=True)
+        ]
+        return torch.cat(parts)
 
     def _plan(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Where each entry of each block comes from, which entries are real, and blocks per run."""

@@ -128,7 +128,7 @@ def _shared(plan: Plan, x: Tensor, state: OptState, t: Any, aux: Mapping[str, Te
 def _inputs(part: Part, x: Tensor, t: np.ndarray, aux: Mapping[str, Tensor], streams: Streams | None) -> Values:
     """The extra tensors a rule declared; None for one that was not supplied this time."""
     inputs: Values = {}
-    for name in part.rule.inputs:
+    for name in part.rule.active_inputs(t):
         value = aux.get(name)
         if name == "noise":
             inputs[name] = _noise(part, x, t, streams)

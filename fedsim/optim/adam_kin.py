@@ -1,0 +1,214 @@
+"""Elementwise rules that change what Adam's moments are made of: Yogi, AdaBelief, diffGrad, Adan, SPAM.
+
+x parameter, g gradient, m and v moments, t the client's step (1 first), bc_i = 1 - beta_i^t. Each rule returns u for
+x -= lr * u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.optim.arithmetic import adam_coefficients, denominator, rectification, where
+from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
+from fedsim.optim.segments import Segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yogi(Rule):
+    """Yogi: v -= (1 - beta2) * sign(v - g^2) * g^2; u = (m / bc1) / (sqrt(abs(v / bc2)) + eps); m, v start at `init`.
+
+    Zaheer et al. Adaptive methods for nonconvex optimization. NeurIPS 2018.
+    """
+
+    beta1: Hyper = 0.9
+    beta2: Hyper = 0.999
+    eps: Hyper = 1e-3
+    init: float = 1e-6
+
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
+    default_lr: ClassVar[float | None] = 0.01
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "beta1", "beta2")
+        check_range(self, 0, float("inf"), "eps", "init")
+
+    def active_states(self) -> tuple[State, ...]:
+        return (State("m", init=self.init), State("v", init=self.init))
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return adam_coefficients(h, t)
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        s.m.lerp_(g, c.a1)
+        square = g * g
+        s.v.sub_((s.v - square).sign_().mul_(square).mul_(c.a2))
+        return s.m / denominator(s.v.abs(), c)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaBelief(Rule):
+    """AdaBelief: Adam with s = beta2 * s + (1 - beta2) * (g - m)^2 + eps in place of v; eps stays in s every step.
+
+    Zhuang et al. arXiv:2010.07468, as the authors' adabelief_pytorch 0.2.0. `rectify` is RAdam's factor from length 5
+    on, the authors' default; it is off here because it hides the method in the first steps of every round.
+    """
+
+    beta1: Hyper = 0.9
+    beta2: Hyper = 0.999
+    eps: Hyper = 1e-8
+    rectify: bool = False
+    amsgrad: bool = False
+
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("v"), State("v_max"))
+    decay: ClassVar[str] = "decoupled"
+    default_lr: ClassVar[float | None] = 1e-3
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "beta1", "beta2")
+        check_range(self, 0, float("inf"), "eps")
+
+    def active_states(self) -> tuple[State, ...]:
+        return self.states if self.amsgrad else self.states[:2]
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return adam_coefficients(h, t) | (rectification(h, t, lambda length: length >= 5) if self.rectify else {})
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        s.m.lerp_(g, c.a1)
+        s.v.lerp_((g - s.m).square_(), c.a2).add_(c.eps)
+        v = torch.maximum(s.v_max, s.v, out=s.v_max) if self.amsgrad else s.v
+        if self.rectify:
+            return (s.m * c.scale).div_(v.sqrt().mul_(c.on).add_(c.off))
+        return s.m / denominator(v, c)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffGrad(Rule):
+    """diffGrad: Adam (raw eps) damped by sigmoid(abs(g_prev - g)), between 1/2 for a steady gradient and 1.
+
+    Dubey et al. arXiv:1909.11015, as the authors' second file; their first stores an alias of g, so the factor is 1/2
+    always. It is not free of scale: tiny gradients are damped by 1/2 whatever they do.
+    """
+
+    beta1: Hyper = 0.9
+    beta2: Hyper = 0.999
+    eps: Hyper = 1e-8
+
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("v"), State("g_prev"))
+    default_lr: ClassVar[float | None] = 1e-3
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "beta1", "beta2")
+        check_range(self, 0, float("inf"), "eps")
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return adam_coefficients(h, t, raw=True)
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        s.m.lerp_(g, c.a1)
+        s.v.lerp_(g * g, c.a2)
+        friction = (s.g_prev - g).abs_().sigmoid_()
+        s.g_prev.copy_(g)
+        return friction.mul_(s.m).div_(denominator(s.v, c))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adan(Rule):
+    """Adan: moments of g, of its change D = g - g_prev (0 at first) and of (g + beta2 * D)^2.
+
+    u = (m / bc1 + beta2 * d / bc2) / (sqrt(n / bc3) + eps), then x = (x - lr * u) / (1 + lr * wd).
+    Xie et al. arXiv:2208.06677, as the authors' code: the betas are rates of keeping (the paper's are one minus these).
+    Their `no_prox` is `decay: decoupled` here, their max_grad_norm is `clip: {global: ...}`.
+    """
+
+    beta1: Hyper = 0.98
+    beta2: Hyper = 0.92
+    beta3: Hyper = 0.99
+    eps: Hyper = 1e-8
+
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("d"), State("n"), State("g_prev"))
+    decay: ClassVar[str] = "prox"
+    default_lr: ClassVar[float | None] = 1e-3
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "beta1", "beta2", "beta3")
+        check_range(self, 0, float("inf"), "eps")
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        bc1, bc2, bc3 = 1 - h.beta1**t, 1 - h.beta2**t, 1 - h.beta3**t
+        own = {
+            "a1": 1 - h.beta1,
+            "a2": 1 - h.beta2,
+            "a3": 1 - h.beta3,
+            "beta2": h.beta2,
+            "later": where(t > 1, 1.0, 0.0),
+        }
+        return own | {"of_d": h.beta2 * bc1 / bc2, "root": bc1 / np.sqrt(bc3), "shift": bc1 * h.eps}
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        change = (g - s.g_prev).mul_(c.later)
+        s.g_prev.copy_(g)
+        s.m.lerp_(g, c.a1)
+        s.d.lerp_(change, c.a2)
+        s.n.lerp_(change.mul_(c.beta2).add_(g).square_(), c.a3)
+        return (s.d * c.of_d).add_(s.m).div_(denominator(s.n, c))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spam(Rule):
+    """SPAM: Adam (raw eps) whose moments are reset every `interval` steps and whose spikes are clipped.
+
+    Huang et al. SPAM. arXiv:2501.06842, as the authors' code. Where g^2 > threshold * v, g = sign(g) * sqrt(threshold
+    * v) (not in the first `guard` steps after a reset); after a reset the step is damped by a cosine over `warmup`
+    steps. The bias corrections keep the global t. `interval` far above a round's local steps needs `state_scope:
+    client`.
+    """
+
+    beta1: Hyper = 0.9
+    beta2: Hyper = 0.999
+    eps: Hyper = 1e-6
+    threshold: float = 5000.0
+    interval: int = 500
+    warmup: int = 150
+    guard: int = 20
+
+    states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
+    decay: ClassVar[str] = "decoupled_after"
+    default_lr: ClassVar[float | None] = 1e-3
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "beta1", "beta2")
+        check_range(self, 0, float("inf"), "eps", "threshold", "warmup", "guard")
+        if self.interval < 1:
+            raise ValueError(f"Spam.interval must be at least one step, got {self.interval}")
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        since = t % self.interval
+        clips = (t >= self.guard) & (since >= self.guard) & (self.threshold > 0)
+        warm = (t >= self.interval) & (since < self.warmup)
+        damping = 1 - 0.99 * (1 + np.cos(np.pi * since / (self.warmup + 1))) / 2
+        return adam_coefficients(h, t, raw=True) | {
+            "keep": where(since == 0, 0.0, 1.0),
+            "threshold": where(clips, self.threshold, np.inf),
+            "damping": where(warm, damping, 1.0),
+        }
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        return spam_direction(g, s.m, s.v, c)
+
+
+def spam_direction(g: Tensor, m: Tensor, v: Tensor, c: Named) -> Tensor:
+    """One step of SPAM's moments and its direction."""
+    m.mul_(c.keep)
+    v.mul_(c.keep)
+    limit = v * c.threshold  # infinity (or not a number, where v is zero) while nothing is clipped
+    g = torch.where(g * g > limit, g.sign() * limit.sqrt(), g)
+    m.lerp_(g, c.a1)
+    v.lerp_(g * g, c.a2)
+    return (m * c.damping).div_(denominator(v, c))

@@ -1,0 +1,111 @@
+"""GaLore: an elementwise rule on each matrix gradient's leading singular directions.
+
+Letters: k clients, G matrices of one shape, l >= s their sides, r rank (at most s); M [l, s] a matrix turned tall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsim.optim.low_rank import (
+    flat_of,
+    inner_coefficients,
+    inner_rule,
+    like_parts,
+    refresh_,
+    same_rule,
+    sized,
+    slots,
+)
+from fedsim.optim.matrix import groups_of, tall, untall
+from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
+from fedsim.optim.segments import Segments
+
+if TYPE_CHECKING:
+    from fedsim.optim.spec import RuleSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLore(Rule):
+    """GaLore: every `gap` steps B = the leading right singular vectors of M; u = scale * inner(M B) B^T.
+
+    Zhao et al. GaLore: memory-efficient LLM training by gradient low-rank projection. arXiv:2403.03507. The inner
+    moments live on through a refresh and meet the new basis. Departure: signs are fixed (`leading_columns`), so no
+    back end shows. With fewer local steps than `gap` a fresh state means one SVD per client and round.
+
+    Args:
+        rank: r; matrices with a shorter side keep all of it.
+        gap: steps between two refreshes, the first of which is a client's first step.
+        scale: of the direction.
+        align: turn each new column so that it has a positive product with the old one in its place.
+        inner: {name, ...} of the rule inside, by default `adamw_hf` (raw eps).
+    """
+
+    rank: int = 128
+    gap: int = 200
+    scale: Hyper = 0.25
+    align: bool = False
+    inner: Mapping[str, Any] | None = None
+
+    elementwise: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
+    roles: ClassVar[tuple[str, ...]] = ("matrix",)
+    decay: ClassVar[str] = "decoupled_after"
+    default_lr: ClassVar[float | None] = 0.01
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, float("inf"), "rank", "gap")
+        check_range(self, 0, float("inf"), "scale")
+        assert self.core is not None
+
+    @cached_property
+    def core(self) -> Rule:
+        """The inner rule."""
+        return inner_rule(self.inner or {"name": "adamw_hf"}, "GaLore.inner")
+
+    def other(self, base: RuleSettings) -> Mapping[str, Any]:
+        return same_rule(self.inner or {"name": "adamw_hf"}, base)
+
+    def sized_states(self, seg: Segments) -> tuple[State, ...]:
+        basis = State("basis", per=slots(seg, self.rank, "basis").sizes, code="exact")
+        return (basis, *sized(self.core.active_states(), slots(seg, self.rank, "low").sizes))
+
+    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+        return {**inner_coefficients(self.core, t), "refresh": (t - 1) % self.gap == 0, "scale": h.scale}
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        bases = slots(seg, self.rank, "basis").views(s.basis)
+        low = []
+        for group, basis in zip(groups_of(seg), bases, strict=True):
+            m = tall(group.take(g))
+            refresh_(basis, c.refresh, lambda rows, m=m, old=basis: self._basis(m[rows], old[rows]))  # type: ignore[misc]
+            low.append(m @ basis)
+        flat = flat_of(low)
+        u_low = self.core.direction(flat, flat, s, c, seg) * c.scale
+        u = torch.emptylike_parts(g, memory_format=torch.contiguous_format)
+        for group, basis, part in zip(groups_of(seg), bases, like_parts(u_low, low), strict=True):
+            group.put_(u, untall(part @ basis.mT, group.shape))
+        return u
+
+    def _basis(self, m: Tensor, old: Tensor) -> Tensor:
+        new = leading_columns(m, self.rank)
+        if not self.align:
+            return new
+        against = (old * new).sum(-2, keepdim=True) < 0
+        return torch.where(against, -new, new)
+
+
+def leading_columns(m: Tensor, rank: int) -> Tensor:
+    """The r leading right singular vectors of m [..., l, s] as columns [..., s, r], the largest entry positive.
+
+    Singular vectors are defined up to their sign; moments outlive a refresh, so the sign must not be the library's.
+    """
+    v = torch.linalg.svd(m, full_matrices=False).Vh[..., :rank, :].mT
+    peak = v.gather(-2, v.abs().argmax(-2, keepdim=True))
+    return torch.where(peak < 0, -v, v)

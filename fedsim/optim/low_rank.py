@@ -1,0 +1,135 @@
+"""What low-rank rules share: an elementwise rule inside, and where each matrix's share lies in a flat state.
+
+A matrix gradient, turned tall as M [l, s], is seen through s x r orthonormal columns B: R = M B [l, r] is what the inner
+rule works on, with states of that size, and its direction u comes back as u B^T. Vectors, embeddings and heads get the
+`other` rule, by default the inner rule at the same rate.
+
+Letters: k clients, G matrices of one shape, l >= s their sides, r rank (at most s), W all low-rank entries of a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedsim.optim.adaptive import Adagrad, Adam, RmsProp
+from fedsim.optim.decode import decode, suggest
+from fedsim.optim.elementwise import Lion, Sgd
+from fedsim.optim.matrix import Group, groups_of
+from fedsim.optim.rule import Named, Rule, State
+from fedsim.optim.segments import Segments
+
+if TYPE_CHECKING:
+    from fedsim.optim.spec import RuleSettings
+
+INNER: dict[str, tuple[type[Rule], Mapping[str, Any]]] = {
+    "adam": (Adam, {}),
+    "adamw_hf": (Adam, {"eps_mode": "raw", "eps": 1e-6}),
+    "amsgrad": (Adam, {"amsgrad": True}),
+    "sgd": (Sgd, {}),
+    "lion": (Lion, {}),
+    "rmsprop": (RmsProp, {}),
+    "adagrad": (Adagrad, {}),
+}
+
+
+def inner_rule(spec: Mapping[str, Any], where: str) -> Rule:
+    """The elementwise rule that works inside, decoded strictly.
+
+    Raises:
+        ValueError: a rule that does not fit, an unknown key, or a hyper-parameter that differs between clients.
+    """
+    spec = dict(spec)
+    name = spec.pop("name", None)
+    suggest(name, tuple(INNER), where, what="inner rule")
+    cls, preset = INNER[name]
+    rule = decode(cls, {**preset, **spec}, where)
+    for f in fields(rule):  # type: ignore[arg-type]
+        if isinstance(getattr(rule, f.name), tuple):
+            raise ValueError(f"{where}.{f.name} must be one number for all clients, got {getattr(rule, f.name)!r}")
+    return rule
+
+
+def inner_coefficients(rule: Rule, t: Any) -> Mapping[str, Any]:
+    """The inner rule's coefficients at its own step t."""
+    own = {f.name: getattr(rule, f.name) for f in fields(rule)}  # type: ignore[arg-type]
+    return rule.coefficients(Named(own), t, Named({}))
+
+
+def sized(states: tuple[State, ...], sizes: tuple[int, ...]) -> tuple[State, ...]:
+    """The same states with these numbers of entries, one per tensor."""
+    return tuple(replace(state, per=sizes) for state in states)
+
+
+def refresh_(state: Tensor, flag: Tensor | bool | float, compute: Callable[[Tensor | slice], Tensor]) -> None:
+    """state[rows] = compute(rows) for the clients whose flag is set; a flag for all of them costs no selection."""
+    if isinstance(flag, Tensor):
+        rows = flag[:, 0].nonzero()[:, 0]
+        if len(rows):
+            state[rows] = compute(rows).to(state.dtype)
+    elif flag:
+        state.copy_(compute(slice(None)))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where each group's share lies in a flat state [k, width] of so many entries per matrix.
+
+    Args:
+        shapes: of one matrix's share, per group.
+        groups: the groups, in the order of the state.
+    """
+
+    groups: tuple[Group, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Entries of each matrix, in the order of the state."""
+        return tuple(
+            int(torch.Size(shape).numel())
+            for group, shape in zip(self.groups, self.shapes, strict=True)
+            for _ in range(group.count)
+        )
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Views [k, G, *shape], one per group."""
+        parts, at = [], 0
+        for group, shape in zip(self.groups, self.shapes, strict=True):
+            width = group.count * int(torch.Size(shape).numel())
+            parts.append(flat.narrow(1, at, width).unflatten(1, (group.count, *shape)))
+            at += width
+        return parts
+
+
+@lru_cache(maxsize=256)
+def slots(seg: Segments, rank: int, kind: str) -> Slots:
+    """The slots of `low` [l, r], `basis` [s, r] or `index` [r]."""
+    groups = groups_of(seg)
+    shape: Callable[[Group, int], tuple[int, ...]] = {
+        "low": lambda group, r: (group.long, r),
+        "basis": lambda group, r: (group.short, r),
+        "index": lambda group, r: (r,),
+    }[kind]
+    return Slots(groups, tuple(shape(group, min(rank, group.short)) for group in groups))
+
+
+def flat_of(parts: list[Tensor]) -> Tensor:
+    """[k, W] from tensors [k, G, ...], one per group."""
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def same_rule(inner: Mapping[str, Any], base: RuleSettings) -> Mapping[str, Any]:
+    """The inner rule at the main rule's rate and decay, for the tensors the main rule is not for."""
+    return {**inner, "lr": base.lr, "weight_decay": base.weight_decay, "decay": base.decay}
+
+
+def like_parts(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    """flat [k, W] cut as the parts were."""
+    pieces = flat.split([part[0].numel() for part in parts], 1)
+    return [piece.unflatten(1, part.shape[1:]) for piece, part in zip(pieces, parts, strict=True)]
