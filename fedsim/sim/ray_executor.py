@@ -1,0 +1,381 @@
+"""The Ray executor: workers are actors, one for every GPU or CPU slot of this machine or of a cluster.
+
+A call is cut into stacks and the stacks into groups as in process (fedsim.sim.executor). A group is one task: a pure
+function of the jobs' ids, numbers and memory rows, of the broadcasts and of what every actor got at its start. So a
+task may run twice, on any actor, and whatever dies, the bits are those of a run in which nothing did. Clients'
+memory travels with the jobs and comes back with the replies; the driver's process alone keeps it. A lost actor or
+node is not a lost client: the simulated federation never hears of it.
+
+Broadcasts lie in the object store once a call, and task, data and strategy once a run; actors of one node map the
+same bytes.
+
+Letters: R jobs, C clients of a stack, W workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import secrets
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.sim.executor import ClientError, Gather, Jobs, Results, StackRunner, cut, grouped, keep_freed_memory
+from fedsim.sim.packing import Parcel, pack, unpack
+
+ATTEMPTS = 4  # how often one group, or one worker's start, is tried before the run gives up
+START_SECONDS = 300.0  # for a worker to be placed, to import torch and to fetch the task
+
+_log = logging.getLogger("fedsim")
+
+
+@dataclass(eq=False)
+class _Worker:
+    """An actor and the one call that it is busy with.
+
+    Args:
+        actor: its handle.
+        ref: the outstanding call, or None when the worker is free.
+        group: (number of the `run`, index of the group) of that call; None while the worker gets ready.
+        deadline: monotonic seconds at which the call counts as hung.
+        failures: starts in a row that came to nothing.
+    """
+
+    actor: Any
+    ref: Any = None
+    group: tuple[int, int] | None = None
+    deadline: float = 0.0
+    failures: int = 0
+
+
+class RayExecutor:
+    """Workers are Ray actors.
+
+    Args:
+        runner: runs one stack; its task, strategy, seed and device are sent to every worker once.
+        width: clients of a stack.
+        workers: how many actors; None for one per GPU of the cluster if the runner's device is one, else one per
+            `threads` CPUs.
+        threads: intra-op threads of each worker.
+        address: "auto" or "host:port" of a running cluster; None starts a runtime on this machine. A runtime that
+            this process is already connected to is used, whatever the address.
+        timeout_seconds: for one group of stacks; a worker that takes longer counts as hung and is replaced.
+
+    Raises:
+        ValueError: if task or strategy cannot be sent, or the cluster has no room for a single worker.
+        ConnectionError: if there is no cluster at the address.
+    """
+
+    def __init__(
+        self,
+        runner: StackRunner,
+        *,
+        width: int,
+        workers: int | None = None,
+        threads: int = 1,
+        address: str | None = None,
+        timeout_seconds: float = 1800.0,
+    ) -> None:
+        if timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
+        import ray
+        import ray.cloudpickle
+
+        self.runner, self.width, self.timeout_seconds = runner, width, timeout_seconds
+        self.resubmitted = 0  # groups that had to be computed again because a worker was lost
+        self._ray, self._pickler = ray, ray.cloudpickle.Pickler
+        self._threads, self._gpus = threads, 1 if runner.device.type == "cuda" else 0
+        self._runs = 0
+        setting = self._pack_setting(runner)
+        self._started = _connect(ray, address, workers, threads, self._gpus, sum(a.nbytes for a in setting[1]))
+        try:
+            self._setting = ray.put(setting)
+            self._workers = [self._start() for _ in range(self._count(workers))]
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_workers(self) -> int:
+        """W."""
+        return len(self._workers)
+
+    def run(self, jobs: Jobs) -> Results:
+        """Run jobs on whichever workers are there.
+
+        Raises:
+            ClientError: a client half raised; its own exception is the cause.
+            RuntimeError: one group, or every worker, was lost `ATTEMPTS` times in a row.
+        """
+        gather = Gather(len(jobs.ids))
+        groups = grouped(cut(self.runner.task.num_examples[jobs.ids], self.width))
+        for group, part in zip(groups, self._in_order(groups, jobs), strict=True):
+            gather.add(torch.cat(group), part)
+            gather.end_group()
+        return gather.results
+
+    def close(self) -> None:
+        """Stop the workers, and the runtime if it was started here."""
+        for worker in self.__dict__.pop("_workers", []):
+            self._ray.kill(worker.actor)
+        self.__dict__.pop("_setting", None)
+        if self._started:
+            self._started = False
+            self._ray.shutdown()
+
+    # One call ---------------------------------------------------------------------------------------------------
+
+    def _in_order(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
+        """Results in the order of the groups, each computed by whichever worker was free."""
+        self._runs += 1
+        models = [self._ray.put(pack(m, share=True, pickler=self._pickler)) for m in jobs.models]
+        todo, lost = deque(range(len(groups))), [0] * len(groups)
+        done: dict[int, Results] = {}
+        for following in range(len(groups)):
+            while following not in done:
+                for worker in self._workers:
+                    if worker.ref is None and todo:
+                        self._submit(worker, todo.popleft(), groups, jobs, models)
+                group, outcome = self._next_outcome()
+                if group is None or group[0] != self._runs:
+                    continue  # a worker got ready, or finished what a call that failed had left behind
+                index = group[1]
+                if isinstance(outcome, _Failure):
+                    raise outcome.error from outcome.cause
+                if isinstance(outcome, Results):
+                    done[index] = outcome
+                    continue
+                lost[index] += 1
+                self.resubmitted += 1
+                if lost[index] == ATTEMPTS:
+                    raise RuntimeError(_gave_up(jobs, torch.cat(groups[index]), outcome)) from outcome
+                _log.warning("round %d: a worker was lost (%s); its stacks run again", jobs.round, _line(outcome))
+                todo.appendleft(index)
+            yield done.pop(following)
+
+    def _submit(self, worker: _Worker, index: int, groups: list[list[Tensor]], jobs: Jobs, models: list[Any]) -> None:
+        group = groups[index]
+        part = jobs.rows(torch.cat(group))
+        needed = torch.unique(jobs.which[torch.cat(group)]).tolist()  # in the order that `rows` numbers them
+        parcel = pack((replace(part, models=[]), [len(stack) for stack in group]), pickler=self._pickler)
+        worker.ref = worker.actor.run.remote(self._setting, parcel, *[models[m] for m in needed])
+        worker.group, worker.deadline = (self._runs, index), time.monotonic() + self.timeout_seconds
+
+    def _next_outcome(self) -> tuple[tuple[int, int] | None, Any]:
+        """Wait for one worker: (which group or None, its results, a _Failure, or how the worker was lost)."""
+        busy = {w.ref: w for w in self._workers if w.ref is not None}
+        first = min(busy.values(), key=lambda w: w.deadline)
+        ready, _ = self._ray.wait(list(busy), num_returns=1, timeout=max(0.0, first.deadline - time.monotonic()))
+        worker = busy[ready[0]] if ready else first
+        group, ref = worker.group, worker.ref
+        worker.ref = worker.group = None
+        try:
+            if not ready:
+                raise TimeoutError(f"no answer within {self.timeout_seconds if group else START_SECONDS:g} s")
+            outcome = self._fetch(ref)
+        except (self._ray.exceptions.RayError, TimeoutError) as error:
+            self._recover(worker, error, getting_ready=group is None, hung=isinstance(error, TimeoutError))
+            return group, error
+        worker.failures = 0
+        if group is None and outcome is not None:
+            raise outcome.error from outcome.cause
+        return group, outcome
+
+    def _fetch(self, ref: Any) -> Any:
+        """What a finished call returned; the bytes may still have to come from another node."""
+        try:
+            return unpack(self._ray.get(ref, timeout=self.timeout_seconds))
+        except self._ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, self._ray.exceptions.RayError):
+                raise cause from None  # an argument was lost with its node, say
+            raise RuntimeError(f"a Ray worker failed outside of any client's work: {error}") from None
+
+    # Workers ----------------------------------------------------------------------------------------------------
+
+    def _pack_setting(self, runner: StackRunner) -> Parcel:
+        parts = (runner.task, runner.strategy, runner.seed, runner.device)
+        try:
+            return pack(parts, share=True, pickler=self._pickler)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the task or the strategy cannot be sent to Ray workers: {error}; keep locks, open files and "
+                "generators out of them, or use runtime.executor=in_process"
+            ) from error
+
+    def _count(self, workers: int | None) -> int:
+        have = self._ray.cluster_resources()
+        room = int(have.get("GPU", 0)) if self._gpus else int(have.get("CPU", 0)) // self._threads
+        if room < 1:
+            raise ValueError(
+                f"the Ray cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, but a worker needs "
+                f"{self._threads} CPU(s){' and a GPU' if self._gpus else ''}; add nodes, or lower runtime.threads"
+            )
+        if workers is not None and workers > room:
+            _log.warning("%d Ray workers were asked for, but there is room for %d; the rest wait", workers, room)
+        return room if workers is None else workers
+
+    def _start(self) -> _Worker:
+        worker = _Worker(self._create())
+        self._get_ready(worker)
+        return worker
+
+    def _create(self) -> Any:
+        remote = self._ray.remote(
+            num_cpus=self._threads,
+            num_gpus=self._gpus,
+            max_restarts=-1,
+            max_task_retries=0,  # groups are sent again from here, to whoever is free
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": _environment(self._threads)},
+        )
+        return remote(_Actor).remote(self._threads)
+
+    def _get_ready(self, worker: _Worker) -> None:
+        worker.ref = worker.actor.ready.options(max_task_retries=-1).remote(self._setting)
+        worker.group, worker.deadline = None, time.monotonic() + START_SECONDS
+
+    def _recover(self, worker: _Worker, error: BaseException, *, getting_ready: bool, hung: bool) -> None:
+        """Bring a worker back: its actor restarts by itself unless it hangs or did not even start."""
+        if getting_ready:
+            worker.failures += 1
+            free = {k: v for k, v in self._ray.available_resources().items() if k in ("CPU", "GPU")}
+            _log.warning("a Ray worker did not start: %s; free in the cluster: %s", _line(error), free or "nothing")
+            if all(w.failures >= ATTEMPTS for w in self._workers):
+                raise RuntimeError(
+                    f"no Ray worker could be started in {ATTEMPTS} attempts each; the last one: {error}; see that "
+                    "fedsim and your own modules can be imported on every node, and that the cluster has free CPUs or "
+                    f"GPUs (now: {free or 'none'})"
+                ) from error
+            self._ray.kill(worker.actor)
+            worker.actor = self._create()
+        elif hung:
+            self._ray.kill(worker.actor, no_restart=False)
+        self._get_ready(worker)
+
+
+@dataclass
+class _Failure:
+    """An exception that a worker sends as a value, so that Ray neither wraps nor retries it."""
+
+    error: Exception
+    cause: BaseException | None
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        where = "".join(traceback.format_exception(error.__cause__ or error))
+        told = error if isinstance(error, ClientError) else _sendable(error)
+        told.add_note(f"On the worker:\n{where}")
+        return cls(told, None if error.__cause__ is None else _sendable(error.__cause__))
+
+
+def _sendable(error: BaseException) -> Any:
+    """The exception itself if it survives pickling, else what it said."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+class _Actor:
+    """What runs in a worker's process. All that it keeps comes anew with every call, so restarts lose nothing."""
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        self._runner: StackRunner | None = None
+
+    def ready(self, setting: Parcel) -> Parcel:
+        """Open the task and the strategy, which imports the user's modules."""
+        try:
+            self._open(setting)
+        except ImportError as error:
+            return pack(_Failure.of(RuntimeError(f"a Ray worker cannot import what the run needs: {error}")))
+        return pack(None)
+
+    def run(self, setting: Parcel, parcel: Parcel, *models: Parcel) -> Parcel:
+        """Run the stacks of one group in their order and fold their sums in that order."""
+        jobs, sizes = unpack(parcel)
+        jobs.models = [unpack(model) for model in models]
+        gather = Gather(len(jobs.ids))
+        try:
+            runner = self._open(setting)
+            for index in torch.arange(len(jobs.ids)).split(sizes):
+                gather.add(index, runner.run(jobs.rows(index)))
+        except Exception as error:
+            return pack(_Failure.of(error))
+        gather.end_group()
+        return pack(gather.results)
+
+    def _open(self, setting: Parcel) -> StackRunner:
+        if self._runner is None:
+            self._runner = StackRunner(*unpack(setting))
+        return self._runner
+
+
+# The runtime ----------------------------------------------------------------------------------------------------
+
+
+def _connect(ray: Any, address: str | None, workers: int | None, threads: int, gpus: int, setting_bytes: int) -> bool:
+    """Start or join a runtime; True if it has to be shut down later because it was not there before."""
+    if ray.is_initialized():
+        return False
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        if address is not None:
+            ray.init(address=address, **quiet)
+        else:
+            # a token of this process alone keeps strangers out of the runtime and leaves no file in the user's home
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            cpus = len(os.sched_getaffinity(0)) if workers is None else workers * threads
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, threads),
+                num_gpus=None if gpus else 0,
+                object_store_memory=(512 << 20) + 2 * setting_bytes,
+                include_dashboard=False,
+                **quiet,
+            )
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # ray.init puts its own handler there
+    return True
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """What workers need to import the same modules as this process, from the same places."""
+    installed = ("stdlib", "platstdlib", "purelib", "platlib", "scripts")
+    library = {Path(sysconfig.get_path(name)).resolve() for name in installed}
+    own = [Path(p or ".").resolve() for p in sys.path]
+    path = [str(p) for p in own if p.is_dir() and not any(p == e or e in p.parents for e in library)]
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), "OMP_NUM_THREADS": str(threads)}
+
+
+def _gave_up(jobs: Jobs, index: Tensor, error: BaseException) -> str:
+    ids = jobs.ids[index]
+    shown = ", ".join(str(i) for i in ids[:8].tolist()) + (", ..." if len(ids) > 8 else "")
+    return (
+        f"{jobs.work} in round {jobs.round} for client(s) {shown} lost its worker {ATTEMPTS} times in a row; the last "
+        f"time: {_line(error)}. If the node ran out of memory, lower runtime.stack or runtime.workers"
+    )
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -1,0 +1,99 @@
+"""A small strategy and its jobs, for tests of executors; workers import it, so it knows nothing of pytest."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.cohort import Cohort
+from fedsim.sim.executor import Jobs, Results, StackRunner
+from fedsim.streams import Streams
+from fedsim.task import Schedule
+from fedsim.tasks.quadratic import QuadraticTask
+
+NUM_CLIENTS, DIM = 150, 33
+
+
+class LocalError(Exception):
+    """An exception that cannot be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not this one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """One noisy step with a control variate.
+
+    Args:
+        folder: where client `victim` leaves a mark the first time it trains, and then hangs.
+        victim: that client, or None.
+    """
+
+    folder: str = ""
+    victim: int | None = None
+
+    def step(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
+        self._hang_once(clients)
+        x = x.expand(len(clients), -1)
+        g, loss = clients.task.field(x, clients.task.batches(clients, Schedule(steps=1, epochs=None))[0])
+        c = clients.memory["c"]
+        clients.memory["c"] = 0.5 * c + g
+        clients.log(loss=loss)
+        return {"delta": 0.1 * (g - c), "length": torch.linalg.vector_norm(g, dim=1)}
+
+    def fail(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
+        if 7 in clients.ids.tolist():
+            raise ZeroDivisionError("client seven divides by nothing")
+        return self.step(clients, x)
+
+    def fail_oddly(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
+        raise LocalError("cannot be sent")
+
+    def _hang_once(self, clients: Cohort) -> None:
+        if self.victim is None or self.victim not in clients.ids.tolist():
+            return
+        try:
+            mark = os.open(Path(self.folder) / "mark", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return
+        os.write(mark, f"{os.getpid()}\n".encode())
+        os.close(mark)
+        time.sleep(120)
+
+
+def runner(**toy: Any) -> StackRunner:
+    """The toy on noisy quadratics whose clients differ in weight."""
+    task = QuadraticTask.drawn(NUM_CLIENTS, DIM, seed=3, spread=5.0, noise=0.3)
+    counts = torch.arange(NUM_CLIENTS) * 7 % 23 + 1
+    task = QuadraticTask(task.a, task.b, task.x0, task.noise, counts)
+    return StackRunner(task, Toy(**toy), seed=11, device=torch.device("cpu"))
+
+
+def some_jobs(work: str = "step", *, fold: bool = True, num_models: int = 1, round: int = 4) -> Jobs:
+    """Two thirds of the clients, in mixed order, from one or several models, with rows that they kept."""
+    key = Streams(5, torch.arange(NUM_CLIENTS), torch.zeros(NUM_CLIENTS, dtype=torch.int64))
+    ids = torch.randperm(NUM_CLIENTS, generator=torch.Generator().manual_seed(1))[:100]
+    if 7 not in ids:
+        ids[50] = 7
+    models = [{"x": key.normal(f"model {m}", DIM)[m]} for m in range(num_models)]
+    kept = {"c": key.normal("kept", DIM)[ids]}
+    weights = key.uniform("weights")[ids].flatten() if fold else None
+    return Jobs(work, ids, ids % 5, models, torch.arange(100) % num_models, kept, weights, round)
+
+
+def assert_same_bits(a: Results, b: Results) -> None:
+    """Every tensor of the two has the same entries, to the last bit."""
+    assert torch.equal(a.bits_up, b.bits_up)
+    for part in ("fields", "sums", "memory", "metrics"):
+        left, right = getattr(a, part), getattr(b, part)
+        assert left.keys() == right.keys(), part
+        for name in left:
+            assert left[name].dtype == right[name].dtype
+            assert torch.equal(left[name], right[name]), f"{part}[{name}]"

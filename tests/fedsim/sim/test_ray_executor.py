@@ -1,0 +1,223 @@
+"""The Ray executor gives the bits of the in-process one, whatever dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsim.fleet import Cost
+from fedsim.memory import Memory
+from fedsim.sim import ray_executor
+from fedsim.sim.devices import Constant
+from fedsim.sim.executor import ClientError, InProcess, Jobs, Results, StackRunner
+from fedsim.sim.fleet import SimFleet
+from fedsim.sim.ray_executor import RayExecutor
+from tests.fedsim.sim.ray_cases import DIM, NUM_CLIENTS, assert_same_bits, runner, some_jobs
+
+ROOT = Path(__file__).parents[3]
+
+pytestmark = [
+    pytest.mark.ray,
+    # Ray leaves log files and child processes to the interpreter's end
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+JOBS = {
+    "folded": some_jobs(),
+    "kept apart": some_jobs(fold=False),
+    "from three models": some_jobs(fold=False, num_models=3),
+    "of one client": some_jobs().rows(torch.tensor([2])),
+    "of nobody": some_jobs().rows(torch.tensor([], dtype=torch.int64)),
+}
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[None]:
+    """A runtime that the caller started: executors use it and leave it running."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        ray.init(
+            num_cpus=8,
+            num_gpus=0,
+            include_dashboard=False,
+            logging_level="error",
+            log_to_driver=False,
+            object_store_memory=200 << 20,
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def executors(runtime: None) -> Iterator[dict[int, RayExecutor]]:
+    """One executor for each number of workers, one client a stack so that stacks share groups."""
+    made = {w: RayExecutor(runner(), width=1, workers=w) for w in (1, 2, 3)}
+    yield made
+    for executor in made.values():
+        executor.close()
+
+
+def in_process(jobs: Jobs, *, width: int = 1, workers: int = 1) -> Results:
+    executor = InProcess(runner(), width=width, workers=workers)
+    try:
+        return executor.run(jobs)
+    finally:
+        executor.close()
+
+
+def once_marked(mark: Path, act: object) -> threading.Thread:
+    """A thread that calls `act(pid)` when the victim has begun to train."""
+
+    def watch() -> None:
+        while not (mark.exists() and mark.read_text().endswith("\n")):
+            time.sleep(0.02)
+        act(int(mark.read_text()))  # type: ignore[operator]
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("name", JOBS)
+def test_any_number_of_workers_gives_the_bits_of_the_process_itself(
+    executors: dict[int, RayExecutor], name: str, workers: int
+) -> None:
+    expected = in_process(JOBS[name], workers=2)
+    assert_same_bits(executors[workers].run(JOBS[name]), expected)
+    assert executors[workers].num_workers == workers
+
+
+def test_results_hold_sums_rows_metrics_and_bits(executors: dict[int, RayExecutor]) -> None:
+    got = executors[2].run(JOBS["folded"])
+    assert got.sums["delta"].shape == (DIM,)
+    assert got.fields["length"].shape == got.metrics["loss"].shape == (100,)
+    assert got.memory["c"].shape == (100, DIM)
+    assert got.bits_up.tolist() == [32 * DIM + 32] * 100
+
+
+def test_rounds_through_a_fleet_with_client_memory_are_the_same_bits(executors: dict[int, RayExecutor]) -> None:
+    def rounds(executor: RayExecutor | InProcess) -> list[torch.Tensor]:
+        shared: StackRunner = executor.runner
+        fleet = SimFleet(
+            num_examples=shared.task.num_examples,
+            model_size=DIM,
+            executor=executor,
+            devices=Constant(),
+            memory=Memory(NUM_CLIENTS),
+            seed=0,
+        )
+        x, seen = torch.zeros(DIM), []
+        for start in (0, 40, 20):
+            ids = torch.arange(start, start + 60)
+            x = x - fleet.ask(ids, shared.strategy.step, cost=Cost(), x=x)["delta"].mean(0)
+            seen.append(x)
+        return [*seen, fleet.memory.read(torch.arange(NUM_CLIENTS))["c"]]
+
+    here = InProcess(runner(), width=1)
+    for a, b in zip(rounds(here), rounds(executors[3]), strict=True):
+        assert torch.equal(a, b)
+    here.close()
+
+
+def test_the_clients_own_exception_names_clients_work_and_round(executors: dict[int, RayExecutor]) -> None:
+    executor = executors[3]
+    before = executor.resubmitted
+    with pytest.raises(
+        ClientError, match=r"^fail failed in round 4 for client\(s\) 7: ZeroDivisionError: client seven"
+    ) as e:
+        executor.run(some_jobs("fail"))
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+    assert any("ray_cases.py" in note for note in e.value.__notes__)
+    assert executor.resubmitted == before, "a client's error is not retried"
+    assert_same_bits(executor.run(JOBS["folded"]), in_process(JOBS["folded"]))
+
+
+def test_an_exception_that_cannot_be_sent_still_tells_its_story(executors: dict[int, RayExecutor]) -> None:
+    with pytest.raises(ClientError, match="LocalError: cannot be sent"):
+        executors[1].run(some_jobs("fail_oddly"))
+
+
+def test_a_killed_worker_changes_no_bit(runtime: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    executor = RayExecutor(runner(folder=str(tmp_path), victim=7), width=4, workers=2)
+    killer = once_marked(tmp_path / "mark", lambda pid: os.kill(pid, signal.SIGKILL))
+    with caplog.at_level(logging.WARNING, logger="fedsim"):
+        got = executor.run(JOBS["folded"])
+    killer.join(10)
+    assert_same_bits(got, in_process(JOBS["folded"], width=4))
+    assert executor.resubmitted == 1
+    assert "round 4: a worker was lost" in caplog.text
+    executor.close()
+
+
+def test_a_hung_worker_is_replaced_after_its_deadline(runtime: None, tmp_path: Path) -> None:
+    executor = RayExecutor(runner(folder=str(tmp_path), victim=7), width=4, workers=1, timeout_seconds=2.0)
+    began = time.monotonic()
+    got = executor.run(JOBS["folded"])
+    assert time.monotonic() - began < 100, "the victim hangs for 120 s"
+    assert_same_bits(got, in_process(JOBS["folded"], width=4))
+    assert executor.resubmitted == 1
+    executor.close()
+
+
+def test_a_group_that_always_loses_its_worker_ends_with_a_clear_error(
+    runtime: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ray_executor, "ATTEMPTS", 1)
+    executor = RayExecutor(runner(folder=str(tmp_path), victim=7), width=200, workers=1, timeout_seconds=1.0)
+    with pytest.raises(RuntimeError, match=r"step in round 4 .* lost its worker 1 times.*lower runtime.stack"):
+        executor.run(JOBS["folded"])
+    executor.close()
+
+
+def test_a_strategy_that_cannot_be_pickled_is_refused_at_once(runtime: None) -> None:
+    whole = runner()
+    with pytest.raises(ValueError, match="cannot be sent to Ray workers.*in_process"):
+        RayExecutor(StackRunner(whole.task, threading.Lock(), 0, whole.device), width=1, workers=1)
+
+
+def test_a_timeout_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="timeout_seconds must be positive, got 0"):
+        RayExecutor(runner(), width=1, workers=1, timeout_seconds=0)
+
+
+def test_importing_the_module_does_not_import_ray() -> None:
+    code = "import sys, fedsim.sim.ray_executor; sys.exit('ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_without_an_address_it_starts_a_runtime_of_its_own_and_stops_it(tmp_path: Path) -> None:
+    """With token authentication, as Ray has it by default, and without a trace in the user's home."""
+    code = """
+import signal
+from fedsim.sim.ray_executor import RayExecutor
+from tests.fedsim.sim.ray_cases import runner, some_jobs
+before = signal.getsignal(signal.SIGTERM)
+executor = RayExecutor(runner(), width=10, workers=1)
+print(executor.run(some_jobs()).sums["delta"].double().sum().item())
+import ray
+assert signal.getsignal(signal.SIGTERM) is before
+assert ray.cluster_resources()["CPU"] == 1
+executor.close()
+assert not ray.is_initialized()
+"""
+    own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=own, check=True, capture_output=True, text=True, timeout=120
+    )
+    assert float(done.stdout) == in_process(JOBS["folded"], width=10).sums["delta"].double().sum().item()
+    assert done.stderr == ""
+    assert not (tmp_path / ".ray").exists()
