@@ -9,6 +9,8 @@ Letters: n windows, T characters in a window, V characters in the vocabulary.
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,8 @@ def shakespeare(
     """Shakespeare's plays, one client per speaker, next-character task.
 
     Args:
-        path: the text; by default tinyshakespeare.txt in `root`, then in ./data.
+        path: the text, gzipped if its name ends in .gz; by default tinyshakespeare.txt, or the same with .gz, in
+            `root`, then in ./data (where the checkout has it).
         root: the folder of the configuration's `data.root`.
         sequence_length: T.
         test_fraction: the share of each speaker's windows, the last ones, that is held out (rounded down).
@@ -106,17 +109,19 @@ def parse_speakers(text: str) -> dict[str, str]:
 
 def _find(path: str | None, root: str | None) -> Path:
     if path is not None:
-        candidates = [Path(path)]
+        plain = [Path(path)]
     else:
-        candidates = [*([Path(root) / FILE] if root else []), Path("data") / FILE]
+        plain = [*([Path(root) / FILE] if root else []), Path("data") / FILE]
+    candidates = [file.with_name(name) for file in plain for name in (file.name, file.name + ".gz")]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
-        raise ValueError(f"shakespeare: no file {' or '.join(map(str, candidates))}; {_WAY_OUT}")
+        raise ValueError(f"shakespeare: no file {' or '.join(map(str, plain))}, nor one with .gz; {_WAY_OUT}")
     return found
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as f:
+            return f.read()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read as UTF-8 text ({error}); {_WAY_OUT}") from None

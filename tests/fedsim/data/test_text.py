@@ -1,5 +1,6 @@
 """Speakers become clients, and the targets are the text one character later."""
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_the_working_folders_data_is_found_and_a_path_wins(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        (None, {}, f"no file .*{FILE} or data/{FILE}; .*data.root"),
+        (None, {}, f"no file .*{FILE} or data/{FILE}, nor one with .gz; .*data.root"),
         ("no names here", {}, "no line 'NAME:'"),
         (PLAY, {"sequence_length": 80}, "no speaker has more than sequence_length=80 characters; lower it"),
         (PLAY, {"sequence_length": 0}, "sequence_length must be 1 or more, got 0"),
@@ -84,8 +85,21 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
         shakespeare(root=str(tmp_path))
 
 
-@pytest.mark.skipif(not (Path("data") / FILE).exists(), reason="needs data/tinyshakespeare.txt")
+def test_a_gzipped_text_is_the_same_text(tmp_path):
+    with gzip.open(tmp_path / (FILE + ".gz"), "wt", newline="") as file:
+        file.write(PLAY.replace("\n", "\r\n"))
+    zipped = shakespeare(root=str(tmp_path), sequence_length=4)
+    plain = shakespeare(root=write(tmp_path), sequence_length=4)
+    assert zipped.class_names == plain.class_names and torch.equal(zipped.inputs, plain.inputs)
+
+
+def test_a_gzipped_text_cut_short_is_named(tmp_path):
+    (tmp_path / (FILE + ".gz")).write_bytes(gzip.compress(PLAY.encode() * 100)[:-20])
+    with pytest.raises(ValueError, match=f"{FILE}.gz: cannot be read as UTF-8"):
+        shakespeare(root=str(tmp_path))
+
+
 def test_the_customary_file_has_its_65_characters_and_256_speakers():
-    data = shakespeare()
+    data = shakespeare(root=str(Path(__file__).parents[3] / "data"))
     assert data.num_classes == 65 and data.inputs.shape == (11_524, 80) and data.test_inputs.shape == (1_171, 80)
     assert data.group_names is not None and len(data.group_names) == 256
