@@ -26,7 +26,8 @@ class BatchPlan:
         counts: [C] samples of each client, in an order in which steps do not increase.
         schedule: epochs or steps, batch size, shuffling.
         streams: of the stack; `job` in its key makes every round's order fresh.
-        gather: turns positions into a batch.
+        gather: (step, rows [k, B], weights [k, B] or None) -> the batch of the first k clients.
+        locate: positions [C, M] -> rows of the data set [C, M], done once for all steps; the identity if left out.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class BatchPlan:
         schedule: Schedule,
         streams: Streams,
         gather: Callable[[int, Tensor, Tensor | None], Any],
+        locate: Callable[[Tensor], Tensor] = lambda positions: positions,
     ) -> None:
         self.num_steps = schedule.num_steps(counts)
         self._gather = gather
@@ -42,7 +44,8 @@ class BatchPlan:
             raise AssertionError("a stack must be ordered by number of local steps")
         largest = int(counts.max()) if len(counts) else 0
         self._width = largest if schedule.batch_size is None else min(schedule.batch_size, largest)
-        self._positions, valid = _positions(counts, schedule, streams, self.num_steps, self._width)
+        positions, valid = _positions(counts, schedule, streams, self.num_steps, self._width)
+        self._rows = locate(positions)
         host_steps = self.num_steps.cpu()
         last = int(host_steps[0]) if len(host_steps) else 0
         self._active = [int((host_steps > k).sum()) for k in range(last)]
@@ -63,7 +66,7 @@ class BatchPlan:
         k, cut, start = self._active[step], self._cut[step], step * self._width
         columns = slice(start, start + cut)
         weights = None if self._full[step] else self._valid[:k, columns].to(torch.float32)
-        return self._gather(step, self._positions[:k, columns], weights)
+        return self._gather(step, self._rows[:k, columns], weights)
 
 
 def _positions(

@@ -55,18 +55,20 @@ class ClassificationTask:
         return self.x0.clone()
 
     def batches(self, cohort: Cohort, schedule: Schedule) -> BatchPlan:
-        def gather(step: int, positions: Tensor, weights: Tensor | None) -> Batch:
-            k = len(positions)
-            rows = self.data.rows(cohort.ids[:k], positions)
-            inputs = self.data.inputs.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-            targets = self.data.targets.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        def gather(step: int, rows: Tensor, weights: Tensor | None) -> Batch:
+            k, flat = len(rows), rows.reshape(-1)
+            inputs = self.data.inputs.index_select(0, flat).unflatten(0, rows.shape)
+            targets = self.data.targets.index_select(0, flat).unflatten(0, rows.shape)
             if self._poisoned is not None and self._poison is not None:
                 lying = self._poisoned[cohort.ids[:k]].view(-1, *[1] * (targets.ndim - 1))
                 targets = torch.where(lying, self._poison(targets, self.data.num_classes), targets)
             streams = cohort.streams if k == len(cohort) else cohort.streams.rows(slice(k))
             return Batch(inputs, targets, weights, streams, step)
 
-        return BatchPlan(cohort.num_examples, schedule, cohort.streams, gather)
+        def locate(positions: Tensor) -> Tensor:
+            return self.data.rows(cohort.ids, positions)
+
+        return BatchPlan(cohort.num_examples, schedule, cohort.streams, gather, locate)
 
     def field(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.engine.gradient(x, batch, out)
