@@ -251,7 +251,7 @@ def test_plain_sgd_says_so_and_nothing_else_does() -> None:
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ({"name": "adma"}, "unknown optimizer 'adma'; did you mean 'adam'"),
+        ({"name": "lionn"}, "unknown optimizer 'lionn'; did you mean 'lion'"),
         ({"name": "sgd"}, "optimizer.lr is missing"),
         ({"lr": 0.1}, "needs a `name`"),
         ({"name": "sgd", "lr": 0.1, "momentun": 0.9}, "unknown key 'momentun'; did you mean 'momentum'"),
