@@ -19,7 +19,8 @@ from fedsim.params import Layout
 STACK_BYTES = 4 * 2**20  # of parameters: stacks this small stay in a core's caches from step to step
 GPU_SHARE = 0.5  # of a GPU's memory for one stack; the rest is for data, evaluation and torch itself
 GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, direction, two of an optimizer
-MAX_WIDTH_CPU = 64
+MAX_WIDTH_CPU = 16  # from 8 clients on the cost of a call no longer shows, and more stacks keep more cores busy
+MIN_WIDTH_RECURRENT = 4  # many small products one after the other: a few clients share each call
 MAX_WIDTH_GPU = 512
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -60,7 +61,7 @@ def choose(
         device: where stacks will lie.
         batch_size: B.
         steps: of a local run, at most.
-        num_clients: clients there are; a stack is never wider.
+        num_clients: how many train at once, the cohort. It is cut into an even number of equal stacks if it fills two.
         engine: a name, or auto.
         stack: a width, or auto.
         precision: fp32, tf32 or bf16.
@@ -76,8 +77,9 @@ def choose(
             raise ValueError(f"stack must be auto or a positive number of clients, got {stack!r}")
         return Plan(name, stack, why + f"stacks of {stack} as set")
     width, reason = _width(module, layout, device, batch_size, name)
-    if width > num_clients:
-        width, reason = max(num_clients, 1), f"all {num_clients} clients in one stack"
+    even = _even(num_clients, width)
+    if even < width:
+        return Plan(name, even, f"{why}{num_clients} clients in equal stacks, at most {width}: {reason}")
     return Plan(name, width, why + reason)
 
 
@@ -94,10 +96,23 @@ def _width(module: nn.Module, layout: Layout, device: torch.device, batch_size: 
     if any(isinstance(layer, _CONVOLUTIONS) for layer in module.modules()):
         return 1, "on a CPU convolutions are fastest one client at a time"
     each = 4 * layout.size
-    width = min(max(1, STACK_BYTES // each), MAX_WIDTH_CPU)
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    width = min(max(MIN_WIDTH_RECURRENT if recurrent else 1, STACK_BYTES // each), MAX_WIDTH_CPU)
+    if recurrent and width == MIN_WIDTH_RECURRENT:
+        return width, f"a recurrent layer's small products are shared by {width} clients"
     if width == 1:
         return 1, f"one client's parameters ({each / 2**20:.1f} MiB) fill a core's caches"
     return width, f"{width} clients' parameters ({width * each / 2**20:.1f} MiB) stay in a core's caches between steps"
+
+
+def _even(num_clients: int, width: int) -> int:
+    """The width that cuts a small cohort into an even number of equal stacks, so that two workers finish together."""
+    num_stacks = max(-(-num_clients // width), 1)
+    if num_stacks > 8:
+        return width
+    if num_stacks > 1:
+        num_stacks += num_stacks % 2
+    return max(-(-num_clients // num_stacks), 1)
 
 
 def _gpu_width(layout: Layout, device: torch.device, batch_size: int) -> tuple[int, str]:

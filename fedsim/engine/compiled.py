@@ -31,6 +31,10 @@ class CompiledEngine:
         self.failed = False
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        stacked = self.stacked
+        return CompiledEngine, (stacked.module, stacked.layout, stacked.loss, stacked.precision)
+
     def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.failed:
             return self.stacked.gradient(x, batch, out)

@@ -33,13 +33,6 @@ class ThreadModules:
             found = self._local.module = copy.deepcopy(self._source)
         return found.train(training) if found.training != training else found
 
-    def __getstate__(self) -> nn.Module:
-        return self._source
-
-    def __setstate__(self, source: nn.Module) -> None:
-        self._source = source
-        self._local = threading.local()
-
 
 class Tensors:
     """Moves between a flat vector and the tensors that a module expects, in the module's own dtypes."""

@@ -5,6 +5,8 @@ Letters: C clients, B samples, K classes, T positions. Values are [C, B, ...], o
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, lead
     index = targets.unsqueeze(-1)
     log_p = torch.log_softmax(logits, -1)
     chosen = log_p.gather(-1, index).squeeze(-1)
-    grad = log_p.exp_().scatter_add_(-1, index, _minus_one(index, logits))
+    grad = log_p.exp_().scatter_add_(-1, index, _minus_one(logits.dtype, logits.device).expand(index.shape))
     over = tuple(range(lead, chosen.ndim))
     if weights is None:
         count = chosen[0].numel() if lead else chosen.numel()
@@ -42,5 +44,6 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, lead
     return -(chosen * share).sum(over), grad.mul_(share.unsqueeze(-1))
 
 
-def _minus_one(index: Tensor, like: Tensor) -> Tensor:
-    return torch.full((), -1.0, dtype=like.dtype, device=like.device).expand(index.shape)
+@cache
+def _minus_one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), -1.0, dtype=dtype, device=device)

@@ -5,6 +5,8 @@ Letters: C clients in the stack, B samples of a minibatch, P entries of a client
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -23,11 +25,16 @@ class LoopEngine:
     name = "loop"
 
     def __init__(self, module: nn.Module, layout: Layout, loss: Loss, precision: str = "fp32") -> None:
+        self.module = module
         self.layout = layout
         self.loss = loss
         self.precision = precision
         self.tensors = Tensors(module, layout)
         self.modules = ThreadModules(module)
+        self._knows_noise = False
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return LoopEngine, (self.module, self.layout, self.loss, self.precision)
 
     def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         module = self.modules.get(training=True)
@@ -35,10 +42,13 @@ class LoopEngine:
         counts = _num_samples(batch)
         out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         out.zero_()
+        before = None if self._knows_noise else torch.get_rng_state()
         losses = [
             self._client(module, x[i], out[i], batch, i, counts[i], {name: k[i] for name, k in keys.items()})
             for i in range(len(x))
         ]
+        if before is not None:
+            self._warn_of_noise(before)
         return out, torch.stack(losses)
 
     def sgd_step_(
@@ -86,6 +96,16 @@ class LoopEngine:
                 view.copy_(grad)
         self.tensors.write_back_(x, buffers)
         return loss.detach()
+
+    def _warn_of_noise(self, before: Tensor) -> None:
+        """Says once if the module drew from torch's global generator: such a run cannot be repeated bit by bit."""
+        if not torch.equal(before, torch.get_rng_state()):
+            warnings.warn(
+                f"{type(self.module).__name__} draws random numbers that are not keyed by client and step, so a run "
+                "with it cannot be repeated exactly; use nn.Dropout layers in place of functional dropout",
+                stacklevel=4,
+            )
+        self._knows_noise = True
 
 
 def _num_samples(batch: Batch) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedsim.streams import _GOLDEN, Streams, mix64
 
+_GOLDEN_INVERSE = -1018231460777725123  # _GOLDEN times this is 1 modulo 2^64
 _PLAIN = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _UNKEYED = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 
@@ -31,8 +32,11 @@ def keep_mask(keys: Tensor, shape: tuple[int, ...], rate: float, dtype: torch.dt
     numel = 1
     for n in shape:
         numel *= n
-    index = torch.arange(1, numel + 1, device=keys.device) * _GOLDEN
-    digits = mix64(keys.unsqueeze(-1) + index) >> 40 & 0xFFFFFF  # the 24 leading bits, as Streams.uniform takes them
+    index = torch.arange(1, numel + 1, device=keys.device)
+    # Streams' keys + index * golden, with the key inside the product: torch.compile works out a product of plain
+    # indices in advance, and it would not fit its 64 bits
+    place = ((keys * _GOLDEN_INVERSE).unsqueeze(-1) + index) * _GOLDEN
+    digits = mix64(place) >> 40 & 0xFFFFFF  # the 24 leading bits, as Streams.uniform takes them
     kept = digits >= round(rate * 2**24)
     return (kept.to(dtype) * (1.0 / (1.0 - rate))).view(*keys.shape, *shape)
 

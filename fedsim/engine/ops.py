@@ -35,7 +35,9 @@ class Spec:
         shape: of one sample's output.
         params: names of the tensors it owns, in the op's own order.
         needs: which inputs want a gradient.
+        trains: some input or parameter wants one.
         in_place: nobody else reads the first input, and its maker keeps no copy: it may be overwritten.
+        call: how many calls of the same layer came before.
         layer: the module that holds the settings, if any.
         function: for ops that take one.
     """
@@ -47,7 +49,9 @@ class Spec:
     shape: tuple[int, ...]
     params: tuple[str, ...] = ()
     needs: tuple[bool, ...] = ()
+    trains: bool = True
     in_place: bool = False
+    call: int = 0
     layer: nn.Module | None = None
     function: Callable[..., Tensor] | None = None
 
@@ -79,7 +83,7 @@ class Linear:
     """z = x W^T + b over the last axis."""
 
     def __init__(self, spec: Spec, bound: Bound) -> None:
-        self.spec, self.bound = spec, bound
+        self.spec, self.bound, self.lead = spec, bound, bound.lead
         self.weight = bound.views[spec.params[0]]
         self.weight_t = self.weight.transpose(-1, -2)
         self.bias = bound.views[spec.params[1]] if len(spec.params) > 1 else None
@@ -87,38 +91,39 @@ class Linear:
             self.bias = self.bias.unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        lead = self.bound.lead
         self.shape = x.shape
-        if x.ndim > 2 + lead:
-            x = x.flatten(lead, -2)
-        self.x = x
-        if self.bound.low:
-            z = torch.matmul(x.bfloat16(), self.weight_t.bfloat16()).to(x.dtype)
-            if self.bias is not None:
-                z += self.bias
-        elif self.bias is None:
-            z = torch.matmul(x, self.weight_t)
-        else:
-            z = torch.baddbmm(self.bias, x, self.weight_t) if lead else torch.addmm(self.bias, x, self.weight_t)
-        return z if len(self.shape) == x.ndim else z.view(*self.shape[:-1], -1)
+        if x.ndim == 2 + self.lead:
+            self.x = x
+            return self._product(x)
+        self.x = x.flatten(self.lead, -2)
+        return self._product(self.x).view(*self.shape[:-1], -1)
 
     def backward(self, dz: Tensor) -> tuple[Tensor | None]:
-        if len(self.shape) > 2 + self.bound.lead:
-            dz = dz.flatten(self.bound.lead, -2)
+        folded = len(self.shape) > 2 + self.lead
+        if folded:
+            dz = dz.flatten(self.lead, -2)
+        weight_name, sink = self.spec.params[0], self.bound.sink
         dx = None
-        if self.spec.needs[0]:  # before a fused update changes the weights
-            dx = (
-                torch.matmul(*_lower(dz, self.weight)).to(dz.dtype) if self.bound.low else torch.matmul(dz, self.weight)
-            )
-            dx = dx.view(self.shape)
-        sink = self.bound.sink
         if self.bound.low:
-            sink.tensor(self.spec.params[0], torch.matmul(*_lower(dz.transpose(-1, -2), self.x)))
+            dz_low = dz.bfloat16()
+            if self.spec.needs[0]:
+                dx = torch.matmul(dz_low, self.weight.bfloat16()).to(dz.dtype)
+            sink.tensor(weight_name, torch.matmul(dz_low.transpose(-1, -2), self.x.bfloat16()))
         else:
-            sink.product(self.spec.params[0], dz.transpose(-1, -2), self.x)
+            if self.spec.needs[0]:  # before a fused update changes the weights
+                dx = torch.bmm(dz, self.weight) if self.lead else torch.mm(dz, self.weight)
+            sink.product(weight_name, dz.transpose(-1, -2), self.x)
         if self.bias is not None:
             sink.tensor(self.spec.params[1], dz.sum(-2))
-        return (dx,)
+        return (dx.view(self.shape) if folded and dx is not None else dx,)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.bound.low:
+            z = torch.matmul(x.bfloat16(), self.weight_t.bfloat16()).to(x.dtype)
+            return z if self.bias is None else z.add_(self.bias)
+        if self.bias is None:
+            return torch.bmm(x, self.weight_t) if self.lead else torch.mm(x, self.weight_t)
+        return torch.baddbmm(self.bias, x, self.weight_t) if self.lead else torch.addmm(self.bias, x, self.weight_t)
 
 
 class ReLU:
@@ -173,7 +178,7 @@ class Dropout:
         assert isinstance(layer, KeyedDropout)
         if batch.streams is None:
             raise ValueError(f"dropout layer {self.spec.name} needs keyed noise: give the batch its streams")
-        keys = batch.streams.keys(purpose(self.spec.name), batch.step)
+        keys = batch.streams.keys(purpose(self.spec.name), batch.step) + self.spec.call
         sample = tuple(x.shape[lead + 1 :])
         if layer.channels:
             sample = (sample[0], *(1 for _ in sample[1:]))
@@ -250,7 +255,3 @@ class Embedding:
             grad.select(lead, layer.padding_idx).zero_()
         self.bound.sink.tensor(self.spec.params[0], grad)
         return (None,)
-
-
-def _lower(*tensors: Tensor) -> list[Tensor]:
-    return [t.bfloat16() for t in tensors]

@@ -7,8 +7,7 @@ sets them and the last one restores what it found. bf16 is autocast's, which bel
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -20,12 +19,12 @@ _before: tuple[str, bool] = ("highest", False)
 
 
 def products(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """A context in which products on the device have this precision."""
+    """A context, to be entered as often as wanted, in which products on the device have this precision."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     if precision == "fp32" and device.type == "cpu":
         return nullcontext()  # what a CPU does anyway
-    return _float32_products("high" if precision == "tf32" else "highest")
+    return _Float32Products("high" if precision == "tf32" else "highest")
 
 
 def check_precision(precision: str) -> str:
@@ -35,18 +34,23 @@ def check_precision(precision: str) -> str:
     return precision
 
 
-@contextmanager
-def _float32_products(level: str) -> Iterator[None]:
-    global _users, _before
-    with _lock:
-        if _users == 0:
-            _before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            torch.set_float32_matmul_precision(level)
-            torch.backends.cudnn.allow_tf32 = level == "high"
-        _users += 1
-    try:
-        yield
-    finally:
+class _Float32Products:
+    """A context that may be entered again and again, by several threads at once."""
+
+    def __init__(self, level: str) -> None:
+        self.level = level
+
+    def __enter__(self) -> None:
+        global _users, _before
+        with _lock:
+            if _users == 0:
+                _before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+                torch.set_float32_matmul_precision(self.level)
+                torch.backends.cudnn.allow_tf32 = self.level == "high"
+            _users += 1
+
+    def __exit__(self, *raised: object) -> None:
+        global _users
         with _lock:
             _users -= 1
             if _users == 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class StackedEngine:
         self.reason = ""
         self._tapes: dict[tuple[torch.Size, torch.dtype], Tape | None] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return StackedEngine, (self.module, self.layout, self.loss, self.precision)
 
     def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         tape = self.tape(batch)
@@ -126,6 +129,8 @@ class TapeSession:
         self.lead = int(len(x) > 1)
         self.views = engine.layout.views(x if self.lead else x[0])
         self.bound = Bound(lead=self.lead, views=self.views, low=engine.precision == "bf16")
+        # bf16 is cast by the ops themselves
+        self._products = nullcontext() if self.bound.low else products(engine.precision, x.device)
         self._tape: Tape | None = None
         self._ops: list[Op] = []
         self._key: object = None
@@ -186,8 +191,8 @@ class TapeSession:
             inputs, targets = inputs[0], targets[0]
             weights = None if weights is None else weights[0]
         self.bound.batch = batch
-        with torch.no_grad(), self._products():
-            values: list[Tensor] = [inputs] * self._tape.num_slots
+        values: list[Tensor] = [inputs] * self._tape.num_slots
+        with self._products:
             for op in self._ops:
                 spec = op.spec
                 values[spec.output] = op.forward(*[values[i] for i in spec.inputs])
@@ -202,18 +207,13 @@ class TapeSession:
         for op in reversed(self._ops):
             spec = op.spec
             found = grads[spec.output]
-            if found is None or not (spec.params or any(spec.needs)):
+            if found is None or not spec.trains:
                 continue
             grads[spec.output] = None
             for slot, part in zip(spec.inputs, op.backward(found), strict=True):
                 if part is not None:
                     before = grads[slot]
                     grads[slot] = part if before is None else before + part
-
-    def _products(self) -> AbstractContextManager[object]:
-        """bf16 is cast by the ops themselves."""
-        precision = self.engine.precision
-        return nullcontext() if precision == "bf16" else products(precision, self.x.device)
 
 
 def warn_loop(module: nn.Module, error: Exception) -> None:

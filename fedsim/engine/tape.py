@@ -106,6 +106,8 @@ class _Shapes(fx.Interpreter):
 def _shapes(module: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[str, tuple[int, ...] | None]:
     """Each tensor's shape for one sample, or None where the first axis is not that of the samples."""
     training = module.training
+    if sample.is_floating_point():
+        sample = sample.to(next(iter(module.parameters()), sample).dtype)
     try:
         runs = []
         for size in (5, 7):
@@ -173,7 +175,8 @@ class _Builder:
         inputs = self._inputs(node)
         self.slots[node.name] = slot = max(self.slots.values()) + 1
         name = str(node.target) if node.op == "call_module" else node.name
-        self.specs.append(Spec(make=make, name=name, inputs=inputs, output=slot, shape=shape, **options))
+        call = sum(spec.name == name for spec in self.specs)
+        self.specs.append(Spec(make=make, name=name, inputs=inputs, output=slot, shape=shape, call=call, **options))
 
     def _inputs(self, node: fx.Node) -> tuple[int, ...]:
         """Slots of the tensors a node reads."""
@@ -293,11 +296,11 @@ def _mark(specs: list[Spec]) -> list[Spec]:
     out = []
     for spec in specs:
         needs = tuple(wanted[slot] for slot in spec.inputs)
-        wanted[spec.output] = any(needs) or bool(spec.params)
+        wanted[spec.output] = trains = any(needs) or bool(spec.params)
         first = makers.get(spec.inputs[0])
         fresh = first is not None and first.make in (Linear, Conv2d, MaxPool2d, Add)
         in_place = fresh and readers[spec.inputs[0]] == 1
-        out.append(replace(spec, needs=needs, in_place=in_place))
+        out.append(replace(spec, needs=needs, trains=trains, in_place=in_place))
     return out
 
 

@@ -71,7 +71,7 @@ class WeightedBatchNorm(nn.Module):
         mean = (x * each).sum(over)
         var = ((x - mean.view(1, -1, *(1 for _ in x.shape[2:]))).square() * each).sum(over)
         if self.tracks and self.training:
-            self._track(mean.detach(), var.detach(), (share > 0).sum() * positions)
+            self._track(mean.detach(), var.detach(), (share > 0).to(x.dtype).sum() * positions)
         return mean, var
 
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:

@@ -1,0 +1,248 @@
+"""All engines give the same numbers: compared in float64, where only a wrong formula is visible."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedsim.engine import Batch, build_engine
+from fedsim.engine.loop import LoopEngine
+from fedsim.engine.losses import LOSSES, cross_entropy
+from fedsim.engine.stacked import StackedEngine
+from fedsim.params import Layout
+from fedsim.tasks.models import MODELS
+from tests.fedsim.engine.zoo import batch, copy_of, model, rows_of, stack
+
+COUNTS = [4, 2, 0, 3]
+TAPED = [name for name in MODELS if name != "transformer"]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> bool:
+    return bool((a - b).abs().max() <= tolerance)
+
+
+def check(engine: StackedEngine | LoopEngine, oracle: LoopEngine, x: Tensor, b: Batch) -> None:
+    """Gradient, loss and buffers of two engines agree, and the gradient of buffers is zero."""
+    x1, x2 = copy_of(x), copy_of(x)
+    g1, loss1 = oracle.gradient(x1, b)
+    g2, loss2 = engine.gradient(x2, b, out=torch.full_like(x, float("nan")))
+    assert close(g1, g2) and close(loss1, loss2) and close(x1, x2)
+    assert not g2[:, oracle.layout.num_trainable :].any()
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("use_tape", [True, False], ids=["tape", "vmap"])
+@pytest.mark.parametrize("name", MODELS)
+def test_stacked_equals_the_loop_on_every_model(name: str, use_tape: bool, padded: bool) -> None:
+    module, layout, x0 = model(name)
+    x, b = stack(layout, x0, 4), batch(name, COUNTS, padded=padded)
+    engine = StackedEngine(module, layout, cross_entropy, use_tape=use_tape)
+    check(engine, LoopEngine(module, layout, cross_entropy), x, b)
+    assert engine.path == ("tape" if use_tape and name in TAPED else "vmap")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_stack_of_one_equals_the_loop(name: str) -> None:
+    module, layout, x0 = model(name)
+    oracle = LoopEngine(module, layout, cross_entropy)
+    for b in (batch(name, [3], padded=False), rows_of(batch(name, COUNTS), 1, 2)):
+        check(StackedEngine(module, layout, cross_entropy), oracle, stack(layout, x0, 1), b)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_does_not_depend_on_its_stack_or_its_padding(name: str) -> None:
+    module, layout, x0 = model(name)
+    engine = build_engine("stacked", module, layout)
+    x, b = stack(layout, x0, 4), batch(name, COUNTS)
+    together = copy_of(x)
+    g, loss = engine.gradient(together, b)
+    for i, n in enumerate(COUNTS):
+        if n:
+            alone = copy_of(x[i : i + 1])
+            g_i, loss_i = engine.gradient(alone, rows_of(b, i, n))
+            assert close(g_i[0], g[i]) and close(loss_i[0], loss[i]) and close(alone[0], together[i])
+
+
+@pytest.mark.parametrize("name", TAPED)
+def test_a_client_without_samples_is_left_as_it_was(name: str) -> None:
+    module, layout, x0 = model(name)
+    x, b = stack(layout, x0, 4), batch(name, COUNTS)
+    before = copy_of(x)
+    loss = build_engine("stacked", module, layout).sgd_step_(x, b, 0.1, scale=2.0)
+    assert loss is not None and loss[2] == 0
+    assert torch.equal(x[2], before[2]) and not torch.equal(x[0], before[0])
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+@pytest.mark.parametrize("name", TAPED)
+def test_the_fused_step_is_the_gradient_and_then_the_update(name: str, clients: int) -> None:
+    module, layout, x0 = model(name)
+    engine = build_engine("stacked", module, layout)
+    x, b = stack(layout, x0, clients), batch(name, [4, 2, 1, 3][:clients])
+    n = layout.num_trainable
+    shared, own = torch.randn(2, clients, layout.size, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    for shift in (None, shared[0], own):
+        for grad_sum in (None, torch.ones_like(x)):
+            plain, fused = copy_of(x), copy_of(x)
+            g, loss = engine.gradient(plain, b)
+            u = 0.7 * g if shift is None else 0.7 * g + shift
+            plain[:, :n] -= 0.1 * u[:, :n]
+            assert close(engine.sgd_step_(fused, b, 0.1, scale=0.7, shift=shift, grad_sum=grad_sum), loss)  # type: ignore[arg-type]
+            assert close(plain, fused)
+            if grad_sum is not None:
+                assert close(grad_sum, g + 1)
+
+
+def test_a_session_takes_the_same_steps_as_the_engine() -> None:
+    module, layout, x0 = model("resnet_bn")
+    engine = build_engine("stacked", module, layout)
+    x = stack(layout, x0, 3)
+    one, other = copy_of(x), copy_of(x)
+    session = engine.session(one)
+    for step in range(3):
+        b = batch("resnet_bn", [4, 3, 2 + step], seed=step, step=step)
+        session.sgd_step_(b, 0.1)
+        engine.sgd_step_(other, b, 0.1)
+        assert torch.equal(session.gradient(b)[0], engine.gradient(other, b)[0])
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["mlp", "char_lstm", "resnet_bn"])
+def test_the_gradient_is_the_derivative_of_the_loss(name: str) -> None:
+    module, layout, x0 = model(name)
+    engine = build_engine("stacked", module, layout)
+    x, b = stack(layout, x0, 2), batch(name, [3, 2])
+    way = torch.zeros_like(x)
+    n = layout.num_trainable
+    way[:, :n] = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    g, _ = engine.gradient(copy_of(x), b)
+    h = 1e-6
+    ahead, behind = (engine.gradient(x + sign * h * way, b)[1] for sign in (1, -1))
+    assert close((ahead - behind) / (2 * h), (g * way).sum(1), 1e-7)
+
+
+def test_one_client_equals_plain_pytorch_training() -> None:
+    module, layout, x0 = model("resnet_bn")
+    module = module.double().train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    x = x0[None].clone()
+    engine = build_engine("stacked", module, layout)
+    for step in range(3):
+        b = batch("resnet_bn", [6], seed=step, padded=False)
+        optimizer.zero_grad()
+        F.cross_entropy(module(b.inputs[0]), b.targets[0]).backward()
+        optimizer.step()
+        engine.sgd_step_(x, b, 0.1)
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    expected = torch.cat([tensors[k].detach().double().flatten() for k in layout.names])
+    assert close(x[0], expected)
+
+
+class Functional(nn.Module):
+    """A network as users write it, mostly of functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding="same")
+        self.conv2 = nn.Conv2d(4, 6, 3, bias=False)
+        self.bn = nn.BatchNorm1d(6, momentum=None)
+        self.fc = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 7)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = torch.tanh(self.conv2(x)) * 1.5
+        x = self.bn(x.mean((2, 3)))
+        x = F.gelu(self.fc(x.view(x.size(0), -1)))
+        return self.head(x + x.sigmoid())
+
+
+class Shared(nn.Module):
+    """One layer used twice: its gradient has two parts, so no step may be fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 7)
+        self.twice = nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twice(torch.relu(self.twice(self.first(x.flatten(1)))))
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+@pytest.mark.parametrize("make", [Functional, Shared])
+def test_a_users_module_runs_on_the_tape(make: type[nn.Module], clients: int) -> None:
+    module = make()
+    layout = Layout.of_module(module)
+    x0 = layout.flatten(dict(module.named_parameters()) | dict(module.named_buffers())).detach().double()
+    engine, oracle = StackedEngine(module, layout, cross_entropy), LoopEngine(module, layout, cross_entropy)
+    x, b = stack(layout, x0, clients), batch("cnn", [4, 2, 3, 4][:clients])
+    check(engine, oracle, x, b)
+    assert engine.path == "tape"
+    plain, fused = copy_of(x), copy_of(x)
+    plain -= 0.1 * oracle.gradient(plain, b)[0]
+    engine.sgd_step_(fused, b, 0.1)
+    assert close(plain, fused)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", ["mlp", "char_lstm"])
+def test_any_loss_gives_the_same_on_all_paths(name: str, loss: str) -> None:
+    module, layout, x0 = model(name)
+    x, b = stack(layout, x0, 4), batch(name, COUNTS)
+    oracle = LoopEngine(module, layout, LOSSES[loss])
+    for use_tape in (True, False):
+        check(StackedEngine(module, layout, LOSSES[loss], use_tape=use_tape), oracle, x, b)
+
+
+def test_logits_of_a_stack_are_those_of_its_rows() -> None:
+    for name in ("resnet_bn", "char_lstm"):
+        module, layout, x0 = model(name)
+        x, b = stack(layout, x0, 2), batch(name, [3, 3])
+        before = copy_of(x)
+        engine = build_engine("stacked", module, layout)
+        assert isinstance(engine, StackedEngine)
+        out = engine.logits(x, b.inputs)
+        assert close(out[1], engine.logits(x[1], b.inputs[1])) and close(out, engine.vmapped.logits(x, b.inputs))
+        assert torch.equal(x, before)
+
+
+def test_threads_share_an_engine_and_get_the_bits_of_one_thread() -> None:
+    module, layout, x0 = model("cnn")
+    engine = build_engine("stacked", module, layout)
+    stacks = [stack(layout, x0, 2, seed=i) for i in range(4)]
+    b = batch("cnn", [4, 3])
+    expected = [engine.gradient(copy_of(x), b)[0] for x in stacks]
+    found: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            found[i] = engine.gradient(copy_of(stacks[i]), b)[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i], expected[i]) for i in range(4))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["mlp", "resnet_bn"])
+def test_compiled_equals_the_loop(name: str) -> None:
+    from fedsim.engine.compiled import CompiledEngine
+
+    module, layout, x0 = model(name)
+    x, b = stack(layout, x0, 4), batch(name, COUNTS)
+    engine = CompiledEngine(module, layout, cross_entropy)
+    x1, x2 = copy_of(x), copy_of(x)
+    g1, loss1 = LoopEngine(module, layout, cross_entropy).gradient(x1, b)
+    g2, loss2 = engine.gradient(x2, b)
+    assert close(g1, g2) and close(loss1, loss2) and close(x1, x2)
+    assert not engine.failed

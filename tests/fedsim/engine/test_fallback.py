@@ -1,0 +1,115 @@
+"""Modules that the tape or vmap cannot carry still train, and say so once."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedsim.engine import ENGINES, build_engine
+from fedsim.engine.losses import cross_entropy
+from fedsim.engine.stacked import StackedEngine
+from fedsim.engine.twins import PlainLSTM
+from fedsim.params import Layout
+from tests.fedsim.engine.zoo import batch, model, stack
+
+
+class Deciding(nn.Module):
+    """Looks at its data: no batched program can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x.flatten(1))
+        return x if float(x.detach().sum()) > 0 else -x
+
+
+class Untraceable(Deciding):
+    """Known to no tape, but vmap can carry it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.fc(row.flatten()) for row in x])
+
+
+def flat(module: nn.Module, layout: Layout) -> Tensor:
+    return layout.flatten({k: p.detach() for k, p in module.named_parameters()}).double()
+
+
+def test_a_module_that_cannot_be_batched_runs_in_the_loop_with_one_warning() -> None:
+    module = Deciding()
+    layout = Layout.of_module(module)
+    x, b = stack(layout, flat(module, layout), 3), batch("cnn", [4, 2, 3])
+    engine = build_engine("stacked", module, layout)
+    session = engine.session(x)
+    assert session.sgd_step_(b, 0.1) is None
+    with pytest.warns(UserWarning, match="Deciding cannot be batched over clients and runs in the loop engine"):
+        g, _ = session.gradient(b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, _ = engine.gradient(x, b)
+    assert torch.equal(g, again) and torch.equal(g, build_engine("loop", module, layout).gradient(x, b)[0])
+    assert isinstance(engine, StackedEngine) and engine.path == "loop"
+
+
+def test_an_untraceable_module_is_vmapped_without_a_warning() -> None:
+    module = Untraceable()
+    layout = Layout.of_module(module)
+    x, b = stack(layout, flat(module, layout), 3), batch("cnn", [4, 2, 3])
+    engine = StackedEngine(module, layout, cross_entropy)
+    g, _ = engine.gradient(x, b)
+    assert engine.path == "vmap"
+    assert (g - build_engine("loop", module, layout).gradient(x, b)[0]).abs().max() < 1e-12
+
+
+def test_a_users_error_is_not_taken_for_a_module_that_cannot_be_batched() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(63, 7))  # the samples have 64 numbers
+    layout = Layout.of_module(module)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size mismatch"):
+        build_engine("stacked", module, layout).gradient(torch.zeros(2, layout.size).double(), batch("cnn", [2, 2]))
+
+
+def test_the_written_out_lstm_is_torchs() -> None:
+    layer = nn.LSTM(3, 4, num_layers=2, batch_first=True).double()
+    x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    for found, expected in zip(_flatten(PlainLSTM(layer)(x)), _flatten(layer(x)), strict=True):
+        assert (found - expected).abs().max() < 1e-12
+
+
+def _flatten(out: tuple[Tensor, tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [out[0], *out[1]]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_travels_by_pickle(name: str) -> None:
+    module, layout, x0 = model("logistic")
+    engine = build_engine(name, module, layout)
+    b = batch("logistic", [3, 2])
+    x = x0.repeat(2, 1)
+    if name != "compiled":
+        engine.gradient(x, b)
+    copy = pickle.loads(pickle.dumps(engine))
+    assert copy.name == name
+    assert torch.equal(copy.logits(x, b.inputs), engine.logits(x, b.inputs))
+
+
+def test_bad_names_are_answered_with_the_known_ones() -> None:
+    module, layout, _ = model("logistic")
+    with pytest.raises(ValueError, match="engine must be one of loop, stacked, compiled, got 'fast'"):
+        build_engine("fast", module, layout)
+    with pytest.raises(ValueError, match="precision must be one of fp32, tf32, bf16, got 'fp64'"):
+        build_engine("loop", module, layout, precision="fp64")
+    with pytest.raises(ValueError, match="loss must be one of cross_entropy, stablemax or a function, got 'l2'"):
+        build_engine("loop", module, layout, "l2")
+
+
+def test_building_leaves_the_users_module_alone() -> None:
+    module, layout, _ = model("mlp")
+    kinds = [type(layer) for layer in module.modules()]
+    training = module.training
+    build_engine("stacked", module, layout)
+    assert [type(layer) for layer in module.modules()] == kinds and module.training == training

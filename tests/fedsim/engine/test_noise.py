@@ -1,0 +1,101 @@
+"""Keyed dropout: masks depend on the key alone, and every engine drops the same units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedsim.engine import Batch, build_engine
+from fedsim.engine.noise import keep_mask, keyed_copy, purpose
+from fedsim.params import Layout
+from tests.fedsim.engine.zoo import batch, model, stack, streams
+
+
+def test_a_mask_is_what_the_streams_say() -> None:
+    s = streams(3)
+    u = s.uniform(purpose("drop"), 4, 5, step=2)
+    mask = keep_mask(s.keys(purpose("drop"), 2), (4, 5), 0.25, torch.float32)
+    assert torch.equal(mask, (u >= 0.25).float() / 0.75)
+
+
+def test_a_unit_is_dropped_with_the_rate_and_the_mean_is_kept() -> None:
+    mask = keep_mask(streams(4).keys("dropout/x"), (100, 100), 0.3, torch.float64)
+    share = (mask == 0).double().mean()
+    assert abs(float(share) - 0.3) < 4 * (0.3 * 0.7 / 40_000) ** 0.5
+    assert torch.equal(mask.unique(), torch.tensor([0.0, 1 / (1 - 0.3)], dtype=torch.float64))
+
+
+def test_padding_behind_the_samples_moves_no_mask() -> None:
+    keys = streams(2).keys("dropout/x")
+    assert torch.equal(keep_mask(keys, (8, 3), 0.5, torch.float32)[:, :5], keep_mask(keys, (5, 3), 0.5, torch.float32))
+
+
+class Twice(nn.Module):
+    """Dropout of whole channels, and one layer called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.channels = nn.Dropout2d(0.5)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(108, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(self.drop(self.channels(self.conv(x)).flatten(1))))
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_engines_drop_the_same_channels_and_calls_of_one_layer_differ(clients: int) -> None:
+    module = Twice()
+    layout = Layout.of_module(module)
+    x0 = layout.flatten({k: p.detach() for k, p in module.named_parameters()}).double()
+    x, b = stack(layout, x0, clients), batch("cnn", [4, 2, 3][:clients])
+    expected, _ = build_engine("loop", module, layout).gradient(x, b)
+    found, _ = build_engine("stacked", module, layout).gradient(x, b)
+    assert (expected - found).abs().max() < 1e-12
+    keyed = keyed_copy(module).train()
+    ones = torch.ones(2000, 1)
+    assert 0.15 < float((keyed.drop(keyed.drop(ones)) > 0).float().mean()) < 0.35  # a quarter, not a half
+
+
+def test_steps_clients_and_jobs_draw_different_masks() -> None:
+    module, layout, x0 = model("mlp")
+    engine = build_engine("stacked", module, layout)
+    x = x0.repeat(2, 1)
+    b = batch("mlp", [4, 4])
+    same = Batch(b.inputs[:1].repeat(2, 1, 1, 1, 1), b.targets[:1].repeat(2, 1), None, b.streams, 0)
+    g, _ = engine.gradient(x, same)
+    later, _ = engine.gradient(x, Batch(same.inputs, same.targets, None, same.streams, 1))
+    assert not torch.equal(g[0], g[1]) and not torch.equal(g[0], later[0])
+
+
+@pytest.mark.parametrize("name", ["loop", "stacked"])
+def test_dropout_without_streams_is_refused(name: str) -> None:
+    module, layout, x0 = model("mlp")
+    b = batch("mlp", [4, 4])
+    with pytest.raises(ValueError, match="give the batch its streams"):
+        build_engine(name, module, layout).gradient(x0.repeat(2, 1), Batch(b.inputs, b.targets))
+
+
+def test_noise_that_cannot_be_keyed_is_refused_by_name() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.AlphaDropout(0.1))
+    with pytest.raises(ValueError, match="layer 1 .AlphaDropout. has no keyed form"):
+        build_engine("loop", module, Layout.of_module(module))
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.nn.functional.dropout(x.flatten(1), 0.5, self.training))
+
+
+def test_functional_dropout_runs_with_a_warning_that_it_is_not_keyed() -> None:
+    module = FunctionalDropout()
+    layout = Layout.of_module(module)
+    x = torch.zeros(2, layout.size, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="not keyed by client and step.*use nn.Dropout layers"):
+        build_engine("loop", module, layout).gradient(x, batch("cnn", [2, 2]))
