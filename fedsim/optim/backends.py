@@ -76,9 +76,9 @@ def _fused_step_(plan: Plan, x: Tensor, g: Tensor, block: Block) -> None:
     decoupled, decay = part.mode == "decoupled", coefs.get("decay_rate", 0.0)
     if decoupled:
         if states["decay_weights"] is None:
-            decay = decay / coefs["lr"] if coefs["lr"] else 0.0  # the kernel multiplies by lr itself
+            decay = part.base.weight_decay  # the kernel multiplies by lr itself
         else:
-            x.mul_(1 - states["decay_weights"] * decay)
+            x.addcmul_(x, states["decay_weights"], value=-decay)
             decay = 0.0
     arrays = {"x": x, "g": g} | {s.name: states[s.name] for s in part.rule.active_states()}
     whole = all(a.is_contiguous() for a in arrays.values())
@@ -87,7 +87,9 @@ def _fused_step_(plan: Plan, x: Tensor, g: Tensor, block: Block) -> None:
 
 
 def _may_cut_columns(plan: Plan) -> bool:
-    return len(plan.parts) == 1 and plan.parts[0].rule.elementwise and not needs_whole_rows(plan.settings)
+    part = plan.parts[0]
+    alone = len(plan.parts) == 1 and part.storage is None
+    return alone and part.rule.elementwise and not needs_whole_rows(plan.settings)
 
 
 def _pieces(width: int, size: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ Letters: C clients in the stack, k of them step, P coordinates of the trainable 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, fields
 from functools import cached_property
 from math import isfinite
@@ -25,12 +25,13 @@ from torch import Tensor
 from fedsim.optim.backends import choose, row_blocks, run, take_rows
 from fedsim.optim.parts import make_parts
 from fedsim.optim.pipeline import Plan
-from fedsim.optim.rule import Hyper, Named
+from fedsim.optim.quick import quick_step_
+from fedsim.optim.rule import Hyper
 from fedsim.optim.schedules import Schedule
 from fedsim.optim.segments import Segments
 from fedsim.optim.spec import Settings, parse
 from fedsim.optim.state import OptState
-from fedsim.optim.work import assemble, hypers, own_states
+from fedsim.optim.work import assemble, hypers, named_states
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
@@ -57,11 +58,27 @@ def build(spec: Mapping[str, Any], layout: Layout) -> Optimizer:
     parsed = parse(spec)
     layout = layout.trainable
     plan = Plan(make_parts(parsed, layout), parsed.settings, Segments.of(layout))
+    _check(plan, layout)
     if parsed.settings.backend == "fused" and not plan.fuses:
         raise ValueError(
             f"optimizer.backend: torch has no fused kernel for {dict(spec)!r}; take auto, eager or compiled"
         )
     return Optimizer(plan, dict(spec), layout)
+
+
+def _check(plan: Plan, layout: Layout) -> None:
+    """Refuse combinations that no single key shows."""
+    if plan.settings.dp is not None:
+        plan.settings.dp.bounds(layout)
+    for part in plan.parts:
+        if plan.settings.backend == "compiled" and not part.rule.compiles:
+            raise ValueError(f"optimizer.backend: {part.label} has no compiled form; take auto or eager")
+        lacking = [s.name for s in part.states if s.code == "exact"]
+        if plan.settings.state_scope == "server" and lacking:
+            raise ValueError(
+                f"optimizer.state_scope: server averages states over clients, and {', '.join(lacking)} of {part.label} "
+                "have no mean; take round or client"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +115,15 @@ class Optimizer:
     @cached_property
     def needs(self) -> frozenset[str]:
         """What the training loop must be able to supply."""
-        return frozenset().union(*(part.rule.needs for part in self.plan.parts))
+        return self._with_gradient(part.rule.needs for part in self.plan.parts)
 
     @cached_property
     def is_plain_sgd(self) -> bool:
         """Whether a step is x -= lr * g and nothing else, so that an engine may fuse it into the backward pass."""
         part, s = self.plan.parts[0], self.settings
         plain_rule = type(part.rule).__name__ == "Sgd" and not part.rule.active_states()
-        extras = any(getattr(s.clip, f.name) is not None for f in fields(s.clip)) or s.perp_grad or s.average
+        clips = any(getattr(s.clip, f.name) is not None for f in fields(s.clip))
+        extras = clips or s.perp_grad or s.average or s.gradient_need != "grad"
         return plain_rule and len(self.plan.parts) == 1 and not part.decays and part.lr_weights is None and not extras
 
     def check_needs(self, available: Set[str]) -> None:
@@ -124,7 +142,10 @@ class Optimizer:
     def wanted(self, state: OptState, k: int | None = None) -> frozenset[str]:
         """Which of `needs` the next step of the first k clients will use."""
         t = state.t[:k].numpy() + 1
-        return frozenset().union(*(part.rule.wanted(t) for part in self.plan.parts))
+        return self._with_gradient(part.rule.wanted(t) for part in self.plan.parts)
+
+    def _with_gradient(self, needs: Iterable[frozenset[str]]) -> frozenset[str]:
+        return (frozenset().union(*needs) - {"grad"}) | {self.settings.gradient_need}
 
     def init(self, x: Tensor) -> OptState:
         """The state of clients that have not stepped; x [C, P] gives their number, device and type of number."""
@@ -135,9 +156,10 @@ class Optimizer:
         initial: dict[str, float] = {}
         buffers, host = {}, {}
         for part in self.plan.parts:
-            for state in part.rule.active_states():
-                n = _WIDTHS[state.per](part.segments)
-                buffers[part.name + state.name] = torch.full((clients, n), state.init, dtype=x.dtype, device=x.device)
+            for state in part.states:
+                n = sum(state.per) if isinstance(state.per, tuple) else _WIDTHS[state.per](part.segments)
+                dtype = x.dtype if state.dtype is None else getattr(torch, state.dtype)
+                buffers[part.name + state.name] = torch.full((clients, n), state.init, dtype=dtype, device=x.device)
                 initial[part.name + state.name] = state.init
             for name in part.rule.host:
                 host[part.name + name] = torch.zeros(clients, dtype=torch.float64)
@@ -180,6 +202,12 @@ class Optimizer:
         assert grad.shape == x.shape and k <= state.num_clients, (tuple(x.shape), tuple(grad.shape), state.num_clients)
         if k == 0:
             return
+        if self.plan.quick and not aux and isinstance(lr_scale, float | int):
+            done = quick_step_(self.plan, x, grad, state, lr_scale)
+            if done:
+                if done < k:
+                    self.step_(x[done:], grad[done:], state.rows(slice(done, k)), lr_scale=lr_scale)
+                return
         t = state.t[:k].numpy()
         host = {name: value[:k].numpy() for name, value in state.host.items()}
         block, host_new = assemble(self.plan, x, state, lr_scale=lr_scale, aux=aux or {}, streams=streams)
@@ -202,8 +230,7 @@ class Optimizer:
         """Where the next gradient is to be taken, [k, P]; x itself for all but shifted rules."""
         part = self.plan.parts[0]
         k = x.shape[0]
-        s = Named(own_states(part, state, k))
-        return part.rule.eval_point(x, s, hypers(part, k, 1.0), state.t[:k].numpy() + 1)
+        return part.rule.eval_point(x, named_states(part, state, x), hypers(part, k, 1.0), state.t[:k].numpy() + 1)
 
     def final(self, x: Tensor, state: OptState) -> Tensor:
         """What to evaluate and send, [k, P]: the averaged weights where there are any, else x itself."""
@@ -214,7 +241,7 @@ class Optimizer:
         part = self.plan.parts[0]
         if len(self.plan.parts) > 1:  # rules that train somewhere else are elementwise and stand alone
             return x
-        result = part.rule.final(x, Named(own_states(part, state, k)), hypers(part, k, 1.0))
+        result = part.rule.final(x, named_states(part, state, x), hypers(part, k, 1.0))
         return result if result is x else torch.where((state.t[:k] > 0).to(x.device)[:, None], result, x)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from math import pi
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -93,10 +93,12 @@ class DctLowRank(Rule):
         if self.error_feedback:
             g = g + s.error
         low, bases = [], []
-        for place, (group, index) in enumerate(zip(groups_of(seg), slots(seg, self.rank, "index").views(s.index), strict=True)):
+        for place, (group, index) in enumerate(
+            zip(groups_of(seg), slots(seg, self.rank, "index").views(s.index), strict=True)
+        ):
             m, q = tall(group.take(g)), cosine_basis(group.short, g.dtype, g.device)
             old = index.clone() if self.rotate else index
-            refresh_(index, c.refresh, lambda rows, m=m, q=q: heaviest(m[rows] @ q, self.rank))  # type: ignore[misc]
+            refresh_(index, c.refresh, partial(heaviest, basis=q, rank=self.rank), m)
             if self.rotate:
                 self._rotate_(s, place, old, index, group.short, seg)
             basis = q[:, index.long()].movedim(0, -2)
@@ -116,7 +118,7 @@ class DctLowRank(Rule):
             view.copy_(full.gather(-1, new.long()[..., None, :].expand_as(view)))
 
     def _back(self, low: list[Tensor], bases: list[Tensor], seg: Segments, like: Tensor) -> Tensor:
-        u = torch.emptylike_parts(like, memory_format=torch.contiguous_format)
+        u = torch.empty_like(like, memory_format=torch.contiguous_format)
         for group, part, basis in zip(groups_of(seg), low, bases, strict=True):
             group.put_(u, untall(part @ basis.mT, group.shape))
         return u
@@ -131,7 +133,7 @@ def cosine_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return q.to(device, dtype)
 
 
-def heaviest(m: Tensor, rank: int) -> Tensor:
-    """[..., r] the columns of m [..., l, s] with the largest l1 norms, ascending."""
-    weight = m.abs().sum(-2)
-    return weight.topk(min(rank, m.shape[-1]), dim=-1, sorted=False).indices.sort(-1).values
+def heaviest(m: Tensor, basis: Tensor, rank: int) -> Tensor:
+    """[..., r] the columns of m [..., l, s] @ basis [s, s] with the largest l1 norms, ascending."""
+    weight = (m @ basis).abs().sum(-2)
+    return weight.topk(min(rank, weight.shape[-1]), dim=-1, sorted=False).indices.sort(-1).values

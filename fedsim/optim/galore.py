@@ -84,11 +84,11 @@ class GaLore(Rule):
         low = []
         for group, basis in zip(groups_of(seg), bases, strict=True):
             m = tall(group.take(g))
-            refresh_(basis, c.refresh, lambda rows, m=m, old=basis: self._basis(m[rows], old[rows]))  # type: ignore[misc]
+            refresh_(basis, c.refresh, self._basis, m, basis)
             low.append(m @ basis)
         flat = flat_of(low)
         u_low = self.core.direction(flat, flat, s, c, seg) * c.scale
-        u = torch.emptylike_parts(g, memory_format=torch.contiguous_format)
+        u = torch.empty_like(g, memory_format=torch.contiguous_format)
         for group, basis, part in zip(groups_of(seg), bases, like_parts(u_low, low), strict=True):
             group.put_(u, untall(part @ basis.mT, group.shape))
         return u

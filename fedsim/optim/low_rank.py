@@ -1,8 +1,8 @@
 """What low-rank rules share: an elementwise rule inside, and where each matrix's share lies in a flat state.
 
-A matrix gradient, turned tall as M [l, s], is seen through s x r orthonormal columns B: R = M B [l, r] is what the inner
-rule works on, with states of that size, and its direction u comes back as u B^T. Vectors, embeddings and heads get the
-`other` rule, by default the inner rule at the same rate.
+A matrix gradient, turned tall as M [l, s], is seen through s x r orthonormal columns B: R = M B [l, r] is what the
+inner rule works on, with states of that size, and its direction u comes back as u B^T. Vectors, embeddings and heads
+get the `other` rule, by default the inner rule at the same rate.
 
 Letters: k clients, G matrices of one shape, l >= s their sides, r rank (at most s), W all low-rank entries of a client.
 """
@@ -66,14 +66,21 @@ def sized(states: tuple[State, ...], sizes: tuple[int, ...]) -> tuple[State, ...
     return tuple(replace(state, per=sizes) for state in states)
 
 
-def refresh_(state: Tensor, flag: Tensor | bool | float, compute: Callable[[Tensor | slice], Tensor]) -> None:
-    """state[rows] = compute(rows) for the clients whose flag is set; a flag for all of them costs no selection."""
+def refresh_(state: Tensor, flag: Tensor | bool, compute: Callable[..., Tensor], *sources: Tensor) -> None:
+    """state = compute(*sources) in the rows of the clients whose flag is set; nothing is computed for the others.
+
+    Args:
+        state: [k, ...].
+        flag: one for all clients, or [k, 1].
+        compute: rows of the state from the same rows of the sources.
+        sources: each [k, ...].
+    """
     if isinstance(flag, Tensor):
         rows = flag[:, 0].nonzero()[:, 0]
         if len(rows):
-            state[rows] = compute(rows).to(state.dtype)
+            state[rows] = compute(*(source[rows] for source in sources)).to(state.dtype)
     elif flag:
-        state.copy_(compute(slice(None)))
+        state.copy_(compute(*sources))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Rules on whole matrices: Muon and Hybrid-AuON; and how matrices of a flat stack are worked on together.
 
 All matrices of one shape, over layers and over clients, are one batch [k, G, a, b]: the number of launches grows with
-the number of different shapes, not with clients or layers. A kernel [out, in, kh, kw] is the matrix [out, in * kh * kw].
+the number of different shapes, not with clients or layers. A kernel [out, in, kh, kw] is a matrix [out, in * kh * kw].
 
 Letters: k clients, G matrices of one shape [a, b] (a outputs, b inputs), l >= s the longer and shorter of a and b.
 """

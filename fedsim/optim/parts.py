@@ -21,6 +21,7 @@ from fedsim.optim.pipeline import Part
 from fedsim.optim.rule import Rule
 from fedsim.optim.segments import Segments
 from fedsim.optim.spec import Parsed, RuleSettings
+from fedsim.optim.storage import make_storage
 from fedsim.params import ROLES, Layout
 
 
@@ -31,7 +32,7 @@ def make_parts(parsed: Parsed, layout: Layout) -> tuple[Part, ...]:
         if role in parsed.roles:
             owner = role
         else:
-            owner = "main" if role in parsed.rule.roles else "other"
+            owner = "main" if parsed.rule.acts_on(role, layout.shapes[i]) else "other"
         owners.setdefault(owner, []).append(i)
     rules: Mapping[str, tuple[Rule, RuleSettings]] = {
         "main": (parsed.rule, parsed.base),
@@ -65,11 +66,16 @@ def _part(
     hyper |= {"lr": base.lr, "weight_decay": base.weight_decay}
     columns = None if alone else _columns(layout, tensors)
     weights = _vector(wd, own.sizes) if decays else None
+    segments = Segments.of(own)
+    states = rule.sized_states(segments)
+    storage = make_storage(parsed.settings.state_dtype, states, segments, own.roles)
     return Part(
         name="" if name == "main" else f"{name}.",
         rule=rule,
         base=base,
-        segments=Segments.of(own),
+        segments=segments,
+        states=states if storage is None else storage.stored(),
+        storage=storage,
         columns=columns,
         lr_weights=_vector(lr, own.sizes),
         decay_weights=weights,

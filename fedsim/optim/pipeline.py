@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fedsim.optim.fused import has_kernel
-from fedsim.optim.rule import Named, Rule
+from fedsim.optim.rule import Named, Rule, State
 from fedsim.optim.segments import Segments
 from fedsim.optim.spec import RuleSettings, Settings
+from fedsim.optim.storage import Storage
 from fedsim.optim.transforms import needs_whole_rows, transform
 
 Values = dict[str, Any]  # [k, w], [1, w] or [k, 1] tensors, numbers that all clients share, or None
@@ -35,6 +36,8 @@ class Part:
         rule: what it computes.
         base: learning rate and decay.
         segments: of its own packed coordinates [p].
+        states: the buffers that are kept for it.
+        storage: how they stand for the rule's states; None if they are those.
         columns: [p] int64, its coordinates in the whole vector; None means all of them in order.
         lr_weights: [1, p] factors on the learning rate; None means 1 everywhere.
         decay_weights: [1, p] factors on the decay rate; None means 1 everywhere.
@@ -47,6 +50,8 @@ class Part:
     rule: Rule
     base: RuleSettings
     segments: Segments
+    states: tuple[State, ...]
+    storage: Storage | None
     columns: Tensor | None
     lr_weights: Tensor | None
     decay_weights: Tensor | None
@@ -84,10 +89,17 @@ class Plan:
     segments: Segments
 
     @cached_property
+    def quick(self) -> bool:
+        """Whether a step may go the short way: torch's kernel, numbers that all clients share, nothing else."""
+        s = self.settings
+        plain = s.average is None and s.gradient_need == "grad" and self.parts[0].plain_hypers is not None
+        return self.fuses and plain and s.backend in ("auto", "fused")
+
+    @cached_property
     def fuses(self) -> bool:
         """Whether torch has a kernel for this rule with these settings (per-client numbers and masks aside)."""
         part, clip = self.parts[0], self.settings.clip
-        simple = len(self.parts) == 1 and part.lr_weights is None and clip.value is None
+        simple = len(self.parts) == 1 and part.lr_weights is None and clip.value is None and part.storage is None
         decay = part.mode in (None, "decoupled") or (part.mode == "l2" and part.decay_weights is None)
         return simple and decay and not needs_whole_rows(self.settings) and has_kernel(part.rule)
 
@@ -154,7 +166,11 @@ def _advance_(part: Part, x: Tensor, g: Tensor, s: Named, c: Named, mask: Tensor
     if rule.decay == "in_update":
         rate = c.decay_rate if mode == "in_update" else 0.0
         c.decay = rate if decay_weights is None else rate * decay_weights
+    if part.storage is not None:
+        part.storage.decode_(s, x)
     u = rule.direction(x if mask is None else x * mask, g, s, c, part.segments)
+    if part.storage is not None:
+        part.storage.encode_(s)
     if mask is not None:
         u = u * mask
     if mode in ("decoupled", "independent"):
@@ -171,7 +187,12 @@ def _advance_(part: Part, x: Tensor, g: Tensor, s: Named, c: Named, mask: Tensor
 
 def _shrink_(x: Tensor, rate: Tensor | float, weights: Tensor | None) -> None:
     """x *= 1 - rate * weights."""
-    x.mul_(1 - (rate if weights is None else weights * rate))
+    if weights is None:
+        x.mul_(1 - rate)
+    elif isinstance(rate, Tensor):
+        x.sub_(x * weights * rate)
+    else:
+        x.addcmul_(x, weights, value=-rate)
 
 
 def _descend_(x: Tensor, u: Tensor, lr: Tensor | float) -> None:

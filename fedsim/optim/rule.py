@@ -23,6 +23,9 @@ from torch import Tensor
 
 from fedsim.optim.segments import Segments
 
+if TYPE_CHECKING:
+    from fedsim.optim.spec import RuleSettings
+
 Hyper = float | tuple[float, ...]  # one number for all clients of the stack, or one per row of it
 NEEDS = frozenset(
     {"grad", "half_grads", "sampled_grad", "hvp", "loss_eval", "per_sample_norms", "layer_io", "eval_point"}
@@ -50,13 +53,18 @@ class State:
 
     Args:
         name: its attribute in `direction`'s `s`.
-        per: `coordinate`, `tensor`, `row` (of each matrix viewed as [rows, columns]), `column`, or `client`.
+        per: `coordinate`, `tensor`, `row` (of each matrix viewed as [rows, columns]), `column`, or `client`;
+            or how many numbers each tensor has (`sized_states`).
         init: the number that a fresh client's state is filled with.
+        dtype: torch's name of its type; None means the parameters' own.
+        code: `exact` for bases and indices, that bear no rounding by `state_dtype` and have no mean over clients.
     """
 
     name: str
-    per: str = "coordinate"
+    per: str | tuple[int, ...] = "coordinate"
     init: float = 0.0
+    dtype: str | None = None
+    code: str | None = None
 
 
 class Rule(Protocol):
@@ -70,6 +78,7 @@ class Rule(Protocol):
         elementwise: no coordinate sees another one, so the core may cut the stack anywhere; else whole rows come.
         roles: the tensors this rule is for; the others get the `other` rule of the specification.
         decay: the weight-decay mode that the rule's source uses.
+        compiles: torch.compile can take it; not so where the host decides what a step does.
         owns_lr: u already contains the learning rate (`c.lr`), and lr multipliers with it.
         default_lr, default_weight_decay: of the source; None makes the user choose.
     """
@@ -81,6 +90,7 @@ class Rule(Protocol):
     elementwise: ClassVar[bool] = True
     roles: ClassVar[tuple[str, ...]] = ("matrix", "vector", "embed", "head")
     decay: ClassVar[str] = "l2"
+    compiles: ClassVar[bool] = True
     owns_lr: ClassVar[bool] = False
     default_lr: ClassVar[float | None] = None
     default_weight_decay: ClassVar[float] = 0.0
@@ -88,6 +98,18 @@ class Rule(Protocol):
     def active_states(self) -> tuple[State, ...]:
         """The states that these hyper-parameters call for; a subset of `states`."""
         return self.states
+
+    def sized_states(self, seg: Segments) -> tuple[State, ...]:
+        """The active states, with their sizes where those follow from the tensors' shapes."""
+        return self.active_states()
+
+    def acts_on(self, role: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor is for this rule and not for the `other` one."""
+        return role in self.roles
+
+    def other(self, base: RuleSettings) -> Mapping[str, Any]:
+        """The rule, as in the experiment file, of tensors that this one is not for."""
+        return {"name": "adamw"}
 
     def active_inputs(self, t: np.ndarray) -> tuple[str, ...]:
         """Which of `inputs` the step numbered t (per client, [k]) will use."""

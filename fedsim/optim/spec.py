@@ -11,9 +11,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedsim.optim.decode import decode, suggest
+from fedsim.optim.extra import Private, ZerothOrder
 from fedsim.optim.rule import DECAY_MODES, Hyper, Rule
 from fedsim.optim.schedules import Schedule, schedule_from
-from fedsim.optim.table import find_rule
+from fedsim.optim.storage import STATE_DTYPES
+from fedsim.optim.table import RULES, find_rule
 from fedsim.params import ROLES
 
 STATE_SCOPES = ("round", "client", "server")
@@ -110,6 +112,9 @@ class Settings:
         schedule: factor on the learning rate over rounds, steps or the fraction of the training that is done.
         state_scope: `round` (state is fresh each round), `client` (kept by the client) or `server` (sent down with the
             model and averaged back). Data for the training loop; the step is the same.
+        zeroth_order: take the gradient from losses alone, at points around x.
+        dp: clip the samples' gradients and add noise (DP-SGD).
+        state_dtype: how the rule's large states are kept: `fp32`, `bf16`, or `dyn8` (8-bit codes in blocks).
         backend: `eager`, `fused` (torch's own kernel), `compiled` (torch.compile), or `auto`: fused where there is
             such a kernel, else eager.
         skip_nonfinite: leave out the step of a client whose gradient is not finite, and count it. On a GPU this
@@ -122,7 +127,10 @@ class Settings:
     lr_mult: Mapping[str, float] | None = None
     wd_mult: Mapping[str, float] | None = None
     schedule: Schedule | None = None
+    zeroth_order: ZerothOrder | None = None
+    dp: Private | None = None
     state_scope: str = "round"
+    state_dtype: str = "fp32"
     backend: str = "auto"
     skip_nonfinite: bool = True
 
@@ -131,8 +139,21 @@ class Settings:
             raise ValueError(
                 f"optimizer.state_scope must be one of {', '.join(STATE_SCOPES)}; got {self.state_scope!r}"
             )
+        if self.state_dtype not in STATE_DTYPES:
+            raise ValueError(
+                f"optimizer.state_dtype must be one of {', '.join(STATE_DTYPES)}; got {self.state_dtype!r}"
+            )
+        if self.zeroth_order is not None and self.dp is not None:
+            raise ValueError("optimizer: zeroth_order and dp both say where the gradient comes from; keep one")
         if self.backend not in BACKENDS:
             raise ValueError(f"optimizer.backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
+
+    @property
+    def gradient_need(self) -> str:
+        """What the training loop must supply for the gradient."""
+        if self.zeroth_order is not None:
+            return "loss_eval"
+        return "grad" if self.dp is None else "per_sample_norms"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +175,11 @@ def parse(spec: Mapping[str, Any]) -> Parsed:
     """
     spec = dict(spec)
     roles = spec.pop("roles", None) or {}
-    other = spec.pop("other", None) or {"name": "adamw"}
+    other = spec.pop("other", None)
     shared = {f.name for f in fields(Settings)}
     common = {k: spec.pop(k) for k in list(spec) if k in shared}
+    if spec.get("name") in RULES:
+        common = {**(RULES[spec["name"]].settings or {}), **common}
     rule, base = parse_rule(spec, "optimizer", also=(*shared, "roles", "other"))
     for role in roles:
         suggest(role, ROLES, "optimizer.roles")
@@ -165,7 +188,7 @@ def parse(spec: Mapping[str, Any]) -> Parsed:
         base=base,
         settings=_settings(common),
         roles={role: parse_rule(section, f"optimizer.roles.{role}") for role, section in roles.items()},
-        other=parse_rule(other, "optimizer.other"),
+        other=parse_rule(other or rule.other(base), "optimizer.other"),
     )
 
 
@@ -204,6 +227,9 @@ def _settings(common: dict[str, Any]) -> Settings:
         common["perp_grad"] = decode(PerpGrad, perp, "optimizer.perp_grad")
     if isinstance(common.get("average"), Mapping):
         common["average"] = decode(Average, common["average"], "optimizer.average")
+    for name, cls in (("zeroth_order", ZerothOrder), ("dp", Private)):
+        if isinstance(common.get(name), Mapping):
+            common[name] = decode(cls, common[name], f"optimizer.{name}")
     if isinstance(common.get("schedule"), Mapping):
         common["schedule"] = schedule_from(common["schedule"])
     return decode(Settings, common, "optimizer")

@@ -9,7 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.optim import adafactor, adam_kin, adaptive, averaging, elementwise, per_tensor, projected, sparse_spam
+from fedsim.optim import (
+    adafactor,
+    adam_kin,
+    adaptive,
+    averaging,
+    dct,
+    elementwise,
+    extra,
+    frugal,
+    galore,
+    matrix,
+    per_tensor,
+    projected,
+    sparse_spam,
+)
 from fedsim.optim.decode import suggest
 from fedsim.optim.rule import Rule
 
@@ -25,6 +39,7 @@ class Entry:
         memory: numbers kept per parameter, beside the parameter and its gradient; as text when it depends.
         note: what a user with few local steps should know, in one line.
         preset: hyper-parameters that this name stands for.
+        settings: settings of the whole optimizer (`spec.Settings`) that it stands for.
     """
 
     rule: type[Rule]
@@ -33,10 +48,13 @@ class Entry:
     memory: str
     note: str
     preset: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] | None = None
 
     @property
     def needs(self) -> frozenset[str]:
         """What the training loop must supply."""
+        if "zeroth_order" in (self.settings or {}):
+            return (self.rule.needs - {"grad"}) | {"loss_eval"}
         return self.rule.needs
 
 
@@ -281,6 +299,63 @@ RULES: dict[str, Entry] = {
         paper="arXiv:1806.01811",
         memory="one per client",
         note="SGD with a step size that a client's own gradient norms lower.",
+    ),
+    "muon": Entry(
+        rule=matrix.Muon,
+        kind="M",
+        paper="Jordan et al. 2024; torch.optim.Muon",
+        memory="1",
+        note="Newton-Schulz costs many times a small batch's gradient: for large local batches, or on the server.",
+    ),
+    "hybrid_auon": Entry(
+        rule=matrix.HybridAuOn,
+        kind="M",
+        paper="AuON 2025",
+        memory="1",
+        note="With one Newton-Schulz step it lies between normalised SGD and Muon, at a fifth of Muon's cost.",
+    ),
+    "galore": Entry(
+        rule=galore.GaLore,
+        kind="M",
+        paper="arXiv:2403.03507",
+        memory="(2 l r + s r) / (l s) per matrix",
+        note="With fresh state each round it is one SVD per client and round; see dct_lowrank.",
+    ),
+    "frugal": Entry(
+        rule=frugal.Frugal,
+        kind="E/M",
+        paper="arXiv:2411.07837",
+        memory="2 density; blocks 2; svd and its basis",
+        note="With few local steps a quarter of the entries move like Adam, the others like sign descent.",
+    ),
+    "dct_lowrank": Entry(
+        rule=dct.DctLowRank,
+        kind="M",
+        paper="arXiv:2505.17967",
+        memory="2 r / s per matrix, with error feedback 1 more",
+        note="One basis for all clients: the cheapest low-rank rule for many of them.",
+    ),
+    "sophia_g": Entry(
+        rule=extra.SophiaG,
+        kind="E, X",
+        paper="arXiv:2305.14342",
+        memory="2",
+        note="Its curvature needs many refreshes: in a short round with fresh state nearly all is sign descent.",
+    ),
+    "sophia_h": Entry(
+        rule=extra.SophiaH,
+        kind="E, X",
+        paper="arXiv:2305.14342",
+        memory="2",
+        note="As sophia_g, with a Hessian-vector product every few steps and no need of class labels.",
+    ),
+    "mezo": Entry(
+        rule=elementwise.Sgd,
+        kind="E, X",
+        paper="arXiv:2305.17333",
+        memory="0",
+        note="Two losses a step and no gradient; many steps; a client's round is a list of scalars.",
+        settings={"zeroth_order": {}},
     ),
 }
 

@@ -46,7 +46,7 @@ def torch_optimizer(
         ValueError: unknown rule or key, value out of range, or a rule that needs more than a gradient.
     """
     parsed = parse({"name": name, **hyper})
-    missing = parsed.rule.needs - {"grad"}
+    missing = (parsed.rule.needs | {parsed.settings.gradient_need}) - {"grad"}
     if missing:
         raise ValueError(f"torch_optimizer({name!r}): the rule needs {', '.join(sorted(missing))}, not only a gradient")
     defaults = {"lr": parsed.base.lr, "weight_decay": parsed.base.weight_decay, **hyper, "rule": name}

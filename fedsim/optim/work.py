@@ -66,8 +66,16 @@ def hypers(part: Part, k: int, lr_scale: float | np.ndarray) -> Named:
 
 def own_states(part: Part, state: OptState, k: int) -> dict[str, Tensor]:
     """A part's states under their own names, the first k rows."""
-    buffers = {s.name: state.buffers[part.name + s.name] for s in part.rule.active_states()}
+    buffers = {s.name: state.buffers[part.name + s.name] for s in part.states}
     return buffers if k == state.num_clients else {n: b[:k] for n, b in buffers.items()}
+
+
+def named_states(part: Part, state: OptState, x: Tensor) -> Named:
+    """The rule's own states of x's k clients."""
+    s = Named(own_states(part, state, x.shape[0]))
+    if part.storage is not None:
+        part.storage.decode_(s, x)
+    return s
 
 
 def _rows(part: Part, name: str, value: Any, k: int) -> Any:
@@ -127,6 +135,9 @@ def _shared(plan: Plan, x: Tensor, state: OptState, t: Any, aux: Mapping[str, Te
 
 def _inputs(part: Part, x: Tensor, t: np.ndarray, aux: Mapping[str, Tensor], streams: Streams | None) -> Values:
     """The extra tensors a rule declared; None for one that was not supplied this time."""
+    for name in sorted(part.rule.wanted(t) & set(part.rule.inputs)):
+        if name not in aux:
+            raise ValueError(f"{part.label} needs aux[{name!r}] at this step; ask Optimizer.wanted before each")
     inputs: Values = {}
     for name in part.rule.active_inputs(t):
         value = aux.get(name)
