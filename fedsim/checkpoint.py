@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,15 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
     """Write `folder/round-NNNNNN` whole, then drop all but the newest checkpoints.
 
     Raises:
-        ConfigError: if the disk is full or cannot be written; earlier checkpoints stay.
+        ConfigError: if the disk is full or cannot be written, or the state holds what a checkpoint can't; earlier
+            checkpoints stay.
     """
     tensors: dict[str, Tensor] = {}
-    tree = pack(dict(state), tensors)
     final = folder / f"round-{round:06d}"
+    try:
+        tree = pack(dict(state), tensors)
+    except TypeError as e:
+        raise ConfigError(f"{final}: {e}") from e
     part = folder / f".part-{round:06d}"
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -119,8 +124,6 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
         os.replace(part, final)
     except Exception as e:
         shutil.rmtree(part, ignore_errors=True)
-        if isinstance(e, TypeError):
-            raise
         raise ConfigError(
             f"{final}: can't write the checkpoint: {e}; make room or set --out elsewhere, then --resume"
         ) from e
@@ -140,10 +143,28 @@ def load(path: Path, classes: Mapping[str, type]) -> dict[str, Any]:
     Raises:
         ConfigError: if the files are damaged or belong to another kind of run.
     """
+    with _damage(path):
+        return dict(unpack(_tree(path), load_file(path / "tensors.safetensors"), classes))
+
+
+def peek(path: Path, key: str) -> Any:
+    """One entry without tensors or dataclasses, for a look at a checkpoint that may belong to another run.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    with _damage(path):
+        return unpack(dict(_tree(path)["$map"])[key], {}, {})
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / "state.json").read_text(encoding="utf-8")))
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
     try:
-        tensors = load_file(path / "tensors.safetensors")
-        tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return dict(unpack(tree, tensors, classes))
+        yield
     except Exception as e:
         raise ConfigError(
             f"{path}: can't read this checkpoint ({type(e).__name__}: {e}); delete it to resume from an earlier one"

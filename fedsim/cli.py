@@ -1,7 +1,7 @@
 """The command line: `fedsim run`, `check`, `list`, `compare`, `report`, `tune`.
 
-Exit codes: 0 success; 1 the run diverged or a client half failed; 2 a mistake in the config or the data, with one
-message and no traceback; 130 Ctrl-C, after a checkpoint.
+Exit codes: 0 success; 1 the run diverged or a half of the strategy failed; 2 a mistake in the config or the data,
+with one message and no traceback; 130 Ctrl-C, after a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,41 +52,26 @@ def run(
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
     """Validate an experiment and print its plan without running it."""
-    from rich.console import Console
-    from rich.table import Table
-
     from fedsim import runs
     from fedsim.compose import compose
 
     raw, source = runs.load(config, parse_overrides(overrides or (), str(config)))
     composition = compose(raw, source)
     composition.close()
-    table = Table(title=f"Plan of {config}", show_header=False, title_justify="left", box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for key, value in composition.plan.items():
-        table.add_row(key, value)
-    Console().print(table)
+    _print_pairs(f"Plan of {config}", composition.plan)
 
 
 @app.command("list")
 def list_(table: Annotated[str | None, typer.Argument(help="Which table; all if left out.")] = None) -> None:
     """List what can be named in an experiment file, with one line each."""
-    from rich.console import Console
-    from rich.table import Table
-
     from fedsim.compose import TABLES
     from fedsim.config import did_you_mean
 
     if table is not None and table not in TABLES:
         raise ConfigError(f"fedsim list: unknown table {table!r}{did_you_mean(table, TABLES)}")
     for kind in [table] if table else TABLES:
-        shown = Table(title=kind, title_justify="left", show_header=False, box=None, pad_edge=False)
-        shown.add_column(style="bold", no_wrap=True)
-        shown.add_column()
-        for name, entry in TABLES[kind].items():
-            shown.add_row(name, one_line(entry))
-        Console().print(shown, "")
+        _print_pairs(kind, {name: one_line(entry) for name, entry in TABLES[kind].items()})
+        print()
 
 
 @app.command()
@@ -94,17 +80,28 @@ def compare(
     out: Annotated[Path, typer.Option(help="Where to write the HTML report.")] = Path("comparison.html"),
 ) -> None:
     """Compare runs over rounds, virtual seconds and bits: one table and one HTML report."""
-    from rich.console import Console
     from rich.table import Table
 
+    from fedsim.history import show
     from fedsim.report import comparison_table, write_comparison
 
     rows = comparison_table(folders)
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-    shown = Table(*columns, box=None, pad_edge=False)
+    measure, target = rows[0]["measure"], rows[0]["target"]
+    columns = {
+        "final": measure,
+        "best": measure,
+        "rounds_to_target": "round",
+        "virtual_seconds_to_target": "virtual_seconds",
+        "bits_up_to_target": "bits_up",
+    }
+    table = Table("run", "seeds", "final", "best", "rounds", "virtual time", "sent up", "differs", box=None)
     for row in rows:
-        shown.add_row(*(_cell(row.get(c)) for c in columns))
-    Console().print(shown)
+        cells = ["–" if row[k] is None else show(kind, row[k]) for k, kind in columns.items()]
+        differs = " ".join(f"{key}={value}" for key, value in row["differs"].items())
+        table.add_row(_plain(row["name"]), str(row["num_runs"]), *cells, _plain(differs))
+    _console().print(table)
+    if target is not None:
+        print(f"rounds, time and bits: until {measure} {show(measure, target)}, which every run reached")
     print(f"report: {write_comparison(folders, out)}")
 
 
@@ -128,21 +125,41 @@ def tune(config: Config, overrides: Overrides = None) -> None:
 
 
 def one_line(entry: Any) -> str:
-    """The first line of an entry's own description."""
-    if isinstance(entry, str):
-        return entry
-    line = getattr(entry, "line", None)
-    text = line if isinstance(line, str) else (entry.__doc__ or "")
-    return text.strip().split("\n")[0]
+    """An entry's own description in one line: itself, its `note`, or the first line of its docstring."""
+    text = entry if isinstance(entry, str) else getattr(entry, "note", None) or entry.__doc__ or ""
+    return str(text).strip().split("\n")[0]
 
 
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+def _print_pairs(title: str, pairs: Mapping[str, str]) -> None:
+    """Two columns under a title; nothing in them is taken for markup."""
+    from rich.table import Table
+
+    table = Table(title=_plain(title), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for key, value in pairs.items():
+        table.add_row(_plain(key), _plain(value))
+    _console().print(table)
+
+
+def _plain(text: str) -> Any:
+    """Text in which brackets stay brackets."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _console() -> Any:
+    """A console as wide as the terminal, or 100 columns where there is none."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
 
 
 def main() -> None:
     """The console script: mistakes become one message and an exit code."""
-    from fedsim.loop import Diverged, Interrupted
+    from fedsim.loop import Diverged, Interrupted, ServerError
     from fedsim.sim.executor import ClientError
 
     warnings.showwarning = _plain_warning
@@ -159,7 +176,7 @@ def main() -> None:
     except Diverged as e:
         _say(str(e))
         sys.exit(1)
-    except ClientError as e:
+    except (ClientError, ServerError) as e:
         traceback.print_exception(e.__cause__, limit=-4, file=sys.stderr)
         _say(str(e))
         sys.exit(1)

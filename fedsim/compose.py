@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +28,7 @@ from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.data.partition import Natural
 from fedsim.data.sources import as_dataset
-from fedsim.engine import Plan, build_engine, choose
+from fedsim.engine import ENGINES, Plan, build_engine, choose
 from fedsim.engine.losses import LOSSES
 from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
 from fedsim.memory import Memory
@@ -49,6 +49,8 @@ from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import MODELS, init_parameters
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
 from strategies import STRATEGIES
+
+MAX_TRIED = 1000  # clients of a cohort up to which its aggregation rule is tried before the run starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +273,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     try:
         schedule = local.schedule()
     except ValueError as e:
-        raise reader.error("local", str(e)) from e
+        raise reader.error("local", str(e).removeprefix("local: ").replace("local.", "")) from e
     device = _device(runtime.device, reader)
     site = _Site(reader, seed, clients, runtime, device, root, schedule)
     built: _Built = reader.entry("task", TASKS, default="classification", given={"site": site})
@@ -286,7 +288,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
         default="fedavg",
         given={"local": LocalSGD(optimizer=optimizer, schedule=schedule, rounds=rounds)},
     )
-    _check_cohort(reader, strategy, len(task.num_examples))
+    _check_strategy(reader, strategy, len(task.num_examples))
     up, down = reader.section("uplink", Up), reader.section("downlink", Down)
     uplink, downlink = _links(reader, up, down, strategy, task.layout, seed)
     n = len(task.num_examples)
@@ -385,6 +387,7 @@ def _classification(
     except ValueError as e:
         raise reader.error("partition", str(e)) from e
     module, x0 = init_parameters(lambda: model(data), site.seed)
+    _check_model(reader, module, data, loss)
     layout = Layout.of_module(module)
     loss_of = LOSSES[loss] if loss in LOSSES else reader.imported(loss, "task.loss") if ":" in loss else None
     if loss_of is None:
@@ -425,7 +428,7 @@ def _quadratic(
         if x0 is not None:
             task.x0 = _start(x0, dim)
     else:
-        at, bt = torch.tensor(a, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)
+        at, bt = _numbers("a", a), _numbers("b", b)
         if site.clients.count not in (None, len(bt)):
             raise ValueError(
                 f"b has {len(bt)} entries but clients.count is {site.clients.count}; leave one of them out"
@@ -433,6 +436,13 @@ def _quadratic(
         task = QuadraticTask(at, bt, _start(0.0 if x0 is None else x0, 1 if bt.ndim == 1 else bt.shape[1]), noise)
     width = site.runtime.stack if site.runtime.stack != "auto" else max(1, min(1024, len(task.num_examples)))
     return _Built(task.to(site.device), Plan("exact", width, "the gradient is a formula"))
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    try:
+        return torch.tensor(value, dtype=torch.float32)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}; give every client an entry of the same shape") from e
 
 
 def _start(x0: float | tuple[float, ...], dim: int) -> Tensor:
@@ -465,7 +475,7 @@ def _links(
     reader: Reader, up: Up, down: Down, strategy: Any, layout: Layout, seed: int
 ) -> tuple[Uplink | None, Downlink | None]:
     """The compressed links, None where nothing is compressed; refuses what does not fit the model or the strategy."""
-    own = [f.name for f in fields(strategy) if hasattr(getattr(strategy, f.name), "omega")]
+    own = [name for name, value in vars(strategy).items() if hasattr(value, "omega")]
     for key in own:
         _check_compressor(reader, f"strategy.{key}", getattr(strategy, key), layout)
     made = []
@@ -610,12 +620,42 @@ def _executor(runtime: Runtime, runner: StackRunner, width: int, device: torch.d
     return executor_here, f"{workers} thread(s) in this process, {runtime.threads} intra-op thread(s) each"
 
 
-def _check_cohort(reader: Reader, strategy: Any, num_clients: int) -> None:
+def _check_strategy(reader: Reader, strategy: Any, num_clients: int) -> None:
+    """Refuse what is no strategy, a cohort larger than the federation, and a rule that can't take such a cohort."""
+    for method in ("init", "round"):
+        if not callable(getattr(strategy, method, None)):
+            made = type(strategy).__name__
+            raise reader.error(
+                "strategy.name", f"{made} has no method {method}(); docs/tutorial.md shows what it needs"
+            )
     size = getattr(strategy, "cohort_size", None)
     if size is not None and size > num_clients:
         raise reader.error(
             "strategy.cohort_size", f"{size} exceeds the {num_clients} clients; lower it or raise clients.count"
         )
+    n = size or num_clients
+    if hasattr(strategy, "cohort_size") and hasattr(strategy, "aggregator") and n <= MAX_TRIED:
+        try:
+            strategy.aggregator(torch.arange(n, dtype=torch.float32)[:, None], torch.ones(n))
+        except ValueError as e:
+            raise reader.error("strategy.aggregator", f"does not fit a cohort of {n}: {e}") from e
+
+
+def _check_model(reader: Reader, module: nn.Module, data: FederatedData, loss: str) -> None:
+    """Refuse a model that can't take the data or whose logits don't count its classes."""
+    was_training = module.training
+    try:
+        with torch.no_grad():
+            logits = module.eval()(data.inputs[:2])
+    except Exception as e:
+        shape = list(data.inputs.shape[1:])
+        raise reader.error("task.model", f"can't take samples of shape {shape}: {type(e).__name__}: {e}") from e
+    finally:
+        module.train(was_training)
+    expected = (*data.targets[:2].shape, data.num_classes)
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if loss in LOSSES and found != expected:
+        raise reader.error("task.model", f"gives {found} for 2 samples where {expected} is needed: a logit per class")
 
 
 TABLES: dict[str, Mapping[str, Any]] = {
@@ -630,5 +670,6 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "attacks": ATTACKS,
     "tasks": TASKS,
     "losses": LOSSES,
+    "engines": ENGINES,
     "sinks": SINKS,
 }

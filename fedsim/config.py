@@ -15,8 +15,9 @@ import inspect
 import json
 import os
 import sys
+import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -151,7 +152,10 @@ class Reader:
         """(arguments, resolved values) for a later `call`; parameters named in `given` are not the file's to set."""
         if not isinstance(values, Mapping):
             raise self.error(key, f"expected a section of key: value lines, got {values!r}")
-        own = {k: p for k, p in _parameters(target).items() if k not in given}
+        try:
+            own = {k: p for k, p in _parameters(target).items() if k not in given}
+        except (NameError, TypeError) as e:
+            raise self.error(key, f"the type hints of {target!r} can't be read: {e}; import what they name") from e
         for name in values:
             if name in given:
                 raise self.error(f"{key}.{name}", "is not set here but by its own section of the file")
@@ -170,14 +174,20 @@ class Reader:
         return arguments, resolved
 
     def call(self, target: Callable[..., Any], arguments: Mapping[str, Any], key: str) -> Any:
-        """Call a target with those arguments that it has parameters for; its ValueError names the key."""
+        """Call a target with those arguments that it has parameters for.
+
+        Its ValueError names the key; so does any error of the user's own code, with the place where it came from.
+        """
         known = _parameters(target)
         try:
             return target(**{k: v for k, v in arguments.items() if k in known})
         except ConfigError:
             raise
-        except ValueError as e:
-            raise self.error(key, str(e)) from e
+        except Exception as e:
+            where = place(e, target)
+            if where is None and not isinstance(e, ValueError):
+                raise
+            raise self.error(key, str(e) if where is None else f"{type(e).__name__}: {e} ({where})") from e
 
     def finish(self) -> None:
         """Refuse top-level sections that nobody asked for."""
@@ -200,7 +210,7 @@ class Reader:
         try:
             adapter = TypeAdapter(hint)
         except PydanticSchemaGenerationError as e:
-            raise AssertionError(f"{key}: no table and no plain type for {hint}") from e
+            raise self.error(key, f"a file can't hold a {_describe(hint)}; give it a default and leave it out") from e
         try:
             return adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as e:
@@ -217,8 +227,11 @@ def read_file(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file{did_you_mean(path.name, near)}")
+        folder = path if path.is_dir() else path.parent
+        near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1)
+        what = "is a folder" if path.is_dir() else "no such file"
+        hint = f"did you mean {str(folder / near[0])!r}?" if near else "name an experiment file (YAML)"
+        raise ConfigError(f"{path}: {what}; {hint}")
     with _plain_errors(str(path)):
         from omegaconf import OmegaConf
 
@@ -239,13 +252,19 @@ def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:
         key, equals, _ = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"{source}: override {text!r} has no key and '='; write key.sub=value")
-        with _plain_errors(f"{source}: override {text!r}"):
-            out[key] = OmegaConf.select(OmegaConf.from_dotlist([text]), key)
+        with _plain_errors(f"{source}: override {text!r}", BRACES if ":" in text else ""):
+            value = OmegaConf.select(OmegaConf.from_dotlist([text]), key)
+        if OmegaConf.is_dict(value) and any(":" in str(k) and v is None for k, v in value.items()):
+            raise ConfigError(f"{source}: override {text!r}: not readable{BRACES}")
+        out[key] = value
     return out
 
 
 def apply_overrides(raw: Any, overrides: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Plain dictionaries from a mapping and dotted overrides; `strategy=fedavg` replaces a whole section.
+    """Plain dictionaries from a mapping and dotted overrides.
+
+    A value with a name of its own (`strategy=fedavg`, `strategy={name: fedfix, interval: 3}`) replaces the entry that
+    was there, since fields of one entry mean nothing to another; other sections are merged.
 
     Raises:
         ConfigError: if a key leads into a value that is no section.
@@ -258,13 +277,17 @@ def apply_overrides(raw: Any, overrides: Mapping[str, Any], source: str) -> dict
             raise ConfigError(f"{source}: expected sections at the top, got a list or text")
         for key, value in overrides.items():
             _open_entry(config, key)
-            OmegaConf.update(config, key, value, merge=True, force_add=True)
+            named = isinstance(value, Mapping) and "name" in value
+            OmegaConf.update(config, key, value, merge=not named, force_add=True)
         plain = OmegaConf.to_container(config, resolve=True)
     return {str(k): v for k, v in plain.items()}
 
 
+BRACES = "; in braces, put a space after each ':' and quote the whole, as in 'strategy={name: fedavg, cohort_size: 5}'"
+
+
 @contextmanager
-def _plain_errors(source: str) -> Iterator[None]:
+def _plain_errors(source: str, hint: str = "") -> Iterator[None]:
     """The YAML and merging libraries' errors as one line."""
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -272,7 +295,7 @@ def _plain_errors(source: str) -> Iterator[None]:
     try:
         yield
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as e:
-        raise ConfigError(f"{source}: not readable: {' '.join(str(e).split())}") from e
+        raise ConfigError(f"{source}: not readable: {' '.join(str(e).split())}{hint}") from e
 
 
 def _open_entry(config: Any, key: str) -> None:
@@ -325,7 +348,7 @@ def _describe(hint: Any) -> str:
         return _describe(arguments[0])
     if origin is typing.Literal:
         return "one of " + ", ".join(str(a) for a in arguments)
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         inner = [a for a in arguments if a is not Ellipsis]
         return f"a list of {_describe(inner[0])}s".replace("a list of a ", "a list of ") if inner else "a list"
     if origin is dict:
@@ -341,3 +364,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+OURS = ("fedsim", "strategies", "clients")
+
+
+def place(error: BaseException, target: object) -> str | None:
+    """Where the user's own code `target` (a callable or an object) raised: file and line; None for code of ours."""
+    module = getattr(target, "__module__", None) or type(target).__module__
+    if module.partition(".")[0] in OURS:
+        return None
+    file = getattr(sys.modules.get(module), "__file__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename == file] or frames
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else module

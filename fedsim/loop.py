@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from fedsim import checkpoint
-from fedsim.config import ConfigError
+from fedsim.config import ConfigError, place
 from fedsim.fleet import Fleet
 from fedsim.metrics import spread
+from fedsim.sim.executor import ClientError
 from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink
 from fedsim.streams import server_rng
@@ -44,6 +45,10 @@ class Strategy(Protocol):
 
 class Diverged(RuntimeError):
     """The model or a loss is not finite any more."""
+
+
+class ServerError(RuntimeError):
+    """A server half raised; the message names strategy and round, and the cause is its own exception."""
 
 
 class Interrupted(RuntimeError):
@@ -152,15 +157,17 @@ def train(
 
     Raises:
         Diverged: if the model is not finite; the rows so far are written.
+        ClientError, ServerError: if a half of the strategy raised.
+        ConfigError: if the strategy found that its settings don't fit, or a checkpoint can't be read or written.
         Interrupted: after Ctrl-C, once the running round is finished and saved.
     """
     run = _Run(experiment, folder)
     if resume:
         run.restore()
     rows: list[dict[str, Any]] = []
-    why = f"all {experiment.rounds} rounds done"
+    reason = experiment.stop.reason(run.last)
     with _Interrupt() as interrupt:
-        while run.round < experiment.rounds:
+        while run.round < experiment.rounds and not reason:
             row = run.step()
             rows.append(row)
             for sink in sinks:
@@ -172,12 +179,9 @@ def train(
             every = experiment.checkpoint.every
             if interrupt.asked or reason or run.round == experiment.rounds or (every and run.round % every == 0):
                 run.save()
-            if reason:
-                why = reason
-                break
-            if interrupt.asked:
+            if interrupt.asked and not reason and run.round < experiment.rounds:
                 raise Interrupted(f"stopped after round {run.round}")
-    return run.state, rows, why
+    return run.state, rows, reason or f"all {experiment.rounds} rounds done"
 
 
 class _Run:
@@ -187,7 +191,11 @@ class _Run:
         self.experiment = experiment
         self.folder = folder / "checkpoints" if folder else None
         self.state = experiment.strategy.init(experiment.task.init(experiment.seed).to(experiment.device))
+        if not isinstance(getattr(self.state, "x", None), Tensor):
+            made = f"{type(experiment.strategy).__name__}.init returned a {type(self.state).__name__}"
+            raise ConfigError(f"{made}; return a dataclass whose field x is the server's model [P]")
         self.round = 0
+        self.last: dict[str, Any] = {}
         self._before = 0.0
         self._started = time.perf_counter()
 
@@ -196,7 +204,7 @@ class _Run:
         e, fleet = self.experiment, self.experiment.fleet
         fleet.round = self.round
         rng = server_rng(e.seed, "server", self.round)
-        self.state, own = e.strategy.round(self.state, fleet, rng)
+        self.state, own = self._server_half(rng)
         self.round += 1
         row: dict[str, Any] = {
             "round": self.round,
@@ -209,7 +217,20 @@ class _Run:
         }
         if self.round % e.evaluate.every == 0 or self.round == e.rounds:
             row |= self.evaluation()
+        self.last = row
         return row
+
+    def _server_half(self, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
+        strategy, number = self.experiment.strategy, self.round + 1
+        try:
+            return strategy.round(self.state, self.experiment.fleet, rng)
+        except (ClientError, ConfigError):
+            raise
+        except Exception as e:
+            if isinstance(e, ValueError) and place(e, strategy) is None:
+                raise ConfigError(f"round {number}: {type(strategy).__name__}: {e}") from e
+            name = f"{type(strategy).__name__}.round"
+            raise ServerError(f"{name} failed in round {number}: {type(e).__name__}: {e}") from e
 
     def evaluation(self) -> dict[str, Any]:
         """Metrics of the server's model: held out, and over every client's own data."""
@@ -243,6 +264,7 @@ class _Run:
                 "strategy": self.state,
                 "fleet": self.experiment.fleet.state(),
                 "config": fingerprint(self.experiment.config),
+                "last": {k: self.last[k] for k in asdict(self.experiment.stop) if k in self.last},
             }
             checkpoint.save(self.folder, self.round, parts)
 
@@ -252,18 +274,18 @@ class _Run:
         found = checkpoint.checkpoints(self.folder)
         if not found:
             return
-        classes = checkpoint.classes_of(self.state) | self.experiment.fleet.state_classes
-        saved = checkpoint.load(found[-1], classes)
-        here = fingerprint(self.experiment.config)
-        changed = sorted(k for k in {*here, *saved["config"]} if here.get(k) != saved["config"].get(k))
+        here, there = fingerprint(self.experiment.config), checkpoint.peek(found[-1], "config")
+        changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
         if changed:
             raise ConfigError(
                 f"{found[-1]}: belongs to another config ({', '.join(changed)} differ); resume with the same file and "
                 "overrides, or start anew in another folder"
             )
+        classes = checkpoint.classes_of(self.state) | self.experiment.fleet.state_classes
+        saved = checkpoint.load(found[-1], classes)
         self.state = checkpoint.to_device(saved["strategy"], self.experiment.device)
         self.experiment.fleet.load(saved["fleet"])
-        self.round, self._before = saved["round"], saved["wall_seconds"]
+        self.round, self._before, self.last = saved["round"], saved["wall_seconds"], saved["last"]
 
 
 FREE_TO_CHANGE = ("rounds", "stop", "log", "checkpoint", "versions", "allow_divergence")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from fedsim.compose import Composition
 from fedsim.history import History
@@ -36,9 +37,8 @@ class Progress:
         if self.quiet:
             return
         plan, rounds = composition.plan, composition.experiment.rounds
-        self.console.print(
-            f"[bold]{folder}[/bold]: {plan['clients']}; {plan['engine']}; {plan['workers']}", soft_wrap=True
-        )
+        about = f"{plan['clients']}; {plan['engine']}; {plan['workers']}"
+        self.console.print(Text.assemble((str(folder), "bold"), f": {about}"), soft_wrap=True)
         if self.console.is_terminal:
             self._bar = Bar(
                 TextColumn("round"),
@@ -78,4 +78,4 @@ class Progress:
         for _, label, value in history.headlines():
             table.add_row(label, value)
         self.console.print(table)
-        self.console.print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+        self.console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from fedsim import checkpoint
 from fedsim.compose import Composition, compose
@@ -150,20 +152,23 @@ def _into(composition: Composition, folder: Path, resume: bool, watch: Watch, st
         for sink in composition.sinks:
             sink.open(folder, resolved, resume_at)
     except OSError as e:
-        raise ConfigError(f"{folder}: can't write the run's folder: {e}; make room or choose another --out") from e
+        raise ConfigError(f"{folder}: can't write here: {e}; make room or choose another --out") from e
     try:
-        started(composition)
-        state, rows, why = train(experiment, sinks=composition.sinks, folder=folder, resume=bool(found), watch=watch)
-    except OSError as e:
-        raise ConfigError(f"{folder}: writing failed: {e}; make room, then add --resume to go on") from e
-    finally:
-        for sink in composition.sinks:
-            sink.close()
-    history = History.load(folder)
-    _write_results(folder, composition, state, history, why)
-    from fedsim.report import write_report
+        try:
+            started(composition)
+            state, _, why = train(experiment, sinks=composition.sinks, folder=folder, resume=bool(found), watch=watch)
+        finally:
+            for sink in composition.sinks:
+                sink.close()
+        history = History.load(folder)
+        if resume:
+            write_config(folder / "config.yaml", {**resolved, "versions": versions()})
+        _write_results(folder, composition, state, history, why)
+        from fedsim.report import write_report
 
-    write_report(folder)
+        write_report(folder)
+    except (OSError, SafetensorError) as e:
+        raise ConfigError(f"{folder}: writing failed: {e}; make room, then add --resume to go on") from e
     return history
 
 
@@ -202,8 +207,6 @@ def _write_results(folder: Path, composition: Composition, state: Any, history: 
     if best:
         summary["best_test_accuracy"] = max(best)
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    from safetensors.torch import save_file
-
     if composition.module is not None:
         tensors = Layout.of_module(composition.module).state_dict(state.x.cpu(), composition.module)
     else:
