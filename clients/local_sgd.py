@@ -104,7 +104,8 @@ class LocalSGD:
                 g, loss = session.gradient(batch, gradient[:k])
                 if grad_sum is not None:
                     grad_sum += g
-                y[:k, :n].sub_(lr * factor * self._direction(cohort, u, g, batch)[:, :n])
+                rate = factor.to(y)[:, None] if isinstance(factor, Tensor) else factor
+                y[:k, :n].sub_(lr * rate * self._direction(cohort, u, g, batch)[:, :n])
             losses[:k] += loss.to(losses.dtype)
         return losses
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from clients.local_sgd import LocalSGD
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
-from strategies.clocks import Importance, Weights, durations, first_weights, importances
+from strategies.clocks import Importance, Weights, able, durations, first_weights, given_seconds, importances
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class AsyncFedAvg:
         return State(x0, torch.zeros(0, dtype=torch.int64), torch.zeros(0), False)
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        idle, d = (s.idle, s.d) if s.started else (fleet.clients, self.client_weights(fleet, s.x))
+        idle, d = (s.idle, s.d) if s.started else (able(fleet), self.client_weights(fleet, s.x))
         fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(count=1)
         return State(s.x - self.server_lr * r.weighted("delta", d[r.ids], like=s.x), r.ids, d, True), {}
@@ -64,7 +64,7 @@ class AsyncFedAvg:
             return torch.ones(len(fleet.clients), dtype=torch.float64)
         p = importances(self.importance, fleet.num_examples)
         if self.job_seconds is not None:
-            return first_weights(p, torch.tensor(self.job_seconds, dtype=torch.float64)[:, None])
+            return first_weights(p, given_seconds(self.job_seconds, p))
         return first_weights(p, durations(fleet, self.local.cost, x))
 
     def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:

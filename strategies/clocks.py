@@ -10,6 +10,7 @@ Letters: N clients, tau_i seconds of a job of client i, p_i importances (they su
 from __future__ import annotations
 
 import heapq
+from math import inf
 from typing import Literal
 
 import numpy as np
@@ -24,10 +25,33 @@ SAMPLES = 4096  # drawn durations of each client, where they vary
 TOLERANCE = 1e-9  # ceil(tau / interval) must not see the rounding of the division
 
 
+def able(fleet: Fleet) -> Tensor:
+    """[W] clients that have data. The others would reply at once, with nothing, and hold virtual time up.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    clients = fleet.clients[fleet.num_examples > 0]
+    if not len(clients):
+        raise ValueError("no client has data; give some of them samples")
+    return clients
+
+
 def importances(kind: Importance, num_examples: Tensor) -> Tensor:
-    """p [N] float64: 1/N each, or the share of samples."""
-    n = num_examples.to(torch.float64) if kind == "num_examples" else torch.ones(len(num_examples), dtype=torch.float64)
-    return n / n.sum()
+    """p [N] float64: the same for all that have data, or the share of samples."""
+    n = num_examples if kind == "num_examples" else num_examples > 0
+    return n.to(torch.float64) / n.sum()
+
+
+def given_seconds(job_seconds: tuple[float, ...], p: Tensor) -> Tensor:
+    """tau [N, 1] as the file gives it.
+
+    Raises:
+        ValueError: if there is not one positive number a client.
+    """
+    if len(job_seconds) != len(p) or not all(0 < t < inf for t in job_seconds):
+        raise ValueError(f"strategy.job_seconds needs one positive number for each of the {len(p)} clients")
+    return torch.tensor(job_seconds, dtype=torch.float64)[:, None]
 
 
 def durations(fleet: Fleet, cost: Cost, x: Tensor) -> Tensor:
@@ -56,9 +80,18 @@ def window_weights(p: Tensor, tau: Tensor, interval: float) -> Tensor:
 
 
 def first_weights(p: Tensor, tau: Tensor) -> Tensor:
-    """d [N] of asynchronous FedAvg: H * tau_i * p_i with H = sum of 1 / tau_j."""
+    """d [N] of asynchronous FedAvg: H * tau_i * p_i with H = sum of 1 / tau_j over clients with data.
+
+    Raises:
+        ValueError: if a client's jobs take no time.
+    """
     mean = tau.mean(1)
-    return (1 / mean).sum() * mean * p
+    if bool((mean[p > 0] <= 0).any()):
+        raise ValueError(
+            "weights=unbiased follow from how long jobs take, and some take no time; give clients.devices seconds, or "
+            "weights: identical"
+        )
+    return (1 / mean[p > 0]).sum() * mean * p
 
 
 def buffer_weights(p: Tensor, tau: Tensor, size: int, steps: int = 4000) -> Tensor:
@@ -66,7 +99,7 @@ def buffer_weights(p: Tensor, tau: Tensor, size: int, steps: int = 4000) -> Tens
     drawn = tau.numpy()
     taken = np.zeros(len(drawn), dtype=np.int64)
     count = np.zeros(len(drawn))
-    heap = [(float(drawn[i, 0]), i) for i in range(len(drawn))]
+    heap = [(float(drawn[i, 0]), i) for i in torch.nonzero(p).flatten().tolist()]
     heapq.heapify(heap)
     for _ in range(steps):
         group = [heapq.heappop(heap) for _ in range(size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from fedsim.streams import Streams
 SERVER = -1  # the server's place among client ids, for its compressor's random numbers
 
 
-def server_streams(like: Tensor, round: int) -> Streams:
-    """Streams of one row for what the server compresses in a round, on the device of `like`."""
-    return Streams(0, torch.tensor([SERVER], device=like.device), torch.tensor([round], device=like.device))
+def server_streams(like: Tensor, round: int, rng: np.random.Generator) -> Streams:
+    """Streams of one row for what the server compresses in a round, on the device of `like`; takes one draw of rng."""
+    seed = int(rng.integers(1 << 62))
+    return Streams(seed, torch.tensor([SERVER], device=like.device), torch.tensor([round], device=like.device))

@@ -18,7 +18,7 @@ from torch import Tensor
 from clients.local_sgd import LocalSGD
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
-from strategies.clocks import Importance, Weights, buffer_weights, durations, importances
+from strategies.clocks import Importance, Weights, able, buffer_weights, durations, importances
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FedBuff:
         return State(x0, torch.zeros(0, dtype=torch.int64), torch.zeros(0), False)
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        idle, d = (s.idle, s.d) if s.started else (fleet.clients, self.client_weights(fleet, s.x))
+        idle, d = (s.idle, s.d) if s.started else (able(fleet), self.client_weights(fleet, s.x))
         fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(count=self.buffer_size)
         return State(s.x - self.server_lr * r.weighted("delta", d[r.ids], like=s.x), r.ids, d, True), {}
@@ -68,11 +68,11 @@ class FedBuff:
         Raises:
             ValueError: if the buffer is larger than the federation.
         """
-        n = len(fleet.clients)
+        n = len(able(fleet))
         if self.buffer_size > n:
-            raise ValueError(f"strategy.buffer_size={self.buffer_size} exceeds the {n} clients; lower it")
+            raise ValueError(f"strategy.buffer_size={self.buffer_size} exceeds the {n} clients with data; lower it")
         if self.weights == "identical":
-            return torch.full((n,), 1 / self.buffer_size, dtype=torch.float64)
+            return torch.full((len(fleet.clients),), 1 / self.buffer_size, dtype=torch.float64)
         p = importances(self.importance, fleet.num_examples)
         return buffer_weights(p, durations(fleet, self.local.cost, x), self.buffer_size)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from clients.local_sgd import LocalSGD
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
+from strategies.clocks import able
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,12 @@ class FedBuffStream:
 
     def replacements(self, fleet: Fleet, busy: Tensor, rng: np.random.Generator) -> Tensor:
         """Idle clients drawn to take the places that are free."""
-        if self.concurrency > len(fleet.clients):
+        clients = able(fleet)
+        if self.concurrency > len(clients):
             raise ValueError(
-                f"strategy.concurrency={self.concurrency} exceeds the {len(fleet.clients)} clients; lower it"
+                f"strategy.concurrency={self.concurrency} exceeds the {len(clients)} clients with data; lower it"
             )
-        idle = fleet.clients[~torch.isin(fleet.clients, busy)]
+        idle = clients[~torch.isin(clients, busy)]
         return choose(idle, self.concurrency - len(busy), rng)
 
     def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:

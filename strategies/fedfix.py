@@ -19,7 +19,7 @@ from torch import Tensor
 from clients.local_sgd import LocalSGD
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
-from strategies.clocks import Importance, Weights, durations, importances, window_weights
+from strategies.clocks import Importance, Weights, able, durations, given_seconds, importances, window_weights
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class FedFix:
         return State(x0, torch.zeros(0, dtype=torch.int64), torch.zeros(0), 0)
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        idle, d = (s.idle, s.d) if s.window else (fleet.clients, self.client_weights(fleet, s.x))
+        idle, d = (s.idle, s.d) if s.window else (able(fleet), self.client_weights(fleet, s.x))
         fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(until=(s.window + 1) * self.interval)
         x = s.x - self.server_lr * r.weighted("delta", d[r.ids], like=s.x)
@@ -72,7 +72,7 @@ class FedFix:
         if self.weights == "identical":
             return p
         if self.job_seconds is not None:
-            return window_weights(p, torch.tensor(self.job_seconds, dtype=torch.float64)[:, None], self.interval)
+            return window_weights(p, given_seconds(self.job_seconds, p), self.interval)
         return window_weights(p, durations(fleet, self.local.cost, x), self.interval)
 
     def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:

@@ -78,12 +78,12 @@ class Masha1:
         z_bar = (1 - self.p) * s.x + self.p * s.w
         cost = Cost(bits_up=self.compressor.bits(s.x.numel()))
         r = fleet.ask(fleet.clients, self.difference, cost=cost, fold=UNIFORM)
-        v = self.server_compressor.encode(r["d"][None], server_streams(s.x, s.round))
+        v = self.server_compressor.encode(r["d"][None], server_streams(s.x, s.round, rng))
         z = z_bar - self.lr * (v.decode()[0] + s.fw)
-        b = int(rng.random() < self.p)
+        b = bool(rng.random() < self.p)
         fleet.ask(fleet.clients, self.move, cost=Cost(steps=0, bits_up=0), v=v, b=b)
         s = State(z, s.w, s.fw, s.round + 1)
-        return (self.refresh(s, z, fleet) if b else s), {"refresh": b}
+        return (self.refresh(s, z, fleet) if b else s), {"refresh": int(b)}
 
     def refresh(self, s: State, w: Tensor, fleet: Fleet, z: Tensor | None = None) -> State:
         """w moves to z: clients send F_m(w) in full, and get F(w) in full."""
@@ -99,7 +99,7 @@ class Masha1:
         d = full_gradient(clients, z_half) - clients.memory["f_m"]
         return {"d": self.compressor.encode(d, clients.streams)}
 
-    def move(self, clients: Cohort, v: Tensor, b: int) -> dict[str, Tensor]:
+    def move(self, clients: Cohort, v: Tensor, b: bool) -> dict[str, Tensor]:
         z, w, fw = clients.memory["z"], clients.memory["w"], clients.memory["fw"]
         clients.memory["z"] = (1 - self.p) * z + self.p * w - self.lr * (v + fw)
         return {}

@@ -74,12 +74,12 @@ class Masha2:
         z_bar = (1 - self.p) * s.x + self.p * s.w
         cost = Cost(bits_up=self.compressor.bits(s.x.numel()))
         r = fleet.ask(fleet.clients, self.difference, cost=cost, fold=UNIFORM)
-        c, e = compress_with_error(r["c"][None], s.e[None], self.server_compressor, server_streams(s.x, s.round))
+        c, e = compress_with_error(r["c"][None], s.e[None], self.server_compressor, server_streams(s.x, s.round, rng))
         z = z_bar - self.lr * s.fw - c.decode()[0]
-        b = int(rng.random() < self.p)
+        b = bool(rng.random() < self.p)
         fleet.ask(fleet.clients, self.move, cost=Cost(steps=0, bits_up=0), c=c, b=b)
         s = State(z, s.w, s.fw, e[0], s.round + 1)
-        return (self.refresh(s, z, fleet) if b else s), {"refresh": b}
+        return (self.refresh(s, z, fleet) if b else s), {"refresh": int(b)}
 
     def refresh(self, s: State, w: Tensor, fleet: Fleet, z: Tensor | None = None) -> State:
         """w moves to z: clients send F_m(w) in full, and get F(w) in full; errors stay."""
@@ -96,7 +96,7 @@ class Masha2:
         c, clients.memory["e"] = compress_with_error(d, clients.memory["e"], self.compressor, clients.streams)
         return {"c": c}
 
-    def move(self, clients: Cohort, c: Tensor, b: int) -> dict[str, Tensor]:
+    def move(self, clients: Cohort, c: Tensor, b: bool) -> dict[str, Tensor]:
         z, w, fw = clients.memory["z"], clients.memory["w"], clients.memory["fw"]
         clients.memory["z"] = (1 - self.p) * z + self.p * w - self.lr * fw - c
         return {}

@@ -31,5 +31,9 @@ def local_rate(name: str, local: LocalSGD, round: int = 0) -> float:
             f"{name} takes its own step: local.optimizer gives it a learning rate and a schedule only; use "
             "{name: sgd} without momentum, weight_decay and clip"
         )
-    factor = 1.0 if optimizer.schedule is None else optimizer.schedule.at_step(rounds=round, steps=round)
+    factor = (
+        1.0
+        if optimizer.schedule is None
+        else optimizer.schedule.at_step(rounds=round, steps=round, fraction=round / local.rounds)
+    )
     return float(optimizer.lr) * factor

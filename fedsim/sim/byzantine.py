@@ -1,7 +1,8 @@
 """Byzantine clients in the simulator: their vectors are replaced when replies are delivered.
 
 An attack sees the vectors of the honest clients that arrive together with its own, which no real adversary could
-do better than. It runs once for every vector-valued field of the replies.
+do better than; where none does, those that its clients would honestly have sent. It runs once for every
+vector-valued field of the replies.
 
 Letters: R replies, H honest and b byzantine ones among them, P entries.
 """
@@ -52,7 +53,7 @@ class Byzantine:
         """(which replies arrive [R] bool, fields with byzantine rows replaced)."""
         good = self.honest(ids)
         arrive = torch.ones(len(ids), dtype=torch.bool)
-        if self.on_data or bool(good.all()) or not bool(good.any()):
+        if self.on_data or bool(good.all()):
             return arrive, fields
         out = dict(fields)
         bad = ids[~good]
@@ -62,11 +63,42 @@ class Byzantine:
             known = self.known.setdefault(name, Knowledge())
             known.step = step
             at = good.to(value.device)
+            seen = value[at] if bool(good.any()) else value
             streams = Streams(self.seed, bad.to(value.device), torch.full_like(bad, step).to(value.device))
-            sent = self.attack(value[at], len(bad), streams, known)
+            sent = self.attack(seen, len(bad), streams, known)
             if sent is None:
                 return good, {k: v[good.to(v.device)] if v.ndim else v for k, v in fields.items()}
             value = value.clone()
             value[~at] = sent.to(value)
             out[name] = value
         return arrive, out
+
+
+def who_hears(streams: Streams, present: Tensor, good: Tensor, missing: int) -> Tensor:
+    """Which of M vectors sent reach which of R clients, when an adversary may hold back some.
+
+    Args:
+        streams: of the R clients.
+        present: [M] which of these clients sent the vectors.
+        good: [M] bool, whether they are honest.
+        missing: honest vectors that never reach a client, drawn for each; its own and the byzantine ones always do.
+
+    Returns:
+        [R, M] bool.
+    """
+    heard = torch.ones(len(streams.clients), len(present), dtype=torch.bool)
+    if not missing:
+        return heard
+    own = present == torch.arange(len(heard))[:, None]
+    order = streams.uniform("arrival", len(present), dtype=torch.float64)
+    order[:, ~good] = 2.0
+    order[own] = 2.0
+    lost = order.argsort(dim=1, stable=True)[:, :missing]
+    return heard.scatter_(1, lost, False) | own | ~good
+
+
+def places(present: Tensor, n: int) -> Tensor:
+    """[n]: each client's row among the vectors present; -1 for one that sent none."""
+    out = torch.full((n,), -1)
+    out[present] = torch.arange(len(present))
+    return out

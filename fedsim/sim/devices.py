@@ -3,7 +3,8 @@
     duration = download bits / downlink + work + upload bits / uplink
 
 Work is steps * seconds_per_step for the models whose clients compute, or a whole job's duration for those whose
-clocks come from a paper (`f_x`, `exponential`). A new model is a class here and a row in the table.
+clocks come from a paper (`f_x`, `exponential`; nothing for a job without steps). A new model is a class here and a
+row in the table.
 
 Letters: N clients, R jobs.
 """
@@ -90,7 +91,8 @@ class FX:
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
         place = streams.clients.double() / max(self.count - 1, 1)
-        return bits_down / self.downlink + self.slowest * (1 - self.x / 100 * place) + bits_up / self.uplink
+        work = torch.where(steps > 0, self.slowest * (1 - self.x / 100 * place), 0.0)
+        return bits_down / self.downlink + work + bits_up / self.uplink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +192,8 @@ class Exponential:
         place = streams.clients.double() / max(self.count - 1, 1)
         mean = self.mean * (1 - self.x / 100 * place)
         u = streams.uniform("job", 1, dtype=torch.float64)[:, 0]
-        return bits_down / self.downlink + self.shift - mean * torch.log1p(-u) + bits_up / self.uplink
+        work = torch.where(steps > 0, self.shift - mean * torch.log1p(-u), 0.0)
+        return bits_down / self.downlink + work + bits_up / self.uplink
 
 
 def shifted_exponential(

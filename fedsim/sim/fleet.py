@@ -21,7 +21,7 @@ from fedsim.compress.packet import Packet
 from fedsim.fleet import Arrival, Cost, Fold, Replies, Work
 from fedsim.memory import Memory
 from fedsim.metrics import Metrics
-from fedsim.sim.byzantine import Byzantine, Knowledge
+from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
 from fedsim.sim.devices import Devices
 from fedsim.sim.events import Event, EventQueue
 from fedsim.sim.executor import Executor, Jobs, Results
@@ -106,8 +106,10 @@ class SimFleet:
         Raises:
             ValueError: if a client is still busy, unknown, or named twice.
         """
+        if not len(ids):
+            return
         self._check_idle(ids)
-        numbers, finish, broadcast = self._book(ids, cost, broadcast)
+        numbers, finish, broadcast = self._book(ids, work, cost, broadcast)
         self._in_flight[ids] = True
         key = self._sequence
         self.sent[key] = Sent(work.__name__, broadcast, self.round)
@@ -133,25 +135,26 @@ class SimFleet:
     ) -> Replies:
         """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
         self._check_idle(ids)
-        numbers, finish, broadcast = self._book(ids, cost, broadcast)
+        numbers, finish, broadcast = self._book(ids, work, cost, broadcast)
         num_examples = self.num_examples[ids]
         if fold is not None and not fold.foldable:
             raise ValueError(f"{type(fold).__name__} is not linear, so replies can't be folded; leave out fold=")
         lies = self.byzantine is not None and not bool(self.byzantine.honest(ids).all())
-        early = None if fold is None or lies else fold.weigh(num_examples)
+        early = None if fold is None or lies else _weigh(fold, num_examples)
         memory = self.memory.read(ids)
         results = self.executor.run(_jobs(work, ids, numbers, broadcast, memory, early, self.round))
         self.memory.write(ids, results.memory)
-        bits = results.bits_up if cost.vectors_up or cost.bits_up is not None else torch.zeros_like(results.bits_up)
-        self._observe(ids, results.metrics, bits, torch.zeros(len(ids), dtype=torch.int64))
         if len(ids):
             self.now = max(self.now, float(finish.max()))
         fields: dict[str, Any] = {**results.fields, **results.sums}
+        arrive = torch.ones(len(ids), dtype=torch.bool)
         if lies and self.byzantine is not None and cost.vectors_up:
             arrive, fields = self.byzantine.deliver(ids, fields, self.round)
-            ids, finish, num_examples = ids[arrive], finish[arrive], num_examples[arrive]
-        if lies and fold is not None:
-            late = fold.weigh(num_examples)
+        bits = results.bits_up if cost.vectors_up or cost.bits_up is not None else torch.zeros_like(results.bits_up)
+        self._observe(ids, arrive, results.metrics, bits)
+        ids, finish, num_examples = ids[arrive], finish[arrive], num_examples[arrive]
+        if lies and (fold is not None or not len(ids)):  # of no replies at all the sum is zero, folded or not
+            late = torch.zeros(0) if fold is None else _weigh(fold, num_examples)
             fields = {k: torch.tensordot(late.to(v), v, dims=1) if v.ndim > 1 else v for k, v in fields.items()}
         return Replies(ids, num_examples, finish, fields, torch.zeros(len(ids), dtype=torch.int64))
 
@@ -166,19 +169,18 @@ class SimFleet:
         else:
             arrive = torch.ones(n, dtype=torch.bool)
         present = torch.nonzero(arrive).flatten()
-        heard = self._heard(ids, present, arrival, missing)
-        numbers = self.job_counts[ids]
-        self.job_counts[ids] += 1
+        numbers = self.job_counts[ids] - 1  # the second half of the job whose reply is exchanged
+        streams = Streams(self._seed, ids, numbers)
+        heard = who_hears(streams, present, self.honest(ids[present]), missing if arrival == "adversarial" else 0)
         vector = BITS_PER_NUMBER * sum(v[0].numel() for v in sent.values() if v.ndim > 1)
-        memory = self.memory.read(ids) | {"inbox/heard": heard, "inbox/own": _places(present, n)}
+        memory = self.memory.read(ids) | {"inbox/heard": heard, "inbox/own": places(present, n)}
         model = {**broadcast, **{f"inbox/{k}": v for k, v in sent.items()}}
         results = self.executor.run(_jobs(work, ids, numbers, model, memory, None, self.round))
         self.memory.write(ids, results.memory)
-        each = torch.full((n,), vector * (n - 1))
-        self.ledger.bits_down += int(each.sum())
-        self._observe(ids, results.metrics, each, torch.zeros(n, dtype=torch.int64), count=False)
-        streams = Streams(self._seed, ids, numbers)
-        seconds = self._devices.seconds(streams, torch.zeros(n).double(), each.double(), each.double())
+        up, down = torch.full((n,), vector * (n - 1)), vector * (len(present) - arrive.long())
+        self.ledger.bits_down += int(down.sum())
+        self._observe(ids, arrive, results.metrics, up, count=False)
+        seconds = self._devices.seconds(streams, torch.zeros(n).double(), down.double(), up.double())
         finish = self.now + seconds
         self.now = max(self.now, float(finish.max()))
         return Replies(ids, self.num_examples[ids], finish, dict(results.fields), torch.zeros(n, dtype=torch.int64))
@@ -255,7 +257,9 @@ class SimFleet:
         if len(torch.unique(ids)) != len(ids):
             raise ValueError("a client was named twice in one call")
 
-    def _book(self, ids: Tensor, cost: Cost, broadcast: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _book(
+        self, ids: Tensor, work: Work, cost: Cost, broadcast: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """(job numbers [R], finish times [R], what clients get) of new jobs; counts what they download."""
         numbers = self.job_counts[ids]
         self.job_counts[ids] += 1
@@ -271,27 +275,16 @@ class SimFleet:
             down += bits
         self.ledger.bits_down += int(down.sum())
         steps = cost.steps_of(self.num_examples[ids])
-        up = torch.full_like(steps, self._up(cost))
+        up = torch.full_like(steps, self._up(cost, len(getattr(getattr(work, "__self__", None), "sent_whole", ()))))
         seconds = self._devices.seconds(Streams(self._seed, ids, numbers), steps, down.double(), up)
         return numbers, self.now + seconds, received
 
-    def _up(self, cost: Cost) -> int:
-        return cost.vectors_up * self._reply_bits if cost.bits_up is None else cost.bits_up
-
-    def _heard(self, ids: Tensor, present: Tensor, arrival: Arrival, missing: int) -> Tensor:
-        """[R, M] bool: which of the M vectors sent reach which of the R clients."""
-        n, m = len(ids), len(present)
-        heard = torch.ones(n, m, dtype=torch.bool)
-        if arrival == "all" or not missing:
-            return heard
-        good = self.honest(ids[present])
-        own = present == torch.arange(n)[:, None]
-        streams = Streams(self._seed, ids, torch.full((n,), self.round))
-        order = streams.uniform("arrival", m, dtype=torch.float64)
-        order[:, ~good] = 2.0  # the adversary's own vectors always arrive, and so does a client's own
-        order[own] = 2.0
-        lost = order.argsort(dim=1, stable=True)[:, : min(missing, m)]
-        return heard.scatter_(1, lost, False) | own | ~good
+    def _up(self, cost: Cost, whole: int = 0) -> int:
+        """Bits of a reply, of whose vectors so many are not compressed."""
+        if cost.bits_up is not None:
+            return cost.bits_up
+        whole = min(whole, cost.vectors_up)
+        return (cost.vectors_up - whole) * self._reply_bits + whole * BITS_PER_NUMBER * self._model_size
 
     def _compute(self, due: list[Event]) -> None:
         """Compute what is due and, in the same stacks, whatever else is in flight and not computed yet."""
@@ -332,23 +325,32 @@ class SimFleet:
         self.memory.write(ids, stacked["memory"])
         bits = torch.tensor([int(r["bits"]) for r in rows if r is not None], dtype=torch.int64)
         staleness = torch.tensor([self.round - self.sent[e.sent].round for e in events], dtype=torch.int64)
-        self._observe(ids, stacked["metric"], bits, staleness)
         finish = torch.tensor([e.finish for e in events], dtype=torch.float64)
-        fields = dict(stacked["field"])
+        fields, arrive = dict(stacked["field"]), torch.ones(len(ids), dtype=torch.bool)
         if self.byzantine is not None:
             arrive, fields = self.byzantine.deliver(ids, fields, self.round)
-            ids, finish, staleness = ids[arrive], finish[arrive], staleness[arrive]
+        self._observe(ids, arrive, stacked["metric"], bits, staleness)
+        ids, finish, staleness = ids[arrive], finish[arrive], staleness[arrive]
         return Replies(ids, self.num_examples[ids], finish, fields, staleness)
 
     def _observe(
-        self, ids: Tensor, metrics: dict[str, Tensor], bits_up: Tensor, staleness: Tensor, count: bool = True
+        self,
+        ids: Tensor,
+        arrive: Tensor,
+        metrics: dict[str, Tensor],
+        bits_up: Tensor,
+        staleness: Tensor | None = None,
+        count: bool = True,
     ) -> None:
-        self.ledger.bits_up += int(bits_up.sum())
+        """Note what the replies that arrive [R] bool cost and say."""
+        ids = ids[arrive]
+        self.ledger.bits_up += int(bits_up[arrive].sum())
         seen = Metrics.count(num_clients=len(ids) if count else 0)
         for name, values in metrics.items():
-            seen += Metrics.mean_over(values, self.num_examples[ids], name=name)
-        if len(ids) and bool((staleness > 0).any()) or "staleness_mean" in self._observed.means:
-            seen += Metrics.mean_over(staleness, torch.ones(len(ids)), name="staleness_mean")
+            seen += Metrics.mean_over(values[arrive], self.num_examples[ids], name=name)
+        late = torch.zeros(len(ids), dtype=torch.int64) if staleness is None else staleness[arrive]
+        if bool((late > 0).any()) or "staleness_mean" in self._observed.means:
+            seen += Metrics.mean_over(late, torch.ones(len(ids)), name="staleness_mean")
         self._observed += seen
 
 
@@ -367,16 +369,15 @@ def _jobs(
 
 
 def _bits(broadcast: Mapping[str, Any]) -> int:
-    """Bits of a broadcast sent as it is: 32 a number."""
+    """Bits of a broadcast sent as it is: 32 a number, one for a yes or no."""
     present = [v for v in broadcast.values() if v is not None]
-    return sum(BITS_PER_NUMBER * (v.numel() if isinstance(v, Tensor) else 1) for v in present)
+    plain = sum(1 if isinstance(v, bool) else BITS_PER_NUMBER for v in present if not isinstance(v, Tensor))
+    return plain + sum(BITS_PER_NUMBER * v.numel() for v in present if isinstance(v, Tensor))
 
 
-def _places(present: Tensor, n: int) -> Tensor:
-    """[n]: each client's row among the vectors present; -1 for one that sent none."""
-    out = torch.full((n,), -1)
-    out[present] = torch.arange(len(present))
-    return out
+def _weigh(fold: Fold, num_examples: Tensor) -> Tensor:
+    """[R] weights of a fold; zeros where no client has a sample, so that such a round changes nothing."""
+    return fold.weigh(num_examples) if bool((num_examples > 0).any()) else torch.zeros(len(num_examples))
 
 
 def _row(results: Results, i: int) -> dict[str, Tensor]:

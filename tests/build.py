@@ -1,0 +1,132 @@
+"""Fleets put together from their pieces, and rounds played by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clients.local_sgd import LocalSGD
+from fedsim.memory import Memory
+from fedsim.optim import build as build_optimizer
+from fedsim.sim.byzantine import Byzantine
+from fedsim.sim.devices import Constant, Devices
+from fedsim.sim.executor import InProcess, Jobs, Results, StackRunner
+from fedsim.sim.fleet import SimFleet
+from fedsim.sim.links import Downlink, Uplink
+from fedsim.streams import server_rng
+from fedsim.task import Schedule, Task
+from fedsim.tasks.bilinear import BilinearTask
+from fedsim.tasks.quadratic import QuadraticTask
+
+
+def quadratic(a: Any, b: Any, x0: Any, noise: float = 0.0, num_examples: list[int] | None = None) -> QuadraticTask:
+    """A quadratic task in float64."""
+    tensors = [torch.as_tensor(v, dtype=torch.float64) for v in (a, b, x0)]
+    start = tensors[2].reshape(1) if tensors[2].ndim == 0 else tensors[2]
+    counts = None if num_examples is None else torch.tensor(num_examples)
+    return QuadraticTask(tensors[0], tensors[1], start, noise, counts)
+
+
+def two_clients() -> QuadraticTask:
+    """f_1 = x^2 / 2 and f_2 = 3/2 (x - 1)^2 from x = 2; their mean is least at 0.75."""
+    return quadratic([1, 3], [0, 1], 2)
+
+
+def drawn(clients: int, dim: int, seed: int = 0, noise: float = 0.0) -> QuadraticTask:
+    """Random quadratics in float64."""
+    task = QuadraticTask.drawn(clients, dim, seed)
+    return QuadraticTask(task.a.double(), task.b.double(), torch.ones(dim, dtype=torch.float64), noise)
+
+
+def saddle(clients: int, dim: int, seed: int = 0, lam: float = 0.0) -> BilinearTask:
+    """A random bilinear saddle point in float64."""
+    task = BilinearTask.drawn(clients, dim, seed, lam=lam)
+    return BilinearTask(task.matrix.double(), task.a.double(), task.b.double(), lam)
+
+
+def local_sgd(task: Task, lr: float = 0.1, rounds: int = 1, optimizer: dict[str, Any] | None = None, **schedule: Any):
+    """Local training; ten steps of SGD on the whole data unless told otherwise."""
+    schedule = {"epochs": None, "steps": 10, "batch_size": None} | schedule
+    rule = build_optimizer(optimizer or {"name": "sgd", "lr": lr}, task.layout)
+    return LocalSGD(optimizer=rule, schedule=Schedule(**schedule), rounds=rounds)
+
+
+class Counted:
+    """An executor that notes how many clients each call ran."""
+
+    def __init__(self, inner: InProcess) -> None:
+        self.inner, self.calls = inner, []
+
+    def run(self, jobs: Jobs) -> Results:
+        self.calls.append(len(jobs.ids))
+        return self.inner.run(jobs)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def build_fleet(
+    task: Task,
+    strategy: Any,
+    *,
+    seed: int = 0,
+    width: int = 64,
+    workers: int = 1,
+    devices: Devices | None = None,
+    uplink: Uplink | None = None,
+    downlink: Downlink | None = None,
+    byzantine: Byzantine | None = None,
+) -> SimFleet:
+    """A simulated fleet whose clients run the strategy's halves in this process."""
+    runner = StackRunner(task, strategy, seed, torch.device("cpu"), uplink)
+    return SimFleet(
+        num_examples=task.num_examples,
+        model_size=task.layout.size,
+        executor=Counted(InProcess(runner, width=width, workers=workers)),
+        devices=devices or Constant(seconds_per_step=0.01),
+        memory=Memory(len(task.num_examples)),
+        seed=seed,
+        reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
+        downlink=downlink,
+        byzantine=byzantine,
+    )
+
+
+@dataclass
+class Play:
+    """Rounds of a strategy, one after the other, as the loop plays them."""
+
+    strategy: Any
+    fleet: SimFleet
+    state: Any
+    seed: int = 0
+    round: int = 0
+
+    @classmethod
+    def start(cls, task: Task, strategy: Any, *, x0: Tensor | None = None, seed: int = 0, **fleet: Any) -> Play:
+        x0 = task.init(seed) if x0 is None else x0
+        return cls(strategy, build_fleet(task, strategy, seed=seed, **fleet), strategy.init(x0), seed)
+
+    def step(self) -> dict[str, Any]:
+        self.fleet.round = self.round
+        rng = server_rng(self.seed, "server", self.round)
+        self.state, own = self.strategy.round(self.state, self.fleet, rng)
+        self.round += 1
+        return own
+
+    def path(self, rounds: int, of: Callable[[Any], Tensor] = lambda state: state.x) -> Tensor:
+        """[rounds, P]: the server's model after each of the next rounds."""
+        out = []
+        for _ in range(rounds):
+            self.step()
+            out.append(of(self.state).clone())
+        return torch.stack(out)
+
+
+def play(task: Task, strategy: Any, rounds: int, **options: Any) -> Tensor:
+    """[rounds, P]: the server's model after every round of a fresh run."""
+    return Play.start(task, strategy, **options).path(rounds)
