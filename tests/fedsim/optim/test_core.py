@@ -286,3 +286,22 @@ def test_an_unknown_input_and_too_few_hyper_parameters_are_refused() -> None:
     x, grads = problem()
     with pytest.raises(ValueError, match="lr has 2 numbers for a stack of 3 clients"):
         stack_run({"name": "sgd", "lr": [0.1, 0.2]}, x, grads)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_short_way_and_the_long_way_give_the_same_bits(name: str) -> None:
+    x, grads = (t.float() for t in problem())
+    grads[2, 1, 0] = float("nan")
+    ends = []
+    for unused in ({}, {"skip_nonfinite": True, "lr_mult": {"w": 1.0}}):
+        optimizer = build({"name": name, "lr": 0.1, "weight_decay": 0.1, "decay": "decoupled", **unused}, LAYOUT)
+        for way in ("short", "long"):
+            y = x.clone()
+            state = optimizer.init(y)
+            for g in grads:
+                scale = 0.5 if way == "short" else torch.full((3,), 0.5)
+                optimizer.step_(y, g, state, lr_scale=scale)
+            ends.append((y, state))
+    assert all(s.t.tolist() == [7, 6, 7] and s.skipped.tolist() == [0, 1, 0] for _, s in ends)
+    assert torch.equal(ends[0][0], ends[2][0])
+    assert all(torch.allclose(y, ends[0][0], rtol=1e-6, atol=1e-6) for y, _ in ends)
