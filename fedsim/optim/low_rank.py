@@ -133,7 +133,8 @@ def flat_of(parts: list[Tensor]) -> Tensor:
 
 def same_rule(inner: Mapping[str, Any], base: RuleSettings) -> Mapping[str, Any]:
     """The inner rule at the main rule's rate and decay, for the tensors the main rule is not for."""
-    return {**inner, "lr": base.lr, "weight_decay": base.weight_decay, "decay": base.decay}
+    shared = ("lr", "weight_decay", "decay", "decay_vectors")
+    return {**inner, **{name: getattr(base, name) for name in shared}}
 
 
 def like_parts(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:

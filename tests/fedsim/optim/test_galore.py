@@ -1,0 +1,177 @@
+"""GaLore against galore-torch and plain loops; signs, alignment, counters and inner rules."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+
+from fedsim.optim import build
+from fedsim.optim.galore import leading_columns
+from fedsim.params import Layout
+from tests.fedsim.optim.oracles import client_runs, error, problem, stack_run
+
+LAYOUT = Layout.of({"tall": (16, 6), "bias": (5,), "wide": (6, 16), "again": (16, 6), "square": (7, 7)})
+SPEC = {"name": "galore", "lr": 0.01, "rank": 3, "gap": 3}
+
+
+@pytest.fixture
+def galore_adamw(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """galore-torch's optimizer, its imports that are not needed here stubbed, its singular vectors with fixed signs."""
+    spec = find_spec("galore_torch")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("galore-torch is not installed")
+    package = ModuleType("galore_torch")
+    package.__path__ = list(spec.submodule_search_locations)
+    versions = ModuleType("transformers.utils.versions")
+    versions.require_version = lambda *args: None  # type: ignore[attr-defined]
+    stubs = {"galore_torch": package, "transformers.utils.versions": versions}
+    for name in ("transformers", "transformers.utils"):
+        stubs[name] = ModuleType(name)
+    for name, module in stubs.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "galore_torch.adamw", raising=False)
+    svd = torch.linalg.svd
+
+    def with_fixed_signs(m: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        u, s, vh = svd(m, full_matrices=full_matrices)
+        kept = vh if m.shape[-2] >= m.shape[-1] else u.mT  # the side that becomes the basis
+        flip = torch.stack([torch.sign(row[row.abs().argmax()]) for row in kept])
+        return u * flip, s, vh * flip[:, None]
+
+    adamw = importlib.import_module("galore_torch.adamw").AdamW
+
+    def make(params: list[nn.Parameter], **hyper: Any) -> Any:
+        matrices = {"params": [p for p in params if p.ndim == 2], "proj_type": "std", **hyper}
+        vectors = {"params": [p for p in params if p.ndim < 2]}
+        optimizer = adamw([vectors, matrices], lr=0.01, weight_decay=0.1, no_deprecation_warning=True)
+        plain = optimizer.step
+
+        def step() -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.linalg, "svd", with_fixed_signs)
+                plain()
+
+        optimizer.step = step
+        return optimizer
+
+    return make
+
+
+def test_a_stack_equals_galore_torch_client_by_client_over_three_refreshes(galore_adamw: Callable[..., Any]) -> None:
+    x, grads = (t.float() for t in problem(layout=LAYOUT))
+    theirs = client_runs(lambda p: galore_adamw(p, rank=3, update_proj_gap=3, scale=0.25), x, grads, LAYOUT)
+    spec = {**SPEC, "weight_decay": 0.1, "decay_vectors": True}
+    assert (stack_run(spec, x, grads, LAYOUT) - theirs).abs().max() < 2e-6
+    other = stack_run({**spec, "decay": "decoupled"}, x, grads, LAYOUT)  # decay before the step is another rule
+    assert (other - theirs).abs().max() > 1e-5
+
+
+def test_full_rank_and_an_inner_sgd_are_sgd() -> None:
+    spec = {**SPEC, "rank": 16, "scale": 1.0, "lr": 0.1, "inner": {"name": "sgd"}}
+    assert error(lambda p: optim.SGD(p, 0.1), spec, layout=LAYOUT) < 1e-13
+
+
+def test_vectors_get_adamw_with_raw_eps_at_the_same_rate() -> None:
+    x, grads = problem(layout=LAYOUT)
+    ours = stack_run({**SPEC, "weight_decay": 0.1, "decay_vectors": True}, x, grads, LAYOUT)
+    alone = stack_run({"name": "adamw_hf", "lr": 0.01, "weight_decay": 0.1, "decay_vectors": True}, x, grads, LAYOUT)
+    bias = slice(LAYOUT.offsets[1], LAYOUT.offsets[2])
+    assert torch.allclose(ours[:, bias], alone[:, bias], rtol=0, atol=1e-15)
+
+
+def test_the_signs_that_the_library_returns_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, grads = problem(layout=LAYOUT)
+    expected = stack_run(SPEC, x, grads, LAYOUT)
+    svd = torch.linalg.svd
+
+    def other_signs(m: Tensor, full_matrices: bool = True) -> Any:
+        u, s, vh = svd(m, full_matrices=full_matrices)
+        flip = torch.tensor([-1.0, 1.0])[torch.arange(vh.shape[-2]) % 2].to(m)
+        return SimpleNamespace(U=u * flip, S=s, Vh=vh * flip[:, None])
+
+    monkeypatch.setattr(torch.linalg, "svd", other_signs)
+    assert torch.equal(stack_run(SPEC, x, grads, LAYOUT), expected)
+
+
+def test_leading_columns_are_orthonormal_span_the_largest_part_and_peak_above_zero() -> None:
+    m = problem(1)[0][:, :128].view(3, 16, 8)
+    basis = leading_columns(m, 3)
+    assert torch.allclose(basis.mT @ basis, torch.eye(3, dtype=m.dtype).expand(3, 3, 3), atol=1e-13)
+    kept = (m @ basis).square().sum((-2, -1))
+    assert torch.allclose(kept, torch.linalg.svdvals(m)[:, :3].square().sum(-1))
+    assert (basis.amax(-2) == basis.abs().amax(-2)).all()
+
+
+def test_aligned_columns_keep_a_positive_product_with_the_old_ones() -> None:
+    layout = Layout.of({"w": (12, 5)})
+    x, grads = problem(4, layout=layout)
+    products = {}
+    for align in (False, True):
+        optimizer = build({**SPEC, "gap": 1, "align": align}, layout)
+        y = x.clone()
+        state = optimizer.init(y)
+        seen = []
+        for g in grads:
+            old = state.buffers["basis"].clone()
+            optimizer.step_(y, g, state)
+            seen.append((old * state.buffers["basis"]).view(3, 5, 3).sum(1))
+        products[align] = torch.stack(seen)
+    assert (products[True] >= 0).all() and (products[False] < 0).any()
+
+
+def test_a_client_refreshes_at_its_own_steps() -> None:
+    x, grads = problem(7, clients=2, layout=LAYOUT)
+    optimizer = build(SPEC, LAYOUT)
+    y = x.clone()
+    state = optimizer.init(y)
+    for i, g in enumerate(grads):
+        optimizer.step_(y[: 1 if i < 2 else 2], g[: 1 if i < 2 else 2], state)  # the second begins two steps late
+    assert torch.allclose(y[:1], stack_run(SPEC, x[:1], grads[:, :1], LAYOUT), rtol=0, atol=1e-14)
+    assert torch.allclose(y[1:], stack_run(SPEC, x[1:], grads[2:, 1:], LAYOUT), rtol=0, atol=1e-14)
+
+
+def test_state_is_two_low_rank_moments_and_a_basis() -> None:
+    layout = Layout.of({"w": (16, 6), "v": (6, 20)})
+    low = 16 * 3 + 20 * 3
+    assert build(SPEC, layout).memory_bytes() == 4 * (2 * low + 2 * 6 * 3)
+    assert build({**SPEC, "rank": 100}, layout).memory_bytes() == 4 * (2 * (16 * 6 + 20 * 6) + 2 * 6 * 6)
+
+
+@pytest.mark.parametrize("name", ["adam", "amsgrad", "sgd", "lion", "rmsprop", "adagrad"])
+def test_any_inner_rule_sees_the_low_rank_gradient(name: str) -> None:
+    """With gap 1 and full rank the picture is M V: the inner rule alone, on M V, must do the same."""
+    layout = Layout.of({"w": (9, 4)})
+    x, grads = problem(1, layout=layout)
+    spec = {**SPEC, "rank": 4, "scale": 1.0, "inner": {"name": name}}
+    moved = x - stack_run(spec, x, grads, layout)
+    m = grads[0].view(3, 9, 4)
+    basis = leading_columns(m, 4)
+    inside = (m @ basis).flatten(1)
+    alone = -stack_run({"name": name, "lr": 0.01, "weight_decay": 0.0}, 0 * inside, inside[None], layout)
+    assert torch.allclose(moved.view(3, 9, 4), alone.view(3, 9, 4) @ basis.mT, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "inner, message",
+    [
+        ({"name": "adammm"}, "unknown inner rule 'adammm'; did you mean 'adam'"),
+        ({"name": "adam", "beta3": 1.0}, "unknown key 'beta3'; did you mean 'beta"),
+        ({"name": "adam", "beta1": [0.9, 0.8]}, "GaLore.inner.beta1 must be one number for all clients"),
+    ],
+)
+def test_a_wrong_inner_rule_is_refused(inner: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build({**SPEC, "inner": inner}, LAYOUT)
+
+
+def test_bases_have_no_mean_over_clients() -> None:
+    with pytest.raises(ValueError, match="server averages states over clients, and basis of optimizer.GaLore"):
+        build({**SPEC, "state_scope": "server"}, LAYOUT)
