@@ -20,8 +20,10 @@ from fedsim.optim.fused import kernel_for
 from fedsim.optim.pipeline import Block, Plan, Values, step_block_
 from fedsim.optim.transforms import needs_whole_rows
 
-_EAGER_ENTRIES = 1 << 17  # of one array in a block: 512 KB, small enough to stay in a core's share of the cache
-_FUSED_ENTRIES = 1 << 18  # one pass needs no temporaries; the gradient is still near after its finite check
+# Entries of one array in a block, by back end, on a CPU. Eager steps have temporaries that should stay in the cache;
+# one pass has none, but the gradient should be near still after its finite check; a compiled call costs most to enter.
+_EAGER_ENTRIES = 1 << 17
+_ENTRIES = {"eager": _EAGER_ENTRIES, "fused": 1 << 18, "compiled": 1 << 20}
 
 
 def choose(plan: Plan, x: Tensor, block: Block) -> str:
@@ -36,9 +38,9 @@ def choose(plan: Plan, x: Tensor, block: Block) -> str:
 def row_blocks(x: Tensor, how: str) -> list[slice]:
     """The rows that are worked on together."""
     k, width = x.shape
-    if x.device.type != "cpu" or how == "compiled":
+    if x.device.type != "cpu":
         return [slice(0, k)]
-    step = max(1, (_FUSED_ENTRIES if how == "fused" else _EAGER_ENTRIES) // width)
+    step = max(1, _ENTRIES[how] // width)
     return [slice(i, min(i + step, k)) for i in range(0, k, step)]
 
 
