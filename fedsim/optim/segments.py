@@ -83,7 +83,7 @@ class Segments:
 
     def column_sums(self, p: Tensor) -> Tensor:
         """Sum over the rows of each tensor viewed as [rows, columns]: [k, P] -> [k, all columns]."""
-        if not p.is_cuda:
+        if not _many_launches_hurt(p):
             return torch.cat([view.sum(1) for _, view in self.runs(p)], 1)
         tall = Segments(tuple(rows for rows, columns in self.shapes for _ in range(columns)))
         return tall.sums(p.index_select(1, self._constant("by_column", p)))
@@ -98,13 +98,11 @@ class Segments:
 
     def sums(self, p: Tensor) -> Tensor:
         """Sum of each run: [k, P] -> [k, L]."""
-        if p.is_cuda:
-            return self._blocked(p, "sum")
-        return self._loop(p, "sum")
+        return self._blocked(p, "sum") if _many_launches_hurt(p) else self._loop(p, "sum")
 
     def maxima(self, p: Tensor) -> Tensor:
         """Largest entry of each run: [k, P] -> [k, L]."""
-        return self._blocked(p, "max") if p.is_cuda else self._loop(p, "max")
+        return self._blocked(p, "max") if _many_launches_hurt(p) else self._loop(p, "max")
 
     def norms(self, p: Tensor) -> Tensor:
         """Euclidean norm of each run: [k, P] -> [k, L]."""
@@ -198,3 +196,8 @@ class Segments:
             index = torch.where(valid, start + within, 0).reshape(-1)
             self._cache[key] = (index.to(device), valid.reshape(-1).to(device), tuple(blocks.tolist()))
         return self._cache[key]
+
+
+def _many_launches_hurt(p: Tensor) -> bool:
+    """Whether to spend more memory traffic on fewer operations: on a GPU, yes."""
+    return p.is_cuda

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.optim import Optimizer, OptState, build
+from fedsim.optim import Optimizer, OptState, build, core, segments
 from fedsim.optim.table import RULES
 from fedsim.params import Layout
 from fedsim.streams import Streams
@@ -216,6 +217,43 @@ def test_state_is_counted_and_a_reset_client_starts_afresh(name: str) -> None:
     advance(optimizer, y, grads[:2], state, ids)
     state.reset([2, 5])
     assert all(torch.equal(v[[2, 5]], fresh[n][[2, 5]]) for n, v in state.to_rows().items())
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that would be launched on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = {
+    getattr(torch.ops.aten, name).default
+    for name in ("view", "expand", "detach", "alias", "unsqueeze", "_unsafe_view", "t", "lift_fresh")
+} | {torch.ops.aten.slice.Tensor, torch.ops.aten.unbind.int, torch.ops.aten.select.int, torch.ops.aten.split.Tensor}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not set(RULES[n].kind) & set("MX")])
+def test_a_gpus_launches_grow_with_neither_clients_nor_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_many_launches_hurt", lambda p: True)  # the form that a GPU takes, counted on a CPU
+    monkeypatch.setattr(core, "row_blocks", lambda x, how: [slice(0, len(x))])
+
+    def launches(clients: int, layers: int) -> int:
+        shapes = {f"{i}.{n}": s for i in range(layers) for n, s in (("w", (6, 5)), ("b", (6,)), ("k", (3, 2, 3, 3)))}
+        layout = Layout.of(shapes)
+        x, ids = torch.ones(clients, layout.size), torch.arange(clients)
+        optimizer = build(section(name, backend="eager", clip={"global": 1.0}), layout)
+        state = optimizer.init(x)
+        optimizer.step_(x, x * 0.1, state, streams=streams(ids))
+        with Counting() as counting:
+            optimizer.step_(x, x * 0.1, state, streams=streams(ids))
+        return counting.count
+
+    assert launches(2, 2) == launches(40, 2) == launches(2, 9)
 
 
 def test_the_table_says_what_a_user_must_know() -> None:
