@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.metrics import Metrics
+
 Arrival = Literal["all", "adversarial"]
 Work = Callable[..., Mapping[str, Any]]
 """A method of the strategy: (cohort, **broadcast) -> {field: [C, ...] or Packet}."""
@@ -128,7 +130,11 @@ class Fleet(Protocol):
 
     clients: Tensor
     num_examples: Tensor
-    now: float
+
+    @property
+    def now(self) -> float:
+        """Seconds: virtual in simulation, of the wall clock when deployed."""
+        ...
 
     def send(self, ids: Tensor, work: Work, *, cost: Cost = ..., **broadcast: Any) -> None:
         """Start `work` on some idle clients, each with the broadcast tensors ([P], or a number)."""
@@ -166,6 +172,35 @@ class Fleet(Protocol):
         The simulator draws them, keyed; one column where durations do not vary. A deployed fleet returns what it has
         measured, or NaN for clients that it has not.
         """
+        ...
+
+
+class Traffic(Protocol):
+    """Bits sent so far by all clients, and to them."""
+
+    bits_up: int
+    bits_down: int
+
+
+class DrivenFleet(Fleet, Protocol):
+    """A fleet that the loop can run on: it keeps an account, and can be saved."""
+
+    round: int
+    state_classes: ClassVar[dict[str, type]]
+
+    @property
+    def ledger(self) -> Traffic: ...
+
+    def observations(self) -> Metrics:
+        """What clients logged and how many replied since the last call."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint needs."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
         ...
 
 

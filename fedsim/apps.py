@@ -1,0 +1,214 @@
+"""The other composition root: an experiment file becomes Flower's ServerApp and ClientApp.
+
+Both ends build everything from the same file: the server the strategy, its model and what it evaluates on; a client its
+task, its strategy's client halves and the uplink. `fedsim.apps:server` and `fedsim.apps:client` can be named in an
+app's pyproject; they find the file through the run's settings. docs/deploy.md shows a whole deployment.
+
+Settings of a run (`flwr run -c "..."`): `fedsim-config`, a path or the file's text; `fedsim-overrides`, as after
+`fedsim run`; `fedsim-out`, the run's folder at the server; `fedsim-resume`; `fedsim-reply-seconds`, how long to wait
+for nodes and replies. Settings of a node (`--node-config`): `partition-id`, which client it is; `fedsim-overrides`,
+what is different there (`data.root=/srv/mine runtime.device=cuda:1`).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from clients import flower_app
+from fedsim import runs
+from fedsim.compose import Composition, compose
+from fedsim.config import ConfigError, apply_overrides, parse_overrides, read_file
+from fedsim.flower.clock import WALL, Clock, Patience
+from fedsim.flower.export import write_app
+from fedsim.flower.fleet import FlowerFleet
+from fedsim.flower.mail import Mail, connect
+from fedsim.flower.wire import Book
+from fedsim.progress import Progress
+from fedsim.sim.executor import InProcess, StackRunner
+from fedsim.sim.fleet import SimFleet
+
+Source = str | Path | Mapping[str, Any]
+"""An experiment: a file, its text, or its content."""
+
+HERE = {"runtime.executor": "in_process", "runtime.address": None, "runtime.workers": 1}
+ON_CLIENT = {**HERE, "runtime.stack": 1, "runtime.memory": "ram", "log.sinks": ["jsonl"]}
+
+
+def server_app(config: Source | None = None) -> ServerApp:
+    """The app that a SuperLink runs.
+
+    Args:
+        config: the experiment; None takes it from the run's settings.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        serve(grid, config, context.run_config)
+
+    return app
+
+
+def client_app(config: Source | None = None) -> ClientApp:
+    """The app that every SuperNode runs.
+
+    Args:
+        config: the experiment; None takes it from the run's settings.
+    """
+
+    def build(context: Context) -> tuple[StackRunner, Book]:
+        raw, source = experiment_of(config, context.run_config, context.node_config)
+        return _client(json.dumps(raw), source)
+
+    return flower_app.client_app(build)
+
+
+def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock: Clock = WALL) -> runs.History:
+    """Run an experiment on a grid, into a run folder.
+
+    Args:
+        grid: Flower's, or a local one.
+        config: the experiment; None takes it from the settings.
+        settings: of the run; see the module's head.
+        clock: where seconds come from.
+
+    Raises:
+        ConfigError: for a mistake in the file or the settings.
+        ClientError: if a client is missing or fails.
+    """
+    raw, source = experiment_of(config, settings)
+    resume = bool(settings.get("fedsim-resume", False))
+    name = source if source.endswith(".yaml") else "flower"
+    out = settings.get("fedsim-out") or (runs.last_folder(name) if resume else runs.next_folder(name))
+    folder = Path(out)
+    patience = _patience(settings)
+
+    def started(composition: Composition) -> None:
+        composition.experiment.fleet = deploy(composition, grid, patience, clock)
+        progress.start(composition, folder)
+
+    with Progress(quiet=False) as progress:
+        raw = apply_overrides(raw, HERE, source)
+        history = runs.execute(raw, source, folder, resume=resume, watch=progress.watch, started=started)
+    progress.summary(history, folder)
+    return history
+
+
+def deploy(composition: Composition, grid: Grid, patience: Patience, clock: Clock = WALL) -> FlowerFleet:
+    """The fleet of real clients for a composed experiment, once all of them are there.
+
+    Raises:
+        ConfigError: if the experiment asks for what only a simulation has.
+        ClientError: if clients are missing.
+    """
+    experiment, simulated, executor = composition.experiment, composition.experiment.fleet, composition.executor
+    assert isinstance(simulated, SimFleet) and isinstance(executor, InProcess)
+    if simulated.byzantine is not None:
+        raise ConfigError(
+            "clients.byzantine: attacks are simulated and see the honest clients' vectors; leave the section out of a "
+            "deployment, or run `fedsim run`"
+        )
+    num_clients = len(experiment.task.num_examples)
+    composition.plan["workers"] = f"{num_clients} Flower nodes on the wall clock (clients.devices is for simulations)"
+    nodes = connect(grid, num_clients, clock, patience)
+    return FlowerFleet(
+        Mail(grid, nodes, _book(executor.runner, simulated), clock, patience),
+        seed=experiment.seed,
+        model_size=experiment.task.layout.size,
+        downlink=simulated.downlink,
+    )
+
+
+def experiment_of(
+    config: Source | None, settings: Mapping[str, Any], node: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], str]:
+    """(content with all overrides, name for messages) of a run's experiment.
+
+    Raises:
+        ConfigError: if there is none, or it can't be read.
+    """
+    config = settings.get("fedsim-config") or config
+    if not config:
+        raise ConfigError("no experiment: give its path or text, flwr run -c \"fedsim-config='...'\"")
+    texts = [text for place in (settings, node or {}) for text in shlex.split(str(place.get("fedsim-overrides", "")))]
+    if isinstance(config, Mapping):
+        raw, source = dict(config), "config"
+    elif isinstance(config, str) and (config.lstrip().startswith("{") or "\n" in config):
+        raw, source = _parsed(config), "fedsim-config"
+    else:
+        raw, source = read_file(config), str(config)
+    return apply_overrides(raw, parse_overrides(texts, source), source), source
+
+
+def export(config: Source, folder: str | Path, overrides: tuple[str, ...] = ()) -> Path:
+    """Write a Flower app for an experiment, ready for `flwr run FOLDER`.
+
+    Args:
+        config: the experiment.
+        folder: new or empty.
+        overrides: like those of `fedsim run`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: if the experiment has a mistake, or the folder holds something.
+    """
+    raw, source = experiment_of(config, {"fedsim-overrides": shlex.join(overrides)})
+    compose(apply_overrides(raw, HERE, source), source).close()
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder}: is not empty; give a new folder")
+    write_app(folder, raw)
+    return folder
+
+
+@lru_cache(maxsize=2)
+def _client(text: str, source: str) -> tuple[StackRunner, Book]:
+    """What runs client halves, composed once a process."""
+    raw = apply_overrides(json.loads(text), ON_CLIENT, source)
+    composition = compose(raw, source)
+    composition.close()
+    executor, fleet = composition.executor, composition.experiment.fleet
+    assert isinstance(executor, InProcess) and isinstance(fleet, SimFleet)
+    return executor.runner, _book(executor.runner, fleet)
+
+
+def _book(runner: StackRunner, fleet: SimFleet) -> Book:
+    links = {
+        "uplink": None if runner.uplink is None else runner.uplink.compressor,
+        "downlink": None if fleet.downlink is None else fleet.downlink.compressor,
+    }
+    return Book.of(runner.strategy, links, runner.task.layout)
+
+
+def _patience(settings: Mapping[str, Any]) -> Patience:
+    try:
+        return Patience(reply_seconds=float(settings.get("fedsim-reply-seconds", Patience().reply_seconds)))
+    except ValueError as e:
+        raise ConfigError(f"fedsim-reply-seconds: {e}") from e
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The content of an experiment given as text."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return apply_overrides(OmegaConf.create(text), {}, "fedsim-config")
+    except (YAMLError, OmegaConfBaseException) as e:
+        raise ConfigError(f"fedsim-config: not readable: {' '.join(str(e).split())}") from e
+
+
+server = server_app()
+client = client_app()

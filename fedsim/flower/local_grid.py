@@ -1,0 +1,125 @@
+"""A Flower grid inside this process: the same apps and the same messages, without a network.
+
+Every message and every client's context is turned into Flower's bytes and back, as on a real grid, so that what passes
+here passes there. On a virtual clock a reply arrives when its client's seconds are over; the work is done at once.
+This is the one file that uses names which Flower does not promise to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsim.flower.clock import Clock, VirtualClock
+
+RAISED = 2  # Flower's code for an exception in a client app
+SERVER_NODE = 1
+
+
+class LocalGrid(Grid):
+    """See the module's head.
+
+    Args:
+        app: every client's.
+        num_clients: N; client i's node has partition-id i and a number that says nothing about i.
+        run_config: what all apps see.
+        clock: when replies arrive.
+        seconds: from sending a client its message to its reply, by client; at once if left out.
+        node_config: more settings of every node.
+    """
+
+    def __init__(
+        self,
+        app: ClientApp,
+        num_clients: int,
+        run_config: Mapping[str, Any] | None = None,
+        *,
+        clock: Clock | None = None,
+        seconds: Callable[[int], float] = lambda client: 0.0,
+        node_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE  # a Message reads them
+        self._run = Run.create_empty(1)
+        self._app, self.clock, self._seconds = app, clock or VirtualClock(), seconds
+        self.contexts: dict[int, Context] = {}
+        for client in range(num_clients):
+            node = (client + 1) * 7919 % 104729 + SERVER_NODE  # distinct, and not in the clients' order
+            config = {"partition-id": client, "num-partitions": num_clients, **(node_config or {})}
+            self.contexts[node] = Context(1, node, config, RecordDict(), dict(run_config or {}))
+        self._replies: dict[str, tuple[float, Message]] = {}
+        self._count = 0
+        self.bytes_down = self.bytes_up = 0
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return sorted(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            self._count += 1
+            number = f"message-{self._count}"
+            message.metadata.__dict__["_message_id"] = number
+            context = self.contexts[message.metadata.dst_node_id]
+            delay = self._seconds(int(context.node_config["partition-id"]))
+            self._replies[number] = self.clock.now() + delay, self._answer(message, context)
+            ids.append(number)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        wanted = [number for number in message_ids if number in self._replies]
+        due = [number for number in wanted if self._replies[number][0] <= self.clock.now()]
+        return [self._replies.pop(number)[1] for number in due]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        waiting, out = set(self.push_messages(messages)), list[Message]()
+        end = None if timeout is None else self.clock.now() + timeout
+        while waiting and (end is None or self.clock.now() < end):
+            out += (came := list(self.pull_messages(waiting)))
+            waiting -= {m.metadata.reply_to_message_id for m in came}
+            if waiting:
+                self.clock.sleep(0.1)
+        return out
+
+    def _answer(self, message: Message, context: Context) -> Message:
+        """The client's reply; its context changes only if there is one, as on a SuperNode."""
+        content, sent = through_bytes(message.content)
+        self.bytes_down += sent
+        state, _ = through_bytes(context.state)
+        here = Context(1, context.node_id, dict(context.node_config), state, dict(context.run_config))
+        arrived = Message(content, context.node_id, message.metadata.message_type, group_id=message.metadata.group_id)
+        arrived.metadata.__dict__["_message_id"] = message.metadata.message_id
+        try:
+            reply = self._app(arrived, here)
+        except Exception as error:
+            return Message(Error(code=RAISED, reason=f"{type(error)}:<'{error}'>"), reply_to=arrived)
+        reply.content, got = through_bytes(reply.content)
+        self.bytes_up += got
+        context.state = here.state
+        return reply
+
+
+def through_bytes(record: RecordDict) -> tuple[RecordDict, int]:
+    """(a record after a trip as Flower's bytes, how many these were)."""
+    contents = {number: part.deflate() for number, part in get_all_nested_objects(record).items()}
+    size = sum(len(part) for part in contents.values())
+    return inflate_object_from_contents(record.object_id, contents), size

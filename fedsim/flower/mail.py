@@ -1,0 +1,252 @@
+"""Jobs on their way to clients and their replies, over any Flower grid.
+
+A grid's nodes have random 64-bit numbers; a client is known by the partition-id that its node was started with. Every
+client has at most one job at a time.
+
+Letters: N clients, P entries of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedsim.compress.packet import Packet
+from fedsim.flower import wire
+from fedsim.flower.clock import WALL, Clock, Patience
+from fedsim.sim.executor import ClientError, Results
+from fedsim.sim.fleet import Sent
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The clients of a federation.
+
+    Args:
+        node_ids: of client 0, 1, ... in the grid.
+        num_examples: [N] samples that each says it has.
+    """
+
+    node_ids: tuple[int, ...]
+    num_examples: Tensor
+
+
+@dataclass(frozen=True)
+class Flight:
+    """One job on its way.
+
+    Args:
+        client: its client's id.
+        number: the how-manieth job of that client.
+        call: which call it belongs to.
+        started: seconds at which it was sent.
+    """
+
+    client: int
+    number: int
+    call: int
+    started: float
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A reply that has come in: whose, when (in seconds), and what it holds."""
+
+    flight: Flight
+    at: float
+    results: Results
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What one client is sent, besides what all are told.
+
+    Args:
+        client, number: see `Flight`.
+        values: by name.
+        inbox: which rows of the peers' vectors are among the values; None for work that is no exchange.
+    """
+
+    client: int
+    number: int
+    values: Mapping[str, Any]
+    inbox: ConfigRecord | None = None
+
+
+@dataclass
+class Mail:
+    """What is on its way, and what has come in.
+
+    Args:
+        grid: Flower's.
+        nodes: where each client is.
+        book: names of compressors.
+        clock: where seconds come from.
+        patience: how long to wait for replies.
+        calls: what open jobs were sent, by number of the call.
+        flights: jobs that have not been answered, by message.
+        landed: replies that nobody has taken yet, by client, in order of arrival.
+        versions: [N] how often each client has written its memory.
+        took: [2, N] float64: seconds of all jobs of each client, and how many these were.
+    """
+
+    grid: Grid
+    nodes: Nodes
+    book: wire.Book
+    clock: Clock = WALL
+    patience: Patience = field(default_factory=Patience)
+    calls: dict[int, Sent] = field(default_factory=dict)
+    flights: dict[str, Flight] = field(default_factory=dict)
+    landed: dict[int, Landed] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.nodes.node_ids)
+        self.versions = torch.zeros(n, dtype=torch.int64)
+        self.took = torch.zeros(2, n, dtype=torch.float64)
+        self.start = self.clock.now()
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return self.clock.now() - self.start
+
+    def open_jobs(self) -> list[Flight]:
+        """Jobs whose replies nobody has taken yet, in the order in which they were sent."""
+        jobs = [*self.flights.values(), *(reply.flight for reply in self.landed.values())]
+        return sorted(jobs, key=lambda flight: (flight.call, flight.client))
+
+    def post(self, call: int, letters: Sequence[Letter], keys: Sequence[wire.Key] = ()) -> int:
+        """Send the letters of one call; the bits of their values."""
+        sent, bits = self.calls[call], 0
+        contents, flights = [], []
+        for letter in letters:
+            content = wire.write(letter.values, self.book, keys)
+            version = int(self.versions[letter.client])
+            head = wire.Head(
+                work=sent.work, client=letter.client, number=letter.number, round=sent.round, version=version
+            )
+            head.write(content)
+            if letter.inbox is not None:
+                content[wire.INBOX] = letter.inbox
+            bits += sum(wire.bits(v) for v in letter.values.values())
+            contents.append((self.nodes.node_ids[letter.client], content))
+            flights.append(Flight(letter.client, letter.number, call, self.now))
+        posted = push(self.grid, contents, MessageType.TRAIN, str(sent.round), self.patience.reply_seconds)
+        self.flights |= dict(zip(posted, flights, strict=True))
+        return bits
+
+    def look(self) -> bool:
+        """Take in replies; those of one look count as having come in the order of their clients. True if any did."""
+        messages = list(self.grid.pull_messages(list(self.flights))) if self.flights else []
+        pairs = [(self.flights.pop(m.metadata.reply_to_message_id), m) for m in messages]
+        for flight, message in sorted(pairs, key=lambda pair: pair[0].client):
+            self.landed[flight.client] = Landed(flight, self.now, self._open(flight, message))
+            self.took[:, flight.client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
+        return bool(messages)
+
+    def take(self, client: int) -> Landed:
+        """Wait for one client's reply.
+
+        Raises:
+            ClientError: if it failed, or nobody replied for too long.
+        """
+        last = self.now
+        while client not in self.landed:
+            last = self.now if self.look() else last
+            if client not in self.landed:
+                self.check_patience(last)
+                self.clock.sleep(self.patience.poll_seconds)
+        return self.landed.pop(client)
+
+    def check_patience(self, last: float) -> None:
+        """Refuse to wait any longer if the last reply came in at `last`."""
+        if self.now - last > self.patience.reply_seconds:
+            missing = sorted(self.flights.values(), key=lambda flight: flight.client)
+            shown = ", ".join(
+                f"{f.client} ({self.calls[f.call].work}, round {self.calls[f.call].round})" for f in missing
+            )
+            raise ClientError(f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}")
+
+    def forget_calls(self) -> None:
+        """Drop what nobody is working on any more."""
+        in_use = {flight.call for flight in self.open_jobs()}
+        self.calls = {k: v for k, v in self.calls.items() if k in in_use}
+
+    def _open(self, flight: Flight, message: Message) -> Results:
+        sent = self.calls[flight.call]
+        content = content_of(message, f"client {flight.client}, {sent.work} of round {sent.round}")
+        head = wire.Head.read(content)
+        if (head.client, head.number, head.work) != (flight.client, flight.number, sent.work):
+            raise ClientError(
+                f"job {flight.number} of client {flight.client} ({sent.work}) was answered by job {head.number} of "
+                f"client {head.client} ({head.work})"
+            )
+        self.versions[flight.client] = head.version
+        values = wire.read(content, self.book)
+        bits = sum(wire.bits(v) for v in values.values())
+        fields = {k: v.decode() if isinstance(v, Packet) else v for k, v in values.items()}
+        logged = {k: torch.tensor([v], dtype=torch.float64) for k, v in content[wire.LOGGED].items()}
+        return Results(fields, {}, {}, logged, torch.tensor([bits]))
+
+
+def connect(grid: Grid, num_clients: int, clock: Clock, patience: Patience) -> Nodes:
+    """Wait until every client has a node, and ask each how many samples it has.
+
+    Raises:
+        ClientError: if nodes are missing when patience is over, two say they are the same client, or one can't say
+            which it is.
+    """
+    start = clock.now()
+    asked: dict[str, int] = {}
+    found: dict[int, tuple[int, int]] = {}
+    while True:
+        new = sorted(set(grid.get_node_ids()) - set(asked.values()))
+        contents = [(node, RecordDict()) for node in new]
+        asked |= dict(zip(push(grid, contents, MessageType.QUERY, "", patience.reply_seconds), new, strict=True))
+        for message in grid.pull_messages(list(asked)):
+            node = asked[message.metadata.reply_to_message_id]
+            about = content_of(message, f"node {node}")[wire.ABOUT]
+            client = int(about["client"])
+            if client in found:
+                raise ClientError(f"nodes {found[client][0]} and {node} both have partition-id={client}")
+            found[client] = node, int(about["num_examples"])
+        if len(found) == num_clients:
+            each = [found[i] for i in range(num_clients)]
+            return Nodes(tuple(node for node, _ in each), torch.tensor([n for _, n in each], dtype=torch.int64))
+        if clock.now() - start > patience.reply_seconds:
+            missing = ", ".join(str(i) for i in range(num_clients) if i not in found)
+            raise ClientError(
+                f"no node with partition-id {missing} within {patience.reply_seconds} seconds; start a SuperNode for "
+                "each, or lower clients.count"
+            )
+        clock.sleep(patience.poll_seconds)
+
+
+def push(grid: Grid, contents: Iterable[tuple[int, RecordDict]], kind: str, group: str, seconds: float) -> list[str]:
+    """Send (node, content) pairs and return the messages' numbers, in order.
+
+    Raises:
+        ClientError: if the grid takes one of them for too large or malformed.
+    """
+    messages = [Message(content, node, kind, ttl=seconds, group_id=group) for node, content in contents]
+    ids = list(grid.push_messages(messages)) if messages else []
+    if len(ids) != len(messages) or None in ids:
+        raise ClientError(f"{len(messages)} messages were sent and the SuperLink took {len(ids) - ids.count(None)}")
+    return ids
+
+
+def content_of(message: Message, who: str) -> RecordDict:
+    """The content of a reply.
+
+    Raises:
+        ClientError: if the client, or the network, answered with an error.
+    """
+    if message.has_error():
+        raise ClientError(f"{who}: {message.error.reason} (Flower's error {message.error.code})")
+    return message.content

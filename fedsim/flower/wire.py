@@ -1,0 +1,226 @@
+"""What crosses Flower's wire: named tensors, numbers, nothing, and packets, as records and back.
+
+A tensor travels as its raw little-endian bytes, without the 128 bytes of header that a `.npy` file has, and comes back
+bit for bit. A packet travels as the bytes that its compressor writes, so that the length of an array's data is its
+true payload. Which compressor that was is said by a name that both ends know from the experiment file (the `Book`);
+fields that the receiver draws itself are drawn from the key of the sender's random numbers, which goes along.
+
+Letters: P entries of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from fedsim.compress import bind
+from fedsim.compress.error_feedback import Contractive
+from fedsim.compress.packet import Compressor, Packet
+from fedsim.params import Layout
+from fedsim.streams import Streams
+
+RAW = "fedsim.raw"
+PACKET = "fedsim.packet"
+HEAD, TENSORS, NUMBERS, NOTHING = "fedsim.head", "fedsim.tensors", "fedsim.numbers", "fedsim.nothing"
+INBOX, LOGGED, ABOUT = "fedsim.inbox", "fedsim.logged", "fedsim.about"
+BITS_PER_NUMBER = 32
+
+Key = tuple[int, int, int, int]
+"""(seed, client, job, step) of the random numbers behind a packet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What a message says besides its values.
+
+    Args:
+        work: name of the strategy's method.
+        client: whose job it is, or whose reply.
+        number: the how-manieth job of that client, part of its random keys.
+        round: the server step at which the job was sent.
+        version: how often the client has written its memory; both ends must agree on it.
+    """
+
+    work: str
+    client: int
+    number: int
+    round: int
+    version: int
+
+    def write(self, content: RecordDict) -> None:
+        content[HEAD] = ConfigRecord(asdict(self))
+
+    @classmethod
+    def read(cls, content: RecordDict) -> Head:
+        """The head of a message.
+
+        Raises:
+            ValueError: if the message has none, so that it comes from another kind of app.
+        """
+        if HEAD not in content:
+            raise ValueError(f"the message holds {list(content)} and no {HEAD!r}: its sender is not fedsim")
+        return cls(**content[HEAD])
+
+
+@dataclass(frozen=True)
+class Book:
+    """Compressors by a name that both ends give them.
+
+    Args:
+        compressors: {name: rule}.
+    """
+
+    compressors: Mapping[str, Compressor]
+
+    @classmethod
+    def of(cls, strategy: Any, links: Mapping[str, Compressor | None], layout: Layout) -> Book:
+        """Those of an experiment: the strategy's fields and the two links, as they are, bound to the model, scaled."""
+        found = {k: c for k, c in links.items() if c is not None}
+        for f in fields(strategy) if is_dataclass(strategy) else ():
+            value = getattr(strategy, f.name)
+            if hasattr(value, "omega"):
+                found[f"strategy.{f.name}"] = value
+        out: dict[str, Compressor] = {}
+        for name, compressor in found.items():
+            out |= {name: compressor, f"{name}/bound": bind(compressor, layout)}
+            if compressor.unbiased:
+                out[f"{name}/contractive"] = Contractive(of=compressor)
+        return cls(out)
+
+    def name(self, compressor: Compressor) -> str:
+        """What the other end calls a compressor.
+
+        Raises:
+            ValueError: if it is in no field of the strategy and in no link, so that the other end can't know it.
+        """
+        for name, known in self.compressors.items():
+            if known == compressor:
+                return name
+        raise ValueError(
+            f"a packet was made by {compressor}, which the other end does not know; make it a field of the strategy, "
+            "or the uplink's or downlink's compressor"
+        )
+
+
+def write(values: Mapping[str, Any], book: Book, keys: Sequence[Key] = ()) -> RecordDict:
+    """Records for named values.
+
+    Args:
+        values: tensors of any shape, numbers, text, None, or packets of one row.
+        book: names of compressors.
+        keys: of random numbers that packets with shared fields may have been made with.
+
+    Raises:
+        ValueError: for a value of another kind, a packet of several rows, or one whose shared fields follow from none
+            of the keys.
+    """
+    tensors: dict[str, Array] = {}
+    numbers: dict[str, Any] = {}
+    nothing: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, np.generic):
+            value = value.item()
+        if value is None:
+            nothing.append(name)
+        elif isinstance(value, Packet):
+            tensors[name] = packet_array(value, book, keys)
+        elif isinstance(value, Tensor):
+            tensors[name] = raw_array(value)
+        elif isinstance(value, bool | int | float | str):
+            numbers[name] = value
+        else:
+            raise ValueError(
+                f"{name} is a {type(value).__name__}; only tensors, packets, numbers, text and None can travel"
+            )
+    out = RecordDict()
+    out[TENSORS], out[NUMBERS] = ArrayRecord(tensors), ConfigRecord(numbers)
+    out[NOTHING] = ConfigRecord({"names": nothing})
+    return out
+
+
+def read(content: RecordDict, book: Book) -> dict[str, Any]:
+    """The inverse of `write`; a packet comes back as a packet, on the CPU.
+
+    Raises:
+        ValueError: if bytes are missing or left over, or a compressor's name is unknown here.
+    """
+    out: dict[str, Any] = {name: None for name in content[NOTHING]["names"]}
+    out |= dict(content[NUMBERS])
+    return out | {name: of_array(array, book) for name, array in content[TENSORS].items()}
+
+
+def bits(value: Any) -> int:
+    """Bits of one value: 32 a number or an entry, 1 a yes or no, 0 None, and of a packet of one row its encoding's."""
+    if value is None or isinstance(value, bool):
+        return int(value is not None)
+    if isinstance(value, Packet):
+        return int(value.bits[0])
+    return BITS_PER_NUMBER * (value.numel() if isinstance(value, Tensor) else 1)
+
+
+def raw_array(value: Tensor) -> Array:
+    """A tensor as its raw bytes."""
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return Array(str(value.dtype).removeprefix("torch."), tuple(value.shape), RAW, data)
+
+
+def packet_array(packet: Packet, book: Book, keys: Sequence[Key] = ()) -> Array:
+    """A packet of one row as its encoding."""
+    if len(packet) != 1:
+        raise ValueError(f"a packet of {len(packet)} rows was sent to one client; send one row")
+    stype = f"{PACKET}/{book.name(packet.compressor)}"
+    if any(f.shared for f in packet.compressor.fields(packet.num_entries)):
+        stype += "@" + ",".join(str(part) for part in _key_of(packet, keys))
+    return Array("uint8", (packet.num_entries,), stype, packet.encode_row(0))
+
+
+def of_array(array: Array, book: Book) -> Tensor | Packet:
+    """What an array stands for."""
+    if array.stype == RAW:
+        return _tensor(array)
+    kind, _, rest = array.stype.partition("/")
+    name, _, key = rest.partition("@")
+    if kind != PACKET or name not in book.compressors:
+        raise ValueError(
+            f"an array of kind {array.stype!r} arrived, which this experiment does not know ({RAW}, "
+            f"{', '.join(f'{PACKET}/{k}' for k in book.compressors)}); both ends need the same experiment file"
+        )
+    compressor, (num_entries,) = book.compressors[name], array.shape
+    shared = {}
+    if key:
+        seed, client, job, step = (int(part) for part in key.split(","))
+        shared = compressor.shared(Streams(seed, torch.tensor([client]), torch.tensor([job])), num_entries, step)
+    return Packet.decode_row(array.data, compressor, num_entries, shared)
+
+
+def _tensor(array: Array) -> Tensor:
+    dtype = getattr(torch, array.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"an array of type {array.dtype!r} arrived, which torch does not have")
+    want = dtype.itemsize * int(np.prod(array.shape, dtype=np.int64))
+    if len(array.data) != want:
+        raise ValueError(f"{array.dtype}{list(array.shape)} takes {want} bytes and {len(array.data)} arrived")
+    if not want:
+        return torch.zeros(array.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(array.data), dtype=torch.uint8).view(dtype).reshape(array.shape)
+
+
+def _key_of(packet: Packet, keys: Sequence[Key]) -> Key:
+    """The key from which a packet's shared fields follow."""
+    for key in keys:
+        seed, client, job, step = key
+        streams = Streams(seed, torch.tensor([client]), torch.tensor([job]))
+        drawn = packet.compressor.shared(streams, packet.num_entries, step)
+        if all(torch.equal(packet.payload[k].cpu(), v) for k, v in drawn.items()):
+            return key
+    raise ValueError(
+        f"{packet.compressor} leaves numbers out that the receiver draws itself, but they follow from no key that it "
+        "knows; set shared_seed: false, so that they are sent"
+    )
