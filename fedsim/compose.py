@@ -332,6 +332,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
         checkpoint=every,
         allow_divergence=diverge,
         device=device,
+        threads=runtime.threads,
     )
     reader.resolved["clients"]["count"] = len(task.num_examples)
     reader.resolved["runtime"] |= {"engine": built.plan.engine, "stack": built.plan.width, "device": str(device)}

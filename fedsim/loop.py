@@ -9,7 +9,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -22,10 +23,9 @@ from torch import Tensor
 
 from fedsim import checkpoint
 from fedsim.config import ConfigError, place
-from fedsim.fleet import Fleet
+from fedsim.fleet import DrivenFleet, Fleet
 from fedsim.metrics import spread
 from fedsim.sim.executor import ClientError
-from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink
 from fedsim.streams import server_rng
 from fedsim.task import Pool, Task
@@ -120,7 +120,7 @@ class Experiment:
 
     task: Task
     strategy: Strategy
-    fleet: SimFleet
+    fleet: DrivenFleet
     pool: Pool
     rounds: int
     seed: int = 0
@@ -130,6 +130,7 @@ class Experiment:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     allow_divergence: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    threads: int = 1
 
 
 Watch = Callable[[Mapping[str, Any]], None]
@@ -161,6 +162,24 @@ def train(
         ConfigError: if the strategy found that its settings don't fit, or a checkpoint can't be read or written.
         Interrupted: after Ctrl-C, once the running round is finished and saved.
     """
+    with _threads(experiment.threads):
+        return _train(experiment, sinks, folder, resume, watch)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """The server's own sums run on as many intra-op threads as a worker's, so that no number of cores shows in them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(
+    experiment: Experiment, sinks: Sequence[Sink], folder: Path | None, resume: bool, watch: Watch
+) -> tuple[Any, list[dict[str, Any]], str]:
     run = _Run(experiment, folder)
     if resume:
         run.restore()
