@@ -12,7 +12,7 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections import ChainMap
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -48,10 +48,12 @@ def pack(value: Any, *, share: bool = False, pickler: type[pickle.Pickler] = pic
         Tensor: lambda t: _reduce(t, share),
         nn.Parameter: lambda p: (nn.Parameter, (_Whole(p.detach()), p.requires_grad)),
         _Whole: lambda w: _reduce(w.tensor, False),
+        threading.local: lambda _: (threading.local, ()),  # what belongs to a thread starts empty elsewhere
+        type(threading.Lock()): lambda _: (threading.Lock, ()),
         torch.device: lambda d: (torch.device, ("cuda" if d.type == "cuda" else str(d),)),
     }
-    known = copyreg.dispatch_table if pickler is pickle.Pickler else pickler.dispatch_table  # type: ignore[attr-defined]
-    table = ChainMap(reducers, known)
+    known = copyreg.dispatch_table if pickler is pickle.Pickler else pickler.dispatch_table
+    table: dict[type, Callable[[Any], Any]] = {**known, **reducers}
     stream, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
     # a subclass, because picklers look their table up once, when they are made
     packer = type("Packer", (pickler,), {"dispatch_table": table})

@@ -15,26 +15,20 @@ Letters: R jobs, C clients of a stack, W workers.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
-import secrets
-import signal
-import sys
-import sysconfig
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.sim.executor import ClientError, Gather, Jobs, Results, StackRunner, cut, grouped, keep_freed_memory
+from fedsim.sim.executor import Gather, Jobs, Results, StackRunner, cut, grouped
 from fedsim.sim.packing import Parcel, pack, unpack
+from fedsim.sim.ray_runtime import connect, environment
+from fedsim.sim.ray_worker import Actor, Failure
 
 ATTEMPTS = 4  # how often one group, or one worker's start, is tried before the run gives up
 START_SECONDS = 300.0  # for a worker to be placed, to import torch and to fetch the task
@@ -75,8 +69,7 @@ class RayExecutor:
         timeout_seconds: for one group of stacks; a worker that takes longer counts as hung and is replaced.
 
     Raises:
-        ValueError: if task or strategy cannot be sent, or the cluster has no room for a single worker.
-        ConnectionError: if there is no cluster at the address.
+        ValueError: if task or strategy cannot be sent, there is no cluster at the address, or no room for a worker.
     """
 
     def __init__(
@@ -100,7 +93,7 @@ class RayExecutor:
         self._threads, self._gpus = threads, 1 if runner.device.type == "cuda" else 0
         self._runs = 0
         setting = self._pack_setting(runner)
-        self._started = _connect(ray, address, workers, threads, self._gpus, sum(a.nbytes for a in setting[1]))
+        self._started = connect(ray, address, workers, threads, self._gpus, sum(a.nbytes for a in setting[1]))
         try:
             self._setting = ray.put(setting)
             self._workers = [self._start() for _ in range(self._count(workers))]
@@ -153,7 +146,7 @@ class RayExecutor:
                 if group is None or group[0] != self._runs:
                     continue  # a worker got ready, or finished what a call that failed had left behind
                 index = group[1]
-                if isinstance(outcome, _Failure):
+                if isinstance(outcome, Failure):
                     raise outcome.error from outcome.cause
                 if isinstance(outcome, Results):
                     done[index] = outcome
@@ -175,7 +168,7 @@ class RayExecutor:
         worker.group, worker.deadline = (self._runs, index), time.monotonic() + self.timeout_seconds
 
     def _next_outcome(self) -> tuple[tuple[int, int] | None, Any]:
-        """Wait for one worker: (which group or None, its results, a _Failure, or how the worker was lost)."""
+        """Wait for one worker: (which group or None, its results, a Failure, or how the worker was lost)."""
         busy = {w.ref: w for w in self._workers if w.ref is not None}
         first = min(busy.values(), key=lambda w: w.deadline)
         ready, _ = self._ray.wait(list(busy), num_returns=1, timeout=max(0.0, first.deadline - time.monotonic()))
@@ -212,8 +205,8 @@ class RayExecutor:
             return pack(parts, share=True, pickler=self._pickler)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"the task or the strategy cannot be sent to Ray workers: {error}; keep locks, open files and "
-                "generators out of them, or use runtime.executor=in_process"
+                f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
+                "and generators out of them, or use runtime.executor=in_process"
             ) from error
 
     def _count(self, workers: int | None) -> int:
@@ -240,9 +233,9 @@ class RayExecutor:
             max_restarts=-1,
             max_task_retries=0,  # groups are sent again from here, to whoever is free
             scheduling_strategy="SPREAD",
-            runtime_env={"env_vars": _environment(self._threads)},
+            runtime_env={"env_vars": environment(self._threads)},
         )
-        return remote(_Actor).remote(self._threads)
+        return remote(Actor).remote(self._threads)
 
     def _get_ready(self, worker: _Worker) -> None:
         worker.ref = worker.actor.ready.options(max_task_retries=-1).remote(self._setting)
@@ -265,106 +258,6 @@ class RayExecutor:
         elif hung:
             self._ray.kill(worker.actor, no_restart=False)
         self._get_ready(worker)
-
-
-@dataclass
-class _Failure:
-    """An exception that a worker sends as a value, so that Ray neither wraps nor retries it."""
-
-    error: Exception
-    cause: BaseException | None
-
-    @classmethod
-    def of(cls, error: Exception) -> _Failure:
-        where = "".join(traceback.format_exception(error.__cause__ or error))
-        told = error if isinstance(error, ClientError) else _sendable(error)
-        told.add_note(f"On the worker:\n{where}")
-        return cls(told, None if error.__cause__ is None else _sendable(error.__cause__))
-
-
-def _sendable(error: BaseException) -> Any:
-    """The exception itself if it survives pickling, else what it said."""
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-class _Actor:
-    """What runs in a worker's process. All that it keeps comes anew with every call, so restarts lose nothing."""
-
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        keep_freed_memory()
-        self._runner: StackRunner | None = None
-
-    def ready(self, setting: Parcel) -> Parcel:
-        """Open the task and the strategy, which imports the user's modules."""
-        try:
-            self._open(setting)
-        except ImportError as error:
-            return pack(_Failure.of(RuntimeError(f"a Ray worker cannot import what the run needs: {error}")))
-        return pack(None)
-
-    def run(self, setting: Parcel, parcel: Parcel, *models: Parcel) -> Parcel:
-        """Run the stacks of one group in their order and fold their sums in that order."""
-        jobs, sizes = unpack(parcel)
-        jobs.models = [unpack(model) for model in models]
-        gather = Gather(len(jobs.ids))
-        try:
-            runner = self._open(setting)
-            for index in torch.arange(len(jobs.ids)).split(sizes):
-                gather.add(index, runner.run(jobs.rows(index)))
-        except Exception as error:
-            return pack(_Failure.of(error))
-        gather.end_group()
-        return pack(gather.results)
-
-    def _open(self, setting: Parcel) -> StackRunner:
-        if self._runner is None:
-            self._runner = StackRunner(*unpack(setting))
-        return self._runner
-
-
-# The runtime ----------------------------------------------------------------------------------------------------
-
-
-def _connect(ray: Any, address: str | None, workers: int | None, threads: int, gpus: int, setting_bytes: int) -> bool:
-    """Start or join a runtime; True if it has to be shut down later because it was not there before."""
-    if ray.is_initialized():
-        return False
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ours = signal.getsignal(signal.SIGTERM)
-    try:
-        if address is not None:
-            ray.init(address=address, **quiet)
-        else:
-            # a token of this process alone keeps strangers out of the runtime and leaves no file in the user's home
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            cpus = len(os.sched_getaffinity(0)) if workers is None else workers * threads
-            ray.init(
-                address="local",
-                num_cpus=max(cpus, threads),
-                num_gpus=None if gpus else 0,
-                object_store_memory=(512 << 20) + 2 * setting_bytes,
-                include_dashboard=False,
-                **quiet,
-            )
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ours)  # ray.init puts its own handler there
-    return True
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """What workers need to import the same modules as this process, from the same places."""
-    installed = ("stdlib", "platstdlib", "purelib", "platlib", "scripts")
-    library = {Path(sysconfig.get_path(name)).resolve() for name in installed}
-    own = [Path(p or ".").resolve() for p in sys.path]
-    path = [str(p) for p in own if p.is_dir() and not any(p == e or e in p.parents for e in library)]
-    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys(path)), "OMP_NUM_THREADS": str(threads)}
 
 
 def _gave_up(jobs: Jobs, index: Tensor, error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def some_jobs(work: str = "step", *, fold: bool = True, num_models: int = 1, rou
     ids = torch.randperm(NUM_CLIENTS, generator=torch.Generator().manual_seed(1))[:100]
     if 7 not in ids:
         ids[50] = 7
-    models = [{"x": key.normal(f"model {m}", DIM)[m]} for m in range(num_models)]
+    models: list[Mapping[str, Any]] = [{"x": key.normal(f"model {m}", DIM)[m]} for m in range(num_models)]
     kept = {"c": key.normal("kept", DIM)[ids]}
     weights = key.uniform("weights")[ids].flatten() if fold else None
     return Jobs(work, ids, ids % 5, models, torch.arange(100) % num_models, kept, weights, round)

@@ -141,7 +141,7 @@ def test_the_clients_own_exception_names_clients_work_and_round(executors: dict[
     ) as e:
         executor.run(some_jobs("fail"))
     assert isinstance(e.value.__cause__, ZeroDivisionError)
-    assert any("ray_cases.py" in note for note in e.value.__notes__)
+    assert any("ray_cases.py" in note for note in e.value.__cause__.__notes__)
     assert executor.resubmitted == before, "a client's error is not retried"
     assert_same_bits(executor.run(JOBS["folded"]), in_process(JOBS["folded"]))
 
@@ -186,12 +186,26 @@ def test_a_group_that_always_loses_its_worker_ends_with_a_clear_error(
 def test_a_strategy_that_cannot_be_pickled_is_refused_at_once(runtime: None) -> None:
     whole = runner()
     with pytest.raises(ValueError, match="cannot be sent to Ray workers.*in_process"):
-        RayExecutor(StackRunner(whole.task, threading.Lock(), 0, whole.device), width=1, workers=1)
+        RayExecutor(StackRunner(whole.task, (n for n in range(3)), 0, whole.device), width=1, workers=1)
 
 
 def test_a_timeout_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="timeout_seconds must be positive, got 0"):
         RayExecutor(runner(), width=1, workers=1, timeout_seconds=0)
+
+
+def test_an_address_without_a_cluster_is_refused_at_once() -> None:
+    code = """
+from fedsim.sim.ray_executor import RayExecutor
+from tests.fedsim.sim.ray_cases import runner
+try:
+    RayExecutor(runner(), width=1, address="127.0.0.1:1")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("runtime.address=127.0.0.1:1: cannot join a Ray cluster there")
+    assert "ray start --head" in done.stdout
 
 
 def test_importing_the_module_does_not_import_ray() -> None:
