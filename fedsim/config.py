@@ -198,8 +198,9 @@ class Reader:
     def _argument(self, value: Any, hint: Any, key: str) -> tuple[Any, Any]:
         """(checked value, what to record) of one field, nested table entries and sections included."""
         for mark in getattr(hint, "__metadata__", ()):
-            if isinstance(mark, FromTable) and value is not None:
-                return self.nested[mark.kind](self, key, value)
+            if isinstance(mark, FromTable):
+                value = mark.default if value is None else value
+                return (None, None) if value is None else self.nested[mark.kind](self, key, value)
         if is_dataclass(hint) and isinstance(hint, type):
             return self.build(hint, value, key, {})
         return self._checked(value, hint, key), value

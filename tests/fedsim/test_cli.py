@@ -1,0 +1,383 @@
+"""The command line as a user meets it: results, tables, and one clear message for every kind of mistake."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedsim import cli
+from fedsim.cli import one_line
+from fedsim.compose import TABLES
+from fedsim.data.images import CHECKSUMS
+from tests.fedsim.console import Outcome, contents, fedsim
+
+QUAD = """\
+rounds: 4
+task: {name: quadratic, a: [1, 3], b: [0, 1], x0: 2}
+strategy: {name: fedavg}
+local: {steps: 10, optimizer: {name: sgd, lr: 0.1}}
+evaluate: {every: 1}
+checkpoint: {every: 2}
+"""
+DIGITS = """\
+rounds: 1
+task: {name: classification, dataset: digits, model: {name: logistic}}
+clients: {count: 10}
+strategy: {name: fedavg, cohort_size: 2}
+local: {epochs: 1, batch_size: 20, optimizer: {name: sgd, lr: 0.1}}
+"""
+MINE = '''\
+"""What a user might bring."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from clients.local_sgd import LocalSGD
+from fedsim import FederatedData
+
+text = "not callable"
+
+
+def a_list(*, num_classes):
+    return [num_classes]
+
+
+def raising(*, num_classes):
+    raise KeyError("inside the factory")
+
+
+def too_few_classes(*, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+
+def wrong_shape(*, num_classes):
+    return nn.Linear(5, num_classes)
+
+
+def holes():
+    x = np.zeros((10, 4), np.float32)
+    x[3, 2] = np.nan
+    return x, np.arange(10) % 2
+
+
+def no_data():
+    raise ZeroDivisionError("no data today")
+
+
+def nobody():
+    none = torch.zeros(0, dtype=torch.int64)
+    x, y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    offsets = torch.zeros(6, dtype=torch.int64)
+    return FederatedData(x, y, offsets, none, x, y, num_classes=2)
+
+
+class NotAStrategy:
+    pass
+
+
+@dataclass(frozen=True)
+class State:
+    x: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientFails:
+    local: LocalSGD
+
+    def init(self, x0):
+        return State(x0)
+
+    def round(self, s, fleet, rng):
+        fleet.ask(fleet.clients[1:], self.work, x=s.x)
+        return s, {}
+
+    def work(self, clients, x):
+        raise ZeroDivisionError("this client's own trouble")
+
+
+class ServerFails(ClientFails):
+    def round(self, s, fleet, rng):
+        raise IndexError("the server's own trouble")
+
+
+class NoModel(ClientFails):
+    def init(self, x0):
+        return {"x": x0}
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with experiments, the user's own code and data good and bad, and the run of an earlier experiment."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "quad.yaml").write_text(QUAD)
+    (root / "digits.yaml").write_text(DIGITS)
+    (root / "cli_mine.py").write_text(MINE)
+    (root / "cli_broken.py").write_text("raise RuntimeError('broken at import')\n")
+    (root / "half.yaml").write_text("rounds: [1\n")
+    (root / "list.yaml").write_text("- a\n- b\n")
+    (root / "bytes.yaml").write_bytes(b"\x90\xff\x00")
+    (root / "twice.yaml").write_text("rounds: 1\nrounds: 2\n")
+    (root / "holes.csv").write_text("client,seconds_per_step\n0,0.1\n1,0.1\n3,0.1\n")
+    (root / "a_file").write_text("hello\n")
+    (root / "images").mkdir()
+    for name in CHECKSUMS:
+        (root / "images" / name).write_bytes(gzip.compress(bytes(5000))[:20])
+    np.savez(root / "unnamed.npz", features=np.zeros((4, 2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert fedsim("run", "quad.yaml", "--out", "used", "-q").code == 0
+    yield root
+    for name in ("cli_mine", "cli_broken"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+Q, D = "quad.yaml", "digits.yaml"
+MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "unknown section": ([Q, "roundz=3"], ["quad.yaml: roundz:", "did you mean 'rounds'"]),
+    "unknown key": ([D, "strategy.cohortsize=3"], ["digits.yaml: strategy.cohortsize:", "did you mean 'cohort_size'"]),
+    "unknown name": ([Q, "strategy.name=fedagv"], ["strategy.name:", "'fedagv'", "did you mean 'fedavg'"]),
+    "unknown optimizer": ([Q, "local.optimizer.name=sdg"], ["local.optimizer:", "'sdg'", "did you mean 'sgd'"]),
+    "unknown optimizer key": ([Q, "local.optimizer.lrr=1"], ["local.optimizer:", "'lrr'", "did you mean 'lr'"]),
+    "unknown sink": ([Q, "log.sinks=[tensorbord]"], ["log.sinks:", "'tensorbord'", "did you mean 'tensorboard'"]),
+    "unknown table": ([Q, "task=clasification"], ["task.name:", "did you mean 'classification'"]),
+    "unknown device": ([Q, "runtime.device=tpu9"], ["runtime.device:", "'tpu9'", "use cpu"]),
+    "unknown engine": ([D, "runtime.engine=fast"], ["runtime.engine:", "one of auto, loop, stacked", "'fast'"]),
+    "wrong type": ([Q, "rounds=1.5"], ["rounds: expected a whole number, got 1.5"]),
+    "text for a number": ([D, "strategy.cohort_size=ten"], ["strategy.cohort_size: expected a whole number", "'ten'"]),
+    "number for a list": ([D, "task.model={name: mlp, hidden: 9}"], ["task.model.hidden: expected a list", "got 9"]),
+    "key below a number": ([Q, "rounds.a=3"], ["rounds: expected a whole number"]),
+    "out of range": ([Q, "rounds=0"], ["rounds: must be at least 1, got 0"]),
+    "no workers": ([Q, "runtime.workers=0"], ["runtime: workers must be at least 1 or auto, got 0"]),
+    "no batch": ([Q, "local.batch_size=0"], ["local: batch_size must be at least 1, got 0"]),
+    "epochs and steps": ([Q, "local.epochs=1"], ["local: give either epochs or steps"]),
+    "override without value": ([Q, "rounds"], ["override 'rounds'", "write key.sub=value"]),
+    "override without spaces": ([Q, "strategy={name:fedavg}"], ["'strategy={name:fedavg}'", "a space after each ':'"]),
+    "nested without spaces": ([Q, "a={name:b,c:{d:1}}"], ["not readable", "a space after each ':'"]),
+    "missing file": (["quat.yaml"], ["quat.yaml: no such file", "did you mean 'quad.yaml'"]),
+    "folder for a file": (["images"], ["images: is a folder", "name an experiment file"]),
+    "broken YAML": (["half.yaml"], ["half.yaml: not readable", "line 1"]),
+    "list at the top": (["list.yaml"], ["list.yaml: expected sections at the top"]),
+    "bytes for text": (["bytes.yaml"], ["bytes.yaml: not readable", "utf-8"]),
+    "key given twice": (["twice.yaml"], ["twice.yaml: not readable", "duplicate key rounds", "line 2"]),
+    "cohort too large": ([D, "strategy.cohort_size=11"], ["strategy.cohort_size: 11 exceeds the 10 clients", "lower"]),
+    "f too large": (
+        [D, "strategy.aggregator={name: krum, f: 1}"],
+        ["strategy.aggregator:", "cohort of 2", "f=1", "lower f"],
+    ),
+    "no interval": ([Q, "strategy={name: fedfix, interval: 0}"], ["strategy: interval must be positive", "got 0"]),
+    "key left out": ([Q, "strategy=fedfix"], ["strategy.interval: missing"]),
+    "biased compressor": (
+        [Q, "strategy={name: masha1, lr: 0.1, compressor: {name: top_k, k: 1}}"],
+        ["strategy:", "biased", "masha2"],
+    ),
+    "k beyond the model": ([D, "uplink.compressor={name: top_k, k: 10000}"], ["uplink.compressor:", "k=10000", "650"]),
+    "nothing to feed back": ([Q, "uplink.error_feedback=true"], ["uplink.error_feedback: needs an uplink.compressor"]),
+    "all byzantine": ([Q, "clients.byzantine={count: 2}"], ["clients.byzantine: count", "honest", "got 2"]),
+    "labels to poison": (
+        [Q, "clients.byzantine={count: 1, attack: label_flip}"],
+        ["clients.byzantine.attack: poisons labels"],
+    ),
+    "device file missing": ([Q, "clients.devices={name: trace, path: no.csv}"], ["clients.devices:", "no.csv"]),
+    "device file with holes": (
+        [D, "clients.count=4", "clients.devices={name: trace, path: holes.csv}"],
+        ["clients.devices: holes.csv", "no line for 1 of 4 clients (2)"],
+    ),
+    "truncated images": (
+        [D, "task.dataset=fashion_mnist", "data.root=images"],
+        ["task.dataset: images/train-images-idx3-ubyte.gz: cannot be read as gzip", "delete it"],
+    ),
+    "missing data": ([D, "task.dataset={name: npz, path: no.npz}"], ["task.dataset:", "no file", "no.npz"]),
+    "unreadable data": ([D, "task.dataset={name: npz, path: a_file}"], ["task.dataset: a_file: not an .npz"]),
+    "data without keys": ([D, "task.dataset={name: npz, path: unnamed.npz}"], ["no key 'x'", "features"]),
+    "holes in the data": ([D, "task.dataset=cli_mine:holes"], ["task.dataset:", "NaN"]),
+    "data that raises": ([D, "task.dataset=cli_mine:no_data"], ["task.dataset: ZeroDivisionError: no data today"]),
+    "empty partition": (
+        [D, "task.dataset=cli_mine:nobody"],
+        ["task.dataset:", "the partition is empty, none of the 5"],
+    ),
+    "no classes": ([D, "partition={name: classes, per_client: 0}"], ["partition", "0"]),
+    "no natural clients": ([D, "partition=natural"], ["partition:", "names no clients", "another partition"]),
+    "partition out of range": ([D, "partition={name: dirichlet, alpha: -1}"], ["partition:", "alpha", "-1"]),
+    "ragged numbers": ([Q, "task={name: quadratic, a: [1, 2], b: [[1, 2], [3]]}"], ["task: b:", "same shape"]),
+    "unequal numbers": ([Q, "task={name: quadratic, a: [1, 2, 3], b: [1, 2]}"], ["task.a", "one entry per client"]),
+    "no such module": (
+        [D, "task.model=cli_none:make"],
+        ["task.model.name: can't import 'cli_none:make'", "PYTHONPATH"],
+    ),
+    "no such attribute": ([D, "task.model=cli_mine:nothing"], ["task.model.name:", "'cli_mine' has no 'nothing'"]),
+    "module that raises": ([D, "task.model=cli_broken:make"], ["task.model.name:", "RuntimeError: broken at import"]),
+    "not callable": ([D, "task.model=cli_mine:text"], ["task.model.name:", "is a str, not a class or function"]),
+    "no module made": ([D, "task.model=cli_mine:a_list"], ["task.model:", "gave a list, not a torch.nn.Module"]),
+    "factory that raises": ([D, "task.model=cli_mine:raising"], ["task.model: KeyError", "cli_mine.py, line"]),
+    "too few logits": ([D, "task.model=cli_mine:too_few_classes"], ["task.model:", "(2, 3)", "(2, 10)"]),
+    "model of other inputs": ([D, "task.model=cli_mine:wrong_shape"], ["task.model: can't take samples of", "8, 8"]),
+    "no strategy": ([Q, "strategy=cli_mine:NotAStrategy"], ["strategy.name:", "no method init()"]),
+    "out is a file": ([Q, "--out", "a_file"], ["a_file: can't write here", "another --out"]),
+    "out below a file": ([Q, "--out", "a_file/sub"], ["a_file/sub: can't write here", "another --out"]),
+    "out in use": ([Q, "--out", "used"], ["used already holds a run", "--resume"]),
+    "nothing to resume": ([Q, "--out", "fresh", "--resume"], ["fresh holds no run to resume"]),
+    "never run": ([D, "--resume"], ["holds no run of digits.yaml"]),
+    "another config": (
+        [Q, "--out", "used", "--resume", "strategy=scaffold"],
+        ["used/checkpoints/round-000004: belongs to another config (strategy differ)", "another folder"],
+    ),
+    "another seed": ([Q, "--out", "used", "--resume", "seed=1", "rounds=9"], ["another config (seed differ)"]),
+    "option without value": ([Q, "--out"], ["'--out' requires an argument"]),
+    "unknown option": ([Q, "--resum"], ["No such option", "--resume"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message_exit_2_and_nothing_touched(mistake: str, folder: Path) -> None:
+    args, words = MISTAKES[mistake]
+    before = contents(folder)
+    found = fedsim("run", *args)
+    assert found.code == 2, found
+    assert found.err.startswith("fedsim: ") and found.err.count("\n") == 1, found.err
+    for word in words:
+        assert word in found.err, found.err
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), ["run", "check"]),
+        (("nosuch",), ["No such command 'nosuch'"]),
+        (("run",), ["Missing argument 'CONFIG'"]),
+        (("list", "strateges"), ["unknown table 'strateges'", "did you mean 'strategies'"]),
+        (("compare", "nowhere"), ["nowhere", "metrics.jsonl"]),
+        (("report", "nowhere"), ["nowhere", "metrics.jsonl"]),
+        (("check", "digits.yaml", "strategy.cohort_size=11"), ["strategy.cohort_size: 11 exceeds"]),
+        (("tune", "digits.yaml", "strategy.cohort_size=11"), ["strategy.cohort_size: 11 exceeds"]),
+    ],
+)
+def test_every_command_answers_mistakes_with_exit_2(args: tuple[str, ...], words: list[str]) -> None:
+    found = fedsim(*args)
+    assert found.code == 2 and "Traceback" not in found.err
+    assert all(word in found.err + found.out for word in words), found
+
+
+def test_a_run_that_diverges_says_so_with_exit_1_and_keeps_its_rows(tmp_path: Path) -> None:
+    found = fedsim("run", Q, "rounds=50", "local.optimizer.lr=1000", "--out", tmp_path / "run")
+    assert found.code == 1 and found.err.count("\n") == 1
+    assert "not finite, the run diverged; lower local.optimizer.lr" in found.err
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["train_loss"] is None and "train_loss" in last["nonfinite"]
+
+
+def test_a_run_may_be_told_to_go_on_after_divergence(tmp_path: Path) -> None:
+    found = fedsim("run", Q, "local.optimizer.lr=1e30", "allow_divergence=true", "--out", tmp_path / "run")
+    assert found.code == 0 and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_failing_client_half_is_shown_with_client_round_and_its_own_exception(tmp_path: Path) -> None:
+    found = fedsim("run", Q, "strategy=cli_mine:ClientFails", "--out", tmp_path / "run")
+    assert found.code == 1
+    assert "cli_mine.py" in found.err and 'ZeroDivisionError("this client\'s own trouble")' in found.err
+    last = found.err.splitlines()[-1]
+    assert last.startswith("fedsim: work failed in round ") and "client(s) 1:" in last and "ZeroDivisionError" in last
+
+
+def test_a_failing_server_half_is_shown_with_its_round_and_its_own_exception(tmp_path: Path) -> None:
+    found = fedsim("run", Q, "strategy=cli_mine:ServerFails", "--out", tmp_path / "run")
+    assert found.code == 1 and "cli_mine.py" in found.err
+    last = found.err.splitlines()[-1]
+    assert last == "fedsim: ServerFails.round failed in round 1: IndexError: the server's own trouble"
+
+
+def test_a_state_without_a_model_is_refused(tmp_path: Path) -> None:
+    found = fedsim("run", Q, "strategy=cli_mine:NoModel", "--out", tmp_path / "run")
+    assert found.code == 2 and "NoModel.init returned a dict" in found.err
+
+
+def test_a_run_ends_with_a_table_and_the_place_of_its_report(tmp_path: Path) -> None:
+    found = fedsim("run", D, "--out", tmp_path / "a[1]")
+    assert found.code == 0 and found.err == ""
+    assert "Test accuracy" in found.out and f"report: {tmp_path / 'a[1]' / 'report.html'}" in found.out
+    assert "10, 2 of them in a round" in found.out
+
+
+def test_quiet_prints_nothing(tmp_path: Path) -> None:
+    assert fedsim("run", Q, "--out", tmp_path / "run", "--quiet") == Outcome(0, "", "")
+
+
+def test_runs_are_numbered_and_resume_takes_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quad.yaml").write_text(QUAD)
+    monkeypatch.chdir(tmp_path)
+    assert fedsim("run", Q, "-q").code == 0 and fedsim("run", Q, "-q", "seed=1").code == 0
+    first = contents(tmp_path / "runs" / "quad-001")
+    assert fedsim("run", Q, "-q", "--resume", "seed=1", "rounds=6").code == 0
+    assert contents(tmp_path / "runs" / "quad-001") == first
+    assert len((tmp_path / "runs" / "quad-002" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_check_prints_the_plan_and_writes_nothing(folder: Path) -> None:
+    before = contents(folder)
+    found = fedsim("check", D)
+    assert found.code == 0
+    for word in ("10, 2 of them in a round", "samples per client", "650 parameters", "stacked", "MiB", "Mbit down"):
+        assert word in found.out, found.out
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_list_gives_every_entry_of_every_table_a_line(table: str) -> None:
+    found = fedsim("list", table)
+    assert found.code == 0 and found.out.splitlines()[0].strip() == table
+    for name, entry in TABLES[table].items():
+        line = one_line(entry)
+        assert len(line) > 5 and line[0].isupper() | (not line[0].isalpha()) | (table == "engines"), (name, line)
+        assert f"\n{name} " in found.out
+        first_words = " ".join(line.split()[:4])
+        assert first_words in " ".join(found.out.split()), (name, line)
+    own = [one_line(entry) for entry in TABLES[table].values()]
+    assert len(set(own)) >= 0.7 * len(own), "entries need lines of their own"
+
+
+def test_list_without_a_table_shows_all() -> None:
+    found = fedsim("list")
+    assert found.code == 0 and all(f"\n{table}" in "\n" + found.out for table in TABLES)
+
+
+def test_brackets_of_a_description_are_shown() -> None:
+    assert "[200]" in fedsim("list", "models").out
+
+
+def test_compare_fits_in_100_columns_and_writes_a_page(tmp_path: Path) -> None:
+    for name, lr in (("slow", 0.01), ("fast", 0.2)):
+        assert fedsim("run", Q, f"local.optimizer.lr={lr}", "--out", tmp_path / name, "-q").code == 0
+    found = fedsim("compare", tmp_path / "slow", tmp_path / "fast", "--out", tmp_path / "both.html")
+    assert found.code == 0
+    lines = found.out.splitlines()
+    assert max(map(len, lines[:-1])) <= 100 and "slow" in found.out and "fast" in found.out
+    assert "local.optimizer.lr=0.2" in found.out and "which every run reached" in found.out
+    assert lines[-1] == f"report: {tmp_path / 'both.html'}" and (tmp_path / "both.html").stat().st_size > 5000
+
+
+def test_report_is_written_again(tmp_path: Path) -> None:
+    assert fedsim("run", Q, "--out", tmp_path / "run", "-q").code == 0
+    (tmp_path / "run" / "report.html").unlink()
+    found = fedsim("report", tmp_path / "run")
+    assert found.out == f"report: {tmp_path / 'run' / 'report.html'}\n"
+    assert "</html>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._plain_warning("the model can't be batched", UserWarning, "file.py", 3)
+    assert capsys.readouterr().err == "fedsim: warning: the model can't be batched\n"
