@@ -1,6 +1,6 @@
 """Local training alone: the engine on stacks of clients against a plain PyTorch loop, in one run.
 
-    python benchmarks/bench_engine.py [--workloads w1 w2 w3] [--repeats 7] [--precision fp32] [--width auto]
+    python benchmarks/bench_engine.py [--workloads w1 w2 w3] [--repeats 9] [--precision fp32] [--width auto]
 
 Workloads as in docs/benchmarks.md: W1 100 clients x 3 steps of 20 (MLP 784-200-10), W2 50 clients x 3 steps of 20
 (LEAF's CNN), W3 10 clients x 94 steps of 64 (the MLP). Times are milliseconds for all clients of a round: copying
@@ -15,9 +15,11 @@ import queue
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from multiprocessing.synchronize import Barrier, Event
 
 import torch
 import torch.multiprocessing as mp
@@ -145,89 +147,109 @@ def plain_round(problem: Problem, part: int = 0, parts: int = 1) -> Callable[[],
     return round_
 
 
-def _plain_worker(load: Workload, part: int, parts: int, repeats: int, barrier: object) -> None:
+class PlainProcesses:
+    """A round by processes of one thread each, which wait between rounds."""
+
+    def __init__(self, load: Workload, count: int = 2) -> None:
+        context = mp.get_context("spawn")
+        self.barrier = context.Barrier(count + 1)
+        self.stop = context.Event()
+        self.workers = [
+            context.Process(target=_plain_worker, args=(load, part, count, self.barrier, self.stop), daemon=True)
+            for part in range(count)
+        ]
+        for worker in self.workers:
+            worker.start()
+
+    def __call__(self) -> None:
+        self.barrier.wait()
+        self.barrier.wait()
+
+    def close(self) -> None:
+        self.stop.set()
+        self.barrier.wait()
+        for worker in self.workers:
+            worker.join()
+
+
+def _plain_worker(load: Workload, part: int, parts: int, barrier: Barrier, stop: Event) -> None:
     torch.set_num_threads(1)
     round_ = plain_round(Problem.make(load), part, parts)
-    round_()
-    for _ in range(repeats):
-        barrier.wait()  # type: ignore[attr-defined]
+    while True:
+        barrier.wait()
+        if stop.is_set():
+            return
         round_()
-        barrier.wait()  # type: ignore[attr-defined]
+        barrier.wait()
 
 
-def plain_processes(load: Workload, repeats: int, count: int = 2) -> list[float]:
-    """Milliseconds of each repeat, by processes of one thread each."""
-    context = mp.get_context("spawn")
-    barrier = context.Barrier(count + 1)
-    workers = [
-        context.Process(target=_plain_worker, args=(load, part, count, repeats, barrier)) for part in range(count)
-    ]
-    for worker in workers:
-        worker.start()
-    times = []
+def with_threads(count: int, round_: Callable[[], None]) -> Callable[[], None]:
+    """The round with so many intra-op threads."""
+
+    def run() -> None:
+        torch.set_num_threads(count)
+        round_()
+        torch.set_num_threads(1)
+
+    return run
+
+
+def measure(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each repeat. Variants take turns, so that what else the machine does hits all of them."""
+    for round_ in variants.values():
+        round_()
+    times: dict[str, list[float]] = {label: [] for label in variants}
     for _ in range(repeats):
-        barrier.wait()
-        began = time.perf_counter()
-        barrier.wait()
-        times.append((time.perf_counter() - began) * 1e3)
-    for worker in workers:
-        worker.join()
+        for label, round_ in variants.items():
+            began = time.perf_counter()
+            round_()
+            times[label].append((time.perf_counter() - began) * 1e3)
     return times
 
 
-def measure(round_: Callable[[], None], repeats: int) -> list[float]:
-    """Milliseconds of each repeat, after one round to warm up."""
-    round_()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        round_()
-        times.append((time.perf_counter() - began) * 1e3)
-    return times
+def variants_of(load: Workload, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The engine at the widths, precisions and numbers of threads asked for."""
+    problem = Problem.make(load)
+    layout = Layout.of_module(problem.module)
+    yield "plain, 1 process, 2 threads", with_threads(2, plain_round(problem))
+    for precision, width, threads in product(args.precision, args.width, args.threads):
+        plan = choose(
+            problem.module,
+            layout,
+            batch_size=load.batch,
+            steps=load.steps,
+            num_clients=load.clients,
+            engine=args.engine,
+            stack=width if width == "auto" else int(width),
+            precision=precision,
+        )
+        label = f"{plan.engine} {precision}, stacks of {plan.width}, {threads} Python threads"
+        yield label, stacked_round(problem, plan.engine, plan.width, precision, threads)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--precision", nargs="+", default=["fp32"])
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--width", nargs="+", default=["auto"], help="clients a stack; several are all measured")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     args = parser.parse_args()
+    torch.set_num_threads(1)
     for name in args.workloads:
         load = WORKLOADS[name]
-        problem = Problem.make(load)
-        layout = Layout.of_module(problem.module)
-        torch.set_num_threads(2)
-        plain = {"plain, 1 process, 2 threads": measure(plain_round(problem), args.repeats)}
-        torch.set_num_threads(1)
-        plain["plain, 2 processes, 1 thread"] = plain_processes(load, args.repeats)
-        best = min(min(times) for times in plain.values())
-        for label, times in plain.items():
-            show(name, label, times, best)
-        for width in args.width:
-            plan = choose(
-                problem.module,
-                layout,
-                batch_size=load.batch,
-                steps=load.steps,
-                num_clients=load.clients,
-                engine=args.engine,
-                stack=width if width == "auto" else int(width),
-                precision=args.precision,
-            )
-            for threads in args.threads:
-                round_ = stacked_round(problem, plan.engine, plan.width, args.precision, threads)
-                label = f"{plan.engine} {args.precision}, stacks of {plan.width}, {threads} Python threads"
-                show(name, label, measure(round_, args.repeats), best)
+        processes = PlainProcesses(load)
+        times = measure({PROCESSES: processes, **dict(variants_of(load, args))}, args.repeats)
+        processes.close()
+        reference = min(min(found) for label, found in times.items() if label.startswith("plain"))
+        for label, found in times.items():
+            ratio = reference / min(found)
+            middle = statistics.median(found)
+            print(f"{name}  {label:48}  best {min(found):7.1f} ms  median {middle:7.1f}  {ratio:5.2f}x", flush=True)
 
 
-def show(workload: str, label: str, times: list[float], reference: float) -> None:
-    """One line: best, median, and how many times faster than the best plain loop."""
-    ratio = reference / min(times)
-    print(f"{workload}  {label:48}  best {min(times):7.1f} ms  median {statistics.median(times):7.1f}  {ratio:5.2f}x")
-
+PROCESSES = "plain, 2 processes, 1 thread"
 
 if __name__ == "__main__":
     main()

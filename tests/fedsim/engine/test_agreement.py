@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.engine import Batch, build_engine
+from fedsim.engine.compiled import CompiledEngine
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import LOSSES, cross_entropy
 from fedsim.engine.stacked import StackedEngine
@@ -234,15 +235,31 @@ def test_threads_share_an_engine_and_get_the_bits_of_one_thread() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["mlp", "resnet_bn"])
-def test_compiled_equals_the_loop(name: str) -> None:
-    from fedsim.engine.compiled import CompiledEngine
-
-    module, layout, x0 = model(name)
-    x, b = stack(layout, x0, 4), batch(name, COUNTS)
+def test_compiled_equals_the_loop() -> None:
+    module = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.4), nn.Linear(9, 7)
+    )
+    layout = Layout.of_module(module)
+    x0 = layout.flatten({k: v.detach() for k, v in [*module.named_parameters(), *module.named_buffers()]}).double()
+    x, b = stack(layout, x0, 4), batch("mlp", COUNTS)
     engine = CompiledEngine(module, layout, cross_entropy)
     x1, x2 = copy_of(x), copy_of(x)
     g1, loss1 = LoopEngine(module, layout, cross_entropy).gradient(x1, b)
     g2, loss2 = engine.gradient(x2, b)
     assert close(g1, g2) and close(loss1, loss2) and close(x1, x2)
     assert not engine.failed
+
+
+def test_a_module_that_cannot_be_compiled_runs_stacked_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, layout, x0 = model("resnet_bn")
+    x, b = stack(layout, x0, 2), batch("resnet_bn", [3, 2])
+    engine = CompiledEngine(module, layout, cross_entropy)
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(engine.program, "gradient", refuse)
+    with pytest.warns(UserWarning, match="ResNet cannot be compiled and runs in the stacked engine.*no compiler here"):
+        g, _ = engine.gradient(x, b)
+    assert engine.session(x).sgd_step_(b, 0.1) is not None
+    assert close(g, LoopEngine(module, layout, cross_entropy).gradient(stack(layout, x0, 2), b)[0])
