@@ -134,7 +134,8 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob("round-*") if (p / "state.json").is_file())
+    whole = [p for p in folder.glob("round-*") if (p / "state.json").is_file() and p.name[6:].isdigit()]
+    return sorted(whole, key=lambda p: int(p.name[6:]))
 
 
 def load(path: Path, classes: Mapping[str, type]) -> dict[str, Any]:

@@ -1,0 +1,182 @@
+"""Checkpoints: what goes in comes out, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedsim import checkpoint
+from fedsim.checkpoint import checkpoints, classes_of, load, pack, peek, save, to_device, unpack
+from fedsim.config import ConfigError
+from tests.fedsim.console import contents
+
+
+@dataclass(frozen=True)
+class Inner:
+    row: Tensor
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Outer:
+    x: Tensor
+    parts: dict[int, Inner] = field(default_factory=dict)
+    later: Inner | None = None
+    derived: int = field(default=7, init=False)
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal with equal types; NaN equals NaN, and -0.0 is not 0.0."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return a.hex() == b.hex()
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+@given(TREES)
+def test_plain_trees_come_back_through_json(tree: Any) -> None:
+    packed = json.loads(json.dumps(pack(tree, {}), allow_nan=False))
+    assert same(unpack(packed, {}, {}), tree)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
+def test_tensors_come_back_with_bits_type_and_shape(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.arange(12).reshape(3, 4).to(dtype)
+    state = {"whole": values, "column": values[:, 1], "none": values[:0], "number": values[0, 0]}
+    save(tmp_path, 1, {"tensors": state})
+    back = load(tmp_path / "round-000001", {})["tensors"]
+    for name, value in state.items():
+        assert back[name].dtype == dtype and back[name].shape == value.shape and torch.equal(back[name], value)
+
+
+def test_not_a_number_and_infinity_keep_their_bits(tmp_path: Path) -> None:
+    odd = [math.nan, math.inf, -math.inf, -0.0, 0.1 + 0.2, 5e-324]
+    save(tmp_path, 1, {"numbers": odd, "tensor": torch.tensor(odd, dtype=torch.float64)})
+    back = load(tmp_path / "round-000001", {})
+    assert [v.hex() for v in back["numbers"]] == [v.hex() for v in odd]
+    assert [v.hex() for v in back["tensor"].tolist()] == [v.hex() for v in odd]
+
+
+def test_dataclasses_come_back_though_the_first_state_did_not_hold_them(tmp_path: Path) -> None:
+    # `later` was None and `parts` empty when the run began; their classes are known from the type hints
+    classes = classes_of(Outer(torch.zeros(2)))
+    assert classes == {"Outer": Outer, "Inner": Inner}
+    state = Outer(torch.ones(2), {3: Inner(torch.arange(3.0), 5)}, Inner(torch.zeros(1)))
+    save(tmp_path, 12, {"strategy": state, "round": 12})
+    back = load(tmp_path / "round-000012", classes)
+    made = back["strategy"]
+    assert isinstance(made, Outer) and made.parts[3].count == 5 and made.derived == 7 and back["round"] == 12
+    assert torch.equal(made.parts[3].row, torch.arange(3.0)) and isinstance(made.later, Inner)
+
+
+def test_what_comes_back_is_nobody_elses_memory(tmp_path: Path) -> None:
+    x = torch.zeros(3)
+    tensors: dict[str, Tensor] = {}
+    packed = pack({"x": x, "view": x[1:]}, tensors)
+    x += 1
+    first, second = (unpack(packed, tensors, {}) for _ in range(2))
+    assert first["x"].sum() == 0
+    first["x"] += 5
+    assert second["x"].sum() == 0 and first["view"].sum() == 0
+
+
+def test_what_cannot_be_saved_is_named_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
+    save(tmp_path, 1, {"a": 1})
+    before = contents(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"round-000002: a checkpoint can't hold a set \(at \.strategy\.x\); use tens"
+    ):
+        save(tmp_path, 2, {"strategy": {"x": {1, 2}}})
+    assert contents(tmp_path) == before
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for k in (5, 10, 999_999, 1_000_000):
+        save(tmp_path, k, {"k": k})
+    assert [p.name for p in checkpoints(tmp_path)] == ["round-999999", "round-1000000"]
+    assert load(checkpoints(tmp_path)[-1], {})["k"] == 1_000_000
+
+
+@pytest.mark.parametrize("step", ["save_file", "os.fsync", "os.replace"])
+def test_a_failure_at_any_step_leaves_what_was_there(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, {"x": torch.zeros(2)})
+    before = contents(tmp_path)
+
+    def fail(*args: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    owner, _, name = step.rpartition(".")
+    monkeypatch.setattr(getattr(checkpoint, owner) if owner else checkpoint, name, fail)
+    with pytest.raises(ConfigError, match=r"round-000002: can't write the checkpoint: .*No space left.*--resume"):
+        save(tmp_path, 2, {"x": torch.ones(2)})
+    assert contents(tmp_path) == before and not list(tmp_path.glob(".part-*"))
+
+
+def test_half_a_checkpoint_is_none(tmp_path: Path) -> None:
+    save(tmp_path, 1, {"a": 1})
+    (tmp_path / ".part-000002").mkdir()
+    (tmp_path / "round-000003").mkdir()  # its state.json never came
+    assert [p.name for p in checkpoints(tmp_path)] == ["round-000001"]
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "gone"])
+def test_damage_is_named_with_the_way_out(file: str, damage: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 4, {"x": torch.zeros(8), "config": {"a": "1"}})
+    whole = (path / file).read_bytes()
+    if damage == "gone":
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"\xff" * len(whole))
+    with pytest.raises(ConfigError, match=r"round-000004: can't read this checkpoint \(.*delete it to resume from an"):
+        load(path, {})
+
+
+def test_an_unknown_class_never_comes_out(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, {"strategy": Inner(torch.zeros(1))})
+    with pytest.raises(ConfigError, match="can't read this checkpoint"):
+        load(path, {})
+
+
+def test_one_entry_is_read_without_tensors_or_classes(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, {"strategy": Inner(torch.zeros(1)), "config": {"seed": "0"}})
+    (path / "tensors.safetensors").unlink()
+    assert peek(path, "config") == {"seed": "0"}
+    with pytest.raises(ConfigError, match="KeyError: 'nothing'"):
+        peek(path, "nothing")
+
+
+def test_a_tree_moves_to_a_device_whole() -> None:
+    tree = {"a": [torch.zeros(2), 3], "b": Outer(torch.zeros(1), {1: Inner(torch.zeros(1))}), "c": (None, "x")}
+    moved = to_device(tree, torch.device("meta"))
+    assert moved["a"][0].device.type == moved["b"].x.device.type == moved["b"].parts[1].row.device.type == "meta"
+    assert moved["a"][1] == 3 and moved["c"] == (None, "x")
