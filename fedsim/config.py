@@ -187,7 +187,8 @@ class Reader:
             where = place(e, target)
             if where is None and not isinstance(e, ValueError):
                 raise
-            raise self.error(key, str(e) if where is None else f"{type(e).__name__}: {e} ({where})") from e
+            kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
+            raise self.error(key, f"{kind}{e}" + (f" ({where})" if where else "")) from e
 
     def finish(self) -> None:
         """Refuse top-level sections that nobody asked for."""

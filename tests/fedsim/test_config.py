@@ -1,0 +1,317 @@
+"""The experiment file: what is read, what is refused, and what the resolved file records."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from fedsim.config import (
+    ConfigError,
+    FromTable,
+    Reader,
+    apply_overrides,
+    did_you_mean,
+    parse_overrides,
+    place,
+    read_file,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    depth: int = 3
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    needed: int
+    rate: float = 0.5
+    kind: Literal["a", "b"] = "a"
+    sizes: tuple[int, ...] = (1, 2)
+    maybe: int | None = None
+    flag: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+def circle(radius: float, colour: str = "red") -> tuple[str, float, str]:
+    """A round thing."""
+    return ("circle", radius, colour)
+
+
+def square(*, side: int) -> tuple[str, int]:
+    """A thing with corners."""
+    return ("square", side)
+
+
+SHAPES: dict[str, Callable[..., Any]] = {"circle": circle, "square": square}
+
+
+def reader(**raw: Any) -> Reader:
+    nested = {"shape": lambda r, key, value: r.build_entry(SHAPES, value, key, {})}
+    return Reader(raw, "x.yaml", nested)
+
+
+# Sections and values ----------------------------------------------------------------------------------------------
+
+
+def test_a_section_fills_its_target_and_records_every_default() -> None:
+    r = reader(part={"needed": 4, "rate": 1, "inner": {"depth": 7}})
+    assert r.section("part", Section) == Section(needed=4, rate=1.0, inner=Inner(depth=7))
+    assert r.resolved["part"] == {
+        "needed": 4,
+        "rate": 1,
+        "kind": "a",
+        "sizes": [1, 2],
+        "maybe": None,
+        "flag": False,
+        "inner": {"depth": 7},
+    }
+
+
+def test_the_resolved_section_reads_back_to_the_same() -> None:
+    first = reader(part={"needed": 4})
+    made = first.section("part", Section)
+    second = reader(**first.resolved)
+    assert second.section("part", Section) == made and second.resolved == first.resolved
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, r"x.yaml: part.needed: missing; part needs it and it has no default"),
+        ({"needed": 1, "rait": 1}, r"part.rait: unknown key; did you mean 'rate'\?"),
+        ({"needed": 1, "zzz": 1}, r"part.zzz: unknown key; known: needed, rate, kind, sizes, maybe, flag, inner"),
+        ({"needed": "1"}, r"part.needed: expected a whole number, got '1'"),
+        ({"needed": True}, r"part.needed: expected a whole number, got True"),
+        ({"needed": 1.0}, r"part.needed: expected a whole number, got 1.0"),
+        ({"needed": None}, r"part.needed: expected a whole number, got None"),
+        ({"needed": 1, "rate": "fast"}, r"part.rate: expected a number, got 'fast'"),
+        ({"needed": 1, "kind": "c"}, r"part.kind: expected one of a, b, got 'c'"),
+        ({"needed": 1, "sizes": 3}, r"part.sizes: expected a list of whole numbers, got 3"),
+        ({"needed": 1, "sizes": [1, "x"]}, r"part.sizes: expected a list of whole numbers"),
+        ({"needed": 1, "maybe": "x"}, r"part.maybe: expected a whole number or null, got 'x'"),
+        ({"needed": 1, "flag": "maybe"}, r"part.flag: expected true or false, got 'maybe'"),
+        ({"needed": 1, "inner": {"deep": 1}}, r"part.inner.deep: unknown key; did you mean 'depth'\?"),
+        ({"needed": 1, "inner": {"depth": 0}}, r"part.inner: depth must be at least 1, got 0 \(test_config.py, line"),
+        ({"needed": 1, "inner": 3}, r"part.inner: expected a section of key: value lines, got 3"),
+        ([1], r"part: expected a section of key: value lines, got \[1\]"),
+    ],
+)
+def test_what_does_not_fit_is_named_by_file_key_and_value(section: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        reader(part=section).section("part", Section)
+
+
+def test_an_empty_section_is_all_defaults() -> None:
+    assert reader(part=None).section("part", Inner) == reader().section("part", Inner) == Inner()
+
+
+def test_a_key_that_another_section_sets_is_refused_where_it_is_not_its_place() -> None:
+    with pytest.raises(ConfigError, match="part.needed: is not set here but by its own section"):
+        reader(part={"needed": 1}).section("part", Section, given={"needed": 3})
+    assert reader(part={}).section("part", Section, given={"needed": 3}).needed == 3
+
+
+def test_top_level_sections_that_nobody_asked_for_are_refused() -> None:
+    r = reader(seed=3, seeds=4, versions={"torch": "2"})
+    assert r.value("seed", int, 0) == 3 and r.value("rounds", int, 100) == 100
+    with pytest.raises(ConfigError, match=r"x.yaml: seeds: unknown section; did you mean 'seed'\?"):
+        r.finish()
+    assert r.resolved == {"seed": 3, "rounds": 100}
+
+
+# Tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_is_a_name_or_a_name_with_fields() -> None:
+    r = reader(a="circle", b={"name": "square", "side": 2}, c={"name": "circle", "radius": 2, "colour": "blue"})
+    with pytest.raises(ConfigError, match="a.radius: missing"):
+        r.entry("a", SHAPES)
+    assert r.entry("b", SHAPES) == ("square", 2) and r.resolved["b"] == {"name": "square", "side": 2}
+    assert r.entry("c", SHAPES) == ("circle", 2.0, "blue")
+    assert r.entry("d", SHAPES, default={"name": "square", "side": 1}) == ("square", 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("circel", r"shape.name: unknown name 'circel'; did you mean 'circle'\?"),
+        ({"name": "zzz"}, r"shape.name: unknown name 'zzz'; known: circle, square"),
+        ({"side": 2}, r"shape: expected a name or \{name: ..., ...\}, got .*; known: circle, square"),
+        (["circle"], r"shape: expected a name or"),
+        (None, r"shape: missing; name one of circle, square, or your own code as pkg.module:name"),
+    ],
+)
+def test_an_entry_that_is_none_is_refused_with_the_table(value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        reader(shape=value).entry("shape", SHAPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    shape: Annotated[Any, FromTable("shape", "circle")] = None
+    other: Annotated[Any, FromTable("shape")] = None
+
+
+def test_nested_entries_are_built_too_and_an_optional_one_may_be_null() -> None:
+    r = reader(d={"shape": {"name": "square", "side": 3}})
+    made = r.section("d", Drawing)
+    assert made == Drawing(shape=("square", 3), other=None)
+    assert r.resolved["d"] == {"shape": {"name": "square", "side": 3}, "other": None}
+    assert reader(**r.resolved).section("d", Drawing) == made
+
+
+def test_a_nested_entry_has_the_tables_default() -> None:
+    with pytest.raises(ConfigError, match="d.shape.radius: missing"):
+        reader(d={}).section("d", Drawing)
+
+
+# The user's own code ----------------------------------------------------------------------------------------------
+
+CODE = """\
+from __future__ import annotations
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from nowhere import Nothing
+
+class Own:
+    '''A plain class.'''
+    def __init__(self, size: int, *, colour: str = "red") -> None:
+        if size > 5:
+            raise ValueError("size is too large")
+        self.size, self.colour = size, colour
+
+def untyped(size, colour="red"):
+    return size, colour
+
+def greedy(**everything):
+    return everything
+
+def unreadable(x: Nothing) -> None: ...
+
+def fails() -> None:
+    {}["gone"]
+
+def takes_object(x: Own | None = None) -> object:
+    return x
+
+number = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "own_code_for_config.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield "own_code_for_config"
+    sys.modules.pop("own_code_for_config", None)
+
+
+def test_own_code_comes_by_import_path_from_the_working_folder(module: str) -> None:
+    r = reader(shape={"name": f"{module}:Own", "size": 2})
+    made = r.entry("shape", SHAPES)
+    assert (made.size, made.colour) == (2, "red")
+    assert r.resolved["shape"] == {"name": f"{module}:Own", "size": 2, "colour": "red"}
+
+
+def test_own_code_without_type_hints_takes_what_it_is_given(module: str) -> None:
+    assert reader(s={"name": f"{module}:untyped", "size": [1]}).entry("s", SHAPES) == ([1], "red")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "M:Own", "size": "big"}, r"s.size: expected a whole number, got 'big'"),
+        ({"name": "M:Own", "size": 9}, r"s: size is too large \(M.py, line 10\)"),
+        ({"name": "M:Own", "siez": 2}, r"s.siez: unknown key; did you mean 'size'\?"),
+        ({"name": "M:untyped"}, r"s.size: missing"),
+        ({"name": "M:greedy", "size": 1}, r"s.size: unknown key$"),
+        ({"name": "M:unreadable"}, r"s: the type hints of .* can't be read: name 'Nothing' is not defined"),
+        ({"name": "M:fails"}, r"s: KeyError: 'gone' \(M.py, line 22\)"),
+        ({"name": "M:takes_object", "x": 1}, r"s.x: a file can't hold a Own or null; give it a default and leave it"),
+        ({"name": "M:nothing"}, r"s.name: module 'M' has no 'nothing'"),
+        ({"name": "M:number"}, r"s.name: 'M:number' is a int, not a class or function"),
+        ({"name": "M.sub:x"}, r"s.name: can't import 'M.sub:x'"),
+    ],
+)
+def test_own_code_that_does_not_fit_is_named(module: str, entry: dict[str, Any], message: str) -> None:
+    entry = {k: v.replace("M", module) if isinstance(v, str) else v for k, v in entry.items()}
+    with pytest.raises(ConfigError, match=message.replace("M", module)):
+        reader(s=entry).entry("s", SHAPES)
+
+
+def test_a_mistake_in_code_of_ours_is_not_hidden() -> None:
+    def broken() -> None:
+        raise KeyError("a bug")
+
+    broken.__module__ = "fedsim.somewhere"
+    with pytest.raises(KeyError, match="a bug"):
+        Reader({}, "x.yaml").call(broken, {}, "key")
+    assert place(KeyError(), broken) is None
+
+
+# Files and overrides ----------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_numbers_whatever_their_form(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("a: 1e-3\nb: 1_000\nc: 1E5\nd: .5\ne: '1e-3'\nf: on\ng: null\nh: ~\n")
+    assert read_file(file) == {"a": 1e-3, "b": 1000, "c": 1e5, "d": 0.5, "e": "1e-3", "f": True, "g": None, "h": None}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("a.b=3", {"a": {"b": 3, "c": 2}, "s": "fedavg"}),
+        ("a.b=1e-3", {"a": {"b": 1e-3, "c": 2}, "s": "fedavg"}),
+        ("a.new.deep=[1, 2]", {"a": {"b": 1, "c": 2, "new": {"deep": [1, 2]}}, "s": "fedavg"}),
+        ("a={b: 5}", {"a": {"b": 5, "c": 2}, "s": "fedavg"}),
+        ("a={name: z}", {"a": {"name": "z"}, "s": "fedavg"}),
+        ("a=z", {"a": "z", "s": "fedavg"}),
+        ("a=null", {"a": None, "s": "fedavg"}),
+        ("s.size=5", {"a": {"b": 1, "c": 2}, "s": {"name": "fedavg", "size": 5}}),
+        ("s={name: scaffold, size: 3}", {"a": {"b": 1, "c": 2}, "s": {"name": "scaffold", "size": 3}}),
+        ("t=a=b", {"a": {"b": 1, "c": 2}, "s": "fedavg", "t": "a=b"}),
+    ],
+)
+def test_overrides_set_merge_or_replace(override: str, expected: dict[str, Any]) -> None:
+    raw = {"a": {"b": 1, "c": 2}, "s": "fedavg"}
+    assert apply_overrides(raw, parse_overrides([override], "x"), "x") == expected
+    assert raw == {"a": {"b": 1, "c": 2}, "s": "fedavg"}
+
+
+def test_later_overrides_win_and_see_earlier_ones() -> None:
+    texts = ["s={name: scaffold}", "s.size=5", "s.size=6"]
+    assert apply_overrides({}, parse_overrides(texts, "x"), "x") == {"s": {"name": "scaffold", "size": 6}}
+
+
+@pytest.mark.parametrize("text", ["rounds", "=3", ""])
+def test_an_override_needs_a_key_and_a_value(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"x: override '.*' has no key and '='; write key.sub=value"):
+        parse_overrides([text], "x")
+
+
+def test_values_may_refer_to_other_keys_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("n: 5\nclients: {count: '${n}'}\n")
+    assert read_file(tmp_path / "x.yaml", ["n=7"]) == {"n": 7, "clients": {"count": 7}}
+    (tmp_path / "y.yaml").write_text("clients: {count: '${m}'}\n")
+    with pytest.raises(ConfigError, match=r"y.yaml: not readable: .*'m' not found"):
+        read_file(tmp_path / "y.yaml")
+
+
+@pytest.mark.parametrize(
+    ("known", "hint"),
+    [(["fedavg", "scaffold"], "; did you mean 'fedavg'?"), (["abc"], "; known: abc"), ([], "")],
+)
+def test_the_nearest_name_is_offered_or_all(known: Sequence[str], hint: str) -> None:
+    assert did_you_mean("fedagv", known) == hint
