@@ -86,7 +86,8 @@ def _reduce(tensor: Tensor, share: bool) -> tuple[Callable[..., Tensor], tuple[A
         return tensor.__reduce_ex__(5)
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().permute(order).contiguous()
-    raw = flat.view(-1).view(torch.uint8).numpy()
+    # as_strided rather than view: a dimension of one entry may have stride 0, which a view of bytes refuses
+    raw = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy()
     shared = share and raw.nbytes >= SMALLEST_SHARED
     return _rebuild, (raw, tensor.dtype, tuple(flat.shape), order, tensor.is_cuda, shared, tensor.requires_grad)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fedsim.streams import Streams
 from fedsim.task import Schedule
 from fedsim.tasks.quadratic import QuadraticTask
 
-NUM_CLIENTS, DIM = 150, 33
+NUM_CLIENTS, DIM, VICTIM = 150, 33, 7
 
 
 class LocalError(Exception):
@@ -33,12 +34,11 @@ class Toy:
     """One noisy step with a control variate.
 
     Args:
-        folder: where client `victim` leaves a mark the first time it trains, and then hangs.
-        victim: that client, or None.
+        folder: where the victim, client 7, looks for a file `armed`; it renames it to `mark`, writes its process id
+            there and hangs. So it hangs once each time the file is put there.
     """
 
     folder: str = ""
-    victim: int | None = None
 
     def step(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
         self._hang_once(clients)
@@ -50,7 +50,7 @@ class Toy:
         return {"delta": 0.1 * (g - c), "length": torch.linalg.vector_norm(g, dim=1)}
 
     def fail(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
-        if 7 in clients.ids.tolist():
+        if VICTIM in clients.ids.tolist():
             raise ZeroDivisionError("client seven divides by nothing")
         return self.step(clients, x)
 
@@ -58,31 +58,50 @@ class Toy:
         raise LocalError("cannot be sent")
 
     def _hang_once(self, clients: Cohort) -> None:
-        if self.victim is None or self.victim not in clients.ids.tolist():
+        if not self.folder or VICTIM not in clients.ids.tolist():
             return
+        mark = Path(self.folder) / "mark"
         try:
-            mark = os.open(Path(self.folder) / "mark", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
+            mark.with_name("armed").rename(mark)
+        except FileNotFoundError:
             return
-        os.write(mark, f"{os.getpid()}\n".encode())
-        os.close(mark)
+        mark.write_text(f"{os.getpid()}\n")
         time.sleep(120)
 
 
-def runner(**toy: Any) -> StackRunner:
+def arm(folder: Path) -> Path:
+    """Make the victim hang once more; the file in which it will leave its process id."""
+    (folder / "mark").unlink(missing_ok=True)
+    (folder / "armed").touch()
+    return folder / "mark"
+
+
+def once_marked(mark: Path, act: Callable[[int], None]) -> threading.Thread:
+    """A running thread that calls `act(pid)` as soon as the victim hangs."""
+
+    def watch() -> None:
+        while not (mark.exists() and mark.read_text().endswith("\n")):
+            time.sleep(0.02)
+        act(int(mark.read_text()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def runner(folder: Path | str = "") -> StackRunner:
     """The toy on noisy quadratics whose clients differ in weight."""
     task = QuadraticTask.drawn(NUM_CLIENTS, DIM, seed=3, spread=5.0, noise=0.3)
     counts = torch.arange(NUM_CLIENTS) * 7 % 23 + 1
     task = QuadraticTask(task.a, task.b, task.x0, task.noise, counts)
-    return StackRunner(task, Toy(**toy), seed=11, device=torch.device("cpu"))
+    return StackRunner(task, Toy(folder=str(folder)), seed=11, device=torch.device("cpu"))
 
 
 def some_jobs(work: str = "step", *, fold: bool = True, num_models: int = 1, round: int = 4) -> Jobs:
     """Two thirds of the clients, in mixed order, from one or several models, with rows that they kept."""
     key = Streams(5, torch.arange(NUM_CLIENTS), torch.zeros(NUM_CLIENTS, dtype=torch.int64))
     ids = torch.randperm(NUM_CLIENTS, generator=torch.Generator().manual_seed(1))[:100]
-    if 7 not in ids:
-        ids[50] = 7
+    assert VICTIM in ids
     models: list[Mapping[str, Any]] = [{"x": key.normal(f"model {m}", DIM)[m]} for m in range(num_models)]
     kept = {"c": key.normal("kept", DIM)[ids]}
     weights = key.uniform("weights")[ids].flatten() if fold else None

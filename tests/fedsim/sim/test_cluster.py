@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 
 from fedsim.sim.executor import InProcess
 from fedsim.sim.ray_executor import RayExecutor
-from tests.fedsim.sim.ray_cases import assert_same_bits, runner, some_jobs
+from tests.fedsim.sim.ray_cases import arm, assert_same_bits, once_marked, runner, some_jobs
 
 pytestmark = [
     pytest.mark.ray,
@@ -59,21 +57,14 @@ def test_a_node_lost_in_mid_round_changes_no_bit(
 ) -> None:
     import ray
 
-    executor = RayExecutor(runner(folder=str(tmp_path), victim=7), width=8, address=cluster.address)
+    executor = RayExecutor(runner(tmp_path), width=8, address=cluster.address)
     assert executor.num_workers == 2, "one worker for each CPU of the cluster"
     here = InProcess(runner(), width=8)
 
-    def lose_node() -> None:
-        mark = tmp_path / "mark"
-        while not (mark.exists() and mark.read_text().endswith("\n")):
-            time.sleep(0.02)
-        cluster.remove_node(node_of(cluster, int(mark.read_text())), allow_graceful=False)
-
-    thread = threading.Thread(target=lose_node, daemon=True)
-    thread.start()
+    loss = once_marked(arm(tmp_path), lambda pid: cluster.remove_node(node_of(cluster, pid), allow_graceful=False))
     with caplog.at_level(logging.WARNING, logger="fedsim"):
         got = executor.run(some_jobs())
-    thread.join(30)
+    loss.join(30)
     assert_same_bits(got, here.run(some_jobs()))
     assert executor.resubmitted >= 1
     assert "a worker was lost" in caplog.text

@@ -30,6 +30,8 @@ def frozen(parcel: Parcel) -> Parcel:
         torch.randn(5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16),
         torch.tensor([1 + 2j]),
         torch.ones(1, 3).expand(4, 3),
+        torch.tensor(2.0).expand(1),
+        torch.arange(6.0)[2:].view(2, 2)[1:].expand(1, 2),
         torch.arange(60.0).view(3, 4, 5)[:, ::2],
         torch.eye(3).to_sparse(),
     ],

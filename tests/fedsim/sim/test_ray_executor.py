@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from fedsim.sim.devices import Constant
 from fedsim.sim.executor import ClientError, InProcess, Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.ray_executor import RayExecutor
-from tests.fedsim.sim.ray_cases import DIM, NUM_CLIENTS, assert_same_bits, runner, some_jobs
+from tests.fedsim.sim.ray_cases import DIM, NUM_CLIENTS, arm, assert_same_bits, once_marked, runner, some_jobs
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,7 +48,7 @@ def runtime() -> Iterator[None]:
         import ray
 
         ray.init(
-            num_cpus=8,
+            num_cpus=6,
             num_gpus=0,
             include_dashboard=False,
             logging_level="error",
@@ -62,9 +60,15 @@ def runtime() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def executors(runtime: None) -> Iterator[dict[int, RayExecutor]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a victim can be armed."""
+    return tmp_path_factory.mktemp("victim")
+
+
+@pytest.fixture(scope="module")
+def executors(runtime: None, folder: Path) -> Iterator[dict[int, RayExecutor]]:
     """One executor for each number of workers, one client a stack so that stacks share groups."""
-    made = {w: RayExecutor(runner(), width=1, workers=w) for w in (1, 2, 3)}
+    made = {w: RayExecutor(runner(folder), width=1, workers=w) for w in (1, 2, 3)}
     yield made
     for executor in made.values():
         executor.close()
@@ -76,19 +80,6 @@ def in_process(jobs: Jobs, *, width: int = 1, workers: int = 1) -> Results:
         return executor.run(jobs)
     finally:
         executor.close()
-
-
-def once_marked(mark: Path, act: object) -> threading.Thread:
-    """A thread that calls `act(pid)` when the victim has begun to train."""
-
-    def watch() -> None:
-        while not (mark.exists() and mark.read_text().endswith("\n")):
-            time.sleep(0.02)
-        act(int(mark.read_text()))  # type: ignore[operator]
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -151,36 +142,38 @@ def test_an_exception_that_cannot_be_sent_still_tells_its_story(executors: dict[
         executors[1].run(some_jobs("fail_oddly"))
 
 
-def test_a_killed_worker_changes_no_bit(runtime: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    executor = RayExecutor(runner(folder=str(tmp_path), victim=7), width=4, workers=2)
-    killer = once_marked(tmp_path / "mark", lambda pid: os.kill(pid, signal.SIGKILL))
+def test_a_killed_worker_changes_no_bit(
+    executors: dict[int, RayExecutor], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor = executors[2]
+    killer = once_marked(arm(folder), lambda pid: os.kill(pid, signal.SIGKILL))
     with caplog.at_level(logging.WARNING, logger="fedsim"):
         got = executor.run(JOBS["folded"])
     killer.join(10)
-    assert_same_bits(got, in_process(JOBS["folded"], width=4))
+    assert_same_bits(got, in_process(JOBS["folded"]))
     assert executor.resubmitted == 1
     assert "round 4: a worker was lost" in caplog.text
-    executor.close()
 
 
-def test_a_hung_worker_is_replaced_after_its_deadline(runtime: None, tmp_path: Path) -> None:
-    executor = RayExecutor(runner(folder=str(tmp_path), victim=7), width=4, workers=1, timeout_seconds=2.0)
-    began = time.monotonic()
+def test_a_hung_worker_is_replaced_after_its_deadline(
+    executors: dict[int, RayExecutor], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = executors[1]
+    monkeypatch.setattr(executor, "timeout_seconds", 3.0)
+    mark = arm(folder)
     got = executor.run(JOBS["folded"])
-    assert time.monotonic() - began < 100, "the victim hangs for 120 s"
-    assert_same_bits(got, in_process(JOBS["folded"], width=4))
+    assert mark.exists(), "the victim did hang"
+    assert_same_bits(got, in_process(JOBS["folded"]))
     assert executor.resubmitted == 1
-    executor.close()
 
 
 def test_a_group_that_always_loses_its_worker_ends_with_a_clear_error(
-    runtime: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    executors: dict[int, RayExecutor], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_executor, "ATTEMPTS", 1)
-    executor = RayExecutor(runner(folder=str(tmp_path), victim=7), width=200, workers=1, timeout_seconds=1.0)
+    once_marked(arm(folder), lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(RuntimeError, match=r"step in round 4 .* lost its worker 1 times.*lower runtime.stack"):
-        executor.run(JOBS["folded"])
-    executor.close()
+        executors[3].run(JOBS["folded"])
 
 
 def test_a_strategy_that_cannot_be_pickled_is_refused_at_once(runtime: None) -> None:
