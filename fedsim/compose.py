@@ -289,6 +289,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
         given={"local": LocalSGD(optimizer=optimizer, schedule=schedule, rounds=rounds)},
     )
     _check_strategy(reader, strategy, len(task.num_examples))
+    _check_local(reader, strategy, task)
     up, down = reader.section("uplink", Up), reader.section("downlink", Down)
     uplink, downlink = _links(reader, up, down, strategy, task.layout, seed)
     n = len(task.num_examples)
@@ -482,6 +483,8 @@ def _links(
     made = []
     for key, compressor in (("uplink", up.compressor), ("downlink", down.compressor)):
         plain = isinstance(compressor, Identity)
+        if not plain and hasattr(strategy, "no_links"):
+            raise reader.error(f"{key}.compressor", f"does not go with this strategy: {strategy.no_links}")
         if not plain and own:
             raise reader.error(
                 f"{key}.compressor", f"this strategy compresses by itself; set strategy.{own[0]} instead"
@@ -513,6 +516,20 @@ def _byzantine(reader: Reader, lies: Lies, num_clients: int, seed: int, built: _
             raise reader.error("clients.byzantine.attack", "poisons labels, which this task does not have")
         built.task.poison(ids, lies.attack.poison)
     return Byzantine(ids=ids, attack=lies.attack, on_data=lies.attack.on_data, seed=seed)
+
+
+def _check_local(reader: Reader, strategy: Any, task: Task) -> None:
+    """Refuse a section that nothing would read, and local steps on a task where they cannot work."""
+    local_steps = hasattr(strategy, "local")
+    if not local_steps and reader.raw.get("local"):
+        name = reader.resolved["strategy"]["name"]
+        raise reader.error("local", f"{name} takes no local steps, so nothing would read this section; leave it out")
+    if local_steps and isinstance(task, BilinearTask) and not task.lam:
+        raise reader.error(
+            "strategy",
+            "local steps along a bilinear operator spiral away from the saddle point; set task.lam above 0, or use "
+            "extragradient, masha1 or masha2",
+        )
 
 
 # Nested entries --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ Letters: n clients, P parameters; theta_i a client's model, h_i its model after 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -38,6 +38,7 @@ class DSGD:
     """
 
     local: LocalSGD
+    no_links: ClassVar[str] = "peers exchange whole vectors; links compress what goes to and from a server"
 
     def __post_init__(self) -> None:
         local_rate("dsgd", self.local)

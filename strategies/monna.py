@@ -11,7 +11,7 @@ h_i its model after the local step.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -47,6 +47,7 @@ class Monna:
     f: int = 0
     arrival: Arrival = "all"
     local: LocalSGD
+    no_links: ClassVar[str] = "peers exchange whole vectors; links compress what goes to and from a server"
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:

@@ -1,0 +1,131 @@
+"""Which parts go together: the matrix of docs/composition.md, found by composing every pair.
+
+    python -m fedsim.composition > docs/composition.md
+
+Every strategy of the table is put together with every option below on a small problem. What the parts refuse is
+refused with the reason that a user would read; a test runs every pair that is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fedsim.compose import compose
+from fedsim.config import ConfigError, apply_overrides, read_file
+from strategies import STRATEGIES
+
+SMALL: dict[str, Any] = {
+    "seed": 0,
+    "rounds": 3,
+    "task": {"name": "classification", "dataset": "digits", "model": "logistic"},
+    "partition": {"name": "dirichlet", "alpha": 0.5},
+    "clients": {"count": 8, "devices": {"name": "f_x", "x": 50}},
+    "local": {"steps": 2, "batch_size": 10, "optimizer": {"name": "sgd", "lr": 0.05}},
+    "evaluate": {"every": 3, "per_client": False},
+}
+"""A problem on which every strategy takes a few rounds in no time."""
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "fedfix": {"interval": 0.5},
+    "fedbuff": {"buffer_size": 2},
+    "fedbuff_stream": {"buffer_size": 2, "concurrency": 4},
+    "monna": {"beta": 0.9, "f": 1},
+    "extragradient": {"lr": 0.05},
+    "masha1": {"lr": 0.05},
+    "masha2": {"lr": 0.05},
+}
+"""Hyper-parameters without a default, or whose default does not fit eight clients."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "uplink rand_k": {"uplink.compressor": {"name": "rand_k", "fraction": 0.5}},
+    "uplink top_k, error feedback": {
+        "uplink.compressor": {"name": "top_k", "fraction": 0.1},
+        "uplink.error_feedback": True,
+    },
+    "downlink natural": {"downlink.compressor": "natural"},
+    "trimmed mean": {"strategy.aggregator": {"name": "trimmed_mean", "f": 1}},
+    "byzantine ALIE": {"clients.byzantine": {"attack": "alie", "count": 1}},
+    "label flip": {"clients.byzantine": {"attack": "label_flip", "count": 1}},
+    "random clocks": {"clients.devices": {"name": "exponential", "mean": 1.0, "x": 50}},
+    "server Adam": {"strategy.server_optimizer": {"name": "adam", "lr": 0.01}},
+    "local AdamW": {"local.optimizer": {"name": "adamw", "lr": 0.01}},
+    "local momentum, clipped": {
+        "local.optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "clip": {"global": 1.0}}
+    },
+    "quadratic task": {"task": {"name": "quadratic", "dim": 5}, "partition": None},
+    "bilinear task": {"task": {"name": "bilinear", "dim": 5}, "partition": None},
+}
+
+
+def pair(strategy: str, option: str | None) -> dict[str, Any]:
+    """The small experiment with one strategy and one option."""
+    raw = {**SMALL, "strategy": {"name": strategy, **FIELDS.get(strategy, {})}}
+    changes = OPTIONS[option] if option else {}
+    if not any(f.name == "local" for f in fields(STRATEGIES[strategy])):
+        raw.pop("local")
+    dropped = [k for k, v in changes.items() if v is None]
+    raw = {k: v for k, v in raw.items() if k not in {*dropped, *changes}}
+    return apply_overrides(raw, {k: v for k, v in changes.items() if v is not None}, "pair")
+
+
+def refusal(strategy: str, option: str | None) -> str | None:
+    """Why a pair is refused, or None if it composes."""
+    try:
+        compose(pair(strategy, option), "pair").close()
+    except ConfigError as e:
+        return str(e).removeprefix("pair: ")
+    return None
+
+
+def matrix() -> dict[tuple[str, str], str | None]:
+    """{(strategy, option): reason of refusal or None}."""
+    return {(s, o): refusal(s, o) for s in STRATEGIES for o in OPTIONS}
+
+
+def page() -> str:
+    """docs/composition.md."""
+    found = matrix()
+    lines = [
+        "# What goes together",
+        "",
+        "Made by `python -m fedsim.composition`; a test runs every pair marked ✓ for a few rounds and compares this",
+        "page with what the code says. A number refers to a reason below, which is also the message that a user gets;",
+        "– means that the strategy has no such field.",
+        "",
+        "| strategy | " + " | ".join(OPTIONS) + " |",
+        "| --- |" + " :-: |" * len(OPTIONS),
+    ]
+    reasons: dict[str, int] = {}
+    for strategy in STRATEGIES:
+        cells = []
+        for option in OPTIONS:
+            why = found[strategy, option]
+            if why is None:
+                cells.append("✓")
+            elif "unknown key" in why:
+                cells.append("–")
+            else:
+                cells.append(str(reasons.setdefault(why.replace(strategy, "this strategy"), len(reasons) + 1)))
+        lines.append(f"| {strategy} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{k}. {why}" for why, k in reasons.items()), ""]
+    lines += ["Several options combine as their pairs do; for example:", ""]
+    lines += [f"- `{name}`: {title}" for name, title in examples().items()]
+    return "\n".join(lines) + "\n"
+
+
+def examples(folder: Path = Path("configs")) -> Mapping[str, str]:
+    """{config: its first comment line} of the configs that combine several parts."""
+    names = ("fedavg_compressed", "fedavg_robust", "fedadam", "fedfix_compressed", "scaffold_m_adamw", "monna")
+    out = {}
+    for name in names:
+        path = folder / f"{name}.yaml"
+        read_file(path)
+        out[str(path)] = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    return out
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,46 @@
+"""Every pair of a strategy and an option that composes also runs, and docs/composition.md says which do."""
+
+from __future__ import annotations
+
+from math import isfinite
+from pathlib import Path
+
+import pytest
+
+from fedsim.composition import OPTIONS, page, pair, refusal
+from fedsim.runs import run
+from strategies import STRATEGIES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_allowed_pair_runs_a_few_rounds(strategy: str) -> None:
+    for option in (None, *OPTIONS):
+        if refusal(strategy, option) is None:
+            history = run(pair(strategy, option))
+            assert len(history.rows) == 3, option
+            assert all(isfinite(v) for k, v in history.rows[-1].items() if isinstance(v, float)), option
+
+
+def test_the_page_says_what_the_code_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert Path("docs/composition.md").read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
+def test_every_config_composes(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedsim.compose import compose
+    from fedsim.config import read_file
+
+    monkeypatch.chdir(ROOT)
+    path = f"configs/{config}.yaml"
+    raw = read_file(path)
+    if raw.get("task", {}).get("dataset") == "fashion_mnist" and not Path("/usr/share/datasets/fashion-mnist").exists():
+        pytest.skip("needs Debian's dataset-fashion-mnist")
+    compose(raw, path).close()
+
+
+def test_every_strategy_has_a_config() -> None:
+    named = {p.stem for p in (ROOT / "configs").glob("*.yaml")}
+    assert set(STRATEGIES) - {"fedavg"} <= named
