@@ -22,7 +22,9 @@ def streams(ids: Tensor, seed: int = 0) -> Streams:
     return Streams(seed, ids, torch.zeros_like(ids))
 
 
-def run(spec: dict[str, Any], x: Tensor, grads: Tensor, layout: Layout = LAYOUT) -> tuple[Tensor, list[dict[str, Tensor]]]:
+def run(
+    spec: dict[str, Any], x: Tensor, grads: Tensor, layout: Layout = LAYOUT
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """The stack after all steps, and the state after each."""
     optimizer, y, ids = build(spec, layout), x.clone(), torch.arange(len(x))
     state, seen = optimizer.init(y), []
@@ -251,7 +253,10 @@ def test_drawing_needs_keys_and_only_at_a_refresh() -> None:
     [
         ({"kind": "diagonal"}, "Frugal.kind must be one of columns"),
         ({"density": 1.5}, r"Frugal.density must lie in \[0, 1\]"),
-        ({"kind": "blocks", "order": "mirror", "density": 0.75}, "takes matrices in pairs, and density=0.75 of 4 are 3"),
+        (
+            {"kind": "blocks", "order": "mirror", "density": 0.75},
+            "takes matrices in pairs, and density=0.75 of 4 are 3",
+        ),
         ({"state_scope": "server"}, "index of optimizer.Frugal have no mean"),
     ],
 )
