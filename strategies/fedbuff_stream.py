@@ -64,7 +64,7 @@ class FedBuffStream:
             fresh = self.replacements(fleet, busy, rng)
             fleet.send(fresh, self.local_update, cost=self.local.cost, x=s.x)
             r = fleet.receive(count=1)
-            total = total + r.weighted("delta", (1.0 + r.staleness) ** -self.exponent, like=s.x)
+            total = total + r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x)
             busy = torch.cat([busy, fresh])
             busy = busy[~torch.isin(busy, r.ids)]
         return State(s.x - self.server_lr / self.buffer_size * total, busy), {}

@@ -13,7 +13,7 @@ from fedsim.fleet import Replies
 
 def along(local: LocalResult, eta: float) -> Tensor:
     """[C, P]: Delta_i / (eta * K_i), the mean direction of a client's steps; zero for a client that took none."""
-    return local.delta.div_(eta * local.steps.clamp(min=1)[:, None])
+    return local.delta.div_(eta * local.steps.clamp(min=1).to(local.delta)[:, None])
 
 
 def step_size(gamma: float | None, server_lr: float, local: LocalSGD, replies: Replies) -> float:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clients.local_sgd import LocalSGD
+from fedsim.data.federated import FederatedData
+from fedsim.data.images import digits
+from fedsim.engine import build_engine
+from fedsim.engine.losses import LOSSES
 from fedsim.memory import Memory
 from fedsim.optim import build as build_optimizer
+from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.devices import Constant, Devices
 from fedsim.sim.executor import InProcess, Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.links import Downlink, Uplink
-from fedsim.streams import server_rng
+from fedsim.streams import Streams, server_rng
 from fedsim.task import Schedule, Task
 from fedsim.tasks.bilinear import BilinearTask
+from fedsim.tasks.classification import ClassificationTask
+from fedsim.tasks.models import Factory, init_parameters
 from fedsim.tasks.quadratic import QuadraticTask
 
 
@@ -48,7 +56,9 @@ def saddle(clients: int, dim: int, seed: int = 0, lam: float = 0.0) -> BilinearT
     return BilinearTask(task.matrix.double(), task.a.double(), task.b.double(), lam)
 
 
-def local_sgd(task: Task, lr: float = 0.1, rounds: int = 1, optimizer: dict[str, Any] | None = None, **schedule: Any):
+def local_sgd(
+    task: Task, lr: float = 0.1, rounds: int = 1, optimizer: dict[str, Any] | None = None, **schedule: Any
+) -> LocalSGD:
     """Local training; ten steps of SGD on the whole data unless told otherwise."""
     schedule = {"epochs": None, "steps": 10, "batch_size": None} | schedule
     rule = build_optimizer(optimizer or {"name": "sgd", "lr": lr}, task.layout)
@@ -59,7 +69,8 @@ class Counted:
     """An executor that notes how many clients each call ran."""
 
     def __init__(self, inner: InProcess) -> None:
-        self.inner, self.calls = inner, []
+        self.inner = inner
+        self.calls: list[int] = []
 
     def run(self, jobs: Jobs) -> Results:
         self.calls.append(len(jobs.ids))
@@ -130,3 +141,40 @@ class Play:
 def play(task: Task, strategy: Any, rounds: int, **options: Any) -> Tensor:
     """[rounds, P]: the server's model after every round of a fresh run."""
     return Play.start(task, strategy, **options).path(rounds)
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """Every client's jobs take a time given by hand; nothing for those without steps, and links on top."""
+
+    tau: tuple[float, ...]
+    downlink: float = inf
+    uplink: float = inf
+    random: bool = False
+
+    def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
+        work = torch.tensor(self.tau, dtype=torch.float64)[streams.clients]
+        return bits_down / self.downlink + torch.where(steps > 0, work, 0.0) + bits_up / self.uplink
+
+
+def f_80(clients: int = 5) -> tuple[float, ...]:
+    """F-80 clocks: 1, 0.8, 0.6, 0.4, 0.2 for five clients."""
+    return tuple(1 - 0.8 * i / (clients - 1) for i in range(clients))
+
+
+def digits_task(model: Factory, counts: list[int], engine: str = "stacked") -> ClassificationTask:
+    """Handwritten digits, so many to each client."""
+    source = digits()
+    data = FederatedData(
+        inputs=source.inputs,
+        targets=source.targets,
+        offsets=torch.tensor([0, *counts]).cumsum(0),
+        order=torch.arange(sum(counts)),
+        test_inputs=source.inputs[-50:],
+        test_targets=source.targets[-50:],
+        num_classes=10,
+    )
+    module, x0 = init_parameters(lambda: model((1, 8, 8), 10), 0)
+    loss = LOSSES["cross_entropy"]
+    built = build_engine(engine, module, Layout.of_module(module), loss, torch.device("cpu"))
+    return ClassificationTask(data, module, x0, built, loss)

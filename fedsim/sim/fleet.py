@@ -348,9 +348,8 @@ class SimFleet:
         seen = Metrics.count(num_clients=len(ids) if count else 0)
         for name, values in metrics.items():
             seen += Metrics.mean_over(values[arrive], self.num_examples[ids], name=name)
-        late = torch.zeros(len(ids), dtype=torch.int64) if staleness is None else staleness[arrive]
-        if bool((late > 0).any()) or "staleness_mean" in self._observed.means:
-            seen += Metrics.mean_over(late, torch.ones(len(ids)), name="staleness_mean")
+        if staleness is not None and len(ids):
+            seen += Metrics.mean_over(staleness[arrive], torch.ones(len(ids)), name="staleness_mean")
         self._observed += seen
 
 
