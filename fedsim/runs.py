@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from fedsim import checkpoint
 from fedsim.compose import Composition, compose
 from fedsim.config import ConfigError, apply_overrides, read_file
+from fedsim.fleet import DrivenFleet
 from fedsim.history import History
 from fedsim.loop import Watch, train
 from fedsim.params import Layout
-from fedsim.sinks import METRICS_FILE, write_whole
+from fedsim.sinks import METRICS_FILE, encode_row, write_whole
 from fedsim.tasks.classification import ClassificationTask
 
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
@@ -202,7 +203,7 @@ def _write_results(folder: Path, composition: Composition, state: Any, history: 
     experiment = composition.experiment
     last = history.rows[-1]
     final = {key: history.last(key) for key in history.keys()}
-    summary = {"rounds": last["round"], "ended": why, "final": final}
+    summary = {"rounds": last["round"], "ended": why, "final": json.loads(encode_row(final))}
     best = [row["test_accuracy"] for row in history.rows if row.get("test_accuracy") is not None]
     if best:
         summary["best_test_accuracy"] = max(best)
@@ -212,8 +213,18 @@ def _write_results(folder: Path, composition: Composition, state: Any, history: 
     else:
         tensors = {k: v.contiguous() for k, v in experiment.task.layout.views(state.x.cpu()).items()}
     save_file(tensors, folder / "model.safetensors")
+    _write_timeline(folder, experiment.fleet)
     if experiment.evaluate.per_client and isinstance(experiment.task, ClassificationTask):
         _write_clients(folder, experiment.task, state.x, experiment.pool)
+
+
+def _write_timeline(folder: Path, fleet: DrivenFleet) -> None:
+    """Who worked when and which server step took the reply, for the first jobs of an asynchronous run."""
+    jobs = getattr(fleet, "timeline", [])
+    if jobs:
+        keys = ("client", "start", "finish", "round")
+        lines = [json.dumps(dict(zip(keys, job, strict=True))) for job in jobs]
+        write_whole(folder / "timeline.jsonl", "\n".join(lines) + "\n")
 
 
 def _write_clients(folder: Path, task: ClassificationTask, x: torch.Tensor, pool: Any) -> None:
@@ -224,7 +235,7 @@ def _write_clients(folder: Path, task: ClassificationTask, x: torch.Tensor, pool
     counts = task.num_examples.tolist()
     columns = {k: v.tolist() for k, v in values.items()}
     lines = [
-        json.dumps({"client": i, "num_examples": n, **{k: v[i] for k, v in columns.items()}})
+        encode_row({"client": i, "num_examples": n, **{k: v[i] for k, v in columns.items()}})
         for i, n in enumerate(counts)
         if n > 0
     ]

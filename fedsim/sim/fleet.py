@@ -321,7 +321,7 @@ class SimFleet:
                 stacked[kind][name] = torch.stack([r[key] for r in rows if r is not None])
         for e in events:
             if len(self.timeline) < TIMELINE:
-                self.timeline.append((e.client, e.started, e.finish, self.sent[e.sent].round))
+                self.timeline.append((e.client, e.started, e.finish, self.round + 1))
         self.memory.write(ids, stacked["memory"])
         bits = torch.tensor([int(r["bits"]) for r in rows if r is not None], dtype=torch.int64)
         staleness = torch.tensor([self.round - self.sent[e.sent].round for e in events], dtype=torch.int64)
