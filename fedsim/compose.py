@@ -7,6 +7,7 @@ docs/tutorial.md.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
 from fedsim.optim import build as build_optimizer
+from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.table import RULES
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
@@ -336,7 +338,8 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
         threads=runtime.threads,
     )
     reader.resolved["clients"]["count"] = len(task.num_examples)
-    reader.resolved["runtime"] |= {"engine": built.plan.engine, "stack": built.plan.width, "device": str(device)}
+    engine = built.plan.engine if built.plan.engine in ENGINES else runtime.engine
+    reader.resolved["runtime"] |= {"engine": engine, "stack": built.plan.width, "device": str(device)}
     plan = describe(experiment, built, workers, strategy)
     return Composition(experiment, executor, reader.resolved, plan, sinks, built.data, built.module)
 
@@ -566,10 +569,24 @@ def _model(reader: Reader, key: str, value: Any) -> tuple[Callable[[FederatedDat
 
 def _optimizer(reader: Reader, key: str, spec: Any, layout: Layout) -> tuple[Optimizer, Any]:
     spec = {"name": spec} if isinstance(spec, str) else spec
+    if isinstance(spec, Mapping) and ":" in str(spec.get("name")):
+        return _foreign(reader, key, spec, layout)
     try:
         return build_optimizer(spec, layout), dict(spec)
     except ValueError as e:
         raise reader.error(key, str(e).removeprefix("optimizer: ").replace("optimizer.", "")) from e
+
+
+def _foreign(reader: Reader, key: str, spec: Mapping[str, Any], layout: Layout) -> tuple[Any, Any]:
+    """Any class of torch optimizers by import path, with one warning."""
+    arguments = {k: v for k, v in spec.items() if k != "name"}
+    make = reader.imported(spec["name"], f"{key}.name")
+    try:
+        made = ForeignOptimizer(make, arguments, layout)
+    except ValueError as e:
+        raise reader.error(key, str(e)) from e
+    warnings.warn(f"{key}: {spec['name']} is not batched, clients step one after the other", stacklevel=2)
+    return made, dict(spec)
 
 
 def _from(table: Mapping[str, Callable[..., Any]]) -> Callable[[Reader, str, Any], tuple[Any, Any]]:

@@ -1,0 +1,116 @@
+"""Any `torch.optim` class, or the user's own of that kind, as a local optimizer: one instance per client.
+
+    local: {optimizer: {name: "torch.optim:Rprop", lr: 0.01}}
+
+It steps one client after the other, so it is slow on stacks; the rules of the table are batched. Its state lives for
+one round.
+
+Letters: C clients of a stack, k of them step, P trainable entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.optim.schedules import Schedule
+from fedsim.params import Layout
+from fedsim.streams import Streams
+
+
+@dataclass
+class ForeignState:
+    """Each client's own optimizer and the tensors it steps.
+
+    Args:
+        optimizers: one per client.
+        parameters: {name: tensor} of each client, copies of its row.
+        skipped: [C] steps left out because a gradient was not finite.
+    """
+
+    optimizers: list[torch.optim.Optimizer]
+    parameters: list[dict[str, Tensor]]
+    skipped: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ForeignOptimizer:
+    """A class of torch optimizers, used like a rule of the core.
+
+    Args:
+        make: (parameters, **arguments) -> torch.optim.Optimizer.
+        arguments: its hyper-parameters.
+        layout: of the clients' parameters; its buffers are left out.
+    """
+
+    make: Callable[..., torch.optim.Optimizer]
+    arguments: Mapping[str, Any]
+    layout: Layout
+    schedule: Schedule | None = None
+    state_scope: str = "round"
+    is_plain_sgd: bool = False
+    needs: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        probe = [torch.zeros(1, requires_grad=True)]
+        try:
+            made = self.make(probe, **self.arguments)
+        except TypeError as e:
+            raise ValueError(f"{_name(self.make)} can't be made with {dict(self.arguments)}: {e}") from e
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ValueError(f"{_name(self.make)} gave a {type(made).__name__}, not a torch.optim.Optimizer")
+
+    @property
+    def lr(self) -> Any:
+        """The learning rate, where there is one."""
+        return self.arguments.get("lr", 1.0)
+
+    def check_needs(self, available: Any) -> None:
+        """A gradient is all it gets."""
+
+    def init(self, x: Tensor) -> ForeignState:
+        """Fresh optimizers of C clients at x [C, P]."""
+        layout = self.layout.trainable
+        parameters = [{k: v.clone().requires_grad_() for k, v in layout.views(row).items()} for row in x.detach()]
+        optimizers = [self.make(list(p.values()), **self.arguments) for p in parameters]
+        return ForeignState(optimizers, parameters, torch.zeros(len(x), dtype=torch.int64))
+
+    def step_(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        state: ForeignState,
+        *,
+        lr_scale: float | Tensor = 1.0,
+        aux: Mapping[str, Tensor] | None = None,
+        streams: Streams | None = None,
+    ) -> None:
+        """One step of the first k clients, x [k, P] in place; a gradient that is not finite skips its client."""
+        layout = self.layout.trainable
+        for i in range(len(x)):
+            if not bool(torch.isfinite(grad[i]).all()):
+                state.skipped[i] += 1
+                continue
+            rows, grads = layout.views(x[i]), layout.views(grad[i])
+            for name, parameter in state.parameters[i].items():
+                parameter.data.copy_(rows[name])
+                parameter.grad = grads[name].clone()
+            state.optimizers[i].step()
+            for name, parameter in state.parameters[i].items():
+                rows[name].copy_(parameter.detach())
+
+    def eval_point(self, x: Tensor, state: ForeignState) -> Tensor:
+        """x: gradients are taken where the clients are."""
+        return x
+
+    def final(self, x: Tensor, state: ForeignState) -> Tensor:
+        """x."""
+        return x
+
+
+def _name(make: Callable[..., Any]) -> str:
+    return f"{getattr(make, '__module__', '?')}:{getattr(make, '__qualname__', make)}"

@@ -1,0 +1,58 @@
+"""torch.optim classes by import path step every client as they would step it alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedsim.config import ConfigError
+from fedsim.optim.foreign import ForeignOptimizer
+from fedsim.params import Layout
+from fedsim.runs import run
+
+LAYOUT = Layout.of({"w": (3, 2), "b": (3,)})
+
+
+def test_each_client_steps_as_torch_would_alone() -> None:
+    optimizer = ForeignOptimizer(torch.optim.Adam, {"lr": 0.1}, LAYOUT)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, LAYOUT.size, generator=generator)
+    alone = [row.clone().requires_grad_() for row in x]
+    theirs = [torch.optim.Adam([p], lr=0.1) for p in alone]
+    state = optimizer.init(x)
+    for k in (4, 4, 2):
+        grad = torch.randn(k, LAYOUT.size, generator=generator)
+        optimizer.step_(x[:k], grad, state)
+        for i in range(k):
+            alone[i].grad = grad[i].clone()
+            theirs[i].step()
+    torch.testing.assert_close(x, torch.stack([p.detach() for p in alone]), rtol=1e-6, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_skips_its_client_alone() -> None:
+    optimizer = ForeignOptimizer(torch.optim.SGD, {"lr": 1.0}, LAYOUT)
+    x = torch.zeros(2, LAYOUT.size)
+    state = optimizer.init(x)
+    grad = torch.ones(2, LAYOUT.size)
+    grad[0, 3] = torch.nan
+    optimizer.step_(x, grad, state)
+    assert state.skipped.tolist() == [1, 0]
+    assert x[0].eq(0).all() and x[1].eq(-1).all()
+
+
+def test_it_is_named_by_import_path_in_an_experiment() -> None:
+    config = {
+        "rounds": 3,
+        "task": {"name": "quadratic", "a": [1, 3], "b": [0, 1], "x0": 2},
+        "local": {"steps": 4, "batch_size": "full", "optimizer": {"name": "torch.optim:SGD", "lr": 0.1}},
+        "evaluate": {"every": 1},
+    }
+    with pytest.warns(UserWarning, match="not batched"):
+        foreign = run(config)
+    own = run(config, **{"local.optimizer": {"name": "sgd", "lr": 0.1}})
+    assert foreign.last("x") == pytest.approx(own.last("x"), abs=1e-6)
+
+
+def test_wrong_arguments_are_one_clear_message() -> None:
+    with pytest.raises(ConfigError, match=r"local\.optimizer: .*SGD can't be made with"):
+        run({"local": {"optimizer": {"name": "torch.optim:SGD", "rate": 0.1}}})
