@@ -169,6 +169,8 @@ class Reader:
                 arguments[name], resolved[name] = self._argument(value, hint, f"{key}.{name}")
             elif default is inspect.Parameter.empty:
                 raise self.error(f"{key}.{name}", f"missing; {key} needs it and it has no default")
+            elif is_dataclass(hint) and isinstance(hint, type) and default == hint():
+                arguments[name], resolved[name] = self.build(hint, {}, f"{key}.{name}", {})
             else:
                 resolved[name] = _plain_default(default)
         return arguments, resolved

@@ -1,0 +1,194 @@
+"""The composition root: what an experiment file becomes, and what its plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fedsim
+from clients.local_sgd import LocalSGD
+from fedsim.compose import TABLES, Composition, compose
+from fedsim.config import ConfigError, read_file
+from fedsim.data.images import DEBIAN
+from fedsim.sim.executor import InProcess
+from fedsim.sinks import JsonLines, TensorBoard
+from fedsim.tasks.bilinear import BilinearTask
+from fedsim.tasks.quadratic import QuadraticTask
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+BLOBS: dict[str, Any] = {
+    "task": {
+        "name": "classification",
+        "dataset": {"name": "blobs", "num_examples": 400, "shape": [6], "num_classes": 4},
+        "model": "logistic",
+    },
+    "clients": {"count": 20},
+    "strategy": {"name": "fedavg", "cohort_size": 5},
+}
+
+
+def made(raw: dict[str, Any], folder: Path | None = None) -> Composition:
+    composition = compose(raw, "x.yaml", folder)
+    composition.close()
+    return composition
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_sound(config: Path) -> None:
+    raw = read_file(config)
+    if "fashion_mnist" in str(raw.get("task")) and not DEBIAN.exists():
+        pytest.skip("needs Fashion-MNIST")
+    if "shakespeare" in str(raw.get("task")):
+        raw["data"] = {"root": str(CONFIGS[0].parents[1] / "data")}
+    composition = made(raw)
+    assert composition.experiment.rounds >= 1
+    again = made(composition.resolved)
+    assert again.resolved == composition.resolved, "the resolved file must say the same when read again"
+
+
+def test_an_empty_file_is_the_defaults() -> None:
+    composition = made({})
+    e = composition.experiment
+    assert e.rounds == 100 and e.seed == 0 and type(e.strategy).__name__ == "FedAvg"
+    assert composition.data is not None and composition.data.num_clients == 100
+    assert isinstance(composition.sinks[0], JsonLines) and len(composition.sinks) == 1
+    assert composition.resolved["local"] == {
+        "epochs": None,
+        "steps": None,
+        "batch_size": 20,
+        "shuffle": True,
+        "optimizer": {"name": "sgd", "lr": 0.05},
+    }
+
+
+def test_the_plan_says_what_will_run() -> None:
+    plan = made({**BLOBS, "local": {"epochs": 2, "batch_size": 5}, "runtime": {"stack": 3, "workers": 2}}).plan
+    assert plan["clients"] == "20, 5 of them in a round"
+    assert plan["samples per client"] == "20 to 20, median 20; 0 clients have none"
+    assert plan["local steps"] == "8 to 8"  # 20 samples in batches of 5 are 4 steps, twice
+    assert plan["model"] == "28 parameters"  # 6 x 4 and 4
+    assert plan["engine"].startswith("stacked, 3 clients a stack (stacks of 3 as set")
+    assert plan["workers"].startswith("2 thread(s) in this process")
+    assert plan["bits per round"].startswith("0.00 Mbit down")  # 5 x 28 x 32 bits
+
+
+def test_automatic_choices_are_written_down_as_what_was_chosen() -> None:
+    composition = made({**BLOBS, "clients": {}, "runtime": {"device": "auto", "stack": "auto", "engine": "auto"}})
+    runtime = composition.resolved["runtime"]
+    assert runtime["engine"] == "stacked" and isinstance(runtime["stack"], int) and runtime["device"] == "cpu"
+    assert composition.resolved["clients"]["count"] == 100 and runtime["threads"] == 1
+
+
+def test_the_executor_is_in_process_with_a_worker_a_core_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
+    for runtime, workers in (({}, 6), ({"threads": 2}, 3), ({"threads": 12}, 1), ({"workers": 4}, 4)):
+        executor = made({**BLOBS, "runtime": runtime}).executor
+        assert isinstance(executor, InProcess) and executor.workers == workers
+
+
+def test_local_training_has_the_files_schedule_and_optimizer() -> None:
+    raw = {**BLOBS, "rounds": 9, "local": {"steps": 4, "batch_size": "full", "optimizer": {"name": "adam", "lr": 0.5}}}
+    local = made(raw).experiment.strategy.local  # type: ignore[attr-defined]
+    assert isinstance(local, LocalSGD) and local.rounds == 9 and local.optimizer.lr == 0.5
+    assert (local.schedule.steps, local.schedule.epochs, local.schedule.batch_size) == (4, None, None)
+
+
+def test_the_same_seed_gives_the_same_start_and_another_seed_another() -> None:
+    starts = [made({**BLOBS, "seed": s}).experiment.task.init(s) for s in (3, 3, 4)]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    made(BLOBS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_numbers_of_a_quadratic_come_one_a_client() -> None:
+    task = made({"task": {"name": "quadratic", "a": [1, 3], "b": [0, 1], "x0": 2}}).experiment.task
+    assert isinstance(task, QuadraticTask) and task.layout.size == 1 and len(task.num_examples) == 2
+    pool: Any = None
+    assert task.evaluate(torch.tensor([0.75]), pool)["distance"] == pytest.approx(0, abs=1e-6)  # (0 + 3) / (1 + 3)
+    assert float(task.init(0)) == 2.0
+
+
+def test_a_drawn_task_takes_its_number_of_clients_from_the_file() -> None:
+    for name, kind in (("quadratic", QuadraticTask), ("bilinear", BilinearTask)):
+        raw = {
+            "task": {"name": name, "dim": 3},
+            "clients": {"count": 7},
+            "strategy": {"name": "extragradient", "lr": 0.1},
+        }
+        task = made(raw).experiment.task
+        assert isinstance(task, kind) and len(task.num_examples) == 7
+
+
+def test_a_natural_partition_has_as_many_clients_as_the_data_names() -> None:
+    raw: dict[str, Any] = {
+        "task": {"name": "classification", "dataset": {"name": "synthetic"}, "model": "logistic"},
+        "partition": "natural",
+    }
+    composition = made(raw)
+    assert composition.data is not None
+    assert composition.resolved["clients"]["count"] == composition.data.num_clients > 1
+    with pytest.raises(ConfigError, match="clients.count=5, but the data has .* natural clients; leave it out"):
+        made({**raw, "clients": {"count": 5}})
+
+
+def test_byzantine_clients_are_drawn_by_the_seed_or_named() -> None:
+    def liars(**lies: Any) -> list[int]:
+        fleet = made({**BLOBS, "clients": {"count": 20, "byzantine": {"attack": "foe", **lies}}}).experiment.fleet
+        return (~fleet.honest(fleet.clients)).nonzero().flatten().tolist()
+
+    assert len(liars(count=4)) == 4 and liars(count=4) == liars(count=4)
+    assert liars(ids=[7, 3, 7]) == [3, 7] and liars(count=0) == []
+
+
+def test_links_are_compressed_where_the_file_says_so() -> None:
+    plain = made(BLOBS).experiment.fleet
+    fleet = made({**BLOBS, "uplink": {"compressor": {"name": "top_k", "k": 3}}, "downlink": {"compressor": "natural"}})
+    assert plain.downlink is None and fleet.experiment.fleet.downlink is not None  # type: ignore[attr-defined]
+    history = fedsim.run({**BLOBS, "uplink": {"compressor": {"name": "top_k", "k": 3}}}, rounds=1)
+    # 5 clients send 3 of 28 entries: 32 bits for each value and 5 for each index
+    assert 0 < history.last("bits_up") <= 5 * 3 * (32 + 32)
+
+
+def test_sinks_come_in_the_files_order_after_json_lines() -> None:
+    sinks = made({**BLOBS, "log": {"sinks": ["tensorboard", "jsonl"]}}).sinks
+    assert [type(s) for s in sinks] == [JsonLines, TensorBoard]
+
+
+def test_rows_of_clients_lie_on_disk_where_asked(tmp_path: Path) -> None:
+    raw = {**BLOBS, "rounds": 2, "strategy": {"name": "scaffold", "cohort_size": 5}, "runtime": {"memory": "disk"}}
+    fedsim.run(raw, out=tmp_path / "run")
+    assert any((tmp_path / "run" / "memory").iterdir())
+
+
+@pytest.mark.parametrize(
+    "table", ["strategies", "optimizers", "aggregators", "attacks", "compressors", "partitions", "datasets", "models"]
+)
+def test_tables_are_there_for_list(table: str) -> None:
+    assert len(TABLES[table]) >= 3
+
+
+def test_one_million_clients_are_composed_with_100_in_a_round() -> None:
+    raw = {
+        **BLOBS,
+        "task": {**BLOBS["task"], "dataset": {"name": "blobs", "num_examples": 1_250_000, "shape": [2]}},
+        "clients": {"count": 1_000_000},
+        "strategy": {"name": "fedavg", "cohort_size": 100},
+        "evaluate": {"every": 100, "per_client": False},
+        "rounds": 2,
+    }
+    composition = compose(raw, "x.yaml")
+    try:
+        e = composition.experiment
+        state = e.strategy.init(e.task.init(0))
+        state, _ = e.strategy.round(state, e.fleet, fedsim.streams.server_rng(0, "server", 0))
+        assert torch.isfinite(state.x).all() and e.fleet.observations().values()["num_clients"] == 100
+    finally:
+        composition.close()
