@@ -527,6 +527,8 @@ def _check_local(reader: Reader, strategy: Any, task: Task) -> None:
     if not local_steps and reader.raw.get("local"):
         name = reader.resolved["strategy"]["name"]
         raise reader.error("local", f"{name} takes no local steps, so nothing would read this section; leave it out")
+    if not local_steps:
+        del reader.resolved["local"]  # the resolved file must pass this check too
     if local_steps and isinstance(task, BilinearTask) and not task.lam:
         raise reader.error(
             "strategy",
