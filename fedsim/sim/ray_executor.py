@@ -18,7 +18,7 @@ import logging
 import pickle
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from fedsim.sim.ray_runtime import connect, environment
 from fedsim.sim.ray_worker import Actor, Failure
 
 ATTEMPTS = 4  # how often one group, or one worker's start, is tried before the run gives up
+JOIN_SECONDS = 60.0  # for the first node with room to join a cluster that has none yet
 START_SECONDS = 300.0  # for a worker to be placed, to import torch and to fetch the task
 
 _log = logging.getLogger("fedsim")
@@ -96,7 +97,7 @@ class RayExecutor:
         self._started = connect(ray, address, workers, threads, self._gpus, sum(a.nbytes for a in setting[1]))
         try:
             self._setting = ray.put(setting)
-            self._workers = [self._start() for _ in range(self._count(workers))]
+            self._workers = [self._start() for _ in range(self._count(workers, joining=address is not None))]
         except BaseException:
             self.close()
             raise
@@ -209,9 +210,15 @@ class RayExecutor:
                 "and generators out of them, or use runtime.executor=in_process"
             ) from error
 
-    def _count(self, workers: int | None) -> int:
-        have = self._ray.cluster_resources()
-        room = int(have.get("GPU", 0)) if self._gpus else int(have.get("CPU", 0)) // self._threads
+    def _room(self, resources: Mapping[str, float]) -> int:
+        if self._gpus:
+            return int(resources.get("GPU", 0))
+        return int(resources.get("CPU", 0)) // self._threads
+
+    def _count(self, workers: int | None, *, joining: bool) -> int:
+        until = time.monotonic() + JOIN_SECONDS * joining
+        while (room := self._room(have := self._ray.cluster_resources())) < 1 and time.monotonic() < until:
+            time.sleep(0.5)
         if room < 1:
             raise ValueError(
                 f"the Ray cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, but a worker needs "
