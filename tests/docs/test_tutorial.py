@@ -1,0 +1,76 @@
+"""The tutorial runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+from tests.docs.blocks import blocks, play
+
+ROOT = Path(__file__).parents[2]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder in which the whole tutorial was played, and the names its Python left."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    backend = matplotlib.get_backend()
+    matplotlib.use("agg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [str(folder), *sys.path])
+        yield folder, play(blocks(TUTORIAL), folder, "docs/tutorial.md")
+    matplotlib.pyplot.close("all")
+    matplotlib.use(backend)
+    for name in [m for m in sys.modules if m.partition(".")[0] == "mypkg"]:
+        del sys.modules[name]
+
+
+def summary(folder: Path, run: str) -> dict[str, Any]:
+    return json.loads((folder / "runs" / run / "summary.json").read_text())["final"]
+
+
+def test_every_run_of_the_tutorial_learns(played: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = played
+    for run in ("first", "second", "model", "wider", "rings", "npz", "parquet", "folder", "clipped", "looser"):
+        assert summary(folder, run)["test_accuracy"] > 0.3, run
+        assert (folder / "runs" / run / "report.html").stat().st_size > 20_000
+
+
+def test_files_of_all_forms_make_the_same_federation(played: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = played
+    # one file with owners and one file per owner hold out the same share of rows but draw them from another order
+    for run in ("npz", "parquet", "folder"):
+        lines = (folder / "runs" / run / "clients.jsonl").read_text().splitlines()
+        assert len(lines) == 12 and sum(json.loads(line)["num_examples"] for line in lines) == 480
+    one, other = summary(folder, "npz"), summary(folder, "parquet")
+    assert {k: v for k, v in one.items() if k != "wall_seconds"} == {
+        k: v for k, v in other.items() if k != "wall_seconds"
+    }
+
+
+def test_a_strategys_own_metrics_are_in_its_rows(played: tuple[Path, dict[str, Any]]) -> None:
+    folder, names = played
+    assert 0 < summary(folder, "clipped")["step_length"] <= 0.5 + 1e-6
+    assert {"clipped", "step_length", "test_accuracy"} <= set(names["frame"].columns)
+    assert summary(folder, "looser")["clipped"] <= summary(folder, "clipped")["clipped"] <= 1
+    assert "clipped" in (folder / "runs" / "clipped" / "metrics.jsonl").read_text()
+
+
+def test_pictures_and_comparisons_are_written(played: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = played
+    assert (folder / "clipping.png").stat().st_size > 5000
+    assert "</html>" in (folder / "runs" / "clipping.html").read_text()
+
+
+def test_the_pieces_by_hand_take_no_more_than_a_screen() -> None:
+    last = [b for b in blocks(TUTORIAL) if b.language == "python"][-1]
+    assert len(last.text.splitlines()) < 45
