@@ -173,7 +173,7 @@ class Optimizer:
         return OptState.from_rows(rows, self.init(torch.zeros(1, sum(self.plan.segments.sizes))).initial)
 
     def memory_bytes(self, clients: int = 1) -> int:
-        """Bytes of float32 state that C clients take."""
+        """Bytes of state that C clients take, with parameters in float32."""
         like = torch.zeros(1, sum(self.plan.segments.sizes), device="meta")
         return clients * self.init(like).memory_bytes()
 
@@ -202,6 +202,9 @@ class Optimizer:
         assert grad.shape == x.shape and k <= state.num_clients, (tuple(x.shape), tuple(grad.shape), state.num_clients)
         if k == 0:
             return
+        need = self.settings.gradient_need
+        if need != "grad" and need not in (aux or {}):  # an ordinary gradient would pass for a private one
+            raise ValueError(f"optimizer: this gradient comes from {need}; take gradient and aux from needs.supply")
         if self.plan.quick and not aux and isinstance(lr_scale, float | int):
             done = quick_step_(self.plan, x, grad, state, lr_scale)
             if done:

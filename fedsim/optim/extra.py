@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedsim.optim.decode import suggest
@@ -63,7 +64,7 @@ class SophiaG(Rule):
         if getattr(s, "sampled_grad", None) is not None:
             if s.batch_size is None:
                 raise ValueError("SophiaG: the sampled gradient comes with batch_size [k, 1] in aux")
-            s.h.lerp_(s.sampled_grad.square() * s.batch_size, c.a2)
+            refresh_(s.h, s.sampled_grad.square() * s.batch_size, c.a2)
         return s.m.sign() * (s.m.abs() / (s.h * c.rho + 1e-15)).clamp_(max=1.0)
 
 
@@ -105,8 +106,14 @@ class SophiaH(Rule):
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
         if getattr(s, "hvp", None) is not None:
-            s.h.lerp_(s.hvp, c.a2)
+            refresh_(s.h, s.hvp, c.a2)
         return (s.m / s.h.clamp(min=c.eps)).clamp_(-c.rho, c.rho)
+
+
+def refresh_(h: Tensor, estimate: Tensor, rate: Tensor | float) -> None:
+    """h = (1 - rate) * h + rate * estimate; a client's h stays as it is if its estimate is not finite."""
+    usable = estimate.isfinite().all(1, keepdim=True)
+    h.lerp_(torch.where(usable, estimate, h), rate)
 
 
 def _due(t: Any, every: int) -> Any:

@@ -2,7 +2,8 @@
 
     optimizer.check_needs({"grad"} | source.available)            # once, when the run is built
     gradient, aux = supply(optimizer, x, state, source, streams=streams)
-    if gradient is None: gradient = the ordinary one
+    if gradient is None:
+        gradient = ...                                             # the ordinary one
     optimizer.step_(x, gradient, state, aux=aux, streams=streams)
 
 A need has one name, the same in `Rule.needs`, in `SuppliesNeeds.available` and, where it is a tensor for the rule, in
@@ -83,17 +84,20 @@ def supply(
         mask: [P] or [k, P], coordinates at 0 are frozen.
 
     Returns:
-        (gradient [k, P], aux for `Optimizer.step_`); gradient is None where the ordinary one is wanted.
+        (gradient [k, P], aux for `Optimizer.step_`); gradient is None where the ordinary one is wanted. Of a gradient
+        from losses or from clipped samples, aux tells what it was made with: the slopes [k, n], or the bounds.
     """
     wanted, t = optimizer.wanted(state, len(x)), state.t[: len(x)].numpy() + 1
     settings, gradient, aux = optimizer.settings, None, {}
     if "loss_eval" in wanted:
         assert settings.zeroth_order is not None
-        gradient, _ = zeroth_order_gradient(x, source.losses, settings.zeroth_order, streams, t, mask)
+        gradient, slopes = zeroth_order_gradient(x, source.losses, settings.zeroth_order, streams, t, mask)
+        aux["loss_eval"] = slopes
     if "per_sample_norms" in wanted:
         assert settings.dp is not None
         bounds = x.new_tensor(settings.dp.bounds(optimizer.layout))
         gradient = private_gradient(x, source, settings.dp, bounds, streams, t)
+        aux["per_sample_norms"] = bounds
     if "sampled_grad" in wanted:
         sampled = source.sampled_grad(x) if mask is None else source.sampled_grad(x) * mask
         aux["sampled_grad"] = transform(x, sampled, optimizer.plan.segments, replace(settings, perp_grad=None))

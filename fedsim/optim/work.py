@@ -115,6 +115,7 @@ def _shared(plan: Plan, x: Tensor, state: OptState, t: Any, aux: Mapping[str, Te
     """Mask, additive term and weight average, where present."""
     if aux:
         known = {"mask", "add"}.union(*(part.rule.inputs for part in plan.parts))
+        known |= {plan.settings.gradient_need} - {"grad"}
         for name in aux:
             if name not in known:
                 raise ValueError(f"aux {name!r} is no input of this optimizer, which takes {', '.join(sorted(known))}")

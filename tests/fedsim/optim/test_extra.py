@@ -137,6 +137,19 @@ def test_an_input_that_is_wanted_and_missing_is_an_error() -> None:
         optimizer.step_(x, grads[0], optimizer.init(x), aux={"sampled_grad": grads[0]})
 
 
+@pytest.mark.parametrize("spec, name", [(G, "sampled_grad"), (H, "hvp")])
+def test_an_estimate_that_is_not_finite_leaves_that_clients_curvature(spec: dict[str, Any], name: str) -> None:
+    x, grads = problem(1)
+    estimate = grads[0].clone()
+    estimate[1, 3] = float("inf")
+    optimizer = build(spec, LAYOUT)
+    state = optimizer.init(x)
+    sizes = {"batch_size": torch.ones(3, 1)} if name == "sampled_grad" else {}
+    optimizer.step_(x, grads[0], state, aux={name: estimate, **sizes})
+    assert not state.buffers["h"][1].any() and state.buffers["h"][0].any() and state.buffers["h"][2].any()
+    assert torch.isfinite(x).all() and state.t.tolist() == [1, 1, 1]
+
+
 def test_a_masked_coordinate_of_sophia_stays() -> None:
     x, grads = problem(1)
     mask = (torch.arange(LAYOUT.size) % 3 > 0).to(x)
@@ -165,6 +178,14 @@ def test_where_the_gradient_comes_from_is_a_need_of_any_rule(spec: dict[str, Any
     optimizer.check_needs(needs)
     with pytest.raises(ValueError, match=f"needs {sorted(needs)[0]}.*this task and training loop do not supply"):
         optimizer.check_needs({"grad"})
+
+
+@pytest.mark.parametrize("more", [{"zeroth_order": {}}, {"dp": {"clip": 1.0, "noise": 1.0}}])
+def test_an_ordinary_gradient_does_not_pass_for_one_from_elsewhere(more: dict[str, Any]) -> None:
+    x, grads = problem(1)
+    optimizer = build({"name": "sgd", "lr": 0.1, **more}, LAYOUT)
+    with pytest.raises(ValueError, match="take gradient and aux from needs.supply"):
+        optimizer.step_(x, grads[0], optimizer.init(x))
 
 
 def test_the_table_says_what_mezo_needs() -> None:
