@@ -50,9 +50,9 @@ def drawn(clients: int, dim: int, seed: int = 0, noise: float = 0.0) -> Quadrati
     return QuadraticTask(task.a.double(), task.b.double(), torch.ones(dim, dtype=torch.float64), noise)
 
 
-def saddle(clients: int, dim: int, seed: int = 0, lam: float = 0.0) -> BilinearTask:
-    """A random bilinear saddle point in float64."""
-    task = BilinearTask.drawn(clients, dim, seed, lam=lam)
+def saddle(clients: int, dim: int, seed: int = 0, lam: float = 0.0, low: float = 0.5) -> BilinearTask:
+    """A random bilinear saddle point in float64, singular values from `low` to 2."""
+    task = BilinearTask.drawn(clients, dim, seed, lam=lam, low=low)
     return BilinearTask(task.matrix.double(), task.a.double(), task.b.double(), lam)
 
 

@@ -1,0 +1,280 @@
+"""MASHA1, MASHA2 and extragradient: twins, identities, linear convergence, and bits to a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsim.compress.quantize import QSGD, Natural
+from fedsim.compress.sparsify import Identity, RandK, TopK
+from fedsim.streams import Streams
+from fedsim.tasks.bilinear import BilinearTask
+from strategies.extragradient import Extragradient
+from strategies.masha1 import Masha1
+from strategies.masha2 import Masha2
+from tests.build import Play, play, saddle
+from tests.reference.clients import Operators
+from tests.reference.saddle import extragradient, masha1, masha2, top
+
+
+def _zero(task: BilinearTask) -> Tensor:
+    return torch.zeros(task.layout.size, dtype=torch.float64)
+
+
+def _play(task: BilinearTask, strategy: Any, rounds: int, **fleet: Any) -> Tensor:
+    return play(task, strategy, rounds, x0=_zero(task), **fleet)
+
+
+def _twin(task: BilinearTask) -> Operators:
+    return Operators(task.matrix, task.a, task.b, task.lam)
+
+
+def _keyed(compressor: Any, seed: int = 0) -> Any:
+    """A compressor as the twins call it: one vector of one client's job."""
+
+    def compress(v: Tensor, client: int, job: int) -> Tensor:
+        return compressor.encode(v[None], Streams(seed, torch.tensor([client]), torch.tensor([job]))).decode()[0]
+
+    return compress
+
+
+def _keyed_server(compressor: Any) -> Any:
+    def compress(v: Tensor, key: int, iteration: int) -> Tensor:
+        return compressor.encode(v[None], Streams(key, torch.tensor([-1]), torch.tensor([iteration]))).decode()[0]
+
+    return compress
+
+
+# Twins -----------------------------------------------------------------------------------------------------------
+
+
+def test_extragradient_equals_its_twin() -> None:
+    task = saddle(4, 6, lam=0.1)
+    expected = extragradient(_twin(task), _zero(task), 20, lr=0.2)
+    torch.testing.assert_close(_play(task, Extragradient(lr=0.2), 20), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("compressor", [Identity(), RandK(k=3), QSGD(levels=4), Natural()])
+def test_masha1_equals_its_twin_with_compression_both_ways(compressor: Any) -> None:
+    task = saddle(4, 6)
+    strategy = Masha1(lr=0.05, p=0.3, compressor=compressor, server_compressor=RandK(k=8))
+    expected = masha1(
+        _twin(task), _zero(task), 25, lr=0.05, p=0.3,
+        compress=_keyed(compressor), compress_server=_keyed_server(RandK(k=8)),
+    )  # fmt: skip
+    torch.testing.assert_close(_play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("k, server_k", [(12, 12), (2, 12), (2, 5)])
+def test_masha2_equals_its_twin_with_top_k_both_ways(k: int, server_k: int) -> None:
+    task = saddle(4, 6)
+    strategy = Masha2(lr=0.05, p=0.3, compressor=TopK(k=k), server_compressor=TopK(k=server_k))
+    expected = masha2(_twin(task), _zero(task), 25, lr=0.05, p=0.3, compress=top(k), compress_server=top(server_k))
+    torch.testing.assert_close(_play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-12)
+
+
+# Identities ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Masha1, Masha2])
+def test_with_certain_refresh_and_no_compression_it_is_extragradient(kind: type) -> None:
+    task = saddle(4, 6)
+    ours = _play(task, kind(lr=0.2, p=1.0), 30)
+    torch.testing.assert_close(ours, _play(task, Extragradient(lr=0.2), 30), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_without_compression_both_forms_are_the_same(p: float) -> None:
+    task = saddle(4, 6)
+    one, two = (_play(task, kind(lr=0.1, p=p), 40) for kind in (Masha1, Masha2))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+def test_a_single_device_without_compression_depends_on_the_coins_alone() -> None:
+    task = saddle(1, 5)
+    first, again, other = (_play(task, Masha1(lr=0.1, p=0.4), 20, seed=s) for s in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_coins_do_not_depend_on_the_compressor() -> None:
+    task, coins = saddle(4, 6), []
+    for compressor in (Identity(), RandK(k=2), QSGD(levels=2)):
+        play = Play.start(task, Masha1(lr=0.01, p=0.4, compressor=compressor), x0=_zero(task))
+        coins.append([play.step()["refresh"] for _ in range(25)])
+    assert coins[0] == coins[1] == coins[2] and 0 < sum(coins[0]) < 25
+
+
+def test_devices_and_server_draw_different_entries() -> None:
+    task = saddle(3, 50)
+    play = Play.start(task, Masha1(lr=0.01, compressor=RandK(k=10)), x0=_zero(task))
+    play.step()
+    streams = Streams(0, torch.arange(3), torch.full((3,), 2))
+    index = RandK(k=10).encode(torch.ones(3, 100), streams).payload["index"]
+    assert len({tuple(row) for row in index.tolist()}) == 3
+
+
+def test_the_server_compressor_follows_the_seed() -> None:
+    task = saddle(3, 6)
+    strategy = Masha1(lr=0.05, p=1e-9, server_compressor=RandK(k=2))  # coins never fall: nothing else is random
+    assert not torch.equal(_play(task, strategy, 3, seed=0), _play(task, strategy, 3, seed=1))
+
+
+def test_clients_hold_what_the_server_holds() -> None:
+    task = saddle(4, 6)
+    strategy = Masha2(lr=0.05, p=0.3, compressor=TopK(k=2), server_compressor=TopK(k=3))
+    play = Play.start(task, strategy, x0=_zero(task))
+    for _ in range(10):
+        play.step()
+        kept = play.fleet.memory.read(play.fleet.clients)
+        for name, value in (("z", play.state.x), ("w", play.state.w), ("fw", play.state.fw)):
+            assert torch.equal(kept[name], value.expand(4, -1)), name
+
+
+def test_error_feedback_loses_nothing() -> None:
+    # with p tiny the reference stays, so that the sum of what was sent and what is kept is the sum of all messages
+    task = saddle(3, 4)
+    strategy = Masha2(lr=0.1, p=1e-9, compressor=TopK(k=1))
+    play = Play.start(task, strategy, x0=_zero(task))
+    play.step()
+    f_w = torch.stack([_twin(task).full(m, play.state.w) for m in range(3)])
+    z, total = torch.zeros(8, dtype=torch.float64), torch.zeros(3, 8, dtype=torch.float64)
+    moved = torch.zeros(8, dtype=torch.float64)
+    points = [play.state.x, *play.path(9)]
+    for after in points:
+        anchor = (1 - 1e-9) * z + 1e-9 * play.state.w
+        half = anchor - 0.1 * play.state.fw
+        total += 0.1 * (torch.stack([_twin(task).full(m, half) for m in range(3)]) - f_w)
+        moved += anchor - 0.1 * play.state.fw - after
+        z = after
+    errors = play.fleet.memory.read(torch.arange(3))["e"]
+    torch.testing.assert_close(moved + errors.mean(0), total.mean(0), rtol=0, atol=1e-12)
+
+
+# Convergence -----------------------------------------------------------------------------------------------------
+
+
+def _away(task: BilinearTask, path: Tensor) -> Tensor:
+    return (path - task.solution()).norm(dim=1)
+
+
+def _theory_step(task: BilinearTask, p: float, q: float) -> float:
+    """sqrt(p) / (2 C_q), C_q^2 = 1/M^2 sum_m (q L_m^2 + (M - 1) Lt^2), all L_m = 2 here."""
+    m, lipschitz = len(task.a), 2.0
+    c_q = ((q * m + (m - 1) * m) * lipschitz**2 / m**2) ** 0.5
+    return p**0.5 / (2 * c_q)
+
+
+@pytest.mark.parametrize("p, k, factor", [(0.5, 10, 2e-3), (0.1, 2, 0.3)])
+def test_converges_linearly_at_the_theoretical_step(p: float, k: int, factor: float) -> None:
+    task = saddle(10, 10, low=1.5)
+    strategy = Masha1(lr=_theory_step(task, p, q=20 / k), p=p, compressor=RandK(k=k))
+    away = _away(task, _play(task, strategy, 600))
+    assert all(float(away[i + 199]) < factor * float(away[i]) for i in (0, 200, 400))
+
+
+@pytest.mark.parametrize("server, factor", [(Identity(), 0.4), (TopK(fraction=0.1), 0.6)])
+def test_error_feedback_converges_linearly_with_top_k(server: Any, factor: float) -> None:
+    task = saddle(10, 10, low=1.5)
+    strategy = Masha2(lr=0.05, p=0.1, compressor=TopK(fraction=0.1), server_compressor=server)
+    away = _away(task, _play(task, strategy, 600))
+    assert all(float(away[i + 199]) < factor * float(away[i]) for i in (0, 200, 400))
+
+
+def test_top_k_without_error_feedback_diverges_where_masha2_converges() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Careless(Masha1):
+        def __post_init__(self) -> None:
+            """Take any compressor."""
+
+    task = saddle(10, 10, low=1.5)
+    careless = Careless(lr=0.05, p=0.1, compressor=TopK(fraction=0.1))
+    away = _away(task, _play(task, careless, 400))
+    assert float(away[-1]) > 10 * float(away[0])
+
+
+def test_a_reference_that_is_never_refreshed_diverges_on_a_bilinear_problem() -> None:
+    task = saddle(5, 5)
+    away = _away(task, _play(task, Masha1(lr=0.3, p=1e-12), 60))
+    assert float(away[-1]) > 10 * float(away[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedExtragradient(Extragradient):
+    """Both exchanges compressed, without a reference."""
+
+    compressor: Any
+
+    def operator(self, clients: Any, z: Tensor) -> dict[str, Any]:
+        return {"f": self.compressor.encode(super().operator(clients, z)["f"], clients.streams)}
+
+
+@pytest.mark.parametrize("lr, fails", [(0.02, "stalls"), (0.1, "diverges"), (0.3, "diverges")])
+def test_compressed_extragradient_does_not_converge(lr: float, fails: str) -> None:
+    task = saddle(25, 50)
+    away = _away(task, _play(task, CompressedExtragradient(lr=lr, compressor=RandK(k=10)), 300))
+    if fails == "diverges":
+        assert float(away[-1]) > 3 * float(away[0])
+    assert float(away.min()) > 0.1
+
+
+def _bits_to(task: BilinearTask, strategy: Any, target: float, limit: int) -> tuple[int, float]:
+    """(iterations, bits up of one device) until |z - z*| is as small as the target."""
+    play, star = Play.start(task, strategy, x0=_zero(task)), task.solution()
+    for k in range(limit):
+        play.step()
+        if float((play.state.x - star).norm()) <= target:
+            return k + 1, play.fleet.ledger.bits_up / len(task.a)
+    raise AssertionError(f"{strategy} did not reach {target} in {limit} iterations")
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+def test_masha1_needs_fewer_bits_than_extragradient(lam: float) -> None:
+    task = saddle(25, 50, lam=lam)
+    fast = {0.0: 0.4, 0.5: 0.4}[lam]
+    iterations, plain = _bits_to(task, Extragradient(lr=fast), 1e-3, 200)
+    assert plain == iterations * 2 * 32 * 100
+    lr = {0.0: 0.18, 0.5: 0.25}[lam]
+    compressed = _bits_to(task, Masha1(lr=lr, p=0.1, compressor=RandK(k=10)), 1e-3, 600)[1]
+    assert compressed * 1.5 <= plain
+
+
+def test_a_sparser_masha1_needs_fewer_bits_still_and_masha2_no_more_than_about_extragradient() -> None:
+    task = saddle(25, 50)
+    plain = _bits_to(task, Extragradient(lr=0.4), 1e-3, 200)[1]
+    sparse = _bits_to(task, Masha1(lr=0.1, p=0.05, compressor=RandK(k=5)), 1e-3, 1200)[1]
+    feedback = _bits_to(task, Masha2(lr=0.08, p=0.05, compressor=TopK(k=10)), 1e-3, 1200)[1]
+    assert sparse * 1.7 <= plain and feedback <= 1.1 * plain
+
+
+def test_bits_of_a_run_are_those_of_packets_refreshes_and_coins() -> None:
+    task, rounds = saddle(5, 50), 30
+    play = Play.start(
+        task, Masha1(lr=0.1, p=0.3, compressor=RandK(k=10), server_compressor=RandK(k=20)), x0=_zero(task)
+    )
+    refreshes = 1 + sum(play.step()["refresh"] for _ in range(rounds))
+    up, down = 10 * (32 + 7), 20 * (32 + 7) + 1  # indices of 100 entries take 7 bits, the coin one
+    start = 3200  # z^0 itself
+    assert play.fleet.ledger.bits_up == 5 * (rounds * up + refreshes * 3200)
+    assert play.fleet.ledger.bits_down == 5 * (start + rounds * down + refreshes * 3200)
+
+
+# Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["compressor", "server_compressor"])
+def test_masha1_refuses_a_biased_compressor_and_names_the_way_out(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} .*TopK.*use an unbiased one .* or strategy masha2"):
+        Masha1(lr=0.1, **{key: TopK(k=1)})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [Masha1, Masha2])
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"lr": 0.1, "p": 0.0}, {"lr": 0.1, "p": 1.5}])
+def test_steps_and_chances_out_of_range_are_refused(make: type, bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="positive|chance of a refresh"):
+        make(**bad)
+    with pytest.raises(ValueError, match="lr must be positive"):
+        replace(Extragradient(lr=1.0), lr=-1.0)
