@@ -55,7 +55,7 @@ class Patience:
     """
 
     reply_seconds: float = 3600.0
-    poll_seconds: float = 0.5
+    poll_seconds: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("reply_seconds", "poll_seconds"):

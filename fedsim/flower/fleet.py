@@ -25,7 +25,7 @@ from fedsim.flower.mail import Flight, Landed, Letter, Mail
 from fedsim.metrics import Metrics
 from fedsim.sim.byzantine import who_hears
 from fedsim.sim.executor import Gather, Results, cut, grouped
-from fedsim.sim.fleet import ONE_STEP, Ledger, Sent
+from fedsim.sim.fleet import ONE_STEP, TIMELINE, Ledger, Sent
 from fedsim.sim.links import Copy, Downlink
 from fedsim.streams import Streams
 
@@ -51,6 +51,7 @@ class FlowerFleet:
         self.job_counts = torch.zeros_like(self.num_examples)
         self._seed, self._model_size = seed, model_size
         self._copies = None if downlink is None else Copies(downlink)
+        self.timeline: list[tuple[int, float, float, int]] = []
         self._calls = 0
         self._observed = Metrics()
 
@@ -137,6 +138,7 @@ class FlowerFleet:
             "calls": self._calls,
             "open": self.mail.open_jobs(),
             "sent": dict(self.mail.calls),
+            "timeline": torch.tensor(self.timeline, dtype=torch.float64).view(-1, 4),
             "copies": {} if self._copies is None else self._copies.downlink.copies,
         }
 
@@ -149,6 +151,7 @@ class FlowerFleet:
         mail.start = mail.clock.now() - state["now"]
         mail.versions, mail.took, mail.calls = state["versions"], state["took"], dict(state["sent"])
         self.ledger, self.job_counts, self._calls = state["ledger"], state["job_counts"], state["calls"]
+        self.timeline = [(int(c), a, b, int(r)) for c, a, b, r in state["timeline"].tolist()]
         if self._copies is not None:
             self._copies.downlink.copies = dict(state["copies"])
             self._copies.forget()
@@ -219,7 +222,7 @@ class FlowerFleet:
             gather.end_group()
         self.mail.forget_calls()
         results, fresh = gather.results, torch.zeros(len(ids), dtype=torch.int64)
-        self._observe(ids, results, fresh, count)
+        self._observe(ids, results, None, count)
         return Replies(ids, num_examples, arrived, {**results.fields, **results.sums}, fresh)
 
     def _deliver(self, due: Sequence[Landed]) -> Replies:
@@ -230,17 +233,19 @@ class FlowerFleet:
         gather = Gather(len(due))
         for row, landed in enumerate(due):
             gather.add(torch.tensor([row]), landed.results)
+            if len(self.timeline) < TIMELINE:
+                self.timeline.append((landed.flight.client, landed.flight.started, landed.at, self.round + 1))
         self.mail.forget_calls()
         self._observe(ids, gather.results, self.round - rounds)
         return Replies(ids, self.num_examples[ids], at, gather.results.fields, self.round - rounds)
 
-    def _observe(self, ids: Tensor, results: Results, staleness: Tensor, count: bool = True) -> None:
+    def _observe(self, ids: Tensor, results: Results, staleness: Tensor | None, count: bool = True) -> None:
         """Note what replies cost and say."""
         self.ledger.bits_up += int(results.bits_up.sum())
         seen = Metrics.count(num_clients=len(ids) if count else 0)
         for name, values in results.metrics.items():
             seen += Metrics.mean_over(values, self.num_examples[ids], name=name)
-        if bool((staleness > 0).any()) or "staleness_mean" in self._observed.means:
+        if staleness is not None and len(ids):
             seen += Metrics.mean_over(staleness, torch.ones(len(ids)), name="staleness_mean")
         self._observed += seen
 

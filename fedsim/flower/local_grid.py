@@ -50,9 +50,11 @@ class LocalGrid(Grid):
         self._run = Run.create_empty(1)
         self._app, self.clock, self._seconds = app, clock or VirtualClock(), seconds
         self.contexts: dict[int, Context] = {}
+        self._client_of: dict[int, int] = {}
         for client in range(num_clients):
             node = (client + 1) * 7919 % 104729 + SERVER_NODE  # distinct, and not in the clients' order
             config = {"partition-id": client, "num-partitions": num_clients, **(node_config or {})}
+            self._client_of[node] = client
             self.contexts[node] = Context(1, node, config, RecordDict(), dict(run_config or {}))
         self._replies: dict[str, tuple[float, Message]] = {}
         self._count = 0
@@ -79,9 +81,9 @@ class LocalGrid(Grid):
             self._count += 1
             number = f"message-{self._count}"
             message.metadata.__dict__["_message_id"] = number
-            context = self.contexts[message.metadata.dst_node_id]
-            delay = self._seconds(int(context.node_config["partition-id"]))
-            self._replies[number] = self.clock.now() + delay, self._answer(message, context)
+            node = message.metadata.dst_node_id
+            due = self.clock.now() + self._seconds(self._client_of[node])
+            self._replies[number] = due, self._answer(message, self.contexts[node])
             ids.append(number)
         return ids
 

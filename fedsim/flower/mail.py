@@ -203,14 +203,16 @@ def connect(grid: Grid, num_clients: int, clock: Clock, patience: Patience) -> N
             which it is.
     """
     start = clock.now()
+    known: set[int] = set()
     asked: dict[str, int] = {}
     found: dict[int, tuple[int, int]] = {}
     while True:
-        new = sorted(set(grid.get_node_ids()) - set(asked.values()))
+        new = sorted(set(grid.get_node_ids()) - known)
+        known |= set(new)
         contents = [(node, RecordDict()) for node in new]
         asked |= dict(zip(push(grid, contents, MessageType.QUERY, "", patience.reply_seconds), new, strict=True))
-        for message in grid.pull_messages(list(asked)):
-            node = asked[message.metadata.reply_to_message_id]
+        for message in grid.pull_messages(list(asked)) if asked else ():
+            node = asked.pop(message.metadata.reply_to_message_id)
             about = content_of(message, f"node {node}")[wire.ABOUT]
             client = int(about["client"])
             if client in found:

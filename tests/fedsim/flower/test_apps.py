@@ -1,0 +1,223 @@
+"""Whole runs over a grid in this process, against the simulator.
+
+The simulator's stacks are of one client here, as a deployment's are; then both compute the same products of the same
+numbers, and quadratics and saddle points come out equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsim import apps, runs
+from fedsim.config import ConfigError
+from fedsim.flower.clock import VirtualClock
+from fedsim.flower.local_grid import LocalGrid
+from fedsim.history import History
+from fedsim.sim.executor import ClientError
+
+N = 5
+LOCAL = {"steps": 4, "batch_size": "full", "optimizer": {"name": "sgd", "lr": 0.1}}
+QUADRATIC: dict[str, Any] = {"task": {"name": "quadratic", "dim": 6, "noise": 0.1}, "local": LOCAL}
+SADDLE: dict[str, Any] = {"task": {"name": "bilinear", "dim": 6}}
+RAND_K, TOP_K, QSGD = {"name": "rand_k", "k": 4}, {"name": "top_k", "k": 2}, {"name": "qsgd", "levels": 4}
+SECOND = {"name": "constant", "seconds_per_step": 0.25}  # four local steps take one second
+
+CASES: dict[str, dict[str, Any]] = {
+    "fedavg": {**QUADRATIC, "strategy": {"name": "fedavg", "cohort_size": 3}},
+    "fedavg, server optimizer": {
+        **QUADRATIC,
+        "strategy": {"name": "fedavg", "server_optimizer": {"name": "adam", "lr": 0.1}},
+    },
+    "fedavg, robust": {**QUADRATIC, "strategy": {"name": "fedavg", "aggregator": "median"}},
+    "fedavg, compressed both ways": {
+        **QUADRATIC,
+        "strategy": {"name": "fedavg", "cohort_size": 2},
+        "uplink": {"compressor": TOP_K, "error_feedback": True},
+        "downlink": {"compressor": RAND_K},
+    },
+    "fedavg, seeded indices": {
+        **QUADRATIC,
+        "strategy": {"name": "fedavg"},
+        "uplink": {"compressor": {**RAND_K, "shared_seed": True}},
+        "downlink": {"compressor": {**RAND_K, "shared_seed": True}},
+    },
+    "scaffold_m": {**QUADRATIC, "strategy": {"name": "scaffold_m", "cohort_size": 3, "beta": 0.5}},
+    "scaffold_m, compressed": {
+        **QUADRATIC,
+        "strategy": {"name": "scaffold_m", "cohort_size": 3},
+        "uplink": {"compressor": RAND_K},
+    },
+    "local adam that remembers": {
+        **QUADRATIC,
+        "strategy": {"name": "fedavg", "cohort_size": 3},
+        "local": {**LOCAL, "optimizer": {"name": "adam", "lr": 0.01, "state_scope": "client"}},
+    },
+    "fedfix": {**QUADRATIC, "strategy": {"name": "fedfix", "interval": 1.5, "weights": "identical"}},
+    "monna": {**QUADRATIC, "strategy": {"name": "monna", "beta": 0.9, "f": 1}},
+    "monna, adversarial arrival": {
+        **QUADRATIC,
+        "strategy": {"name": "monna", "beta": 0.9, "f": 1, "arrival": "adversarial"},
+    },
+    "dsgd": {**QUADRATIC, "strategy": {"name": "dsgd"}},
+    "masha1": {
+        **SADDLE,
+        "strategy": {"name": "masha1", "lr": 0.1, "p": 0.5, "compressor": RAND_K, "server_compressor": QSGD},
+    },
+    "masha2": {
+        **SADDLE,
+        "strategy": {"name": "masha2", "lr": 0.05, "p": 0.5, "compressor": TOP_K, "server_compressor": TOP_K},
+    },
+    "extragradient": {**SADDLE, "strategy": {"name": "extragradient", "lr": 0.1}},
+}
+RELAYED = ("monna", "dsgd")
+
+
+def experiment(name: str, rounds: int = 4) -> dict[str, Any]:
+    common = {"seed": 3, "rounds": rounds, "evaluate": {"every": 1}, "runtime": {"stack": 1}}
+    return {**common, "clients": {"count": N, "devices": SECOND}, **CASES[name]}
+
+
+def deploy(raw: Mapping[str, Any], folder: Path, seconds: Any = lambda i: 1.0, **settings: Any) -> History:
+    """A run over a local grid whose clients answer after some virtual seconds."""
+    clock = VirtualClock()
+    grid = LocalGrid(apps.client_app(raw), len_clients(raw), settings, clock=clock, seconds=seconds)
+    return apps.serve(grid, raw, {"fedsim-out": str(folder), **settings}, clock)
+
+
+def len_clients(raw: Mapping[str, Any]) -> int:
+    count: int = raw["clients"]["count"]
+    return count
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_over_the_wire_gives_the_simulators_numbers(name: str, tmp_path: Path) -> None:
+    raw = experiment(name)
+    expected, got = runs.run(raw).rows, deploy(raw, tmp_path / "run").rows
+    clocks = {"virtual_seconds", "wall_seconds", "bits_up", "bits_down"}
+    for row, other in zip(got, expected, strict=True):
+        assert {k: v for k, v in row.items() if k not in clocks} == {k: v for k, v in other.items() if k not in clocks}
+        assert "x" in row
+        if not name.startswith(RELAYED):
+            assert (row["bits_up"], row["bits_down"]) == (other["bits_up"], other["bits_down"])
+
+
+def test_minibatches_of_a_classifier_agree_to_float32(tmp_path: Path) -> None:
+    raw = {
+        "rounds": 2,
+        "task": {"name": "classification", "dataset": "digits", "model": {"name": "logistic"}},
+        "clients": {"count": 4},
+        "strategy": {"name": "fedavg", "cohort_size": 3},
+        "local": {"epochs": 1, "batch_size": 20, "optimizer": {"name": "sgd", "lr": 0.1}},
+        "evaluate": {"every": 1},
+        "runtime": {"stack": 1},
+    }
+    expected, got = runs.run(raw).rows, deploy(raw, tmp_path / "run").rows
+    for row, other in zip(got, expected, strict=True):
+        assert row["test_loss"] == pytest.approx(other["test_loss"], rel=1e-5)
+        assert row["num_clients"] == other["num_clients"] == 3
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    assert (tmp_path / "run" / "clients.jsonl").exists()
+
+
+def test_windows_close_on_whoever_arrived_as_in_the_simulator(tmp_path: Path) -> None:
+    raw = experiment("fedfix", rounds=8)
+    raw["clients"] = {"count": N, "devices": {"name": "f_x", "x": 80, "slowest": 3.0}}
+    simulated = runs.run(raw).rows
+    got = deploy(raw, tmp_path / "run", seconds=lambda i: 3.0 * (1 - 0.8 * i / (N - 1))).rows
+    assert [r["num_clients"] for r in got] == [r["num_clients"] for r in simulated]
+    assert [r.get("staleness_mean") for r in got] == [r.get("staleness_mean") for r in simulated]
+    assert any(r.get("staleness_mean", 0) > 0 for r in got)
+    for row, other in zip(got, simulated, strict=True):
+        assert row["x"] == pytest.approx(other["x"], rel=1e-6)  # replies of one look count in their clients' order
+    assert len((tmp_path / "run" / "timeline.jsonl").read_text().splitlines()) == sum(r["num_clients"] for r in got)
+
+
+def test_an_exchange_is_paid_for_twice_once_up_and_once_down(tmp_path: Path) -> None:
+    row = deploy(experiment("monna, adversarial arrival", rounds=1), tmp_path / "run").rows[0]
+    vector = 6 * 32
+    assert row["bits_up"] == 2 * N * vector  # the half step, and the mixed model for evaluation
+    heard = N * (N - 1)  # one of five never arrives
+    assert row["bits_down"] == heard * vector + N * (vector + 32 + 32)  # x0, lr and keep
+
+
+def test_a_run_leaves_the_files_of_any_run(tmp_path: Path) -> None:
+    deploy(experiment("fedavg"), tmp_path / "run")
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "model.safetensors", "report.html", "checkpoints"} <= names
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavg, seeded indices", "fedfix"])
+def test_a_resumed_run_goes_on_where_it_stopped(name: str, tmp_path: Path) -> None:
+    raw = experiment(name, rounds=6)
+    slow = (lambda i: 1.0) if name != "fedfix" else (lambda i: 1.0 + 0.7 * i)
+    deploy({**raw, "rounds": 3}, tmp_path / "run", slow)
+    got = deploy(raw, tmp_path / "run", slow, **{"fedsim-resume": True}).rows
+    assert [row["round"] for row in got] == [1, 2, 3, 4, 5, 6]
+    if name == "fedavg":
+        assert got[-1]["x"] == runs.run(raw).rows[-1]["x"]
+    if name == "fedfix":  # jobs in flight were sent again, so that nobody falls silent
+        assert sum(row["num_clients"] for row in got[3:]) >= N
+
+
+def test_resuming_without_the_clients_memory_fails_loudly(tmp_path: Path) -> None:
+    raw = experiment("scaffold_m", rounds=6)
+    deploy({**raw, "rounds": 3}, tmp_path / "run")
+    with pytest.raises(ClientError, match="its memory is gone, or the run was resumed"):
+        deploy(raw, tmp_path / "run", **{"fedsim-resume": True})
+
+
+def test_attacks_are_refused(tmp_path: Path) -> None:
+    raw = experiment("fedavg")
+    raw["clients"] = {"count": N, "byzantine": {"attack": "sign_flip", "count": 1}}
+    with pytest.raises(ConfigError, match="attacks are simulated"):
+        deploy(raw, tmp_path / "run")
+
+
+def test_an_experiment_may_come_as_text_and_be_overridden_by_run_and_node(tmp_path: Path) -> None:
+    raw = experiment("fedavg")
+    settings = {"fedsim-config": json.dumps(raw), "fedsim-overrides": "rounds=2 local.optimizer.lr=0.2"}
+    found, _ = apps.experiment_of(None, settings, {"fedsim-overrides": "runtime.device=cpu"})
+    assert (found["rounds"], found["local"]["optimizer"]["lr"], found["runtime"]["device"]) == (2, 0.2, "cpu")
+    clock = VirtualClock()
+    grid = LocalGrid(apps.client, N, settings, clock=clock)
+    rows = apps.serve(grid, None, {**settings, "fedsim-out": str(tmp_path / "run")}, clock).rows
+    local = {**LOCAL, "optimizer": {"name": "sgd", "lr": 0.2}}
+    assert rows[-1]["x"] == runs.run({**raw, "rounds": 2, "local": local}).rows[-1]["x"]
+
+
+def test_no_experiment_at_all_is_said_so() -> None:
+    with pytest.raises(ConfigError, match="no experiment"):
+        apps.experiment_of(None, {})
+
+
+def test_what_is_exported_runs_and_holds_the_overrides(tmp_path: Path) -> None:
+    folder = apps.export(experiment("fedavg"), tmp_path / "app", ("rounds=2", "strategy.server_lr=0.5"))
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    modules = [f"experiment/{name}" for name in ("__init__.py", "client_app.py", "experiment.yaml", "server_app.py")]
+    assert files == ["LICENSE", *modules, "pyproject.toml"]
+    raw, _ = apps.experiment_of(folder / "experiment" / "experiment.yaml", {})
+    assert (raw["rounds"], raw["strategy"]["server_lr"]) == (2, 0.5)
+    assert len(deploy(raw, tmp_path / "run").rows) == 2
+    with pytest.raises(ConfigError, match="is not empty"):
+        apps.export(experiment("fedavg"), folder)
+
+
+def test_an_exported_module_is_an_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = apps.export(experiment("fedavg"), tmp_path / "app")
+    monkeypatch.syspath_prepend(str(folder))
+    from importlib import import_module
+
+    clock = VirtualClock()
+    grid = LocalGrid(import_module("experiment.client_app").app, N, clock=clock)
+    assert grid.contexts
+    settings = {"fedsim-out": str(tmp_path / "run")}
+    rows = apps.serve(grid, folder / "experiment" / "experiment.yaml", settings, clock).rows
+    assert rows[-1]["x"] == runs.run(experiment("fedavg")).rows[-1]["x"]
+    assert callable(import_module("experiment.server_app").app)

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from clients.flower_app import client_app
+from fedsim.aggregate import Mean, Median
+from fedsim.cohort import Cohort
+from fedsim.fleet import DrivenFleet
+from fedsim.flower import wire
+from fedsim.flower.clock import Patience, VirtualClock
+from fedsim.flower.fleet import FlowerFleet
+from fedsim.flower.local_grid import LocalGrid
+from fedsim.flower.mail import Mail, connect
+from fedsim.sim.executor import ClientError, StackRunner
+from tests.build import quadratic
+
+NUM = 4
+TASK = quadratic([1.0] * NUM, [0.0] * NUM, 1.0, num_examples=[4, 3, 2, 1])
+PATIENCE = Patience(reply_seconds=60.0, poll_seconds=0.1)
+
+
+class Halves:
+    """Client halves whose answers say who was asked what."""
+
+    def tell(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
+        clients.log(asked=clients.streams.jobs.double())
+        return {"v": x + clients.ids[:, None].to(x), "job": clients.streams.jobs.clone()}
+
+    def fail(self, clients: Cohort) -> dict[str, Tensor]:
+        if int(clients.ids[0]) == 2:
+            raise ValueError("no data today")
+        return {}
+
+    def count(self, clients: Cohort) -> dict[str, Tensor]:
+        clients.memory["n"] = n = clients.memory.read("n", (1,)) + 1
+        return {"n": n}
+
+    def hear(self, clients: Cohort, inbox: Any) -> dict[str, Tensor]:
+        return {"sum": inbox.heard.to(inbox["v"]) @ inbox["v"], "own": inbox["v"][inbox.own]}
+
+    def _secret(self, clients: Cohort) -> dict[str, Tensor]:
+        return {}
+
+
+HALVES = Halves()
+ALL = torch.arange(NUM)
+X = torch.tensor([10.0])
+
+
+def app() -> ClientApp:
+    runner = StackRunner(TASK, HALVES, 0, torch.device("cpu"))
+    return client_app(lambda context: (runner, wire.Book({})))
+
+
+def build(seconds: Callable[[int], float] = lambda i: 1.0) -> tuple[FlowerFleet, LocalGrid]:
+    clock = VirtualClock()
+    grid = LocalGrid(app(), NUM, clock=clock, seconds=seconds)
+    nodes = connect(grid, NUM, clock, PATIENCE)
+    return FlowerFleet(Mail(grid, nodes, wire.Book({}), clock, PATIENCE), seed=0, model_size=1), grid
+
+
+def test_replies_stand_in_the_order_of_ids_whatever_the_order_of_arrival() -> None:
+    fleet, _ = build(lambda i: 4.0 - i)
+    r = fleet.ask(torch.tensor([2, 0, 3]), HALVES.tell, x=X)
+    assert r.ids.tolist() == [2, 0, 3] and r.num_examples.tolist() == [2, 4, 1]
+    assert r["v"].tolist() == [[12.0], [10.0], [13.0]]
+    assert r.arrived_at.tolist() == pytest.approx([2.0, 4.0, 1.0], abs=0.11)
+
+
+def test_a_fold_is_the_weighted_mean() -> None:
+    fleet, _ = build()
+    r = fleet.ask(ALL, HALVES.tell, fold=Mean(), x=X)
+    assert r["v"].tolist() == pytest.approx([10 + (0 * 4 + 1 * 3 + 2 * 2 + 3 * 1) / 10])
+    assert r["job"].tolist() == [0] * 4
+
+
+def test_a_rule_that_is_not_linear_cannot_fold() -> None:
+    fleet, _ = build()
+    with pytest.raises(ValueError, match="is not linear"):
+        fleet.ask(ALL, HALVES.tell, fold=Median(), x=X)  # type: ignore[arg-type]
+
+
+def test_jobs_are_numbered_for_each_client_on_its_own() -> None:
+    fleet, _ = build()
+    fleet.ask(torch.tensor([1, 3]), HALVES.tell, x=X)
+    assert fleet.ask(ALL, HALVES.tell, x=X)["job"].tolist() == [0, 1, 0, 1]
+    assert fleet.observations().values() == {"asked": pytest.approx(4 / 14), "num_clients": 6}
+
+
+def test_a_window_ends_when_it_ends_and_late_replies_wait_for_the_next() -> None:
+    fleet, _ = build(lambda i: [0.5, 2.5, 0.8, 9.0][i])
+    start = fleet.now
+    fleet.send(ALL, HALVES.tell, x=X)
+    first = fleet.receive(until=start + 1.0)
+    assert first.ids.tolist() == [0, 2] and fleet.now == pytest.approx(start + 1.0)
+    fleet.round = 2
+    second = fleet.receive(until=start + 3.0)
+    assert second.ids.tolist() == [1] and second.staleness.tolist() == [2]
+    third = fleet.receive(until=start + 4.0)
+    assert len(third) == 0 and fleet.now == pytest.approx(start + 4.0)
+    assert fleet.receive().ids.tolist() == [3]
+
+
+def test_counted_replies_come_in_order_of_arrival_and_the_rest_stays() -> None:
+    fleet, _ = build(lambda i: 3.0 - 0.5 * i)
+    fleet.send(ALL, HALVES.tell, x=X)
+    assert fleet.receive(count=2).ids.tolist() == [3, 2]
+    assert fleet.receive(count=5).ids.tolist() == [1, 0]
+
+
+def test_two_that_arrive_together_may_be_received_one_by_one() -> None:
+    fleet, _ = build()
+    fleet.send(ALL, HALVES.tell, x=X)
+    assert [fleet.receive(count=1).ids.tolist() for _ in range(4)] == [[0], [1], [2], [3]]
+
+
+def test_a_busy_client_is_not_sent_more() -> None:
+    fleet, _ = build()
+    fleet.send(torch.tensor([1]), HALVES.tell, x=X)
+    with pytest.raises(ValueError, match="client 1 is still working"):
+        fleet.ask(ALL, HALVES.tell, x=X)
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.3"):
+        fleet.send(torch.tensor([4]), HALVES.tell, x=X)
+    with pytest.raises(ValueError, match="named twice"):
+        fleet.send(torch.tensor([2, 2]), HALVES.tell, x=X)
+
+
+def test_a_failing_client_is_named_with_its_round_and_reason() -> None:
+    fleet, _ = build()
+    fleet.round = 7
+    with pytest.raises(ClientError, match=r"client 2, fail of round 7: .*no data today"):
+        fleet.ask(ALL, HALVES.fail)
+
+
+def test_a_client_half_that_is_private_or_unknown_is_not_run() -> None:
+    fleet, _ = build()
+    with pytest.raises(ClientError, match="has no client half '_secret'"):
+        fleet.ask(ALL, HALVES._secret)
+
+
+def test_a_silent_client_ends_the_run_when_patience_is_over() -> None:
+    fleet, _ = build(lambda i: 1e9 if i == 1 and fleet_ready else 1.0)
+    fleet_ready.append(True)
+    try:
+        with pytest.raises(ClientError, match=r"no reply for 60.0 seconds from client\(s\) 1 \(tell, round 0\)"):
+            fleet.ask(ALL, HALVES.tell, x=X)
+    finally:
+        fleet_ready.clear()
+
+
+fleet_ready: list[bool] = []
+
+
+def test_memory_lasts_from_message_to_message_and_a_node_that_lost_it_says_so() -> None:
+    fleet, grid = build()
+    fleet.ask(ALL, HALVES.count)
+    assert fleet.ask(torch.tensor([0, 2]), HALVES.count)["n"].tolist() == [[2.0], [2.0]]
+    assert fleet.mail.versions.tolist() == [2, 1, 2, 1]
+    node = fleet.mail.nodes.node_ids[2]
+    grid.contexts[node].state = RecordDict()
+    with pytest.raises(ClientError, match="client 2 wrote its memory 0 times and the server knows of 2"):
+        fleet.ask(ALL, HALVES.count)
+
+
+def test_a_client_that_failed_has_written_nothing() -> None:
+    fleet, grid = build()
+    with pytest.raises(ClientError):
+        fleet.ask(torch.tensor([2]), HALVES.fail)
+    assert not grid.contexts[fleet.mail.nodes.node_ids[2]].state
+
+
+def test_peers_hear_each_other_through_the_server() -> None:
+    fleet, _ = build()
+    half = fleet.ask(ALL, HALVES.tell, x=X)
+    out = fleet.exchange(half, HALVES.hear)
+    assert out["own"].tolist() == half["v"].tolist()
+    assert out["sum"].tolist() == [[46.0]] * 4
+    some = fleet.exchange(half, HALVES.hear, arrival="adversarial", missing=1)
+    lost = [46.0 - s for s in some["sum"].flatten().tolist()]
+    assert all(10 <= v <= 13 and v != own for v, own in zip(lost, half["v"].flatten().tolist(), strict=True))
+
+
+def test_what_jobs_took_is_measured() -> None:
+    fleet, _ = build(lambda i: 1.0 + i)
+    fleet.ask(torch.tensor([0, 2]), HALVES.tell, x=X)
+    tau = fleet.job_seconds(None)  # type: ignore[arg-type]
+    assert tau.shape == (NUM, 1)
+    assert tau[[0, 2], 0].tolist() == pytest.approx([1.0, 3.0], abs=0.11)
+    assert bool(torch.isnan(tau[[1, 3]]).all())
+
+
+def test_a_restored_fleet_sends_open_jobs_again_with_their_numbers() -> None:
+    fleet, _ = build(lambda i: 1.0 + i)
+    fleet.send(ALL, HALVES.tell, x=X)
+    fleet.round = 1
+    fleet.receive(count=2)
+    state, before = fleet.state(), fleet.now
+    other, _ = build(lambda i: 1.0 + i)
+    other.load(state)
+    assert other.now == pytest.approx(before)
+    other.round = 3
+    r = other.receive()
+    assert r.ids.tolist() == [2, 3] and r["job"].tolist() == [0, 0] and r.staleness.tolist() == [3, 3]
+    assert r["v"].tolist() == [[12.0], [13.0]]
+
+
+def test_the_loop_can_run_on_it() -> None:
+    fleet: DrivenFleet = build()[0]
+    assert fleet.ledger.bits_up == 0 and set(fleet.state_classes) == {"Flight", "Sent", "Ledger", "Copy"}
+
+
+def test_bits_are_those_of_the_values() -> None:
+    fleet, _ = build()
+    fleet.ask(torch.tensor([0, 1, 2]), HALVES.tell, x=X)
+    assert (fleet.ledger.bits_up, fleet.ledger.bits_down) == (3 * 64, 3 * 32)
+
+
+def grid_of(partitions: list[Any]) -> LocalGrid:
+    grid = LocalGrid(app(), len(partitions))
+    for context, partition in zip(grid.contexts.values(), partitions, strict=True):
+        context.node_config["partition-id"] = partition
+    return grid
+
+
+def test_clients_are_known_by_partition_id_and_not_by_node() -> None:
+    grid = grid_of([3, 1, 0, 2])
+    nodes = connect(grid, NUM, VirtualClock(), PATIENCE)
+    assert [grid.contexts[n].node_config["partition-id"] for n in nodes.node_ids] == [0, 1, 2, 3]
+    assert nodes.num_examples.tolist() == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("partitions", "message"),
+    [
+        ([0, 1, 2, 2], "both have partition-id=2"),
+        ([0, 1, 2, 9], "partition-id=9 is not one of the experiment's 4 clients"),
+        ([0, 1, 3], "no node with partition-id 2 within 60.0 seconds"),
+    ],
+)
+def test_nodes_that_do_not_fit_the_experiment_are_refused(partitions: list[int], message: str) -> None:
+    with pytest.raises(ClientError, match=message):
+        connect(grid_of(partitions), NUM, VirtualClock(), PATIENCE)
+
+
+def test_a_node_without_a_partition_id_is_told_how_to_get_one() -> None:
+    with pytest.raises(ClientError, match="start it with --node-config"):
+        connect(grid_of([None, 1, 2, 3]), NUM, VirtualClock(), PATIENCE)
+
+
+def test_a_reply_to_another_job_is_noticed() -> None:
+    liar = ClientApp()
+
+    @liar.train()
+    def train(message: Message, context: Context) -> Message:
+        content = wire.write({}, wire.Book({}))
+        wire.Head(work="tell", client=1, number=5, round=0, version=0).write(content)
+        return Message(content, reply_to=message)
+
+    @liar.query()
+    def query(message: Message, context: Context) -> Message:
+        about = ConfigRecord({"client": int(context.node_config["partition-id"]), "num_examples": 1})
+        return Message(RecordDict({wire.ABOUT: about}), reply_to=message)
+
+    clock = VirtualClock()
+    grid = LocalGrid(liar, NUM, clock=clock)
+    mail = Mail(grid, connect(grid, NUM, clock, PATIENCE), wire.Book({}), clock, PATIENCE)
+    with pytest.raises(ClientError, match="job 0 of client 1 .* was answered by job 5 of client 1"):
+        FlowerFleet(mail, seed=0, model_size=1).ask(torch.tensor([1]), HALVES.tell, x=X)
