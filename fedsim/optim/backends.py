@@ -23,6 +23,7 @@ from fedsim.optim.transforms import needs_whole_rows
 # Entries of one array in a block, by back end, on a CPU. Eager steps have temporaries that should stay in the cache;
 # one pass has none, but the gradient should be near still after its finite check; a compiled call costs most to enter.
 _EAGER_ENTRIES = 1 << 17
+_DECODED_ENTRIES = 1 << 26  # on a GPU: 256 MB
 _ENTRIES = {"eager": _EAGER_ENTRIES, "fused": 1 << 18, "compiled": 1 << 20}
 
 
@@ -35,12 +36,13 @@ def choose(plan: Plan, x: Tensor, block: Block) -> str:
     return "fused" if fits and kernel_for(plan.parts[0].rule, x.device.type, x.dtype) is not None else "eager"
 
 
-def row_blocks(x: Tensor, how: str) -> list[slice]:
-    """The rows that are worked on together."""
+def row_blocks(x: Tensor, how: str, decodes: bool = False) -> list[slice]:
+    """The rows that are worked on together; `decodes` bounds the room of decoded states where all rows would be."""
     k, width = x.shape
-    if x.device.type != "cpu":
-        return [slice(0, k)]
-    step = max(1, _ENTRIES[how] // width)
+    if x.device.type == "cpu":
+        step = max(1, _ENTRIES[how] // width)
+    else:
+        step = max(1, _DECODED_ENTRIES // width) if decodes else k
     return [slice(i, min(i + step, k)) for i in range(0, k, step)]
 
 

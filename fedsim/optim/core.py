@@ -216,7 +216,7 @@ class Optimizer:
         block, host_new = assemble(self.plan, x, state, lr_scale=lr_scale, aux=aux or {}, streams=streams)
         stepped = np.ones(k, dtype=bool)
         how = choose(self.plan, x, block)
-        for rows in row_blocks(x, how):
+        for rows in row_blocks(x, how, self.plan.decodes):
             bad = _not_finite(grad[rows]) if self.settings.skip_nonfinite else None
             if bad is None:
                 run(self.plan, how, x[rows], grad[rows], take_rows(block, rows, k))

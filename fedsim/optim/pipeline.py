@@ -88,6 +88,11 @@ class Plan:
     settings: Settings
     segments: Segments
 
+    @property
+    def decodes(self) -> bool:
+        """Whether some states are decoded for each step."""
+        return any(part.storage is not None for part in self.parts)
+
     @cached_property
     def quick(self) -> bool:
         """Whether a step may go the short way: torch's kernel, numbers that all clients share, nothing else."""
