@@ -41,6 +41,9 @@ unit: $(BIN)/.test ## the tests alone
 
 bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.rounds
+	$(BIN)/python -m benchmarks.strategies
+	$(BIN)/python -m benchmarks.bench_aggregate
+	$(BIN)/python -m benchmarks.bench_compress
 
 bench-optim: $(BIN)/.test ## the optimizer core beside torch's own kernels, as ratios
 	$(BIN)/python -m benchmarks.bench_optim

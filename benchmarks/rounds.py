@@ -170,6 +170,11 @@ def measure(name: str, rounds: int, precisions: list[str]) -> dict[str, Any]:
     }
 
 
+def machine() -> str:
+    """One line about where the figures come from."""
+    return f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
@@ -177,7 +182,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="*", default=["fp32"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
+    print(machine())
     results = [measure(w, arguments.rounds, arguments.precisions) for w in arguments.workloads]
     for result in results:
         print(f"\n{result['workload'].upper():34s} {'first':>9s} {'best':>9s} {'median':>9s}  ratio  difference")

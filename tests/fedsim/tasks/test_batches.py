@@ -11,14 +11,17 @@ from fedsim.task import Schedule
 from fedsim.tasks.batches import BatchPlan
 
 
-def _plan(counts: list[int], schedule: Schedule, clients: list[int] | None = None) -> list[tuple[Tensor, Tensor | None]]:
+Plan = list[tuple[Tensor, Tensor | None]]
+
+
+def _plan(counts: list[int], schedule: Schedule, clients: list[int] | None = None) -> Plan:
     ids = torch.tensor(clients if clients is not None else list(range(len(counts))))
     streams = Streams(0, ids, torch.zeros_like(ids))
     plan = BatchPlan(torch.tensor(counts), schedule, streams, lambda step, positions, weights: (positions, weights))
     return [plan[k] for k in range(len(plan))]
 
 
-def _samples_of(plan: list[tuple[Tensor, Tensor | None]], client: int, steps: slice) -> list[list[int]]:
+def _samples_of(plan: Plan, client: int, steps: slice) -> list[list[int]]:
     out = []
     for positions, weights in plan[steps]:
         if client < len(positions):
