@@ -12,7 +12,7 @@ How to add a rule:
 2. `coefficients(h, t, q)`: everything that depends on t and the hyper-parameters, as plain arithmetic.
 3. `direction(x, g, s, c, seg)`: update `s.m` and its like in place with operators that broadcast (`mul_`, `add_`,
    `lerp_`), and return u for x -= lr * u. Do not write to x or g.
-4. A rule on whole matrices takes them with `matrix.groups_of(seg)`, all of one shape at once, and gives the sizes of its
+4. A rule on whole matrices takes them by `matrix.groups_of(seg)`, all of one shape at once, and gives the sizes of its
    states by `sized_states`; where the host decides what a step does (a refresh every so often), `compiles = False`. A
    state called v, v_max, a or n is never negative, which 8-bit storage relies on. What a rule needs beside the gradient
    is one method of `needs.SuppliesNeeds` and one line of `needs.supply`.

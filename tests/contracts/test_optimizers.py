@@ -240,7 +240,7 @@ VIEWS = {
 @pytest.mark.parametrize("name", [n for n in NAMES if not set(RULES[n].kind) & set("MX")])
 def test_a_gpus_launches_grow_with_neither_clients_nor_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "_many_launches_hurt", lambda p: True)  # the form that a GPU takes, counted on a CPU
-    monkeypatch.setattr(core, "row_blocks", lambda x, how: [slice(0, len(x))])
+    monkeypatch.setattr(core, "row_blocks", lambda x, *how: [slice(0, len(x))])
 
     def launches(clients: int, layers: int) -> int:
         shapes = {f"{i}.{n}": s for i in range(layers) for n, s in (("w", (6, 5)), ("b", (6,)), ("k", (3, 2, 3, 3)))}
