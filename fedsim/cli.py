@@ -1,4 +1,4 @@
-"""The command line: `fedsim run`, `check`, `list`, `compare`, `report`, `tune`.
+"""The command line: `fedsim run`, `check`, `list`, `compare`, `sweep`, `report`, `tune`.
 
 Exit codes: 0 success; 1 the run diverged or a half of the strategy failed; 2 a mistake in the config or the data,
 with one message and no traceback; 130 Ctrl-C, after a checkpoint.
@@ -80,6 +80,33 @@ def compare(
     out: Annotated[Path, typer.Option(help="Where to write the HTML report.")] = Path("comparison.html"),
 ) -> None:
     """Compare runs over rounds, virtual seconds and bits: one table and one HTML report."""
+    _print_comparison(folders, out)
+
+
+@app.command()
+def sweep(
+    config: Config,
+    overrides: Annotated[list[str], typer.Argument(help="key=[a,b] ... and key=value ...", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs' folders [default: runs/<config>-sweep].")
+    ] = None,
+) -> None:
+    """Run every combination of the listed values, and compare; call it again to complete what was stopped."""
+    from fedsim.sweep import sweep as play
+
+    root = out or Path("runs") / f"{config.stem}-sweep"
+    folders, diverged = [], 0
+    for folder, ended in play(config, parse_overrides(overrides, str(config)), root):
+        print(f"{folder}: {ended}", flush=True)
+        folders.append(folder)
+        diverged += not ended.startswith("done")
+    _print_comparison(folders, root / "comparison.html")
+    if diverged:
+        _say(f"{diverged} of {len(folders)} runs diverged")
+        raise typer.Exit(1)
+
+
+def _print_comparison(folders: list[Path], out: Path) -> None:
     from rich.table import Table
 
     from fedsim.history import show
@@ -164,9 +191,7 @@ def main() -> None:
 
     warnings.showwarning = _plain_warning
     try:
-        app(standalone_mode=False)
-    except typer.Exit as e:
-        sys.exit(e.exit_code)
+        sys.exit(app(standalone_mode=False) or 0)  # what typer.Exit carried, or None
     except Interrupted as e:
         _say(f"{e}; add --resume to go on")
         sys.exit(130)

@@ -260,7 +260,7 @@ def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:
             value = OmegaConf.select(OmegaConf.from_dotlist([text]), key)
         if OmegaConf.is_dict(value) and any(":" in str(k) and v is None for k, v in value.items()):
             raise ConfigError(f"{source}: override {text!r}: not readable{BRACES}")
-        out[key] = value
+        out[key] = OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
     return out
 
 
