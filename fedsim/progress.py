@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedsim.compose import Composition
@@ -41,11 +41,10 @@ class Progress:
         self.console.print(Text.assemble((str(folder), "bold"), f": {about}"), soft_wrap=True)
         if self.console.is_terminal:
             self._bar = Bar(
-                TextColumn("round"),
-                MofNCompleteColumn(),
-                BarColumn(),
+                TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=16),
                 TextColumn("{task.fields[shown]}"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
                 console=self.console,
                 transient=True,
             )
@@ -57,7 +56,8 @@ class Progress:
         if self.quiet:
             return
         self._seen |= {k: row[k] for k in SHOWN if k in row}
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in self._seen.items())
+        best = [k for k in SHOWN if k in self._seen][:2]  # two fit beside the bar in 80 columns
+        shown = "  ".join(f"{k} {self._seen[k]:.4f}" for k in best)
         if self._bar is not None:
             self._bar.update(self._task, completed=row["round"], shown=shown)
         elif time.monotonic() - self._last_line > 10 and self._seen.keys() - {"train_loss"}:
