@@ -28,7 +28,7 @@ from fedsim.task import Schedule, Task
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import Factory, init_parameters
-from fedsim.tasks.quadratic import QuadraticTask
+from fedsim.tasks.quadratic import QuadraticBatch, QuadraticTask
 
 
 def quadratic(a: Any, b: Any, x0: Any, noise: float = 0.0, num_examples: list[int] | None = None) -> QuadraticTask:
@@ -141,6 +141,19 @@ class Play:
 def play(task: Task, strategy: Any, rounds: int, **options: Any) -> Tensor:
     """[rounds, P]: the server's model after every round of a fresh run."""
     return Play.start(task, strategy, **options).path(rounds)
+
+
+def watched(task: QuadraticTask) -> list[tuple[int, int, int]]:
+    """Every (client, job, step) whose gradient the task will be asked for: the key of its minibatch."""
+    seen: list[tuple[int, int, int]] = []
+    inner = task.field
+
+    def field(x: Tensor, batch: QuadraticBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        seen.extend((i, j, batch.step) for i, j in zip(batch.rows.tolist(), batch.streams.jobs.tolist(), strict=True))
+        return inner(x, batch, out)
+
+    task.field = field  # type: ignore[method-assign]
+    return seen
 
 
 @dataclass(frozen=True)
