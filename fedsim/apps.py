@@ -39,8 +39,8 @@ from fedsim.sim.fleet import SimFleet
 Source = str | Path | Mapping[str, Any]
 """An experiment: a file, its text, or its content."""
 
-HERE = {"runtime.executor": "in_process", "runtime.address": None, "runtime.workers": 1}
-ON_CLIENT = {**HERE, "runtime.stack": 1, "runtime.memory": "ram", "log.sinks": ["jsonl"]}
+DEPLOYED = {"runtime.executor": "in_process", "runtime.address": None, "runtime.stack": 1}
+ON_CLIENT = {**DEPLOYED, "runtime.workers": 1, "runtime.memory": "ram", "log.sinks": ["jsonl"]}
 
 
 def server_app(config: Source | None = None) -> ServerApp:
@@ -89,7 +89,7 @@ def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock:
     resume = bool(settings.get("fedsim-resume", False))
     name = source if source.endswith(".yaml") else "flower"
     out = settings.get("fedsim-out") or (runs.last_folder(name) if resume else runs.next_folder(name))
-    folder = Path(out)
+    folder = Path(out).absolute()
     patience = _patience(settings)
 
     def started(composition: Composition) -> None:
@@ -97,7 +97,7 @@ def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock:
         progress.start(composition, folder)
 
     with Progress(quiet=False) as progress:
-        raw = apply_overrides(raw, HERE, source)
+        raw = apply_overrides(raw, DEPLOYED, source)
         history = runs.execute(raw, source, folder, resume=resume, watch=progress.watch, started=started)
     progress.summary(history, folder)
     return history
@@ -164,7 +164,7 @@ def export(config: Source, folder: str | Path, overrides: tuple[str, ...] = ()) 
         ConfigError: if the experiment has a mistake, or the folder holds something.
     """
     raw, source = experiment_of(config, {"fedsim-overrides": shlex.join(overrides)})
-    compose(apply_overrides(raw, HERE, source), source).close()
+    compose(apply_overrides(raw, DEPLOYED, source), source).close()
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty; give a new folder")

@@ -18,7 +18,7 @@ from fedsim import apps, runs
 from fedsim.tasks.quadratic import QuadraticTask
 from tests.flower_live.deployment import Deployment
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow]
+pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.xdist_group("flower")]
 
 SEED, STEPS, LR, INTERVAL = 1, 4, 0.1, 15.0
 LOCAL = {"steps": STEPS, "batch_size": "full", "optimizer": {"name": "sgd", "lr": LR}}
@@ -46,7 +46,7 @@ def experiment(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """{strategy: rows of metrics.jsonl} of five runs: first the one that looks at the clock, then the others at once."""
+    """{strategy: rows of metrics.jsonl} of five runs: the one that looks at the clock, then the others at once."""
     folder = tmp_path_factory.mktemp("deployment")
     deployment = Deployment(folder, num_nodes=2)
     try:

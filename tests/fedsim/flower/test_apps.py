@@ -149,8 +149,10 @@ def test_a_run_leaves_the_files_of_any_run(tmp_path: Path) -> None:
     deploy(experiment("fedavg"), tmp_path / "run")
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "model.safetensors", "report.html", "checkpoints"} <= names
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [1, 2, 3, 4]
+    simulated = runs.run(tmp_path / "run" / "config.yaml").rows
+    assert [row["x"] for row in rows] == [row["x"] for row in simulated]
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedavg, seeded indices", "fedfix"])
