@@ -1,0 +1,185 @@
+"""Local training against plain loops: uneven clients, directions, schedules, and optimizers with state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clients.direction import GRADIENT, gradient_at
+from clients.local_sgd import LocalSGD
+from fedsim.cohort import Cohort
+from fedsim.memory import MemoryRows
+from fedsim.optim import build
+from fedsim.streams import Streams
+from fedsim.task import Schedule, Task
+from fedsim.tasks.models import mlp, resnet_bn
+from strategies.fedavg import FedAvg
+from tests.build import Play, digits_task, drawn, local_sgd, quadratic
+from tests.strategies.tasks import images
+
+COUNTS = [20, 9, 4, 0]
+
+
+def _cohort(task: Task, ids: list[int], jobs: list[int] | None = None, rounds: list[int] | None = None) -> Cohort:
+    clients = torch.tensor(ids)
+    return Cohort(
+        clients,
+        task,
+        MemoryRows({}, len(ids), task.layout.size, torch.device("cpu")),
+        Streams(0, clients, torch.tensor(jobs or [0] * len(ids))),
+        torch.device("cpu"),
+        torch.tensor(rounds or [0] * len(ids)),
+    )
+
+
+def test_clients_of_any_size_walk_as_plain_loops_do() -> None:
+    task, twin = images(mlp, COUNTS, 6, epochs=2)
+    local = local_sgd(task, 0.2, epochs=2, steps=None, batch_size=6)
+    result = local(_cohort(task, [0, 1, 2, 3], [0, 4, 1, 0]), task.x0, mean_grad=True)
+    assert result.steps.tolist() == [8, 4, 2, 0] and result.mean_grad is not None
+    for i, job in enumerate([0, 4, 1, 0]):
+        y, used = task.x0.clone(), torch.zeros_like(task.x0)
+        for k in range(twin.steps(i)):
+            g = twin.gradient(i, y, job, k)
+            used += g
+            y = y - 0.2 * g
+        torch.testing.assert_close(result.delta[i], task.x0 - y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.mean_grad[i], used / max(twin.steps(i), 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "loop"])
+def test_a_direction_with_shift_scale_and_other_point_is_followed_step_by_step(engine: str) -> None:
+    task, twin = images(mlp, COUNTS[:3], 6)
+    task = digits_task(mlp, COUNTS[:3], engine)
+    generator = torch.Generator().manual_seed(0)
+    c_i, c = torch.randn(3, len(task.x0), generator=generator), torch.randn(len(task.x0), generator=generator)
+    c_i, c, w = 0.01 * c_i, 0.01 * c, 0.9 * task.x0
+    directions = {
+        "shift": (0.5 * (GRADIENT - c_i + c), lambda i, y, k: 0.5 * (twin.gradient(i, y, 0, k) - c_i[i] + c)),
+        "other": (
+            GRADIENT + 0.7 * (c - gradient_at(w)),
+            lambda i, y, k: twin.gradient(i, y, 0, k) + 0.7 * (c - twin.gradient(i, w, 0, k)),
+        ),
+    }
+    local = local_sgd(task, 0.1, epochs=1, steps=None, batch_size=6)
+    for name, (u, by_hand) in directions.items():
+        result = local(_cohort(task, [0, 1, 2]), task.x0, u, mean_grad=True)
+        assert result.mean_grad is not None
+        for i in range(3):
+            y, used = task.x0.clone(), torch.zeros_like(task.x0)
+            for k in range(twin.steps(i)):
+                used += twin.gradient(i, y, 0, k)
+                y = y - 0.1 * by_hand(i, y, k)
+            torch.testing.assert_close(result.delta[i], task.x0 - y, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(result.mean_grad[i], used / twin.steps(i), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_clients_may_start_from_models_of_their_own() -> None:
+    task = drawn(3, 2)
+    x = torch.arange(6, dtype=torch.float64).view(3, 2)
+    result = local_sgd(task, 0.1, steps=4)(_cohort(task, [0, 1, 2]), x)
+    torch.testing.assert_close(result.delta, (1 - (1 - 0.1 * task.a) ** 4) * (x - task.b))
+
+
+def test_the_model_received_is_left_as_it_is() -> None:
+    task = drawn(3, 2)
+    x = torch.ones(2, dtype=torch.float64)
+    local_sgd(task)(_cohort(task, [0, 1, 2]), x)
+    assert x.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("rule", [{"name": "sgd", "lr": 0.1, "momentum": 0.9}, {"name": "adam", "lr": 0.05}])
+def test_other_rules_step_as_torch_does_and_add_up_raw_gradients(rule: dict[str, Any]) -> None:
+    task = drawn(2, 3)
+    cohort = _cohort(task, [0, 1])
+    result = local_sgd(task, steps=5, optimizer=rule)(cohort, task.x0, 2.0 * GRADIENT, mean_grad=True)
+    for i in range(2):
+        y = task.x0.clone().requires_grad_()
+        kind = torch.optim.Adam if rule["name"] == "adam" else torch.optim.SGD
+        torch_rule = kind([y], **{k: v for k, v in rule.items() if k != "name"})
+        used = torch.zeros(3, dtype=torch.float64)
+        for _ in range(5):
+            raw = task.a[i] * (y.detach() - task.b[i])
+            used += raw
+            y.grad = 2.0 * raw
+            torch_rule.step()
+        torch.testing.assert_close(result.delta[i], task.x0 - y.detach(), rtol=1e-6, atol=1e-8)
+        assert result.mean_grad is not None
+        torch.testing.assert_close(result.mean_grad[i], used / 5, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("unit", ["rounds", "steps", "fraction"])
+@pytest.mark.parametrize("momentum", [0.0, 1e-12])  # the plain path, and that of any rule
+def test_schedules_count_rounds_local_steps_or_the_share_of_the_run(unit: str, momentum: float) -> None:
+    task = quadratic([1.0] * 3, [0.0] * 3, 1.0)
+    schedule = {"name": "exponential", "gamma": 0.5 if unit != "fraction" else 0.99, "unit": unit}
+    rule = {"name": "sgd", "lr": 0.1, "schedule": schedule} | ({"momentum": momentum} if momentum else {})
+    local = local_sgd(task, rounds=10, steps=2, optimizer=rule)
+    jobs, rounds = [0, 1, 3], [0, 2, 5]
+    result = local(_cohort(task, [0, 1, 2], jobs, rounds), task.x0)
+    expected = []
+    for job, r in zip(jobs, rounds, strict=True):
+        y = 1.0
+        for k in range(2):
+            factor = {"rounds": 0.5**r, "steps": 0.5 ** (2 * job + k), "fraction": 0.99 ** (1000 * r / 10)}[unit]
+            y -= 0.1 * factor * y
+        expected.append(1 - y)
+    assert result.delta[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_state_kept_by_clients_makes_rounds_one_long_run() -> None:
+    # one client, averaged with nobody: two rounds of three steps are six steps of momentum
+    task = quadratic([1.0], [0.0], 1.0)
+    for scope, restart in (("client", False), ("round", True)):
+        rule = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "state_scope": scope}
+        x = Play.start(task, FedAvg(local=local_sgd(task, steps=3, optimizer=rule))).path(2)[-1]
+        y, v = 1.0, 0.0
+        for k in range(6):
+            v = (0.0 if restart and k == 3 else v) * 0.9 + y
+            y -= 0.1 * v
+        assert float(x) == pytest.approx(y, rel=1e-6), scope
+
+
+def test_a_client_takes_up_its_own_state_and_a_new_one_starts_afresh() -> None:
+    task = quadratic([1.0, 1.0], [0.0, 0.0], 1.0)
+    rule = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "state_scope": "client"}
+    local = local_sgd(task, steps=1, optimizer=rule)
+    play = Play.start(task, FedAvg(local=local))
+    first = play.fleet.ask(torch.tensor([0]), play.strategy.local_update, x=task.x0)["delta"]
+    both = play.fleet.ask(torch.tensor([0, 1]), play.strategy.local_update, x=task.x0)["delta"]
+    assert float(first) == pytest.approx(0.1)
+    assert both[:, 0].tolist() == pytest.approx([0.1 * 1.9, 0.1])
+
+
+def test_buffers_of_a_module_travel_with_the_model() -> None:
+    task = digits_task(resnet_bn, [12, 8])
+    local = local_sgd(task, 0.05, epochs=1, steps=None, batch_size=4)
+    play = Play.start(task, FedAvg(local=local))
+    x = play.path(2)[-1]
+    n = task.layout.num_trainable
+    assert bool((x[n:] != task.x0[n:]).any()) and bool(x.isfinite().all())
+
+
+def test_the_loss_logged_is_the_mean_over_a_clients_steps() -> None:
+    task = quadratic([2.0], [0.0], 1.0)
+    cohort = _cohort(task, [0])
+    local_sgd(task, 0.25, steps=3)(cohort, task.x0)  # halves x every step
+    assert float(cohort.metrics["train_loss"]) == pytest.approx((1 + 0.25 + 0.0625) / 3)
+
+
+def test_a_rate_that_is_not_one_number_cannot_be_divided_by() -> None:
+    task = drawn(2, 3)
+    rule = {"name": "sgd", "lr": 0.1, "schedule": {"name": "step"}}
+    with pytest.raises(ValueError, match="give one number and no schedule"):
+        _ = local_sgd(task, optimizer=rule).lr
+    assert local_sgd(task, 0.3).lr == 0.3
+
+
+def test_the_cost_of_a_job_is_its_local_steps() -> None:
+    rule = build({"name": "sgd", "lr": 0.1}, drawn(1, 1).layout)
+    local = LocalSGD(optimizer=rule, schedule=Schedule(epochs=3, batch_size=4))
+    counts: Tensor = torch.tensor([9, 4, 1, 0])
+    assert local.cost.steps_of(counts).tolist() == [9, 3, 3, 0]

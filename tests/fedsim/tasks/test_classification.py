@@ -1,0 +1,121 @@
+"""Classification: which samples a step sees, what evaluation measures, and clients of any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from clients.oracle import full_gradient, gradient
+from fedsim.cohort import Cohort
+from fedsim.memory import MemoryRows
+from fedsim.sim.executor import InProcess, StackRunner
+from fedsim.streams import Streams
+from fedsim.task import Schedule
+from fedsim.tasks.classification import ClassificationTask
+from fedsim.tasks.models import logistic, mlp
+from tests.build import digits_task
+from tests.strategies.tasks import images
+
+COUNTS = [30, 7, 0, 1]
+
+
+def _cohort(task: ClassificationTask, ids: list[int], job: int = 0) -> Cohort:
+    """The stack of these clients, given in the order of their samples."""
+    clients = torch.tensor(ids)
+    streams = Streams(0, clients, torch.full_like(clients, job))
+    memory = MemoryRows({}, len(ids), task.layout.size, torch.device("cpu"))
+    return Cohort(clients, task, memory, streams, torch.device("cpu"), torch.zeros(len(ids), dtype=torch.int64))
+
+
+def _pool(workers: int = 1) -> Any:
+    return InProcess(StackRunner(digits_task(logistic, [1]), None, 0, torch.device("cpu")), width=1, workers=workers)
+
+
+def test_batches_hold_the_clients_own_samples_in_the_keyed_order() -> None:
+    task, twin = images(logistic, COUNTS, 8, epochs=2)
+    cohort = _cohort(task, [0, 1, 3, 2], job=5)
+    batches = task.batches(cohort, Schedule(epochs=2, batch_size=8))
+    assert batches.num_steps.tolist() == [8, 2, 2, 0]
+    for step in range(len(batches)):
+        batch = batches[step]
+        for row in range(batches.active(step)):
+            client = [0, 1, 3][row]
+            order = Streams(0, torch.tensor([client]), torch.tensor([5])).permutation(
+                "batches", torch.tensor([COUNTS[client]]), step=step // twin.batches_in_an_epoch(client)
+            )[0]
+            at = 8 * (step % twin.batches_in_an_epoch(client))
+            mine = order[at : at + 8]
+            size = int(task.batch_sizes(batch)[row])
+            assert size == len(mine)
+            assert torch.equal(batch.inputs[row, :size], twin.inputs[client][mine])
+            assert torch.equal(batch.targets[row, :size], twin.targets[client][mine])
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_full_gradient_is_that_of_autograd_over_all_samples(chunked: bool) -> None:
+    counts = [1100, 30, 0] if chunked else [30, 7, 0]  # more than the 512 of a piece, or fewer
+    task, twin = images(mlp, counts, None)
+    stack = torch.stack([task.x0, 0.5 * task.x0, task.x0])
+    got = full_gradient(_cohort(task, [0, 1, 2]), stack)
+    expected = torch.stack([twin.full(i, stack[i]) for i in range(3)])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_at_two_points_uses_one_minibatch_and_the_step_says_which() -> None:
+    task, twin = images(mlp, [30, 7, 0], 8)
+    cohort = _cohort(task, [0, 1, 2], job=3)
+    for step in (0, 2):
+        at_x, at_half = gradient(cohort, task.x0, 0.5 * task.x0, batch_size=8, step=step)
+        for i in (0, 1):
+            torch.testing.assert_close(at_x[i], twin.gradient(i, task.x0, 3, step), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(at_half[i], twin.gradient(i, 0.5 * task.x0, 3, step), rtol=1e-4, atol=1e-6)
+        assert float(at_x[2].abs().max()) == 0
+
+
+def test_evaluation_is_the_mean_over_held_out_samples() -> None:
+    task, twin = images(mlp, COUNTS, 8)
+    torch.nn.utils.vector_to_parameters(task.x0, twin.module.parameters())
+    with torch.no_grad():
+        logits = twin.module(task.data.test_inputs)
+    found = task.evaluate(task.x0, _pool())
+    assert found["test_loss"] == pytest.approx(float(F.cross_entropy(logits, task.data.test_targets)), rel=1e-5)
+    assert found["test_accuracy"] == pytest.approx(float((logits.argmax(1) == task.data.test_targets).float().mean()))
+
+
+def test_every_client_is_measured_on_its_own_samples_and_one_without_has_none() -> None:
+    task, twin = images(mlp, COUNTS, 8)
+    torch.nn.utils.vector_to_parameters(task.x0, twin.module.parameters())
+    found = task.evaluate_clients(task.x0, _pool())
+    for i in (0, 1, 3):
+        with torch.no_grad():
+            logits = twin.module(twin.inputs[i])
+        assert float(found["loss"][i]) == pytest.approx(float(F.cross_entropy(logits, twin.targets[i])), rel=1e-5)
+        hits = (logits.argmax(1) == twin.targets[i]).double().mean()
+        assert float(found["accuracy"][i]) == pytest.approx(float(hits))
+    assert bool(found["loss"][2].isnan()) and bool(found["accuracy"][2].isnan())
+
+
+def test_evaluation_does_not_depend_on_the_number_of_workers() -> None:
+    task = digits_task(mlp, [1300, 100])
+    one, two = (task.evaluate_clients(task.x0, _pool(workers)) for workers in (1, 2))
+    assert torch.equal(one["loss"], two["loss"]) and torch.equal(one["accuracy"], two["accuracy"])
+
+
+def test_without_held_out_samples_there_is_nothing_to_report() -> None:
+    task = digits_task(mlp, COUNTS)
+    data = task.data.__class__(
+        **{**task.data.__dict__, "test_inputs": task.data.inputs[:0], "test_targets": task.data.targets[:0]}
+    )
+    empty = ClassificationTask(data, task.module, task.x0, task.engine, task.sample_loss)
+    assert empty.evaluate(task.x0, _pool()) == {}
+
+
+def test_poison_changes_the_targets_of_the_chosen_clients_only() -> None:
+    task, twin = images(logistic, [5, 5], None)
+    task.poison(torch.tensor([1]), lambda y, k: (y + 1) % k)
+    batch = task.batches(_cohort(task, [0, 1]), Schedule(epochs=1, batch_size=None, shuffle=False))[0]
+    assert torch.equal(batch.targets[0], twin.targets[0])
+    assert torch.equal(batch.targets[1], (twin.targets[1] + 1) % 10)
