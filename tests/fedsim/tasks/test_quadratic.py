@@ -92,7 +92,7 @@ def test_the_start_is_not_shared_with_the_task() -> None:
 def test_epochs_are_steps_and_the_batch_size_changes_nothing() -> None:
     task = drawn(3, 2)
     paths = [
-        Play.start(task, FedAvg(local=local_sgd(task, **schedule))).path(3)  # type: ignore[arg-type]
+        Play.start(task, FedAvg(local=local_sgd(task, **schedule))).path(3)
         for schedule in (
             {"steps": 4, "batch_size": None},
             {"steps": 4, "batch_size": 7},

@@ -1,0 +1,238 @@
+"""What every strategy of the table must hold, whatever it does; a new one joins by a row of parameters below."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clients.byzantine import InnerProduct
+from fedsim.compose import compose
+from fedsim.fleet import Fleet
+from fedsim.loop import train
+from fedsim.sim.byzantine import Byzantine
+from strategies import STRATEGIES
+from tests.build import Clocks, Play, drawn, f_80, local_sgd, quadratic, watched
+
+ROWS: dict[str, dict[str, Any]] = {
+    "fedavg": {"cohort_size": 4},
+    "scaffold": {"cohort_size": 4},
+    "fedavg_m": {"cohort_size": 4, "beta": 0.5},
+    "scaffold_m": {"cohort_size": 4, "beta": 0.5},
+    "fedavg_m_vr": {"cohort_size": 4, "beta": 0.5},
+    "scaffold_m_vr": {"cohort_size": 4, "beta": 0.5},
+    "async_fedavg": {},
+    "fedfix": {"interval": 0.35},
+    "fedbuff": {"buffer_size": 2},
+    "fedbuff_stream": {"buffer_size": 2, "concurrency": 4},
+    "dsgd": {},
+    "monna": {"beta": 0.5, "f": 1, "arrival": "adversarial"},
+    "extragradient": {"lr": 0.1},
+    "masha1": {"lr": 0.1, "p": 0.4},
+    "masha2": {"lr": 0.1, "p": 0.4},
+}
+"""Hyper-parameters for six clients."""
+
+OWN_LINKS = {"masha1": "rand_k", "masha2": "top_k"}  # these compress by themselves
+PEERS = {"dsgd", "monna"}
+OPERATORS = {"extragradient", "masha1", "masha2"}
+ASYNCHRONOUS = {"async_fedavg", "fedfix", "fedbuff", "fedbuff_stream"}
+
+every_strategy = pytest.mark.parametrize("name", ROWS)
+
+
+def test_every_strategy_has_a_row_and_every_row_a_strategy() -> None:
+    missing, unknown = sorted(set(STRATEGIES) - set(ROWS)), sorted(set(ROWS) - set(STRATEGIES))
+    assert not missing, f"{missing}: add a row of parameters to ROWS in {__file__}"
+    assert not unknown, f"{unknown}: no such strategy; take the row out of ROWS in {__file__}"
+
+
+def _make(name: str, task: Any, **changes: Any) -> Any:
+    """The strategy by hand, with five local steps of noisy gradients."""
+    kind = STRATEGIES[name]
+    local = {"local": local_sgd(task, 0.05, steps=5)} if "local" in {f.name for f in fields(kind)} else {}
+    return kind(**{**ROWS[name], **local, **changes})
+
+
+def _config(name: str, **changes: Any) -> dict[str, Any]:
+    """A small real problem: uneven clients, two stacks at least, some of the links compressed."""
+    strategy: dict[str, Any] = {"name": name, **ROWS[name]}
+    config: dict[str, Any] = {
+        "rounds": 6,
+        "task": {"name": "classification", "dataset": "digits", "model": "logistic"},
+        "partition": {"name": "dirichlet", "alpha": 0.3},
+        "clients": {"count": 6, "devices": {"name": "f_x", "x": 80}},
+        "strategy": strategy,
+        "local": {"steps": 2, "batch_size": 8, "optimizer": {"name": "sgd", "lr": 0.05}},
+        "evaluate": {"every": 3},
+        "runtime": {"workers": 1, "stack": 2},
+    }
+    if name in OWN_LINKS:
+        strategy["compressor"] = {"name": OWN_LINKS[name], "fraction": 0.2}
+        strategy["server_compressor"] = {"name": OWN_LINKS[name], "fraction": 0.5}
+    elif name not in PEERS:
+        config["uplink"] = {"compressor": {"name": "top_k", "fraction": 0.2}, "error_feedback": True}
+        config["downlink"] = {"compressor": "natural"}
+    if name in OPERATORS:
+        del config["local"]
+    if name in PEERS:
+        config["clients"]["byzantine"] = {"attack": {"name": "mimic", "warmup": 2}, "count": 1}
+    return config | changes
+
+
+def _rows(config: dict[str, Any], folder: Path | None = None, resume: bool = False) -> list[dict[str, Any]]:
+    """What the run reports, but for wall time."""
+    composition = compose(config, "config")
+    try:
+        _, rows, _ = train(composition.experiment, folder=folder, resume=resume)
+    finally:
+        composition.close()
+    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
+
+
+# Same bits -------------------------------------------------------------------------------------------------------
+
+
+@every_strategy
+def test_the_number_of_workers_does_not_show(name: str) -> None:
+    one, two = (_rows(_config(name, runtime={"workers": w, "stack": 2})) for w in (1, 2))
+    assert one == two and len(one) == 6
+
+
+@every_strategy
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(name: str, tmp_path: Path) -> None:
+    whole = _rows(_config(name))
+    _rows(_config(name, rounds=3), tmp_path)
+    assert _rows(_config(name), tmp_path, resume=True) == whole[3:]
+
+
+@every_strategy
+def test_the_seed_decides_everything(name: str) -> None:
+    task = drawn(6, 3, noise=0.2)
+
+    def path(seed: int) -> torch.Tensor:
+        return Play.start(task, _make(name, task), seed=seed, devices=Clocks(f_80(6))).path(6)
+
+    assert torch.equal(path(0), path(0)) and not torch.equal(path(0), path(1))
+
+
+@every_strategy
+def test_the_width_of_a_stack_changes_rounding_only(name: str) -> None:
+    task = drawn(6, 3, noise=0.2)
+    whole = Play.start(task, _make(name, task), devices=Clocks(f_80(6)), width=64).path(8)
+    for width, workers in ((1, 1), (2, 2), (4, 1)):
+        cut = Play.start(task, _make(name, task), devices=Clocks(f_80(6)), width=width, workers=workers).path(8)
+        torch.testing.assert_close(cut, whole, rtol=0, atol=1e-12)
+
+
+@every_strategy
+def test_a_strategy_travels_by_pickle(name: str) -> None:
+    task = drawn(6, 3, noise=0.2)
+    strategy = _make(name, task)
+    again = pickle.loads(pickle.dumps(strategy))
+    paths = [Play.start(task, s, devices=Clocks(f_80(6))).path(4) for s in (strategy, again)]
+    assert torch.equal(paths[0], paths[1])
+
+
+# Same samples ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(set(ROWS) - PEERS - OPERATORS - ASYNCHRONOUS))
+@pytest.mark.parametrize("size", [None, 4])
+def test_changing_the_algorithm_keeps_cohorts_and_minibatches(name: str, size: int | None) -> None:
+    keys = []
+    for kind in ("fedavg", name):
+        task = drawn(6, 3)
+        seen = watched(task)
+        Play.start(task, _make(kind, task, cohort_size=size)).path(5)
+        keys.append(sorted(set(seen)))
+    assert keys[0] == keys[1] and len(keys[0]) == 5 * (size or 6) * 5
+
+
+@pytest.mark.parametrize("name", sorted(PEERS))
+def test_peers_see_the_minibatches_that_fedavg_with_one_step_would(name: str) -> None:
+    keys = []
+    for kind in ("fedavg", name):
+        task = drawn(6, 3)
+        seen = watched(task)
+        changes: dict[str, Any] = {"cohort_size": None} if kind == "fedavg" else {}
+        Play.start(task, _make(kind, task, local=local_sgd(task, 0.05, steps=1), **changes)).path(5)
+        keys.append(seen)
+    assert keys[0] == keys[1]
+
+
+# What it is for --------------------------------------------------------------------------------------------------
+
+
+@every_strategy
+def test_clients_that_agree_on_the_solution_are_taken_there(name: str) -> None:
+    task = quadratic([0.5, 0.8, 1.0, 1.2, 1.5, 2.0], [3.0] * 6, 0.0)
+    rate = {"local": local_sgd(task, 0.05 if name in PEERS else 0.02, steps=5)} if name not in OPERATORS else {}
+    play = Play.start(task, _make(name, task, **rate), devices=Clocks((1.0,) * 6))
+    assert float(play.path(180)[-1]) == pytest.approx(3.0, abs=1e-3)
+
+
+@every_strategy
+def test_a_model_learns_digits(name: str) -> None:
+    fresh: dict[str, Any] = {"uplink": {}, "downlink": {}} if name in ASYNCHRONOUS else {}
+    rows = _rows(_config(name, rounds=16, evaluate={"every": 8}, **fresh))
+    losses = [row["test_loss"] for row in rows if "test_loss" in row]
+    assert losses[-1] < math.log(10) - 0.03 and losses[-1] < losses[0]
+
+
+# Manners ---------------------------------------------------------------------------------------------------------
+
+
+@every_strategy
+def test_a_round_leaves_the_state_it_was_given_as_it_was(name: str) -> None:
+    task = drawn(6, 3, noise=0.2)
+    play = Play.start(task, _make(name, task), devices=Clocks(f_80(6)))
+    play.path(3)
+    before = pickle.dumps(play.state)
+    old = play.state
+    play.step()
+    assert pickle.dumps(old) == before
+
+
+@every_strategy
+def test_the_server_half_uses_nothing_but_the_fleets_seam(name: str) -> None:
+    class Seam:
+        """Hands through what `Fleet` promises, and only that."""
+
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
+
+        def __getattr__(self, key: str) -> Any:
+            if key not in {*Fleet.__annotations__, *(k for k in vars(Fleet) if not k.startswith("_"))}:
+                raise AttributeError(f"a strategy used fleet.{key}, which no other fleet need have")
+            return getattr(self._inner, key)
+
+    task = drawn(6, 3)
+    play = Play.start(task, _make(name, task), devices=Clocks(f_80(6)))
+    play.fleet = Seam(play.fleet)  # type: ignore[assignment]
+    play.path(3)
+
+
+@every_strategy
+def test_the_clock_never_goes_back_and_bits_only_grow(name: str) -> None:
+    rows = _rows(_config(name))
+    for key in ("virtual_seconds", "bits_up", "bits_down"):
+        values = [row[key] for row in rows]
+        assert values == sorted(values) and values[-1] > 0, key
+
+
+@every_strategy
+def test_an_attack_changes_the_run(name: str) -> None:
+    task = drawn(6, 3)
+    paths = []
+    for lies in (None, Byzantine(ids=torch.tensor([5]), attack=InnerProduct(tau=2.0), on_data=False, seed=0)):
+        changes: dict[str, Any] = {"f": 0, "arrival": "all"} if name == "monna" else {}
+        if "cohort_size" in ROWS[name]:
+            changes["cohort_size"] = None
+        paths.append(Play.start(task, _make(name, task, **changes), devices=Clocks(f_80(6)), byzantine=lies).path(6))
+    assert not torch.equal(paths[0], paths[1]) and bool(paths[1].isfinite().all())
