@@ -80,7 +80,9 @@ class Fedsim:
         module, x0 = init_parameters(factory, seed=0)
         layout = Layout.of_module(module)
         steps = -(-load.samples // load.batch)
-        plan = choose(module, layout, batch_size=load.batch, steps=steps, num_clients=load.clients, precision=precision)
+        plan = choose(
+            module, layout, batch_size=load.batch, steps=steps, num_clients=load.cohort, precision=precision, plain=True
+        )
         engine = build_engine(plan.engine, module, layout, precision=precision)
         self.task = ClassificationTask(data, module, x0, engine, LOSSES["cross_entropy"])
         local = LocalSGD(

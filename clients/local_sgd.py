@@ -6,7 +6,9 @@ model, g the gradient of a minibatch at y, u the direction of a step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,13 @@ from clients.direction import GRADIENT, Affine
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost
 from fedsim.optim import Optimizer, OptState
-from fedsim.task import Batches, Schedule
+from fedsim.optim.needs import supply
+from fedsim.streams import Streams
+from fedsim.task import Batches, Factored, Schedule
+from fedsim.tasks.supply import source
+
+Reply = Mapping[str, Tensor | Factored]
+"""What a client half returns: {field: [C, ...] or factors of it}."""
 
 MEMORY = "optimizer/"  # names of the optimizer's rows in a client's memory
 
@@ -25,14 +33,19 @@ class LocalResult:
     """What local training gave.
 
     Args:
-        delta: [C, P], the model received minus the local model: a pseudo-gradient.
+        update: the change of each client in its cheapest form, to be sent as it is: a tensor [C, P], or factors.
         steps: [C] local steps taken.
         mean_grad: [C, P] mean of the raw gradients g, or None if it was not asked for.
     """
 
-    delta: Tensor
+    update: Tensor | Factored
     steps: Tensor
     mean_grad: Tensor | None
+
+    @property
+    def delta(self) -> Tensor:
+        """[C, P], the model received minus the local model: a pseudo-gradient."""
+        return self.update if isinstance(self.update, Tensor) else self.update.dense()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +61,11 @@ class LocalSGD:
     optimizer: Optimizer
     schedule: Schedule
     rounds: int = 1
+
+    @property
+    def num_trainable(self) -> int:
+        """Entries of a model that are parameters; those behind them are buffers."""
+        return self.optimizer.layout.size
 
     @property
     def cost(self) -> Cost:
@@ -70,17 +88,27 @@ class LocalSGD:
     ) -> LocalResult:
         """Train from x ([P], or [C, P] where clients start from different models) along `direction`."""
         batches = cohort.task.batches(cohort, self.schedule)
+        steps = batches.num_steps
+        if direction is GRADIENT and not mean_grad and x.ndim == 1 and self._constant_rate():
+            whole = cohort.task.plain_run(x, batches, self.lr)
+            if whole is not None:
+                cohort.log(train_loss=whole[1] / steps.clamp(min=1))
+                return LocalResult(whole[0], steps, None)
         y = cohort.buffer("y", x).copy_(x)
         total = torch.zeros_like(y) if mean_grad else None
         if self.optimizer.is_plain_sgd and isinstance(self.optimizer.lr, float | int):
             loss = self._plain(cohort, y, batches, direction, total)
         else:
             loss = self._stepwise(cohort, y, batches, direction, total)
-        steps = batches.num_steps
         cohort.log(train_loss=loss / steps.clamp(min=1))
         if total is not None:
             total /= steps.clamp(min=1)[:, None]
         return LocalResult(torch.sub(x, y, out=y), steps, total)
+
+    def _constant_rate(self) -> bool:
+        """Whether every step is x <- x - lr * g with one and the same number lr."""
+        optimizer = self.optimizer
+        return optimizer.is_plain_sgd and isinstance(optimizer.lr, float | int) and optimizer.schedule is None
 
     def _plain(self, cohort: Cohort, y: Tensor, batches: Batches, u: Affine, total: Tensor | None) -> Tensor:
         """y <- y - lr * u, inside the backward products where the task's engine can: then no gradient is stored."""
@@ -120,13 +148,15 @@ class LocalSGD:
             batch = batches[step]
             point = self.optimizer.eval_point(y[:k, :n], state)
             at = y[:k] if point.data_ptr() == y.data_ptr() else torch.cat([point, y[:k, n:]], dim=1)
-            g, loss = cohort.task.field(at, batch, gradient[:k])
+            streams = cohort.streams.rows(slice(k))
+            g, loss, aux = self._gradient(cohort, at, batch, state, gradient[:k], streams)
+            if at.data_ptr() != y.data_ptr():
+                y[:k, n:] = at[:, n:]  # the training pass moved the copy's buffers
             if total is not None:
                 total[:k] += g
             g = self._direction(cohort, u, g, batch)
             factor = self._lr_factor(cohort, step, k)
-            streams = cohort.streams.rows(slice(k))
-            self.optimizer.step_(y[:k, :n], g[:, :n], state, lr_scale=factor, streams=streams)
+            self.optimizer.step_(y[:k, :n], g[:, :n], state, lr_scale=factor, aux=aux, streams=streams)
             losses[:k] += loss.to(losses.dtype)
         final = self.optimizer.final(y[:, :n], state)
         if final.data_ptr() != y.data_ptr():
@@ -135,6 +165,22 @@ class LocalSGD:
         if bool(state.skipped.any()):
             cohort.log(skipped_steps=state.skipped.to(torch.float32))
         return losses
+
+    def _gradient(
+        self, cohort: Cohort, at: Tensor, batch: Any, state: OptState, out: Tensor, streams: Streams
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(g [k, P], loss [k], what else the rule needs) at `at` [k, P]; buffers of `at` follow the training pass."""
+        optimizer, n = self.optimizer, cohort.task.layout.num_trainable
+        if not optimizer.needs - {"grad"} or optimizer.wanted(state, len(at)) == {"grad"}:
+            return *cohort.task.field(at, batch, out), {}
+        # before the training pass, which may move the buffers
+        needed = source(cohort.task, batch, at[:, n:])
+        g, aux = supply(optimizer, at[:, :n], state, needed, streams=streams)
+        if g is None:
+            return *cohort.task.field(at, batch, out), aux
+        assert needed.loss is not None
+        out[:, :n], out[:, n:] = g, 0
+        return out, needed.loss, aux
 
     def _direction(self, cohort: Cohort, u: Affine, g: Tensor, batch: object) -> Tensor:
         """u [k, P] from the gradients g [k, P]."""

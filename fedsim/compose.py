@@ -50,6 +50,7 @@ from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import MODELS, init_parameters
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
+from fedsim.tasks.supply import check as check_supply
 from strategies import STRATEGIES
 
 MAX_TRIED = 1000  # clients of a cohort up to which its aggregation rule is tried before the run starts
@@ -239,6 +240,8 @@ class _Site:
     device: torch.device
     root: str | None
     schedule: Schedule
+    cohort_size: int | None
+    plain: bool
 
 
 @dataclass
@@ -277,11 +280,12 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     except ValueError as e:
         raise reader.error("local", str(e).removeprefix("local: ").replace("local.", "")) from e
     device = _device(runtime.device, reader)
-    site = _Site(reader, seed, clients, runtime, device, root, schedule)
+    cohort_size, plain = _outlook(reader, local.optimizer)
+    site = _Site(reader, seed, clients, runtime, device, root, schedule, cohort_size, plain)
     built: _Built = reader.entry("task", TASKS, default="classification", given={"site": site})
     task = built.task
     optimizer, reader.resolved["local"]["optimizer"] = _optimizer(
-        reader, "local.optimizer", local.optimizer, task.layout
+        reader, "local.optimizer", local.optimizer, task.layout, lambda made: check_supply(task, made)
     )
     reader.nested["server_optimizer"] = lambda r, key, value: _optimizer(r, key, value, task.layout)
     strategy = reader.entry(
@@ -405,10 +409,11 @@ def _classification(
         device=site.device,
         batch_size=min(size, int(counts.max())),
         steps=int(site.schedule.num_steps(counts).max()),
-        num_clients=len(counts),
+        num_clients=min(site.cohort_size or len(counts), len(counts)),
         engine=runtime.engine,
         stack=runtime.stack,
         precision=runtime.precision,
+        plain=site.plain,
     )
     engine = build_engine(plan.engine, module, layout, loss_of, site.device, runtime.precision)
     task = ClassificationTask(data.to(site.device), module, x0, engine, loss_of)
@@ -521,6 +526,16 @@ def _byzantine(reader: Reader, lies: Lies, num_clients: int, seed: int, built: _
     return Byzantine(ids=ids, attack=lies.attack, on_data=lies.attack.on_data, seed=seed)
 
 
+def _outlook(reader: Reader, optimizer: Any) -> tuple[int | None, bool]:
+    """(cohort size if set, whether local steps are plain SGD), which the engine's rule wants to know beforehand."""
+    entry = reader.raw.get("strategy") or "fedavg"
+    target, _, fields_given = reader.named(STRATEGIES, entry, "strategy")
+    size = fields_given.get("cohort_size")
+    spec = {"name": optimizer} if isinstance(optimizer, str) else optimizer
+    plain = isinstance(spec, Mapping) and spec.get("name") == "sgd" and set(spec) <= {"name", "lr"}
+    return size if isinstance(size, int) else None, plain and getattr(target, "plain_steps", False)
+
+
 def _check_local(reader: Reader, strategy: Any, task: Task) -> None:
     """Refuse a section that nothing would read, and local steps on a task where they cannot work."""
     local_steps = hasattr(strategy, "local")
@@ -569,12 +584,21 @@ def _model(reader: Reader, key: str, value: Any) -> tuple[Callable[[FederatedDat
     return make, {"name": name, **resolved}
 
 
-def _optimizer(reader: Reader, key: str, spec: Any, layout: Layout) -> tuple[Optimizer, Any]:
+def _optimizer(
+    reader: Reader,
+    key: str,
+    spec: Any,
+    layout: Layout,
+    check: Callable[[Optimizer], None] = lambda made: made.check_needs({"grad"}),
+) -> tuple[Optimizer, Any]:
+    """A rule that `check` accepts; a server has a gradient and nothing else to offer."""
     spec = {"name": spec} if isinstance(spec, str) else spec
     if isinstance(spec, Mapping) and ":" in str(spec.get("name")):
         return _foreign(reader, key, spec, layout)
     try:
-        return build_optimizer(spec, layout), dict(spec)
+        made = build_optimizer(spec, layout)
+        check(made)
+        return made, dict(spec)
     except ValueError as e:
         raise reader.error(key, str(e).removeprefix("optimizer: ").replace("optimizer.", "")) from e
 

@@ -117,6 +117,22 @@ class PlainSession:
         return None
 
 
+class Factored(Protocol):
+    """Vectors [C, P] of a stack that are kept in factors."""
+
+    def __len__(self) -> int:
+        """C."""
+        ...
+
+    def dense(self) -> Tensor:
+        """[C, P]."""
+        ...
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """[P]: the sum of weights [C] times the vectors, which need not be formed for it."""
+        ...
+
+
 class Task(Protocol):
     """Loss problems and saddle points alike."""
 
@@ -137,6 +153,10 @@ class Task(Protocol):
 
     def batch_sizes(self, batch: Any) -> Tensor:
         """[C] samples of each client in a batch, padding not counted."""
+        ...
+
+    def plain_run(self, x: Tensor, batches: Any, lr: float) -> tuple[Factored, Tensor] | None:
+        """A whole run of plain SGD from one model x [P]: (change, sum of losses [C]); None if steps are to be taken."""
         ...
 
     def session(self, x: Tensor) -> Session:

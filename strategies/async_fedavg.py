@@ -9,16 +9,17 @@ Letters: N clients, P parameters; d_i the weight of a contribution, p_i a client
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
+from clients.local_sgd import LocalSGD, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from strategies.clocks import Importance, Weights, able, durations, first_weights, given_seconds, importances
+from strategies.server import step_along
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class AsyncFedAvg:
     importance: Importance = "uniform"
     job_seconds: tuple[float, ...] | None = None
     local: LocalSGD
+    plain_steps: ClassVar[bool] = True
 
     def init(self, x0: Tensor) -> State:
         return State(x0, torch.zeros(0, dtype=torch.int64), torch.zeros(0), False)
@@ -56,7 +58,9 @@ class AsyncFedAvg:
         idle, d = (s.idle, s.d) if s.started else (able(fleet), self.client_weights(fleet, s.x))
         fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(count=1)
-        return State(s.x - self.server_lr * r.weighted("delta", d[r.ids], like=s.x), r.ids, d, True), {}
+        delta, weight = r.weighted("delta", d[r.ids], like=s.x), float(d[r.ids].sum())
+        x = step_along(s.x, delta, self.server_lr, self.local.num_trainable, weight)
+        return State(x, r.ids, d, True), {}
 
     def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
         """d [N]."""
@@ -67,5 +71,5 @@ class AsyncFedAvg:
             return first_weights(p, given_seconds(self.job_seconds, p))
         return first_weights(p, durations(fleet, self.local.cost, x))
 
-    def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
-        return {"delta": self.local(clients, x).delta}
+    def local_update(self, clients: Cohort, x: Tensor) -> Reply:
+        return {"delta": self.local(clients, x).update}

@@ -10,12 +10,12 @@ Letters: P parameters; x the server's model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
+from clients.local_sgd import LocalSGD, Reply
 from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.config import FromTable
@@ -51,6 +51,7 @@ class FedAvg:
     aggregator: Annotated[Aggregator, FromTable("aggregator", "mean")] = field(default_factory=Mean)
     server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
     local: LocalSGD
+    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)
@@ -62,8 +63,8 @@ class FedAvg:
         cohort = choose(fleet.clients, self.cohort_size, rng)
         r = fleet.ask(cohort, self.local_update, cost=self.local.cost, fold=linear(self.aggregator), x=s.x)
         delta = r.mean("delta", self.aggregator)
-        server = s.server.step(delta, self.server_lr, self.server_optimizer, s.round)
+        server = s.server.step(delta, self.server_lr, self.local.num_trainable, self.server_optimizer, s.round)
         return State(server.point(self.server_optimizer), server, s.round + 1), {}
 
-    def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
-        return {"delta": self.local(clients, x).delta}
+    def local_update(self, clients: Cohort, x: Tensor) -> Reply:
+        return {"delta": self.local(clients, x).update}

@@ -25,6 +25,7 @@ from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
 from strategies.momentum import along, step_size
+from strategies.server import step_along
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class FedAvgM:
         cohort = choose(fleet.clients, self.cohort_size, rng)
         r = fleet.ask(cohort, self.local_update, cost=self.local.cost, fold=Mean(weights="uniform"), x=s.x, g=s.g)
         g = r["u"]
-        return State(s.x - step_size(self.gamma, self.server_lr, self.local, r) * g, g), {}
+        gamma = step_size(self.gamma, self.server_lr, self.local, r)
+        return State(step_along(s.x, g, gamma, self.local.num_trainable), g), {}
 
     def local_update(self, clients: Cohort, x: Tensor, g: Tensor) -> dict[str, Tensor]:
         local = self.local(clients, x, self.beta * GRADIENT + (1 - self.beta) * g)
-        return {"u": along(local, self.local.lr)}
+        return {"u": along(local, self.local)}

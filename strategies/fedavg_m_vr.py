@@ -23,6 +23,7 @@ from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
 from strategies.momentum import along, step_size
+from strategies.server import step_along
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class FedAvgMVR:
         cost, fold = self.local.cost, Mean(weights="uniform")
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=fold, x=s.x, x_prev=s.x_prev, g=s.g)
         g = r["u"]
-        return State(s.x - step_size(self.gamma, self.server_lr, self.local, r) * g, s.x, g), {}
+        gamma = step_size(self.gamma, self.server_lr, self.local, r)
+        return State(step_along(s.x, g, gamma, self.local.num_trainable), s.x, g), {}
 
     def local_update(self, clients: Cohort, x: Tensor, x_prev: Tensor, g: Tensor) -> dict[str, Tensor]:
         u = GRADIENT + (1 - self.beta) * (g - gradient_at(x_prev))
-        return {"u": along(self.local(clients, x, u), self.local.lr)}
+        return {"u": along(self.local(clients, x, u), self.local)}

@@ -9,16 +9,17 @@ Letters: N clients, c the buffer's size, P parameters; d_i the weight of a contr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
+from clients.local_sgd import LocalSGD, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from strategies.clocks import Importance, Weights, able, buffer_weights, durations, importances
+from strategies.server import step_along
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class FedBuff:
     weights: Weights = "identical"
     importance: Importance = "uniform"
     local: LocalSGD
+    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.buffer_size < 1:
@@ -60,7 +62,9 @@ class FedBuff:
         idle, d = (s.idle, s.d) if s.started else (able(fleet), self.client_weights(fleet, s.x))
         fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(count=self.buffer_size)
-        return State(s.x - self.server_lr * r.weighted("delta", d[r.ids], like=s.x), r.ids, d, True), {}
+        delta, weight = r.weighted("delta", d[r.ids], like=s.x), float(d[r.ids].sum())
+        x = step_along(s.x, delta, self.server_lr, self.local.num_trainable, weight)
+        return State(x, r.ids, d, True), {}
 
     def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
         """d [N].
@@ -76,5 +80,5 @@ class FedBuff:
         p = importances(self.importance, fleet.num_examples)
         return buffer_weights(p, durations(fleet, self.local.cost, x), self.buffer_size)
 
-    def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
-        return {"delta": self.local(clients, x).delta}
+    def local_update(self, clients: Cohort, x: Tensor) -> Reply:
+        return {"delta": self.local(clients, x).update}

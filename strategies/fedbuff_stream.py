@@ -9,16 +9,17 @@ Letters: N clients, c the buffer's size, P parameters, a the exponent of the sta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
+from clients.local_sgd import LocalSGD, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from strategies.clocks import able
+from strategies.server import step_along
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class FedBuffStream:
     server_lr: float = 1.0
     exponent: float = 0.5
     local: LocalSGD
+    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.buffer_size < 1 or self.concurrency < 1:
@@ -67,7 +69,8 @@ class FedBuffStream:
             total = total + r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x)
             busy = torch.cat([busy, fresh])
             busy = busy[~torch.isin(busy, r.ids)]
-        return State(s.x - self.server_lr / self.buffer_size * total, busy), {}
+        x = step_along(s.x, total / self.buffer_size, self.server_lr, self.local.num_trainable)
+        return State(x, busy), {}
 
     def replacements(self, fleet: Fleet, busy: Tensor, rng: np.random.Generator) -> Tensor:
         """Idle clients drawn to take the places that are free."""
@@ -79,5 +82,5 @@ class FedBuffStream:
         idle = clients[~torch.isin(clients, busy)]
         return choose(idle, self.concurrency - len(busy), rng)
 
-    def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
-        return {"delta": self.local(clients, x).delta}
+    def local_update(self, clients: Cohort, x: Tensor) -> Reply:
+        return {"delta": self.local(clients, x).update}

@@ -10,16 +10,17 @@ Letters: N clients, R replies in a window, P parameters; d_i the weight of a con
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
+from clients.local_sgd import LocalSGD, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from strategies.clocks import Importance, Weights, able, durations, given_seconds, importances, window_weights
+from strategies.server import step_along
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class FedFix:
     importance: Importance = "uniform"
     job_seconds: tuple[float, ...] | None = None
     local: LocalSGD
+    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.interval > 0:
@@ -63,7 +65,8 @@ class FedFix:
         idle, d = (s.idle, s.d) if s.window else (able(fleet), self.client_weights(fleet, s.x))
         fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(until=(s.window + 1) * self.interval)
-        x = s.x - self.server_lr * r.weighted("delta", d[r.ids], like=s.x)
+        delta, weight = r.weighted("delta", d[r.ids], like=s.x), float(d[r.ids].sum())
+        x = step_along(s.x, delta, self.server_lr, self.local.num_trainable, weight)
         return State(x, r.ids, d, s.window + 1), {}
 
     def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
@@ -75,5 +78,5 @@ class FedFix:
             return window_weights(p, given_seconds(self.job_seconds, p), self.interval)
         return window_weights(p, durations(fleet, self.local.cost, x), self.interval)
 
-    def local_update(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
-        return {"delta": self.local(clients, x).delta}
+    def local_update(self, clients: Cohort, x: Tensor) -> Reply:
+        return {"delta": self.local(clients, x).update}

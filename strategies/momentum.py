@@ -11,9 +11,14 @@ from clients.local_sgd import LocalResult, LocalSGD
 from fedsim.fleet import Replies
 
 
-def along(local: LocalResult, eta: float) -> Tensor:
-    """[C, P]: Delta_i / (eta * K_i), the mean direction of a client's steps; zero for a client that took none."""
-    return local.delta.div_(eta * local.steps.clamp(min=1).to(local.delta)[:, None])
+def along(result: LocalResult, local: LocalSGD) -> Tensor:
+    """[C, P]: Delta_i / (eta * K_i), the mean direction of a client's steps; zero for a client that took none.
+
+    Entries of buffers are left as they are: their change is no direction.
+    """
+    steps = result.steps.clamp(min=1).to(result.delta)[:, None]
+    result.delta[:, : local.num_trainable].div_(local.lr * steps)
+    return result.delta
 
 
 def step_size(gamma: float | None, server_lr: float, local: LocalSGD, replies: Replies) -> float:

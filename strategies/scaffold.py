@@ -23,6 +23,7 @@ from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from strategies.checks import check_cohort, check_plain_sgd
+from strategies.server import step_along
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Scaffold:
         cohort = choose(fleet.clients, self.cohort_size, rng)
         cost = replace(self.local.cost, vectors_up=2)
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=Mean(weights="uniform"), x=s.x, c=s.c)
-        x = s.x - self.server_lr * r["delta"]
+        x = step_along(s.x, r["delta"], self.server_lr, self.local.num_trainable)
         c = s.c + len(r) / len(fleet.clients) * r["dc"]
         return State(x, c), {}
 

@@ -77,7 +77,7 @@ class ScaffoldM:
         g = r["u"]
         c = s.c + len(r) / len(fleet.clients) * r["dc"]  # 1/N, not 1/S: c is the mean over all clients
         gamma = step_size(self.gamma, self.server_lr, self.local, r)
-        server = s.server.step(g, gamma, self.server_optimizer, s.round)
+        server = s.server.step(g, gamma, self.local.num_trainable, self.server_optimizer, s.round)
         return State(server.point(self.server_optimizer), g, c, server, s.round + 1), {}
 
     def local_update(self, clients: Cohort, x: Tensor, g: Tensor, c: Tensor) -> dict[str, Tensor]:
@@ -86,4 +86,4 @@ class ScaffoldM:
         local = self.local(clients, x, u, mean_grad=True)
         assert local.mean_grad is not None
         clients.memory["c"] = new = torch.where(local.steps[:, None] > 0, local.mean_grad, c_i)
-        return {"u": along(local, self.local.lr), "dc": new - c_i}
+        return {"u": along(local, self.local), "dc": new - c_i}

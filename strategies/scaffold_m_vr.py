@@ -23,6 +23,7 @@ from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
 from strategies.momentum import along, step_size
+from strategies.server import step_along
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class ScaffoldMVR:
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=fold, x=s.x, x_prev=s.x_prev, g=s.g, c=s.c)
         g = r["u"]
         c = s.c + len(r) / len(fleet.clients) * r["dc"]
-        return State(s.x - step_size(self.gamma, self.server_lr, self.local, r) * g, s.x, g, c), {}
+        gamma = step_size(self.gamma, self.server_lr, self.local, r)
+        return State(step_along(s.x, g, gamma, self.local.num_trainable), s.x, g, c), {}
 
     def local_update(self, clients: Cohort, x: Tensor, x_prev: Tensor, g: Tensor, c: Tensor) -> dict[str, Tensor]:
         c_i = clients.memory["c"]
@@ -78,4 +80,4 @@ class ScaffoldMVR:
         local = self.local(clients, x, u, mean_grad=True)
         assert local.mean_grad is not None
         clients.memory["c"] = new = torch.where(local.steps[:, None] > 0, local.mean_grad, c_i)
-        return {"u": along(local, self.local.lr), "dc": new - c_i}
+        return {"u": along(local, self.local), "dc": new - c_i}

@@ -35,10 +35,10 @@ class Server:
             return cls(x0)
         return cls(x0, optimizer.init(x0[None, : optimizer.layout.size]))
 
-    def step(self, d: Tensor, lr: float, optimizer: Optimizer | None, round: int) -> Server:
+    def step(self, d: Tensor, lr: float, num_trainable: int, optimizer: Optimizer | None, round: int) -> Server:
         """The server after one step; entries of buffers follow the clients' mean whatever the rule."""
         if optimizer is None or self.state is None:
-            return Server(self.x - lr * d)
+            return Server(step_along(self.x, d, lr, num_trainable))
         n = optimizer.layout.size
         x, state = (self.x - d)[None], self.state.gather([0])
         x[:, :n] = self.x[:n]
@@ -54,3 +54,17 @@ class Server:
         n = optimizer.layout.size
         final = optimizer.final(self.x[None, :n], self.state)[0]
         return torch.cat([final, self.x[n:]])
+
+
+def step_along(x: Tensor, d: Tensor, lr: float, num_trainable: int, weight: float = 1.0) -> Tensor:
+    """x - lr * d, [P]; entries of buffers follow the clients' mean whatever the rate, or a variance could go below 0.
+
+    Args:
+        x, d: [P].
+        lr: of the parameters.
+        num_trainable: how many entries are parameters; buffers stand behind them.
+        weight: what the weights in d sum to; buffers move by at most a mean.
+    """
+    out = x - lr * d
+    out[num_trainable:] = x[num_trainable:] - d[num_trainable:] / max(weight, 1.0)
+    return out

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fedsim.engine.low_rank import chain_of
 from fedsim.engine.precision import check_precision
 from fedsim.params import Layout
 
 STACK_BYTES = 4 * 2**20  # of parameters: stacks this small stay in a core's caches from step to step
+LOW_RANK_BYTES = 8 * 2**20  # of layer inputs and output gradients in one stack of low-rank changes
+MAX_WIDTH_LOW_RANK = 64
 GPU_SHARE = 0.5  # of a GPU's memory for one stack; the rest is for data, evaluation and torch itself
 GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, direction, two of an optimizer
 MAX_WIDTH_CPU = 16  # from 8 clients on the cost of a call no longer shows, and more stacks keep more cores busy
@@ -52,6 +55,7 @@ def choose(
     engine: str = "auto",
     stack: int | str = "auto",
     precision: str = "fp32",
+    plain: bool = False,
 ) -> Plan:
     """The engine and the stack width for a module.
 
@@ -65,6 +69,7 @@ def choose(
         engine: a name, or auto.
         stack: a width, or auto.
         precision: fp32, tf32 or bf16.
+        plain: local steps are plain SGD from one common model, which chains of linear layers can take in factors.
 
     Raises:
         ValueError: for a width below one, or an unknown precision.
@@ -77,6 +82,11 @@ def choose(
             raise ValueError(f"stack must be auto or a positive number of clients, got {stack!r}")
         return Plan(name, stack, why + f"stacks of {stack} as set")
     width, reason = _width(module, layout, device, batch_size, name)
+    chain = chain_of(module) if plain and name == "stacked" and precision == "fp32" else None
+    if chain is not None and device.type == "cpu" and chain.worthwhile(batch_size * steps):
+        each = 4 * batch_size * steps * sum(i + o for o, i in chain.shapes)
+        width = min(max(1, LOW_RANK_BYTES // each), MAX_WIDTH_LOW_RANK)
+        reason = f"clients see fewer samples than layers are wide, so {width} of them are kept as low-rank changes"
     even = _even(num_clients, width)
     if even < width:
         return Plan(name, even, f"{why}{num_clients} clients in equal stacks, at most {width}: {reason}")

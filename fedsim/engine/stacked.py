@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fedsim.engine.base import Batch, PlainSession, Session
 from fedsim.engine.head import loss_and_gradient
 from fedsim.engine.loop import LoopEngine
-from fedsim.engine.losses import Loss
+from fedsim.engine.losses import Loss, cross_entropy
+from fedsim.engine.low_rank import chain_of
 from fedsim.engine.noise import keyed_copy
 from fedsim.engine.ops import Bound, Op
 from fedsim.engine.precision import products
@@ -43,6 +44,8 @@ class StackedEngine:
         self.module = module
         self.loop = LoopEngine(module, layout, loss, precision)
         self.vmapped = Vmapped(module, layout, loss, precision, compiled=False)
+        plain = loss is cross_entropy and precision == "fp32"
+        self.chain = chain_of(module) if plain else None
         self.path = ""
         self.reason = ""
         self._tapes: dict[tuple[torch.Size, torch.dtype], Tape | None] = {}

@@ -178,6 +178,12 @@ class StackRunner:
         fields, sums = {}, {}
         whole = getattr(self.strategy, "sent_whole", ())
         for name, value in reply.items():
+            if hasattr(value, "weighted_sum"):
+                if self.uplink is None and jobs.weights is not None:
+                    sums[name] = value.weighted_sum(jobs.weights)
+                    bits += 32 * self.task.layout.size
+                    continue
+                value = value.dense()
             if self.uplink is not None and isinstance(value, Tensor) and value.ndim > 1 and name not in whole:
                 value = self.uplink.encode(name, value, cohort.memory, cohort.streams)
             if not isinstance(value, Tensor):  # a Packet knows its own size

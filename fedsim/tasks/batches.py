@@ -62,6 +62,16 @@ class BatchPlan:
         """How many of the first clients still take this step."""
         return self._active[step]
 
+    @property
+    def samples(self) -> int:
+        """R: samples of the busiest client's whole run, padding of short batches included."""
+        return len(self) * self._width
+
+    def whole(self) -> tuple[Any, int, list[int]]:
+        """(all steps as one batch [C, K * B], B, active clients of each step); padding weighs zero."""
+        weights = None if bool(self._valid.all()) else self._valid.to(torch.float32)
+        return self._gather(0, self._rows, weights), self._width, self._active
+
     def __getitem__(self, step: int) -> Any:
         k, cut, start = self._active[step], self._cut[step], step * self._width
         columns = slice(start, start + cut)

@@ -104,6 +104,10 @@ class BilinearTask:
             f = f + self.noise * batch.streams.normal("noise", x.shape[1], step=batch.step)
         return (f if out is None else out.copy_(f)), value
 
+    def plain_run(self, x: Tensor, batches: OwnFunction, lr: float) -> None:
+        """None: steps are taken one by one."""
+        return None
+
     def session(self, x: Tensor) -> Session:
         return PlainSession(self.field, x)
 

@@ -95,6 +95,10 @@ class QuadraticTask:
     def batch_sizes(self, batch: QuadraticBatch) -> Tensor:
         return torch.ones(len(batch.rows), dtype=torch.int64)
 
+    def plain_run(self, x: Tensor, batches: OwnFunction, lr: float) -> None:
+        """None: steps are taken one by one."""
+        return None
+
     def session(self, x: Tensor) -> Session:
         return PlainSession(self.field, x)
 

@@ -1,0 +1,103 @@
+"""Local runs in factors equal the same steps taken one by one, and are used where they cost less."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedsim.engine import Batch, build_engine
+from fedsim.engine.low_rank import chain_of, low_rank_run
+from fedsim.params import Layout
+from fedsim.runs import run
+from fedsim.streams import Streams
+from fedsim.task import Schedule
+from fedsim.tasks.batches import BatchPlan
+from fedsim.tasks.models import MODELS, init_parameters
+
+LR = 0.3
+
+
+def _plan(counts: list[int], inputs: Tensor, targets: Tensor, batch_size: int, epochs: int) -> BatchPlan:
+    ids = torch.arange(len(counts))
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)[:-1].tolist()])
+
+    def gather(step: int, rows: Tensor, weights: Tensor | None) -> Batch:
+        return Batch(inputs[rows], targets[rows], None if weights is None else weights.to(inputs))
+
+    return BatchPlan(
+        torch.tensor(counts),
+        Schedule(epochs=epochs, batch_size=batch_size),
+        Streams(0, ids, torch.zeros_like(ids)),
+        gather,
+        lambda positions: (starts[:, None] + positions).clamp(max=len(inputs) - 1),
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hidden", [[], [7], [9, 5]])
+def test_factors_equal_steps_taken_one_by_one(hidden: list[int], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    widths = [12, *hidden, 4]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers += [nn.ReLU()] * (i > 0) + [nn.Linear(a, b, bias=bias)]
+    module = nn.Sequential(*layers).double()
+    layout = Layout.of_module(module)
+    x = torch.cat([p.detach().flatten() for p in module.parameters()])
+    counts = [9, 8, 5, 2, 0]
+    inputs = torch.randn(sum(counts), 3, 4, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 4, (sum(counts),), generator=generator)
+    plan = _plan(counts, inputs, targets, batch_size=3, epochs=2)
+
+    engine = build_engine("loop", module, layout)
+    y, losses = x.expand(len(counts), -1).clone(), torch.zeros(len(counts), dtype=torch.float64)
+    for step in range(len(plan)):
+        k = plan.active(step)
+        g, loss = engine.gradient(y[:k], plan[step])
+        y[:k] -= LR * g
+        losses[:k] += loss
+
+    chain = chain_of(module)
+    assert chain is not None
+    change, sums = low_rank_run(chain, layout, x, *plan.whole(), LR)
+    torch.testing.assert_close(change.dense(), x - y, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(sums, losses, rtol=1e-12, atol=1e-13)
+    weights = torch.rand(len(counts), generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(change.weighted_sum(weights), weights @ (x - y), rtol=1e-12, atol=1e-13)
+
+
+def test_only_chains_of_linear_layers_are_taken() -> None:
+    assert chain_of(init_parameters(lambda: MODELS["mlp"]((1, 8, 8), 10), 0)[0]) is not None
+    assert chain_of(init_parameters(lambda: MODELS["logistic"]((1, 8, 8), 10), 0)[0]) is not None
+    for module in (
+        init_parameters(lambda: MODELS["cnn"]((1, 8, 8), 10), 0)[0],
+        init_parameters(lambda: MODELS["mlp"]((1, 8, 8), 10, dropout=0.5), 0)[0],
+        nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)),
+        nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)),
+        nn.Linear(3, 2),
+    ):
+        assert chain_of(module) is None
+
+
+def test_a_run_in_factors_equals_one_in_steps() -> None:
+    config = {
+        "rounds": 4,
+        "task": {"name": "classification", "dataset": "digits", "model": {"name": "mlp", "hidden": [200]}},
+        "partition": {"name": "dirichlet", "alpha": 0.5},
+        "clients": {"count": 40},
+        "strategy": {"name": "fedavg", "cohort_size": 12},
+        "local": {"epochs": 1, "batch_size": 8, "optimizer": {"name": "sgd", "lr": 0.1}},
+        "evaluate": {"every": 1},
+    }
+    factors, steps = run(config), run(config, **{"runtime.engine": "loop"})
+    for a, b in zip(factors.rows, steps.rows, strict=True):
+        for key in ("train_loss", "test_loss", "test_accuracy"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+        assert (a["bits_up"], a["bits_down"]) == (b["bits_up"], b["bits_down"])
+
+
+def test_long_local_runs_are_taken_in_steps() -> None:
+    chain = chain_of(init_parameters(lambda: MODELS["mlp"]((1, 28, 28), 10), 0)[0])
+    assert chain is not None
+    assert chain.worthwhile(60) and not chain.worthwhile(6000)
