@@ -39,12 +39,18 @@ class SuppliesNeeds(Protocol):
     Attributes:
         available: names of needs beside `grad`: `loss_eval` (losses), `sampled_grad`, `hvp`, `per_sample_norms`
             (clipped_sum).
+        loss: [k] mean loss that the last `losses` or `clipped_sum` came across, for the record; None before.
     """
 
     available: frozenset[str]
+    loss: Tensor | None
 
     def batch_sizes(self) -> Tensor:
         """[k] samples of each client's batch, padding not counted."""
+        ...
+
+    def num_labels(self) -> Tensor:
+        """[k] labels behind each client's mean loss: one a sample, or one a position of a sequence."""
         ...
 
     def losses(self, points: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ def supply(
     if "sampled_grad" in wanted:
         sampled = source.sampled_grad(x) if mask is None else source.sampled_grad(x) * mask
         aux["sampled_grad"] = transform(x, sampled, optimizer.plan.segments, replace(settings, perp_grad=None))
-        aux["batch_size"] = source.batch_sizes().to(x)[:, None]
+        aux["batch_size"] = source.num_labels().to(x)[:, None]
     if "hvp" in wanted:
         z = by_step(
             streams, t, x, lambda own, step: own.rademacher("optimizer hvp", x.shape[1], step=step, dtype=x.dtype)

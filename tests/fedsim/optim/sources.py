@@ -34,6 +34,9 @@ class SoftmaxSource:
     def batch_sizes(self) -> Tensor:
         return torch.full((len(self.inputs),), self.inputs.shape[1])
 
+    def num_labels(self) -> Tensor:
+        return self.batch_sizes()
+
     def logits(self, x: Tensor) -> Tensor:
         views = LAYOUT.views(x)
         return self.inputs[: len(x)] @ views["w"].mT + views["b"][:, None]
