@@ -36,11 +36,13 @@ class LocalResult:
         update: the change of each client in its cheapest form, to be sent as it is: a tensor [C, P], or factors.
         steps: [C] local steps taken.
         mean_grad: [C, P] mean of the raw gradients g, or None if it was not asked for.
+        state: [C, S], the optimizer's state received minus the local one, or None if none was sent.
     """
 
     update: Tensor | Factored
     steps: Tensor
     mean_grad: Tensor | None
+    state: Tensor | None = None
 
     @property
     def delta(self) -> Tensor:
@@ -83,10 +85,30 @@ class LocalSGD:
             raise ValueError("this strategy divides by the local learning rate: give one number and no schedule")
         return float(self.optimizer.lr)
 
+    def start(self, x: Tensor) -> Tensor | None:
+        """[S], the state that the server sends along with the model x [P] at first; None unless it is to send one."""
+        if self.optimizer.state_scope != "server" or self.optimizer.is_plain_sgd:
+            return None
+        return self.optimizer.init(x[None, : self.optimizer.layout.size]).pack(x)[0]
+
     def __call__(
-        self, cohort: Cohort, x: Tensor, direction: Affine = GRADIENT, *, mean_grad: bool = False
+        self,
+        cohort: Cohort,
+        x: Tensor,
+        direction: Affine = GRADIENT,
+        *,
+        mean_grad: bool = False,
+        state: Tensor | None = None,
     ) -> LocalResult:
-        """Train from x ([P], or [C, P] where clients start from different models) along `direction`."""
+        """Train from x ([P], or [C, P] where clients start from different models) along `direction`.
+
+        Args:
+            cohort: the clients.
+            x: the model they received.
+            direction: of a step.
+            mean_grad: also return the mean of the raw gradients.
+            state: [S] or [C, S], the optimizer's state that came with the model.
+        """
         batches = cohort.task.batches(cohort, self.schedule)
         steps = batches.num_steps
         if direction is GRADIENT and not mean_grad and x.ndim == 1 and self._constant_rate():
@@ -96,14 +118,15 @@ class LocalSGD:
                 return LocalResult(whole[0], steps, None)
         y = cohort.buffer("y", x).copy_(x)
         total = torch.zeros_like(y) if mean_grad else None
+        change = None
         if self.optimizer.is_plain_sgd and isinstance(self.optimizer.lr, float | int):
             loss = self._plain(cohort, y, batches, direction, total)
         else:
-            loss = self._stepwise(cohort, y, batches, direction, total)
+            loss, change = self._stepwise(cohort, y, batches, direction, total, state)
         cohort.log(train_loss=loss / steps.clamp(min=1))
         if total is not None:
             total /= steps.clamp(min=1)[:, None]
-        return LocalResult(torch.sub(x, y, out=y), steps, total)
+        return LocalResult(torch.sub(x, y, out=y), steps, total, change)
 
     def _constant_rate(self) -> bool:
         """Whether every step is x <- x - lr * g with one and the same number lr."""
@@ -137,12 +160,14 @@ class LocalSGD:
             losses[:k] += loss.to(losses.dtype)
         return losses
 
-    def _stepwise(self, cohort: Cohort, y: Tensor, batches: Batches, u: Affine, total: Tensor | None) -> Tensor:
-        """Any rule of the core, with the raw gradients added up in `total` if wanted."""
+    def _stepwise(
+        self, cohort: Cohort, y: Tensor, batches: Batches, u: Affine, total: Tensor | None, sent: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Any rule of the core, with the raw gradients added up in `total` if wanted; (losses [C], change of state)."""
         n = cohort.task.layout.num_trainable
         gradient = cohort.buffer("gradient", y)
         losses = torch.zeros(len(cohort), device=y.device)
-        state = self._recall(cohort, y[:, :n])
+        state = self._recall(cohort, y[:, :n], sent)
         for step in range(len(batches)):
             k = batches.active(step)
             batch = batches[step]
@@ -164,7 +189,7 @@ class LocalSGD:
         self._remember(cohort, state)
         if bool(state.skipped.any()):
             cohort.log(skipped_steps=state.skipped.to(torch.float32))
-        return losses
+        return losses, None if sent is None else sent - state.pack(sent)
 
     def _gradient(
         self, cohort: Cohort, at: Tensor, batch: Any, state: OptState, out: Tensor, streams: Streams
@@ -212,9 +237,12 @@ class LocalSGD:
     def _steps(self, cohort: Cohort, k: int) -> list[int]:
         return self.schedule.num_steps(cohort.num_examples[:k]).tolist()
 
-    def _recall(self, cohort: Cohort, x: Tensor) -> OptState:
-        """Fresh state, or with `state_scope: client` what the clients kept."""
+    def _recall(self, cohort: Cohort, x: Tensor, sent: Tensor | None) -> OptState:
+        """Fresh state; with `state_scope: client` what the clients kept, with `server` what was sent."""
         state = self.optimizer.init(x)
+        if self.optimizer.state_scope == "server":
+            assert sent is not None, "the strategy must send LocalSGD.start's state along"
+            state.unpack_(sent)
         if self.optimizer.state_scope == "client" and MEMORY + "t" in cohort.memory:
             known = cohort.memory.read(MEMORY + "t", ()).cpu() > 0
             for name, rows in state.to_rows().items():

@@ -287,7 +287,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     optimizer, reader.resolved["local"]["optimizer"] = _optimizer(
         reader, "local.optimizer", local.optimizer, task.layout, lambda made: check_supply(task, made)
     )
-    reader.nested["server_optimizer"] = lambda r, key, value: _optimizer(r, key, value, task.layout)
+    reader.nested["server_optimizer"] = lambda r, key, value: _optimizer(r, key, value, task.layout, _check_server)
     strategy = reader.entry(
         "strategy",
         STRATEGIES,
@@ -298,6 +298,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     _check_local(reader, strategy, task)
     up, down = reader.section("uplink", Up), reader.section("downlink", Down)
     uplink, downlink = _links(reader, up, down, strategy, task.layout, seed)
+    _check_state_scope(reader, strategy, uplink)
     n = len(task.num_examples)
     byzantine = _byzantine(reader, clients.byzantine, n, seed, built)
     devices = clients.devices(n)
@@ -552,6 +553,17 @@ def _check_local(reader: Reader, strategy: Any, task: Task) -> None:
         )
 
 
+def _check_state_scope(reader: Reader, strategy: Any, uplink: Uplink | None) -> None:
+    """Refuse to average states where a strategy does not do it, or a compressor made for the model would meet them."""
+    if not hasattr(strategy, "local") or strategy.local.optimizer.state_scope != "server":
+        return
+    key, name = "local.optimizer.state_scope", reader.resolved["strategy"]["name"]
+    if not getattr(strategy, "averages_state", False):
+        raise reader.error(key, f"server is not available for strategy {name}; take round or client, or fedavg")
+    if uplink is not None:
+        raise reader.error(key, "server sends states that uplink.compressor does not fit; take round or client")
+
+
 # Nested entries --------------------------------------------------------------------------------------------------
 
 
@@ -589,9 +601,9 @@ def _optimizer(
     key: str,
     spec: Any,
     layout: Layout,
-    check: Callable[[Optimizer], None] = lambda made: made.check_needs({"grad"}),
+    check: Callable[[Optimizer], None],
 ) -> tuple[Optimizer, Any]:
-    """A rule that `check` accepts; a server has a gradient and nothing else to offer."""
+    """A rule that `check` accepts."""
     spec = {"name": spec} if isinstance(spec, str) else spec
     if isinstance(spec, Mapping) and ":" in str(spec.get("name")):
         return _foreign(reader, key, spec, layout)
@@ -601,6 +613,13 @@ def _optimizer(
         return made, dict(spec)
     except ValueError as e:
         raise reader.error(key, str(e).removeprefix("optimizer: ").replace("optimizer.", "")) from e
+
+
+def _check_server(optimizer: Optimizer) -> None:
+    """A server has a gradient and nothing else to offer, and keeps its state as long as it runs."""
+    optimizer.check_needs({"grad"})
+    if optimizer.state_scope != "round":
+        raise ValueError("state_scope is for local optimizers, the server always keeps its state; leave it out")
 
 
 def _foreign(reader: Reader, key: str, spec: Mapping[str, Any], layout: Layout) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ Letters: P parameters; x the server's model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -27,11 +27,12 @@ from strategies.server import Server
 
 @dataclass(frozen=True)
 class State:
-    """x: [P], the server's model; server: the same and its optimizer's state."""
+    """x: [P], the server's model; server: the same and its optimizer's state; local: [S], mean of the clients'."""
 
     x: Tensor
     server: Server
     round: int = 0
+    local: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +53,25 @@ class FedAvg:
     server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
     local: LocalSGD
     plain_steps: ClassVar[bool] = True
+    averages_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)
 
     def init(self, x0: Tensor) -> State:
-        return State(x0, Server.start(x0, self.server_optimizer))
+        return State(x0, Server.start(x0, self.server_optimizer), local=self.local.start(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         cohort = choose(fleet.clients, self.cohort_size, rng)
-        r = fleet.ask(cohort, self.local_update, cost=self.local.cost, fold=linear(self.aggregator), x=s.x)
+        cost, sent = self.local.cost, {"x": s.x}
+        if s.local is not None:  # state_scope: server
+            cost, sent = replace(cost, bits_up=32 * (len(s.x) + len(s.local))), {"x": s.x, "state": s.local}
+        r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(self.aggregator), **sent)
         delta = r.mean("delta", self.aggregator)
+        local = None if s.local is None else s.local - r.mean("state", self.aggregator)
         server = s.server.step(delta, self.server_lr, self.local.num_trainable, self.server_optimizer, s.round)
-        return State(server.point(self.server_optimizer), server, s.round + 1), {}
+        return State(server.point(self.server_optimizer), server, s.round + 1, local), {}
 
-    def local_update(self, clients: Cohort, x: Tensor) -> Reply:
-        return {"delta": self.local(clients, x).update}
+    def local_update(self, clients: Cohort, x: Tensor, state: Tensor | None = None) -> Reply:
+        local = self.local(clients, x, state=state)
+        return {"delta": local.update} if local.state is None else {"delta": local.update, "state": local.state}

@@ -76,6 +76,23 @@ class OptState:
             initial=dict(initial or {}),
         )
 
+    def pack(self, like: Tensor) -> Tensor:
+        """[C, S] counters, host numbers and buffers as numbers that can be averaged, in the type of `like`."""
+        rows = [v.to(like).flatten(1) if v.ndim > 1 else v.to(like)[:, None] for v in self._averaged().values()]
+        return torch.cat(rows, dim=1)
+
+    def unpack_(self, packed: Tensor) -> None:
+        """Take over what `pack` gave, or a mean of such: [C, S], or [S] for all clients; t is rounded."""
+        at = 0
+        for value in self._averaged().values():
+            width = value[:1].numel()
+            part = packed[..., at : at + width].reshape((*packed.shape[:-1], *value.shape[1:])).to(value.device)
+            value.copy_(part if value.is_floating_point() else part.round())
+            at += width
+
+    def _averaged(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.to_rows().items() if name != "skipped"}
+
     def memory_bytes(self) -> int:
         """Bytes of all buffers, the counters not counted."""
         return sum(b.numel() * b.element_size() for b in self.buffers.values())
