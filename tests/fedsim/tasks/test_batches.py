@@ -10,7 +10,6 @@ from fedsim.streams import Streams
 from fedsim.task import Schedule
 from fedsim.tasks.batches import BatchPlan
 
-
 Plan = list[tuple[Tensor, Tensor | None]]
 
 
