@@ -121,7 +121,7 @@ def deploy(composition: Composition, grid: Grid, patience: Patience, clock: Cloc
     composition.plan["workers"] = f"{num_clients} Flower nodes on the wall clock (clients.devices is for simulations)"
     nodes = connect(grid, num_clients, clock, patience)
     return FlowerFleet(
-        Mail(grid, nodes, _book(executor.runner, simulated), clock, patience),
+        Mail(grid, nodes, _book(executor.runner, simulated), clock, patience, experiment.device),
         seed=experiment.seed,
         model_size=experiment.task.layout.size,
         downlink=simulated.downlink,

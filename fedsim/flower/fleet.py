@@ -25,7 +25,7 @@ from fedsim.flower.mail import Flight, Landed, Letter, Mail
 from fedsim.metrics import Metrics
 from fedsim.sim.byzantine import who_hears
 from fedsim.sim.executor import Gather, Results, cut, grouped
-from fedsim.sim.fleet import ONE_STEP, TIMELINE, Ledger, Sent
+from fedsim.sim.fleet import ONE_STEP, TIMELINE, TOLERANCE, Ledger, Sent
 from fedsim.sim.links import Copy, Downlink
 from fedsim.streams import Streams
 
@@ -77,11 +77,11 @@ class FlowerFleet:
         while count is None or len(mail.landed) < count:
             last = self.now if mail.look() else last
             enough = count is not None and len(mail.landed) >= count
-            if enough or self.now >= until or (until == inf and not mail.flights):
+            if enough or self.now >= until - TOLERANCE or (until == inf and not mail.flights):
                 break
             if until == inf:
                 mail.check_patience(last)
-            mail.clock.sleep(min(mail.patience.poll_seconds, until - self.now))
+            mail.clock.sleep(min(mail.patience.poll_seconds, max(until - self.now, 0.0)))
         due = list(mail.landed)[:count]
         return self._deliver([mail.landed.pop(client) for client in due])
 

@@ -19,6 +19,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.flower.clock import Clock, VirtualClock
+from fedsim.sim.fleet import TOLERANCE
 
 RAISED = 2  # Flower's code for an exception in a client app
 SERVER_NODE = 1
@@ -89,7 +90,7 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         wanted = [number for number in message_ids if number in self._replies]
-        due = [number for number in wanted if self._replies[number][0] <= self.clock.now()]
+        due = [number for number in wanted if self._replies[number][0] <= self.clock.now() + TOLERANCE]
         return [self._replies.pop(number)[1] for number in due]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

@@ -23,6 +23,8 @@ from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.sim.executor import ClientError, Results
 from fedsim.sim.fleet import Sent
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -89,6 +91,7 @@ class Mail:
         book: names of compressors.
         clock: where seconds come from.
         patience: how long to wait for replies.
+        device: where the server's tensors live.
         calls: what open jobs were sent, by number of the call.
         flights: jobs that have not been answered, by message.
         landed: replies that nobody has taken yet, by client, in order of arrival.
@@ -101,6 +104,7 @@ class Mail:
     book: wire.Book
     clock: Clock = WALL
     patience: Patience = field(default_factory=Patience)
+    device: torch.device = CPU
     calls: dict[int, Sent] = field(default_factory=dict)
     flights: dict[str, Flight] = field(default_factory=dict)
     landed: dict[int, Landed] = field(default_factory=dict)
@@ -142,11 +146,12 @@ class Mail:
         return bits
 
     def look(self) -> bool:
-        """Take in replies; those of one look count as having come in the order of their clients. True if any did."""
+        """Take in replies; those of one look count as having come in the order of sending. True if any did."""
         messages = list(self.grid.pull_messages(list(self.flights))) if self.flights else []
-        pairs = [(self.flights.pop(m.metadata.reply_to_message_id), m) for m in messages]
-        for flight, message in sorted(pairs, key=lambda pair: pair[0].client):
-            self.landed[flight.client] = Landed(flight, self.now, self._open(flight, message))
+        came = {m.metadata.reply_to_message_id: m for m in messages}
+        for number in [n for n in self.flights if n in came]:
+            flight = self.flights.pop(number)
+            self.landed[flight.client] = Landed(flight, self.now, self._open(flight, came[number]))
             self.took[:, flight.client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
         return bool(messages)
 
@@ -190,7 +195,7 @@ class Mail:
         self.versions[flight.client] = head.version
         values = wire.read(content, self.book)
         bits = sum(wire.bits(v) for v in values.values())
-        fields = {k: v.decode() if isinstance(v, Packet) else v for k, v in values.items()}
+        fields = {k: (v.decode() if isinstance(v, Packet) else v).to(self.device) for k, v in values.items()}
         logged = {k: torch.tensor([v], dtype=torch.float64) for k, v in content[wire.LOGGED].items()}
         return Results(fields, {}, {}, logged, torch.tensor([bits]))
 
