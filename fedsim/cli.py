@@ -70,6 +70,11 @@ def list_(table: Annotated[str | None, typer.Argument(help="Which table; all if 
     if table is not None and table not in TABLES:
         raise ConfigError(f"fedsim list: unknown table {table!r}{did_you_mean(table, TABLES)}")
     for kind in [table] if table else TABLES:
+        if kind == "optimizers":
+            from fedsim.optim.listing import listing
+
+            print(f"{kind}\n{listing()}\n")
+            continue
         _print_pairs(kind, {name: one_line(entry) for name, entry in TABLES[kind].items()})
         print()
 
