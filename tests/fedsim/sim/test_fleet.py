@@ -77,9 +77,6 @@ def _calls(fleet: SimFleet) -> list[int]:
     return fleet.executor.calls
 
 
-# Time ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_job_takes_download_work_and_upload() -> None:
     fleet = build_fleet(_task(2), HALVES, devices=Constant(seconds_per_step=0.5, downlink=64.0, uplink=16.0))
     r = fleet.ask(_ids(0, 1), HALVES.plus, cost=Cost(steps=3), x=X)
@@ -175,9 +172,6 @@ def test_the_timeline_notes_who_worked_from_when_to_when() -> None:
     assert fleet.timeline == [(0, 0.0, 1.0, 1), (1, 0.0, 2.0, 2), (0, 1.0, 2.0, 2)]  # and in which step it counted
 
 
-# Laziness --------------------------------------------------------------------------------------------------------
-
-
 def test_replies_are_computed_when_received_in_one_stack_with_all_in_flight() -> None:
     fleet = _fleet((1.0, 4.0, 6.0))
     fleet.send(fleet.clients, HALVES.plus, x=X)
@@ -219,9 +213,6 @@ def test_different_work_in_flight_is_computed_apart() -> None:
     fleet.send(_ids(0), HALVES.plus, x=X)
     fleet.send(_ids(1), HALVES.draw, x=X)
     assert fleet.receive(count=1).fields.keys() == {"y"} and fleet.receive(count=1).fields.keys() == {"u"}
-
-
-# Clients, jobs, memory -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -293,9 +284,6 @@ def test_the_exception_of_a_client_names_work_round_and_clients() -> None:
         fleet.ask(fleet.clients, HALVES.fail, x=X)
 
 
-# Folding and exchange --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("width, workers", [(1, 1), (2, 1), (2, 2), (64, 1)])
 def test_a_fold_is_the_weighted_mean_of_replies_kept_apart(width: int, workers: int) -> None:
     samples = [1, 4, 2, 0, 3]
@@ -348,9 +336,6 @@ def test_with_adversarial_arrival_every_client_misses_f_others_but_never_itself(
     assert len(missed) == 6
 
 
-# Bits ------------------------------------------------------------------------------------------------------------
-
-
 def test_broadcasts_and_replies_cost_32_bits_a_number_one_a_flag_and_nothing_for_nothing() -> None:
     fleet = _fleet((1.0, 1.0))
     fleet.ask(fleet.clients, HALVES.numbers, x=X, flag=True, rate=0.1, none=None)
@@ -380,9 +365,6 @@ def test_job_seconds_are_those_of_real_jobs_and_draw_nothing_from_them() -> None
     assert fleet.job_seconds(Cost(), 7, x=X).tolist() == [[1 + 1 + 4], [2 + 1 + 4]]
     assert fleet.ask(fleet.clients, HALVES.plus, x=X).arrived_at.tolist() == [6.0, 7.0]
     assert fleet.job_counts.tolist() == [1, 1]
-
-
-# Stopping and going on -------------------------------------------------------------------------------------------
 
 
 def test_what_is_in_flight_survives_a_stop() -> None:
