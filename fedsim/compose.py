@@ -545,6 +545,13 @@ def _check_local(reader: Reader, strategy: Any, task: Task) -> None:
         raise reader.error("local", f"{name} takes no local steps, so nothing would read this section; leave it out")
     if not local_steps:
         del reader.resolved["local"]  # the resolved file must pass this check too
+    if hasattr(strategy, "no_links") and task.layout.num_buffers:
+        name = reader.resolved["strategy"]["name"]
+        raise reader.error(
+            "strategy",
+            f"{name} steps on parameters only, and this model has buffers (BatchNorm or frozen parameters); "
+            "use a model without, such as resnet with GroupNorm",
+        )
     if local_steps and isinstance(task, BilinearTask) and not task.lam:
         raise reader.error(
             "strategy",

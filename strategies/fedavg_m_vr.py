@@ -22,7 +22,7 @@ from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
-from strategies.momentum import along, step_size
+from strategies.momentum import along, step_size, twice
 from strategies.server import step_along
 
 
@@ -64,7 +64,7 @@ class FedAvgMVR:
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         cohort = choose(fleet.clients, self.cohort_size, rng)
-        cost, fold = self.local.cost, Mean(weights="uniform")
+        cost, fold = twice(self.local), Mean(weights="uniform")
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=fold, x=s.x, x_prev=s.x_prev, g=s.g)
         g = r["u"]
         gamma = step_size(self.gamma, self.server_lr, self.local, r)

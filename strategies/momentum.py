@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from clients.local_sgd import LocalResult, LocalSGD
-from fedsim.fleet import Replies
+from fedsim.fleet import Cost, Replies
 
 
 def along(result: LocalResult, local: LocalSGD) -> Tensor:
@@ -19,6 +19,11 @@ def along(result: LocalResult, local: LocalSGD) -> Tensor:
     steps = result.steps.clamp(min=1).to(result.delta)[:, None]
     result.delta[:, : local.num_trainable].div_(local.lr * steps)
     return result.delta
+
+
+def twice(local: LocalSGD) -> Cost:
+    """The cost of a job that takes two gradients of every minibatch: the clock counts gradients, not steps."""
+    return Cost(steps=lambda num_examples: 2 * local.schedule.num_steps(num_examples))
 
 
 def step_size(gamma: float | None, server_lr: float, local: LocalSGD, replies: Replies) -> float:

@@ -22,7 +22,7 @@ from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
-from strategies.momentum import along, step_size
+from strategies.momentum import along, step_size, twice
 from strategies.server import step_along
 
 
@@ -67,7 +67,7 @@ class ScaffoldMVR:
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         cohort = choose(fleet.clients, self.cohort_size, rng)
-        cost, fold = replace(self.local.cost, vectors_up=2), Mean(weights="uniform")
+        cost, fold = replace(twice(self.local), vectors_up=2), Mean(weights="uniform")
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=fold, x=s.x, x_prev=s.x_prev, g=s.g, c=s.c)
         g = r["u"]
         c = s.c + len(r) / len(fleet.clients) * r["dc"]
