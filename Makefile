@@ -6,7 +6,7 @@ CONFIG ?= configs/quickstart.yaml
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types contract unit check bench bench-optim figures clean
+.PHONY: help run test lint types contract unit live bench bench-optim figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -37,7 +37,10 @@ contract: $(BIN)/.test ## who may import whom
 	$(BIN)/lint-imports
 
 unit: $(BIN)/.test ## the tests alone
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not flower"
+
+live: $(BIN)/.test ## the tests that start a real Flower SuperLink and SuperNodes on loopback (minutes)
+	$(BIN)/pytest -m flower tests/flower_live
 
 bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.rounds
