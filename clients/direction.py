@@ -10,17 +10,19 @@ Letters: C clients of a stack, k of them still stepping, P entries; y the local 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """u = scale * g(y) + other_scale * g(other) + shift.
+    """u = scale * g(y) + other_scale * g(other) + shift, the shift being a weighted sum of tensors.
 
     Args:
         scale: of the gradient at the local model.
-        shift: [P], or [C, P] with one row per client of the stack, or None for zero.
+        terms: (weight, tensor) of the shift; tensors are [P], or [C, P] with one row per client of the stack.
         other: [P], the second point, or None.
         other_scale: of the gradient there.
 
@@ -31,9 +33,17 @@ class Affine:
     """
 
     scale: float = 1.0
-    shift: Tensor | None = None
+    terms: tuple[tuple[float, Tensor], ...] = ()
     other: Tensor | None = None
     other_scale: float = 0.0
+
+    @cached_property
+    def shift(self) -> Tensor | None:
+        """[P] or [C, P], or None for zero; what all clients share is added up first, so each stack costs one pass."""
+        out = None
+        for weight, term in sorted(self.terms, key=lambda t: t[1].ndim):
+            out = term * weight if out is None else torch.add(out, term, alpha=weight)
+        return out
 
     def rows(self, k: int) -> Tensor | None:
         """The shift of the first k clients."""
@@ -41,18 +51,17 @@ class Affine:
 
     def __add__(self, term: Tensor | Affine) -> Affine:
         if not isinstance(term, Affine):
-            term = Affine(0.0, term)
+            term = Affine(0.0, ((1.0, term),))
         if self.other is not None and term.other is not None and self.other is not term.other:
             raise ValueError("a direction may look at one other point only")
         other = self.other if self.other is not None else term.other
-        shift = term.shift if self.shift is None else self.shift if term.shift is None else self.shift + term.shift
-        return Affine(self.scale + term.scale, shift, other, self.other_scale + term.other_scale)
+        return Affine(self.scale + term.scale, self.terms + term.terms, other, self.other_scale + term.other_scale)
 
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> Affine:
-        shift = None if self.shift is None else self.shift * factor
-        return Affine(self.scale * factor, shift, self.other, self.other_scale * factor)
+        terms = tuple((weight * factor, term) for weight, term in self.terms)
+        return Affine(self.scale * factor, terms, self.other, self.other_scale * factor)
 
     __rmul__ = __mul__
 
@@ -72,4 +81,4 @@ GRADIENT = Affine()
 
 def gradient_at(point: Tensor) -> Affine:
     """The gradient of the same minibatch at `point` [P]."""
-    return Affine(0.0, None, point, 1.0)
+    return Affine(0.0, (), point, 1.0)

@@ -49,6 +49,10 @@ class LocalResult:
         """[C, P], the model received minus the local model: a pseudo-gradient."""
         return self.update if isinstance(self.update, Tensor) else self.update.dense()
 
+    def where_stepped(self, new: Tensor, old: Tensor) -> Tensor:
+        """[C, P]: new for clients that took a step, old for those that have no data."""
+        return new if bool((self.steps > 0).all()) else torch.where(self.steps[:, None] > 0, new, old)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalSGD:

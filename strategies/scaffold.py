@@ -70,5 +70,5 @@ class Scaffold:
         c_i = clients.memory["c"]
         local = self.local(clients, x, GRADIENT - c_i + c, mean_grad=self.option == "II")
         new = full_gradient(clients, x) if local.mean_grad is None else local.mean_grad
-        clients.memory["c"] = new = torch.where(local.steps[:, None] > 0, new, c_i)
+        clients.memory["c"] = new = local.where_stepped(new, c_i)
         return {"delta": local.delta, "dc": new - c_i}

@@ -85,5 +85,5 @@ class ScaffoldM:
         u = self.beta * (GRADIENT - c_i + c) + (1 - self.beta) * g
         local = self.local(clients, x, u, mean_grad=True)
         assert local.mean_grad is not None
-        clients.memory["c"] = new = torch.where(local.steps[:, None] > 0, local.mean_grad, c_i)
+        clients.memory["c"] = new = local.where_stepped(local.mean_grad, c_i)
         return {"u": along(local, self.local), "dc": new - c_i}

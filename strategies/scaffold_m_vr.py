@@ -79,5 +79,5 @@ class ScaffoldMVR:
         u = GRADIENT - self.beta * (c_i - c) + (1 - self.beta) * (g - gradient_at(x_prev))
         local = self.local(clients, x, u, mean_grad=True)
         assert local.mean_grad is not None
-        clients.memory["c"] = new = torch.where(local.steps[:, None] > 0, local.mean_grad, c_i)
+        clients.memory["c"] = new = local.where_stepped(local.mean_grad, c_i)
         return {"u": along(local, self.local), "dc": new - c_i}

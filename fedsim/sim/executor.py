@@ -238,7 +238,7 @@ class Gather:
         for into, rows in ((out.fields, part.fields), (out.memory, part.memory), (out.metrics, part.metrics)):
             for name, value in rows.items():
                 if name not in into:
-                    into[name] = value.new_zeros(self._num_jobs, *value.shape[1:])
+                    into[name] = value.new_empty(self._num_jobs, *value.shape[1:])  # every job is in some stack
                 into[name][index.to(value.device)] = value
 
     def end_group(self) -> None:
