@@ -16,15 +16,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from fedsim.optim.fused import kernel_for
+from fedsim.optim.fused import fused_step_, kernel_for
 from fedsim.optim.pipeline import Block, Plan, Values, step_block_
 from fedsim.optim.transforms import needs_whole_rows
 
 # Entries of one array in a block, by back end, on a CPU. Eager steps have temporaries that should stay in the cache;
-# one pass has none, but the gradient should be near still after its finite check; a compiled call costs most to enter.
+# one pass has none, but the gradient should be near still after its finite check.
 _EAGER_ENTRIES = 1 << 17
 _DECODED_ENTRIES = 1 << 26  # on a GPU: 256 MB
-_ENTRIES = {"eager": _EAGER_ENTRIES, "fused": 1 << 18, "compiled": 1 << 20}
+_ENTRIES = {"eager": _EAGER_ENTRIES, "fused": 1 << 20, "compiled": 1 << 20}
 
 
 def choose(plan: Plan, x: Tensor, block: Block) -> str:
@@ -74,20 +74,8 @@ def run(plan: Plan, how: str, x: Tensor, g: Tensor, block: Block) -> None:
 
 def _fused_step_(plan: Plan, x: Tensor, g: Tensor, block: Block) -> None:
     """The step by torch's own kernel."""
-    part, coefs, states = plan.parts[0], block.coefs[0], block.states[0]
-    kernel = kernel_for(part.rule, x.device.type, x.dtype)
-    assert kernel is not None
-    decoupled, decay = part.mode == "decoupled", coefs.get("decay_rate", 0.0)
-    if decoupled:
-        if states["decay_weights"] is None:
-            decay = part.base.weight_decay  # the kernel multiplies by lr itself
-        else:
-            x.addcmul_(x, states["decay_weights"], value=-decay)
-            decay = 0.0
-    arrays = {"x": x, "g": g} | {s.name: states[s.name] for s in part.rule.active_states()}
-    whole = all(a.is_contiguous() for a in arrays.values())
-    lists = {n: [a] if whole else list(a.unbind(0)) for n, a in arrays.items()}
-    kernel(part.rule, lists, coefs, decay, decoupled)
+    part, states = plan.parts[0], block.states[0]
+    fused_step_(part, {"x": x, "g": g} | {s.name: states[s.name] for s in part.rule.active_states()}, block.coefs[0])
 
 
 def _may_cut_columns(plan: Plan) -> bool:

@@ -79,6 +79,29 @@ class Part:
             self._constants[key]["columns"] = None if self.columns is None else self.columns.to(x.device)
         return self._constants[key]
 
+    def undecayed(self, x: Tensor) -> Tensor | None:
+        """[n] int64 columns that do not decay, if they are few and all others decay at one rate; else None."""
+        key = ("undecayed", x.device)
+        if key not in self._constants:
+            assert self.decay_weights is not None
+            weights = self.decay_weights[0]
+            zero = (weights == 0).nonzero()[:, 0]
+            fits = bool(((weights == 0) | (weights == 1)).all()) and len(zero) <= len(weights) // 8
+            self._constants[key] = {"columns": zero.to(x.device) if fits else None}
+        found: Tensor | None = self._constants[key]["columns"]
+        return found
+
+    def decay_factor(self, x: Tensor, rate: float) -> Tensor:
+        """[1, p] 1 - rate * weight in x's type, rounded once."""
+        key = ("decay factor", x.device, x.dtype)
+        known = self._constants.get(key)
+        if known is None or known["rate"] != rate:
+            assert self.decay_weights is not None
+            factor = (1 - self.decay_weights * rate).to(x.device, x.dtype)
+            known = self._constants[key] = {"rate": rate, "factor": factor}
+        made: Tensor = known["factor"]
+        return made
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:

@@ -13,7 +13,7 @@ from math import isfinite
 from torch import Tensor
 
 from fedsim.optim.backends import row_blocks
-from fedsim.optim.fused import kernel_for
+from fedsim.optim.fused import fused_step_, kernel_for
 from fedsim.optim.pipeline import Plan
 from fedsim.optim.rule import Named
 from fedsim.optim.state import OptState
@@ -22,15 +22,13 @@ from fedsim.optim.state import OptState
 def quick_step_(plan: Plan, x: Tensor, grad: Tensor, state: OptState, lr_scale: float) -> int:
     """Step the first rows as far as the short way goes; returns how many rows are done, counters included."""
     part, k = plan.parts[0], x.shape[0]
-    kernel = kernel_for(part.rule, x.device.type, x.dtype)
     t = int(state.t[0])
-    if kernel is None or part.plain_hypers is None or (k > 1 and bool((state.t[:k] != t).any())):
+    no_kernel = kernel_for(part.rule, x.device.type, x.dtype) is None
+    if no_kernel or part.plain_hypers is None or (k > 1 and bool((state.t[:k] != t).any())):
         return 0
     h = Named(part.plain_hypers)
     h.lr *= lr_scale
     coefs = {**part.rule.coefficients(h, t + 1, Named({})), "lr": h.lr}
-    decoupled, l2 = part.mode == "decoupled", h.weight_decay if part.mode == "l2" else 0.0
-    weights = part.constants(x)["decay_weights"] if decoupled else None
     buffers = {s.name: state.buffers[part.name + s.name] for s in part.states}
     done = 0
     for rows in row_blocks(x, "fused"):
@@ -38,12 +36,7 @@ def quick_step_(plan: Plan, x: Tensor, grad: Tensor, state: OptState, lr_scale: 
         arrays = {"x": x, "g": grad, **buffers} if whole else _rows({"x": x, "g": grad, **buffers}, rows)
         if plan.settings.skip_nonfinite and not isfinite(arrays["g"].sum().item()):
             break
-        if weights is not None:
-            arrays["x"].addcmul_(arrays["x"], weights, value=-h.lr * h.weight_decay)
-        lists = {n: [a] if a.is_contiguous() else list(a.unbind(0)) for n, a in arrays.items()}
-        if len({len(tensors) for tensors in lists.values()}) > 1:  # some rows are strided: all go one by one
-            lists = {n: list(a.unbind(0)) for n, a in arrays.items()}
-        kernel(part.rule, lists, coefs, h.weight_decay if decoupled and weights is None else l2, decoupled)
+        fused_step_(part, arrays, coefs)
         done = rows.stop
     if done:
         state.t[:done] += 1

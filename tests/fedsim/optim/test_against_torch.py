@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.optim as optim
+from torch import nn
 
+from fedsim.optim import build
 from fedsim.params import Layout
 from tests.fedsim.optim.oracles import client_runs, error, problem, stack_run
 
@@ -81,3 +83,32 @@ def test_sgd_with_ema_momentum_is_sgd_at_a_smaller_rate() -> None:
     ours = stack_run({"name": "sgd", "lr": 0.1, "momentum": 0.9, "ema": True}, x, grads)
     theirs = stack_run({"name": "sgd", "lr": 0.01, "momentum": 0.9}, x, grads)
     assert (ours - theirs).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_decay_in_the_kernel_spares_the_vectors_and_gives_the_bits_of_small_stacks(name: str) -> None:
+    """Large blocks decay inside torch's kernel and step biases apart; small ones multiply first."""
+    layout = Layout.of({"w": (192, 100), "b": (192,), "v": (320, 20), "c": (320,)})  # whole vector registers
+    generator = torch.Generator().manual_seed(0)
+    x0, *grads = torch.randn(4, 8, layout.size, generator=generator).unbind(0)
+    assert 8 * layout.size > 1 << 17 > layout.size
+    extra = {"momentum": 0.9, "decay": "decoupled"} if name == "sgd" else {}
+    optimizer = build({"name": name, "lr": 0.1, "weight_decay": 0.3, **extra}, layout)
+    together, alone = x0.clone(), x0.clone()
+    state = optimizer.init(together)
+    states = [optimizer.init(alone[i : i + 1]) for i in range(8)]
+    for g in grads:
+        optimizer.step_(together, g, state)
+        for i in range(8):
+            optimizer.step_(alone[i : i + 1], g[i : i + 1], states[i])
+    assert torch.equal(together, alone)
+    if name == "adamw":
+        params = [nn.Parameter(v.clone()) for v in layout.views(x0[3]).values()]
+        groups = [{"params": params[0::2], "weight_decay": 0.3}, {"params": params[1::2], "weight_decay": 0.0}]
+        theirs = torch.optim.AdamW(groups, 0.1, fused=True)
+        for g in grads:
+            for p, v in zip(params, layout.views(g[3]).values(), strict=True):
+                p.grad = v.clone()
+            theirs.step()
+        for p, v in zip(params, layout.views(together[3]).values(), strict=True):
+            assert torch.equal(p.detach(), v)
