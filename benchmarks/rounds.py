@@ -105,8 +105,11 @@ class Fedsim:
 
     def round(self, r: int) -> None:
         local, fold = self.strategy.local, Mean()
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)  # as fedsim.loop does: the server's sums run on a worker's number of threads
         replies = self.fleet.ask(self.cohorts[r], self.strategy.local_update, cost=local.cost, fold=fold, x=self.x)
         self.x = self.x - replies["delta"]
+        torch.set_num_threads(before)
 
     def close(self) -> None:
         self.executor.close()
