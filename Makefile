@@ -51,8 +51,9 @@ bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 bench-optim: $(BIN)/.test ## the optimizer core beside torch's own kernels, as ratios
 	$(BIN)/python -m benchmarks.bench_optim
 
-figures: $(BIN)/.run ## the figures of docs/first-results.md
+figures: $(BIN)/.run ## the figures of docs/first-results.md and docs/optimizers.md
 	$(BIN)/python -m benchmarks.first_results
+	$(BIN)/python -m benchmarks.optimizer_study
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
