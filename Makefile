@@ -37,10 +37,11 @@ contract: $(BIN)/.test ## who may import whom
 	$(BIN)/lint-imports
 
 unit: $(BIN)/.test ## the tests alone
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not flower"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not flower and not alone"
 
-live: $(BIN)/.test ## the tests that start a real Flower SuperLink and SuperNodes on loopback (minutes)
+live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every strategy on Ray (minutes)
 	$(BIN)/pytest -m flower tests/flower_live
+	$(BIN)/pytest -m alone tests/contracts
 
 bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.rounds

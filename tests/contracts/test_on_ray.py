@@ -13,6 +13,7 @@ from strategies import STRATEGIES
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.alone,
     # Ray leaves log files and child processes to the interpreter's end
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
