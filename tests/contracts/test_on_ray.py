@@ -28,6 +28,7 @@ def runtime() -> Iterator[None]:
         import ray
 
         ray.init(
+            address="local",
             num_cpus=3,
             num_gpus=0,
             include_dashboard=False,

@@ -48,6 +48,7 @@ def runtime() -> Iterator[None]:
         import ray
 
         ray.init(
+            address="local",
             num_cpus=6,
             num_gpus=0,
             include_dashboard=False,
