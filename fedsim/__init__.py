@@ -4,8 +4,8 @@
     history = fedsim.run("configs/quickstart.yaml", rounds=20)
     history.plot("test_accuracy", x="bits_up")
 
-The pieces are importable on their own as well; see docs/tutorial.md. Names are loaded when first used, so that
-`import fedsim` costs nothing.
+The pieces are importable on their own as well, `fedsim.compose.compose` among them, which builds what an experiment
+file describes; see docs/tutorial.md. Names are loaded when first used, so that `import fedsim` costs nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fedsim.cohort import Cohort as Cohort
-    from fedsim.compose import compose as compose
     from fedsim.config import ConfigError as ConfigError
     from fedsim.data import Dataset as Dataset
     from fedsim.data import FederatedData as FederatedData
@@ -42,7 +41,6 @@ _PLACES = {
     "Replies": "fedsim.fleet",
     "SimFleet": "fedsim.sim.fleet",
     "choose": "fedsim.fleet",
-    "compose": "fedsim.compose",
     "run": "fedsim.runs",
 }
 

@@ -1,0 +1,95 @@
+"""What the simulated fleet is made of: a device to compute on, links, byzantine clients, and an executor."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from fedsim.compose.refusals import check_compressor, check_link
+from fedsim.compose.sections import Down, Lies, Runtime, Up
+from fedsim.compress import bind
+from fedsim.compress.sparsify import Identity
+from fedsim.config import Reader
+from fedsim.params import Layout
+from fedsim.sim.byzantine import Byzantine
+from fedsim.sim.executor import Executor, InProcess, StackRunner
+from fedsim.sim.links import Downlink, Uplink
+from fedsim.task import Task
+from fedsim.tasks.classification import ClassificationTask
+
+
+def compute_device(reader: Reader, name: str) -> torch.device:
+    """Where stacks are computed.
+
+    Raises:
+        ConfigError: if there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise reader.error("runtime.device", f"unknown device {name!r}; use cpu, cuda, cuda:1 or auto") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise reader.error("runtime.device", f"{name!r} was asked for but no CUDA device is visible; use cpu or auto")
+    return device
+
+
+def build_links(reader: Reader, strategy: Any, layout: Layout, seed: int) -> tuple[Uplink | None, Downlink | None]:
+    """The compressed links of the sections `uplink` and `downlink`, None where nothing is compressed.
+
+    Raises:
+        ConfigError: for a compressor that does not fit the model or the strategy.
+    """
+    up, down = reader.section("uplink", Up), reader.section("downlink", Down)
+    own = [name for name, value in vars(strategy).items() if hasattr(value, "omega")]
+    for name in own:
+        check_compressor(reader, f"strategy.{name}", getattr(strategy, name), layout)
+    made = []
+    for key, compressor in (("uplink", up.compressor), ("downlink", down.compressor)):
+        plain = isinstance(compressor, Identity)
+        if not plain:
+            check_link(reader, key, strategy, own)
+        check_compressor(reader, f"{key}.compressor", compressor, layout)
+        made.append(None if plain else bind(compressor, layout))
+    if made[0] is None and up.error_feedback:
+        raise reader.error("uplink.error_feedback", "needs an uplink.compressor that leaves something out")
+    uplink = None if made[0] is None else Uplink(compressor=made[0], error_feedback=up.error_feedback)
+    return uplink, None if made[1] is None else Downlink(compressor=made[1], seed=seed)
+
+
+def build_byzantine(reader: Reader, lies: Lies, task: Task, seed: int) -> Byzantine | None:
+    """Byzantine clients, None where all are honest; an attack on data poisons the task's labels here.
+
+    Raises:
+        ConfigError: for clients that do not exist, or an attack that the task does not have data for.
+    """
+    try:
+        ids = lies.draw(len(task.num_examples), seed)
+    except ValueError as e:
+        raise reader.error("clients.byzantine", str(e)) from e
+    if not len(ids):
+        return None
+    if lies.attack.on_data:
+        if not isinstance(task, ClassificationTask):
+            raise reader.error("clients.byzantine.attack", "poisons labels, which this task does not have")
+        task.poison(ids, lies.attack.poison)
+    return Byzantine(ids=ids, attack=lies.attack, on_data=lies.attack.on_data, seed=seed)
+
+
+def build_executor(runtime: Runtime, runner: StackRunner, width: int, device: torch.device) -> tuple[Executor, str]:
+    """(executor, what it is in words): Ray if asked for, with an address, or on several GPUs; threads otherwise."""
+    several = device.type == "cuda" and torch.cuda.device_count() > 1
+    ray = runtime.executor == "ray" or (runtime.executor == "auto" and (several or runtime.address is not None))
+    workers: int | None = None if runtime.workers == "auto" else runtime.workers
+    if ray:
+        from fedsim.sim.ray_executor import RayExecutor
+
+        actors = RayExecutor(runner, width=width, workers=workers, threads=runtime.threads, address=runtime.address)
+        return actors, f"{actors.num_workers} Ray actors, {runtime.threads} thread(s) each"
+    if workers is None:
+        workers = 1 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // runtime.threads)
+    here = InProcess(runner, width=width, workers=workers, threads=runtime.threads)
+    return here, f"{workers} thread(s) in this process, {runtime.threads} intra-op thread(s) each"

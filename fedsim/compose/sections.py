@@ -1,0 +1,172 @@
+"""What the sections of an experiment file may hold, beside the entries of tables.
+
+A field is a key of the file and its default the file's default; `fedsim.config.Reader` checks the types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.config import FromTable
+from fedsim.streams import server_rng
+from fedsim.task import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """Who takes part.
+
+    Args:
+        count: N; null takes it from the data (a natural partition) or is 100.
+        devices: how fast they are.
+        availability: when they can be reached; `always` for now.
+        byzantine: who lies, and how.
+    """
+
+    count: int | None = None
+    devices: Annotated[Any, FromTable("device", "constant")] = None
+    availability: Annotated[Any, FromTable("availability", "always")] = None
+    byzantine: Lies = field(default_factory=lambda: Lies())
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lies:
+    """Byzantine clients.
+
+    Args:
+        attack: what they send.
+        count: how many there are, drawn by the seed; or
+        ids: which.
+    """
+
+    attack: Annotated[Any, FromTable("attack", "sign_flip")] = None
+    count: int = 0
+    ids: tuple[int, ...] | None = None
+
+    def draw(self, num_clients: int, seed: int) -> Tensor:
+        """[b] ids, ascending.
+
+        Raises:
+            ValueError: if there are not so many clients, or none would be honest.
+        """
+        if self.ids is not None:
+            bad = [i for i in self.ids if not 0 <= i < num_clients]
+            if bad:
+                raise ValueError(f"ids: client {bad[0]} is not one of the {num_clients} clients 0..{num_clients - 1}")
+            return torch.tensor(sorted(set(self.ids)), dtype=torch.int64)
+        if not 0 <= self.count < num_clients:
+            raise ValueError(f"count must leave at least one honest client of {num_clients}, got {self.count}")
+        picked = server_rng(seed, "byzantine").choice(num_clients, size=self.count, replace=False)
+        return torch.from_numpy(np.sort(picked))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """Local training.
+
+    Args:
+        epochs: passes over a client's data; 1 unless `steps` is given.
+        steps: local steps instead of epochs.
+        batch_size: samples of a step, or "full" for all of a client's data.
+        shuffle: a fresh order every epoch.
+        optimizer: a rule of the shared core and its hyper-parameters.
+    """
+
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int | Literal["full"] = 20
+    shuffle: bool = True
+    optimizer: Annotated[Any, FromTable("optimizer")] = field(default_factory=lambda: {"name": "sgd", "lr": 0.05})
+
+    def schedule(self) -> Schedule:
+        epochs = 1 if self.epochs is None and self.steps is None else self.epochs
+        size = None if self.batch_size == "full" else self.batch_size
+        return Schedule(epochs=epochs, steps=self.steps, batch_size=size, shuffle=self.shuffle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Up:
+    """What clients send.
+
+    Args:
+        compressor: for every vector of a reply.
+        error_feedback: add to each message what earlier ones left out.
+    """
+
+    compressor: Annotated[Any, FromTable("compressor", "identity")] = None
+    error_feedback: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Down:
+    """What clients receive.
+
+    Args:
+        compressor: for the change of every model-sized vector since the last message.
+    """
+
+    compressor: Annotated[Any, FromTable("compressor", "identity")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where a run computes. Engine, stack, threads, precision and device are part of what fixes its bits.
+
+    Args:
+        executor: in_process, ray, or auto: in-process on one device, Ray with several GPUs or an address.
+        workers: stacks that run side by side; auto is one per core, or one per GPU.
+        threads: intra-op threads of each worker.
+        address: of a Ray cluster: "auto", "host:port", or null.
+        device: cpu, cuda, cuda:1, or auto.
+        stack: clients of a stack, or auto: a rule on model, sizes and device (`fedsim tune` measures).
+        engine: loop, stacked, compiled, or auto.
+        precision: of products; storage is float32.
+        memory: where clients' rows are kept between rounds: ram, or disk (memory-mapped in the run's folder).
+    """
+
+    executor: Literal["auto", "in_process", "ray"] = "auto"
+    workers: int | Literal["auto"] = "auto"
+    threads: int = 1
+    address: str | None = None
+    device: str = "auto"
+    stack: int | Literal["auto"] = "auto"
+    engine: Literal["auto", "loop", "stacked", "compiled"] = "auto"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    memory: Literal["ram", "disk"] = "ram"
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "stack"):
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise ValueError(f"{name} must be at least 1 or auto, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where data sets lie.
+
+    Args:
+        root: a folder to look in first.
+    """
+
+    root: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Where metrics go besides metrics.jsonl.
+
+    Args:
+        sinks: names of sinks.
+    """
+
+    sinks: tuple[str, ...] = ("jsonl",)

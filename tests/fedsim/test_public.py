@@ -1,0 +1,29 @@
+"""The names that `import fedsim` offers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+import fedsim
+
+
+@pytest.mark.parametrize("name", fedsim.__all__)
+def test_a_public_name_means_the_same_every_time_it_is_asked_for(name: str) -> None:
+    first = getattr(fedsim, name)
+    assert getattr(fedsim, name) is first
+    assert find_spec(f"fedsim.{name}") is None, "a module of that name would take its place once it is imported"
+
+
+def test_another_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fedsim' has no attribute 'rnu'"):
+        fedsim.rnu  # noqa: B018
+
+
+def test_importing_the_package_loads_none_of_its_rooms() -> None:
+    code = "import fedsim, sys; print(*sorted(m for m in sys.modules if m == 'torch' or m.startswith('fedsim')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.split() == ["fedsim"]
