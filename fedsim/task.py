@@ -76,10 +76,13 @@ class Batches(Protocol):
 
 
 class Session(Protocol):
-    """A task (or an engine) bound to one stack x [C, P] for the steps of one local run."""
+    """A task, or its engine, bound to one stack x [C, P] for the steps of one local run.
+
+    It belongs to the thread that made it; drop it, and its views of x are gone.
+    """
 
     def gradient(self, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(gradient or operator [C, P], loss [C]) at the present x."""
+        """(gradient or operator [C, P], loss [C]) at the present x; batches are in the task's own form."""
         ...
 
     def sgd_step_(

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fedsim.streams import Streams
+from fedsim.task import Session
 
 
 @dataclass(frozen=True)
@@ -90,29 +91,6 @@ class Engine(Protocol):
 
     def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
         """The model's outputs in evaluation mode: x [P] with inputs [B, ...], or x [C, P] with inputs [C, B, ...]."""
-        ...
-
-
-class Session(Protocol):
-    """An engine bound to a stack x [C, P] for the steps of one local run; drop it, and its views of x are gone.
-
-    It belongs to the thread that made it. The methods are those of `Engine`, without x.
-    """
-
-    def gradient(self, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(gradient [C, P], loss [C]) at the present x."""
-        ...
-
-    def sgd_step_(
-        self,
-        batch: Batch,
-        lr: float,
-        *,
-        scale: float = 1.0,
-        shift: Tensor | None = None,
-        grad_sum: Tensor | None = None,
-    ) -> Tensor | None:
-        """One step of SGD in place: loss [C] before it, or None if the engine does not fuse."""
         ...
 
 
