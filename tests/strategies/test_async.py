@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from fedsim.sim.devices import Exponential
 from fedsim.tasks.models import mlp
@@ -37,16 +38,25 @@ CLOCKS = [(Clocks(TAU), twin.constant(TAU)), (Exponential(mean=1.0, x=80, count=
 clocks = pytest.mark.parametrize("devices, tau", CLOCKS, ids=["fixed", "exponential"])
 
 
-def _check(strategy: Any, task: QuadraticTask, devices: Any, expected: twin.Trace, times: bool = True) -> None:
+Seen = dict[str, torch.Tensor]
+"""Model [R, P], number of replies, mean staleness and time [R] after each of R aggregations."""
+
+
+def _simulated(strategy: Any, task: QuadraticTask, devices: Any, rounds: int) -> Seen:
     play = Play.start(task, strategy, devices=devices)
-    for n, x in enumerate(expected.x):
-        play.step()
-        torch.testing.assert_close(play.state.x, x, rtol=0, atol=1e-12)
+    models, rest = [], []
+    for _ in range(rounds):
+        models.append(play.path(1)[0])
         seen = play.fleet.observations().values()
-        assert seen["num_clients"] == len(expected.who[n])
-        late = expected.staleness[n]
-        assert seen.get("staleness_mean", 0.0) == pytest.approx(sum(late) / max(len(late), 1))
-        assert play.fleet.now == pytest.approx(expected.time[n], abs=1e-12)
+        rest.append((seen["num_clients"], seen.get("staleness_mean", 0.0), play.fleet.now))
+    replies, staleness, time = torch.tensor(rest, dtype=torch.float64).T
+    return {"x": torch.stack(models), "replies": replies, "staleness": staleness, "time": time}
+
+
+def _expected(trace: twin.Trace) -> Seen:
+    late = [sum(s) / max(len(s), 1) for s in trace.staleness]
+    rest = torch.tensor([[len(w) for w in trace.who], late, trace.time], dtype=torch.float64)
+    return {"x": trace.path(), "replies": rest[0], "staleness": rest[1], "time": rest[2]}
 
 
 @clocks
@@ -55,7 +65,8 @@ def test_async_fedavg_equals_its_event_loop(devices: Any, tau: Callable[[int, in
     seconds = (3.0, 2.0, 5.0, 1.0, 4.0)  # said by hand, whatever the clocks are
     d = [sum(1 / s for s in seconds) * s / 5 for s in seconds]
     strategy = AsyncFedAvg(job_seconds=seconds, local=local_sgd(task, ETA, steps=3))
-    _check(strategy, task, devices, twin.async_fedavg(clients, task.x0, 40, tau=tau, d=d, eta=ETA))
+    expected = twin.async_fedavg(clients, task.x0, 40, tau=tau, d=d, eta=ETA)
+    assert_close(_simulated(strategy, task, devices, 40), _expected(expected), rtol=0, atol=1e-12)
 
 
 @clocks
@@ -64,7 +75,7 @@ def test_fedfix_equals_its_event_loop(devices: Any, tau: Callable[[int, int], fl
     task, clients = noisy(steps=3)
     strategy = FedFix(interval=interval, weights="identical", local=local_sgd(task, ETA, steps=3))
     expected = twin.fedfix(clients, task.x0, 30, tau=tau, d=[0.2] * 5, interval=interval, eta=ETA)
-    _check(strategy, task, devices, expected)
+    assert_close(_simulated(strategy, task, devices, 30), _expected(expected), rtol=0, atol=1e-12)
     if interval < 0.2:
         assert [] in expected.who  # a window without arrivals counts as an aggregation that changes nothing
 
@@ -75,7 +86,7 @@ def test_fedbuff_equals_its_event_loop(devices: Any, tau: Callable[[int, int], f
     task, clients = noisy(steps=3)
     strategy = FedBuff(buffer_size=size, local=local_sgd(task, ETA, steps=3))
     expected = twin.fedbuff(clients, task.x0, 20, tau=tau, d=[1 / size] * 5, size=size, eta=ETA)
-    _check(strategy, task, devices, expected)
+    assert_close(_simulated(strategy, task, devices, 20), _expected(expected), rtol=0, atol=1e-12)
 
 
 @clocks
@@ -89,7 +100,7 @@ def test_fedbuff_stream_equals_its_event_loop(
     expected = twin.fedbuff_stream(
         clients, task.x0, 15, tau=tau, size=size, concurrency=concurrency, exponent=exponent, eta=ETA
     )
-    _check(strategy, task, devices, expected)
+    assert_close(_simulated(strategy, task, devices, 15), _expected(expected), rtol=0, atol=1e-12)
 
 
 # Special cases ---------------------------------------------------------------------------------------------------
@@ -106,7 +117,7 @@ def test_a_window_longer_than_every_job_is_synchronous_fedavg(weights: Any, inte
     play = Play.start(
         task, FedFix(interval=interval, weights=weights, local=local_sgd(task, ETA, steps=3)), devices=Clocks(TAU)
     )
-    torch.testing.assert_close(play.path(12), _sync(task), rtol=0, atol=1e-12)
+    assert_close(play.path(12), _sync(task), rtol=0, atol=1e-12)
     assert play.fleet.now == pytest.approx(12 * interval)
 
 
@@ -118,22 +129,22 @@ def test_a_buffer_of_all_clients_is_synchronous_fedavg_at_the_same_times(weights
         task, FedBuff(buffer_size=5, weights=weights, local=local_sgd(task, ETA, steps=3)), devices=devices
     )
     theirs = Play.start(task, FedAvg(local=local_sgd(task, ETA, steps=3)), devices=devices)
-    torch.testing.assert_close(ours.path(12), theirs.path(12), rtol=0, atol=1e-12)
+    assert_close(ours.path(12), theirs.path(12), rtol=0, atol=1e-12)
     assert ours.fleet.now == theirs.fleet.now == pytest.approx(12.0)
 
 
 def test_equal_clocks_and_a_window_of_one_job_are_synchronous_fedavg() -> None:
     task, _ = noisy(steps=3)
     strategy = FedFix(interval=0.7, local=local_sgd(task, ETA, steps=3))
-    torch.testing.assert_close(play(task, strategy, 12, devices=Clocks((0.7,) * 5)), _sync(task), rtol=0, atol=1e-12)
+    assert_close(play(task, strategy, 12, devices=Clocks((0.7,) * 5)), _sync(task), rtol=0, atol=1e-12)
 
 
 def test_equal_clocks_and_half_a_window_are_synchronous_with_a_doubled_step() -> None:
     task, _ = noisy(steps=3)
     x = play(task, FedFix(interval=0.5, local=local_sgd(task, ETA, steps=3)), 12, devices=Clocks((1.0,) * 5))
     doubled = play(task, FedAvg(server_lr=2.0, local=local_sgd(task, ETA, steps=3)), 6)
-    torch.testing.assert_close(x[1::2], doubled, rtol=0, atol=1e-12)
-    torch.testing.assert_close(x[2::2], x[1:-1:2], rtol=0, atol=0)
+    assert_close(x[1::2], doubled, rtol=0, atol=1e-12)
+    assert_close(x[2::2], x[1:-1:2], rtol=0, atol=0)
 
 
 def test_equal_clocks_make_async_contributions_cycle() -> None:
@@ -159,7 +170,7 @@ def test_one_client_is_local_sgd_restarted_whatever_the_scheme() -> None:
         FedBuff(buffer_size=1, local=local),
         FedBuffStream(buffer_size=1, concurrency=1, local=local),
     ):
-        torch.testing.assert_close(play(task, strategy, 6, devices=devices), expected, rtol=0, atol=1e-12)
+        assert_close(play(task, strategy, 6, devices=devices), expected, rtol=0, atol=1e-12)
 
 
 # What they converge to -------------------------------------------------------------------------------------------
@@ -279,7 +290,7 @@ def test_clients_without_data_neither_stop_the_clock_nor_enter_the_model(make: C
     full, some = digits_task(mlp, [4, 9, 6]), digits_task(mlp, [4, 9, 6, 0, 0])
     local = local_sgd(full, 0.1, epochs=1, steps=None, batch_size=4)
     one, other = Play.start(full, make(local)), Play.start(some, make(local))
-    torch.testing.assert_close(one.path(6), other.path(6), rtol=0, atol=0)
+    assert_close(one.path(6), other.path(6), rtol=0, atol=0)
     assert one.fleet.now == other.fleet.now > 0
 
 
