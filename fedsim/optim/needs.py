@@ -10,7 +10,7 @@ A need has one name, the same in `Rule.needs`, in `SuppliesNeeds.available` and,
 `aux`. So a later need (layer inputs and outputs, gradients of half batches) is one method of the source and one line of
 `supply`. A shifted evaluation point is `Optimizer.eval_point`, at which the source is then asked.
 
-Letters: k clients that step, P trainable coordinates, B samples, L tensors, q points per client, T tokens.
+Letters: k clients that step, P trainable coordinates, B samples, L tensors, q points per client.
 """
 
 from __future__ import annotations
@@ -201,24 +201,6 @@ def clip_and_sum(per_sample: Tensor, bounds: Tensor, seg: Segments) -> Tensor:
     flat = per_sample.flatten(0, 1)
     factors = sample_factors(seg.sums(flat * flat).unflatten(0, per_sample.shape[:2]), bounds)
     return (per_sample * seg.expand(factors.flatten(0, 1)).view_as(per_sample)).sum(1)
-
-
-def ghost_square_norms(inputs: Tensor, deltas: Tensor, bias: bool = True) -> Tensor:
-    """[k, B, 1 or 2] squared norms of each sample's gradient of a linear layer, without that gradient.
-
-    A sample's weight gradient is the sum over tokens of delta a^T, so its squared norm is the sum over pairs of tokens
-    of (a . a')(delta . delta'); for one token norm(a)^2 norm(delta)^2. Li, Tramer, Liang, Hashimoto. arXiv:2110.05679.
-
-    Args:
-        inputs: a, [k, B, in] or [k, B, T, in].
-        deltas: gradients of each sample's own loss by the layer's output, [k, B, out] or [k, B, T, out].
-        bias: add the bias's squared norm as a second column.
-    """
-    a, d = (v.unsqueeze(2) if v.ndim == 3 else v for v in (inputs, deltas))
-    norms = [((a @ a.mT) * (d @ d.mT)).sum((-2, -1))]
-    if bias:
-        norms.append(d.sum(2).square().sum(-1))
-    return torch.stack(norms, -1)
 
 
 def by_step(streams: Streams, t: np.ndarray, like: Tensor, draw: Callable[[Streams, int], Tensor]) -> Tensor:

@@ -21,8 +21,10 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 
 from fedsim.engine.base import Batch
 from fedsim.engine.functional import Tensors, ThreadModules
+from fedsim.engine.ghost import GhostSession
 from fedsim.engine.losses import cross_entropy, sample_shares
 from fedsim.engine.noise import dropout_keys, start_calls
+from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.twins import batchable_copy, share_names
 from fedsim.optim import Optimizer
 from fedsim.optim.needs import SuppliesNeeds, clip_and_sum, sample_factors
@@ -162,7 +164,22 @@ class SamplesSource:
         return self._flat(self._over_clients(x, product, self._mean_loss, along=v))
 
     def clipped_sum(self, x: Tensor, bounds: Tensor) -> Tensor:
-        """[k, n] sum of clipped gradients of samples, a chunk of them at a time; each has dropout of its own."""
+        """[k, n] sum of clipped gradients of samples: from what layers leave where the module has a tape."""
+        found = self._clipped_by_layers(x, bounds)
+        return self._clipped_by_samples(x, bounds) if found is None else found
+
+    def _clipped_by_layers(self, x: Tensor, bounds: Tensor) -> Tensor | None:
+        """One pass of the stack, with the dropout of an ordinary gradient; None without a tape."""
+        whole = torch.cat([x, self.buffers.to(x)], dim=1) if self.task.layout.num_buffers else x
+        session = GhostSession(self.model.engine, whole)
+        found = session.weighted_sum(self.batch, lambda norms: sample_factors(norms, bounds))
+        if found is None:
+            return None
+        total, self.loss = found
+        return total[:, : x.shape[1]]
+
+    def _clipped_by_samples(self, x: Tensor, bounds: Tensor) -> Tensor:
+        """Any module: gradients of a chunk of samples at a time; each sample has dropout of its own."""
         module, batch = self.model.modules.get(training=True), self.batch
         trained, buffers = self._split(x)
         counted, shares = self._shares(x)
@@ -352,6 +369,7 @@ class _Model:
         module = copy.deepcopy(task.module).to(task.data.inputs.device)
         self.modules = ThreadModules(module, batchable_copy)
         self.tensors = Tensors(module, task.layout)
+        self.engine = StackedEngine(module, task.layout, task.sample_loss)  # for its tape, in fp32
 
 
 _MODELS: WeakKeyDictionary[ClassificationTask, _Model] = WeakKeyDictionary()

@@ -15,7 +15,6 @@ from fedsim.optim.extra import Private, ZerothOrder
 from fedsim.optim.needs import (
     by_step,
     clip_and_sum,
-    ghost_square_norms,
     private_gradient,
     replayed_gradient,
     sample_factors,
@@ -305,20 +304,6 @@ def test_hutchinsons_product_is_the_curvature_on_average() -> None:
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     spread = (hessian.square().sum(2) - diagonal.square()).clamp(min=1e-12)
     assert ((total / num - diagonal).abs() < 4.5 * (spread / num).sqrt()).all()
-
-
-def test_ghost_norms_equal_the_norms_of_gradients_that_were_formed() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(2, 5, 3, 6, generator=generator, dtype=torch.float64)
-    d = torch.randn(2, 5, 3, 4, generator=generator, dtype=torch.float64)
-    for tokens in (False, True):
-        inputs, deltas = (a, d) if tokens else (a[:, :, 0], d[:, :, 0])
-        weight = torch.einsum("kbto,kbti->kboi", d, a) if tokens else deltas[..., None] * inputs[..., None, :]
-        bias = d.sum(2) if tokens else deltas
-        norms = ghost_square_norms(inputs, deltas)
-        assert torch.allclose(norms[..., 0], weight.square().sum((-2, -1)))
-        assert torch.allclose(norms[..., 1], bias.square().sum(-1))
-        assert torch.equal(ghost_square_norms(inputs, deltas, bias=False), norms[..., :1])
 
 
 def test_factors_by_hand() -> None:

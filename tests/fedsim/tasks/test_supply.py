@@ -21,6 +21,7 @@ from fedsim.tasks.quadratic import QuadraticBatch
 from fedsim.tasks.supply import check, source
 from tests.build import drawn, saddle
 from tests.fedsim.engine import zoo
+from tests.fedsim.engine.test_agreement import TAPED
 
 COUNTS = [4, 4, 2]
 RULES = {
@@ -165,8 +166,26 @@ def test_the_clipped_sum_is_that_of_every_sample_alone(
             expected[i] += torch.cat([f * v.flatten() for f, v in zip(factors, g.values(), strict=True)])
     found = case.source.clipped_sum(case.trained, bounds)
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
-    monkeypatch.setattr(supply, "CHUNK", 1)
-    assert torch.allclose(case.source.clipped_sum(case.trained, bounds), found, rtol=1e-12, atol=1e-15)
+    for chunk in (supply.CHUNK, 1):
+        monkeypatch.setattr(supply, "CHUNK", chunk)
+        formed = case.source._clipped_by_samples(case.trained, bounds)
+        assert torch.allclose(formed, found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet_bn"])
+def test_samples_are_clipped_from_what_layers_leave_where_there_is_a_tape(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, bounds = Case(name), torch.full((1,), 0.7).double()
+    assert (case.source._clipped_by_layers(case.trained, bounds) is not None) == (name in TAPED)
+    if name not in TAPED:
+        assert torch.isfinite(case.source.clipped_sum(case.trained, bounds)).all()
+        return
+    monkeypatch.setattr(case.source, "_clipped_by_samples", None)
+    whole = case.source.clipped_sum(case.trained, bounds)
+    for i, n in enumerate(COUNTS):  # a stack of one, without padding
+        one = source(case.task, zoo.rows_of(case.batch, i, n), case.x[i, None, case.n :])
+        assert torch.allclose(one.clipped_sum(case.trained[i, None], bounds), whole[i, None], rtol=1e-12, atol=1e-12)
 
 
 def test_without_a_bound_the_clipped_sum_is_the_gradient_times_the_samples() -> None:
@@ -178,15 +197,16 @@ def test_without_a_bound_the_clipped_sum_is_the_gradient_times_the_samples() -> 
     assert case.source.batch_sizes().tolist() == case.source.num_labels().tolist() == COUNTS
 
 
-def test_samples_of_a_batch_drop_out_independently_and_the_same_each_time() -> None:
+@pytest.mark.parametrize("way", ["_clipped_by_layers", "_clipped_by_samples"])
+def test_samples_of_a_batch_drop_out_independently_and_the_same_each_time(way: str) -> None:
     case = Case("mlp")
     twice = replace(case.batch, inputs=case.batch.inputs[:, :1].expand(-1, 2, -1, -1, -1), weights=None)
     twice = replace(twice, targets=case.batch.targets[:, :1].expand(-1, 2))
     both = source(case.task, twice, case.x[:, case.n :])
     first = source(case.task, replace(twice, weights=torch.tensor([[1.0, 0.0]] * 3)), case.x[:, case.n :])
     no_bound = torch.tensor([float("inf")], dtype=torch.float64)
-    a, b = both.clipped_sum(case.trained, no_bound), first.clipped_sum(case.trained, no_bound)
-    assert torch.equal(a, both.clipped_sum(case.trained, no_bound))
+    a, b = getattr(both, way)(case.trained, no_bound), getattr(first, way)(case.trained, no_bound)
+    assert torch.equal(a, getattr(both, way)(case.trained, no_bound))
     assert not torch.allclose(a, 2 * b)
 
 
