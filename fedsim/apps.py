@@ -92,13 +92,17 @@ def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock:
     folder = Path(out).absolute()
     patience = _patience(settings)
 
-    def started(composition: Composition) -> None:
-        composition.experiment.fleet = deploy(composition, grid, patience, clock)
-        progress.start(composition, folder)
-
+    raw = apply_overrides(raw, DEPLOYED, source)
     with Progress(quiet=False) as progress:
-        raw = apply_overrides(raw, DEPLOYED, source)
-        history = runs.execute(raw, source, folder, resume=resume, watch=progress.watch, started=started)
+        history = runs.execute(
+            raw,
+            source,
+            folder,
+            resume=resume,
+            watch=progress.watch,
+            started=lambda composition: progress.start(composition, folder),
+            fleet=lambda composition: deploy(composition, grid, patience, clock),
+        )
     progress.summary(history, folder)
     return history
 

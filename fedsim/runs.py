@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ def execute(
     *,
     resume: bool = False,
     watch: Watch = lambda row: None,
-    started: Any = lambda composition: None,
+    started: Callable[[Composition], None] = lambda composition: None,
+    fleet: Callable[[Composition], DrivenFleet] | None = None,
 ) -> History:
     """Compose and run; with a folder, leave everything a run leaves.
 
@@ -79,11 +80,14 @@ def execute(
         resume: go on from the folder's newest checkpoint.
         watch: called with every row.
         started: called with the composition just before the first round.
+        fleet: makes the fleet to run on from the composition, before anything is written; None keeps the simulated one.
     """
     if folder is not None:
         check_folder(folder, resume)
     composition = compose(raw, source, folder)
     try:
+        if fleet is not None:
+            composition.experiment.fleet = fleet(composition)
         if folder is not None:
             return _into(composition, folder, resume, watch, started)
         started(composition)
@@ -139,7 +143,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _into(composition: Composition, folder: Path, resume: bool, watch: Watch, started: Any) -> History:
+def _into(
+    composition: Composition, folder: Path, resume: bool, watch: Watch, started: Callable[[Composition], None]
+) -> History:
     """Run into a folder."""
     experiment, resolved = composition.experiment, composition.resolved
     found = checkpoint.checkpoints(folder / "checkpoints") if resume else []

@@ -201,6 +201,7 @@ def test_attacks_are_refused(tmp_path: Path) -> None:
     raw["clients"] = {"count": N, "byzantine": {"attack": "sign_flip", "count": 1}}
     with pytest.raises(ConfigError, match="attacks are simulated"):
         deploy(raw, tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "nothing is written before the fleet stands"
 
 
 def test_an_experiment_may_come_as_text_and_be_overridden_by_run_and_node(tmp_path: Path) -> None:
