@@ -63,6 +63,11 @@ class Fold(Aggregator, Protocol):
         ...
 
 
+def weigh(fold: Fold, num_examples: Tensor) -> Tensor:
+    """[R] weights of a fold; zeros where no client has a sample, so that such a round changes nothing."""
+    return fold.weigh(num_examples) if bool((num_examples > 0).any()) else torch.zeros(len(num_examples))
+
+
 def linear(aggregator: Aggregator) -> Fold | None:
     """The aggregator if replies can be folded by it, else None, so that they are kept apart for it."""
     return cast(Fold, aggregator) if aggregator.foldable else None

@@ -1,8 +1,9 @@
 """Rows that clients keep between rounds (control variates, momentum, error feedback, optimizer state).
 
 The store belongs to the server's process: a row is written when its client's reply is received, never before, so
-a killed worker or a reply that is never delivered changes nothing. Only clients that wrote a row take room, so a
-million registered clients cost one index each.
+a killed worker or a reply that is never delivered changes nothing. A row is read by whoever runs its client: a thread
+reads it from the store, a worker elsewhere gets a copy along with the job. Only clients that wrote a row take room, so
+a million registered clients cost one index each.
 
 Letters: N registered clients, C clients of a stack, M clients that own a row.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from fedsim.parts import Parts
 
 
 class _Table:
@@ -38,8 +41,10 @@ class _Table:
 
     def read(self, ids: Tensor) -> Tensor:
         slots = self.slot[ids]
-        out = self.rows[slots.clamp(min=0)]
-        out[slots < 0] = 0
+        out = self.rows.index_select(0, slots.clamp(min=0))
+        new = slots < 0
+        if bool(new.any()):
+            out[new] = 0
         return out
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
@@ -50,7 +55,7 @@ class _Table:
             self.slot[fresh] = torch.arange(start, len(self.owners))
             if len(self.owners) > len(self.rows):
                 self._grow(max(2 * len(self.rows), len(self.owners)))
-        self.rows[self.slot[ids]] = rows.to(self.rows.dtype)
+        self.rows.index_copy_(0, self.slot[ids], rows.to(self.rows.dtype))
 
     def _grow(self, capacity: int) -> None:
         old = self.rows
@@ -70,51 +75,85 @@ class Memory:
     def __init__(self, num_clients: int, folder: Path | None = None) -> None:
         self.num_clients = num_clients
         self.folder = folder
-        self._tables: dict[str, _Table] = {}
+        self.tables: dict[str, _Table] = {}
 
     def names(self) -> tuple[str, ...]:
         """Names under which any client has written a row."""
-        return tuple(self._tables)
+        return tuple(self.tables)
 
     def read(self, ids: Tensor) -> dict[str, Tensor]:
         """{name: [C, ...]} copies for some clients; zeros for those that never wrote one."""
-        return {name: table.read(ids) for name, table in self._tables.items()}
+        return dict(self.of(ids))
+
+    def of(self, ids: Tensor) -> Kept:
+        """The rows of some clients, to be read later."""
+        return Kept(self, ids)
 
     def write(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Keep {name: [C, ...]} for these clients (on the CPU, whatever device the rows come from)."""
+        if isinstance(rows, Parts):
+            for index, piece in rows.pieces:
+                self.write(ids[index], piece)
+            return
         for name, value in rows.items():
             value = value.detach().cpu()
-            if name not in self._tables:
+            if name not in self.tables:
                 path = None
                 if self.folder is not None:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     path = self.folder / f"{name.replace('/', '_')}.rows"
                     path.unlink(missing_ok=True)
-                self._tables[name] = _Table(self.num_clients, tuple(value.shape[1:]), value.dtype, path)
-            self._tables[name].write(ids.cpu(), value)
+                self.tables[name] = _Table(self.num_clients, tuple(value.shape[1:]), value.dtype, path)
+            self.tables[name].write(ids.cpu(), value)
 
     def mean(self, name: str, size: int) -> Tensor:
         """[size]: the mean of one row over all N clients, those that never wrote one counting as zero."""
-        if name not in self._tables:
+        if name not in self.tables:
             return torch.zeros(size)
-        table = self._tables[name]
+        table = self.tables[name]
         return table.rows[: len(table.owners)].sum(0) / self.num_clients
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint: the owners and the rows of each name."""
         out = {}
-        for name, table in self._tables.items():
+        for name, table in self.tables.items():
             out[f"{name}.owners"] = torch.tensor(table.owners, dtype=torch.int64)
             out[f"{name}.rows"] = table.rows[: len(table.owners)].clone()
         return out
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        self._tables.clear()
+        self.tables.clear()
         for key in state:
             if key.endswith(".owners"):
                 name = key.removesuffix(".owners")
                 self.write(state[key], {name: state[f"{name}.rows"]})
+
+
+class Kept(Mapping[str, Tensor]):
+    """{name: [C, ...]} of some clients, copied out of the store when asked for; pickled, it is a dict of copies."""
+
+    def __init__(self, memory: Memory, ids: Tensor) -> None:
+        self._memory, self._ids = memory, ids
+
+    def rows(self, index: Tensor) -> Kept:
+        """The rows of some of these clients."""
+        return Kept(self._memory, self._ids[index])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._memory.tables[name].read(self._ids)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._memory.tables
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._memory.tables)
+
+    def __len__(self) -> int:
+        return len(self._memory.tables)
+
+    def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
+        return dict, (dict(self),)
 
 
 class MemoryRows:
@@ -124,8 +163,9 @@ class MemoryRows:
     another shape are read by `rows.read("name", shape)`.
     """
 
-    def __init__(self, stored: dict[str, Tensor], num_rows: int, width: int, device: torch.device) -> None:
+    def __init__(self, stored: Mapping[str, Tensor], num_rows: int, width: int, device: torch.device) -> None:
         self._stored = stored
+        self._read: dict[str, Tensor] = {}
         self._num_rows = num_rows
         self._width = width
         self._device = device
@@ -138,8 +178,11 @@ class MemoryRows:
         """[C, *shape]: the clients' rows, zeros for those that never wrote one."""
         if name in self.written:
             return self.written[name]
+        if name in self._read:
+            return self._read[name]
         if name in self._stored:
-            return self._stored[name].to(self._device)
+            self._read[name] = rows = self._stored[name].to(self._device)
+            return rows
         return torch.zeros(self._num_rows, *shape, dtype=dtype, device=self._device)
 
     def __setitem__(self, name: str, rows: Tensor) -> None:
@@ -151,4 +194,4 @@ class MemoryRows:
         return name in self.written or name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self._stored, **self.written})
+        return iter(dict.fromkeys([*self._stored, *self.written]))

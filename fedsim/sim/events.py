@@ -1,11 +1,17 @@
-"""Virtual time: a queue of jobs ordered by when they finish; ties go to the job that was sent first."""
+"""Virtual time: a queue of jobs ordered by when they finish; ties go to the job that was sent first.
+
+What several jobs were sent is kept once: a strategy that replaces its clients one by one sends each of them the same
+model until it steps, and jobs that start from one model share the copies and products that this allows.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -62,3 +68,25 @@ class EventQueue:
         while self._heap and self._heap[0].finish <= until and (count is None or len(out) < count):
             out.append(heapq.heappop(self._heap))
         return out
+
+
+@dataclass
+class Sent:
+    """What clients were sent: the work's name, the broadcast, the server step, and how many have not replied yet."""
+
+    work: str
+    broadcast: Mapping[str, Any]
+    round: int
+    open: int = 0
+
+    def same_as(self, other: Sent) -> bool:
+        """Whether the two say the same, to the last bit."""
+        if (self.work, self.round, self.broadcast.keys()) != (other.work, other.round, other.broadcast.keys()):
+            return False
+        return all(_same(value, other.broadcast[name]) for name, value in self.broadcast.items())
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or a.shape == b.shape and torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)

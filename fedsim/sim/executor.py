@@ -24,11 +24,13 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.fleet import Inbox
-from fedsim.memory import MemoryRows
+from fedsim.memory import Kept, MemoryRows
+from fedsim.parts import Parts
 from fedsim.sim.links import Uplink
 from fedsim.streams import Streams
 from fedsim.task import Task
 
+KINDS = ("fields", "memory", "metrics")  # of what a job gives apart from others
 MAX_GROUPS = 64  # groups of stacks in one call; part of what fixes the bits of a fold
 
 
@@ -46,10 +48,11 @@ class Jobs:
         numbers: [R] each client's job number, part of its random keys.
         models: the distinct broadcasts.
         which: [R] index into `models`.
-        memory: {name: [R, ...]} rows that the clients kept. For an exchange `inbox/heard` [R, M] and `inbox/own` [R]
-            travel with them, and the vectors sent are `inbox/<name>` [M, P] of the only model.
+        memory: {name: [R, ...]} rows that the clients kept, to be read in the store by whoever needs them. For an
+            exchange `inbox/heard` [R, M] and `inbox/own` [R] travel with them, and the vectors sent are
+            `inbox/<name>` [M, P] of the only model.
         weights: [R] to fold replies by, or None to keep them apart.
-        round: the server step at which they run, for messages.
+        round: the server step at which they run, from 0; messages count from 1, as metrics do.
         rounds: [R] the server step at which each was sent; `round` for all if left out.
     """
 
@@ -74,7 +77,7 @@ class Jobs:
             self.numbers[index],
             [self.models[i] for i in used.tolist()],
             renumber[self.which[index]],
-            {k: v[index] for k, v in self.memory.items()},
+            kept.rows(index) if isinstance(kept := self.memory, Kept) else {k: v[index] for k, v in kept.items()},
             None if self.weights is None else self.weights[index],
             self.round,
             None if self.rounds is None else self.rounds[index],
@@ -83,7 +86,7 @@ class Jobs:
 
 @dataclass
 class Results:
-    """What jobs gave, in the jobs' order.
+    """What jobs gave, in the jobs' order: tensors of one stack, or those of several in parts.
 
     Args:
         fields: {name: [R, ...]} replies that stand apart.
@@ -93,11 +96,32 @@ class Results:
         bits_up: [R] bits of each reply.
     """
 
-    fields: dict[str, Tensor] = field(default_factory=dict)
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
     bits_up: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def apart(self) -> list[dict[str, Tensor]]:
+        """[R] what each job gave, flat, so that a checkpoint can hold it; views of its stack's tensors."""
+        out: list[dict[str, Tensor]] = [{"bits": bits} for bits in self.bits_up]
+        for kind in KINDS:
+            for job, row in Parts.of(getattr(self, kind), len(out)).rows():
+                out[job] |= {f"{kind}/{name}": value for name, value in row.items()}
+        return out
+
+    @classmethod
+    def together(cls, jobs: list[dict[str, Tensor]]) -> Results:
+        """The inverse of `apart`, for any jobs in any order."""
+        gather = Gather(len(jobs))
+        for i, job in enumerate(jobs):
+            rows: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+            for key, value in job.items():
+                kind, _, name = key.partition("/")
+                if name:
+                    rows[kind][name] = value[None]
+            gather.add(torch.tensor([i]), cls(**rows, bits_up=job["bits"]))
+        return gather.results
 
 
 class Executor(Protocol):
@@ -169,7 +193,7 @@ class StackRunner:
         except Exception as error:
             shown = ", ".join(str(i) for i in jobs.ids[:8].tolist()) + (", ..." if len(jobs.ids) > 8 else "")
             raise ClientError(
-                f"{jobs.work} failed in round {jobs.round} for client(s) {shown}: {type(error).__name__}: {error}"
+                f"{jobs.work} failed in round {jobs.round + 1} for client(s) {shown}: {type(error).__name__}: {error}"
             ) from error
         return self._collect(jobs, cohort, reply)
 
@@ -194,7 +218,7 @@ class StackRunner:
             if jobs.weights is not None and value.ndim > 1:
                 sums[name] = torch.tensordot(jobs.weights.to(value), value, dims=1)
             else:
-                fields[name] = value
+                fields[name] = value if value.ndim else value.expand(len(cohort))
         metrics = {k: v.detach().cpu().to(torch.float64) for k, v in cohort.metrics.items()}
         memory = {k: v.detach().cpu() for k, v in cohort.memory.written.items()}
         return Results(fields, sums, memory, metrics, bits)
@@ -210,8 +234,8 @@ def _broadcast(jobs: Jobs, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _rows(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v for k, v in memory.items() if not k.startswith("inbox/")}
+def _rows(memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return memory if isinstance(memory, Kept) else {k: v for k, v in memory.items() if not k.startswith("inbox/")}
 
 
 def _inbox(jobs: Jobs, broadcast: dict[str, Any], device: torch.device) -> tuple[Inbox, ...]:
@@ -223,23 +247,21 @@ def _inbox(jobs: Jobs, broadcast: dict[str, Any], device: torch.device) -> tuple
 
 
 class Gather:
-    """Puts the results of stacks together again, in the order of the stacks, whoever computed them."""
+    """The results of stacks together again, in the order of the stacks, whoever computed them."""
 
     def __init__(self, num_jobs: int) -> None:
-        self._num_jobs = num_jobs
         self._open: dict[str, Tensor] = {}  # sums of the group at hand
-        self.results = Results(bits_up=torch.zeros(num_jobs, dtype=torch.int64))
+        self._fields, self._memory, self._metrics = Parts(num_jobs), Parts(num_jobs), Parts(num_jobs)
+        bits = torch.zeros(num_jobs, dtype=torch.int64)
+        self.results = Results(self._fields, {}, self._memory, self._metrics, bits)
 
     def add(self, index: Tensor, part: Results) -> None:
         """Take the results of one stack (or of all stacks of a group), whose jobs were `index` [C] of the whole."""
-        out = self.results
-        out.bits_up[index] = part.bits_up
         _add_(self._open, part.sums)
-        for into, rows in ((out.fields, part.fields), (out.memory, part.memory), (out.metrics, part.metrics)):
-            for name, value in rows.items():
-                if name not in into:
-                    into[name] = value.new_empty(self._num_jobs, *value.shape[1:])  # every job is in some stack
-                into[name][index.to(value.device)] = value
+        self._fields.add(index, part.fields)
+        self._memory.add(index, part.memory)
+        self._metrics.add(index, part.metrics)
+        self.results.bits_up[index] = part.bits_up
 
     def end_group(self) -> None:
         """Fold the sums of the group at hand into those of the groups before it."""

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Replies, Work
+from fedsim.fleet import Arrival, Cost, Fold, Replies, Work, weigh
 from fedsim.memory import Memory
 from fedsim.metrics import Metrics
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
 from fedsim.sim.devices import Devices
-from fedsim.sim.events import Event, EventQueue
+from fedsim.sim.events import Event, EventQueue, Sent
 from fedsim.sim.executor import Executor, Jobs, Results
 from fedsim.sim.links import Copy, Downlink
 from fedsim.streams import Streams
@@ -32,15 +32,6 @@ BITS_PER_NUMBER = 32
 ONE_STEP = Cost()
 TIMELINE = 5000  # jobs that the report's timeline shows
 TOLERANCE = 1e-9  # seconds: a job that ends with the window counts, whatever its sum of floats says
-
-
-@dataclass
-class Sent:
-    """What one call of `send` sent: the work's name, the broadcast, and the server step at that time."""
-
-    work: str
-    broadcast: Mapping[str, Any]
-    round: int
 
 
 @dataclass
@@ -111,10 +102,10 @@ class SimFleet:
         self._check_idle(ids)
         numbers, finish, broadcast = self._book(ids, work, cost, broadcast)
         self._in_flight[ids] = True
-        key = self._sequence
-        self.sent[key] = Sent(work.__name__, broadcast, self.round)
+        key = self._key_of(Sent(work.__name__, broadcast, self.round), len(ids))
         rows = zip(finish.tolist(), ids.tolist(), numbers.tolist(), strict=True)
-        self.queue.push(Event(f, key + i, c, n, key, self.now) for i, (f, c, n) in enumerate(rows))
+        start = self._sequence
+        self.queue.push(Event(f, start + i, c, n, key, self.now) for i, (f, c, n) in enumerate(rows))
         self._sequence += len(ids)
 
     def receive(self, *, until: float = inf, count: int | None = None) -> Replies:
@@ -125,10 +116,7 @@ class SimFleet:
             self.now = max(self.now, until)
         elif events:
             self.now = max(self.now, events[-1].finish)
-        replies = self._deliver(events)
-        in_use = {e.sent for e in self.queue}
-        self.sent = {k: v for k, v in self.sent.items() if k in in_use}
-        return replies
+        return self._deliver(events)
 
     def ask(
         self, ids: Tensor, work: Work, *, cost: Cost = ONE_STEP, fold: Fold | None = None, **broadcast: Any
@@ -140,9 +128,9 @@ class SimFleet:
         if fold is not None and not fold.foldable:
             raise ValueError(f"{type(fold).__name__} is not linear, so replies can't be folded; leave out fold=")
         lies = self.byzantine is not None and not bool(self.byzantine.honest(ids).all())
-        early = None if fold is None or lies else _weigh(fold, num_examples)
-        memory = self.memory.read(ids)
-        results = self.executor.run(_jobs(work, ids, numbers, broadcast, memory, early, self.round))
+        early = None if fold is None or lies else weigh(fold, num_examples)
+        kept = self.memory.of(ids)
+        results = self.executor.run(_jobs(work, ids, numbers, broadcast, kept, early, self.round))
         self.memory.write(ids, results.memory)
         if len(ids):
             self.now = max(self.now, float(finish.max()))
@@ -154,7 +142,7 @@ class SimFleet:
         self._observe(ids, arrive, results.metrics, bits)
         ids, finish, num_examples = ids[arrive], finish[arrive], num_examples[arrive]
         if lies and (fold is not None or not len(ids)):  # of no replies at all the sum is zero, folded or not
-            late = torch.zeros(0) if fold is None else _weigh(fold, num_examples)
+            late = torch.zeros(0) if fold is None else weigh(fold, num_examples)
             fields = {k: torch.tensordot(late.to(v), v, dims=1) if v.ndim > 1 else v for k, v in fields.items()}
         return Replies(ids, num_examples, finish, fields, torch.zeros(len(ids), dtype=torch.int64))
 
@@ -286,11 +274,28 @@ class SimFleet:
         whole = min(whole, cost.vectors_up)
         return (cost.vectors_up - whole) * self._reply_bits + whole * BITS_PER_NUMBER * self._model_size
 
+    def _key_of(self, sent: Sent, jobs: int) -> int:
+        """Where new jobs find what they were sent; calls that send the same one after the other share one entry."""
+        key = max(self.sent, default=-1)
+        if key < 0 or not self.sent[key].same_as(sent):
+            key = self._sequence
+            self.sent[key] = sent
+        self.sent[key].open += jobs
+        return key
+
+    def _forget(self, delivered: list[Event]) -> None:
+        """Let go of what nobody is working on any more."""
+        for event in delivered:
+            sent = self.sent[event.sent]
+            sent.open -= 1
+            if not sent.open:
+                del self.sent[event.sent]
+
     def _compute(self, due: list[Event]) -> None:
         """Compute what is due and, in the same stacks, whatever else is in flight and not computed yet."""
         if all(e.result is not None for e in due):
             return
-        pending = [e for e in (*due, *self.queue) if e.result is None]
+        pending = sorted((e for e in (*due, *self.queue) if e.result is None), key=lambda e: e.sequence)
         for work in dict.fromkeys(self.sent[e.sent].work for e in pending):
             events = [e for e in pending if self.sent[e.sent].work == work]
             keys = list(dict.fromkeys(e.sent for e in events))
@@ -302,34 +307,29 @@ class SimFleet:
                     torch.tensor([e.number for e in events]),
                     [self.sent[k].broadcast for k in keys],
                     torch.tensor([keys.index(e.sent) for e in events]),
-                    self.memory.read(ids),
+                    self.memory.of(ids),
                     round=self.round,
                     rounds=torch.tensor([self.sent[e.sent].round for e in events]),
                 )
             )
-            for i, event in enumerate(events):
-                event.result = _row(results, i)
+            for event, result in zip(events, results.apart(), strict=True):
+                event.result = result
 
     def _deliver(self, events: list[Event]) -> Replies:
         ids = torch.tensor([e.client for e in events], dtype=torch.int64)
         self._in_flight[ids] = False
-        rows = [e.result for e in events]
-        stacked: dict[str, dict[str, Tensor]] = {"field": {}, "memory": {}, "metric": {}}
-        for key in rows[0] if rows and rows[0] is not None else ():
-            kind, _, name = key.partition("/")
-            if kind in stacked:
-                stacked[kind][name] = torch.stack([r[key] for r in rows if r is not None])
+        results = Results.together([e.result for e in events if e.result is not None])
         for e in events:
             if len(self.timeline) < TIMELINE:
                 self.timeline.append((e.client, e.started, e.finish, self.round + 1))
-        self.memory.write(ids, stacked["memory"])
-        bits = torch.tensor([int(r["bits"]) for r in rows if r is not None], dtype=torch.int64)
+        self.memory.write(ids, results.memory)
         staleness = torch.tensor([self.round - self.sent[e.sent].round for e in events], dtype=torch.int64)
         finish = torch.tensor([e.finish for e in events], dtype=torch.float64)
-        fields, arrive = dict(stacked["field"]), torch.ones(len(ids), dtype=torch.bool)
+        fields, arrive = dict(results.fields), torch.ones(len(ids), dtype=torch.bool)
         if self.byzantine is not None:
             arrive, fields = self.byzantine.deliver(ids, fields, self.round)
-        self._observe(ids, arrive, stacked["metric"], bits, staleness)
+        self._observe(ids, arrive, results.metrics, results.bits_up, staleness)
+        self._forget(events)
         ids, finish, staleness = ids[arrive], finish[arrive], staleness[arrive]
         return Replies(ids, self.num_examples[ids], finish, fields, staleness)
 
@@ -337,7 +337,7 @@ class SimFleet:
         self,
         ids: Tensor,
         arrive: Tensor,
-        metrics: dict[str, Tensor],
+        metrics: Mapping[str, Tensor],
         bits_up: Tensor,
         staleness: Tensor | None = None,
         count: bool = True,
@@ -372,17 +372,3 @@ def _bits(broadcast: Mapping[str, Any]) -> int:
     present = [v for v in broadcast.values() if v is not None]
     plain = sum(1 if isinstance(v, bool) else BITS_PER_NUMBER for v in present if not isinstance(v, Tensor))
     return plain + sum(BITS_PER_NUMBER * v.numel() for v in present if isinstance(v, Tensor))
-
-
-def _weigh(fold: Fold, num_examples: Tensor) -> Tensor:
-    """[R] weights of a fold; zeros where no client has a sample, so that such a round changes nothing."""
-    return fold.weigh(num_examples) if bool((num_examples > 0).any()) else torch.zeros(len(num_examples))
-
-
-def _row(results: Results, i: int) -> dict[str, Tensor]:
-    """One job's part of the results, flat, so that a checkpoint can hold it."""
-    row = {f"field/{k}": v[i] for k, v in results.fields.items()}
-    row |= {f"memory/{k}": v[i] for k, v in results.memory.items()}
-    row |= {f"metric/{k}": v[i] for k, v in results.metrics.items()}
-    row["bits"] = results.bits_up[i]
-    return row

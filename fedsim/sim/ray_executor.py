@@ -156,7 +156,7 @@ class RayExecutor:
                 self.resubmitted += 1
                 if lost[index] == ATTEMPTS:
                     raise RuntimeError(_gave_up(jobs, torch.cat(groups[index]), outcome)) from outcome
-                _log.warning("round %d: a worker was lost (%s); its stacks run again", jobs.round, _line(outcome))
+                _log.warning("round %d: a worker was lost (%s); its stacks run again", jobs.round + 1, _line(outcome))
                 todo.appendleft(index)
             yield done.pop(following)
 
@@ -271,8 +271,8 @@ def _gave_up(jobs: Jobs, index: Tensor, error: BaseException) -> str:
     ids = jobs.ids[index]
     shown = ", ".join(str(i) for i in ids[:8].tolist()) + (", ..." if len(ids) > 8 else "")
     return (
-        f"{jobs.work} in round {jobs.round} for client(s) {shown} lost its worker {ATTEMPTS} times in a row; the last "
-        f"time: {_line(error)}. If the node ran out of memory, lower runtime.stack or runtime.workers"
+        f"{jobs.work} in round {jobs.round + 1} for client(s) {shown} lost its worker {ATTEMPTS} times in a row; the "
+        f"last time: {_line(error)}. If the node ran out of memory, lower runtime.stack or runtime.workers"
     )
 
 

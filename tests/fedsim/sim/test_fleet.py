@@ -280,7 +280,7 @@ def test_what_clients_log_is_averaged_by_samples_and_handed_over_once() -> None:
 def test_the_exception_of_a_client_names_work_round_and_clients() -> None:
     fleet = _fleet((1.0, 1.0))
     fleet.round = 6
-    with pytest.raises(ClientError, match=r"fail failed in round 6 for client\(s\) 0, 1: RuntimeError: out of luck"):
+    with pytest.raises(ClientError, match=r"fail failed in round 7 for client\(s\) 0, 1: RuntimeError: out of luck"):
         fleet.ask(fleet.clients, HALVES.fail, x=X)
 
 

@@ -129,7 +129,7 @@ def test_the_clients_own_exception_names_clients_work_and_round(executors: dict[
     executor = executors[3]
     before = executor.resubmitted
     with pytest.raises(
-        ClientError, match=r"^fail failed in round 4 for client\(s\) 7: ZeroDivisionError: client seven"
+        ClientError, match=r"^fail failed in round 5 for client\(s\) 7: ZeroDivisionError: client seven"
     ) as e:
         executor.run(some_jobs("fail"))
     assert isinstance(e.value.__cause__, ZeroDivisionError)
@@ -153,7 +153,7 @@ def test_a_killed_worker_changes_no_bit(
     killer.join(10)
     assert_same_bits(got, in_process(JOBS["folded"]))
     assert executor.resubmitted == 1
-    assert "round 4: a worker was lost" in caplog.text
+    assert "round 5: a worker was lost" in caplog.text
 
 
 def test_a_hung_worker_is_replaced_after_its_deadline(
@@ -173,7 +173,7 @@ def test_a_group_that_always_loses_its_worker_ends_with_a_clear_error(
 ) -> None:
     monkeypatch.setattr(ray_executor, "ATTEMPTS", 1)
     once_marked(arm(folder), lambda pid: os.kill(pid, signal.SIGKILL))
-    with pytest.raises(RuntimeError, match=r"step in round 4 .* lost its worker 1 times.*lower runtime.stack"):
+    with pytest.raises(RuntimeError, match=r"step in round 5 .* lost its worker 1 times.*lower runtime.stack"):
         executors[3].run(JOBS["folded"])
 
 
