@@ -33,3 +33,16 @@ def check_gamma(gamma: float | None) -> None:
     """gamma is a step size, or null for eta * K."""
     if gamma is not None and not gamma >= 0:
         raise ValueError(f"gamma must be 0 or more, or null for the local step size times the local steps; got {gamma}")
+
+
+def check_lr(lr: float) -> None:
+    """lr is the step that a strategy takes itself."""
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
+
+
+def check_refresh(lr: float, p: float) -> None:
+    """lr is a step; p is the chance of a refresh, in (0, 1]."""
+    check_lr(lr)
+    if not 0 < p <= 1:
+        raise ValueError(f"p, the chance of a refresh, must lie in (0, 1], got {p}")

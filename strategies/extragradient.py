@@ -17,6 +17,7 @@ from clients.oracle import full_gradient
 from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
+from strategies.checks import check_lr
 
 UNIFORM = Mean(weights="uniform")
 
@@ -39,8 +40,7 @@ class Extragradient:
     lr: float
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        check_lr(self.lr)
 
     def init(self, x0: Tensor) -> State:
         return State(x0)

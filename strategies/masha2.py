@@ -11,7 +11,7 @@ compressor, C_s the server's, e_m and e their errors, c what the server sends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 
 from clients.oracle import full_gradient
-from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.compress.error_feedback import compress_with_error
 from fedsim.compress.packet import Compressor, Packet
 from fedsim.compress.sparsify import Identity
 from fedsim.config import FromTable
 from fedsim.fleet import Cost, Fleet
+from strategies.checks import check_refresh
 from strategies.compressed import server_streams
-
-UNIFORM = Mean(weights="uniform")
+from strategies.reference import UNIFORM, keep_mean, move_reference, refresh
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,7 @@ class Masha2:
     server_compressor: Annotated[Compressor, FromTable("compressor", "identity")] = field(default_factory=Identity)
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if not 0 < self.p <= 1:
-            raise ValueError(f"p, the chance of a refresh, must lie in (0, 1], got {self.p}")
+        check_refresh(self.lr, self.p)
 
     def init(self, x0: Tensor) -> State:
         zero = torch.zeros_like(x0)
@@ -70,7 +66,7 @@ class Masha2:
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         if s.round == 0:
-            s = self.refresh(s, s.x, fleet, z=s.x)
+            s = replace(s, w=s.x, fw=refresh(fleet, self.full, self.keep, z=s.x))
         z_bar = (1 - self.p) * s.x + self.p * s.w
         cost = Cost(bits_up=self.compressor.bits(s.x.numel()))
         r = fleet.ask(fleet.clients, self.difference, cost=cost, fold=UNIFORM)
@@ -79,13 +75,9 @@ class Masha2:
         b = bool(rng.random() < self.p)
         fleet.ask(fleet.clients, self.move, cost=Cost(steps=0, bits_up=0), c=c, b=b)
         s = State(z, s.w, s.fw, e[0], s.round + 1)
-        return (self.refresh(s, z, fleet) if b else s), {"refresh": int(b)}
-
-    def refresh(self, s: State, w: Tensor, fleet: Fleet, z: Tensor | None = None) -> State:
-        """w moves to z: clients send F_m(w) in full, and get F(w) in full; errors stay."""
-        r = fleet.ask(fleet.clients, self.full, fold=UNIFORM, z=z)
-        fleet.ask(fleet.clients, self.keep, cost=Cost(steps=0, bits_up=0), fw=r["f"])
-        return State(s.x, w, r["f"], s.e, s.round)
+        if b:  # the reference moves to the new iterate; errors stay
+            s = replace(s, w=z, fw=refresh(fleet, self.full, self.keep))
+        return s, {"refresh": int(b)}
 
     # Client halves
 
@@ -102,12 +94,7 @@ class Masha2:
         return {}
 
     def full(self, clients: Cohort, z: Tensor | None) -> dict[str, Tensor]:
-        if z is not None:  # the common start
-            clients.memory["z"] = z.expand(len(clients), -1)
-        clients.memory["w"] = w = clients.memory["z"]
-        clients.memory["f_m"] = f = full_gradient(clients, w)
-        return {"f": f}
+        return move_reference(clients, z)
 
     def keep(self, clients: Cohort, fw: Tensor) -> dict[str, Tensor]:
-        clients.memory["fw"] = fw.expand(len(clients), -1)
-        return {}
+        return keep_mean(clients, fw)
