@@ -1,8 +1,8 @@
 """FRUGAL: an adaptive rule on a part of each matrix gradient that changes now and then, sign descent on the rest.
 
 Zmushko et al. FRUGAL: memory-efficient optimization by reducing state overhead for scalable training.
-arXiv:2411.07837. Departures: singular vectors have fixed signs; the rest of the `svd` kind counts as zero where it is
-rounding error.
+arXiv:2411.07837. Departures: singular vectors have fixed signs; the rest of the kinds `svd` and `randomized`
+counts as zero where it is rounding error.
 
 Letters: k clients, G matrices of one shape [a, b], r entries kept of n; L tensors.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.galore import leading_columns
+from fedsim.optim.galore import COLUMNS
 from fedsim.optim.low_rank import Slots, flat_of, inner_coefficients, inner_rule, like_parts, refresh_, same_rule, sized
 from fedsim.optim.matrix import Group, groups_of, tall, untall
 from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
@@ -27,7 +27,7 @@ from fedsim.optim.segments import Segments
 if TYPE_CHECKING:
     from fedsim.optim.spec import RuleSettings
 
-KINDS = ("columns", "rows", "randk", "blocks", "svd")
+KINDS = ("columns", "rows", "randk", "blocks", *COLUMNS)
 ORDERS = ("random", "ascending", "descending", "mirror")
 _ROUNDING = 1e-6  # of the largest gradient entry: a rest below it is no gradient
 
@@ -42,9 +42,10 @@ class Frugal(Rule):
     Args:
         density: share of the entries in the part.
         gap: steps between two draws, the first of which is a client's first step.
-        kind: `columns` or `rows` of each matrix, `randk` entries of it, `blocks` (whole matrices), or `svd` (its
-            leading singular directions). With `svd` a matrix of rank r or less, such as that of a layer with fewer
-            samples in the batch, leaves nothing but rounding to the rest.
+        kind: `columns` or `rows` of each matrix, `randk` entries of it, `blocks` (whole matrices), or its leading
+            singular directions: `svd`, or nearly those and cheaper, `randomized` (see `sketched_columns`). With both a
+            matrix of rank r or less, such as that of a layer with fewer samples in the batch, leaves nothing but
+            rounding to the rest.
         order: of `blocks`: `random`, or from the first, the last, or both ends on.
         rest: what the rest does: `sign`, `sgd` or `none`.
         rest_scale: 1 for training from the start, 0.1 for fine-tuning, in the paper.
@@ -89,7 +90,7 @@ class Frugal(Rule):
             self._num_active(len(seg.sizes))
             return (State("active", per="tensor", dtype="uint8", code="exact"), *own)
         low = sized(own, _slots(seg, self.kind, self.density, "low").sizes)
-        if self.kind == "svd":
+        if self.kind in COLUMNS:
             return (State("basis", per=_slots(seg, self.kind, self.density, "basis").sizes, code="exact"), *low)
         index = _slots(seg, self.kind, self.density, "index").sizes
         return (State("index", per=index, dtype="int32", code="exact"), *low)
@@ -106,7 +107,7 @@ class Frugal(Rule):
         for state in self.core.active_states():
             old = getattr(s, state.name)
             refresh_(old, c.refresh, partial(torch.full_like, fill_value=state.init), old)
-        if self.kind == "svd":
+        if self.kind in COLUMNS:
             return self._by_directions(g, s, c, seg)
         if self.kind == "blocks":
             nth = c.round if isinstance(c.round, Tensor) else g.new_full((len(g), 1), c.round)
@@ -149,7 +150,7 @@ class Frugal(Rule):
         rest = torch.empty_like(g, memory_format=torch.contiguous_format)
         for group, basis in zip(groups_of(seg), bases, strict=True):
             m = tall(group.take(g))
-            refresh_(basis, c.refresh, partial(leading_columns, rank=basis.shape[-1]), m)
+            refresh_(basis, c.refresh, lambda m, rank=basis.shape[-1]: COLUMNS[self.kind](m, rank), m)
             low.append(m @ basis)
             left = m - low[-1] @ basis.mT
             left.masked_fill_(left.abs() <= _ROUNDING * m.abs().amax((-2, -1), keepdim=True), 0.0)
@@ -195,7 +196,7 @@ def _slots(seg: Segments, kind: str, density: float, what: str) -> Slots:
     shapes: list[tuple[int, ...]] = []
     for group in groups_of(seg):
         m, n = _turned_shape(group, kind)
-        r = round(n * density) if kind == "svd" else int(n * density)
+        r = round(n * density) if kind in COLUMNS else int(n * density)
         shapes.append({"low": (m, r), "index": (r,), "basis": (n, r)}[what])
     return Slots(groups_of(seg), tuple(shapes))
 
@@ -203,7 +204,9 @@ def _slots(seg: Segments, kind: str, density: float, what: str) -> Slots:
 def _turned_shape(group: Group, kind: str) -> tuple[int, int]:
     """A matrix's shape seen so that the part is some of its columns."""
     a, b = group.shape
-    return {"columns": (a, b), "rows": (b, a), "randk": (1, a * b), "svd": (group.long, group.short)}[kind]
+    if kind in COLUMNS:
+        return group.long, group.short
+    return {"columns": (a, b), "rows": (b, a), "randk": (1, a * b)}[kind]
 
 
 def _turned(m: Tensor, kind: str) -> Tensor:

@@ -5,9 +5,9 @@ Letters: k clients, G matrices of one shape, l >= s their sides, r rank (at most
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,11 +24,14 @@ from fedsim.optim.low_rank import (
     slots,
 )
 from fedsim.optim.matrix import groups_of, tall, untall
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
+from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
 from fedsim.optim.segments import Segments
+from fedsim.streams import Streams
 
 if TYPE_CHECKING:
     from fedsim.optim.spec import RuleSettings
+
+OVERSAMPLING = 8  # columns of a sketch beyond the rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +40,13 @@ class GaLore(Rule):
 
     Zhao et al. GaLore: memory-efficient LLM training by gradient low-rank projection. arXiv:2403.03507. The inner
     moments live on through a refresh and meet the new basis. Departure: signs are fixed (`leading_columns`), so no
-    back end shows. With fewer local steps than `gap` a fresh state means one SVD per client and round.
+    back end shows. With fewer local steps than `gap` a fresh state means one basis per client and round; `randomized`
+    is the cheaper one. One basis from the mean gradient of many clients is left out: within a stack a client's numbers
+    would depend on its neighbours, and no server sends one. A basis that all share is `dct_lowrank`'s.
 
     Args:
         rank: r; matrices with a shorter side keep all of it.
+        basis: `svd`, or `randomized` (`sketched_columns`: nearly the same span, from products and QR of [l, r + 8]).
         gap: steps between two refreshes, the first of which is a client's first step.
         scale: of the direction.
         align: turn each new column so that it has a positive product with the old one in its place.
@@ -48,6 +54,7 @@ class GaLore(Rule):
     """
 
     rank: int = 128
+    basis: str = "svd"
     gap: int = 200
     scale: Hyper = 0.25
     align: bool = False
@@ -62,6 +69,7 @@ class GaLore(Rule):
     def __post_init__(self) -> None:
         check_range(self, 1, float("inf"), "rank", "gap")
         check_range(self, 0, float("inf"), "scale")
+        check_choice(self, "basis", tuple(COLUMNS))
         assert self.core is not None
 
     @cached_property
@@ -94,7 +102,7 @@ class GaLore(Rule):
         return u
 
     def _basis(self, m: Tensor, old: Tensor) -> Tensor:
-        new = leading_columns(m, self.rank)
+        new = COLUMNS[self.basis](m, self.rank)
         if not self.align:
             return new
         against = (old * new).sum(-2, keepdim=True) < 0
@@ -106,6 +114,42 @@ def leading_columns(m: Tensor, rank: int) -> Tensor:
 
     Singular vectors are defined up to their sign; moments outlive a refresh, so the sign must not be the library's.
     """
-    v = torch.linalg.svd(m, full_matrices=False).Vh[..., :rank, :].mT
+    return _peaks_up(torch.linalg.svd(m, full_matrices=False).Vh[..., :rank, :].mT)
+
+
+def sketched_columns(m: Tensor, rank: int) -> Tensor:
+    """Nearly `leading_columns`, by a randomized range finder with one power iteration; exact up to rank r.
+
+        Q = qr(M W),  V R = qr(M^T qr(M qr(M^T Q))),  columns = V U_r with U S Z^T = svd(R)
+
+    Halko, Martinsson, Tropp. Finding structure with randomness. arXiv:0909.4061 (algorithms 4.4 and 5.1). All factors
+    are l or s by r + 8, and the SVD is of [r + 8, r + 8]. W is normal and a function of its size alone: one sketch for
+    all layers of that size, clients and refreshes, so neither the client's place nor the run shows in it.
+
+    Args:
+        m: [..., l, s] with l >= s; where s <= r + 8 nothing would be saved, and the SVD is taken.
+        rank: r.
+    """
+    wide = min(rank, m.shape[-1]) + OVERSAMPLING
+    if wide >= m.shape[-1]:
+        return leading_columns(m, rank)
+    q = torch.linalg.qr(m @ gaussian_sketch(m.shape[-1], wide, m.dtype, m.device)).Q
+    q = torch.linalg.qr(m @ torch.linalg.qr(m.mT @ q).Q).Q
+    v, r = torch.linalg.qr(m.mT @ q)
+    return _peaks_up(v @ torch.linalg.svd(r).U[..., :rank])
+
+
+COLUMNS: dict[str, Callable[[Tensor, int], Tensor]] = {"svd": leading_columns, "randomized": sketched_columns}
+
+
+@lru_cache(maxsize=64)
+def gaussian_sketch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, columns] standard normal, the same in every process and run."""
+    one = torch.zeros(1, dtype=torch.int64)
+    return Streams(0, one, one).normal("optimizer sketch", rows, columns, dtype=dtype)[0].to(device)
+
+
+def _peaks_up(v: Tensor) -> Tensor:
+    """Columns turned so that the entry largest in size is positive."""
     peak = v.gather(-2, v.abs().argmax(-2, keepdim=True))
     return torch.where(peak < 0, -v, v)

@@ -126,13 +126,14 @@ def test_the_svd_kind_equals_a_plain_loop_on_each_matrix() -> None:
                 assert torch.allclose(view, expected, rtol=0, atol=1e-11)
 
 
-def test_rounding_is_no_gradient_when_the_rank_is_too_low_to_leave_a_rest() -> None:
+@pytest.mark.parametrize("kind", ["svd", "randomized"])
+def test_rounding_is_no_gradient_when_the_rank_is_too_low_to_leave_a_rest(kind: str) -> None:
     """Two samples in a batch give rank two; the rest of rank four is rounding, and its sign would be full steps."""
     layout = Layout.of({"w": (24, 16)})
     generator = torch.Generator().manual_seed(0)
     g = (torch.randn(24, 2, generator=generator) @ torch.randn(2, 16, generator=generator)).view(1, 1, -1)
     x = torch.zeros(1, layout.size)
-    spec = {**SPEC, "kind": "svd", "weight_decay": 0.0}
+    spec = {**SPEC, "kind": kind, "weight_decay": 0.0}
     with_rest, states = run(spec, x, g, layout)
     without, _ = run({**spec, "rest": "none"}, x, g, layout)
     assert torch.equal(with_rest, without)
@@ -159,7 +160,7 @@ def test_with_all_entries_it_is_adamw_restarted_every_gap() -> None:
         assert (ours - client_runs(Restarted, x, grads, layout)).abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("kind", ["columns", "rows", "randk", "blocks", "svd"])
+@pytest.mark.parametrize("kind", ["columns", "rows", "randk", "blocks", "svd", "randomized"])
 def test_with_no_entry_it_is_sign_descent_with_decay(kind: str) -> None:
     layout = Layout.of({"w": (8, 16), "v": (4, 8)})
     x, grads = problem(layout=layout)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from fedsim.optim import build
-from fedsim.optim.galore import leading_columns
+from fedsim.optim.galore import leading_columns, sketched_columns
 from fedsim.params import Layout
 from tests.fedsim.optim.oracles import client_runs, error, problem, stack_run
 
@@ -145,6 +145,98 @@ def test_state_is_two_low_rank_moments_and_a_basis() -> None:
     assert build({**SPEC, "rank": 100}, layout).memory_bytes() == 4 * (2 * (16 * 6 + 20 * 6) + 2 * 6 * 6)
 
 
+# The randomized basis ---------------------------------------------------------------------------------------------
+
+BIG = Layout.of({"tall": (60, 40), "bias": (5,), "wide": (30, 50), "again": (60, 40), "small": (7, 7)})
+SKETCHED = {**SPEC, "basis": "randomized"}
+
+
+def with_spectrum(values: Tensor, rows: int, columns: int, seed: int = 0) -> Tensor:
+    """[2, rows, columns] with these singular values and random singular vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (
+        torch.linalg.qr(torch.randn(2, n, len(values), generator=generator, dtype=torch.float64)).Q
+        for n in (rows, columns)
+    )
+    return u * values @ v.mT
+
+
+def test_a_sketch_finds_the_singular_vectors_of_a_gradient_whose_rank_it_reaches() -> None:
+    for values in ([5.0, 3.0, 2.0, 1.0], [4.0, 1.0]):
+        m = with_spectrum(torch.tensor(values).double(), 50, 30)
+        found = sketched_columns(m, 4)
+        assert torch.allclose(found.mT @ found, torch.eye(4).double().expand(2, 4, 4), atol=1e-13)
+        assert torch.allclose(m @ found @ found.mT, m, atol=1e-13)
+        known = len(values)
+        assert torch.allclose(found[..., :known], leading_columns(m, 4)[..., :known], atol=1e-10)
+        assert (found.amax(-2) == found.abs().amax(-2)).all()
+
+
+@pytest.mark.parametrize(
+    "spectrum, share",
+    [(0.8 ** torch.arange(100.0), 0.9999), (1 / torch.arange(1.0, 101), 0.995), (torch.ones(100), 1 - 1e-12)],
+    ids=["fast decay", "slow decay", "none"],
+)
+def test_a_sketch_captures_nearly_the_energy_of_the_svd(spectrum: Tensor, share: float) -> None:
+    m = with_spectrum(spectrum.double(), 150, 100)
+    energy = [(m @ columns(m, 16)).square().sum((-2, -1)) for columns in (sketched_columns, leading_columns)]
+    assert bool((energy[0] >= share * energy[1]).all()) and bool((energy[0] <= energy[1] * (1 + 1e-12)).all())
+
+
+def test_a_sketch_of_noise_captures_most_of_it() -> None:
+    """The hardest case: no singular value stands out."""
+    m = torch.randn(2, 150, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    energy = [(m @ columns(m, 16)).square().sum() for columns in (sketched_columns, leading_columns)]
+    assert energy[0] >= 0.9 * energy[1]
+
+
+def test_a_side_that_the_sketch_would_fill_takes_the_svd() -> None:
+    m = problem(1)[0][:, :128].view(3, 16, 8)
+    assert torch.equal(sketched_columns(m, 3), leading_columns(m, 3))
+    x, grads = problem(layout=LAYOUT)
+    assert torch.equal(stack_run(SKETCHED, x, grads, LAYOUT), stack_run(SPEC, x, grads, LAYOUT))
+
+
+def test_the_signs_of_a_librarys_factors_do_not_show_in_a_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = with_spectrum(0.7 ** torch.arange(30.0).double(), 50, 30)
+    expected = sketched_columns(m, 3)
+    qr = torch.linalg.qr
+
+    def other_signs(a: Tensor) -> Any:
+        q, r = qr(a)
+        flip = torch.tensor([-1.0, 1.0])[torch.arange(q.shape[-1]) % 2].to(a)
+        return torch.return_types.linalg_qr((q * flip, flip[:, None] * r))
+
+    monkeypatch.setattr(torch.linalg, "qr", other_signs)
+    assert torch.allclose(sketched_columns(m, 3), expected, atol=1e-12)
+
+
+def test_a_client_of_a_stack_has_the_basis_that_it_has_alone() -> None:
+    x, grads = problem(7, clients=7, layout=BIG)
+    whole = stack_run(SKETCHED, x, grads, BIG)
+    for rows in ([4], [3, 6, 0, 5]):
+        assert torch.allclose(stack_run(SKETCHED, x[rows], grads[:, rows], BIG), whole[rows], rtol=0, atol=1e-12)
+    assert (whole - stack_run(SPEC, x, grads, BIG)).abs().max() > 1e-4, "on noise it is another basis than the svd's"
+    optimizer, y = build(SKETCHED, BIG), x.clone()
+    state = optimizer.init(y)
+    for i, g in enumerate(grads):
+        k = 3 if i < 2 else 7  # the last four begin two steps late, and refresh two steps late
+        optimizer.step_(y[:k], g[:k], state)
+    assert torch.allclose(y[:3], whole[:3], rtol=0, atol=1e-12)
+    assert torch.allclose(y[3:], stack_run(SKETCHED, x[3:], grads[2:, 3:], BIG), rtol=0, atol=1e-12)
+
+
+def test_low_rank_gradients_give_the_steps_of_the_svd() -> None:
+    x, _ = problem(layout=BIG)
+    generator = torch.Generator().manual_seed(1)
+    grads = torch.randn(5, *x.shape, generator=generator, dtype=torch.float64)
+    for view in BIG.views(grads.view(-1, BIG.size)).values():
+        if view.ndim == 3:
+            u, s, vh = torch.linalg.svd(view, full_matrices=False)
+            view.copy_((u[..., :3] * s[..., None, :3]) @ vh[..., :3, :])
+    assert torch.allclose(stack_run(SKETCHED, x, grads, BIG), stack_run(SPEC, x, grads, BIG), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["adam", "amsgrad", "sgd", "lion", "rmsprop", "adagrad"])
 def test_any_inner_rule_sees_the_low_rank_gradient(name: str) -> None:
     """With gap 1 and full rank the picture is M V: the inner rule alone, on M V, must do the same."""
@@ -175,3 +267,8 @@ def test_a_wrong_inner_rule_is_refused(inner: dict[str, Any], message: str) -> N
 def test_bases_have_no_mean_over_clients() -> None:
     with pytest.raises(ValueError, match="server averages states over clients, and basis of optimizer.GaLore"):
         build({**SPEC, "state_scope": "server"}, LAYOUT)
+
+
+def test_an_unknown_basis_is_refused() -> None:
+    with pytest.raises(ValueError, match="basis"):
+        build({**SPEC, "basis": "shared"}, LAYOUT)
