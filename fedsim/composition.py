@@ -47,6 +47,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "downlink natural": {"downlink.compressor": "natural"},
     "trimmed mean": {"strategy.aggregator": {"name": "trimmed_mean", "f": 1}},
+    "NNM before it": {
+        "strategy.pre_aggregators": [{"name": "nnm", "f": 1}],
+        "strategy.aggregator": {"name": "trimmed_mean", "f": 1},
+    },
     "byzantine ALIE": {"clients.byzantine": {"attack": "alie", "count": 1}},
     "label flip": {"clients.byzantine": {"attack": "label_flip", "count": 1}},
     "random clocks": {"clients.devices": {"name": "exponential", "mean": 1.0, "x": 50}},

@@ -105,7 +105,7 @@ class TensorBoard:
 
 @dataclass(kw_only=True)
 class WandB:
-    """Weights & Biases. Works without a network: see `mode`.
+    """Weights & Biases; offline, in the run's folder, unless WANDB_MODE says online (extra: wandb).
 
     Args:
         project: the project's name.
@@ -141,7 +141,7 @@ class WandB:
 
 @dataclass(kw_only=True)
 class Trackio:
-    """trackio: W&B's calls on a local database, shown by `trackio show`."""
+    """trackio: runs in a local database, shown by `trackio show` (extra: trackio)."""
 
     project: str = "fedsim"
     _run: Any = field(default=None, init=False, repr=False)
@@ -165,7 +165,7 @@ class Trackio:
 
 @dataclass(kw_only=True)
 class MLflow:
-    """MLflow.
+    """MLflow: parameters and metrics of a run, sent to where MLFLOW_TRACKING_URI says (extra: mlflow).
 
     Args:
         experiment: its name; made if missing.

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from clients.local_sgd import LocalSGD, Reply
-from fedsim.aggregate import Mean
+from fedsim.aggregate import Mean, PreAggregator, prepared
 from fedsim.cohort import Cohort
 from fedsim.config import FromTable
 from fedsim.fleet import Aggregator, Fleet, choose, linear
@@ -43,6 +43,7 @@ class FedAvg:
         cohort_size: clients in a round; null means every client.
         server_lr: step along the mean pseudo-gradient.
         aggregator: how updates become one; the mean weighs clients by their samples unless told otherwise.
+        pre_aggregators: what prepares the updates for it, one after the other.
         server_optimizer: a rule of the optimizer core for the server's step.
         local: local training.
     """
@@ -50,6 +51,7 @@ class FedAvg:
     cohort_size: int | None = None
     server_lr: float = 1.0
     aggregator: Annotated[Aggregator, FromTable("aggregator", "mean")] = field(default_factory=Mean)
+    pre_aggregators: Annotated[tuple[PreAggregator, ...] | None, FromTable("pre_aggregators")] = None
     server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
     local: LocalSGD
     plain_steps: ClassVar[bool] = True
@@ -66,9 +68,10 @@ class FedAvg:
         cost, sent = self.local.cost, {"x": s.x}
         if s.local is not None:  # state_scope: server
             cost, sent = replace(cost, bits_up=32 * (len(s.x) + len(s.local))), {"x": s.x, "state": s.local}
-        r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(self.aggregator), **sent)
-        delta = r.mean("delta", self.aggregator)
-        local = None if s.local is None else s.local - r.mean("state", self.aggregator)
+        aggregator = prepared(self.pre_aggregators, self.aggregator, rng)
+        r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(aggregator), **sent)
+        delta = r.mean("delta", aggregator)
+        local = None if s.local is None else s.local - r.mean("state", aggregator)
         server = s.server.step(delta, self.server_lr, self.local.num_trainable, self.server_optimizer, s.round)
         return State(server.point(self.server_optimizer), server, s.round + 1, local), {}
 

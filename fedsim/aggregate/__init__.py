@@ -11,7 +11,7 @@ from fedsim.aggregate.centres import CenteredClipping, GeometricMedian
 from fedsim.aggregate.coordinatewise import Bulyan, MeaMed, Median, Phocas, TrimmedMean
 from fedsim.aggregate.mean import Mean
 from fedsim.aggregate.neighbours import NNA, Krum, MultiKrum, nearest_neighbour_average
-from fedsim.aggregate.prepare import ARC, NNM, Bucketing, Clipping
+from fedsim.aggregate.prepare import ARC, NNM, Bucketing, Clipping, prepared
 from fedsim.aggregate.subsets import CAF, MDA, MVA, SMEA
 
 AGGREGATORS: dict[str, type] = {
@@ -34,4 +34,12 @@ AGGREGATORS: dict[str, type] = {
 
 PRE_AGGREGATORS: dict[str, type] = {"nnm": NNM, "bucketing": Bucketing, "clipping": Clipping, "arc": ARC}
 
-__all__ = ["AGGREGATORS", "PRE_AGGREGATORS", "Aggregator", "Mean", "PreAggregator", "nearest_neighbour_average"]
+__all__ = [
+    "AGGREGATORS",
+    "PRE_AGGREGATORS",
+    "Aggregator",
+    "Mean",
+    "PreAggregator",
+    "nearest_neighbour_average",
+    "prepared",
+]

@@ -1,4 +1,4 @@
-"""Pre-aggregators: rows are mixed or shortened before a robust rule sees them.
+"""Pre-aggregators: rows are mixed or shortened before a robust rule sees them; `Prepared` is a rule behind some.
 
 NNM: Allouah et al. Fixing by mixing. AISTATS 2023. Bucketing: Karimireddy, He, Jaggi. arXiv:2006.09365. ARC (adaptive
 robust clipping): Allouah et al. arXiv:2405.14432.
@@ -8,13 +8,15 @@ Letters: R or n rows, P entries of a row, f rows that may be faulty.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import check_f, finite_rows, lengths, without_bad
+from fedsim.aggregate.base import Aggregator, PreAggregator, check_f, finite_rows, lengths, without_bad
 from fedsim.aggregate.neighbours import mix_with_neighbours
 
 
@@ -98,6 +100,36 @@ class ARC:
         length = lengths(v).nan_to_num_(nan=torch.inf, posinf=torch.inf)
         num_longest = 2 * self.f * (n - self.f) // n
         return _shorten(v, length, length.sort().values[n - num_longest - 1]), weights
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An aggregator behind pre-aggregators, which prepare the rows in this order; it needs all rows at once.
+
+    Args:
+        first: pre-aggregators.
+        rule: the aggregator.
+        rng: for those of them that draw.
+
+    >>> rule = Prepared((Clipping(norm=1.0),), lambda v, weights: v.mean(0), np.random.default_rng(0))
+    >>> rule(torch.tensor([[0.5], [3.0]]), torch.ones(2))
+    tensor([0.7500])
+    """
+
+    first: Sequence[PreAggregator]
+    rule: Aggregator
+    rng: np.random.Generator
+    foldable: ClassVar[bool] = False
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        for prepare in self.first:
+            v, weights = prepare(v, weights, self.rng)
+        return self.rule(v, weights)
+
+
+def prepared(first: Sequence[PreAggregator] | None, rule: Aggregator, rng: np.random.Generator) -> Aggregator:
+    """The aggregator itself where nothing comes before it, so that a linear rule still folds."""
+    return Prepared(first, rule, rng) if first else rule
 
 
 def _shorten(v: Tensor, length: Tensor, limit: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from clients.byzantine import ATTACKS
-from fedsim.aggregate import AGGREGATORS
+from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS, PreAggregator
 from fedsim.compose.problems import Site
 from fedsim.compress import COMPRESSORS
 from fedsim.config import Reader
@@ -98,6 +98,14 @@ def _from(table: Mapping[str, Callable[..., Any]]) -> Callable[[Reader, str, Any
     return lambda reader, key, value: reader.build_entry(table, value, key, {})
 
 
+def pre_aggregators(reader: Reader, key: str, value: Any) -> tuple[tuple[PreAggregator, ...], Any]:
+    """A list of entries; the resolved section is the list of theirs."""
+    if not isinstance(value, list | tuple):
+        raise reader.error(key, f"expected a list such as [nnm, {{name: clipping, norm: 1}}], got {value!r}")
+    made = [reader.build_entry(PRE_AGGREGATORS, entry, f"{key}[{i}]", {}) for i, entry in enumerate(value)]
+    return tuple(built for built, _ in made), [resolved for _, resolved in made]
+
+
 def _always() -> str:
     """Every client can be reached at any time."""
     return "always"
@@ -112,6 +120,7 @@ NESTED: dict[str, Callable[[Reader, str, Any], tuple[Any, Any]]] = {
     "device": device_model,
     "availability": _from(AVAILABILITY),
     "aggregator": _from(AGGREGATORS),
+    "pre_aggregators": pre_aggregators,
     "attack": _from(ATTACKS),
     "compressor": _from(COMPRESSORS),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,12 +55,25 @@ def check_strategy(reader: Reader, strategy: Any, num_clients: int) -> None:
         raise reader.error(
             "strategy.cohort_size", f"{size} exceeds the {num_clients} clients; lower it or raise clients.count"
         )
-    n = size or num_clients
-    if hasattr(strategy, "cohort_size") and hasattr(strategy, "aggregator") and n <= MAX_TRIED:
+    if hasattr(strategy, "cohort_size") and hasattr(strategy, "aggregator"):
+        _check_aggregation(reader, strategy, size or num_clients)
+
+
+def _check_aggregation(reader: Reader, strategy: Any, n: int) -> None:
+    """Refuse rules that can't take n replies, by trying them."""
+    if n > MAX_TRIED:
+        return
+    v, weights, rng = torch.arange(n, dtype=torch.float32)[:, None], torch.ones(n), np.random.default_rng(0)
+    for i, prepare in enumerate(getattr(strategy, "pre_aggregators", None) or ()):
         try:
-            strategy.aggregator(torch.arange(n, dtype=torch.float32)[:, None], torch.ones(n))
+            v, weights = prepare(v, weights, rng)
         except ValueError as e:
-            raise reader.error("strategy.aggregator", f"does not fit a cohort of {n}: {e}") from e
+            raise reader.error(f"strategy.pre_aggregators[{i}]", f"does not fit a cohort of {n}: {e}") from e
+    try:
+        strategy.aggregator(v, weights)
+    except ValueError as e:
+        left = "" if len(v) == n else f", of which pre_aggregators leave {len(v)} rows"
+        raise reader.error("strategy.aggregator", f"does not fit a cohort of {n}{left}: {e}") from e
 
 
 def check_local(reader: Reader, strategy: Any, task: Task) -> None:

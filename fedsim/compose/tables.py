@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from clients.byzantine import ATTACKS
-from fedsim.aggregate import AGGREGATORS
+from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
+from fedsim.compose.entries import AVAILABILITY
 from fedsim.compose.problems import TASKS
 from fedsim.compress import COMPRESSORS
 from fedsim.data import DATASETS, PARTITIONS
@@ -18,18 +19,40 @@ from fedsim.sinks import SINKS
 from fedsim.tasks.models import MODELS
 from strategies import STRATEGIES
 
+SCHEDULES = {
+    "constant": "The base learning rate, after the warm-up if there is one.",
+    "step": "Times `gamma` every `every` rounds (or whatever `unit` counts).",
+    "multi_step": "Times `gamma` at every milestone of the list `at`.",
+    "exponential": "Times `gamma` a round.",
+    "cosine": "Half a cosine from 1 down to `floor` over `length` rounds.",
+    "polynomial": "(1 - k / length) to the power `power`.",
+    "inverse_sqrt": "Rises over `warmup` rounds, then falls as 1 / sqrt(k).",
+    "warmup_stable_decay": "Rises over `warmup`, stays at 1, and falls to 0 over the last share `decay` of `length`.",
+}
+"""The shapes of `optimizer: {schedule: {name: ...}}`."""
+
+EXECUTORS = {
+    "in_process": "Threads of this process: the default on one device.",
+    "ray": "Ray actors, on this machine or a cluster (`runtime.address`): the default on several GPUs.",
+}
+"""The values of `runtime.executor` beside auto."""
+
 TABLES: dict[str, Mapping[str, Any]] = {
     "strategies": STRATEGIES,
     "optimizers": RULES,
+    "schedules": SCHEDULES,
     "aggregators": AGGREGATORS,
+    "pre_aggregators": PRE_AGGREGATORS,
     "partitions": PARTITIONS,
     "datasets": DATASETS,
     "models": MODELS,
     "devices": DEVICES,
+    "availability": AVAILABILITY,
     "compressors": COMPRESSORS,
     "attacks": ATTACKS,
     "tasks": TASKS,
     "losses": LOSSES,
     "engines": ENGINES,
+    "executors": EXECUTORS,
     "sinks": SINKS,
 }

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 
 import fedsim
 from clients.local_sgd import LocalSGD
+from fedsim.aggregate.prepare import Bucketing, Clipping
+from fedsim.cli import one_line
 from fedsim.compose import TABLES, Composition, compose
+from fedsim.compose.sections import Runtime
 from fedsim.config import ConfigError, read_file
 from fedsim.data.images import DEBIAN
+from fedsim.optim import schedules
 from fedsim.sim.executor import InProcess
 from fedsim.sinks import JsonLines, TensorBoard
 from fedsim.tasks.bilinear import BilinearTask
@@ -168,11 +172,47 @@ def test_rows_of_clients_lie_on_disk_where_asked(tmp_path: Path) -> None:
     assert any((tmp_path / "run" / "memory").iterdir())
 
 
+def test_pre_aggregators_come_as_a_list_and_read_back() -> None:
+    strategy = {"name": "fedavg", "cohort_size": 5, "aggregator": "median"}
+    raw = {**BLOBS, "strategy": {**strategy, "pre_aggregators": ["bucketing", {"name": "clipping", "norm": 0.5}]}}
+    composition = made(raw)
+    assert composition.experiment.strategy.pre_aggregators == (Bucketing(size=2), Clipping(norm=0.5))  # type: ignore[attr-defined]
+    resolved = composition.resolved["strategy"]["pre_aggregators"]
+    assert resolved == [{"name": "bucketing", "size": 2}, {"name": "clipping", "norm": 0.5}]
+    runs = [fedsim.run({**c, "rounds": 3}).rows for c in (raw, composition.resolved)]
+    assert [r["train_loss"] for r in runs[0]] == [r["train_loss"] for r in runs[1]]
+
+
 @pytest.mark.parametrize(
-    "table", ["strategies", "optimizers", "aggregators", "attacks", "compressors", "partitions", "datasets", "models"]
+    "rules, message",
+    [
+        ("nnm", r"strategy.pre_aggregators: expected a list such as \[nnm, .*got 'nnm'"),
+        (["nmm"], r"strategy.pre_aggregators\[0\].name: unknown name 'nmm'; did you mean 'nnm'"),
+        (["bucketing", {"name": "nnm"}], r"strategy.pre_aggregators\[1\].f: missing"),
+        ([{"name": "nnm", "f": 5}], r"strategy.pre_aggregators\[0\]: does not fit a cohort of 5: nnm needs more rows"),
+        ([{"name": "bucketing", "size": 3}], r"strategy.aggregator: does not fit .* leave 2 rows: .*lower f"),
+    ],
 )
-def test_tables_are_there_for_list(table: str) -> None:
-    assert len(TABLES[table]) >= 3
+def test_pre_aggregators_that_do_not_fit_are_named_by_their_place(rules: Any, message: str) -> None:
+    aggregator = {"name": "trimmed_mean", "f": 1}
+    with pytest.raises(ConfigError, match=message):
+        made({**BLOBS, "strategy": {**BLOBS["strategy"], "aggregator": aggregator, "pre_aggregators": rules}})
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_row_of_every_table_says_something(table: str) -> None:
+    lines = {name: one_line(entry) for name, entry in TABLES[table].items()}
+    assert lines and all(len(line.split()) >= 4 for line in lines.values()), lines
+
+
+def test_every_schedule_of_the_optimizers_is_listed() -> None:
+    assert tuple(TABLES["schedules"]) == schedules.NAMES
+
+
+def test_the_engines_and_executors_that_are_listed_are_those_that_the_file_takes() -> None:
+    hints = get_type_hints(Runtime)
+    assert {"auto", *TABLES["engines"]} == set(get_args(hints["engine"]))
+    assert {"auto", *TABLES["executors"]} == set(get_args(hints["executor"]))
 
 
 def test_one_million_clients_are_composed_with_100_in_a_round() -> None:

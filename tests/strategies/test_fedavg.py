@@ -9,6 +9,7 @@ import torch
 
 from fedsim.aggregate import Mean
 from fedsim.aggregate.coordinatewise import Median
+from fedsim.aggregate.prepare import NNM, Clipping
 from fedsim.optim import build
 from fedsim.tasks.models import cnn, mlp
 from strategies.fedavg import FedAvg
@@ -89,6 +90,22 @@ def test_a_robust_aggregator_sees_the_replies_apart() -> None:
     task = quadratic([1, 1, 1], [0, 1, 50], 0)
     local = local_sgd(task, 1.0, steps=1)
     assert play(task, FedAvg(local=local, aggregator=Median()), 1).item() == 1.0
+
+
+@pytest.mark.parametrize(
+    "first, rule, expected",
+    [
+        ((Clipping(norm=1.0),), Mean(), 2 / 3),  # 0, 1 and 50 become 0, 1 and 1
+        ((NNM(f=1),), Median(), 0.5),  # pairs of neighbours: 0.5, 0.5 and 25.5
+        ((Clipping(norm=1.0), NNM(f=1)), Median(), 1.0),  # 0, 1, 1 and then 0.5, 1, 1
+        ((NNM(f=1), Clipping(norm=1.0)), Mean(), 2 / 3),  # 0.5, 0.5, 25.5 and then 0.5, 0.5, 1
+        ((), Mean(), 17.0),
+    ],
+)
+def test_pre_aggregators_prepare_the_updates_one_after_the_other(first: Any, rule: Any, expected: float) -> None:
+    task = quadratic([1, 1, 1], [0, 1, 50], 0)
+    strategy = FedAvg(local=local_sgd(task, 1.0, steps=1), pre_aggregators=first, aggregator=rule)
+    assert play(task, strategy, 1).item() == pytest.approx(expected)
 
 
 def test_server_momentum_is_heavy_ball_on_the_pseudo_gradient() -> None:
