@@ -237,7 +237,7 @@ class FlowerFleet:
                 self.timeline.append((landed.flight.client, landed.flight.started, landed.at, self.round + 1))
         self.mail.forget_calls()
         self._observe(ids, gather.results, self.round - rounds)
-        return Replies(ids, self.num_examples[ids], at, gather.results.fields, self.round - rounds)
+        return Replies(ids, self.num_examples[ids], at, dict(gather.results.fields), self.round - rounds)
 
     def _observe(self, ids: Tensor, results: Results, staleness: Tensor | None, count: bool = True) -> None:
         """Note what replies cost and say."""
