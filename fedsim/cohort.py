@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedsim import pages
 from fedsim.memory import MemoryRows
 from fedsim.streams import Streams
 from fedsim.task import Task
@@ -57,5 +58,5 @@ class Cohort:
             return torch.empty(shape, dtype=like.dtype, device=self.device)
         pool = self.reuse.get(name)
         if pool is None or pool.shape[0] < shape[0] or pool.shape[1] != shape[1] or pool.dtype != like.dtype:
-            pool = self.reuse[name] = torch.empty(shape, dtype=like.dtype, device=self.device)
+            pool = self.reuse[name] = pages.empty(shape, like.dtype, self.device)
         return pool[: shape[0]]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedsim.engine.losses import Loss, cross_entropy, sample_shares
 
+FEW_CLASSES = 16
+
 
 def loss_and_gradient(
     loss: Loss, logits: Tensor, targets: Tensor, weights: Tensor | None, lead: int
@@ -31,7 +33,7 @@ def loss_and_gradient(
 def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, lead: int) -> tuple[Tensor, Tensor]:
     """By hand: the gradient of -log p_t is p - e_t, times the sample's share."""
     index = targets.unsqueeze(-1)
-    log_p = torch.log_softmax(logits, -1)
+    log_p = _log_softmax(logits)
     chosen = log_p.gather(-1, index).squeeze(-1)
     grad = log_p.exp_().scatter_add_(-1, index, _minus_one(logits.dtype, logits.device).expand(index.shape))
     over = tuple(range(lead, chosen.ndim))
@@ -42,6 +44,13 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, lead
     if chosen.ndim > lead + 1:  # a sequence's loss is the mean over its positions
         share = (share / chosen.shape[-1]).unsqueeze(-1)
     return -(chosen * share).sum(over), grad.mul_(share.unsqueeze(-1))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Over the last axis. With few classes torch's kernel is slow along an axis of stride 1, so samples go there."""
+    if logits.shape[-1] > FEW_CLASSES or logits.is_cuda:
+        return torch.log_softmax(logits, -1)
+    return torch.log_softmax(logits.transpose(-1, -2).contiguous(), -2).transpose(-1, -2)
 
 
 @cache

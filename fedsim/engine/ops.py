@@ -21,6 +21,7 @@ from fedsim.engine.noise import KeyedDropout, keep_mask, purpose
 from fedsim.engine.sinks import Sink
 
 aten = torch.ops.aten
+NARROW = 16  # outputs of a layer; with fewer, W x^T is up to twice as fast as x W^T on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,9 @@ class Linear:
         self.weight = bound.views[spec.params[0]]
         self.weight_t = self.weight.transpose(-1, -2)
         self.bias = bound.views[spec.params[1]] if len(spec.params) > 1 else None
+        self.narrow = bool(bound.lead) and not bound.low and self.weight.shape[1] < NARROW and not self.weight.is_cuda
         if self.bias is not None and bound.lead:
-            self.bias = self.bias.unsqueeze(1)
+            self.bias = self.bias.unsqueeze(2 if self.narrow else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         self.shape = x.shape
@@ -121,6 +123,10 @@ class Linear:
         if self.bound.low:
             z = torch.matmul(x.bfloat16(), self.weight_t.bfloat16()).to(x.dtype)
             return z if self.bias is None else z.add_(self.bias)
+        if self.narrow:
+            x_t = x.transpose(1, 2)
+            z_t = torch.bmm(self.weight, x_t) if self.bias is None else torch.baddbmm(self.bias, self.weight, x_t)
+            return z_t.transpose(1, 2)
         if self.bias is None:
             return torch.bmm(x, self.weight_t) if self.lead else torch.mm(x, self.weight_t)
         return torch.baddbmm(self.bias, x, self.weight_t) if self.lead else torch.addmm(self.bias, x, self.weight_t)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fedsim import pages
 from fedsim.cohort import Cohort
 from fedsim.data.federated import FederatedData
 from fedsim.engine.base import Batch, Engine
@@ -58,10 +59,11 @@ class ClassificationTask:
         return self.x0.clone()
 
     def batches(self, cohort: Cohort, schedule: Schedule) -> BatchPlan:
+        tensors = self.data.inputs, self.data.targets
+
         def gather(step: int, rows: Tensor, weights: Tensor | None) -> Batch:
             k, flat = len(rows), rows.reshape(-1)
-            inputs = self.data.inputs.index_select(0, flat).unflatten(0, rows.shape)
-            targets = self.data.targets.index_select(0, flat).unflatten(0, rows.shape)
+            inputs, targets = (t.index_select(0, flat).view(*rows.shape, *t.shape[1:]) for t in tensors)
             if self._poisoned is not None and self._poison is not None:
                 lying = self._poisoned[cohort.ids[:k]].view(-1, *[1] * (targets.ndim - 1))
                 targets = torch.where(lying, self._poison(targets, self.data.num_classes), targets)
@@ -141,7 +143,7 @@ def by_client(data: FederatedData) -> FederatedData:
     order = data.order
     if len(torch.unique(order)) != len(order) or torch.equal(order, torch.arange(len(order), device=order.device)):
         return data
-    inputs, targets = data.inputs.index_select(0, order), data.targets.index_select(0, order)
+    inputs, targets = pages.take(data.inputs, order), data.targets.index_select(0, order)
     return replace(data, inputs=inputs, targets=targets, order=torch.arange(len(order), device=order.device))
 
 

@@ -1,0 +1,36 @@
+"""Big arrays on big pages of memory.
+
+A batch is gathered from rows that lie anywhere in a data set of hundreds of megabytes, and a step walks through whole
+stacks of parameters. On pages of 4 kB each row costs a walk through the page table on top of the read itself; pages of
+2 MB spare that where the system offers them, and elsewhere the array is an ordinary one.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+SMALLEST = 1 << 21  # bytes: one such page
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """An uninitialised array; one on the CPU that is big is put on 2 MB pages, if the system has them."""
+    nbytes = prod(shape) * torch.empty((), dtype=dtype).element_size()
+    if torch.device(device).type != "cpu" or nbytes < SMALLEST or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(*shape, dtype=dtype, device=device)
+    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel built without them
+        pass
+    return torch.frombuffer(block, dtype=dtype).view(*shape)
+
+
+def take(source: Tensor, rows: Tensor) -> Tensor:
+    """source[rows], on such pages."""
+    out = empty((len(rows), *source.shape[1:]), source.dtype, source.device)
+    return torch.index_select(source, 0, rows, out=out)
