@@ -32,11 +32,14 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...",
 def run(
     config: Config,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to [default: runs/<config>-NNN].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; runs/<config>-NNN if left out.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Run an experiment and leave its results in a folder."""
+    """Run an experiment and leave its results in a folder.
+
+    CONFIG is an experiment file (YAML); OVERRIDES set keys of it: rounds=20 strategy.cohort_size=5.
+    """
     from fedsim import runs
     from fedsim.progress import Progress
 
@@ -51,7 +54,10 @@ def run(
 
 @app.command()
 def check(config: Config, overrides: Overrides = None) -> None:
-    """Validate an experiment and print its plan without running it."""
+    """Validate an experiment and print its plan without running it.
+
+    CONFIG is an experiment file (YAML); OVERRIDES set keys of it: rounds=20 strategy.cohort_size=5.
+    """
     from fedsim import runs
     from fedsim.compose import compose
 
@@ -63,12 +69,15 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
 @app.command("list")
 def list_(table: Annotated[str | None, typer.Argument(help="Which table; all if left out.")] = None) -> None:
-    """List what can be named in an experiment file, with one line each."""
+    """List what can be named in an experiment file, with one line each.
+
+    TABLE is one of them, such as strategies or optimizers; all are shown if it is left out.
+    """
     from fedsim.compose import TABLES
     from fedsim.config import did_you_mean
 
     if table is not None and table not in TABLES:
-        raise ConfigError(f"fedsim list: unknown table {table!r}{did_you_mean(table, TABLES)}")
+        raise ConfigError(f"list: unknown table {table!r}{did_you_mean(table, TABLES)}")
     for kind in [table] if table else TABLES:
         if kind == "optimizers":
             from fedsim.optim.listing import listing
@@ -84,24 +93,30 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where to write the HTML report.")] = Path("comparison.html"),
 ) -> None:
-    """Compare runs over rounds, virtual seconds and bits: one table and one HTML report."""
+    """Compare runs over rounds, virtual seconds and bits: one table and one HTML report.
+
+    FOLDERS are run folders; those that differ only in their seeds count as one.
+    """
     _print_comparison(folders, out)
 
 
 @app.command()
 def sweep(
     config: Config,
-    overrides: Annotated[list[str], typer.Argument(help="key=[a,b] ... and key=value ...", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=[a,b] ... and key=value ...")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs' folders [default: runs/<config>-sweep].")
+        Path | None, typer.Option(help="Folder of the runs' folders; runs/<config>-sweep if left out.")
     ] = None,
 ) -> None:
-    """Run every combination of the listed values, and compare; call it again to complete what was stopped."""
+    """Run every combination of the listed values, and compare; call it again to complete what was stopped.
+
+    CONFIG is an experiment file (YAML); OVERRIDES are lists to go through, "seed=[0,1,2]", and values for all runs.
+    """
     from fedsim.sweep import sweep as play
 
     root = out or Path("runs") / f"{config.stem}-sweep"
     folders, diverged = [], 0
-    for folder, ended in play(config, parse_overrides(overrides, str(config)), root):
+    for folder, ended in play(config, parse_overrides(overrides or (), str(config)), root):
         print(f"{folder}: {ended}", flush=True)
         folders.append(folder)
         diverged += not ended.startswith("done")
@@ -112,7 +127,7 @@ def sweep(
 
 
 def _print_comparison(folders: list[Path], out: Path) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from fedsim.history import show
     from fedsim.report import comparison_table, write_comparison
@@ -126,7 +141,8 @@ def _print_comparison(folders: list[Path], out: Path) -> None:
         "virtual_seconds_to_target": "virtual_seconds",
         "bits_up_to_target": "bits_up",
     }
-    table = Table("run", "seeds", "final", "best", "rounds", "virtual time", "sent up", "differs", box=None)
+    titles = ("run", "seeds", "final", "best", "rounds", "virtual time", "sent up", "differs")
+    table = Table(*(Column(title, overflow="fold") for title in titles), box=None)
     for row in rows:
         cells = ["–" if row[k] is None else show(kind, row[k]) for k, kind in columns.items()]
         differs = " ".join(f"{key}={value}" for key, value in row["differs"].items())
@@ -139,7 +155,10 @@ def _print_comparison(folders: list[Path], out: Path) -> None:
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]) -> None:
-    """Write report.html of a run again."""
+    """Write report.html of a run again.
+
+    FOLDER is a run folder.
+    """
     from fedsim.report import write_report
 
     print(f"report: {write_report(folder)}")
@@ -147,7 +166,10 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.", show_def
 
 @app.command()
 def tune(config: Config, overrides: Overrides = None) -> None:
-    """Measure engines and stack widths on this machine and print the keys to set."""
+    """Measure engines and stack widths on this machine and print the keys to set.
+
+    CONFIG is an experiment file (YAML); OVERRIDES set keys of it: clients.count=50.
+    """
     from fedsim import runs
     from fedsim.tune import tune as measure
 
@@ -216,7 +238,8 @@ def main() -> None:
     except Exception as e:
         if not hasattr(e, "format_message"):  # only the command line parser's own errors can format themselves
             raise
-        _say(e.format_message())
+        if message := e.format_message():  # none where the help was asked for by giving nothing
+            _say(message)
         sys.exit(2)
 
 

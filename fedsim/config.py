@@ -218,7 +218,7 @@ class Reader:
         try:
             return adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as e:
-            raise self.error(key, f"expected {_describe(hint)}, got {value!r}") from e
+            raise self.error(key, f"expected {_describe(hint)}, got {_shown(value)}") from e
         except TypeError as e:
             raise self.error(key, f"can't be written as plain data: {value!r}") from e
 
@@ -340,6 +340,13 @@ def _plain_default(default: Any) -> Any:
     if is_dataclass(default) and not isinstance(default, type):
         return {f.name: _plain_default(getattr(default, f.name)) for f in fields(default)}
     return list(default) if isinstance(default, tuple) else default
+
+
+def _shown(value: Any) -> str:
+    """A value as a file writes it."""
+    return (
+        {True: "true", False: "false"}[value] if isinstance(value, bool) else "null" if value is None else repr(value)
+    )
 
 
 def _describe(hint: Any) -> str:

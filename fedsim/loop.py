@@ -88,6 +88,10 @@ class Stop:
     test_loss: float | None = None
     distance: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.test_accuracy is not None and not 0 <= self.test_accuracy <= 1:
+            raise ValueError(f"test_accuracy is a share and must lie in [0, 1], got {self.test_accuracy:g}")
+
     def reason(self, row: Mapping[str, Any]) -> str | None:
         """Why this row ends the run, or None."""
         for name, bound in asdict(self).items():
@@ -296,8 +300,9 @@ class _Run:
         here, there = fingerprint(self.experiment.config), checkpoint.peek(found[-1], "config")
         changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
         if changed:
+            verb = "differs" if len(changed) == 1 else "differ"
             raise ConfigError(
-                f"{found[-1]}: belongs to another config ({', '.join(changed)} differ); resume with the same file and "
+                f"{found[-1]}: belongs to another config ({', '.join(changed)} {verb}); resume with the same file and "
                 "overrides, or start anew in another folder"
             )
         classes = checkpoint.classes_of(self.state) | self.experiment.fleet.state_classes

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -215,17 +217,24 @@ SINKS: dict[str, type[Sink]] = {
 }
 
 
+EXTRAS = ("wandb", "mlflow", "trackio")
+"""Sinks whose package is an extra of the same name."""
+
+
 def make_sinks(names: list[str]) -> list[Sink]:
     """Sinks by name, with their defaults; JSON lines are always among them, first.
 
     Raises:
-        ValueError: for a name that is not in `SINKS`.
+        ValueError: for a name that is not in `SINKS`, or whose package is not installed: better here than when the
+            run has a folder.
     """
     for name in names:
         if name not in SINKS:
             near = difflib.get_close_matches(name, SINKS, n=1)
             hint = f"did you mean '{near[0]}'?" if near else "choose among " + ", ".join(SINKS)
             raise ValueError(f"unknown sink '{name}'; {hint}")
+        if name in EXTRAS and not _installed(name):
+            raise ValueError(_missing(name))
     return [SINKS[name]() for name in dict.fromkeys(["jsonl", *names])]
 
 
@@ -302,8 +311,18 @@ def _need(module: str, extra: str, install: str | None = None) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        way_out = install or f"pip install 'fedsim[{extra}]'"
-        raise ValueError(f"log.sinks: '{extra}' is not installed ({e}); run {way_out}, or leave it out") from e
+        raise ValueError(f"log.sinks: {_missing(extra, install)} ({e})") from e
+
+
+def _missing(extra: str, install: str | None = None) -> str:
+    way_out = install or f"pip install 'fedsim[{extra}]'"
+    return f"'{extra}' is not installed; run {way_out}, or leave it out"
+
+
+def _installed(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
 
 
 def _remembered(file: Path, resume_at: int | None) -> str | None:

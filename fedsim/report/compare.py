@@ -260,12 +260,12 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _differs(group: Group, groups: Sequence[Group]) -> dict[str, str]:
-    """The settings in which the groups are not all alike, as this one has them."""
+    """The settings in which the groups are not all alike, as this one has them; null is as good as not there."""
     others = [g.settings for g in groups]
     return {
         key: value.strip('"')
         for key, value in group.settings.items()
-        if any(other.get(key) != value for other in others)
+        if any(other.get(key, "null") != value for other in others)
     }
 
 
@@ -280,9 +280,13 @@ def _names(groups: Sequence[Group]) -> list[str]:
 
 
 def _common_start(names: Sequence[str]) -> str:
-    """What names have in common at the start, less a trailing `-seed`; the first name where that is nothing."""
+    """What names have in common: the parts between commas that all have, as in the folders of a sweep; else the start,
+    less a trailing `-seed`; the first name where that is nothing."""
     if len(names) == 1:
         return names[0]
+    parts = [name.split(",") for name in names]
+    if shared := [part for part in parts[0] if all(part in other for other in parts)]:
+        return ",".join(shared)
     start = 0
     while all(len(name) > start and name[start] == names[0][start] for name in names):
         start += 1

@@ -162,6 +162,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "number for a list": ([D, "task.model={name: mlp, hidden: 9}"], ["task.model.hidden: expected a list", "got 9"]),
     "key below a number": ([Q, "rounds.a=3"], ["rounds: expected a whole number"]),
     "out of range": ([Q, "rounds=0"], ["rounds: must be at least 1, got 0"]),
+    "accuracy in percent": ([D, "stop.test_accuracy=90"], ["stop: test_accuracy is a share", "got 90"]),
+    "null for a number": ([Q, "rounds=null"], ["rounds: expected a whole number, got null"]),
     "no workers": ([Q, "runtime.workers=0"], ["runtime: workers must be at least 1 or auto, got 0"]),
     "no batch": ([Q, "local.batch_size=0"], ["local: batch_size must be at least 1, got 0"]),
     "epochs and steps": ([Q, "local.epochs=1"], ["local: give either epochs or steps"]),
@@ -234,9 +236,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "never run": ([D, "--resume"], ["holds no run of digits.yaml"]),
     "another config": (
         [Q, "--out", "used", "--resume", "strategy=scaffold"],
-        ["used/checkpoints/round-000004: belongs to another config (strategy differ)", "another folder"],
+        ["used/checkpoints/round-000004: belongs to another config (strategy differs)", "another folder"],
     ),
-    "another seed": ([Q, "--out", "used", "--resume", "seed=1", "rounds=9"], ["another config (seed differ)"]),
+    "another seed": ([Q, "--out", "used", "--resume", "seed=1", "rounds=9"], ["another config (seed differs)"]),
     "option without value": ([Q, "--out"], ["'--out' requires an argument"]),
     "unknown option": ([Q, "--resum"], ["No such option", "--resume"]),
 }
@@ -260,6 +262,8 @@ def test_a_mistake_is_one_message_exit_2_and_nothing_touched(mistake: str, folde
         ((), ["run", "check"]),
         (("nosuch",), ["No such command 'nosuch'"]),
         (("run",), ["Missing argument 'CONFIG'"]),
+        (("sweep", "digits.yaml"), ["sweep: no axis", "key=[a,b]"]),
+        (("sweep", "digits.yaml", "rounds=1"), ["sweep: no axis", "key=[a,b]"]),
         (("list", "strateges"), ["unknown table 'strateges'", "did you mean 'strategies'"]),
         (("compare", "nowhere"), ["nowhere", "metrics.jsonl"]),
         (("report", "nowhere"), ["nowhere", "metrics.jsonl"]),
@@ -271,6 +275,28 @@ def test_every_command_answers_mistakes_with_exit_2(args: tuple[str, ...], words
     found = fedsim(*args)
     assert found.code == 2 and "Traceback" not in found.err
     assert all(word in found.err + found.out for word in words), found
+
+
+def test_nothing_after_fedsim_shows_the_help_and_no_empty_error() -> None:
+    found = fedsim()
+    assert "Usage" in found.out and found.err == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("run", ["CONFIG is an experiment file", "OVERRIDES set keys", "runs/<config>-NNN"]),
+        ("check", ["CONFIG is an experiment file", "OVERRIDES set keys"]),
+        ("tune", ["CONFIG is an experiment file", "OVERRIDES set keys"]),
+        ("sweep", ["CONFIG is an experiment file", "OVERRIDES are lists", "runs/<config>-sweep"]),
+        ("list", ["TABLE is one of them"]),
+        ("compare", ["FOLDERS are run folders"]),
+        ("report", ["FOLDER is a run folder"]),
+    ],
+)
+def test_the_help_says_what_every_argument_is(command: str, words: list[str]) -> None:
+    found = fedsim(command, "--help")
+    assert found.code == 0 and all(word in " ".join(found.out.split()) for word in words), found.out
 
 
 def test_a_run_that_diverges_says_so_with_exit_1_and_keeps_its_rows(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_config_is_refused_by_section(tmp_path: Path) ->
     ok = experiment(rounds=1, config={"seed": 0, "local": {"steps": 1}, "rounds": 5, "log": {}})
     train(ok, folder=tmp_path, resume=True)
     for other, named in (
-        ({"seed": 1, "local": {"steps": 1}}, r"\(seed differ\)"),
+        ({"seed": 1, "local": {"steps": 1}}, r"\(seed differs\)"),
         ({"seed": 0, "local": {"steps": 2}, "task": {}}, r"\(local, task differ\)"),
     ):
         with pytest.raises(ConfigError, match=r"round-000001: belongs to another config " + named):

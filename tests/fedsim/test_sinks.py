@@ -10,6 +10,7 @@ import torch
 
 from fedsim.history import History
 from fedsim.sinks import (
+    EXTRAS,
     SINKS,
     JsonLines,
     MLflow,
@@ -217,6 +218,15 @@ def test_a_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, nam
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=rf"pip install 'fedsim\[{name}\]'"):
         SINKS[name]().open(tmp_path, CONFIG, None)
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_sink_that_is_not_installed_is_refused_before_there_is_a_folder(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=rf"'{name}' is not installed; run pip install 'fedsim\[{name}\]', or leave"):
+        make_sinks([name])
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert [type(s) for s in make_sinks([name])] == [JsonLines, SINKS[name]]
 
 
 def test_json_lines_are_always_first_and_an_unknown_name_gets_a_hint():

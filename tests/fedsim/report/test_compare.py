@@ -52,6 +52,23 @@ def test_the_same_folder_counts_once_and_equal_names_are_told_apart(tmp_path):
     assert [row["name"] for row in comparison_table([*runs, runs[0]])] == ["a/run", "b/run"]
 
 
+def test_seeds_of_a_sweep_are_named_by_what_they_share(tmp_path):
+    def run(lr, seed):
+        config = CONFIG.format(seed=seed, strategy="fedavg") + f"lr: {lr}\n"
+        return write_rows(tmp_path / f"seed={seed},lr={lr}", curve([0.5]), config)
+
+    table = comparison_table([run(lr, seed) for seed in (0, 1) for lr in (0.1, 0.2)])
+    assert [(row["name"], row["num_runs"]) for row in table] == [("lr=0.1", 2), ("lr=0.2", 2)]
+
+
+def test_a_null_differs_in_nothing_from_a_key_that_is_not_there(tmp_path):
+    config = CONFIG.format(seed=0, strategy="fedavg")
+    runs = [
+        write_rows(tmp_path / str(k), curve([0.5]), config + more) for k, more in enumerate(["a: 1\nb: null\n", ""])
+    ]
+    assert [row["differs"] for row in comparison_table(runs)] == [{"a": "1"}, {}]
+
+
 def test_min_max_runs_are_compared_by_distance(tmp_path):
     rows = [{"round": r, "bits_up": 10 * r, "distance": 2.0**-r} for r in range(1, 6)]
     slow = write_rows(tmp_path / "slow", [{**row, "distance": row["distance"] * 4} for row in rows])
