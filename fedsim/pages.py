@@ -14,7 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 21  # bytes: one such page
+PAGE = 1 << 21  # bytes
+SMALLEST = PAGE  # bytes; a smaller array is an ordinary one
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -22,12 +23,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     nbytes = prod(shape) * torch.empty((), dtype=dtype).element_size()
     if torch.device(device).type != "cpu" or nbytes < SMALLEST or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(*shape, dtype=dtype, device=device)
-    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # room to start and to end with a whole page; what is never touched takes no memory
+    block = mmap.mmap(-1, (nbytes // PAGE + 2) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         block.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel built without them
         pass
-    return torch.frombuffer(block, dtype=dtype).view(*shape)
+    whole = torch.frombuffer(block, dtype=torch.uint8)
+    start = -whole.data_ptr() % PAGE
+    return whole[start : start + nbytes].view(dtype).view(*shape)
 
 
 def take(source: Tensor, rows: Tensor) -> Tensor:
