@@ -60,7 +60,7 @@ class RayExecutor:
     """Workers are Ray actors.
 
     Args:
-        runner: runs one stack; its task, strategy, seed and device are sent to every worker once.
+        runner: runs one stack; its task, strategy, seed, device and uplink are sent to every worker once.
         width: clients of a stack.
         workers: how many actors; None for one per GPU of the cluster if the runner's device is one, else one per
             `threads` CPUs.
@@ -201,7 +201,7 @@ class RayExecutor:
     # Workers ----------------------------------------------------------------------------------------------------
 
     def _pack_setting(self, runner: StackRunner) -> Parcel:
-        parts = (runner.task, runner.strategy, runner.seed, runner.device)
+        parts = (runner.task, runner.strategy, runner.seed, runner.device, runner.uplink)
         try:
             return pack(parts, share=True, pickler=self._pickler)
         except (pickle.PicklingError, TypeError, AttributeError) as error:

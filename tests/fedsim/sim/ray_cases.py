@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.sim.executor import Jobs, Results, StackRunner
+from fedsim.sim.ray_worker import Actor
 from fedsim.streams import Streams
 from fedsim.task import Schedule
 from fedsim.tasks.quadratic import QuadraticTask
@@ -87,6 +88,19 @@ def once_marked(mark: Path, act: Callable[[int], None]) -> threading.Thread:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def hang_after_a_stack(actor: Actor, mark: str) -> None:
+    """Called in a worker: its next stack is run to the end, then it leaves its process id and hangs before replying."""
+    run = StackRunner.run
+
+    def never_heard_of(self: StackRunner, jobs: Jobs) -> Results:
+        run(self, jobs)
+        Path(mark).write_text(f"{os.getpid()}\n")
+        time.sleep(120)
+        raise AssertionError("nobody ended this worker")
+
+    StackRunner.run = never_heard_of  # type: ignore[method-assign]
 
 
 def runner(folder: Path | str = "") -> StackRunner:

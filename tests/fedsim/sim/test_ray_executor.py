@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsim.compress.sparsify import RandK
 from fedsim.fleet import Cost
 from fedsim.memory import Memory
 from fedsim.sim import ray_executor
 from fedsim.sim.devices import Constant
 from fedsim.sim.executor import ClientError, InProcess, Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.sim.links import Uplink
 from fedsim.sim.ray_executor import RayExecutor
 from tests.fedsim.sim.ray_cases import DIM, NUM_CLIENTS, arm, assert_same_bits, once_marked, runner, some_jobs
 
@@ -123,6 +125,18 @@ def test_rounds_through_a_fleet_with_client_memory_are_the_same_bits(executors: 
     for a, b in zip(rounds(here), rounds(executors[3]), strict=True):
         assert torch.equal(a, b)
     here.close()
+
+
+def test_replies_are_compressed_on_the_workers(runtime: None) -> None:
+    whole, here = runner(), runner()
+    whole.uplink = here.uplink = Uplink(compressor=RandK(k=5))
+    there, process = RayExecutor(whole, width=20, workers=2), InProcess(here, width=20)
+    jobs = some_jobs(fold=False)
+    got = there.run(jobs)
+    assert_same_bits(got, process.run(jobs))
+    assert bool((got.fields["delta"] != 0).sum(1).eq(5).all())
+    there.close()
+    process.close()
 
 
 def test_the_clients_own_exception_names_clients_work_and_round(executors: dict[int, RayExecutor]) -> None:
