@@ -69,7 +69,7 @@ class Affine:
         return self * -1.0
 
     def __sub__(self, term: Tensor | Affine) -> Affine:
-        return self + -term
+        return self + (-term if isinstance(term, Affine) else Affine(0.0, ((-1.0, term),)))
 
     def __rsub__(self, term: Tensor) -> Affine:
         return -self + term

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clients.corrected import corrected_run
 from clients.direction import GRADIENT, Affine
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost
@@ -120,17 +121,21 @@ class LocalSGD:
             if whole is not None:
                 cohort.log(train_loss=whole[1] / steps.clamp(min=1))
                 return LocalResult(whole[0], steps, None)
+        if mean_grad and direction.other is None and self._constant_rate() and not cohort.task.layout.num_buffers:
+            change, mean, losses = corrected_run(cohort, x, batches, self.lr, direction)
+            cohort.log(train_loss=losses / steps.clamp(min=1))
+            return LocalResult(change, steps, mean)
         y = cohort.buffer("y", x).copy_(x)
         total = torch.zeros_like(y) if mean_grad else None
-        change = None
+        state_change = None
         if self.optimizer.is_plain_sgd and isinstance(self.optimizer.lr, float | int):
             loss = self._plain(cohort, y, batches, direction, total)
         else:
-            loss, change = self._stepwise(cohort, y, batches, direction, total, state)
+            loss, state_change = self._stepwise(cohort, y, batches, direction, total, state)
         cohort.log(train_loss=loss / steps.clamp(min=1))
         if total is not None:
             total /= steps.clamp(min=1)[:, None]
-        return LocalResult(torch.sub(x, y, out=y), steps, total, change)
+        return LocalResult(torch.sub(x, y, out=y), steps, total, state_change)
 
     def _constant_rate(self) -> bool:
         """Whether every step is x <- x - lr * g with one and the same number lr."""

@@ -109,6 +109,8 @@ class Replies:
         if not len(self):
             return torch.zeros_like(like)
         rows: Tensor = self.fields[name]
+        if len(self) == 1:  # one multiplication, which costs less than a product of matrices
+            return rows[0] * weights.to(rows)
         return torch.tensordot(weights.to(rows), rows, dims=1)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim import pages
 from fedsim.parts import Parts
 
 
@@ -32,7 +33,7 @@ class _Table:
 
     def _allocate(self, capacity: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.path is None:
-            return torch.zeros(capacity, *shape, dtype=dtype)
+            return pages.empty((capacity, *shape), dtype)
         nbytes = capacity * prod(shape) * torch.empty((), dtype=dtype).element_size()
         with open(self.path, "ab") as f:
             f.truncate(nbytes)

@@ -61,26 +61,28 @@ class FedBuffStream:
         return State(x0, torch.zeros(0, dtype=torch.int64))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        total, busy = torch.zeros_like(s.x), s.busy
+        total, idle, busy = torch.zeros_like(s.x), self.idle(fleet, s.busy), s.busy
         for _ in range(self.buffer_size):
-            fresh = self.replacements(fleet, busy, rng)
+            fresh = choose(torch.nonzero(idle).flatten(), self.concurrency - len(busy), rng)
             fleet.send(fresh, self.local_update, cost=self.local.cost, x=s.x)
             r = fleet.receive(count=1)
-            total = total + r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x)
+            total += r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x)
+            idle[fresh], idle[r.ids] = False, True
             busy = torch.cat([busy, fresh])
-            busy = busy[~torch.isin(busy, r.ids)]
+            busy = busy[~idle[busy]]
         x = step_along(s.x, total / self.buffer_size, self.server_lr, self.local.num_trainable)
         return State(x, busy), {}
 
-    def replacements(self, fleet: Fleet, busy: Tensor, rng: np.random.Generator) -> Tensor:
-        """Idle clients drawn to take the places that are free."""
+    def idle(self, fleet: Fleet, busy: Tensor) -> Tensor:
+        """[N] bool: clients that have data and no work."""
         clients = able(fleet)
         if self.concurrency > len(clients):
             raise ValueError(
                 f"strategy.concurrency={self.concurrency} exceeds the {len(clients)} clients with data; lower it"
             )
-        idle = clients[~torch.isin(clients, busy)]
-        return choose(idle, self.concurrency - len(busy), rng)
+        out = torch.zeros(len(fleet.clients), dtype=torch.bool)
+        out[clients], out[busy] = True, False
+        return out
 
     def local_update(self, clients: Cohort, x: Tensor) -> Reply:
         return {"delta": self.local(clients, x).update}

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from clients.combination import Combination
 from clients.local_sgd import LocalResult, LocalSGD
 from fedsim.fleet import Cost, Replies
+from fedsim.task import Factored
 
 
 def along(result: LocalResult, local: LocalSGD) -> Tensor:
@@ -16,9 +18,16 @@ def along(result: LocalResult, local: LocalSGD) -> Tensor:
 
     Entries of buffers are left as they are: their change is no direction.
     """
-    steps = result.steps.clamp(min=1).to(result.delta)[:, None]
-    result.delta[:, : local.num_trainable].div_(local.lr * steps)
-    return result.delta
+    delta = result.delta
+    delta[:, : local.num_trainable].div_(local.lr * result.steps.clamp(min=1).to(delta)[:, None])
+    return delta
+
+
+def along_unformed(result: LocalResult, local: LocalSGD) -> Tensor | Factored:
+    """What `along` gives, left as the weighted sum that it is where local training gave its change as one."""
+    if isinstance(result.update, Combination):
+        return result.update * (1 / (local.lr * result.steps.clamp(min=1).double()))
+    return along(result, local)
 
 
 def twice(local: LocalSGD) -> Cost:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clients.combination import Combination
 from clients.direction import GRADIENT
-from clients.local_sgd import LocalSGD
+from clients.local_sgd import LocalSGD, Reply
 from clients.oracle import full_gradient
 from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
@@ -66,9 +67,9 @@ class Scaffold:
         c = s.c + len(r) / len(fleet.clients) * r["dc"]
         return State(x, c), {}
 
-    def local_update(self, clients: Cohort, x: Tensor, c: Tensor) -> dict[str, Tensor]:
+    def local_update(self, clients: Cohort, x: Tensor, c: Tensor) -> Reply:
         c_i = clients.memory["c"]
         local = self.local(clients, x, GRADIENT - c_i + c, mean_grad=self.option == "II")
         new = full_gradient(clients, x) if local.mean_grad is None else local.mean_grad
         clients.memory["c"] = new = local.where_stepped(new, c_i)
-        return {"delta": local.delta, "dc": new - c_i}
+        return {"delta": local.update, "dc": Combination.of((1.0, new), (-1.0, c_i))}

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clients.combination import Combination
 from clients.direction import GRADIENT
-from clients.local_sgd import LocalSGD
+from clients.local_sgd import LocalSGD, Reply
 from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.config import FromTable
 from fedsim.fleet import Fleet, choose
 from fedsim.optim import Optimizer
 from strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
-from strategies.momentum import along, step_size
+from strategies.momentum import along_unformed, step_size
 from strategies.server import Server
 
 
@@ -80,10 +81,10 @@ class ScaffoldM:
         server = s.server.step(g, gamma, self.local.num_trainable, self.server_optimizer, s.round)
         return State(server.point(self.server_optimizer), g, c, server, s.round + 1), {}
 
-    def local_update(self, clients: Cohort, x: Tensor, g: Tensor, c: Tensor) -> dict[str, Tensor]:
+    def local_update(self, clients: Cohort, x: Tensor, g: Tensor, c: Tensor) -> Reply:
         c_i = clients.memory["c"]
         u = self.beta * (GRADIENT - c_i + c) + (1 - self.beta) * g
         local = self.local(clients, x, u, mean_grad=True)
         assert local.mean_grad is not None
         clients.memory["c"] = new = local.where_stepped(local.mean_grad, c_i)
-        return {"u": along(local, self.local), "dc": new - c_i}
+        return {"u": along_unformed(local, self.local), "dc": Combination.of((1.0, new), (-1.0, c_i))}

@@ -163,12 +163,14 @@ class TapeSession:
         if not self._prepare(batch):
             return None
         assert self._tape is not None
-        trained = self.x[:, : self.engine.layout.num_trainable] if shift is not None or grad_sum is not None else self.x
+        if lr == 0 and grad_sum is not None:  # x stays where it is, so a product can go straight into the sum
+            self.bound.sink = SgdSink(self.engine.layout.views(grad_sum if self.lead else grad_sum[0]), -1.0)
+            return self._run(batch)
+        trained = self.x[:, : self.engine.layout.num_trainable]
         if grad_sum is None and self._tape.fusible:
             self.bound.sink = SgdSink(self.views, lr * scale)
             loss = self._run(batch)
         else:
-            trained = self.x[:, : self.engine.layout.num_trainable]
             grad, loss = self.gradient(batch)
             trained.sub_(grad[:, : trained.shape[1]], alpha=lr * scale)
             if grad_sum is not None:

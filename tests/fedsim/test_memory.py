@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedsim.memory import Memory, MemoryRows
+from fedsim.parts import Parts
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -25,6 +27,28 @@ def test_a_copy_read_is_not_the_store() -> None:
     memory.write(torch.tensor([1]), {"c": torch.ones(1, 2)})
     memory.read(torch.tensor([1]))["c"][:] = 9
     assert memory.read(torch.tensor([1]))["c"].tolist() == [[1.0, 1.0]]
+
+
+def test_rows_are_read_when_they_are_needed_and_travel_as_copies() -> None:
+    memory = Memory(5)
+    kept = memory.of(torch.tensor([3, 1])).rows(torch.tensor([1]))
+    assert "c" not in kept and len(kept) == 0
+    memory.write(torch.tensor([1]), {"c": torch.ones(1, 2)})
+    sent = pickle.loads(pickle.dumps(kept))
+    memory.write(torch.tensor([1]), {"c": torch.full((1, 2), 7.0)})
+    assert list(kept) == ["c"] and kept["c"].tolist() == [[7.0, 7.0]]
+    assert type(sent) is dict and sent["c"].tolist() == [[1.0, 1.0]]
+
+
+def test_parts_are_written_only_for_the_clients_that_gave_them() -> None:
+    parts = Parts(3)
+    parts.add(torch.tensor([2, 0]), {"c": torch.tensor([[1.0], [2.0]])})
+    parts.add(torch.tensor([1]), {"d": torch.tensor([[3.0]])})
+    memory = Memory(9)
+    memory.write(torch.tensor([5, 6, 7]), parts)
+    rows = memory.read(torch.tensor([5, 6, 7]))
+    assert rows["c"].tolist() == [[2.0], [0.0], [1.0]] and rows["d"].tolist() == [[0.0], [3.0], [0.0]]
+    assert memory.mean("d", 1).tolist() == pytest.approx([3 / 9])
 
 
 def test_state_restores_every_name_and_shape() -> None:

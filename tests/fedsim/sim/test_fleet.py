@@ -14,7 +14,7 @@ from fedsim.aggregate.coordinatewise import Median
 from fedsim.cohort import Cohort
 from fedsim.compress.sparsify import TopK
 from fedsim.fleet import Cost, Inbox
-from fedsim.sim.devices import Constant
+from fedsim.sim.devices import Constant, LogNormal
 from fedsim.sim.executor import ClientError
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.links import Downlink
@@ -75,6 +75,35 @@ def _ids(*clients: int) -> Tensor:
 def _calls(fleet: SimFleet) -> list[int]:
     assert isinstance(fleet.executor, Counted)
     return fleet.executor.calls
+
+
+def test_clients_that_are_sent_the_very_same_one_by_one_share_it_until_it_changes() -> None:
+    fleet = _fleet((3.0, 2.0, 1.0, 4.0))
+    for client, x in enumerate((X, X.clone(), X, X + 1)):
+        fleet.send(_ids(client), HALVES.plus, x=x)
+    assert sorted(sent.open for sent in fleet.sent.values()) == [1, 3]
+    fleet.round = 1
+    assert fleet.receive()["y"].tolist() == [[3.0, 4.0], [2.0, 3.0], [1.0, 2.0], [5.0, 6.0]]
+    assert not fleet.sent, "nobody is working on it any more"
+    for client in (2, 0):
+        fleet.send(_ids(client), HALVES.plus, x=X)
+        fleet.round += 1
+    assert [sent.round for sent in fleet.sent.values()] == [1, 2], "a later step is another message"
+
+
+def test_clients_booked_one_by_one_take_as_long_as_together() -> None:
+    devices = LogNormal(median=0.1, sigma=0.7, uplink=50.0)
+    together, alone = (build_fleet(_task(3, [1, 5, 9]), HALVES, devices=devices) for _ in range(2))
+    cost = Cost(steps=lambda num_examples: num_examples)
+    for _ in range(2):
+        together.send(together.clients, HALVES.plus, cost=cost, x=X)
+        for client in range(3):
+            alone.send(_ids(client), HALVES.plus, cost=cost, x=X)
+        assert torch.equal(alone.receive().arrived_at, together.receive().arrived_at)
+    together.send(_ids(1), HALVES.plus, cost=Cost(steps=2), x=X)
+    alone.send(_ids(1, 0), HALVES.plus, cost=Cost(steps=2), x=X)
+    arrived = alone.receive()
+    assert float(together.receive().arrived_at) == float(arrived.arrived_at[arrived.ids == 1]), "other work, other time"
 
 
 def test_a_job_takes_download_work_and_upload() -> None:
