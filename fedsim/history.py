@@ -68,7 +68,7 @@ class History:
         """Read a run folder: `metrics.jsonl`, and `config.yaml` if there is one.
 
         Raises:
-            ValueError: if the folder holds no metrics, or a line of them cannot be read.
+            ValueError: if the folder holds no metrics, or a line of them or the configuration cannot be read.
         """
         folder = Path(run_dir)
         file = folder / METRICS_FILE
@@ -212,6 +212,11 @@ def _config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     from omegaconf import OmegaConf  # reads 1e-3 as a number, as the run itself did
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as e:
+        raise ValueError(f"{file}: not readable: {' '.join(str(e).split())}; restore the file or start anew") from e
     return {str(k): v for k, v in loaded.items()} if isinstance(loaded, dict) else {}

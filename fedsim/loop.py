@@ -310,6 +310,11 @@ class _Run:
         self.state = checkpoint.to_device(saved["strategy"], self.experiment.device)
         self.experiment.fleet.load(saved["fleet"])
         self.round, self._before, self.last = saved["round"], saved["wall_seconds"], saved["last"]
+        if self.round > self.experiment.rounds:
+            raise ConfigError(
+                f"rounds: {self.folder.parent} already has {self.round}, more than {self.experiment.rounds}; give at "
+                "least as many to go on, or start anew in another folder"
+            )
 
 
 FREE_TO_CHANGE = ("rounds", "stop", "log", "checkpoint", "versions", "allow_divergence")

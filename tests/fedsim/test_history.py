@@ -82,6 +82,13 @@ def test_a_folder_without_metrics_is_refused(tmp_path):
         History.load(tmp_path / "nowhere")
 
 
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n')
+    (tmp_path / "config.yaml").write_text("a: [\n")
+    with pytest.raises(ValueError, match="config.yaml: not readable: .*; restore the file or start anew"):
+        History.load(tmp_path)
+
+
 def test_it_shows_its_results_in_a_notebook_and_escapes_names():
     history = History(ROWS, {"strategy": {"name": "<b>"}})
     assert repr(history).startswith("History(<b>: test accuracy 75.0 %; training loss 1; rounds 4; ")
