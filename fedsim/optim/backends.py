@@ -1,4 +1,4 @@
-"""How a step runs: eagerly in cache-sized blocks, through torch's fused kernels, or as one compiled function.
+"""How a step runs: eagerly in cache-sized blocks, through torch's fused kernels, or as one function compiled by torch.
 
 An eager step is a dozen passes over its arrays. On a CPU it is cut into blocks whose arrays and temporaries stay in
 the core's cache, which makes it several times faster for long vectors; on a GPU the whole stack is one block, so the
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedsim.optim.fused import fused_step_, kernel_for
 from fedsim.optim.pipeline import Block, Plan, Values, step_block_
-from fedsim.optim.transforms import needs_whole_rows
 
 # Entries of one array in a block, by back end, on a CPU. Eager steps have temporaries that should stay in the cache;
 # one pass has none, but the gradient should be near still after its finite check.
@@ -65,7 +64,7 @@ def run(plan: Plan, how: str, x: Tensor, g: Tensor, block: Block) -> None:
         _compiled(plan, x, g, block)(x, g, block)
     elif how == "fused":
         _fused_step_(plan, x, g, block)
-    elif _may_cut_columns(plan) and x.device.type == "cpu" and x.shape[1] > _EAGER_ENTRIES:
+    elif plan.elementwise and x.device.type == "cpu" and x.shape[1] > _EAGER_ENTRIES:
         for columns in _pieces(x.shape[1], _EAGER_ENTRIES):
             step_block_(plan, x[:, columns], g[:, columns], _take_columns(block, columns, x.shape[1]))
     else:
@@ -76,12 +75,6 @@ def _fused_step_(plan: Plan, x: Tensor, g: Tensor, block: Block) -> None:
     """The step by torch's own kernel."""
     part, states = plan.parts[0], block.states[0]
     fused_step_(part, {"x": x, "g": g} | {s.name: states[s.name] for s in part.rule.active_states()}, block.coefs[0])
-
-
-def _may_cut_columns(plan: Plan) -> bool:
-    part = plan.parts[0]
-    alone = len(plan.parts) == 1 and part.storage is None
-    return alone and part.rule.elementwise and not needs_whole_rows(plan.settings)
 
 
 def _pieces(width: int, size: int) -> Iterator[slice]:
@@ -113,8 +106,19 @@ def _compiled(plan: Plan, x: Tensor, g: Tensor, block: Block) -> Callable[[Tenso
         # torch.compile counts its versions per code object: each plan needs one of its own
         step.__code__ = step.__code__.replace(co_name=f"step_{len(_COMPILED)}")
         compiled = torch.compile(step, dynamic=True, fullgraph=True)
-        _COMPILED[plan] = lambda x, g, b: compiled(x, g, b.shared, b.states, b.coefs)
+        _COMPILED[plan] = lambda x, g, b: compiled(
+            x, g, _tensors(b.shared, x), b.states, [_tensors(c, x) for c in b.coefs]
+        )
     return _COMPILED[plan]
+
+
+def _tensors(values: Values, x: Tensor) -> Values:
+    """Numbers as tensors [k, 1], in one transfer; as numbers they would be compiled in."""
+    numbers = {n: v for n, v in values.items() if not isinstance(v, Tensor)}
+    if not numbers:
+        return values
+    column = torch.tensor(list(numbers.values()), dtype=torch.float64).to(x.dtype).to(x.device)
+    return {**values, **dict(zip(numbers, column[:, None, None].expand(-1, len(x), 1).unbind(0), strict=True))}
 
 
 def _rehearse(plan: Plan, x: Tensor, g: Tensor, block: Block) -> None:

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.optim import native
 from fedsim.optim.backends import choose, row_blocks, run, take_rows
 from fedsim.optim.parts import make_parts
-from fedsim.optim.pipeline import Plan
-from fedsim.optim.quick import quick_step_
+from fedsim.optim.pipeline import Block, Plan
+from fedsim.optim.quick import quick_compiled_, quick_step_
 from fedsim.optim.rule import Hyper
 from fedsim.optim.schedules import Schedule
 from fedsim.optim.segments import Segments
@@ -206,7 +207,10 @@ class Optimizer:
         if need != "grad" and need not in (aux or {}):  # an ordinary gradient would pass for a private one
             raise ValueError(f"optimizer: this gradient comes from {need}; take gradient and aux from needs.supply")
         if self.plan.quick and not aux and isinstance(lr_scale, float | int):
-            done = quick_step_(self.plan, x, grad, state, lr_scale)
+            if self.settings.backend == "compiled":
+                done = quick_compiled_(self.plan, x, grad, state, lr_scale)
+            else:
+                done = quick_step_(self.plan, x, grad, state, lr_scale)
             if done:
                 if done < k:
                     self.step_(x[done:], grad[done:], state.rows(slice(done, k)), lr_scale=lr_scale)
@@ -214,20 +218,30 @@ class Optimizer:
         t = state.t[:k].numpy()
         host = {name: value[:k].numpy() for name, value in state.host.items()}
         block, host_new = assemble(self.plan, x, state, lr_scale=lr_scale, aux=aux or {}, streams=streams)
-        stepped = np.ones(k, dtype=bool)
+        stepped = self._run(x, grad, block)
+        t += stepped
+        state.skipped[:k] += torch.from_numpy(~stepped)
+        for name, value in host_new.items():
+            host[name][:] = np.where(stepped, value, host[name])  # views: this writes to the state
+
+    def _run(self, x: Tensor, grad: Tensor, block: Block) -> np.ndarray:
+        """[k] bool, the rows that stepped."""
+        k, skips = len(x), self.settings.skip_nonfinite
         how = choose(self.plan, x, block)
+        left = native.step_(self.plan, x, grad, block, skips) if how == "compiled" else None
+        stepped = np.ones(k, dtype=bool)
+        if left is not None:
+            stepped[left] = False
+            return stepped
         for rows in row_blocks(x, how, self.plan.decodes):
-            bad = _not_finite(grad[rows]) if self.settings.skip_nonfinite else None
+            bad = _not_finite(grad[rows]) if skips else None
             if bad is None:
                 run(self.plan, how, x[rows], grad[rows], take_rows(block, rows, k))
                 continue
             stepped[rows] = ~bad
             for some in _runs(~bad, rows.start):
                 run(self.plan, how, x[some], grad[some], take_rows(block, some, k))
-        t += stepped
-        state.skipped[:k] += torch.from_numpy(~stepped)
-        for name, value in host_new.items():
-            host[name][:] = np.where(stepped, value, host[name])  # views: this writes to the state
+        return stepped
 
     def eval_point(self, x: Tensor, state: OptState) -> Tensor:
         """Where the next gradient is to be taken, [k, P]; x itself for all but shifted rules."""

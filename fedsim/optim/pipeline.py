@@ -117,11 +117,20 @@ class Plan:
         return any(part.storage is not None for part in self.parts)
 
     @cached_property
+    def elementwise(self) -> bool:
+        """Whether no coordinate sees another one: one rule on the whole vector, its states kept as they are."""
+        part = self.parts[0]
+        alone = len(self.parts) == 1 and part.storage is None
+        return alone and part.rule.elementwise and not needs_whole_rows(self.settings)
+
+    @cached_property
     def quick(self) -> bool:
-        """Whether a step may go the short way: torch's kernel, numbers that all clients share, nothing else."""
-        s = self.settings
-        plain = s.average is None and s.gradient_need == "grad" and self.parts[0].plain_hypers is not None
-        return self.fuses and plain and s.backend in ("auto", "fused")
+        """Whether a step may go the short way: one kernel, numbers that all clients share, nothing else."""
+        s, part = self.settings, self.parts[0]
+        plain = s.average is None and s.gradient_need == "grad" and part.plain_hypers is not None
+        if s.backend == "compiled":
+            return plain and self.elementwise and not part.rule.inputs
+        return plain and self.fuses and s.backend in ("auto", "fused")
 
     @cached_property
     def fuses(self) -> bool:

@@ -1,6 +1,6 @@
-"""The short way to a step that one of torch's kernels does whole, for stacks so small that Python is the cost.
+"""The short way to a step that one kernel does whole, for stacks so small that Python is the cost.
 
-The answer is that of the ordinary way bit for bit, since the same kernel runs on the same blocks; only what does not
+The answer is that of the ordinary way bit for bit, since the same kernel runs on the same numbers; only what does not
 apply (per-client numbers, masks, transforms, averages) is not prepared.
 
 Letters: k clients that step, P coordinates.
@@ -12,11 +12,13 @@ from math import isfinite
 
 from torch import Tensor
 
+from fedsim.optim import native
 from fedsim.optim.backends import row_blocks
 from fedsim.optim.fused import fused_step_, kernel_for
-from fedsim.optim.pipeline import Plan
+from fedsim.optim.pipeline import Block, Plan
 from fedsim.optim.rule import Named
 from fedsim.optim.state import OptState
+from fedsim.optim.work import decay_rate
 
 
 def quick_step_(plan: Plan, x: Tensor, grad: Tensor, state: OptState, lr_scale: float) -> int:
@@ -41,6 +43,42 @@ def quick_step_(plan: Plan, x: Tensor, grad: Tensor, state: OptState, lr_scale: 
     if done:
         state.t[:done] += 1
     return done
+
+
+def quick_compiled_(plan: Plan, x: Tensor, grad: Tensor, state: OptState, lr_scale: float) -> int:
+    """Step the first rows by the plan's own kernel; k, or 0 where the ordinary way is needed."""
+    part, k = plan.parts[0], x.shape[0]
+    host = {n: _agreed(state.host[part.name + n], k) for n in part.rule.host}
+    t = _agreed(state.t, k)
+    if t is None or None in host.values():
+        return 0
+    assert part.plain_hypers is not None
+    h, q = Named(part.plain_hypers), Named(host)
+    h.lr *= lr_scale
+    coefs = {**part.rule.coefficients(h, int(t) + 1, q), "lr": h.lr}
+    if part.decays:
+        coefs["decay_rate"] = decay_rate(part, h, lr_scale)
+    buffers = {s.name: state.buffers[part.name + s.name] for s in part.states}
+    left = native.step_(plan, x, grad, Block({}, [buffers], [coefs]), plan.settings.skip_nonfinite)
+    if left is None:
+        return 0
+    if not left:
+        (state.t if k == state.num_clients else state.t[:k]).add_(1)
+        for name in host:
+            state.host[part.name + name][:k] = getattr(q, name)
+        return k
+    good = [r for r in range(k) if r not in left]
+    state.t[good] += 1
+    state.skipped[left] += 1
+    for name in host:
+        state.host[part.name + name][good] = getattr(q, name)
+    return k
+
+
+def _agreed(values: Tensor, k: int) -> float | None:
+    """The number that the first k entries share, or None."""
+    first: float = values[0].item()
+    return first if k == 1 or bool((values[:k] == first).all()) else None
 
 
 def _rows(arrays: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:

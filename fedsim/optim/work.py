@@ -36,16 +36,15 @@ def assemble(
     counter = state.t[:k].numpy()
     t: Any = int(counter[0]) + 1 if (counter == counter[0]).all() else counter + 1
     scale = lr_scale if isinstance(lr_scale, float | int) else lr_scale.double().cpu().numpy()[:k]
-    as_tensors = plan.settings.backend == "compiled"  # numbers would be compiled in
-    block = Block(_shared(plan, x, state, t, aux, as_tensors), [], [])
+    block = Block(_shared(plan, x, state, t, aux), [], [])
     host: dict[str, Any] = {}
     for part in plan.parts:
         h = hypers(part, k, scale)
         q = Named({n: _agreed(state.host[part.name + n][:k].numpy()) for n in part.rule.host})
         coefs = dict(part.rule.coefficients(h, t, q))
         host |= {part.name + n: getattr(q, n) for n in part.rule.host}
-        coefs |= {"lr": h.lr} | ({"decay_rate": _decay_rate(part, h, scale)} if part.decays else {})
-        block.coefs.append(_on_device(coefs, x, as_tensors))
+        coefs |= {"lr": h.lr} | ({"decay_rate": decay_rate(part, h, scale)} if part.decays else {})
+        block.coefs.append(_on_device(coefs, x))
         inputs = _inputs(part, x, counter + 1, aux, streams)
         block.states.append({**own_states(part, state, k), **part.constants(x), **inputs})
     return block, host
@@ -88,7 +87,7 @@ def _rows(part: Part, name: str, value: Any, k: int) -> Any:
     return np.array(value[:k])
 
 
-def _decay_rate(part: Part, h: Named, scale: float | np.ndarray) -> Any:
+def decay_rate(part: Part, h: Named, scale: float | np.ndarray) -> Any:
     """What multiplies x: lambda, lambda times the learning rate, or lambda times the schedule alone."""
     mode = part.base.decay
     if mode in ("l2", "in_update"):
@@ -100,18 +99,22 @@ def _agreed(values: np.ndarray) -> Any:
     return float(values[0]) if (values == values[0]).all() else values
 
 
-def _on_device(coefs: Mapping[str, Any], x: Tensor, as_tensors: bool) -> Values:
-    """Numbers stay numbers (unless `as_tensors`), arrays [k] become tensors [k, 1] in one transfer."""
-    arrays = {n: v for n, v in coefs.items() if as_tensors or isinstance(v, np.ndarray)}
+def _on_device(coefs: Mapping[str, Any], x: Tensor) -> Values:
+    """Numbers stay numbers, arrays [k] become tensors [k, 1] in one transfer."""
+    arrays = {n: v for n, v in coefs.items() if isinstance(v, np.ndarray)}
     if not arrays:
         return dict(coefs)
-    k = x.shape[0]
-    stacked = np.stack([np.broadcast_to(np.asarray(v, dtype=np.float64), (k,)) for v in arrays.values()])
-    columns = torch.from_numpy(stacked).to(x.dtype).to(x.device).unsqueeze(2).unbind(0)
+    columns = (
+        torch.from_numpy(np.stack([v.astype(np.float64) for v in arrays.values()]))
+        .to(x.dtype)
+        .to(x.device)
+        .unsqueeze(2)
+        .unbind(0)
+    )
     return {**coefs, **dict(zip(arrays, columns, strict=True))}
 
 
-def _shared(plan: Plan, x: Tensor, state: OptState, t: Any, aux: Mapping[str, Tensor], as_tensors: bool) -> Values:
+def _shared(plan: Plan, x: Tensor, state: OptState, t: Any, aux: Mapping[str, Tensor]) -> Values:
     """Mask, additive term and weight average, where present."""
     if aux:
         known = {"mask", "add"}.union(*(part.rule.inputs for part in plan.parts))
@@ -131,7 +134,7 @@ def _shared(plan: Plan, x: Tensor, state: OptState, t: Any, aux: Mapping[str, Te
         )
         if np.any(t == 1):
             values["average_first"] = np.where(t == 1, 1.0, 0.0) if np.ndim(t) else 1.0
-    return shared | _on_device(values, x, as_tensors) | {"average": state.buffers["average"][:k]}
+    return shared | _on_device(values, x) | {"average": state.buffers["average"][:k]}
 
 
 def _inputs(part: Part, x: Tensor, t: np.ndarray, aux: Mapping[str, Tensor], streams: Streams | None) -> Values:

@@ -1,0 +1,207 @@
+"""An elementwise step as one pass over memory, compiled by the machine's C++ compiler and called through ctypes.
+
+Torch's own compiler makes one pass too, but the way to it (guards, wrappers) costs more than a small stack's step, and
+its loops look each coefficient up again for every coordinate. Here a call takes a few microseconds, the finite check
+finds its numbers in the cache, and the GIL is free meanwhile. Where there is no compiler, or the step is not one that
+`emit` can write, `step_` says None and the caller takes torch's.
+
+Compiled steps are kept in the user's cache, so each is compiled once per machine.
+
+Letters: k clients that step, P coordinates.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Collection, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.optim import emit
+from fedsim.optim.pipeline import Block, Plan, Values, step_block_
+
+_TYPES = {torch.float32: ("float", "int32_t"), torch.float64: ("double", "int64_t")}
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing")
+_WEIGHTS = {"lr_weights", "decay_weights", "l2_weights"}
+_ARRAYS = ("mask", "add", "average")  # of what all parts share
+_SHARED = (*_ARRAYS, "average_rate", "average_first")
+_MANY = 1 << 16  # entries from which several threads pay
+
+
+class Kernel:
+    """A compiled step.
+
+    Args:
+        library: the compiled code.
+        ends: [R], where each run of coordinates ends that shares its weights.
+        weights: [W, R], the weights of each run.
+    """
+
+    def __init__(self, library: ctypes.CDLL, ends: np.ndarray, weights: np.ndarray) -> None:
+        self._step = library.step
+        self._step.restype = ctypes.c_long
+        long, number, pointer = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
+        stack = (long, long, pointer, pointer, pointer, long, long)
+        self._step.argtypes = (*stack, long, pointer, pointer, pointer, number, number)
+        self._kept = ends, weights
+        self._runs = len(ends), ends.ctypes.data, weights.ctypes.data
+
+    def __call__(
+        self, x: Tensor, g: Tensor, arrays: Iterable[Tensor], numbers: Collection[Any], check: bool
+    ) -> list[int]:
+        """One step of every row of x [k, P] in place.
+
+        Args:
+            x, g: [k, P], entries of a row side by side.
+            arrays: [k, P], [C, P] of which the first k rows count, or [1, P], in the kernel's order.
+            numbers: floats, or [k, 1] tensors, in the kernel's order.
+            check: leave out rows whose gradient is not finite.
+
+        Returns:
+            The rows that were left out.
+        """
+        k, p = x.shape
+        taken = (x, g, *arrays)
+        n = len(taken)
+        pointers = (ctypes.c_void_p * n)(*[a.data_ptr() for a in taken])
+        strides = (ctypes.c_long * n)(*[0 if a.shape[0] == 1 < k else a.stride(0) for a in taken])
+        coefs: Any
+        if any(isinstance(v, Tensor) for v in numbers):
+            table = np.stack([_column(v, k) for v in numbers])
+            coefs, across, down = table.ctypes.data, k, 1
+        else:
+            coefs, across, down = (ctypes.c_double * len(numbers))(*numbers), 1, 0
+        bad = (ctypes.c_ubyte * k)()
+        threads = torch.get_num_threads() if k * p >= _MANY else 1
+        left = self._step(k, p, pointers, strides, coefs, across, down, *self._runs, bad, check, threads)
+        return [r for r in range(k) if bad[r]] if left else []
+
+
+def _column(value: Any, k: int) -> np.ndarray:
+    if isinstance(value, Tensor):
+        return value.double().expand(k, 1).contiguous().view(-1).numpy()
+    return np.full(k, float(value))
+
+
+_KERNELS: WeakKeyDictionary[Plan, dict[object, Kernel | None]] = WeakKeyDictionary()
+
+
+def step_(plan: Plan, x: Tensor, g: Tensor, block: Block, check: bool) -> list[int] | None:
+    """One step of all rows of x [k, P]; the rows left out, or None if there is no kernel for this step."""
+    if not (plan.elementwise and x.device.type == "cpu" and x.dtype in _TYPES and x.stride(1) == 1):
+        return None
+    arrays: Values = block.states[0]
+    numbers: Values = block.coefs[0]
+    if any(v is None for v in arrays.values()) or not _WEIGHTS.isdisjoint(arrays):
+        arrays = {n: v for n, v in arrays.items() if v is not None and n not in _WEIGHTS}
+    if block.shared:
+        arrays = arrays | {n: v for n, v in block.shared.items() if n in _ARRAYS}
+        numbers = numbers | {n: v for n, v in block.shared.items() if n not in _ARRAYS}
+    kernel = kernel_of(plan, x.dtype, tuple(arrays), tuple(numbers))
+    return None if kernel is None else kernel(x, _near(g), [_near(a) for a in arrays.values()], numbers.values(), check)
+
+
+def kernel_of(plan: Plan, dtype: torch.dtype, arrays: tuple[str, ...], numbers: tuple[str, ...]) -> Kernel | None:
+    """The compiled step of a plan with these inputs, made at the first call; None if it cannot be made."""
+    known = _KERNELS.setdefault(plan, {})
+    key = (dtype, arrays, numbers)
+    if key not in known:
+        known[key] = _make(plan, dtype, arrays, numbers)
+    return known[key]
+
+
+def _near(a: Tensor) -> Tensor:
+    return a if a.stride(1) == 1 else a.contiguous()
+
+
+def _make(plan: Plan, dtype: torch.dtype, arrays: tuple[str, ...], numbers: tuple[str, ...]) -> Kernel | None:
+    part = plan.parts[0]
+    weights = {n: w for n in sorted(_WEIGHTS) if (w := getattr(part, n)) is not None}
+
+    def step(x: Tensor, g: Tensor, *inputs: Tensor) -> None:
+        given = iter(inputs)
+        states: Values = dict.fromkeys((*part.rule.inputs, *_WEIGHTS))
+        states |= {n: next(given) for n in (*arrays, *weights)}
+        coefs = {n: next(given) for n in numbers}
+        shared = {n: values.pop(n) for values in (states, coefs) for n in _SHARED if n in values}
+        step_block_(plan, x, g, Block(shared, [states], [coefs]))
+
+    sizes = [(2, 3)] * (2 + len(arrays)) + [(1, 3)] * len(weights) + [(2, 1)] * len(numbers)
+    try:
+        graph = emit.record(step, sizes, dtype)
+        text = emit.source(graph, ["x", "g", *arrays], list(weights), numbers, gradient=1)
+    except emit.NotElementwise:
+        return None
+    library = _library(text, dtype)
+    return None if library is None else Kernel(library, *_runs(plan, list(weights.values())))
+
+
+def _runs(plan: Plan, weights: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each run of equal weights ends, and its weights [W, R]."""
+    table = torch.cat([*weights, torch.ones(1, sum(plan.segments.sizes), dtype=torch.float64)]).numpy()
+    ends = np.append(np.flatnonzero((table[:, 1:] != table[:, :-1]).any(0)) + 1, table.shape[1])
+    return ends.astype(np.int64), np.ascontiguousarray(table[:, ends - 1])
+
+
+@cache
+def _library(source: str, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled source, from the user's cache if it is there; None if this machine cannot compile it."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    real, word = _TYPES[dtype]
+    text = f"#include <stdint.h>\ntypedef {real} real;\ntypedef {word} word;\n{source}"
+    key = hashlib.sha256("\n".join([text, compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:24]
+    path = _folder() / f"step_{key}.so"
+    if not path.exists() and not _compile(compiler, text, path):
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
+
+
+def _compile(compiler: str, text: str, path: Path) -> bool:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        (Path(folder) / "step.cpp").write_text(text)
+        base = [compiler, *_FLAGS, "-shared", "-fPIC", "-o", f"{folder}/step.so", f"{folder}/step.cpp"]
+        for extra in (["-fopenmp"], []):
+            if subprocess.run([*base, *extra], capture_output=True).returncode == 0:
+                os.replace(f"{folder}/step.so", path)  # whole or not at all, whoever else is writing it
+                return True
+    return False
+
+
+@cache
+def _folder() -> Path:
+    """The user's cache of compiled steps; where none can be written, a folder of this process."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim" / "steps"
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=root):
+            return root
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="fedsim-steps-"))
+
+
+@cache
+def _processor() -> str:
+    """What compiled code depends on: a cache may be shared by machines."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.platform() + platform.processor()
+    lines = info.read_text().splitlines()
+    kept = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return platform.platform() + "".join(sorted(kept))

@@ -1,0 +1,84 @@
+"""Compiled elementwise steps: what is written, and that it says what the eager step says."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsim.optim import OptState, build, emit, native
+from fedsim.params import Layout
+from tests.fedsim.optim.oracles import LAYOUT, problem
+
+
+def run(spec: dict[str, Any], backend: str, x: Tensor, grads: Tensor, **inputs: Any) -> tuple[Tensor, OptState]:
+    optimizer = build({**spec, "backend": backend}, LAYOUT)
+    y = x.clone()
+    state = optimizer.init(y)
+    for i, g in enumerate(grads):
+        k = 3 if i < 3 else 2
+        optimizer.step_(y[:k], g[:k], state, **inputs)
+    if backend == "compiled" and native._library('extern "C" void step() {}', torch.float32) is not None:
+        assert all(native._KERNELS[optimizer.plan].values())  # none of these falls back to torch's compiler
+    return y, state
+
+
+CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"name": "adan", "lr": 0.1, "weight_decay": 0.1}, {}),
+    ({"name": "diffgrad", "lr": 0.1}, {}),
+    ({"name": "nadam", "lr": [0.1, 0.2, 0.3]}, {}),
+    ({"name": "schedule_free_adamw", "lr": 0.1, "weight_decay": 0.1}, {}),
+    ({"name": "lion", "lr": 0.1, "lr_mult": {"b": 0.5}}, {"lr_scale": torch.tensor([1.0, 0.5, 2.0])}),
+    ({"name": "adam", "lr": 0.1, "clip": {"value": 0.5}, "average": {"name": "swa"}}, {}),
+    ({"name": "sgd", "lr": 0.1, "momentum": 0.9}, {"aux": {"mask": (torch.arange(LAYOUT.size) % 3 > 0).float()}}),
+]
+
+
+@pytest.mark.parametrize("spec, inputs", CASES, ids=[spec["name"] for spec, _ in CASES])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 3e-6), (torch.float64, 1e-13)])
+def test_a_compiled_step_is_the_eager_one_with_bad_gradients_prefixes_and_per_client_numbers(
+    spec: dict[str, Any], inputs: dict[str, Any], dtype: torch.dtype, bound: float
+) -> None:
+    x, grads = (t.to(dtype) for t in problem())
+    grads[1, 1, 5], grads[2, 0, 0] = float("nan"), float("inf")
+    (got, one), (expected, two) = (run(spec, how, x, grads, **inputs) for how in ("compiled", "eager"))
+    assert (got - expected).abs().max() < bound
+    assert one.t.tolist() == two.t.tolist() and one.skipped.tolist() == two.skipped.tolist() == [1, 1, 0]
+    for name, value in one.buffers.items():
+        assert torch.allclose(value, two.buffers[name], rtol=10 * bound, atol=bound), name
+    assert all(torch.allclose(v, two.host[n], rtol=1e-14) for n, v in one.host.items())
+
+
+def test_long_rows_walked_in_several_places_and_by_several_threads_step_every_coordinate_once() -> None:
+    layout = Layout.of({"w": (700, 203), "b": (7,)})
+    x, grads = (t.float() for t in problem(steps=2, clients=2, layout=layout))
+    grads[1, 0, -1] = float("nan")
+    ends = []
+    threads = torch.get_num_threads()
+    for name in ("sgd", "adamw"):
+        for backend, count in (("eager", 1), ("compiled", 1), ("compiled", 2)):
+            torch.set_num_threads(count)
+            optimizer = build({"name": name, "lr": 0.1, "weight_decay": 0.1, "backend": backend}, layout)
+            y = x.clone()
+            state = optimizer.init(y)
+            for g in grads:
+                optimizer.step_(y, g, state)
+            ends.append(y)
+            assert state.skipped.tolist() == [1, 0]
+    torch.set_num_threads(threads)
+    for eager, one, two in (ends[:3], ends[3:]):
+        assert torch.allclose(one, eager, atol=1e-6) and torch.equal(one, two)
+
+
+def test_an_operation_without_a_line_of_arithmetic_is_refused() -> None:
+    def step(x: Tensor, g: Tensor) -> None:
+        x.sub_(g.sum(1, keepdim=True))
+
+    with pytest.raises(emit.NotElementwise, match="sum"):
+        emit.source(emit.record(step, [(2, 3), (2, 3)], torch.float32), ["x", "g"], [], [], gradient=1)
+
+
+def test_without_a_compiler_the_step_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_library", lambda *of: None)
+    optimizer = build({"name": "lion", "lr": 0.1, "backend": "compiled"}, LAYOUT)
+    assert native.kernel_of(optimizer.plan, torch.float32, ("m",), ("a1", "a2", "lr")) is None
