@@ -329,11 +329,13 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep big freed blocks instead of giving them back.
 
     Gradients of a stack are tens of megabytes and live for one step; given back and faulted in anew each time they
-    cost up to twice the step itself. No effect where the C library is another one.
+    cost up to twice the step itself. All threads share one heap, because glibc gives those of other threads back
+    whatever it is told. No effect where the C library is another one.
     """
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
     except (OSError, AttributeError):
         pass

@@ -51,7 +51,7 @@ def runtime() -> Iterator[None]:
 
         ray.init(
             address="local",
-            num_cpus=6,
+            num_cpus=8,  # the executors of this module hold six
             num_gpus=0,
             include_dashboard=False,
             logging_level="error",
