@@ -46,13 +46,14 @@ class BatchPlan:
         self._width = largest if schedule.batch_size is None else min(schedule.batch_size, largest)
         positions, valid = _positions(counts, schedule, streams, self.num_steps, self._width)
         self._rows = locate(positions)
-        host_steps = self.num_steps.cpu()
-        last = int(host_steps[0]) if len(host_steps) else 0
-        self._active = [int((host_steps > k).sum()) for k in range(last)]
-        filled = valid.view(len(counts), last, self._width).sum(2).cpu() if last else torch.zeros(len(counts), 0)
-        self._filled = filled.to(torch.int64)
-        self._cut = [int(self._filled[: self._active[k], k].max()) for k in range(last)]
-        self._full = [bool((self._filled[: self._active[k], k] == self._cut[k]).all()) for k in range(last)]
+        steps = self.num_steps.cpu()
+        last = int(steps[0]) if len(steps) else 0
+        active = steps[:, None] > torch.arange(last)
+        filled = valid.cpu().view(len(counts), last, self._width).sum(2)
+        cut = filled.amax(0) if last else filled.new_zeros(0)
+        self._active: list[int] = active.sum(0).tolist()
+        self._cut: list[int] = cut.tolist()
+        self._full: list[bool] = ((filled == cut) | ~active).all(0).tolist()
         self._valid = valid
 
     def __len__(self) -> int:
