@@ -23,13 +23,11 @@ from fedsim.cohort import Cohort
 from fedsim.task import Batches, Session
 
 
-def corrected_run(
-    cohort: Cohort, x: Tensor, batches: Batches, lr: float, u: Affine
-) -> tuple[Combination, Tensor, Tensor]:
+def corrected_run(cohort: Cohort, x: Tensor, batches: Batches, lr: float, u: Affine) -> tuple[Tensor, Tensor]:
     """A whole local run from x ([P] or [C, P]) without buffers, along a direction that looks at no other point.
 
     Returns:
-        (change x - y of each client [C, P], mean of the raw gradients [C, P], sum of the losses [C]).
+        (mean of each client's raw gradients [C, P], sum of its losses [C]).
     """
     y = cohort.buffer("y", x).copy_(x)
     total = cohort.buffer("grad_sum", x)
@@ -48,8 +46,12 @@ def corrected_run(
             loss = _add_gradient_(total[:k], session, batches[step], cohort.buffer("gradient", y)[:k])
         losses[:k] += loss.to(losses.dtype)
     steps = batches.num_steps
-    mean = total / steps.clamp(min=1)[:, None] if len(batches) else torch.zeros_like(y)
-    return Combination.of((u.scale, mean), *u.terms) * (lr * steps.double()), mean, losses
+    return total / steps.clamp(min=1)[:, None] if len(batches) else torch.zeros_like(y), losses
+
+
+def change_along(u: Affine, mean: Tensor, lr: float, steps: Tensor) -> Combination:
+    """x - y of each client [C, P] after `steps` [C] along u, from the mean [C, P] of its raw gradients."""
+    return Combination.of((u.scale, mean), *u.terms) * (lr * steps.double())
 
 
 def _add_gradient_(total: Tensor, session: Session, batch: Any, spare: Tensor) -> Tensor:

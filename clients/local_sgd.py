@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.corrected import corrected_run
+from clients.corrected import change_along, corrected_run
 from clients.direction import GRADIENT, Affine
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost
@@ -116,15 +116,19 @@ class LocalSGD:
         """
         batches = cohort.task.batches(cohort, self.schedule)
         steps = batches.num_steps
-        if direction is GRADIENT and not mean_grad and x.ndim == 1 and self._constant_rate():
-            whole = cohort.task.plain_run(x, batches, self.lr)
+        if (direction is GRADIENT or mean_grad and direction.other is None) and self._constant_rate():
+            whole = cohort.task.plain_run(x, batches, self.lr, direction.scale, direction.terms)
             if whole is not None:
-                cohort.log(train_loss=whole[1] / steps.clamp(min=1))
-                return LocalResult(whole[0], steps, None)
+                sums, losses = whole
+                cohort.log(train_loss=losses / steps.clamp(min=1))
+                if not mean_grad:
+                    return LocalResult(sums * self.lr, steps, None)
+                mean = (sums * (1 / steps.clamp(min=1).double())).dense()
+                return LocalResult(change_along(direction, mean, self.lr, steps), steps, mean)
         if mean_grad and direction.other is None and self._constant_rate() and not cohort.task.layout.num_buffers:
-            change, mean, losses = corrected_run(cohort, x, batches, self.lr, direction)
+            mean, losses = corrected_run(cohort, x, batches, self.lr, direction)
             cohort.log(train_loss=losses / steps.clamp(min=1))
-            return LocalResult(change, steps, mean)
+            return LocalResult(change_along(direction, mean, self.lr, steps), steps, mean)
         y = cohort.buffer("y", x).copy_(x)
         total = torch.zeros_like(y) if mean_grad else None
         state_change = None

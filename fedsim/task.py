@@ -5,7 +5,7 @@ Letters: N clients, C clients of a stack, P entries of a client's vector, K loca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -127,6 +127,10 @@ class Factored(Protocol):
         """C."""
         ...
 
+    def __mul__(self, factor: float | Tensor) -> Factored:
+        """The same vectors times a number, or times one for each client [C]."""
+        ...
+
     def dense(self) -> Tensor:
         """[C, P]."""
         ...
@@ -158,8 +162,21 @@ class Task(Protocol):
         """[C] samples of each client in a batch, padding not counted."""
         ...
 
-    def plain_run(self, x: Tensor, batches: Any, lr: float) -> tuple[Factored, Tensor] | None:
-        """A whole run of plain SGD from one model x [P]: (change, sum of losses [C]); None if steps are to be taken."""
+    def plain_run(
+        self, x: Tensor, batches: Any, lr: float, scale: float = 1.0, terms: Sequence[tuple[float, Tensor]] = ()
+    ) -> tuple[Factored, Tensor] | None:
+        """A whole run of x <- x - lr * (scale * g + shift) at once, where that costs less than its steps; else None.
+
+        Args:
+            x: where clients start, [P] or [C, P].
+            batches: of the stack.
+            lr: of the steps.
+            scale: of the gradients g.
+            terms: the shift, a sum of (weight, tensor [P] or [C, P]).
+
+        Returns:
+            (sum of each client's gradients g, sum of the losses of its steps [C]).
+        """
         ...
 
     def session(self, x: Tensor) -> Session:

@@ -51,6 +51,7 @@ class Scaffold:
     option: Literal["I", "II"] = "II"
     local: LocalSGD
     sent_whole: ClassVar[tuple[str, ...]] = ("dc",)
+    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)

@@ -60,6 +60,7 @@ class ScaffoldM:
     server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
     local: LocalSGD
     sent_whole: ClassVar[tuple[str, ...]] = ("dc",)
+    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)

@@ -69,7 +69,7 @@ def choose(
         engine: a name, or auto.
         stack: a width, or auto.
         precision: fp32, tf32 or bf16.
-        plain: local steps are plain SGD from one common model, which chains of linear layers can take in factors.
+        plain: local steps are plain SGD, corrected or not, which chains of linear layers can take in factors.
 
     Raises:
         ValueError: for a width below one, or an unknown precision.

@@ -1,21 +1,23 @@
 """A whole local run of plain SGD without ever forming a client's weights: exact for chains of linear layers.
 
-After some steps from a common W, client c's weights are W - lr * D' A, where the rows of A are the inputs that its
-layer has seen and those of D the gradients at its outputs. So a client is its (A, D), which is far smaller than W as
-long as it saw fewer samples than the layer is wide. The forward pass of all clients and all steps through the first
-layer is one product with the common W, corrections go through the Gram matrix of a client's own inputs, and the
-weighted sum of all clients' changes is one product again:
+After some steps from W, client c's weights are W - lr * D' A, where the rows of A are the inputs that its layer has
+seen and those of D the gradients at its outputs. So a client is its (A, D), which is far smaller than W as long as it
+saw fewer samples than the layer is wide. The forward pass of all clients and all steps through the first layer is one
+product with the common W, corrections go through the Gram matrix of a client's own inputs, and the weighted sum of all
+clients' gradients is one product again:
 
-    z_k = (a_k) W' - lr * (a_k A') D            da_k = dz_k W - lr * (dz_k D') A            sum = lr * (w D)' A
+    z_k = (a_k) W' - lr * (a_k A') D            da_k = dz_k W - lr * (dz_k D') A            sum = (w D)' A
 
-A bias is a weight on a constant input 1, which adds 1 to the Gram matrix.
+A bias is a weight on a constant input 1, which adds 1 to the Gram matrix. Steps along scale * g + shift move W by
+-lr * shift as well: what all clients share of it goes into W, what is a client's own costs one more product.
 
 Letters: C clients, R samples of a client's local run, P entries; a layer has `in` inputs and `out` outputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,41 +65,47 @@ def chain_of(module: nn.Module) -> Chain | None:
 
 
 @dataclass(frozen=True)
-class LowRankDelta:
-    """The change (received minus local) of C clients in factors.
+class LowRank:
+    """Sums of the gradients of C clients in factors, times a number of each client.
 
     Args:
-        layout: of the vector.
+        layout: of the vector; the chain's layers are all of it.
         chain: the layers.
-        lr: of the steps.
         inputs: A of each layer, [C, R, in].
         gradients: D of each layer, [C, R, out]; zero for samples that are padding.
+        factor: a number, or one for each client [C].
     """
 
     layout: Layout
     chain: Chain
-    lr: float
     inputs: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
+    factor: float | Tensor = 1.0
 
     def __len__(self) -> int:
         return len(self.inputs[0])
 
+    def __mul__(self, factor: float | Tensor) -> LowRank:
+        return replace(self, factor=self.factor * factor)
+
     def dense(self) -> Tensor:
         """[C, P]."""
-        out = self.inputs[0].new_zeros(len(self), self.layout.size)
+        first = self.inputs[0]
+        factor = self.factor if isinstance(self.factor, float) else self.factor.to(first)[:, None, None]
+        out = first.new_empty(len(self), self.layout.size)
         views = self.layout.views(out)
         for (weight, bias), a, d in zip(self.chain.layers, self.inputs, self.gradients, strict=True):
-            views[weight].copy_(torch.bmm(d.mT * self.lr, a))
+            d = d * factor
+            torch.bmm(d.mT, a, out=views[weight])
             if bias is not None:
-                views[bias].copy_(d.sum(1) * self.lr)
+                torch.sum(d, 1, out=views[bias])
         return out
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """[P]: the sum over clients of weights [C] times their change; clients' own vectors are never formed."""
+        """[P]: the sum over clients of weights [C] times their sums; clients' own vectors are never formed."""
         out = self.inputs[0].new_zeros(self.layout.size)
         views = self.layout.views(out)
-        factor = (self.lr * weights).to(out)[:, None, None]
+        factor = (self.factor * weights).to(out)[:, None, None]
         for (weight, bias), a, d in zip(self.chain.layers, self.inputs, self.gradients, strict=True):
             scaled = (d * factor).flatten(0, 1)
             torch.mm(scaled.mT, a.flatten(0, 1), out=views[weight])
@@ -107,56 +115,95 @@ class LowRankDelta:
 
 
 def low_rank_run(
-    chain: Chain, layout: Layout, x: Tensor, whole: Batch, width: int, active: list[int], lr: float
-) -> tuple[LowRankDelta, Tensor]:
-    """K steps of plain SGD on C clients from one model.
+    chain: Chain,
+    layout: Layout,
+    x: Tensor,
+    whole: Batch,
+    width: int,
+    active: list[int],
+    lr: float,
+    scale: float = 1.0,
+    terms: Sequence[tuple[float, Tensor]] = (),
+) -> tuple[LowRank, Tensor]:
+    """K steps x <- x - lr * (scale * g + shift) on C clients.
 
     Args:
         chain: the module's layers.
         layout: of x.
-        x: [P], where every client starts.
+        x: where clients start, [P] if they share it, else [C, P].
         whole: all minibatches side by side: inputs [C, K * width, ...], weights [C, K * width] or None.
         width: B of every step.
         active: for each step, how many of the first clients take it.
         lr: learning rate.
+        scale: of the gradient.
+        terms: the shift, a sum of (weight, tensor) with tensors [P] that clients share or [C, P] of their own.
 
     Returns:
-        (what the clients changed, sum of the losses of each client's steps [C]).
+        (sum of each client's gradients g, sum of the losses of its steps [C]).
     """
-    views = layout.views(x)
-    weights = [views[w] for w, _ in chain.layers]
-    biases = [None if b is None else views[b] for _, b in chain.layers]
-    num_clients, samples = whole.targets.shape[:2]
     first = whole.inputs.flatten(2)
+    num_clients, samples = first.shape[:2]
+    shared = [weight * term for weight, term in terms if term.ndim == 1]
+    shift = sum(shared[1:], shared[0]) if shared else None
+    own = [(lr * weight, _layers(chain, layout, term)) for weight, term in terms if term.ndim == 2]
     a = [first] + [first.new_zeros(num_clients, samples, i) for _, i in chain.shapes[1:]]
     d = [first.new_zeros(num_clients, samples, o) for o, _ in chain.shapes]
-    base = _shifted(first.flatten(0, 1) @ weights[0].mT, biases[0]).view(num_clients, samples, -1)
     losses = first.new_zeros(num_clients)
+    layers = _layers(chain, layout, x)
+    # one product for all steps, where the first layer's common part stays what it is
+    base = _times(first, layers[0], num_clients) if x.ndim == 1 and shift is None else None
+    z = first
     for step, k in enumerate(active):
         now, past = slice(step * width, (step + 1) * width), slice(step * width)
-        z = base[:k, now]
-        for layer in range(len(weights)):
-            if layer:
-                a[layer][:k, now] = h = torch.relu(z)
-                z = h @ weights[layer].mT
-                z = _shifted(z, biases[layer])
+        if step and shift is not None:
+            layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * step))
+        for i, layer in enumerate(layers):
+            if i:
+                a[i][:k, now] = torch.relu(z)
+            h = a[i][:k, now]
+            z = _times(h, layer, k) if i or base is None else base[:k, now]
             if step:
-                gram = torch.bmm(a[layer][:k, now], a[layer][:k, past].mT)
-                gram = gram if biases[layer] is None else gram.add_(1.0)
-                z = torch.baddbmm(z, gram, d[layer][:k, past], alpha=-lr)
+                for rate, term in own:
+                    z = z.sub_(_times(h, term[i], k), alpha=rate * step)
+                gram = torch.bmm(h, a[i][:k, past].mT)
+                gram = gram if layer[1] is None else gram.add_(1.0)
+                z = torch.baddbmm(z, gram, d[i][:k, past], alpha=-lr * scale)
         shares = None if whole.weights is None else whole.weights[:k, now]
         loss, dz = loss_and_gradient(cross_entropy, z, whole.targets[:k, now], shares, 1)
         losses[:k] += loss
-        for layer in range(len(weights) - 1, -1, -1):
-            if layer:
-                da = dz @ weights[layer]
+        for i in range(len(layers) - 1, -1, -1):
+            d[i][:k, now] = dz
+            if i:
+                da = _back(dz, layers[i], k)
                 if step:
-                    da = torch.baddbmm(da, torch.bmm(dz, d[layer][:k, past].mT), a[layer][:k, past], alpha=-lr)
-            d[layer][:k, now] = dz
-            if layer:
-                dz = da.mul_(a[layer][:k, now] > 0)
-    return LowRankDelta(layout, chain, lr, tuple(a), tuple(d)), losses
+                    for rate, term in own:
+                        da = da.sub_(_back(dz, term[i], k), alpha=rate * step)
+                    gram = torch.bmm(dz, d[i][:k, past].mT)
+                    da = torch.baddbmm(da, gram, a[i][:k, past], alpha=-lr * scale)
+                dz = da.mul_(a[i][:k, now] > 0)
+    return LowRank(layout, chain, tuple(a), tuple(d)), losses
 
 
-def _shifted(z: Tensor, bias: Tensor | None) -> Tensor:
-    return z if bias is None else z.add_(bias)
+Layer = tuple[Tensor, Tensor | None]
+"""(weight, bias or None) of a layer: [out, in] and [out], with a client axis in front where clients have their own."""
+
+
+def _layers(chain: Chain, layout: Layout, x: Tensor) -> list[Layer]:
+    views = layout.views(x)
+    return [(views[w], None if b is None else views[b]) for w, b in chain.layers]
+
+
+def _times(a: Tensor, layer: Layer, k: int) -> Tensor:
+    """a W' + b for the first k clients, [k, B, out]."""
+    weight, bias = layer
+    if weight.ndim == 2:
+        z = (a.flatten(0, 1) @ weight.mT).view(*a.shape[:2], -1)
+        return z if bias is None else z.add_(bias)
+    z = torch.bmm(a, weight[:k].mT)
+    return z if bias is None else z.add_(bias[:k, None])
+
+
+def _back(dz: Tensor, layer: Layer, k: int) -> Tensor:
+    """dz W, [k, B, in]."""
+    weight = layer[0]
+    return dz @ weight if weight.ndim == 2 else torch.bmm(dz, weight[:k])

@@ -11,6 +11,7 @@ Letters: M clients, C clients of a stack, h half dimension, P = 2h.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +105,9 @@ class BilinearTask:
             f = f + self.noise * batch.streams.normal("noise", x.shape[1], step=batch.step)
         return (f if out is None else out.copy_(f)), value
 
-    def plain_run(self, x: Tensor, batches: OwnFunction, lr: float) -> None:
+    def plain_run(
+        self, x: Tensor, batches: OwnFunction, lr: float, scale: float = 1.0, terms: Sequence[tuple[float, Tensor]] = ()
+    ) -> None:
         """None: steps are taken one by one."""
         return None
 

@@ -5,7 +5,7 @@ Letters: N clients, C clients of a stack, B samples of a batch, P entries of a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from fedsim import pages
 from fedsim.cohort import Cohort
 from fedsim.data.federated import FederatedData
 from fedsim.engine.base import Batch, Engine
-from fedsim.engine.low_rank import LowRankDelta, low_rank_run
+from fedsim.engine.low_rank import LowRank, low_rank_run
 from fedsim.params import Layout
 from fedsim.task import Pool, Schedule, Session
 from fedsim.tasks.batches import BatchPlan
@@ -86,16 +86,14 @@ class ClassificationTask:
     def session(self, x: Tensor) -> Session:
         return self.engine.session(x)
 
-    def plain_run(self, x: Tensor, batches: BatchPlan, lr: float) -> tuple[LowRankDelta, Tensor] | None:
-        """A whole run of plain SGD from x [P] in factors: (change, sum of losses [C]); None where that saves nothing.
-
-        Exact up to rounding, for chains of linear layers that see fewer samples than they are wide.
-        """
+    def plain_run(
+        self, x: Tensor, batches: BatchPlan, lr: float, scale: float = 1.0, terms: Sequence[tuple[float, Tensor]] = ()
+    ) -> tuple[LowRank, Tensor] | None:
+        """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
         chain = getattr(self.engine, "chain", None)
         if chain is None or not len(batches) or not chain.worthwhile(batches.samples):
             return None
-        batch, width, active = batches.whole()
-        return low_rank_run(chain, self.layout, x, batch, width, active, lr)
+        return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, terms)
 
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
         data = self.data

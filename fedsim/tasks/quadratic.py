@@ -8,6 +8,7 @@ Letters: N clients, C clients of a stack, d dimensions (P = d).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,9 @@ class QuadraticTask:
     def batch_sizes(self, batch: QuadraticBatch) -> Tensor:
         return torch.ones(len(batch.rows), dtype=torch.int64)
 
-    def plain_run(self, x: Tensor, batches: OwnFunction, lr: float) -> None:
+    def plain_run(
+        self, x: Tensor, batches: OwnFunction, lr: float, scale: float = 1.0, terms: Sequence[tuple[float, Tensor]] = ()
+    ) -> None:
         """None: steps are taken one by one."""
         return None
 

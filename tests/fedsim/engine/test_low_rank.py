@@ -12,6 +12,7 @@ from fedsim.params import Layout
 from fedsim.runs import run
 from fedsim.streams import Streams
 from fedsim.task import Schedule
+from fedsim.tasks import classification
 from fedsim.tasks.batches import BatchPlan
 from fedsim.tasks.models import MODELS, init_parameters
 
@@ -34,9 +35,11 @@ def _plan(counts: list[int], inputs: Tensor, targets: Tensor, batch_size: int, e
     )
 
 
+@pytest.mark.parametrize("own_models", [False, True])
+@pytest.mark.parametrize("direction", ["gradient", "shared", "own", "both"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hidden", [[], [7], [9, 5]])
-def test_factors_equal_steps_taken_one_by_one(hidden: list[int], bias: bool) -> None:
+def test_factors_equal_steps_taken_one_by_one(hidden: list[int], bias: bool, direction: str, own_models: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     widths = [12, *hidden, 4]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -50,21 +53,35 @@ def test_factors_equal_steps_taken_one_by_one(hidden: list[int], bias: bool) -> 
     targets = torch.randint(0, 4, (sum(counts),), generator=generator)
     plan = _plan(counts, inputs, targets, batch_size=3, epochs=2)
 
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, layout.size, generator=generator, dtype=torch.float64)
+
+    if own_models:
+        x = x + 0.1 * drawn(len(counts))
+    scale = 1.0 if direction == "gradient" else 0.4
+    terms = [(0.3, drawn()), (-0.7, drawn())] if direction in ("shared", "both") else []
+    terms += [(0.5, drawn(len(counts))), (-0.2, drawn(len(counts)))] if direction in ("own", "both") else []
+    shift = sum((weight * term for weight, term in terms), torch.zeros(len(counts), layout.size, dtype=torch.float64))
+
     engine = build_engine("loop", module, layout)
     y, losses = x.expand(len(counts), -1).clone(), torch.zeros(len(counts), dtype=torch.float64)
+    total = torch.zeros_like(y)
     for step in range(len(plan)):
         k = plan.active(step)
         g, loss = engine.gradient(y[:k], plan[step])
-        y[:k] -= LR * g
+        total[:k] += g
+        y[:k] -= LR * (scale * g + shift[:k])
         losses[:k] += loss
 
     chain = chain_of(module)
     assert chain is not None
-    change, sums = low_rank_run(chain, layout, x, *plan.whole(), LR)
-    torch.testing.assert_close(change.dense(), x - y, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(sums, losses, rtol=1e-12, atol=1e-13)
+    sums, loss_sums = low_rank_run(chain, layout, x, *plan.whole(), LR, scale, terms)
+    torch.testing.assert_close(sums.dense(), total, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(loss_sums, losses, rtol=1e-12, atol=1e-13)
     weights = torch.rand(len(counts), generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(change.weighted_sum(weights), weights @ (x - y), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(sums.weighted_sum(weights), weights @ total, rtol=1e-11, atol=1e-13)
+    each = torch.tensor([1.0, 0.5, 0.25, 2.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close((sums * each * 3.0).dense(), 3 * each[:, None] * total, rtol=1e-11, atol=1e-13)
 
 
 def test_only_chains_of_linear_layers_are_taken() -> None:
@@ -80,17 +97,33 @@ def test_only_chains_of_linear_layers_are_taken() -> None:
         assert chain_of(module) is None
 
 
-def test_a_run_in_factors_equals_one_in_steps() -> None:
+STRATEGIES = {
+    "fedavg": {"cohort_size": 12},
+    "scaffold": {"cohort_size": 12},
+    "scaffold_m": {"cohort_size": 12, "beta": 0.3},
+    "fedfix": {"interval": 0.5},
+    "fedbuff_stream": {"buffer_size": 4, "concurrency": 12},
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_in_factors_equals_one_in_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
         "rounds": 4,
         "task": {"name": "classification", "dataset": "digits", "model": {"name": "mlp", "hidden": [200]}},
-        "partition": {"name": "dirichlet", "alpha": 0.5},
-        "clients": {"count": 40},
-        "strategy": {"name": "fedavg", "cohort_size": 12},
+        "partition": {"name": "dirichlet", "alpha": 20.0},
+        "clients": {"count": 80, "devices": {"name": "lognormal", "median": 0.1, "sigma": 0.5}},
+        "strategy": {"name": name, **STRATEGIES[name]},
         "local": {"epochs": 1, "batch_size": 8, "optimizer": {"name": "sgd", "lr": 0.1}},
         "evaluate": {"every": 1},
     }
-    factors, steps = run(config), run(config, **{"runtime.engine": "loop"})
+    taken = []
+    monkeypatch.setattr(classification, "low_rank_run", lambda *given: taken.append(1) or low_rank_run(*given))
+    factors = run(config)
+    assert taken, "some stacks are taken in factors"
+    taken.clear()
+    steps = run(config, **{"runtime.engine": "loop"})
+    assert not taken
     for a, b in zip(factors.rows, steps.rows, strict=True):
         for key in ("train_loss", "test_loss", "test_accuracy"):
             assert a[key] == pytest.approx(b[key], rel=1e-4)
