@@ -29,6 +29,7 @@ from fedsim.params import Layout
 # Bytes per parameter that one pass must move in float32: x and each changed state read and written, g read.
 BYTES = {
     "sgd": 12,
+    "sgd_unchecked": 12,
     "momentum": 20,
     "lion": 20,
     "signum": 20,
@@ -45,6 +46,7 @@ BYTES = {
     "diffgrad": 36,
     "adan": 44,
 }
+SGD = ("sgd", "sgd_unchecked", "momentum")
 OTHERS = {
     "lamb": 40,
     "adamp": 40,
@@ -52,7 +54,10 @@ OTHERS = {
 }
 Result = dict[str, Any]
 Row = dict[str, Any]
-SPECS: dict[str, dict[str, Any]] = {"momentum": {"name": "sgd", "momentum": 0.9}}
+SPECS: dict[str, dict[str, Any]] = {
+    "momentum": {"name": "sgd", "momentum": 0.9},
+    "sgd_unchecked": {"name": "sgd", "skip_nonfinite": False},  # as torch's: no look at what is not finite
+}
 LR = 1e-9  # small enough to keep the numbers where they are over thousands of steps
 
 
@@ -91,7 +96,7 @@ def compare(steps: dict[str, Callable[[], object]], theirs: Callable[[], object]
 
 
 def our_step(rule: str, x: Tensor, g: Tensor, layout: Layout, backend: str) -> Callable[[], None]:
-    decay = 0.0 if rule in ("sgd", "momentum") else 0.01
+    decay = 0.0 if rule in SGD else 0.01
     spec = {"name": rule, **SPECS.get(rule, {}), "lr": LR, "weight_decay": decay, "backend": backend}
     optimizer = build(spec, layout)
     state = optimizer.init(x)
@@ -101,7 +106,7 @@ def our_step(rule: str, x: Tensor, g: Tensor, layout: Layout, backend: str) -> C
 def fused(rule: str, x: Tensor, g: Tensor) -> Callable[[], object]:
     p = nn.Parameter(x.reshape(-1).clone())
     p.grad = g.reshape(-1)
-    if rule == "sgd":
+    if rule in ("sgd", "sgd_unchecked"):
         return torch.optim.SGD([p], LR, fused=True).step
     if rule == "momentum":
         return torch.optim.SGD([p], LR, 0.9, fused=True).step
@@ -124,7 +129,7 @@ def measure(rule: str, clients: int, size: int, args: argparse.Namespace) -> lis
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(clients, layout.size, generator=generator).to(args.device)
     g = torch.rand(clients, layout.size, generator=generator).to(args.device)
-    own = rule in ("sgd", "momentum", "adamw")
+    own = rule in (*SGD, "adamw")
     aim = 1.15 if own else 1.4 * BYTES[rule] / BYTES["adamw"] if rule in BYTES else None
     steps = {backend: our_step(rule, x, g, layout, backend) for backend in args.backends.split(",")}
     first = {backend: once(step, 1) for backend, step in steps.items()}

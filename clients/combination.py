@@ -51,7 +51,10 @@ class Combination:
         return out
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """[P]: the sum of weights [C] times the rows."""
+        """[P]: the sum of weights [C] times the rows; one client's is formed first, to the bits that a device sends."""
+        if len(self) == 1:
+            vector = self.dense()
+            return torch.tensordot(weights.to(vector), vector, dims=1)
         out = torch.zeros_like(self.terms[0][1][0], dtype=self.dtype)
         for weight, tensor in self.terms:
             total = weights * (weight.to(weights) if isinstance(weight, Tensor) else weight)

@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Replies, Work
+from fedsim.fleet import Arrival, Cost, Fold, Replies, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
@@ -211,7 +211,7 @@ class FlowerFleet:
     def _collect(self, ids: Tensor, fold: Fold | None, count: bool = True) -> Replies:
         """All replies of one call, folded stack by stack as if each client were a stack of its own."""
         num_examples = self.num_examples[ids]
-        weights = None if fold is None else _weigh(fold, num_examples)
+        weights = None if fold is None else weigh(fold, num_examples)
         gather = Gather(len(ids))
         arrived = torch.zeros(len(ids), dtype=torch.float64)
         for group in grouped(cut(num_examples, 1)):
@@ -248,11 +248,6 @@ class FlowerFleet:
         if staleness is not None and len(ids):
             seen += Metrics.mean_over(staleness, torch.ones(len(ids)), name="staleness_mean")
         self._observed += seen
-
-
-def _weigh(fold: Fold, num_examples: Tensor) -> Tensor:
-    """[R] weights of a fold; zeros where no client has a sample, so that such a round changes nothing."""
-    return fold.weigh(num_examples) if bool((num_examples > 0).any()) else torch.zeros(len(num_examples))
 
 
 def _folded(results: Results, weight: Tensor) -> Results:

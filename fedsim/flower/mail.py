@@ -174,7 +174,7 @@ class Mail:
         if self.now - last > self.patience.reply_seconds:
             missing = sorted(self.flights.values(), key=lambda flight: flight.client)
             shown = ", ".join(
-                f"{f.client} ({self.calls[f.call].work}, round {self.calls[f.call].round})" for f in missing
+                f"{f.client} ({self.calls[f.call].work}, round {self.calls[f.call].round + 1})" for f in missing
             )
             raise ClientError(f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}")
 
@@ -185,7 +185,7 @@ class Mail:
 
     def _open(self, flight: Flight, message: Message) -> Results:
         sent = self.calls[flight.call]
-        content = content_of(message, f"client {flight.client}, {sent.work} of round {sent.round}")
+        content = content_of(message, f"client {flight.client}, {sent.work} of round {sent.round + 1}")
         head = wire.Head.read(content)
         if (head.client, head.number, head.work) != (flight.client, flight.number, sent.work):
             raise ClientError(

@@ -115,8 +115,8 @@ class Settings:
         zeroth_order: take the gradient from losses alone, at points around x.
         dp: clip the samples' gradients and add noise (DP-SGD).
         state_dtype: how the rule's large states are kept: `fp32`, `bf16`, or `dyn8` (8-bit codes in blocks).
-        backend: `eager`, `fused` (torch's own kernel), `compiled` (torch.compile), or `auto`: fused where there is
-            such a kernel, else eager.
+        backend: `eager`, `fused` (torch's own kernel), `compiled` (one pass of C++, or torch.compile), or `auto`:
+            fused where there is such a kernel, else eager.
         skip_nonfinite: leave out the step of a client whose gradient is not finite, and count it. On a GPU this
             costs one wait per step.
     """

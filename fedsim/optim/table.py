@@ -319,7 +319,7 @@ RULES: dict[str, Entry] = {
         kind="M",
         paper="arXiv:2403.03507",
         memory="(2 l r + s r) / (l s) per matrix",
-        note="With fresh state each round it is one SVD per client and round; see dct_lowrank.",
+        note="With fresh state each round one SVD per client and round; basis=randomized or dct_lowrank cost less.",
     ),
     "frugal": Entry(
         rule=frugal.Frugal,

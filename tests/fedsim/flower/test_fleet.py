@@ -135,7 +135,7 @@ def test_a_busy_client_is_not_sent_more() -> None:
 def test_a_failing_client_is_named_with_its_round_and_reason() -> None:
     fleet, _ = build()
     fleet.round = 7
-    with pytest.raises(ClientError, match=r"client 2, fail of round 7: .*no data today"):
+    with pytest.raises(ClientError, match=r"client 2, fail of round 8: .*no data today"):
         fleet.ask(ALL, HALVES.fail)
 
 
@@ -149,7 +149,7 @@ def test_a_silent_client_ends_the_run_when_patience_is_over() -> None:
     fleet, _ = build(lambda i: 1e9 if i == 1 and fleet_ready else 1.0)
     fleet_ready.append(True)
     try:
-        with pytest.raises(ClientError, match=r"no reply for 60.0 seconds from client\(s\) 1 \(tell, round 0\)"):
+        with pytest.raises(ClientError, match=r"no reply for 60.0 seconds from client\(s\) 1 \(tell, round 1\)"):
             fleet.ask(ALL, HALVES.tell, x=X)
     finally:
         fleet_ready.clear()
