@@ -170,7 +170,7 @@ class LocalSGD:
                     grad_sum += g
                 rate = factor.to(y)[:, None] if isinstance(factor, Tensor) else factor
                 y[:k, :n].sub_(lr * rate * self._direction(cohort, u, g, batch)[:, :n])
-            losses[:k] += loss.to(losses.dtype)
+            losses[:k].add_(loss)
         return losses
 
     def _stepwise(

@@ -31,6 +31,7 @@ from fedsim.streams import Streams
 BITS_PER_NUMBER = 32
 ONE_STEP = Cost()
 TIMELINE = 5000  # jobs that the report's timeline shows
+UNHEARD = 256  # replies whose metrics wait to be added up
 TOLERANCE = 1e-9  # seconds: a job that ends with the window counts, whatever its sum of floats says
 
 
@@ -81,6 +82,7 @@ class SimFleet:
         self.queue = EventQueue()
         self.sent: dict[int, Sent] = {}
         self._observed = Metrics()
+        self._heard: dict[str, list[tuple[Tensor, Tensor]]] = {}  # {metric: (values [R], weights [R]) of each reply}
         self._devices, self._seed = devices, seed
         self._model_size = model_size
         self._reply_bits = BITS_PER_NUMBER * model_size if reply_bits is None else reply_bits
@@ -194,6 +196,7 @@ class SimFleet:
 
     def observations(self) -> Metrics:
         """What clients logged and how many replied since the last call."""
+        self._add_up()
         seen, self._observed = self._observed, Metrics()
         return seen
 
@@ -252,16 +255,19 @@ class SimFleet:
         """(job numbers [R], finish times [R], what clients get) of new jobs; counts what they download."""
         numbers = self.job_counts[ids]
         self.job_counts[ids] += 1
-        down = torch.zeros(len(ids), dtype=torch.int64)
+        down, same = torch.zeros(len(ids), dtype=torch.int64), 0  # bits to each client, and to every client
         received: dict[str, Any] = {}
         for name, value in broadcast.items():
             if isinstance(value, Packet):  # what the strategy compressed itself
-                received[name], bits = value.decode()[0], value.bits[0]
+                received[name] = value.decode()[0]
+                same += int(value.bits[0])
             elif self.downlink is not None and isinstance(value, Tensor) and value.numel() == self._model_size:
                 received[name], bits = self.downlink.send(name, value, ids, len(self.clients))
+                down += bits
             else:
-                received[name], bits = value, torch.tensor(_bits({name: value}))
-            down += bits
+                received[name] = value
+                same += _bits({name: value})
+        down += same
         self.ledger.bits_down += int(down.sum())
         steps = cost.steps_of(self.num_examples[ids])
         up = torch.full_like(steps, self._up(cost, len(getattr(getattr(work, "__self__", None), "sent_whole", ()))))
@@ -354,14 +360,22 @@ class SimFleet:
         count: bool = True,
     ) -> None:
         """Note what the replies that arrive [R] bool cost and say."""
-        ids = ids[arrive]
         self.ledger.bits_up += int(bits_up[arrive].sum())
-        means: dict[str, tuple[float, float]] = {}
+        weights = self.num_examples[ids][arrive]
         for name, values in metrics.items():
-            means |= Metrics.mean_over(values[arrive], self.num_examples[ids], name=name).means
-        if staleness is not None and len(ids):
-            means |= Metrics.mean_over(staleness[arrive], torch.ones(len(ids)), name="staleness_mean").means
-        self._observed += Metrics(means, {"num_clients": len(ids) if count else 0})
+            self._heard.setdefault(name, []).append((values[arrive], weights))
+        if staleness is not None and len(weights):
+            self._heard.setdefault("staleness_mean", []).append((staleness[arrive], torch.ones_like(weights)))
+        self._observed += Metrics.count(num_clients=len(weights) if count else 0)
+        if any(len(heard) > UNHEARD for heard in self._heard.values()):
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """The means of what was noted, taken for many replies at once: that is most of what one arrival would cost."""
+        for name, heard in self._heard.items():
+            values, weights = (torch.cat(parts) for parts in zip(*heard, strict=True))
+            self._observed += Metrics.mean_over(values, weights, name=name)
+        self._heard = {}
 
 
 def _jobs(
