@@ -48,6 +48,7 @@ bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.strategies
 	$(BIN)/python -m benchmarks.bench_aggregate
 	$(BIN)/python -m benchmarks.bench_compress
+	$(BIN)/python -m benchmarks.bench_private
 
 bench-optim: $(BIN)/.test ## the optimizer core beside torch's own kernels, as ratios
 	$(BIN)/python -m benchmarks.bench_optim
