@@ -213,8 +213,12 @@ def _console() -> Any:
 
 def main() -> None:
     """The console script: mistakes become one message and an exit code."""
-    from fedsim.loop import Diverged, Interrupted, ServerError
-    from fedsim.sim.executor import ClientError
+    try:
+        from fedsim.loop import Diverged, Interrupted, ServerError
+        from fedsim.sim.executor import ClientError
+    except KeyboardInterrupt:  # importing torch takes a second or two
+        _say("stopped while starting; nothing was written")
+        sys.exit(130)
 
     warnings.showwarning = _plain_warning
     try:

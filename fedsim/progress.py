@@ -37,7 +37,7 @@ class Progress:
         if self.quiet:
             return
         plan, rounds = composition.plan, composition.experiment.rounds
-        about = f"{plan['clients']}; {plan['engine']}; {plan['workers']}"
+        about = f"clients: {plan['clients']}; {plan['engine']}; {plan['workers']}"
         self.console.print(Text.assemble((str(folder), "bold"), f": {about}"), soft_wrap=True)
         if self.console.is_terminal:
             self._bar = Bar(

@@ -389,3 +389,17 @@ def test_report_is_written_again(tmp_path: Path) -> None:
 def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     cli._plain_warning("the model can't be batched", UserWarning, "file.py", 3)
     assert capsys.readouterr().err == "fedsim: warning: the model can't be batched\n"
+
+
+def test_ctrl_c_while_starting_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Impatient:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "fedsim.loop":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "fedsim.loop")
+    monkeypatch.setattr(sys, "meta_path", [Impatient(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "fedsim: stopped while starting; nothing was written\n"
