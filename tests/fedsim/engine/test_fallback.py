@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fedsim.engine import ENGINES, build_engine
 from fedsim.engine.losses import cross_entropy
 from fedsim.engine.stacked import StackedEngine
+from fedsim.engine.tape import trace
 from fedsim.engine.twins import PlainLSTM
 from fedsim.params import Layout
 from tests.fedsim.engine.zoo import batch, model, stack
@@ -113,3 +115,23 @@ def test_building_leaves_the_users_module_alone() -> None:
     training = module.training
     build_engine("stacked", module, layout)
     assert [type(layer) for layer in module.modules()] == kinds and module.training == training
+
+
+def test_other_threads_run_modules_while_one_is_traced() -> None:
+    other, found = nn.Sequential(nn.Linear(3, 2), nn.ReLU()), []
+
+    class Slow(nn.Module):
+        """Another thread has its turn in the midst of this module's trace."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with ThreadPoolExecutor(1) as pool:
+                found.append(pool.submit(other, torch.ones(4, 3)).result())
+            return self.layer(x)
+
+    tape = trace(Slow(), torch.zeros(3))
+    assert [spec.name for spec in tape.specs] == ["layer"]
+    assert torch.equal(found[0], other(torch.ones(4, 3)))
