@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from clients.direction import GRADIENT
-from clients.local_sgd import LocalSGD
+from clients.local_sgd import LocalSGD, Reply
 from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
@@ -70,6 +70,6 @@ class FedAvgM:
         gamma = step_size(self.gamma, self.server_lr, self.local, r)
         return State(step_along(s.x, g, gamma, self.local.num_trainable), g), {}
 
-    def local_update(self, clients: Cohort, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    def local_update(self, clients: Cohort, x: Tensor, g: Tensor) -> Reply:
         local = self.local(clients, x, self.beta * GRADIENT + (1 - self.beta) * g)
         return {"u": along(local, self.local)}

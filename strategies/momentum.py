@@ -13,21 +13,17 @@ from fedsim.fleet import Cost, Replies
 from fedsim.task import Factored
 
 
-def along(result: LocalResult, local: LocalSGD) -> Tensor:
+def along(result: LocalResult, local: LocalSGD) -> Tensor | Factored:
     """[C, P]: Delta_i / (eta * K_i), the mean direction of a client's steps; zero for a client that took none.
 
-    Entries of buffers are left as they are: their change is no direction.
+    Entries of buffers are left as they are: their change is no direction. A change that local training left as a
+    weighted sum stays one.
     """
+    if isinstance(result.update, Combination):
+        return result.update * (1 / (local.lr * result.steps.clamp(min=1).double()))
     delta = result.delta
     delta[:, : local.num_trainable].div_(local.lr * result.steps.clamp(min=1).to(delta)[:, None])
     return delta
-
-
-def along_unformed(result: LocalResult, local: LocalSGD) -> Tensor | Factored:
-    """What `along` gives, left as the weighted sum that it is where local training gave its change as one."""
-    if isinstance(result.update, Combination):
-        return result.update * (1 / (local.lr * result.steps.clamp(min=1).double()))
-    return along(result, local)
 
 
 def twice(local: LocalSGD) -> Cost:

@@ -25,7 +25,7 @@ from fedsim.config import FromTable
 from fedsim.fleet import Fleet, choose
 from fedsim.optim import Optimizer
 from strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
-from strategies.momentum import along_unformed, step_size
+from strategies.momentum import along, step_size
 from strategies.server import Server
 
 
@@ -88,4 +88,4 @@ class ScaffoldM:
         local = self.local(clients, x, u, mean_grad=True)
         assert local.mean_grad is not None
         clients.memory["c"] = new = local.where_stepped(local.mean_grad, c_i)
-        return {"u": along_unformed(local, self.local), "dc": Combination.of((1.0, new), (-1.0, c_i))}
+        return {"u": along(local, self.local), "dc": Combination.of((1.0, new), (-1.0, c_i))}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clients.direction import GRADIENT, gradient_at
-from clients.local_sgd import LocalSGD
+from clients.local_sgd import LocalSGD, Reply
 from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
@@ -74,7 +74,7 @@ class ScaffoldMVR:
         gamma = step_size(self.gamma, self.server_lr, self.local, r)
         return State(step_along(s.x, g, gamma, self.local.num_trainable), s.x, g, c), {}
 
-    def local_update(self, clients: Cohort, x: Tensor, x_prev: Tensor, g: Tensor, c: Tensor) -> dict[str, Tensor]:
+    def local_update(self, clients: Cohort, x: Tensor, x_prev: Tensor, g: Tensor, c: Tensor) -> Reply:
         c_i = clients.memory["c"]
         u = GRADIENT - self.beta * (c_i - c) + (1 - self.beta) * (g - gradient_at(x_prev))
         local = self.local(clients, x, u, mean_grad=True)

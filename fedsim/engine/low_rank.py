@@ -152,15 +152,12 @@ def low_rank_run(
     layers = _layers(chain, layout, x)
     # one product for all steps, where the first layer's common part stays what it is
     base = _times(first, layers[0], num_clients) if x.ndim == 1 and shift is None else None
-    z = first
     for step, k in enumerate(active):
         now, past = slice(step * width, (step + 1) * width), slice(step * width)
         if step and shift is not None:
             layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * step))
+        h = first[:k, now]
         for i, layer in enumerate(layers):
-            if i:
-                a[i][:k, now] = torch.relu(z)
-            h = a[i][:k, now]
             z = _times(h, layer, k) if i or base is None else base[:k, now]
             if step:
                 for rate, term in own:
@@ -168,6 +165,8 @@ def low_rank_run(
                 gram = torch.bmm(h, a[i][:k, past].mT)
                 gram = gram if layer[1] is None else gram.add_(1.0)
                 z = torch.baddbmm(z, gram, d[i][:k, past], alpha=-lr * scale)
+            if i + 1 < len(layers):
+                a[i + 1][:k, now] = h = torch.relu(z)
         shares = None if whole.weights is None else whole.weights[:k, now]
         loss, dz = loss_and_gradient(cross_entropy, z, whole.targets[:k, now], shares, 1)
         losses[:k] += loss

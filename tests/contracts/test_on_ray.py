@@ -17,6 +17,7 @@ from fedsim.sim.executor import Jobs
 from fedsim.sim.ray_executor import RayExecutor
 from strategies import STRATEGIES
 from tests.fedsim.sim.ray_cases import hang_after_a_stack, once_marked
+from tests.fedsim.sim.runtime import local_runtime
 
 pytestmark = [
     pytest.mark.ray,
@@ -29,22 +30,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[None]:
     """One runtime for the whole table."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        ray.init(
-            address="local",
-            num_cpus=3,
-            num_gpus=0,
-            include_dashboard=False,
-            logging_level="error",
-            log_to_driver=False,
-            object_store_memory=150 << 20,
-        )
+    with local_runtime(num_cpus=3):
         yield
-        ray.shutdown()
 
 
 Rows = list[dict[str, Any]]

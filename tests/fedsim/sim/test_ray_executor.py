@@ -23,6 +23,7 @@ from fedsim.sim.fleet import SimFleet
 from fedsim.sim.links import Uplink
 from fedsim.sim.ray_executor import RayExecutor
 from tests.fedsim.sim.ray_cases import DIM, NUM_CLIENTS, arm, assert_same_bits, once_marked, runner, some_jobs
+from tests.fedsim.sim.runtime import local_runtime
 
 ROOT = Path(__file__).parents[3]
 
@@ -44,22 +45,8 @@ JOBS = {
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[None]:
     """A runtime that the caller started: executors use it and leave it running."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        ray.init(
-            address="local",
-            num_cpus=8,  # the executors of this module hold six
-            num_gpus=0,
-            include_dashboard=False,
-            logging_level="error",
-            log_to_driver=False,
-            object_store_memory=200 << 20,
-        )
+    with local_runtime(num_cpus=8):  # the executors of this module hold six
         yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
