@@ -31,26 +31,28 @@ def loss_and_gradient(
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, lead: int) -> tuple[Tensor, Tensor]:
-    """By hand: the gradient of -log p_t is p - e_t, times the sample's share."""
-    index = targets.unsqueeze(-1)
-    log_p = _log_softmax(logits)
-    chosen = log_p.gather(-1, index).squeeze(-1)
-    grad = log_p.exp_().scatter_add_(-1, index, _minus_one(logits.dtype, logits.device).expand(index.shape))
+    """By hand: the gradient of -log p_t is p - e_t, times the sample's share.
+
+    With few classes torch's kernels are slow along an axis of stride 1, so the samples are laid out there.
+    """
+    few = logits.shape[-1] <= FEW_CLASSES and not logits.is_cuda
+    axis = -2 if few else -1  # of the classes
+    log_p = torch.log_softmax(logits.transpose(-1, -2).contiguous() if few else logits, axis)
+    index = targets.unsqueeze(axis)
+    chosen = log_p.gather(axis, index).squeeze(axis)
+    grad = log_p.exp_().scatter_add_(axis, index, _minus_one(logits.dtype, logits.device).expand(index.shape))
     over = tuple(range(lead, chosen.ndim))
     if weights is None:
         count = chosen[0].numel() if lead else chosen.numel()
-        return chosen.sum(over).mul_(-1.0 / count), grad.mul_(1.0 / count)
-    share = sample_shares(weights, logits)
-    if chosen.ndim > lead + 1:  # a sequence's loss is the mean over its positions
-        share = (share / chosen.shape[-1]).unsqueeze(-1)
-    return -(chosen * share).sum(over), grad.mul_(share.unsqueeze(-1))
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Over the last axis. With few classes torch's kernel is slow along an axis of stride 1, so samples go there."""
-    if logits.shape[-1] > FEW_CLASSES or logits.is_cuda:
-        return torch.log_softmax(logits, -1)
-    return torch.log_softmax(logits.transpose(-1, -2).contiguous(), -2).transpose(-1, -2)
+        loss = chosen.sum(over).mul_(-1.0 / count)
+        grad.mul_(1.0 / count)
+    else:
+        share = sample_shares(weights, logits)
+        if chosen.ndim > lead + 1:  # a sequence's loss is the mean over its positions
+            share = (share / chosen.shape[-1]).unsqueeze(-1)
+        loss = -(chosen * share).sum(over)
+        grad.mul_(share.unsqueeze(axis))
+    return loss, grad.transpose(-1, -2) if few else grad
 
 
 @cache

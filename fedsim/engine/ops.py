@@ -38,6 +38,7 @@ class Spec:
         needs: which inputs want a gradient.
         trains: some input or parameter wants one.
         in_place: nobody else reads the first input, and its maker keeps no copy: it may be overwritten.
+        grad_in_place: the same of the output's gradient.
         call: how many calls of the same layer came before.
         layer: the module that holds the settings, if any.
         function: for ops that take one.
@@ -52,6 +53,7 @@ class Spec:
     needs: tuple[bool, ...] = ()
     trains: bool = True
     in_place: bool = False
+    grad_in_place: bool = False
     call: int = 0
     layer: nn.Module | None = None
     function: Callable[..., Tensor] | None = None
@@ -143,6 +145,8 @@ class ReLU:
         return self.y
 
     def backward(self, dy: Tensor) -> tuple[Tensor]:
+        if self.spec.grad_in_place:  # memory that was just written is near
+            return (aten.threshold_backward.grad_input(dy, self.y, 0, grad_input=dy),)
         return (aten.threshold_backward.default(dy, self.y, 0),)
 
 

@@ -88,12 +88,20 @@ class StackedEngine:
 
     def tape(self, batch: Batch) -> Tape | None:
         """The tape for batches of this kind, or None if the module has none."""
-        key = batch.inputs.shape[2:], batch.inputs.dtype
+        return self._tape_for(batch.inputs[0, 0])
+
+    def _tape_for(self, sample: Tensor) -> Tape | None:
+        key = sample.shape, sample.dtype
         if key not in self._tapes:
             with self._lock:
                 if key not in self._tapes:
-                    self._tapes[key] = self._trace(batch.inputs[0, 0])
+                    self._tapes[key] = self._trace(sample)
         return self._tapes[key]
+
+    def reads_only(self, sample: Tensor) -> bool:
+        """Whether a batch of samples like this one [...] may be a view of the data set: nothing will write to it."""
+        tape = self._tape_for(sample)
+        return tape is not None and tape.reads_only
 
     def _trace(self, sample: Tensor) -> Tape | None:
         if not self.use_tape:

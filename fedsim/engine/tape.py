@@ -13,6 +13,7 @@ import operator
 import threading
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -55,12 +56,14 @@ class Tape:
         num_slots: inputs and intermediate values.
         result: the slot of the outputs.
         fusible: every parameter is used once, so that a step of SGD may be applied within the backward pass.
+        reads_only: no part of the module writes to the inputs it is given, wherever it runs.
     """
 
     specs: tuple[Spec, ...]
     num_slots: int
     result: int
     fusible: bool
+    reads_only: bool
 
     def bind(self, bound: Bound) -> list[Op]:
         """Fresh ops on the views of one stack."""
@@ -150,6 +153,7 @@ class _Builder:
         self.shapes = shapes
         self.slots: dict[str, int] = {}
         self.specs: list[Spec] = []
+        self.overwrites = False  # whether some function or layer is one of torch's in-place forms
 
     def build(self) -> Tape:
         for node in self.graph.nodes:
@@ -165,7 +169,8 @@ class _Builder:
         specs = _lift_pools(self.specs)
         specs = _mark(specs)
         used = Counter(name for spec in specs for name in spec.params)
-        return Tape(tuple(specs), len(specs) + 1, self.result, fusible=max(used.values(), default=0) <= 1)
+        fusible = max(used.values(), default=0) <= 1
+        return Tape(tuple(specs), len(specs) + 1, self.result, fusible=fusible, reads_only=not self.overwrites)
 
     def _finish(self, node: fx.Node) -> None:
         result = node.args[0]
@@ -211,6 +216,10 @@ class _Builder:
         own = {k: p for k, p in layer.named_parameters(recurse=False) if p is not None}
         if any(id(p) not in self.trained for p in own.values()):
             raise Unsupported(f"layer {node.target} has frozen parameters")
+        if getattr(layer, "inplace", False):
+            self.overwrites = True
+            layer = copy(layer)
+            layer.inplace = False
         options: dict[str, Any] = {"layer": layer, "params": tuple(f"{node.target}.{k}" for k in own)}
         if make in (Local, PerImage):
             options["function"] = layer
@@ -229,6 +238,7 @@ class _Builder:
         if target in RESHAPES or (node.op == "call_method" and target in RESHAPE_METHODS):
             return Reshape, {}
         if target in (F.relu, torch.relu, "relu"):
+            self.overwrites |= True in (*node.args[1:], *node.kwargs.values())
             return ReLU, {}
         if target in (F.max_pool2d, torch.max_pool2d):
             return MaxPool2d, {"layer": _max_pool(*node.args[1:], **node.kwargs)}
@@ -250,10 +260,14 @@ class _Builder:
             isinstance(n, fx.Node) and n not in tensors for n in node.args
         ):
             raise Unsupported(f"{node.name} mixes tensors of several shapes")
-        if target in (operator.add, torch.add) and len(tensors) == 2 and not node.kwargs:
+        args, kwargs = list(node.args), dict(node.kwargs)
+        if kwargs.pop("inplace", False) or any(a is True for a in args):
+            self.overwrites = True
+            args = [False if a is True else a for a in args]
+        if target in (operator.add, torch.add) and len(tensors) == 2 and not kwargs:
             return Add, {}
-        order = [None if n in tensors else n for n in node.args]
-        return Local, {"function": partial(_pointwise, target, order, dict(node.kwargs))}
+        order = [None if n in tensors else n for n in args]
+        return Local, {"function": partial(_pointwise, target, order, kwargs)}
 
 
 _LAYERS: dict[type[nn.Module], Callable[..., Op]] = {
@@ -309,6 +323,17 @@ def _mark(specs: list[Spec]) -> list[Spec]:
     """Notes which inputs want gradients, and which may be overwritten."""
     readers = Counter(slot for spec in specs for slot in spec.inputs)
     makers = {spec.output: spec for spec in specs}
+    takers = {slot: spec for spec in specs for slot in spec.inputs}
+
+    def only_taker(slot: int) -> Spec | None:
+        """Who alone reads a value, or another shape of it."""
+        while readers[slot] == 1:
+            taker = takers[slot]
+            if taker.make is not Reshape:
+                return taker
+            slot = taker.output
+        return None
+
     wanted = {0: False}
     out = []
     for spec in specs:
@@ -317,7 +342,9 @@ def _mark(specs: list[Spec]) -> list[Spec]:
         first = makers.get(spec.inputs[0])
         fresh = first is not None and first.make in (Linear, Conv2d, MaxPool2d, Add)
         in_place = fresh and readers[spec.inputs[0]] == 1
-        out.append(replace(spec, needs=needs, trains=trains, in_place=in_place))
+        taker = only_taker(spec.output)
+        own = taker is not None and taker.make in (Linear, Conv2d)
+        out.append(replace(spec, needs=needs, trains=trains, in_place=in_place, grad_in_place=own))
     return out
 
 

@@ -10,6 +10,7 @@ cut to the longest batch among its active clients, so rows are padded only where
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,8 +27,12 @@ class BatchPlan:
         counts: [C] samples of each client, in an order in which steps do not increase.
         schedule: epochs or steps, batch size, shuffling.
         streams: of the stack; `job` in its key makes every round's order fresh.
-        gather: (step, rows [k, B], weights [k, B] or None) -> the batch of the first k clients.
+        gather: (step, k, columns, weights [k, B] or None) -> the batch of the first k clients with the samples at
+            `rows[:k, columns]`; step None stands for all steps side by side.
         locate: positions [C, M] -> rows of the data set [C, M], done once for all steps; the identity if left out.
+
+    Attributes:
+        rows: [C, M], what `locate` gave for all steps, B columns to each.
     """
 
     def __init__(
@@ -35,7 +40,7 @@ class BatchPlan:
         counts: Tensor,
         schedule: Schedule,
         streams: Streams,
-        gather: Callable[[int, Tensor, Tensor | None], Any],
+        gather: Callable[[int | None, int, slice, Tensor | None], Any],
         locate: Callable[[Tensor], Tensor] = lambda positions: positions,
     ) -> None:
         self.num_steps = schedule.num_steps(counts)
@@ -45,7 +50,7 @@ class BatchPlan:
         largest = int(counts.max()) if len(counts) else 0
         self._width = largest if schedule.batch_size is None else min(schedule.batch_size, largest)
         positions, valid = _positions(counts, schedule, streams, self.num_steps, self._width)
-        self._rows = locate(positions)
+        self.rows = locate(positions)
         steps = self.num_steps.cpu()
         last = int(steps[0]) if len(steps) else 0
         active = steps[:, None] > torch.arange(last)
@@ -71,13 +76,27 @@ class BatchPlan:
     def whole(self) -> tuple[Any, int, list[int]]:
         """(all steps as one batch [C, K * B], B, active clients of each step); padding weighs zero."""
         weights = None if bool(self._valid.all()) else self._valid.to(torch.float32)
-        return self._gather(0, self._rows, weights), self._width, self._active
+        return self._gather(None, len(self.rows), slice(None), weights), self._width, self._active
 
     def __getitem__(self, step: int) -> Any:
         k, cut, start = self._active[step], self._cut[step], step * self._width
         columns = slice(start, start + cut)
         weights = None if self._full[step] else self._valid[:k, columns].to(torch.float32)
-        return self._gather(step, self._rows[:k, columns], weights)
+        return self._gather(step, k, columns, weights)
+
+    @cached_property
+    def lines(self) -> list[tuple[int, int] | None]:
+        """For each step (first, gap) if its rows[i, j] are first + i * gap + j without padding, else None."""
+        rows = self.rows.view(len(self.rows), len(self), self._width).cpu()
+        number = torch.arange(self._width)
+        active = torch.arange(len(rows))[:, None] < torch.tensor(self._active)
+        in_a_row = (rows == rows[:, :, :1] + number) | (number >= torch.tensor(self._cut)[:, None])
+        first = rows[:, :, 0]
+        gap = torch.where(torch.tensor(self._active) > 1, first[min(1, len(rows) - 1)] - first[0], 0)
+        even = (first == first[0] + torch.arange(len(rows))[:, None] * gap) & in_a_row.all(2)
+        fits = (even | ~active).all(0) & torch.tensor(self._full) & (gap >= 0)
+        found = zip(first[0].tolist(), gap.tolist(), strict=True)
+        return [line if ok else None for line, ok in zip(found, fits.tolist(), strict=True)]
 
 
 def _positions(

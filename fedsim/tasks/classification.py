@@ -59,21 +59,37 @@ class ClassificationTask:
         return self.x0.clone()
 
     def batches(self, cohort: Cohort, schedule: Schedule) -> BatchPlan:
-        tensors = self.data.inputs, self.data.targets
+        data = self.data
+        views = not schedule.shuffle and self._may_view()
 
-        def gather(step: int, rows: Tensor, weights: Tensor | None) -> Batch:
-            k, flat = len(rows), rows.reshape(-1)
-            inputs, targets = (t.index_select(0, flat).view(*rows.shape, *t.shape[1:]) for t in tensors)
-            if self._poisoned is not None and self._poison is not None:
-                lying = self._poisoned[cohort.ids[:k]].view(-1, *[1] * (targets.ndim - 1))
-                targets = torch.where(lying, self._poison(targets, self.data.num_classes), targets)
+        def gather(step: int | None, k: int, columns: slice, weights: Tensor | None) -> Batch:
+            labels = read(plan.rows[:k, columns]) if targets is None else targets[:k, columns]
+            line = plan.lines[step] if views and step is not None else None
+            if line is None:
+                inputs = _copy(data.inputs, plan.rows[:k, columns])
+            else:
+                inputs = _view(data.inputs, labels.shape[:2], *line)
             streams = cohort.streams if k == len(cohort) else cohort.streams.rows(slice(k))
-            return Batch(inputs, targets, weights, streams, step)
+            return Batch(inputs, labels, weights, streams, step or 0)
+
+        def read(rows: Tensor) -> Tensor:
+            found = _copy(data.targets, rows)
+            if self._poisoned is None or self._poison is None:
+                return found
+            lying = self._poisoned[cohort.ids[: len(rows)]].view(-1, *[1] * (found.ndim - 1))
+            return torch.where(lying, self._poison(found, data.num_classes), found)
 
         def locate(positions: Tensor) -> Tensor:
-            return self.data.rows(cohort.ids, positions)
+            return data.rows(cohort.ids, positions)
 
-        return BatchPlan(cohort.num_examples, schedule, cohort.streams, gather, locate)
+        plan = BatchPlan(cohort.num_examples, schedule, cohort.streams, gather, locate)
+        targets = read(plan.rows) if data.targets.ndim == 1 else None  # all at once where that takes no more than rows
+        return plan
+
+    def _may_view(self) -> bool:
+        """Whether a batch may be a view of the data set, as it can where samples are used in their own order."""
+        reads_only = getattr(self.engine, "reads_only", None)
+        return reads_only is not None and reads_only(self.data.inputs[0])
 
     def field(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.engine.gradient(x, batch, out)
@@ -143,6 +159,18 @@ def by_client(data: FederatedData) -> FederatedData:
         return data
     inputs, targets = pages.take(data.inputs, order), data.targets.index_select(0, order)
     return replace(data, inputs=inputs, targets=targets, order=torch.arange(len(order), device=order.device))
+
+
+def _copy(pool: Tensor, rows: Tensor) -> Tensor:
+    """[k, B, ...] from rows [k, B] of a pool of samples."""
+    return pool.index_select(0, rows.reshape(-1)).view(*rows.shape, *pool.shape[1:])
+
+
+def _view(pool: Tensor, shape: Sequence[int], first: int, gap: int) -> Tensor:
+    """The same without a copy for `shape` [k, B], where rows[i, j] = first + i * gap + j."""
+    sample, *inner = pool.stride()
+    start = pool.storage_offset() + first * sample
+    return pool.as_strided((*shape, *pool.shape[1:]), (gap * sample, sample, *inner), start)
 
 
 def _per_sample(values: Tensor) -> Tensor:

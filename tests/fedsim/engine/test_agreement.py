@@ -16,7 +16,7 @@ from fedsim.engine.losses import LOSSES, cross_entropy
 from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
 from fedsim.tasks.models import MODELS
-from tests.fedsim.engine.zoo import batch, copy_of, model, rows_of, stack
+from tests.fedsim.engine.zoo import K, batch, copy_of, model, rows_of, stack
 
 COUNTS = [4, 2, 0, 3]
 TAPED = [name for name in MODELS if name != "transformer"]
@@ -44,6 +44,35 @@ def test_stacked_equals_the_loop_on_every_model(name: str, use_tape: bool, padde
     engine = StackedEngine(module, layout, cross_entropy, use_tape=use_tape)
     check(engine, LoopEngine(module, layout, cross_entropy), x, b)
     assert engine.path == ("tape" if use_tape and name in TAPED else "vmap")
+
+
+class InPlace(nn.Module):
+    """Activations in every in-place form, one on the inputs themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = (nn.Linear(6, n) for n in (6, 6, 6, K))
+        self.clip, self.elu = nn.Hardtanh(-0.5, 0.5, inplace=True), nn.ELU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.elu(self.first(self.clip(x)))
+        h = F.relu(self.second(h), inplace=True)
+        return self.last(F.leaky_relu(self.third(h), 0.2, True))
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+def test_in_place_activations_are_carried_and_leave_the_inputs_alone(clients: int) -> None:
+    module = InPlace().double()
+    layout = Layout.of_module(module)
+    engine, oracle = (kind(module, layout, cross_entropy) for kind in (StackedEngine, LoopEngine))
+    x = 0.5 * torch.randn(clients, layout.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inputs = torch.linspace(-2, 2, clients * 4 * 6, dtype=torch.float64).view(clients, 4, 6)
+    targets = torch.arange(clients * 4).view(clients, 4) % K
+    got = engine.gradient(x, Batch(inputs, targets))
+    assert engine.path == "tape" and not engine.reads_only(inputs[0, 0])
+    assert float(inputs.max()) == 2
+    expected = oracle.gradient(x, Batch(inputs.clone(), targets))
+    assert close(got[0], expected[0]) and close(got[1], expected[1])
 
 
 @pytest.mark.parametrize("name", MODELS)

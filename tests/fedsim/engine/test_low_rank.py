@@ -23,16 +23,18 @@ def _plan(counts: list[int], inputs: Tensor, targets: Tensor, batch_size: int, e
     ids = torch.arange(len(counts))
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0)[:-1].tolist()])
 
-    def gather(step: int, rows: Tensor, weights: Tensor | None) -> Batch:
+    def gather(step: int | None, k: int, columns: slice, weights: Tensor | None) -> Batch:
+        rows = plan.rows[:k, columns]
         return Batch(inputs[rows], targets[rows], None if weights is None else weights.to(inputs))
 
-    return BatchPlan(
+    plan = BatchPlan(
         torch.tensor(counts),
         Schedule(epochs=epochs, batch_size=batch_size),
         Streams(0, ids, torch.zeros_like(ids)),
         gather,
         lambda positions: (starts[:, None] + positions).clamp(max=len(inputs) - 1),
     )
+    return plan
 
 
 @pytest.mark.parametrize("own_models", [False, True])

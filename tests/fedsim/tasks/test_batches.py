@@ -13,10 +13,20 @@ from fedsim.tasks.batches import BatchPlan
 Plan = list[tuple[Tensor, Tensor | None]]
 
 
+def _batches(counts: list[int], schedule: Schedule, streams: Streams) -> BatchPlan:
+    """Batches that are the positions of their samples, with weights."""
+
+    def gather(step: int | None, k: int, columns: slice, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return plan.rows[:k, columns], weights
+
+    plan = BatchPlan(torch.tensor(counts), schedule, streams, gather)
+    return plan
+
+
 def _plan(counts: list[int], schedule: Schedule, clients: list[int] | None = None) -> Plan:
     ids = torch.tensor(clients if clients is not None else list(range(len(counts))))
     streams = Streams(0, ids, torch.zeros_like(ids))
-    plan = BatchPlan(torch.tensor(counts), schedule, streams, lambda step, positions, weights: (positions, weights))
+    plan = _batches(counts, schedule, streams)
     return [plan[k] for k in range(len(plan))]
 
 
@@ -79,3 +89,31 @@ def test_clients_without_samples_take_no_step() -> None:
 def test_impossible_schedules_are_refused(bad: dict[str, int | None]) -> None:
     with pytest.raises(ValueError, match="local"):
         Schedule(**bad)
+
+
+def _given(counts: list[int], rows: list[list[int]], schedule: Schedule) -> BatchPlan:
+    """A plan whose samples lie in given rows of the data set."""
+    ids = torch.arange(len(counts))
+    table = torch.tensor(rows)
+    streams = Streams(0, ids, torch.zeros_like(ids))
+    return BatchPlan(
+        torch.tensor(counts), schedule, streams, lambda *given: None, lambda at: table.gather(1, at.clamp(max=3))
+    )
+
+
+def test_rows_that_lie_evenly_are_known_as_lines() -> None:
+    fixed = Schedule(epochs=2, batch_size=2, shuffle=False)
+    assert _given([4, 4, 4], [[0, 1, 2, 3], [10, 11, 12, 13], [20, 21, 22, 23]], fixed).lines == 2 * [(0, 10), (2, 10)]
+    assert _given([4], [[7, 8, 9, 4]], fixed).lines == 2 * [(7, 0), None]
+    uneven = _given([4, 4, 4], [[0, 1, 2, 3], [10, 11, 12, 13], [21, 22, 22, 23]], fixed)
+    assert uneven.lines == 2 * [None, (2, 10)]
+    backwards = _given([4, 4], [[10, 11, 12, 13], [0, 1, 2, 3]], fixed)
+    assert backwards.lines == 4 * [None]
+
+
+def test_a_padded_step_is_no_line_and_clients_that_are_done_do_not_matter() -> None:
+    fixed = Schedule(epochs=1, batch_size=2, shuffle=False)
+    plan = _given([4, 3, 2], [[0, 1, 2, 3], [4, 5, 6, 6], [8, 9, 9, 9]], fixed)
+    assert plan.lines == [(0, 4), None]
+    plan = _given([4, 2], [[0, 1, 2, 3], [5, 6, 6, 6]], fixed)
+    assert plan.lines == [(0, 5), (2, 0)]

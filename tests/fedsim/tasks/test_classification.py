@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from clients.oracle import full_gradient, gradient
@@ -52,6 +53,30 @@ def test_batches_hold_the_clients_own_samples_in_the_keyed_order() -> None:
             assert size == len(mine)
             assert torch.equal(batch.inputs[row, :size], twin.inputs[client][mine])
             assert torch.equal(batch.targets[row, :size], twin.targets[client][mine])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("counts", [[8, 8, 8], [9, 7, 3]])
+def test_a_fixed_order_reads_the_data_where_it_lies_unless_the_module_writes_there(
+    counts: list[int], inplace: bool
+) -> None:
+    def clipped(shape: tuple[int, ...], classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Hardtanh(-0.5, 0.5, inplace=inplace), nn.Linear(64, classes))
+
+    task, twin = images(clipped, counts, 4)
+    before = task.data.inputs.clone()
+    cohort = _cohort(task, [0, 1, 2])
+    batches = task.batches(cohort, Schedule(epochs=1, batch_size=4, shuffle=False))
+    for step in range(len(batches)):
+        batch = batches[step]
+        lies = batch.inputs.untyped_storage().data_ptr() == task.data.inputs.untyped_storage().data_ptr()
+        assert lies == (not inplace and (counts[0] == counts[2] or batches.active(step) == 1))
+        for row in range(batches.active(step)):
+            mine = twin.inputs[row][4 * step : 4 * step + 4]
+            assert torch.equal(batch.inputs[row, : len(mine)], mine)
+            assert torch.equal(batch.targets[row, : len(mine)], twin.targets[row][4 * step : 4 * step + 4])
+        task.field(task.x0.repeat(len(batch.inputs), 1), batch)
+    assert torch.equal(task.data.inputs, before)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
