@@ -113,9 +113,9 @@ class DiffGrad(Rule):
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
         s.v.lerp_(g * g, c.a2)
-        friction = (s.g_prev - g).abs_().sigmoid_()
+        damping = (s.g_prev - g).abs_().neg_().exp_().add_(1)  # one over the sigmoid, which saves a division
         s.g_prev.copy_(g)
-        return friction.mul_(s.m).div_(denominator(s.v, c))
+        return s.m / denominator(s.v, c).mul_(damping)
 
 
 @dataclass(frozen=True, kw_only=True)

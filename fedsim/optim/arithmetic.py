@@ -17,6 +17,28 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
     return np.where(condition, yes, no)
 
 
+def maximum(a: Any, b: Any) -> Any:
+    """numpy.maximum that keeps plain numbers plain, which is ten times as fast."""
+    return max(a, b) if _plain(a, b) else np.maximum(a, b)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """numpy.minimum that keeps plain numbers plain."""
+    return min(a, b) if _plain(a, b) else np.minimum(a, b)
+
+
+def ratio(a: Any, b: Any) -> Any:
+    """a / b, and 0 where b is not above 0."""
+    if _plain(a, b):
+        return a / b if b > 0 else 0.0
+    positive = np.greater(b, 0)
+    return np.where(positive, a / np.where(positive, b, 1.0), 0.0)[()]
+
+
+def _plain(*values: Any) -> bool:
+    return all(type(v) in (float, int) for v in values)
+
+
 def scaled(g: Tensor, factor: Tensor | float) -> Tensor:
     """g * factor, without a copy when the factor is the number one."""
     return g if isinstance(factor, float | int) and factor == 1 else g * factor

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.arithmetic import start_, where
+from fedsim.optim.arithmetic import maximum, minimum, ratio, start_, where
 from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
 from fedsim.optim.segments import Segments
 
@@ -84,11 +84,11 @@ class ScheduleFreeAdamW(Rule):
 
 
 def _weights(h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-    rise = np.minimum(1.0, t / h.warmup) if h.warmup else 1.0
-    q.lr_max = np.maximum(q.lr_max, h.lr * rise)
+    rise = minimum(1.0, t / h.warmup) if h.warmup else 1.0
+    q.lr_max = maximum(q.lr_max, h.lr * rise)
     w = t**h.r * q.lr_max**h.power
     q.weight = q.weight + w
-    share = np.where(q.weight > 0, w / np.where(q.weight > 0, q.weight, 1.0), 0.0)[()]
+    share = ratio(w, q.weight)
     return {"rise": rise, "share": share, "pull": 1 - h.beta * (1 - share), "first": where(t > 1, 0.0, 1.0)}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from math import factorial
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ def source(
         body="\n        ".join([*loads, *lines, *stores]),
         arguments=",\n        ".join(passed),
         gradient=gradient,
-        ways=4 if len(read) <= 2 else 2,
+        series=", ".join(f"1. / {factorial(i)}" for i in range(14)),
+        ways=4 if len(read) <= 2 else 2 if len(read) <= 4 else 1,
     )
 
 
@@ -199,8 +201,8 @@ _FRAME = """\
 #include <string.h>
 #define NONFINITE (sizeof(real) == 4 ? (word)0x7f800000 : (word)0x7ff0000000000000)
 #define PART 16384  // coordinates that one thread takes at a time
-// Memory answers several streams faster than one: rows out of the cache are walked in several places by turns. A piece
-// is no power of two, so that the places do not fall on the same lines of the cache.
+// Memory answers several streams faster than one, up to about ten: long rows, which lie out of the cache, are walked in
+// several places by turns. A piece is no power of two, so that the places do not fall on the same lines of the cache.
 #define LOOKS 8
 #define WAYS {ways}
 #define PIECE 240
@@ -218,10 +220,11 @@ static inline real exponential(real a) {{
     a = a > top ? top : (a < -top ? -top : a);
     const real n = floor(a * real(1.4426950408889634) + real(0.5));
     const real r = (a - n * real(0.693145751953125)) - n * real(1.42860682030941723212e-6);
+    static const real series[] = {{{series}}};  // 1 / i!
     const int terms = sizeof(real) == 4 ? 7 : 13;
-    real sum = 1;
+    real sum = series[terms];
 #pragma GCC unroll 16
-    for (int i = terms; i > 0; --i) sum = 1 + sum * r * (1 / real(i));
+    for (int i = terms - 1; i >= 0; --i) sum = sum * r + series[i];
     const word bits = ((word)n + (sizeof(real) == 4 ? 127 : 1023)) << (sizeof(real) == 4 ? 23 : 52);
     real scale;
     memcpy(&scale, &bits, sizeof scale);
@@ -229,7 +232,7 @@ static inline real exponential(real a) {{
 }}
 
 static bool unsound(const word* __restrict bits, long n) {{
-    const long share = n / LOOKS;
+    const long share = n < LONG ? 0 : n / LOOKS;
     word worst = 0;
     for (long j = 0; j < share; ++j) {{
 #pragma GCC unroll 8
@@ -268,7 +271,7 @@ static inline const word* gradient(const Stack& s, long r, long from) {{
 static void row(const Stack& s, long r) {{
     for (long run = 0, from = 0; run < s.runs; from = s.ends[run++]) {{
         const long n = s.ends[run] - from;
-        const long share = n < LONG ? 0 : n / (WAYS * PIECE) * PIECE;
+        const long share = n < LONG || WAYS == 1 ? 0 : n / (WAYS * PIECE) * PIECE;
         for (long at = from; at < from + share; at += PIECE)
             for (long way = 0; way < WAYS; ++way) advance(s, r, run, at + way * share, PIECE);
         advance(s, r, run, from + WAYS * share, n - WAYS * share);

@@ -23,7 +23,6 @@ from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -47,14 +46,17 @@ class Kernel:
         library: the compiled code.
         ends: [R], where each run of coordinates ends that shares its weights.
         weights: [W, R], the weights of each run.
+        arrays: how many it takes, x and g among them.
+        numbers: how many coefficients.
     """
 
-    def __init__(self, library: ctypes.CDLL, ends: np.ndarray, weights: np.ndarray) -> None:
+    def __init__(self, library: ctypes.CDLL, ends: np.ndarray, weights: np.ndarray, arrays: int, numbers: int) -> None:
         self._step = library.step
         self._step.restype = ctypes.c_long
         long, number, pointer = ctypes.c_long, ctypes.c_int, ctypes.c_void_p
         stack = (long, long, pointer, pointer, pointer, long, long)
         self._step.argtypes = (*stack, long, pointer, pointer, pointer, number, number)
+        self._pointers, self._strides, self._numbers = pointer * arrays, long * arrays, ctypes.c_double * numbers
         self._kept = ends, weights
         self._runs = len(ends), ends.ctypes.data, weights.ctypes.data
 
@@ -74,15 +76,14 @@ class Kernel:
         """
         k, p = x.shape
         taken = (x, g, *arrays)
-        n = len(taken)
-        pointers = (ctypes.c_void_p * n)(*[a.data_ptr() for a in taken])
-        strides = (ctypes.c_long * n)(*[0 if a.shape[0] == 1 < k else a.stride(0) for a in taken])
+        pointers = self._pointers(*[a.data_ptr() for a in taken])
+        strides = self._strides(*[0 if k > 1 and len(a) == 1 else a.stride(0) for a in taken])
         coefs: Any
         if any(isinstance(v, Tensor) for v in numbers):
             table = np.stack([_column(v, k) for v in numbers])
             coefs, across, down = table.ctypes.data, k, 1
         else:
-            coefs, across, down = (ctypes.c_double * len(numbers))(*numbers), 1, 0
+            coefs, across, down = self._numbers(*numbers), 1, 0
         bad = (ctypes.c_ubyte * k)()
         threads = torch.get_num_threads() if k * p >= _MANY else 1
         left = self._step(k, p, pointers, strides, coefs, across, down, *self._runs, bad, check, threads)
@@ -95,13 +96,8 @@ def _column(value: Any, k: int) -> np.ndarray:
     return np.full(k, float(value))
 
 
-_KERNELS: WeakKeyDictionary[Plan, dict[object, Kernel | None]] = WeakKeyDictionary()
-
-
 def step_(plan: Plan, x: Tensor, g: Tensor, block: Block, check: bool) -> list[int] | None:
     """One step of all rows of x [k, P]; the rows left out, or None if there is no kernel for this step."""
-    if not (plan.elementwise and x.device.type == "cpu" and x.dtype in _TYPES and x.stride(1) == 1):
-        return None
     arrays: Values = block.states[0]
     numbers: Values = block.coefs[0]
     if any(v is None for v in arrays.values()) or not _WEIGHTS.isdisjoint(arrays):
@@ -109,20 +105,23 @@ def step_(plan: Plan, x: Tensor, g: Tensor, block: Block, check: bool) -> list[i
     if block.shared:
         arrays = arrays | {n: v for n, v in block.shared.items() if n in _ARRAYS}
         numbers = numbers | {n: v for n, v in block.shared.items() if n not in _ARRAYS}
-    kernel = kernel_of(plan, x.dtype, tuple(arrays), tuple(numbers))
-    return None if kernel is None else kernel(x, _near(g), [_near(a) for a in arrays.values()], numbers.values(), check)
+    kernel = kernel_of(plan, x, arrays, numbers)
+    return None if kernel is None else kernel(x, near(g), [near(a) for a in arrays.values()], numbers.values(), check)
 
 
-def kernel_of(plan: Plan, dtype: torch.dtype, arrays: tuple[str, ...], numbers: tuple[str, ...]) -> Kernel | None:
-    """The compiled step of a plan with these inputs, made at the first call; None if it cannot be made."""
-    known = _KERNELS.setdefault(plan, {})
-    key = (dtype, arrays, numbers)
+def kernel_of(plan: Plan, x: Tensor, arrays: Values, numbers: Values) -> Kernel | None:
+    """The compiled step of a plan on x [k, P] with inputs of these names, made once; None if it cannot be made."""
+    if not (x.is_cpu and plan.elementwise and x.dtype in _TYPES and x.stride(1) == 1):
+        return None
+    known: dict[object, Kernel | None] = plan.kernels
+    key = (x.dtype, *arrays, None, *numbers)
     if key not in known:
-        known[key] = _make(plan, dtype, arrays, numbers)
+        known[key] = _make(plan, x.dtype, tuple(arrays), tuple(numbers))
     return known[key]
 
 
-def _near(a: Tensor) -> Tensor:
+def near(a: Tensor) -> Tensor:
+    """The same rows, entries of a row side by side."""
     return a if a.stride(1) == 1 else a.contiguous()
 
 
@@ -145,7 +144,11 @@ def _make(plan: Plan, dtype: torch.dtype, arrays: tuple[str, ...], numbers: tupl
     except emit.NotElementwise:
         return None
     library = _library(text, dtype)
-    return None if library is None else Kernel(library, *_runs(plan, list(weights.values())))
+    return (
+        None
+        if library is None
+        else Kernel(library, *_runs(plan, list(weights.values())), 2 + len(arrays), len(numbers))
+    )
 
 
 def _runs(plan: Plan, weights: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:

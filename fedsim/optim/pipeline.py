@@ -111,6 +111,11 @@ class Plan:
     settings: Settings
     segments: Segments
 
+    @cached_property
+    def kernels(self) -> dict[object, Any]:
+        """Compiled steps, kept by `native`."""
+        return {}
+
     @property
     def decodes(self) -> bool:
         """Whether some states are decoded for each step."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsim.optim import native
 from fedsim.optim.backends import row_blocks
 from fedsim.optim.fused import fused_step_, kernel_for
-from fedsim.optim.pipeline import Block, Plan
+from fedsim.optim.pipeline import Plan
 from fedsim.optim.rule import Named
 from fedsim.optim.state import OptState
 from fedsim.optim.work import decay_rate
@@ -59,13 +59,17 @@ def quick_compiled_(plan: Plan, x: Tensor, grad: Tensor, state: OptState, lr_sca
     if part.decays:
         coefs["decay_rate"] = decay_rate(part, h, lr_scale)
     buffers = {s.name: state.buffers[part.name + s.name] for s in part.states}
-    left = native.step_(plan, x, grad, Block({}, [buffers], [coefs]), plan.settings.skip_nonfinite)
-    if left is None:
+    kernel = native.kernel_of(plan, x, buffers, coefs)
+    if kernel is None:
         return 0
+    arrays = [native.near(b) for b in buffers.values()]
+    left = kernel(x, native.near(grad), arrays, coefs.values(), plan.settings.skip_nonfinite)
     if not left:
-        (state.t if k == state.num_clients else state.t[:k]).add_(1)
+        whole = k == state.num_clients
+        (state.t if whole else state.t[:k]).add_(1)
         for name in host:
-            state.host[part.name + name][:k] = getattr(q, name)
+            kept = state.host[part.name + name]
+            (kept if whole else kept[:k]).fill_(getattr(q, name))
         return k
     good = [r for r in range(k) if r not in left]
     state.t[good] += 1
@@ -77,8 +81,8 @@ def quick_compiled_(plan: Plan, x: Tensor, grad: Tensor, state: OptState, lr_sca
 
 def _agreed(values: Tensor, k: int) -> float | None:
     """The number that the first k entries share, or None."""
-    first: float = values[0].item()
-    return first if k == 1 or bool((values[:k] == first).all()) else None
+    numbers: list[float] = (values if k == len(values) else values[:k]).tolist()
+    return numbers[0] if numbers.count(numbers[0]) == k else None
 
 
 def _rows(arrays: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ def run(spec: dict[str, Any], backend: str, x: Tensor, grads: Tensor, **inputs: 
         k = 3 if i < 3 else 2
         optimizer.step_(y[:k], g[:k], state, **inputs)
     if backend == "compiled" and native._library('extern "C" void step() {}', torch.float32) is not None:
-        assert all(native._KERNELS[optimizer.plan].values())  # none of these falls back to torch's compiler
+        assert all(optimizer.plan.kernels.values())  # none of these falls back to torch's compiler
     return y, state
 
 
@@ -81,4 +81,5 @@ def test_an_operation_without_a_line_of_arithmetic_is_refused() -> None:
 def test_without_a_compiler_the_step_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_library", lambda *of: None)
     optimizer = build({"name": "lion", "lr": 0.1, "backend": "compiled"}, LAYOUT)
-    assert native.kernel_of(optimizer.plan, torch.float32, ("m",), ("a1", "a2", "lr")) is None
+    arrays, numbers = dict.fromkeys(["m"]), dict.fromkeys(["a1", "a2", "lr"])
+    assert native.kernel_of(optimizer.plan, torch.zeros(1, LAYOUT.size), arrays, numbers) is None
