@@ -99,7 +99,7 @@ class StackedEngine:
         return self._tapes[key]
 
     def reads_only(self, sample: Tensor) -> bool:
-        """Whether a batch of samples like this one [...] may be a view of the data set: nothing will write to it."""
+        """Whether samples like this one [...] may be handed over as a view of the data set: nobody writes to them."""
         tape = self._tape_for(sample)
         return tape is not None and tape.reads_only
 

@@ -56,7 +56,7 @@ class Tape:
         num_slots: inputs and intermediate values.
         result: the slot of the outputs.
         fusible: every parameter is used once, so that a step of SGD may be applied within the backward pass.
-        reads_only: no part of the module writes to the inputs it is given, wherever it runs.
+        reads_only: the module itself, run as it is, leaves its inputs alone.
     """
 
     specs: tuple[Spec, ...]
@@ -79,11 +79,12 @@ def trace(module: nn.Module, sample: Tensor) -> Tape:
     try:
         graph = _Tracer().trace(module.train())
         shapes = _shapes(module, graph, sample)
+        reads_only = _reads_only(module, sample)
     except Unsupported:
         raise
     except Exception as error:  # tracing runs the user's own code, which may fail in any way
         raise Unsupported(f"{type(error).__name__} while tracing: {error}") from error
-    return _Builder(module, graph, shapes).build()
+    return _Builder(module, graph, shapes).build(reads_only)
 
 
 class _Tracer(fx.Tracer):
@@ -126,8 +127,7 @@ class _Shapes(fx.Interpreter):
 def _shapes(module: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[str, tuple[int, ...] | None]:
     """Each tensor's shape for one sample, or None where the first axis is not that of the samples."""
     training = module.training
-    if sample.is_floating_point():
-        sample = sample.to(next(iter(module.parameters()), sample).dtype)
+    sample = _in_dtype(module, sample)
     try:
         runs = []
         for size in (5, 7):
@@ -143,6 +143,21 @@ def _shapes(module: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[str, tup
     }
 
 
+def _reads_only(module: nn.Module, sample: Tensor) -> bool:
+    """Whether a pass leaves its inputs alone: run to see, as a trace takes `x += 1` for an ordinary sum."""
+    training, inputs = module.training, _in_dtype(module, sample).new_zeros(2, *sample.shape)
+    try:
+        with torch.no_grad():
+            module.eval()(inputs)
+    finally:
+        module.train(training)
+    return inputs._version == 0
+
+
+def _in_dtype(module: nn.Module, sample: Tensor) -> Tensor:
+    return sample.to(next(iter(module.parameters()), sample).dtype) if sample.is_floating_point() else sample
+
+
 class _Builder:
     """Turns nodes into specs, one after another."""
 
@@ -153,9 +168,8 @@ class _Builder:
         self.shapes = shapes
         self.slots: dict[str, int] = {}
         self.specs: list[Spec] = []
-        self.overwrites = False  # whether some function or layer is one of torch's in-place forms
 
-    def build(self) -> Tape:
+    def build(self, reads_only: bool) -> Tape:
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 if self.slots:
@@ -170,7 +184,7 @@ class _Builder:
         specs = _mark(specs)
         used = Counter(name for spec in specs for name in spec.params)
         fusible = max(used.values(), default=0) <= 1
-        return Tape(tuple(specs), len(specs) + 1, self.result, fusible=fusible, reads_only=not self.overwrites)
+        return Tape(tuple(specs), len(specs) + 1, self.result, fusible=fusible, reads_only=reads_only)
 
     def _finish(self, node: fx.Node) -> None:
         result = node.args[0]
@@ -217,7 +231,6 @@ class _Builder:
         if any(id(p) not in self.trained for p in own.values()):
             raise Unsupported(f"layer {node.target} has frozen parameters")
         if getattr(layer, "inplace", False):
-            self.overwrites = True
             layer = copy(layer)
             layer.inplace = False
         options: dict[str, Any] = {"layer": layer, "params": tuple(f"{node.target}.{k}" for k in own)}
@@ -238,7 +251,6 @@ class _Builder:
         if target in RESHAPES or (node.op == "call_method" and target in RESHAPE_METHODS):
             return Reshape, {}
         if target in (F.relu, torch.relu, "relu"):
-            self.overwrites |= True in (*node.args[1:], *node.kwargs.values())
             return ReLU, {}
         if target in (F.max_pool2d, torch.max_pool2d):
             return MaxPool2d, {"layer": _max_pool(*node.args[1:], **node.kwargs)}
@@ -260,10 +272,9 @@ class _Builder:
             isinstance(n, fx.Node) and n not in tensors for n in node.args
         ):
             raise Unsupported(f"{node.name} mixes tensors of several shapes")
-        args, kwargs = list(node.args), dict(node.kwargs)
-        if kwargs.pop("inplace", False) or any(a is True for a in args):
-            self.overwrites = True
-            args = [False if a is True else a for a in args]
+        # what happens in place in the module does not here: its inputs may be a view of the data set
+        args = [False if a is True else a for a in node.args]
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
         if target in (operator.add, torch.add) and len(tensors) == 2 and not kwargs:
             return Add, {}
         order = [None if n in tensors else n for n in args]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.arithmetic import nonzero
+from fedsim.optim.arithmetic import nonzero, ratio
 from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
 from fedsim.optim.segments import Segments
 
@@ -41,8 +41,7 @@ class Adafactor(Rule):
         check_range(self, 0, float("inf"), "eps2", "d")
 
     def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        capped = np.minimum(h.lr, 1 / np.sqrt(t))
-        share = np.where(np.asarray(h.lr) > 0, capped / np.where(np.asarray(h.lr) > 0, h.lr, 1.0), 0.0)[()]
+        share = ratio(np.minimum(h.lr, 1 / np.sqrt(t)), h.lr)
         return {"a": 1.0 * t**h.beta2_decay, "share": share, "eps2": h.eps2, "d": h.d}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:

@@ -75,7 +75,7 @@ class Kernel:
             The rows that were left out.
         """
         k, p = x.shape
-        taken = (x, g, *arrays)
+        taken = (x, *(_near(a) for a in (g, *arrays)))
         pointers = self._pointers(*[a.data_ptr() for a in taken])
         strides = self._strides(*[0 if k > 1 and len(a) == 1 else a.stride(0) for a in taken])
         coefs: Any
@@ -106,7 +106,7 @@ def step_(plan: Plan, x: Tensor, g: Tensor, block: Block, check: bool) -> list[i
         arrays = arrays | {n: v for n, v in block.shared.items() if n in _ARRAYS}
         numbers = numbers | {n: v for n, v in block.shared.items() if n not in _ARRAYS}
     kernel = kernel_of(plan, x, arrays, numbers)
-    return None if kernel is None else kernel(x, near(g), [near(a) for a in arrays.values()], numbers.values(), check)
+    return None if kernel is None else kernel(x, g, arrays.values(), numbers.values(), check)
 
 
 def kernel_of(plan: Plan, x: Tensor, arrays: Values, numbers: Values) -> Kernel | None:
@@ -120,7 +120,7 @@ def kernel_of(plan: Plan, x: Tensor, arrays: Values, numbers: Values) -> Kernel 
     return known[key]
 
 
-def near(a: Tensor) -> Tensor:
+def _near(a: Tensor) -> Tensor:
     """The same rows, entries of a row side by side."""
     return a if a.stride(1) == 1 else a.contiguous()
 

@@ -62,8 +62,7 @@ def quick_compiled_(plan: Plan, x: Tensor, grad: Tensor, state: OptState, lr_sca
     kernel = native.kernel_of(plan, x, buffers, coefs)
     if kernel is None:
         return 0
-    arrays = [native.near(b) for b in buffers.values()]
-    left = kernel(x, native.near(grad), arrays, coefs.values(), plan.settings.skip_nonfinite)
+    left = kernel(x, grad, buffers.values(), coefs.values(), plan.settings.skip_nonfinite)
     if not left:
         whole = k == state.num_clients
         (state.t if whole else state.t[:k]).add_(1)

@@ -87,7 +87,7 @@ class ClassificationTask:
         return plan
 
     def _may_view(self) -> bool:
-        """Whether a batch may be a view of the data set, as it can where samples are used in their own order."""
+        """Whether samples in their own order may be a view of the data set."""
         reads_only = getattr(self.engine, "reads_only", None)
         return reads_only is not None and reads_only(self.data.inputs[0])
 
@@ -134,14 +134,18 @@ class ClassificationTask:
     ) -> tuple[Tensor, Tensor]:
         """Per-sample (loss, hit) in float64; samples are cut at fixed places, so no number of workers shows."""
         total = len(targets) if rows is None else len(rows)
+        views = rows is None and self._may_view()
 
         def piece(start: int) -> Tensor:
             span = slice(start, min(start + EVALUATION_ROWS, total))
-            here = (inputs[span], targets[span]) if rows is None else (inputs[rows[span]], targets[rows[span]])
+            which = span if rows is None else rows[span]
+            samples, classes = inputs[which], targets[which]
+            if rows is None and not views:  # a module may write to what it is given
+                samples = samples.clone()
             with torch.no_grad():
-                logits = self.engine.logits(x, here[0])
-                loss = self.sample_loss(logits, here[1]).double()
-                hit = (logits.argmax(-1) == here[1]).double()
+                logits = self.engine.logits(x, samples)
+                loss = self.sample_loss(logits, classes).double()
+                hit = (logits.argmax(-1) == classes).double()
             return torch.stack([_per_sample(loss), _per_sample(hit)]).cpu()
 
         pieces = pool.map(piece, list(range(0, total, EVALUATION_ROWS)))

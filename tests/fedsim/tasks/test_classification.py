@@ -55,28 +55,40 @@ def test_batches_hold_the_clients_own_samples_in_the_keyed_order() -> None:
             assert torch.equal(batch.targets[row, :size], twin.targets[client][mine])
 
 
-@pytest.mark.parametrize("inplace", [False, True])
+class Shifted(nn.Module):
+    """Adds one to its inputs where they lie."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x += 1
+        return x
+
+
+FIRST = {"pure": nn.Tanh(), "layer": nn.Hardtanh(-0.5, 0.5, inplace=True), "sum": Shifted()}
+
+
+@pytest.mark.parametrize("first", FIRST)
 @pytest.mark.parametrize("counts", [[8, 8, 8], [9, 7, 3]])
 def test_a_fixed_order_reads_the_data_where_it_lies_unless_the_module_writes_there(
-    counts: list[int], inplace: bool
+    counts: list[int], first: str
 ) -> None:
-    def clipped(shape: tuple[int, ...], classes: int) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Hardtanh(-0.5, 0.5, inplace=inplace), nn.Linear(64, classes))
+    def make(shape: tuple[int, ...], classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), FIRST[first], nn.Linear(64, 5), nn.ReLU(inplace=True), nn.Linear(5, classes))
 
-    task, twin = images(clipped, counts, 4)
-    before = task.data.inputs.clone()
+    task, twin = images(make, counts, 4)
+    before, held_out = task.data.inputs.clone(), task.data.test_inputs.clone()
     cohort = _cohort(task, [0, 1, 2])
     batches = task.batches(cohort, Schedule(epochs=1, batch_size=4, shuffle=False))
     for step in range(len(batches)):
         batch = batches[step]
         lies = batch.inputs.untyped_storage().data_ptr() == task.data.inputs.untyped_storage().data_ptr()
-        assert lies == (not inplace and (counts[0] == counts[2] or batches.active(step) == 1))
+        assert lies == (first == "pure" and (counts[0] == counts[2] or batches.active(step) == 1))
         for row in range(batches.active(step)):
             mine = twin.inputs[row][4 * step : 4 * step + 4]
             assert torch.equal(batch.inputs[row, : len(mine)], mine)
             assert torch.equal(batch.targets[row, : len(mine)], twin.targets[row][4 * step : 4 * step + 4])
         task.field(task.x0.repeat(len(batch.inputs), 1), batch)
-    assert torch.equal(task.data.inputs, before)
+    task.evaluate(task.x0, _pool())
+    assert torch.equal(task.data.inputs, before) and torch.equal(task.data.test_inputs, held_out)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
