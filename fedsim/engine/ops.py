@@ -145,7 +145,8 @@ class ReLU:
         return self.y
 
     def backward(self, dy: Tensor) -> tuple[Tensor]:
-        if self.spec.grad_in_place:  # memory that was just written is near
+        # in place: memory that was just written is near; but of images the layout that the layer before wants is y's
+        if self.spec.grad_in_place and dy.stride() == self.y.stride():
             return (aten.threshold_backward.grad_input(dy, self.y, 0, grad_input=dy),)
         return (aten.threshold_backward.default(dy, self.y, 0),)
 
