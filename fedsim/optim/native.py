@@ -1,11 +1,9 @@
-"""An elementwise step as one pass over memory, compiled by the machine's C++ compiler and called through ctypes.
+"""An elementwise step as one pass over memory, in compiled C++.
 
 Torch's own compiler makes one pass too, but the way to it (guards, wrappers) costs more than a small stack's step, and
 its loops look each coefficient up again for every coordinate. Here a call takes a few microseconds, the finite check
 finds its numbers in the cache, and the GIL is free meanwhile. Where there is no compiler, or the step is not one that
 `emit` can write, `step_` says None and the caller takes torch's.
-
-Compiled steps are kept in the user's cache, so each is compiled once per machine.
 
 Letters: k clients that step, P coordinates.
 """
@@ -13,26 +11,18 @@ Letters: k clients that step, P coordinates.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Collection, Iterable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.native import library
 from fedsim.optim import emit
 from fedsim.optim.pipeline import Block, Plan, Values, step_block_
 
 _TYPES = {torch.float32: ("float", "int32_t"), torch.float64: ("double", "int64_t")}
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing")
 _WEIGHTS = {"lr_weights", "decay_weights", "l2_weights"}
 _ARRAYS = ("mask", "add", "average")  # of what all parts share
 _SHARED = (*_ARRAYS, "average_rate", "average_first")
@@ -143,12 +133,13 @@ def _make(plan: Plan, dtype: torch.dtype, arrays: tuple[str, ...], numbers: tupl
         text = emit.source(graph, ["x", "g", *arrays], list(weights), numbers, gradient=1)
     except emit.NotElementwise:
         return None
-    library = _library(text, dtype)
-    return (
-        None
-        if library is None
-        else Kernel(library, *_runs(plan, list(weights.values())), 2 + len(arrays), len(numbers))
-    )
+    real, word = _TYPES[dtype]
+    # a word is a number's own bits, looked at in place
+    head = f"#include <stdint.h>\ntypedef {real} real;\ntypedef {word} word __attribute__((may_alias));\n"
+    compiled = library(head + text)
+    if compiled is None:
+        return None
+    return Kernel(compiled, *_runs(plan, list(weights.values())), 2 + len(arrays), len(numbers))
 
 
 def _runs(plan: Plan, weights: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -156,55 +147,3 @@ def _runs(plan: Plan, weights: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     table = torch.cat([*weights, torch.ones(1, sum(plan.segments.sizes), dtype=torch.float64)]).numpy()
     ends = np.append(np.flatnonzero((table[:, 1:] != table[:, :-1]).any(0)) + 1, table.shape[1])
     return ends.astype(np.int64), np.ascontiguousarray(table[:, ends - 1])
-
-
-@cache
-def _library(source: str, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled source, from the user's cache if it is there; None if this machine cannot compile it."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return None
-    real, word = _TYPES[dtype]
-    text = f"#include <stdint.h>\ntypedef {real} real;\ntypedef {word} word;\n{source}"
-    key = hashlib.sha256("\n".join([text, compiler, *_FLAGS, _processor()]).encode()).hexdigest()[:24]
-    path = _folder() / f"step_{key}.so"
-    if not path.exists() and not _compile(compiler, text, path):
-        return None
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:
-        return None
-
-
-def _compile(compiler: str, text: str, path: Path) -> bool:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        (Path(folder) / "step.cpp").write_text(text)
-        base = [compiler, *_FLAGS, "-shared", "-fPIC", "-o", f"{folder}/step.so", f"{folder}/step.cpp"]
-        for extra in (["-fopenmp"], []):
-            if subprocess.run([*base, *extra], capture_output=True).returncode == 0:
-                os.replace(f"{folder}/step.so", path)  # whole or not at all, whoever else is writing it
-                return True
-    return False
-
-
-@cache
-def _folder() -> Path:
-    """The user's cache of compiled steps; where none can be written, a folder of this process."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim" / "steps"
-    try:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=root):
-            return root
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="fedsim-steps-"))
-
-
-@cache
-def _processor() -> str:
-    """What compiled code depends on: a cache may be shared by machines."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.platform() + platform.processor()
-    lines = info.read_text().splitlines()
-    kept = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    return platform.platform() + "".join(sorted(kept))
