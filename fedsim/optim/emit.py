@@ -5,7 +5,9 @@ operation is one line of arithmetic on numbers: a tensor is a local variable, an
 what was assigned is stored at the end. Every array is read once and written once.
 
 A client's gradient is looked through for numbers that are not finite just before its step, so that what it fetches is
-near when the step needs it.
+near when the step needs it. Where a step writes to x alone, and the stack is too large for the cache but a row is not,
+the look is part of the step: meanwhile the old x goes to a log, which all rows use in turn, and a row whose gradient
+turns out bad is put back from there.
 
 Letters: k clients (rows), P coordinates.
 """
@@ -62,9 +64,13 @@ def source(
     passed += [f"(real)s.coef[{i} * s.across + r * s.down]" for i, n in enumerate(factors) if n in used]
     return _FRAME.format(
         parameters=",\n    ".join([*pointers, *scalars]),
-        body="\n        ".join([*loads, *lines, *stores]),
+        loads="\n        ".join(loads),
+        body="\n        ".join([*lines, *stores]),
+        first=names[0],
         arguments=",\n        ".join(passed),
         gradient=gradient,
+        gradient_name=names[gradient],
+        logs=int(stored == {names[0]} and names[gradient] in read),
         series=", ".join(f"1. / {factorial(i)}" for i in range(14)),
         ways=4 if len(read) <= 2 else 2 if len(read) <= 4 else 1,
     )
@@ -199,14 +205,19 @@ _FRAME = """\
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include <vector>
 #define NONFINITE (sizeof(real) == 4 ? (word)0x7f800000 : (word)0x7ff0000000000000)
 #define PART 16384  // coordinates that one thread takes at a time
-// Memory answers several streams faster than one, up to about ten: long rows, which lie out of the cache, are walked in
-// several places by turns. A piece is no power of two, so that the places do not fall on the same lines of the cache.
-#define LOOKS 8
+// Memory answers several streams faster than one, up to about ten: a look goes through a gradient in four places at
+// once, and long rows, which lie out of the cache, are stepped in several places by turns. A piece is no power of two,
+// so that the places do not fall on the same lines of the cache.
 #define WAYS {ways}
 #define PIECE 240
+#define PIECE_LOGGED 144
 #define LONG (1 << 16)
+#define LOGS {logs}
+#define NEAR (1 << 22)  // coordinates of a stack that the cache which cores share may hold: there two looks are cheap
+#define LONGEST_LOG (1 << 21)  // of a row whose old x stays in that cache
 
 static inline real lerp(real a, real b, real w) {{
     const bool low = fabs(w) < real(0.5);
@@ -231,26 +242,38 @@ static inline real exponential(real a) {{
     return sum * scale;
 }}
 
+static inline word worse(word bits, word worst) {{ return (bits & NONFINITE) > worst ? bits & NONFINITE : worst; }}
+
 static bool unsound(const word* __restrict bits, long n) {{
-    const long share = n < LONG ? 0 : n / LOOKS;
-    word worst = 0;
-    for (long j = 0; j < share; ++j) {{
-#pragma GCC unroll 8
-        for (int i = 0; i < LOOKS; ++i) {{
-            const word b = bits[j + i * share] & NONFINITE;
-            worst = b > worst ? b : worst;
-        }}
+    const long part = n / 4;
+    word a = 0, b = 0, c = 0, d = 0;
+    for (long j = 0; j < part; ++j) {{
+        a = worse(bits[j], a);
+        b = worse(bits[j + part], b);
+        c = worse(bits[j + 2 * part], c);
+        d = worse(bits[j + 3 * part], d);
     }}
-    for (long j = LOOKS * share; j < n; ++j) worst = (bits[j] & NONFINITE) > worst ? bits[j] & NONFINITE : worst;
-    return worst == NONFINITE;
+    for (long j = 4 * part; j < n; ++j) a = worse(bits[j], a);
+    return a == NONFINITE || b == NONFINITE || c == NONFINITE || d == NONFINITE;
 }}
 
-static inline void part(const long n,
+// Returns what tells whether some gradient was not finite, if it keeps a log of x.
+template <bool logged>
+static inline word part(const long n, real* __restrict log,
     {parameters}) {{
+    word worst = 0;
 #pragma GCC ivdep
     for (long j = 0; j < n; ++j) {{
+        {loads}
+        if (logged) {{
+            word bits;
+            memcpy(&bits, &{gradient_name}, sizeof bits);
+            worst = worse(bits, worst);
+            log[j] = {first};
+        }}
         {body}
     }}
+    return worst;
 }}
 
 struct Stack {{
@@ -259,8 +282,9 @@ struct Stack {{
 }};
 
 // Coordinates from, ..., from + n - 1 of row r, all of them in one run.
-static inline void advance(const Stack& s, long r, long run, long from, long n) {{
-    part(n,
+template <bool logged>
+static inline word advance(const Stack& s, long r, long run, long from, long n, real* log) {{
+    return part<logged>(n, logged ? log + from : nullptr,
         {arguments});
 }}
 
@@ -268,14 +292,22 @@ static inline const word* gradient(const Stack& s, long r, long from) {{
     return (const word*)s.array[{gradient}] + r * s.stride[{gradient}] + from;
 }}
 
-static void row(const Stack& s, long r) {{
+template <bool logged>
+static word row(const Stack& s, long r, real* log) {{
+    const long piece = logged ? PIECE_LOGGED : PIECE;
+    word worst = 0, found;
     for (long run = 0, from = 0; run < s.runs; from = s.ends[run++]) {{
         const long n = s.ends[run] - from;
-        const long share = n < LONG || WAYS == 1 ? 0 : n / (WAYS * PIECE) * PIECE;
-        for (long at = from; at < from + share; at += PIECE)
-            for (long way = 0; way < WAYS; ++way) advance(s, r, run, at + way * share, PIECE);
-        advance(s, r, run, from + WAYS * share, n - WAYS * share);
+        const long share = n < LONG || WAYS == 1 ? 0 : n / (WAYS * piece) * piece;
+        for (long at = from; at < from + share; at += piece)
+            for (long way = 0; way < WAYS; ++way) {{
+                found = advance<logged>(s, r, run, at + way * share, piece, log);
+                worst = found > worst ? found : worst;
+            }}
+        found = advance<logged>(s, r, run, from + WAYS * share, n - WAYS * share, log);
+        worst = found > worst ? found : worst;
     }}
+    return worst;
 }}
 
 static long left(const unsigned char* bad, long k) {{
@@ -303,7 +335,7 @@ static long by_parts(const Stack& s, long k, long p, unsigned char* bad, int che
         long from = i % parts * PART, run = 0;
         while (s.ends[run] <= from) ++run;
         for (; from < to && !bad[r]; from = s.ends[run++]) {{
-            advance(s, r, run, from, (s.ends[run] < to ? s.ends[run] : to) - from);
+            advance<false>(s, r, run, from, (s.ends[run] < to ? s.ends[run] : to) - from, nullptr);
         }}
     }}
     return left(bad, k);
@@ -316,9 +348,17 @@ extern "C" long step(long k, long p, void** array, const long* stride, const dou
                      long runs, const long* ends, const double* weight, unsigned char* bad, int check, int threads) {{
     const Stack s = {{array, stride, coef, across, down, runs, ends, weight}};
     if (threads > 1) return by_parts(s, k, p, bad, check, threads);
+    static thread_local std::vector<real> log;
+    const bool logged = LOGS && check && p <= LONGEST_LOG && k * p > NEAR;
+    if (logged && log.size() < (size_t)p) log.resize(p);
     for (long r = 0; r < k; ++r) {{
-        bad[r] = check && unsound(gradient(s, r, 0), p);
-        if (!bad[r]) row(s, r);
+        if (logged) {{
+            bad[r] = row<LOGS>(s, r, log.data()) == NONFINITE;
+            if (bad[r]) memcpy((real*)array[0] + r * stride[0], log.data(), p * sizeof(real));
+        }} else {{
+            bad[r] = check && unsound(gradient(s, r, 0), p);
+            if (!bad[r]) row<false>(s, r, nullptr);
+        }}
     }}
     return left(bad, k);
 }}
