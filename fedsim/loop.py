@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -301,9 +302,13 @@ class _Run:
         changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
         if changed:
             verb = "differs" if len(changed) == 1 else "differ"
+            chosen = " ".join(
+                f"{k}={literal_eval(there[k])}" for k in changed if k.startswith("runtime.") and k in there
+            )
+            same = f"overrides (where `auto` chose: {chosen})" if chosen else "overrides"
             raise ConfigError(
                 f"{found[-1]}: belongs to another config ({', '.join(changed)} {verb}); resume with the same file and "
-                "overrides, or start anew in another folder"
+                f"{same}, or start anew in another folder"
             )
         classes = checkpoint.classes_of(self.state) | self.experiment.fleet.state_classes
         saved = checkpoint.load(found[-1], classes)

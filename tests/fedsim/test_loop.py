@@ -138,6 +138,13 @@ def test_a_checkpoint_of_another_config_is_refused_by_section(tmp_path: Path) ->
             train(experiment(rounds=1, config=other), folder=tmp_path, resume=True)
 
 
+def test_a_choice_of_auto_that_came_out_otherwise_is_named_as_the_key_to_set(tmp_path: Path) -> None:
+    there, here = ({"runtime": {"engine": name, "stack": 8}} for name in ("stacked", "native"))
+    train(experiment(rounds=1, config=there), folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"runtime.engine differs.*where `auto` chose: runtime.engine=stacked\)"):
+        train(experiment(rounds=1, config=here), folder=tmp_path, resume=True)
+
+
 def test_of_the_runtime_only_what_fixes_bits_is_compared() -> None:
     runtime = {"engine": "stacked", "stack": 8, "precision": "fp32", "threads": 1, "device": "cpu", "workers": 2}
     here = fingerprint({"runtime": runtime, "rounds": 9, "versions": {}})
