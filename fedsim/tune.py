@@ -32,6 +32,7 @@ from fedsim.tasks.classification import ClassificationTask
 SECONDS = 0.5  # that one measured call should take
 REPEATS = 3
 MAX_COHORT = 512
+STACKED = ("stacked", "native")  # engines that share the work of clients, to be tried at every width
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -153,7 +154,8 @@ def tune(raw: Mapping[str, Any], source: str) -> Iterator[str]:
     yield f"{'engine':<10}{'stack':>6}{'workers':>9}{'steps/s':>12}"
     rates: dict[Candidate, float] = {}
     yield from _measure(bench, first_candidates(auto, len(bench.ids)), rates)
-    yield from _measure(bench, [replace(best(rates), engine="compiled")], rates)
+    winner = best(rates)
+    yield from _measure(bench, [replace(winner, engine=name) for name in (*STACKED, "compiled")], rates)
     winner = best(rates)
     fewer = [replace(winner, workers=n) for n in worker_counts(bench.experiment)]
     yield from _measure(bench, fewer, rates)
@@ -170,7 +172,7 @@ def tune(raw: Mapping[str, Any], source: str) -> Iterator[str]:
 def first_candidates(auto: Candidate, cohort: int) -> list[Candidate]:
     """The rule's choice, the plain loop, and stacks of every width up to the cohort, all on every core."""
     widths = [w for w in WIDTHS if w < cohort] + [cohort]
-    stacked = [replace(auto, engine="stacked", stack=w) for w in widths]
+    stacked = [replace(auto, engine=auto.engine if auto.engine in STACKED else "stacked", stack=w) for w in widths]
     return list(dict.fromkeys([auto, replace(auto, engine="loop", stack=1), *stacked]))
 
 

@@ -89,7 +89,7 @@ def classification(
     check_model(site.reader, module, data, loss)
     sample_loss = _sample_loss(site.reader, loss)
     layout = Layout.of_module(module)
-    plan = _plan(site, data, module, layout)
+    plan = _plan(site, data, module, layout, sample_loss)
     engine = build_engine(plan.engine, module, layout, sample_loss, site.device, site.runtime.precision)
     task = ClassificationTask(data.to(site.device), module, x0, engine, sample_loss)
     return Problem(task, plan, data, module)
@@ -116,7 +116,7 @@ def _sample_loss(reader: Reader, loss: str) -> Loss:
     raise reader.error("task.loss", f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pkg.module:name")
 
 
-def _plan(site: Site, data: FederatedData, module: nn.Module, layout: Layout) -> Plan:
+def _plan(site: Site, data: FederatedData, module: nn.Module, layout: Layout, loss: Loss) -> Plan:
     """Engine and stack width, by the rule or as the file sets them."""
     counts, runtime = data.num_examples, site.runtime
     size = site.schedule.batch_size or int(counts.max())
@@ -131,6 +131,7 @@ def _plan(site: Site, data: FederatedData, module: nn.Module, layout: Layout) ->
         stack=runtime.stack,
         precision=runtime.precision,
         plain=site.plain,
+        loss=loss,
     )
 
 

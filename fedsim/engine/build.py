@@ -11,6 +11,7 @@ from fedsim.engine.base import Engine
 from fedsim.engine.compiled import CompiledEngine
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import LOSSES, Loss
+from fedsim.engine.native import NativeEngine
 from fedsim.engine.precision import check_precision
 from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
@@ -18,6 +19,7 @@ from fedsim.params import Layout
 ENGINES = {
     "loop": "plain autograd, one client after another: any module",
     "stacked": "one batched forward and backward pass for all clients of a stack, plain SGD fused into it",
+    "native": "stacked, with a classifier's last layer and loss in compiled C++: on a CPU, with a C++ compiler",
     "compiled": "torch.compile of the vmapped gradient: for long runs of few shapes",
 }
 
@@ -53,6 +55,8 @@ def build_engine(
         return LoopEngine(module, layout, loss, precision)
     if name == "stacked":
         return StackedEngine(module, layout, loss, precision)
+    if name == "native":
+        return NativeEngine(module, layout, loss, precision)
     if name == "compiled":
         return CompiledEngine(module, layout, loss, precision)
     raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")

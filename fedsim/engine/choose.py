@@ -1,7 +1,8 @@
-"""The rule behind `engine: auto` and `stack: auto`: sizes, layer kinds and the device decide, never a timing.
+"""The rule behind `engine: auto` and `stack: auto`: sizes, layer kinds and the machine decide, never a timing.
 
-A timing would make the bits of a run depend on what else the machine did. Measured figures behind the constants are
-in docs/benchmarks.md. `fedsim tune` measures here and prints the keys to set.
+Of the machine it asks for a GPU, its memory, and a C++ compiler. A timing would make the bits of a run depend on what
+else the machine did. Measured figures behind the constants are in docs/benchmarks.md. `fedsim tune` measures here and
+prints the keys to set.
 
 Letters: C clients in a stack (its width), B samples of a minibatch, P entries of a client's vector.
 """
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fedsim.engine.losses import Loss, cross_entropy
 from fedsim.engine.low_rank import chain_of
+from fedsim.engine.native import suits
 from fedsim.engine.precision import check_precision
 from fedsim.params import Layout
 
@@ -56,6 +59,7 @@ def choose(
     stack: int | str = "auto",
     precision: str = "fp32",
     plain: bool = False,
+    loss: Loss = cross_entropy,
 ) -> Plan:
     """The engine and the stack width for a module.
 
@@ -70,19 +74,24 @@ def choose(
         stack: a width, or auto.
         precision: fp32, tf32 or bf16.
         plain: local steps are plain SGD, corrected or not, which chains of linear layers can take in factors.
+        loss: per sample.
 
     Raises:
         ValueError: for a width below one, or an unknown precision.
     """
     check_precision(precision)
     device = torch.device(device)
-    name, why = ("stacked", "") if engine == "auto" else (engine, f"engine {engine} as set; ")
+    if engine == "auto":
+        native = device.type == "cpu" and precision == "fp32" and suits(module, loss)
+        name, why = "native" if native else "stacked", ""
+    else:
+        name, why = engine, f"engine {engine} as set; "
     if stack != "auto":
         if not isinstance(stack, int) or stack < 1:
             raise ValueError(f"stack must be auto or a positive number of clients, got {stack!r}")
         return Plan(name, stack, why + f"stacks of {stack} as set")
     width, reason = _width(module, layout, device, batch_size, name)
-    chain = chain_of(module) if plain and name == "stacked" and precision == "fp32" else None
+    chain = chain_of(module) if plain and name in ("stacked", "native") and precision == "fp32" else None
     if chain is not None and device.type == "cpu" and chain.worthwhile(batch_size * steps):
         each = 4 * batch_size * steps * sum(i + o for o, i in chain.shapes)
         width = min(max(1, LOW_RANK_BYTES // each), MAX_WIDTH_LOW_RANK)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.engine.base import Batch
+from fedsim.engine.head import Head
 from fedsim.engine.images import Conv2d, channels_last
 from fedsim.engine.norms import BatchNorm, GroupNorm, LayerNorm
 from fedsim.engine.ops import Bound, Embedding, Linear, Op, Spec, aten
@@ -265,4 +266,5 @@ class GhostSession(TapeSession):
         if any(spec.make is BatchNorm or (spec.params and spec.make not in GHOSTS) for spec in specs):
             return False
         self._ops = [GHOSTS.get(spec.make, spec.make)(spec, self.bound) for spec in specs]
+        self._end = Head(self.engine.loss, self.lead, self._tape.result)
         return True

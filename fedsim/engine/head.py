@@ -5,7 +5,9 @@ Letters: C clients, B samples, K classes, T positions. Values are [C, B, ...], o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +15,38 @@ from torch import Tensor
 from fedsim.engine.losses import Loss, cross_entropy, sample_shares
 
 FEW_CLASSES = 16
+
+
+class End(Protocol):
+    """The end of a pass: from some value to the loss, and back to that value's gradient.
+
+    Attributes:
+        start: the slot of the value.
+        length: how many of the tape's last ops it stands for.
+    """
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def __call__(self, value: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(loss [C] or [], gradient by the value or None where nothing before it is trained)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Head:
+    """The loss alone, of the logits in a slot."""
+
+    loss: Loss
+    lead: int
+    start: int
+    length: int = 0
+
+    def __call__(self, value: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return loss_and_gradient(self.loss, value, targets, weights, self.lead)
 
 
 def loss_and_gradient(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.engine.base import Batch, PlainSession, Session
-from fedsim.engine.head import loss_and_gradient
+from fedsim.engine.head import End, Head
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import Loss, cross_entropy
 from fedsim.engine.low_rank import chain_of
@@ -52,7 +52,7 @@ class StackedEngine:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return StackedEngine, (self.module, self.layout, self.loss, self.precision)
+        return type(self), (self.module, self.layout, self.loss, self.precision)
 
     def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         tape = self.tape(batch)
@@ -97,6 +97,10 @@ class StackedEngine:
                 if key not in self._tapes:
                     self._tapes[key] = self._trace(sample)
         return self._tapes[key]
+
+    def end(self, tape: Tape, bound: Bound) -> End:
+        """What turns the tape's last values into the loss."""
+        return Head(self.loss, bound.lead, tape.result)
 
     def reads_only(self, sample: Tensor) -> bool:
         """Whether samples like this one [...] may be handed over as a view of the data set: nobody writes to them."""
@@ -144,6 +148,7 @@ class TapeSession:
         self._products = nullcontext() if self.bound.low else products(engine.precision, x.device)
         self._tape: Tape | None = None
         self._ops: list[Op] = []
+        self._end: End
         self._key: object = None
 
     def gradient(self, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -193,7 +198,10 @@ class TapeSession:
         if key != self._key:
             self._key = key
             self._tape = self.engine.tape(batch)
-            self._ops = [] if self._tape is None else self._tape.bind(self.bound)
+            if self._tape is not None:
+                self._end = self.engine.end(self._tape, self.bound)
+                ops = self._tape.bind(self.bound)
+                self._ops = ops[: len(ops) - self._end.length]
         return self._tape is not None
 
     def _run(self, batch: Batch) -> Tensor:
@@ -209,14 +217,15 @@ class TapeSession:
             for op in self._ops:
                 spec = op.spec
                 values[spec.output] = op.forward(*[values[i] for i in spec.inputs])
-            loss, grad = loss_and_gradient(self.engine.loss, values[self._tape.result], targets, weights, self.lead)
-            self._backward(grad)
+            loss, grad = self._end(values[self._end.start], targets, weights)
+            if grad is not None:
+                self._backward(grad)
         return loss if self.lead else loss.view(1)
 
     def _backward(self, grad: Tensor) -> None:
         assert self._tape is not None
         grads: list[Tensor | None] = [None] * self._tape.num_slots
-        grads[self._tape.result] = grad
+        grads[self._end.start] = grad
         for op in reversed(self._ops):
             spec = op.spec
             found = grads[spec.output]

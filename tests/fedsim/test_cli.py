@@ -339,7 +339,7 @@ def test_check_prints_the_plan_and_writes_nothing(folder: Path) -> None:
     before = contents(folder)
     found = fedsim("check", D)
     assert found.code == 0
-    for word in ("10, 2 of them in a round", "samples per client", "650 parameters", "stacked", "MiB", "Mbit down"):
+    for word in ("10, 2 of them in a round", "samples per client", "650 parameters", "a stack", "MiB", "Mbit down"):
         assert word in found.out, found.out
     assert contents(folder) == before
 
