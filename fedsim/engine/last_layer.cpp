@@ -68,7 +68,7 @@ static inline void tile(Matrix a, long terms, const real* x, long x_row, real* o
 
 template <int W>
 static void stripe(long rows, Matrix a, long terms, const real* x, long x_row, real* out, long out_row) {
-    const long tiles = (rows + ROWS - 1) / ROWS, most = (rows + tiles - 1) / tiles;
+    const long tiles = (rows + ROWS - 1) / ROWS, most = tiles ? (rows + tiles - 1) / tiles : 0;
     for (; rows > 0; rows -= most, a = a.from(most), out += most * out_row) {
         switch (rows < most ? rows : most) {
             case 1: tile<1, W>(a, terms, x, x_row, out, out_row); break;

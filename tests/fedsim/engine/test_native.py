@@ -145,6 +145,15 @@ def test_large_logits_neither_overflow_nor_lose_the_loss(size: int) -> None:
         assert torch.isfinite(found).all() and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_of_no_samples_has_no_loss_and_no_gradient() -> None:
+    module, x, b = problem("relu", torch.float32)
+    engine, _ = engines(module)
+    session = TapeSession(engine, x)
+    session.gradient(b)
+    grad, loss = session.gradient(Batch(b.inputs[:, :0], b.targets[:, :0]))
+    assert not grad.any() and loss.tolist() == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["linear", "relu"])
 def test_a_number_that_is_not_finite_is_seen_in_that_client_alone(name: str, bad: float) -> None:
