@@ -195,7 +195,8 @@ class Spam(Rule):
         damping = 1 - 0.99 * (1 + np.cos(np.pi * since / (self.warmup + 1))) / 2
         return adam_coefficients(h, t, raw=True) | {
             "keep": where(since == 0, 0.0, 1.0),
-            "threshold": where(clips, self.threshold, np.inf),
+            "threshold": where(clips, self.threshold, 1.0),
+            "unclipped": where(clips, 0.0, np.inf),
             "damping": where(warm, damping, 1.0),
         }
 
@@ -207,8 +208,8 @@ def spam_direction(g: Tensor, m: Tensor, v: Tensor, c: Named) -> Tensor:
     """One step of SPAM's moments and its direction."""
     m.mul_(c.keep)
     v.mul_(c.keep)
-    limit = v * c.threshold  # infinity (or not a number, where v is zero) while nothing is clipped
-    g = torch.where(g * g > limit, g.sign() * limit.sqrt(), g)
+    limit = (v * c.threshold + c.unclipped).sqrt_()
+    g = g.clamp(-limit, limit)
     m.lerp_(g, c.a1)
     v.lerp_(g * g, c.a2)
     return (m * c.damping).div_(denominator(v, c))
