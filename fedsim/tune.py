@@ -24,6 +24,8 @@ from fedsim.cohort import Cohort
 from fedsim.compose import Composition, compose
 from fedsim.config import ConfigError
 from fedsim.engine import build_engine
+from fedsim.engine.choose import STACKED
+from fedsim.engine.native import suits
 from fedsim.fleet import choose
 from fedsim.sim.executor import ClientError, InProcess, Jobs, StackRunner
 from fedsim.streams import server_rng
@@ -32,7 +34,6 @@ from fedsim.tasks.classification import ClassificationTask
 SECONDS = 0.5  # that one measured call should take
 REPEATS = 3
 MAX_COHORT = 512
-STACKED = ("stacked", "native")  # engines that share the work of clients, to be tried at every width
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -83,6 +84,9 @@ class Bench:
             raise ConfigError("fedsim tune: no client of the first cohort has a sample")
         self.most = int(local.schedule.num_steps(task.num_examples[self.ids]).max())
         self.steps = 1
+        precision = composition.resolved["runtime"]["precision"]
+        assert composition.module is not None
+        self.native = suits(composition.module, task.sample_loss, self.experiment.device, precision)
 
     def settle(self, candidate: Candidate) -> None:
         """Choose K so that a call takes about `SECONDS`, from a call of one step."""
@@ -155,7 +159,8 @@ def tune(raw: Mapping[str, Any], source: str) -> Iterator[str]:
     rates: dict[Candidate, float] = {}
     yield from _measure(bench, first_candidates(auto, len(bench.ids)), rates)
     winner = best(rates)
-    yield from _measure(bench, [replace(winner, engine=name) for name in (*STACKED, "compiled")], rates)
+    others = ("stacked", "native", "compiled") if bench.native else ("stacked", "compiled")
+    yield from _measure(bench, [replace(winner, engine=name) for name in others], rates)
     winner = best(rates)
     fewer = [replace(winner, workers=n) for n in worker_counts(bench.experiment)]
     yield from _measure(bench, fewer, rates)

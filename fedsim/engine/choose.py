@@ -28,6 +28,7 @@ GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, 
 MAX_WIDTH_CPU = 16  # from 8 clients on the cost of a call no longer shows, and more stacks keep more cores busy
 MIN_WIDTH_RECURRENT = 4  # many small products one after the other: a few clients share each call
 MAX_WIDTH_GPU = 512
+STACKED = ("stacked", "native")  # engines whose tape shares the work of clients
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -82,8 +83,7 @@ def choose(
     check_precision(precision)
     device = torch.device(device)
     if engine == "auto":
-        native = device.type == "cpu" and precision == "fp32" and suits(module, loss)
-        name, why = "native" if native else "stacked", ""
+        name, why = "native" if suits(module, loss, device, precision) else "stacked", ""
     else:
         name, why = engine, f"engine {engine} as set; "
     if stack != "auto":
@@ -91,7 +91,7 @@ def choose(
             raise ValueError(f"stack must be auto or a positive number of clients, got {stack!r}")
         return Plan(name, stack, why + f"stacks of {stack} as set")
     width, reason = _width(module, layout, device, batch_size, name)
-    chain = chain_of(module) if plain and name in ("stacked", "native") and precision == "fp32" else None
+    chain = chain_of(module) if plain and name in STACKED and precision == "fp32" else None
     if chain is not None and device.type == "cpu" and chain.worthwhile(batch_size * steps):
         each = 4 * batch_size * steps * sum(i + o for o, i in chain.shapes)
         width = min(max(1, LOW_RANK_BYTES // each), MAX_WIDTH_LOW_RANK)

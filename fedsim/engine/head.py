@@ -32,7 +32,13 @@ class End(Protocol):
     def length(self) -> int: ...
 
     def __call__(self, value: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(loss [C] or [], gradient by the value or None where nothing before it is trained)."""
+        """(loss [C] or [], gradient by the value or None where nothing before it is trained).
+
+        Args:
+            value: [C, B, ...].
+            targets: [C, B] class indices, or [C, B, T].
+            weights: [C, B], or None for equal ones.
+        """
         ...
 
 

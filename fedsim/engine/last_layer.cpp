@@ -1,9 +1,7 @@
 // The end of a classifier for every client of a stack, forward and backward: [ReLU,] a linear layer and mean
 // cross-entropy. A client's samples stay in the core's cache from the first line to the last.
 //
-// Letters: C clients, B samples, I inputs and K classes of the layer. `real` is float or double.
-#include <math.h>
-
+// Letters: C clients, B samples, I inputs and K classes of the layer. `real` and `exponential`: see fedsim/native.py.
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -23,26 +21,6 @@ typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_a
 
 static inline vec& at(real* p) { return *(vec*)p; }
 static inline const vec& at(const real* p) { return *(const vec*)p; }
-static inline long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
-
-#ifdef SINGLE
-// e^a for a <= 0: 2^n e^r with abs(r) <= ln(2) / 2 and e^r from its series; relative error below 2e-7.
-static inline vec exponential(vec a) {
-    typedef int whole __attribute__((vector_size(BYTES)));
-    a = a < -87.0f ? vec{} - 87.0f : a;
-    const whole n = __builtin_convertvector(a * 1.44269504f - 0.5f, whole);
-    const vec count = __builtin_convertvector(n, vec);
-    const vec r = (a - count * 0.693145751953125f) - count * 1.42860682e-6f;
-    vec sum = r * (1 / 5040.0f) + 1 / 720.0f;
-    for (float term : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) sum = sum * r + term;
-    return sum * (vec)((n + 127) << 23);
-}
-#else
-static inline vec exponential(vec a) {
-    for (long l = 0; l < LANES; ++l) a[l] = exp(a[l]);
-    return a;
-}
-#endif
 
 // A matrix whose entry (r, j) is entry[r * down + j * across].
 struct Matrix {
@@ -92,21 +70,28 @@ static void product(long rows, long columns, Matrix a, long terms, const real* x
     if (columns % LANES) stripe<1>(rows, a, terms, x + c, x_row, out + c, out_row);
 }
 
-// Logits z [K, B padded] become the gradient of the mean loss by them; returns that loss. share [B padded] is what
-// each sample counts in the mean, 0 for padding.
-static real cross_entropy(long B, long K, real* z, const long* target, const real* share) {
-    const long width = padded(B);
+// Logits z [K, B] become the gradient of the mean loss by them; returns that loss. share [B] is what each sample counts
+// in the mean, or null for equal ones; top and sum [B] are room.
+static real cross_entropy(long B, long K, real* __restrict z, const long* target, const real* share,
+                          real* __restrict top, real* __restrict sum) {
     double loss = 0;
-    for (long b = 0; b < B; ++b) loss -= (double)share[b] * z[target[b] * width + b];
-    for (long b = 0; b < width; b += LANES) {
-        vec top = at(z + b), sum = vec{};
-        for (long k = 1; k < K; ++k) top = at(z + k * width + b) > top ? at(z + k * width + b) : top;
-        for (long k = 0; k < K; ++k) sum += at(z + k * width + b) = exponential(at(z + k * width + b) - top);
-        const vec scale = at(share + b) / sum;
-        for (long k = 0; k < K; ++k) at(z + k * width + b) *= scale;
-        for (long l = 0; l < LANES && b + l < B; ++l) loss += share[b + l] * ((double)log(sum[l]) + top[l]);
+    const auto weight = [=](long b) { return share ? share[b] : real(1) / B; };
+    for (long b = 0; b < B; ++b) {
+        loss -= (double)weight(b) * z[target[b] * B + b];
+        top[b] = z[b];
+        sum[b] = 0;
     }
-    for (long b = 0; b < B; ++b) z[target[b] * width + b] -= share[b];
+    for (long k = 1; k < K; ++k)
+        for (long b = 0; b < B; ++b) top[b] = z[k * B + b] > top[b] ? z[k * B + b] : top[b];
+    for (long k = 0; k < K; ++k)
+        for (long b = 0; b < B; ++b) sum[b] += z[k * B + b] = exponential(z[k * B + b] - top[b]);
+    for (long b = 0; b < B; ++b) {
+        loss += weight(b) * ((double)log(sum[b]) + top[b]);
+        sum[b] = weight(b) / sum[b];
+    }
+    for (long k = 0; k < K; ++k)
+        for (long b = 0; b < B; ++b) z[k * B + b] *= sum[b];
+    for (long b = 0; b < B; ++b) z[target[b] * B + b] -= weight(b);
     return loss;
 }
 
@@ -121,11 +106,10 @@ struct Client {
 };
 
 static void work(const Client& c, long B, long I, long K, bool relu) {
-    const long width = padded(B), lanes = padded(K);
-    std::vector<real> room(I * lanes + B * lanes + K * width + width + ROWS * I);
-    real *wt = room.data(), *scores = wt + I * lanes, *z = scores + B * lanes, *share = z + K * width,
-         *part = share + width;
-    for (long b = 0; b < B; ++b) share[b] = c.share ? c.share[b] : real(1) / B;
+    const long lanes = (K + LANES - 1) / LANES * LANES;
+    std::vector<real> room(I * lanes + B * lanes + (K + 2) * B + ROWS * I);
+    real *wt = room.data(), *scores = wt + I * lanes, *z = scores + B * lanes, *top = z + K * B, *sum = top + B,
+         *part = sum + B;
     for (long k = 0; k < K; ++k)
         for (long i = 0; i < I; ++i) wt[i * lanes + k] = c.w[k * I + i];
     for (long b = 0; relu && b < B; ++b)
@@ -133,20 +117,17 @@ static void work(const Client& c, long B, long I, long K, bool relu) {
 
     product(B, lanes, {c.h, c.h_row, 1}, I, wt, lanes, scores, lanes);
     for (long b = 0; b < B; ++b)
-        for (long k = 0; k < K; ++k) z[k * width + b] = scores[b * lanes + k] + (c.bias ? c.bias[k] : 0);
-    *c.loss = cross_entropy(B, K, z, c.target, share);
+        for (long k = 0; k < K; ++k) z[k * B + b] = scores[b * lanes + k] + (c.bias ? c.bias[k] : 0);
+    *c.loss = cross_entropy(B, K, z, c.target, c.share, top, sum);
 
-    product(K, I, {z, width, 1}, B, c.h, c.h_row, c.dw, I);
-    for (long k = 0; k < K; ++k) {
-        vec sum = vec{};
-        for (long b = 0; b < width; b += LANES) sum += at(z + k * width + b);
-        c.db[k] = 0;
-        for (long l = 0; l < LANES; ++l) c.db[k] += sum[l];
-    }
-    if (c.dh) product(B, I, {z, 1, width}, K, c.w, I, c.dh, I);
+    product(K, I, {z, B, 1}, B, c.h, c.h_row, c.dw, I);
+    for (long k = 0; k < K; ++k) c.db[k] = 0;
+    for (long b = 0; b < B; ++b)
+        for (long k = 0; k < K; ++k) c.db[k] += z[k * B + b];
+    if (c.dh) product(B, I, {z, 1, B}, K, c.w, I, c.dh, I);
     for (long b = 0; relu && b < B; b += ROWS) {
         const long rows = B - b < ROWS ? B - b : ROWS;
-        product(rows, I, {z + b, 1, width}, K, c.w, I, part, I);
+        product(rows, I, {z + b, 1, B}, K, c.w, I, part, I);
         for (long r = 0; r < rows; ++r) {
             real* h = c.h + (b + r) * c.h_row;
             for (long i = 0; i < I; ++i) h[i] = h[i] <= 0 ? 0 : part[r * I + i];

@@ -22,13 +22,12 @@ from fedsim.engine.losses import Loss, cross_entropy, sample_shares
 from fedsim.engine.ops import Bound, Linear, ReLU
 from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.tape import Tape
-from fedsim.native import library
+from fedsim.native import TYPES, library
 from fedsim.params import Layout
 
 FEWEST_INPUTS = 16  # the widest register's worth of numbers
 MOST_CLASSES = 100  # beyond, torch's products are about as fast
 
-_HEADS = {torch.float32: "typedef float real;\n#define SINGLE\n", torch.float64: "typedef double real;\n"}
 _SEQUENCES = (nn.RNNBase, nn.Embedding)
 
 
@@ -50,14 +49,21 @@ class NativeEngine(StackedEngine):
         last = tape.specs[-1] if tape.specs else None
         if self.loss is cross_entropy and last is not None and last.output == tape.result and last.make is Linear:
             weight = bound.views[last.params[0]]
-            plain = len(last.shape) == 1 and weight.is_cpu and not bound.low and weight.dtype in _HEADS
+            plain = len(last.shape) == 1 and weight.is_cpu and not bound.low and weight.dtype in TYPES
             if plain and _fits(*weight.shape[-2:]) and compiled(weight.dtype) is not None:
                 return LastLayer(tape, bound)
         return super().end(tape, bound)
 
 
 class LastLayer:
-    """[ReLU,] a linear layer and mean cross-entropy, bound to the stack of a session. See `End`."""
+    """[ReLU,] a linear layer and mean cross-entropy, bound to the stack of a session. See `End`.
+
+    It takes values [C, B, I] and targets [C, B] (without the first axis where C = 1), hands the gradients of weight
+    [K, I] and bias [K] to the sink, and where ReLU is part of it, writes to the values.
+
+    Raises:
+        ValueError: when called, for values of another dtype than the layer's, and targets that are no class indices.
+    """
 
     def __init__(self, tape: Tape, bound: Bound) -> None:
         layer, relu = tape.specs[-1], tape.specs[-2] if len(tape.specs) > 1 else None
@@ -68,7 +74,7 @@ class LastLayer:
         self.wanted = layer.needs[0] and not self.relu
         self.bound, self.params = bound, layer.params
         weight, *bias = (bound.views[name] for name in layer.params)
-        self.grads = [torch.empty(weight.shape, dtype=weight.dtype), weight.new_empty(weight.shape[:-1])]
+        self.grads = [weight.new_empty(weight.shape), weight.new_empty(weight.shape[:-1])]
         self._sizes = weight.shape[-1], weight.shape[-2]
         self._layer = weight.data_ptr(), bias[0].data_ptr() if bias else None, weight.stride(0)
         self._grads = tuple(grad.data_ptr() for grad in self.grads)
@@ -112,11 +118,13 @@ class LastLayer:
         return loss, h if self.relu else dh
 
 
-def suits(module: nn.Module, loss: Loss) -> bool:
-    """Whether this engine has something for a module on a CPU, as far as its layers tell."""
+def suits(module: nn.Module, loss: Loss, device: torch.device, precision: str) -> bool:
+    """Whether this engine has something for a module, as far as its layers tell."""
+    if device.type != "cpu" or precision != "fp32" or loss is not cross_entropy:
+        return False
     layers = list(module.modules())
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    if loss is not cross_entropy or not linear or any(isinstance(layer, _SEQUENCES) for layer in layers):
+    if not linear or any(isinstance(layer, _SEQUENCES) for layer in layers):
         return False
     return _fits(linear[-1].out_features, linear[-1].in_features) and compiled(torch.float32) is not None
 
@@ -128,7 +136,7 @@ def _fits(num_classes: int, num_inputs: int) -> bool:
 @cache
 def compiled(dtype: torch.dtype) -> Callable[..., int] | None:
     """`last_layer` of last_layer.cpp, or None on a machine without a compiler."""
-    found = library(_HEADS[dtype] + (Path(__file__).parent / "last_layer.cpp").read_text())
+    found = library((Path(__file__).parent / "last_layer.cpp").read_text(), dtype)
     if found is None:
         return None
     long, number, pointer = ctypes.c_long, ctypes.c_int, ctypes.c_void_p

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from math import factorial
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def record(step: Callable[..., None], sizes: Sequence[tuple[int, int]], dtype: t
 def source(
     graph: fx.Graph, arrays: Sequence[str], weights: Sequence[str], coefficients: Sequence[str], gradient: int
 ) -> str:
-    """C++ of a recorded step, to be compiled with real and word as float and int32_t, or double and int64_t.
+    """C++ of a recorded step, for `native.library`.
 
     Args:
         graph: from `record`.
@@ -71,7 +70,6 @@ def source(
         gradient=gradient,
         gradient_name=names[gradient],
         logs=int(stored == {names[0]} and names[gradient] in read),
-        series=", ".join(f"1. / {factorial(i)}" for i in range(14)),
         ways=4 if len(read) <= 2 else 2 if len(read) <= 4 else 1,
     )
 
@@ -199,12 +197,8 @@ _OPERATIONS: dict[str, Callable[..., str]] = {
     "where": lambda m, a, b: f"{m} ? {a} : {b}",
 }
 
-# `lerp` is torch's: exact at both ends. `exponential` is Cephes' expf, or exp, arranged so that a compiler can take
-# many at a time: e^a = 2^n e^r with abs(r) <= ln(2) / 2 and e^r from its series; relative error below 2e-7 (2e-16).
+# `lerp` is torch's: exact at both ends.
 _FRAME = """\
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
 #include <vector>
 #define NONFINITE (sizeof(real) == 4 ? (word)0x7f800000 : (word)0x7ff0000000000000)
 #define PART 16384  // coordinates that one thread takes at a time
@@ -225,22 +219,6 @@ static inline real lerp(real a, real b, real w) {{
 }}
 
 static inline real sign(real a) {{ return real(a > 0) - real(a < 0); }}
-
-static inline real exponential(real a) {{
-    const real top = sizeof(real) == 4 ? real(88) : real(708);
-    a = a > top ? top : (a < -top ? -top : a);
-    const real n = floor(a * real(1.4426950408889634) + real(0.5));
-    const real r = (a - n * real(0.693145751953125)) - n * real(1.42860682030941723212e-6);
-    static const real series[] = {{{series}}};  // 1 / i!
-    const int terms = sizeof(real) == 4 ? 7 : 13;
-    real sum = series[terms];
-#pragma GCC unroll 16
-    for (int i = terms - 1; i >= 0; --i) sum = sum * r + series[i];
-    const word bits = ((word)n + (sizeof(real) == 4 ? 127 : 1023)) << (sizeof(real) == 4 ? 23 : 52);
-    real scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return sum * scale;
-}}
 
 static inline word worse(word bits, word worst) {{ return (bits & NONFINITE) > worst ? bits & NONFINITE : worst; }}
 
@@ -295,17 +273,14 @@ static inline const word* gradient(const Stack& s, long r, long from) {{
 template <bool logged>
 static word row(const Stack& s, long r, real* log) {{
     const long piece = logged ? PIECE_LOGGED : PIECE;
-    word worst = 0, found;
+    word worst = 0;
     for (long run = 0, from = 0; run < s.runs; from = s.ends[run++]) {{
         const long n = s.ends[run] - from;
         const long share = n < LONG || WAYS == 1 ? 0 : n / (WAYS * piece) * piece;
         for (long at = from; at < from + share; at += piece)
-            for (long way = 0; way < WAYS; ++way) {{
-                found = advance<logged>(s, r, run, at + way * share, piece, log);
-                worst = found > worst ? found : worst;
-            }}
-        found = advance<logged>(s, r, run, from + WAYS * share, n - WAYS * share, log);
-        worst = found > worst ? found : worst;
+            for (long way = 0; way < WAYS; ++way)
+                worst = worse(advance<logged>(s, r, run, at + way * share, piece, log), worst);
+        worst = worse(advance<logged>(s, r, run, from + WAYS * share, n - WAYS * share, log), worst);
     }}
     return worst;
 }}

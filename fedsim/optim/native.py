@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.native import library
+from fedsim.native import TYPES, library
 from fedsim.optim import emit
 from fedsim.optim.pipeline import Block, Plan, Values, step_block_
 
-_TYPES = {torch.float32: ("float", "int32_t"), torch.float64: ("double", "int64_t")}
 _WEIGHTS = {"lr_weights", "decay_weights", "l2_weights"}
 _ARRAYS = ("mask", "add", "average")  # of what all parts share
 _SHARED = (*_ARRAYS, "average_rate", "average_first")
@@ -101,7 +100,7 @@ def step_(plan: Plan, x: Tensor, g: Tensor, block: Block, check: bool) -> list[i
 
 def kernel_of(plan: Plan, x: Tensor, arrays: Values, numbers: Values) -> Kernel | None:
     """The compiled step of a plan on x [k, P] with inputs of these names, made once; None if it cannot be made."""
-    if not (x.is_cpu and plan.elementwise and x.dtype in _TYPES and x.stride(1) == 1):
+    if not (x.is_cpu and plan.elementwise and x.dtype in TYPES and x.stride(1) == 1):
         return None
     known: dict[object, Kernel | None] = plan.kernels
     key = (x.dtype, *arrays, None, *numbers)
@@ -133,10 +132,7 @@ def _make(plan: Plan, dtype: torch.dtype, arrays: tuple[str, ...], numbers: tupl
         text = emit.source(graph, ["x", "g", *arrays], list(weights), numbers, gradient=1)
     except emit.NotElementwise:
         return None
-    real, word = _TYPES[dtype]
-    # a word is a number's own bits, looked at in place
-    head = f"#include <stdint.h>\ntypedef {real} real;\ntypedef {word} word __attribute__((may_alias));\n"
-    compiled = library(head + text)
+    compiled = library(text, dtype)
     if compiled is None:
         return None
     return Kernel(compiled, *_runs(plan, list(weights.values())), 2 + len(arrays), len(numbers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -109,14 +110,15 @@ def test_a_step_changes_the_parameters_by_the_gradient_at_the_old_ones(clients: 
         assert torch.allclose(total, oracle.gradient(x, b)[0] + 1, atol=1e-12)
 
 
-def test_a_clients_numbers_are_the_same_bits_in_any_stack_and_on_any_number_of_threads() -> None:
+def test_a_clients_numbers_are_the_same_bits_in_any_stack_and_on_any_number_of_threads(
+    set_threads: Callable[[int], None],
+) -> None:
     module, x, b = problem("linear", torch.float32)
     engine, _ = engines(module)
-    before = torch.get_num_threads()
+    set_threads(1)
     together = engine.gradient(x, b)
-    torch.set_num_threads(2)
+    set_threads(2)
     threaded = engine.gradient(x, b)
-    torch.set_num_threads(before)
     for i in (0, 1, 3):
         assert b.weights is not None
         alone = engine.gradient(x[i : i + 1], Batch(b.inputs[i : i + 1], b.targets[i : i + 1], b.weights[i : i + 1]))

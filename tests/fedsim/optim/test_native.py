@@ -1,5 +1,6 @@
 """Compiled elementwise steps: what is written, and that it says what the eager step says."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ def run(spec: dict[str, Any], backend: str, x: Tensor, grads: Tensor, **inputs: 
     for i, g in enumerate(grads):
         k = 3 if i < 3 else 2
         optimizer.step_(y[:k], g[:k], state, **inputs)
-    if backend == "compiled" and native.library('extern "C" void step() {}') is not None:
+    if backend == "compiled" and native.library('extern "C" void step() {}', torch.float32) is not None:
         assert all(optimizer.plan.kernels.values())  # none of these falls back to torch's compiler
     return y, state
 
@@ -49,15 +50,16 @@ def test_a_compiled_step_is_the_eager_one_with_bad_gradients_prefixes_and_per_cl
     assert all(torch.allclose(v, two.host[n], rtol=1e-14) for n, v in one.host.items())
 
 
-def test_long_rows_walked_in_several_places_and_by_several_threads_step_every_coordinate_once() -> None:
+def test_long_rows_walked_in_several_places_and_by_several_threads_step_every_coordinate_once(
+    set_threads: Callable[[int], None],
+) -> None:
     layout = Layout.of({"w": (700, 203), "b": (7,)})
     x, grads = (t.float() for t in problem(steps=2, clients=2, layout=layout))
     grads[1, 0, -1] = float("nan")
     ends = []
-    threads = torch.get_num_threads()
     for name in ("sgd", "adamw"):
         for backend, count in (("eager", 1), ("compiled", 1), ("compiled", 2)):
-            torch.set_num_threads(count)
+            set_threads(count)
             optimizer = build({"name": name, "lr": 0.1, "weight_decay": 0.1, "backend": backend}, layout)
             y = x.clone()
             state = optimizer.init(y)
@@ -65,15 +67,15 @@ def test_long_rows_walked_in_several_places_and_by_several_threads_step_every_co
                 optimizer.step_(y, g, state)
             ends.append(y)
             assert state.skipped.tolist() == [1, 0]
-    torch.set_num_threads(threads)
     for eager, one, two in (ends[:3], ends[3:]):
         assert torch.allclose(one, eager, atol=1e-6) and torch.equal(one, two)
 
 
 @pytest.mark.parametrize("spec", [{"name": "sgd"}, {"name": "sgd", "lr_mult": {"b": 0.5}}, {"name": "signsgd"}])
 def test_a_stack_out_of_the_cache_is_looked_through_while_it_is_stepped_and_bad_rows_are_put_back(
-    spec: dict[str, Any],
+    spec: dict[str, Any], set_threads: Callable[[int], None]
 ) -> None:
+    set_threads(1)  # more take each a part of the stack, after a look at all of it
     layout = Layout.of({"w": (1_500, 1_001), "b": (500,)})
     generator = torch.Generator().manual_seed(1)
     x, g = torch.randn(2, 4, layout.size, generator=generator)
@@ -85,6 +87,19 @@ def test_a_stack_out_of_the_cache_is_looked_through_while_it_is_stepped_and_bad_
         optimizer.step_(t, g, state)
         assert state.skipped.tolist() == [1, 0, 1, 0] and state.t.tolist() == [0, 1, 0, 1]
     assert torch.equal(y[[0, 2]], x[[0, 2]]) and torch.allclose(y, z, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, arrays, numbers, logs", [("sgd", [], ["lr"], 1), ("lion", ["m"], ["a1", "a2", "lr"], 0)]
+)
+def test_a_log_is_kept_where_a_step_writes_to_x_alone(
+    name: str, arrays: list[str], numbers: list[str], logs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources: list[str] = []
+    monkeypatch.setattr(native, "library", lambda source, dtype: sources.append(source))
+    optimizer = build({"name": name, "lr": 0.1, "backend": "compiled"}, LAYOUT)
+    native.kernel_of(optimizer.plan, torch.zeros(1, LAYOUT.size), dict.fromkeys(arrays), dict.fromkeys(numbers))
+    assert f"#define LOGS {logs}\n" in sources[0]
 
 
 def test_an_operation_without_a_line_of_arithmetic_is_refused() -> None:
