@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.engine.base import Batch
-from fedsim.engine.head import Head
+from fedsim.engine.head import End, Head
 from fedsim.engine.images import Conv2d, channels_last
 from fedsim.engine.norms import BatchNorm, GroupNorm, LayerNorm
 from fedsim.engine.ops import Bound, Embedding, Linear, Op, Spec, aten
 from fedsim.engine.per_sample import CHUNK, Each, Outer, Part, Rows, outer_square_norms
 from fedsim.engine.recurrent import LSTM
 from fedsim.engine.stacked import TapeSession
+from fedsim.engine.tape import Tape
 
 
 class GhostSink:
@@ -265,6 +266,8 @@ class GhostSession(TapeSession):
         specs = self._tape.specs
         if any(spec.make is BatchNorm or (spec.params and spec.make not in GHOSTS) for spec in specs):
             return False
-        self._ops = [GHOSTS.get(spec.make, spec.make)(spec, self.bound) for spec in specs]
-        self._end = Head(self.engine.loss, self.lead, self._tape.result)
         return True
+
+    def _bind(self, tape: Tape) -> tuple[list[Op], End]:
+        ops = [GHOSTS.get(spec.make, spec.make)(spec, self.bound) for spec in tape.specs]
+        return ops, Head(self.engine.loss, self.lead, tape.result)

@@ -199,10 +199,13 @@ class TapeSession:
             self._key = key
             self._tape = self.engine.tape(batch)
             if self._tape is not None:
-                self._end = self.engine.end(self._tape, self.bound)
-                ops = self._tape.bind(self.bound)
-                self._ops = ops[: len(ops) - self._end.length]
+                self._ops, self._end = self._bind(self._tape)
         return self._tape is not None
+
+    def _bind(self, tape: Tape) -> tuple[list[Op], End]:
+        """The ops of a pass, and its end."""
+        end, ops = self.engine.end(tape, self.bound), tape.bind(self.bound)
+        return ops[: len(ops) - end.length], end
 
     def _run(self, batch: Batch) -> Tensor:
         """One forward and backward pass; parameter gradients go to the bound sink. Returns the loss [C]."""

@@ -13,6 +13,7 @@ from fedsim.engine import Batch, build_engine
 from fedsim.engine.compiled import CompiledEngine
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import LOSSES, cross_entropy
+from fedsim.engine.ops import Bound, ReLU, Spec
 from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
 from fedsim.tasks.models import MODELS
@@ -73,6 +74,18 @@ def test_in_place_activations_are_carried_and_leave_the_inputs_alone(clients: in
     assert float(inputs.max()) == 2
     expected = oracle.gradient(x, Batch(inputs.clone(), targets))
     assert close(got[0], expected[0]) and close(got[1], expected[1])
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_gradient_of_relu_lies_as_its_values_do_in_place_or_not(layout: torch.memory_format) -> None:
+    # or the pooling before it would copy every image into its own layout
+    spec = Spec(make=ReLU, name="relu", inputs=(0,), output=1, shape=(3, 4, 5), grad_in_place=True)
+    op = ReLU(spec, Bound(lead=0, views={}, low=False))
+    x, dy = torch.randn(2, 2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    op.forward(x.contiguous(memory_format=layout))
+    expected = dy * (x > 0)
+    (found,) = op.backward(dy)
+    assert found.is_contiguous(memory_format=layout) and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
