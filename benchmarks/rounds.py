@@ -1,6 +1,6 @@
 """Whole rounds of FedAvg beside the plain loop, in one run: the standing workloads W1, W2, W3.
 
-    python -m benchmarks.rounds [--workloads w1 w2 w3] [--rounds 8] [--json FILE]
+    python -m benchmarks.rounds [--workloads w1 w2 w3] [--rounds 8] [--engines auto stacked] [--json FILE]
 
 W1  1,000 clients x 60 images, MLP 784-200-10, batch 20 (3 steps), 100 clients a round
 W2  the same data, LEAF's CNN (1,663,370 parameters), 50 clients a round
@@ -21,6 +21,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,23 @@ def images() -> Any:
 class Fedsim:
     """Rounds on a fleet, with the cohorts that the plain loop has."""
 
-    def __init__(self, load: Workload, problem: Problem, data: FederatedData, precision: str) -> None:
+    def __init__(self, load: Workload, problem: Problem, data: FederatedData, precision: str, engine: str) -> None:
         factory = partial(MODELS[load.model], (1, 28, 28), 10)
         module, x0 = init_parameters(factory, seed=0)
         layout = Layout.of_module(module)
         steps = -(-load.samples // load.batch)
         plan = choose(
-            module, layout, batch_size=load.batch, steps=steps, num_clients=load.cohort, precision=precision, plain=True
+            module,
+            layout,
+            batch_size=load.batch,
+            steps=steps,
+            num_clients=load.cohort,
+            engine=engine,
+            precision=precision,
+            plain=True,
         )
-        engine = build_engine(plan.engine, module, layout, precision=precision)
-        self.task = ClassificationTask(data, module, x0, engine, LOSSES["cross_entropy"])
+        built = build_engine(plan.engine, module, layout, precision=precision)
+        self.task = ClassificationTask(data, module, x0, built, LOSSES["cross_entropy"])
         local = LocalSGD(
             optimizer=build({"name": "sgd", "lr": LR}, layout),
             schedule=Schedule(epochs=1, batch_size=load.batch, shuffle=False),
@@ -115,7 +123,7 @@ class Fedsim:
         self.executor.close()
 
 
-def measure(name: str, rounds: int, precisions: list[str]) -> dict[str, Any]:
+def measure(name: str, rounds: int, precisions: list[str], engines: list[str]) -> dict[str, Any]:
     """Times of all systems on one workload."""
     load, source = WORKLOADS[name], images()
     generator = torch.Generator().manual_seed(0)
@@ -146,15 +154,16 @@ def measure(name: str, rounds: int, precisions: list[str]) -> dict[str, Any]:
         f"plain, 1 process x {cores} threads": OneProcess(problem, cores),
         f"plain, {cores} processes x 1 thread": Processes(problem, cores),
     }
-    for precision in precisions:
-        systems["fedsim" if precision == "fp32" else f"fedsim, {precision}"] = Fedsim(load, problem, data, precision)
+    for precision, engine in product(precisions, engines):
+        label = ", ".join(["fedsim", *(x for x in (precision, engine) if x not in ("fp32", "auto"))])
+        systems[label] = Fedsim(load, problem, data, precision, engine)
     times: dict[str, list[float]] = {k: [] for k in systems}
     for r in range(rounds):
         for label, system in systems.items():
             start = time.perf_counter()
             system.round(r)
             times[label].append(time.perf_counter() - start)
-    reference = systems["fedsim"].x
+    reference = next(s.x for k, s in systems.items() if k.startswith("fedsim"))
     differences = {k: float((s.x - reference).abs().max()) for k, s in systems.items()}
     for system in systems.values():
         system.close()
@@ -185,10 +194,11 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--precisions", nargs="*", default=["fp32"])
+    parser.add_argument("--engines", nargs="*", default=["auto"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(machine())
-    results = [measure(w, arguments.rounds, arguments.precisions) for w in arguments.workloads]
+    results = [measure(w, arguments.rounds, arguments.precisions, arguments.engines) for w in arguments.workloads]
     for result in results:
         print(f"\n{result['workload'].upper():34s} {'first':>9s} {'best':>9s} {'median':>9s}  ratio  difference")
         for label, row in result["systems"].items():
