@@ -203,8 +203,9 @@ _FRAME = """\
 #define NONFINITE (sizeof(real) == 4 ? (word)0x7f800000 : (word)0x7ff0000000000000)
 #define PART 16384  // coordinates that one thread takes at a time
 // Memory answers several streams faster than one, up to about ten: a look goes through a gradient in four places at
-// once, and long rows, which lie out of the cache, are stepped in several places by turns. A piece is no power of two,
-// so that the places do not fall on the same lines of the cache.
+// once (backwards: the step finds what was seen last in the nearest cache), and long rows, which lie out of the cache,
+// are stepped in several places by turns. A piece is no power of two, so that the places do not fall on the same lines
+// of the cache.
 #define WAYS {ways}
 #define PIECE 240
 #define PIECE_LOGGED 144
@@ -225,7 +226,7 @@ static inline word worse(word bits, word worst) {{ return (bits & NONFINITE) > w
 static bool unsound(const word* __restrict bits, long n) {{
     const long part = n / 4;
     word a = 0, b = 0, c = 0, d = 0;
-    for (long j = 0; j < part; ++j) {{
+    for (long j = part - 1; j >= 0; --j) {{
         a = worse(bits[j], a);
         b = worse(bits[j + part], b);
         c = worse(bits[j + 2 * part], c);
