@@ -1,8 +1,12 @@
-"""Big arrays on big pages of memory.
+"""Where big arrays lie in memory.
 
 A batch is gathered from rows that lie anywhere in a data set of hundreds of megabytes, and a step walks through whole
 stacks of parameters. On pages of 4 kB each row costs a walk through the page table on top of the read itself; pages of
 2 MB spare that where the system offers them, and elsewhere the array is an ordinary one.
+
+An optimizer's step goes through several arrays of one size side by side. Big ones tend to begin at the same place of
+their pages, and then a core takes a number it reads from one for a number it just wrote to another, and waits: only the
+last 12 bits of the two addresses are compared at first. Arrays that begin a little apart spare that.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ import torch
 from torch import Tensor
 
 PAGE = 1 << 21  # bytes
+SMALL_PAGE = 1 << 12
 SMALLEST = PAGE  # bytes; a smaller array is an ordinary one
+APART = 576  # bytes between the beginnings of arrays that are used together: nine lines of the cache
+SMALLEST_APART = 1 << 15  # bytes; smaller arrays may lie anywhere
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
@@ -32,6 +39,19 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     whole = torch.frombuffer(block, dtype=torch.uint8)
     start = -whole.data_ptr() % PAGE
     return whole[start : start + nbytes].view(dtype).view(*shape)
+
+
+def apart(first: Tensor, nth: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised array on the device of `first`, the nth that is used together with it.
+
+    On the CPU a big one begins nth * 576 bytes further into a page than `first` does.
+    """
+    numel, size = prod(shape), torch.empty((), dtype=dtype).element_size()
+    if first.device.type != "cpu" or numel * size < SMALLEST_APART:
+        return torch.empty(*shape, dtype=dtype, device=first.device)
+    room = torch.empty(numel + SMALL_PAGE // size, dtype=dtype)
+    start = (first.data_ptr() + nth * APART - room.data_ptr()) % SMALL_PAGE // size
+    return room[start : start + numel].view(*shape)
 
 
 def take(source: Tensor, rows: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim import pages
 from fedsim.optim import native
 from fedsim.optim.backends import choose, row_blocks, run, take_rows
 from fedsim.optim.parts import make_parts
@@ -155,17 +156,19 @@ class Optimizer:
             f"optimizer of {sum(self.plan.segments.sizes)} entries got {width}"
         )
         initial: dict[str, float] = {}
-        buffers, host = {}, {}
+        buffers: dict[str, Tensor] = {}
+        host: dict[str, Tensor] = {}
         for part in self.plan.parts:
             for state in part.states:
                 n = sum(state.per) if isinstance(state.per, tuple) else _WIDTHS[state.per](part.segments)
                 dtype = x.dtype if state.dtype is None else getattr(torch, state.dtype)
-                buffers[part.name + state.name] = torch.full((clients, n), state.init, dtype=dtype, device=x.device)
+                buffer = pages.apart(x, 2 + len(buffers), (clients, n), dtype)  # the gradient is the first
+                buffers[part.name + state.name] = buffer.fill_(state.init)
                 initial[part.name + state.name] = state.init
             for name in part.rule.host:
                 host[part.name + name] = torch.zeros(clients, dtype=torch.float64)
         if self.settings.average is not None:
-            buffers["average"] = torch.zeros_like(x, memory_format=torch.contiguous_format)
+            buffers["average"] = pages.apart(x, 2 + len(buffers), x.shape, x.dtype).zero_()
         zero = torch.zeros(clients, dtype=torch.int64)
         return OptState(t=zero, skipped=zero.clone(), buffers=buffers, host=host, initial=initial)
 
