@@ -116,7 +116,7 @@ class Reader:
         if ":" in name:
             return self.imported(name, f"{key}.name"), name, rest
         if name not in table:
-            raise self.error(f"{key}.name", f"unknown name {name!r}{did_you_mean(name, table)}")
+            raise self.error(f"{key}.name", f"unknown name {name!r}{as_import_path(name) or did_you_mean(name, table)}")
         return table[name], name, rest
 
     def imported(self, path: str, key: str) -> Callable[..., Any]:
@@ -375,6 +375,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def as_import_path(name: str) -> str:
+    """What to say of an unknown name with a dot in it, which no name of ours has; else nothing."""
+    module, _, attribute = name.rpartition(".")
+    return f"; an import path is written '{module}:{attribute}'" if module else ""
 
 
 OURS = ("fedsim", "strategies", "clients")

@@ -16,7 +16,7 @@ from clients.byzantine import ATTACKS
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS, PreAggregator
 from fedsim.compose.problems import Site
 from fedsim.compress import COMPRESSORS
-from fedsim.config import Reader
+from fedsim.config import Reader, as_import_path
 from fedsim.data import DATASETS
 from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
@@ -72,8 +72,11 @@ def optimizer(
 ) -> tuple[Optimizer, Any]:
     """A rule that `check` accepts, for vectors of this layout."""
     spec = {"name": spec} if isinstance(spec, str) else spec
-    if isinstance(spec, Mapping) and ":" in str(spec.get("name")):
+    name = str(spec.get("name")) if isinstance(spec, Mapping) else ""
+    if ":" in name:
         return _foreign(reader, key, spec, layout)
+    if as_import_path(name):
+        raise reader.error(key, f"unknown optimizer {name!r}{as_import_path(name)}")
     try:
         made = build_optimizer(spec, layout)
         check(made)
