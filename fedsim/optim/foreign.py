@@ -10,6 +10,7 @@ Letters: C clients of a stack, k of them step, P trainable entries.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,9 @@ class ForeignOptimizer:
             raise ValueError(f"{_name(self.make)} can't be made with {dict(self.arguments)}: {e}") from e
         if not isinstance(made, torch.optim.Optimizer):
             raise ValueError(f"{_name(self.make)} gave a {type(made).__name__}, not a torch.optim.Optimizer")
+        closure = inspect.signature(made.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(f"{_name(self.make)} evaluates the loss within a step, and here it gets a gradient alone")
 
     @property
     def lr(self) -> Any:

@@ -53,6 +53,11 @@ def test_it_is_named_by_import_path_in_an_experiment() -> None:
     assert foreign.last("x") == pytest.approx(own.last("x"), abs=1e-6)
 
 
+def test_one_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"local\.optimizer: .*LBFGS evaluates the loss within a step"):
+        run({"local": {"optimizer": {"name": "torch.optim:LBFGS", "lr": 0.1}}})
+
+
 def test_an_import_path_with_a_dot_for_the_colon_is_put_right() -> None:
     with pytest.raises(ConfigError, match=r"unknown optimizer 'torch.optim.SGD'; .* is written 'torch.optim:SGD'"):
         run({"local": {"optimizer": {"name": "torch.optim.SGD", "lr": 0.1}}})
