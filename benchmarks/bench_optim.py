@@ -1,6 +1,6 @@
 """How fast one optimizer step of a stack is, as ratios measured side by side in one process.
 
-    python -m benchmarks.bench_optim [--rules sgd,adamw,...] [--threads 1] [--json FILE]
+    python -m benchmarks.bench_optim [--rules sgd,adamw,...] [--threads 1] [--apart 1088] [--json FILE]
 
 For C clients with P parameters each, time of ours over torch's fused optimizer on one flat [C * P] parameter: SGD
 (plain and with momentum) and AdamW over their own, aim 1.15; any other elementwise rule over AdamW, aim 1.4 scaled by
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim import pages
 from fedsim.optim import build
 from fedsim.params import Layout
 
@@ -158,7 +159,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2, help="of torch's steps in each comparison")
     parser.add_argument("--max-entries", type=int, default=20_000_000, help="leave out larger stacks (memory)")
     parser.add_argument("--json", default=None)
+    parser.add_argument(
+        "--apart", type=int, default=pages.APART, help="bytes between the beginnings of a step's arrays"
+    )
     args = parser.parse_args()
+    pages.APART = args.apart
     torch.set_num_threads(args.threads)
     rows: list[Row] = []
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s)")

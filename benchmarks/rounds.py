@@ -6,10 +6,10 @@ W1  1,000 clients x 60 images, MLP 784-200-10, batch 20 (3 steps), 100 clients a
 W2  the same data, LEAF's CNN (1,663,370 parameters), 50 clients a round
 W3  10 clients x 6,000 images, the MLP, batch 64 (94 steps), all 10 a round
 
-SGD 0.05, one epoch, fixed order of samples, evaluation outside the timing. Rounds of all systems are interleaved,
-in an order drawn anew each round, so that a drift of the machine and warm caches serve them alike; shown are the best
-and the median. The ratio compares the best of
-fedsim with the best of the faster plain loop. Results of all systems must agree (largest difference shown).
+SGD 0.05, one epoch, fixed order of samples, evaluation outside the timing. Rounds of all systems are interleaved, in an
+order drawn anew each round, so that a drift of the machine and warm caches serve them alike; shown are the best and the
+median. The ratio compares the best of fedsim with the best of the faster plain loop. Results of all systems must agree
+(largest difference shown).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ stacks of parameters. On pages of 4 kB each row costs a walk through the page ta
 2 MB spare that where the system offers them, and elsewhere the array is an ordinary one.
 
 An optimizer's step goes through several arrays of one size side by side. Big ones tend to begin at the same place of
-their pages, and then a core takes a number it reads from one for a number it just wrote to another, and waits: only the
-last 12 bits of the two addresses are compared at first. Arrays that begin a little apart spare that.
+their pages; then they compete for the same lines of the nearest cache, and a core that first compares the last 12 bits
+of two addresses may take a read of one array for a write to another. Arrays that begin a little apart spare that.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 PAGE = 1 << 21  # bytes
-SMALL_PAGE = 1 << 12
+SMALL_PAGE, LINE = 1 << 12, 64
 SMALLEST = PAGE  # bytes; a smaller array is an ordinary one
-APART = 576  # bytes between the beginnings of arrays that are used together: nine lines of the cache
+APART = 1088  # bytes between the beginnings of arrays that are used together: 17 lines of the cache
 SMALLEST_APART = 1 << 15  # bytes; smaller arrays may lie anywhere
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """An uninitialised array; one on the CPU that is big is put on 2 MB pages, if the system has them."""
-    nbytes = prod(shape) * torch.empty((), dtype=dtype).element_size()
+    nbytes = prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or nbytes < SMALLEST or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(*shape, dtype=dtype, device=device)
     # room to start and to end with a whole page; what is never touched takes no memory
@@ -41,17 +41,17 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     return whole[start : start + nbytes].view(dtype).view(*shape)
 
 
-def apart(first: Tensor, nth: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised array on the device of `first`, the nth that is used together with it.
+def apart(first: Tensor, nth: int, shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:
+    """An array full of `value` on the device of `first`, the nth that is used together with it.
 
-    On the CPU a big one begins nth * 576 bytes further into a page than `first` does.
+    On the CPU a big one begins nth * `APART` bytes further into a page than `first` does, and on a line of the cache.
     """
-    numel, size = prod(shape), torch.empty((), dtype=dtype).element_size()
+    numel, size = prod(shape), dtype.itemsize
     if first.device.type != "cpu" or numel * size < SMALLEST_APART:
-        return torch.empty(*shape, dtype=dtype, device=first.device)
-    room = torch.empty(numel + SMALL_PAGE // size, dtype=dtype)
-    start = (first.data_ptr() + nth * APART - room.data_ptr()) % SMALL_PAGE // size
-    return room[start : start + numel].view(*shape)
+        return torch.full(tuple(shape), value, dtype=dtype, device=first.device)
+    room = torch.full((numel + SMALL_PAGE // size,), value, dtype=dtype)
+    skipped = (first.data_ptr() + nth * APART - room.data_ptr()) % SMALL_PAGE // LINE * LINE
+    return room[skipped // size :][:numel].view(*shape)
 
 
 def take(source: Tensor, rows: Tensor) -> Tensor:

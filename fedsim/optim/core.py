@@ -162,13 +162,13 @@ class Optimizer:
             for state in part.states:
                 n = sum(state.per) if isinstance(state.per, tuple) else _WIDTHS[state.per](part.segments)
                 dtype = x.dtype if state.dtype is None else getattr(torch, state.dtype)
-                buffer = pages.apart(x, 2 + len(buffers), (clients, n), dtype)  # the gradient is the first
-                buffers[part.name + state.name] = buffer.fill_(state.init)
+                shape = (clients, n)
+                buffers[part.name + state.name] = pages.apart(x, 1 + len(buffers), shape, state.init, dtype)
                 initial[part.name + state.name] = state.init
             for name in part.rule.host:
                 host[part.name + name] = torch.zeros(clients, dtype=torch.float64)
         if self.settings.average is not None:
-            buffers["average"] = pages.apart(x, 2 + len(buffers), x.shape, x.dtype).zero_()
+            buffers["average"] = pages.apart(x, 1 + len(buffers), x.shape, 0.0, x.dtype)
         zero = torch.zeros(clients, dtype=torch.int64)
         return OptState(t=zero, skipped=zero.clone(), buffers=buffers, host=host, initial=initial)
 

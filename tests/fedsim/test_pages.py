@@ -18,20 +18,25 @@ def test_an_array_is_writable_and_has_the_shape_and_dtype_asked_for(numbers: int
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
-def test_big_arrays_used_together_begin_apart_on_lines_of_the_cache(dtype: torch.dtype) -> None:
-    first = torch.zeros(pages.SMALLEST)
-    arrays = [pages.apart(first, i, (2, pages.SMALLEST), dtype) for i in range(1, 8)]
-    starts = [a.data_ptr() % 4096 for a in (first, *arrays)]
-    assert len(set(starts)) == 8 and not any((s - starts[0]) % 64 for s in starts)
+@pytest.mark.parametrize("at", [0, 3])  # 3: an array that begins beside a line of the cache
+def test_big_arrays_used_together_begin_apart_on_lines_of_the_cache(dtype: torch.dtype, at: int) -> None:
+    first = torch.zeros(pages.SMALLEST)[at:]
+    arrays = [pages.apart(first, i, (2, pages.SMALLEST), i, dtype) for i in range(8)]
+    starts = [a.data_ptr() % 4096 for a in arrays]
+    assert starts == [(starts[0] + i * pages.APART) % 4096 for i in range(8)]
+    assert len(set(starts)) == 8 and not any(s % 64 for s in starts)
     for i, a in enumerate(arrays):
-        assert a.shape == (2, pages.SMALLEST) and a.dtype == dtype and a.is_contiguous()
-        a.fill_(i)
-    assert all(bool((a == i).all()) for i, a in enumerate(arrays))
+        assert a.shape == (2, pages.SMALLEST) and a.dtype == dtype and a.is_contiguous() and bool((a == i).all())
 
 
 def test_small_arrays_and_those_elsewhere_have_no_room_to_spare() -> None:
     here, elsewhere = torch.zeros(3), torch.zeros(3, device="meta")
-    for a in (pages.apart(here, 3, (2, 5), torch.float32), pages.apart(elsewhere, 3, (1 << 20,), torch.float32)):
+    small, meta = (
+        pages.apart(here, 3, (2, 5), 7, torch.float32),
+        pages.apart(elsewhere, 3, (1 << 20,), 7, torch.float32),
+    )
+    assert bool((small == 7).all()) and meta.device.type == "meta"
+    for a in (small, meta):
         assert a.storage_offset() == 0 and a.untyped_storage().nbytes() == 4 * a.numel()
 
 

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 
+from fedsim import pages
 from fedsim.optim import OptState, build
 from fedsim.params import Layout
 from tests.fedsim.optim.oracles import LAYOUT, problem, stack_run
@@ -202,6 +203,14 @@ def test_state_travels_as_named_rows_and_resumes_in_the_middle() -> None:
     for g in grads[3:]:
         optimizer.step_(y, g[[2, 0, 1]], state)
     assert torch.equal(optimizer.final(y, state)[[1, 2, 0]], stack_run(spec, x, grads, final=True))
+
+
+def test_big_states_begin_apart_from_the_parameters_and_from_each_other() -> None:
+    x = torch.zeros(2, pages.SMALLEST_APART)
+    spec = {"name": "adan", "lr": 0.1, "average": {"name": "ema", "decay": 0.5}}
+    buffers = build(spec, Layout.of({"w": (1, x.shape[1])})).init(x).buffers
+    starts = [(b.data_ptr() - x.data_ptr()) % 4096 for b in buffers.values()]
+    assert starts == [i * pages.APART % 4096 for i in range(1, 6)]
 
 
 def test_gather_scatter_and_reset_move_whole_clients() -> None:
