@@ -95,10 +95,10 @@ class StackOptimizer(torch.optim.Optimizer):
         self.state[params[0]][_STATE] = {n: v.tolist() if v.dtype == torch.float64 else v for n, v in rows.items()}
 
     def _load(self, optimizer: Optimizer, first: nn.Parameter, x: Tensor) -> OptState:
-        fresh = optimizer.init(x)
         saved = self.state[first].get(_STATE)
         if saved is None:
-            return fresh
+            return optimizer.init(x)
+        fresh = optimizer.init(x.to("meta"))  # what the buffers are called and of which type they are
         # load_state_dict casts floating tensors to the parameter's type, so float64 numbers are kept as lists
         rows = {n: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v for n, v in saved.items()}
         buffers = {n: rows[n].to(b.dtype) for n, b in fresh.buffers.items()}
