@@ -378,9 +378,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def as_import_path(name: str) -> str:
-    """What to say of an unknown name with a dot in it, which no name of ours has; else nothing."""
+    """What to say of an unknown name that is a dotted path, as no name of ours is; of another name nothing."""
     module, _, attribute = name.rpartition(".")
-    return f"; an import path is written '{module}:{attribute}'" if module else ""
+    dotted = bool(module) and all(part.isidentifier() for part in name.split("."))
+    return f"; an import path is written '{module}:{attribute}'" if dotted else ""
 
 
 OURS = ("fedsim", "strategies", "clients")

@@ -74,9 +74,9 @@ def optimizer(
     spec = {"name": spec} if isinstance(spec, str) else spec
     name = str(spec.get("name")) if isinstance(spec, Mapping) else ""
     if ":" in name:
-        return _foreign(reader, key, spec, layout)
-    if as_import_path(name):
-        raise reader.error(key, f"unknown optimizer {name!r}{as_import_path(name)}")
+        return _foreign(reader, key, spec, layout, check)
+    if hint := as_import_path(name):
+        raise reader.error(key, f"unknown optimizer {name!r}{hint}")
     try:
         made = build_optimizer(spec, layout)
         check(made)
@@ -85,12 +85,15 @@ def optimizer(
         raise reader.error(key, str(e).removeprefix("optimizer: ").replace("optimizer.", "")) from e
 
 
-def _foreign(reader: Reader, key: str, spec: Mapping[str, Any], layout: Layout) -> tuple[Any, Any]:
+def _foreign(
+    reader: Reader, key: str, spec: Mapping[str, Any], layout: Layout, check: Callable[[Any], None]
+) -> tuple[Any, Any]:
     """Any class of torch optimizers by import path, with one warning."""
     arguments = {k: v for k, v in spec.items() if k != "name"}
     make = reader.imported(spec["name"], f"{key}.name")
     try:
         made = ForeignOptimizer(make, arguments, layout)
+        check(made)
     except ValueError as e:
         raise reader.error(key, str(e)) from e
     warnings.warn(f"{key}: {spec['name']} is not batched, clients step one after the other", stacklevel=2)

@@ -17,6 +17,7 @@ from fedsim.config import Reader
 from fedsim.data.federated import FederatedData
 from fedsim.engine.losses import LOSSES
 from fedsim.optim import Optimizer
+from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.params import Layout
 from fedsim.sim.links import Uplink
 from fedsim.task import Task
@@ -123,8 +124,10 @@ def check_state_scope(reader: Reader, strategy: Any, uplink: Uplink | None) -> N
         raise reader.error(key, "server sends states that uplink.compressor does not fit; take round or client")
 
 
-def check_server_optimizer(optimizer: Optimizer) -> None:
+def check_server_optimizer(optimizer: Optimizer | ForeignOptimizer) -> None:
     """A server has a gradient and nothing else to offer, and keeps its state as long as it runs."""
+    if isinstance(optimizer, ForeignOptimizer):
+        raise ValueError("import paths are for local optimizers; the server takes a rule of `fedsim list optimizers`")
     optimizer.check_needs({"grad"})
     if optimizer.state_scope != "round":
         raise ValueError("state_scope is for local optimizers, the server always keeps its state; leave it out")

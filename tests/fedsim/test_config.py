@@ -146,6 +146,7 @@ def test_an_entry_is_a_name_or_a_name_with_fields() -> None:
     [
         ("circel", r"shape.name: unknown name 'circel'; did you mean 'circle'\?"),
         ("my.shapes.Round", r"shape.name: unknown name 'my.shapes.Round'; an import path is written 'my.shapes:Round'"),
+        ("circle.", r"shape.name: unknown name 'circle.'; did you mean 'circle'\?"),
         ({"name": "zzz"}, r"shape.name: unknown name 'zzz'; known: circle, square"),
         ({"side": 2}, r"shape: expected a name or \{name: ..., ...\}, got .*; known: circle, square"),
         (["circle"], r"shape: expected a name or"),

@@ -58,6 +58,11 @@ def test_one_that_needs_a_closure_is_refused() -> None:
         run({"local": {"optimizer": {"name": "torch.optim:LBFGS", "lr": 0.1}}})
 
 
+def test_the_server_takes_rules_of_the_table_only() -> None:
+    with pytest.raises(ConfigError, match=r"strategy\.server_optimizer: import paths are for local optimizers"):
+        run({"strategy": {"name": "fedavg", "server_optimizer": {"name": "torch.optim:SGD", "lr": 0.1}}})
+
+
 def test_an_import_path_with_a_dot_for_the_colon_is_put_right() -> None:
     with pytest.raises(ConfigError, match=r"unknown optimizer 'torch.optim.SGD'; .* is written 'torch.optim:SGD'"):
         run({"local": {"optimizer": {"name": "torch.optim.SGD", "lr": 0.1}}})
