@@ -60,7 +60,8 @@ def _final(folder: Path) -> tuple[str, list[Picture]]:
         show("accuracy", float(q)).replace(" ", "\u00a0") for q in np.quantile(accuracy, [0.1, 0.5, 0.9])
     )
     text = (
-        f"At the end, over {len(accuracy):,} clients: median {middle}; one in ten below {low}, one in ten above {high}."
+        f"At the end, over {len(accuracy):,} clients: median {middle}; "
+        f"one in ten at most {low}, one in ten at least {high}."
     )
     label = "client's accuracy"
     return text, [
