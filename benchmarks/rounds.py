@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from benchmarks.plain import OneProcess, Problem, Processes
-from clients.local_sgd import LocalSGD
 from fedsim.aggregate import Mean
+from fedsim.clients.local_sgd import LocalSGD
 from fedsim.data import DATASETS, FederatedData
 from fedsim.engine import build_engine, choose
 from fedsim.engine.losses import LOSSES
@@ -41,10 +41,10 @@ from fedsim.params import Layout
 from fedsim.sim.devices import Constant
 from fedsim.sim.executor import InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.strategies.fedavg import FedAvg
 from fedsim.task import Schedule
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import MODELS, init_parameters
-from strategies.fedavg import FedAvg
 
 LR = 0.05
 

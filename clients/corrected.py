@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.combination import Combination
-from clients.direction import Affine
+from fedsim.clients.combination import Combination
+from fedsim.clients.direction import Affine
 from fedsim.cohort import Cohort
 from fedsim.task import Batches, Session
 

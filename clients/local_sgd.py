@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.corrected import change_along, corrected_run
-from clients.direction import GRADIENT, Affine
+from fedsim.clients.corrected import change_along, corrected_run
+from fedsim.clients.direction import GRADIENT, Affine
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost
 from fedsim.optim import Optimizer, OptState

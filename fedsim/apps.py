@@ -23,8 +23,8 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from clients import flower_app
 from fedsim import runs
+from fedsim.clients import flower_app
 from fedsim.compose import Composition, compose
 from fedsim.config import ConfigError, apply_overrides, parse_overrides, read_file
 from fedsim.flower.clock import WALL, Clock, Patience

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedsim.compose import compose
 from fedsim.config import ConfigError, apply_overrides, read_file
-from strategies import STRATEGIES
+from fedsim.strategies import STRATEGIES
 
 SMALL: dict[str, Any] = {
     "seed": 0,

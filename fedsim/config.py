@@ -384,13 +384,10 @@ def as_import_path(name: str) -> str:
     return f"; an import path is written '{module}:{attribute}'" if dotted else ""
 
 
-OURS = ("fedsim", "strategies", "clients")
-
-
 def place(error: BaseException, target: object) -> str | None:
     """Where the user's own code `target` (a callable or an object) raised: file and line; None for code of ours."""
     module = getattr(target, "__module__", None) or type(target).__module__
-    if module.partition(".")[0] in OURS:
+    if module.partition(".")[0] == "fedsim":
         return None
     file = getattr(sys.modules.get(module), "__file__", None)
     frames = traceback.extract_tb(error.__traceback__)

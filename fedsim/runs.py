@@ -132,7 +132,7 @@ def last_folder(config: str | Path, root: Path = Path("runs")) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers depend on."""
-    out = {"fedsim": _version("fedsim"), "python": platform.python_version()}
+    out = {"fedsim": _version("fedsim-stacks"), "python": platform.python_version()}
     return out | {name: _version(name) for name in PACKAGES}
 
 

@@ -315,7 +315,7 @@ def _need(module: str, extra: str, install: str | None = None) -> Any:
 
 
 def _missing(extra: str, install: str | None = None) -> str:
-    way_out = install or f"pip install 'fedsim[{extra}]'"
+    way_out = install or f"pip install 'fedsim-stacks[{extra}]'"
     return f"'{extra}' is not installed; run {way_out}, or leave it out"
 
 

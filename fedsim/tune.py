@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
+from fedsim.clients.local_sgd import LocalSGD
 from fedsim.cohort import Cohort
 from fedsim.compose import Composition, compose
 from fedsim.config import ConfigError

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from strategies.async_fedavg import AsyncFedAvg
-from strategies.dsgd import DSGD
-from strategies.extragradient import Extragradient
-from strategies.fedavg import FedAvg
-from strategies.fedavg_m import FedAvgM
-from strategies.fedavg_m_vr import FedAvgMVR
-from strategies.fedbuff import FedBuff
-from strategies.fedbuff_stream import FedBuffStream
-from strategies.fedfix import FedFix
-from strategies.masha1 import Masha1
-from strategies.masha2 import Masha2
-from strategies.monna import Monna
-from strategies.scaffold import Scaffold
-from strategies.scaffold_m import ScaffoldM
-from strategies.scaffold_m_vr import ScaffoldMVR
+from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.dsgd import DSGD
+from fedsim.strategies.extragradient import Extragradient
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.fedavg_m import FedAvgM
+from fedsim.strategies.fedavg_m_vr import FedAvgMVR
+from fedsim.strategies.fedbuff import FedBuff
+from fedsim.strategies.fedbuff_stream import FedBuffStream
+from fedsim.strategies.fedfix import FedFix
+from fedsim.strategies.masha1 import Masha1
+from fedsim.strategies.masha2 import Masha2
+from fedsim.strategies.monna import Monna
+from fedsim.strategies.scaffold import Scaffold
+from fedsim.strategies.scaffold_m import ScaffoldM
+from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
 
 STRATEGIES: dict[str, type] = {
     "fedavg": FedAvg,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clients.local_sgd import LocalSGD
+from fedsim.clients.local_sgd import LocalSGD
 
 
 def check_cohort(cohort_size: int | None, server_lr: float = 1.0) -> None:

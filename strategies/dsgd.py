@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
-from clients.oracle import gradient
+from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.oracle import gradient
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, Inbox
-from strategies.peers import honest_mean, local_rate
+from fedsim.strategies.peers import honest_mean, local_rate
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from clients.oracle import full_gradient
 from fedsim.aggregate import Mean
+from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
-from strategies.checks import check_lr
+from fedsim.strategies.checks import check_lr
 
 UNIFORM = Mean(weights="uniform")
 

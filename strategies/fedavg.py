@@ -15,14 +15,14 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD, Reply
 from fedsim.aggregate import Mean, PreAggregator, prepared
+from fedsim.clients.local_sgd import LocalSGD, Reply
 from fedsim.cohort import Cohort
 from fedsim.config import FromTable
 from fedsim.fleet import Aggregator, Fleet, choose, linear
 from fedsim.optim import Optimizer
-from strategies.checks import check_cohort
-from strategies.server import Server
+from fedsim.strategies.checks import check_cohort
+from fedsim.strategies.server import Server
 
 
 @dataclass(frozen=True)

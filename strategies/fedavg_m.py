@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.direction import GRADIENT
-from clients.local_sgd import LocalSGD, Reply
 from fedsim.aggregate import Mean
+from fedsim.clients.direction import GRADIENT
+from fedsim.clients.local_sgd import LocalSGD, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
-from strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
-from strategies.momentum import along, step_size
-from strategies.server import step_along
+from fedsim.strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
+from fedsim.strategies.momentum import along, step_size
+from fedsim.strategies.server import step_along
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_sgd import LocalSGD, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
-from strategies.clocks import Importance, Weights, able, buffer_weights, durations, importances
-from strategies.server import step_along
+from fedsim.strategies.clocks import Importance, Weights, able, buffer_weights, durations, importances
+from fedsim.strategies.server import step_along
 
 
 @dataclass(frozen=True)

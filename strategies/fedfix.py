@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_sgd import LocalSGD, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
-from strategies.clocks import Importance, Weights, able, durations, given_seconds, importances, window_weights
-from strategies.server import step_along
+from fedsim.strategies.clocks import Importance, Weights, able, durations, given_seconds, importances, window_weights
+from fedsim.strategies.server import step_along
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.oracle import full_gradient
+from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Compressor, Packet
 from fedsim.compress.sparsify import Identity
 from fedsim.config import FromTable
 from fedsim.fleet import Cost, Fleet
-from strategies.checks import check_refresh
-from strategies.compressed import server_streams
-from strategies.reference import UNIFORM, keep_mean, move_reference, refresh
+from fedsim.strategies.checks import check_refresh
+from fedsim.strategies.compressed import server_streams
+from fedsim.strategies.reference import UNIFORM, keep_mean, move_reference, refresh
 
 
 @dataclass(frozen=True)

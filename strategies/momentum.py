@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clients.combination import Combination
-from clients.local_sgd import LocalResult, LocalSGD
+from fedsim.clients.combination import Combination
+from fedsim.clients.local_sgd import LocalResult, LocalSGD
 from fedsim.fleet import Cost, Replies
 from fedsim.task import Factored
 

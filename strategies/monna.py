@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
-from clients.oracle import gradient
 from fedsim.aggregate import nearest_neighbour_average
+from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.oracle import gradient
 from fedsim.cohort import Cohort
 from fedsim.fleet import Arrival, Fleet, Inbox
-from strategies.peers import honest_mean, local_rate
+from fedsim.strategies.peers import honest_mean, local_rate
 
 
 @dataclass(frozen=True)

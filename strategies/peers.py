@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
+from fedsim.clients.local_sgd import LocalSGD
 from fedsim.fleet import Fleet, Replies
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clients.oracle import full_gradient
 from fedsim.aggregate import Mean
+from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Fleet, Work
 

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.combination import Combination
-from clients.direction import GRADIENT
-from clients.local_sgd import LocalSGD, Reply
-from clients.oracle import full_gradient
 from fedsim.aggregate import Mean
+from fedsim.clients.combination import Combination
+from fedsim.clients.direction import GRADIENT
+from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
-from strategies.checks import check_cohort, check_plain_sgd
-from strategies.server import step_along
+from fedsim.strategies.checks import check_cohort, check_plain_sgd
+from fedsim.strategies.server import step_along
 
 
 @dataclass(frozen=True)

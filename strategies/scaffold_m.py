@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.combination import Combination
-from clients.direction import GRADIENT
-from clients.local_sgd import LocalSGD, Reply
 from fedsim.aggregate import Mean
+from fedsim.clients.combination import Combination
+from fedsim.clients.direction import GRADIENT
+from fedsim.clients.local_sgd import LocalSGD, Reply
 from fedsim.cohort import Cohort
 from fedsim.config import FromTable
 from fedsim.fleet import Fleet, choose
 from fedsim.optim import Optimizer
-from strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
-from strategies.momentum import along, step_size
-from strategies.server import Server
+from fedsim.strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
+from fedsim.strategies.momentum import along, step_size
+from fedsim.strategies.server import Server
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.local_sgd import LocalSGD
+from fedsim.clients.local_sgd import LocalSGD
 from fedsim.data.federated import FederatedData
 from fedsim.data.images import digits
 from fedsim.engine import build_engine

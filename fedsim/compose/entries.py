@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from clients.byzantine import ATTACKS
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS, PreAggregator
+from fedsim.clients.byzantine import ATTACKS
 from fedsim.compose.problems import Site
 from fedsim.compress import COMPRESSORS
 from fedsim.config import Reader, as_import_path

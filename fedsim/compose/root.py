@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clients.local_sgd import LocalSGD
+from fedsim.clients.local_sgd import LocalSGD
 from fedsim.compose.entries import NESTED, optimizer
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
 from fedsim.compose.problems import TASKS, Problem, Site
@@ -24,9 +24,9 @@ from fedsim.memory import Memory
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink, make_sinks
+from fedsim.strategies import STRATEGIES
 from fedsim.task import Schedule, Task
 from fedsim.tasks.supply import check as check_supply
-from strategies import STRATEGIES
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from clients.byzantine import ATTACKS
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
+from fedsim.clients.byzantine import ATTACKS
 from fedsim.compose.entries import AVAILABILITY
 from fedsim.compose.problems import TASKS
 from fedsim.compress import COMPRESSORS
@@ -16,8 +16,8 @@ from fedsim.engine.losses import LOSSES
 from fedsim.optim.table import RULES
 from fedsim.sim.devices import DEVICES
 from fedsim.sinks import SINKS
+from fedsim.strategies import STRATEGIES
 from fedsim.tasks.models import MODELS
-from strategies import STRATEGIES
 
 SCHEDULES = {
     "constant": "The base learning rate, after the warm-up if there is one.",

@@ -177,5 +177,5 @@ def _require(module: str, source: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:  # the latter two: built for another version of torch
         raise ValueError(
-            f"{source} needs the library {module.split('.')[0]} ({error}); install fedsim[hub] beside this torch"
+            f"{source} needs the library {module.split('.')[0]} ({error}); install fedsim-stacks[hub] beside this torch"
         ) from None

@@ -3,7 +3,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from clients.byzantine import (
+from fedsim.clients.byzantine import (
     Alie,
     AttackContext,
     Gaussian,

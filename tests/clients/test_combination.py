@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clients.combination import Combination
+from fedsim.clients.combination import Combination
 
 
 def test_the_weighted_sum_is_that_of_the_formed_rows() -> None:

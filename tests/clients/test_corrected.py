@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clients.corrected import change_along, corrected_run
-from clients.direction import GRADIENT
+from fedsim.clients.corrected import change_along, corrected_run
+from fedsim.clients.direction import GRADIENT
 from fedsim.tasks.models import mlp
 from tests.build import digits_task, local_sgd
 from tests.clients.test_local_sgd import _cohort

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clients.direction import GRADIENT, Affine, gradient_at
+from fedsim.clients.direction import GRADIENT, Affine, gradient_at
 
 G = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
 THERE = torch.tensor([[0.5, 0.5], [-1.0, 4.0]])

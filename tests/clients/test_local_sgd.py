@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.direction import GRADIENT, gradient_at
-from clients.local_sgd import LocalSGD
+from fedsim.clients.direction import GRADIENT, gradient_at
+from fedsim.clients.local_sgd import LocalSGD
 from fedsim.cohort import Cohort
 from fedsim.memory import MemoryRows
 from fedsim.optim import build
+from fedsim.strategies.fedavg import FedAvg
 from fedsim.streams import Streams
 from fedsim.task import Schedule, Task
 from fedsim.tasks.models import mlp, resnet_bn
-from strategies.fedavg import FedAvg
 from tests.build import Play, digits_task, drawn, local_sgd, quadratic
 from tests.strategies.tasks import images
 

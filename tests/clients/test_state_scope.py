@@ -15,8 +15,8 @@ from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.optim import build
 from fedsim.params import Layout
+from fedsim.strategies.fedavg import FedAvg
 from fedsim.tasks.quadratic import QuadraticTask
-from strategies.fedavg import FedAvg
 from tests.build import Play, drawn, local_sgd, play, quadratic
 
 CONFIG: dict[str, Any] = {

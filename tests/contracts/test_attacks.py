@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from clients.byzantine import ATTACKS, AttackContext
+from fedsim.clients.byzantine import ATTACKS, AttackContext
 from fedsim.streams import Streams
 
 ON_VECTORS = [name for name, cls in ATTACKS.items() if not cls.on_data]

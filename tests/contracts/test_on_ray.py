@@ -15,7 +15,7 @@ from fedsim.composition import pair
 from fedsim.runs import run
 from fedsim.sim.executor import Jobs
 from fedsim.sim.ray_executor import RayExecutor
-from strategies import STRATEGIES
+from fedsim.strategies import STRATEGIES
 from tests.fedsim.sim.ray_cases import hang_after_a_stack, once_marked
 from tests.fedsim.sim.runtime import local_runtime
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from clients.byzantine import InnerProduct
+from fedsim.clients.byzantine import InnerProduct
 from fedsim.compose import compose
 from fedsim.fleet import Fleet
 from fedsim.loop import train
 from fedsim.sim.byzantine import Byzantine
-from strategies import STRATEGIES
+from fedsim.strategies import STRATEGIES
 from tests.build import Clocks, Play, drawn, f_80, local_sgd, quadratic, watched
 
 ROWS: dict[str, dict[str, Any]] = {

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clients.local_sgd import LocalSGD
+from fedsim.clients.local_sgd import LocalSGD
 from fedsim import FederatedData
 
 text = "not callable"

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fedsim
-from clients.local_sgd import LocalSGD
 from fedsim.aggregate.prepare import Bucketing, Clipping
 from fedsim.cli import one_line
+from fedsim.clients.local_sgd import LocalSGD
 from fedsim.compose import TABLES, Composition, compose
 from fedsim.compose.sections import Runtime
 from fedsim.config import ConfigError, read_file

@@ -9,7 +9,7 @@ import pytest
 
 from fedsim.composition import OPTIONS, page, pair, refusal
 from fedsim.runs import run
-from strategies import STRATEGIES
+from fedsim.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 

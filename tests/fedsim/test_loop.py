@@ -184,7 +184,7 @@ def test_an_error_of_the_users_server_half_names_strategy_and_round() -> None:
 
 def test_settings_that_a_strategy_of_ours_refuses_are_a_mistake_of_the_file() -> None:
     class Ours(Walk):
-        __module__ = "strategies.walk"
+        __module__ = "fedsim.strategies.walk"
 
     with pytest.raises(ConfigError, match="^round 2: Ours: f=3 is too large$"):
         train(experiment(Ours(then={2: ValueError("f=3 is too large")})))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 import fedsim
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", fedsim.__all__)
@@ -27,3 +30,12 @@ def test_importing_the_package_loads_none_of_its_rooms() -> None:
     code = "import fedsim, sys; print(*sorted(m for m in sys.modules if m == 'torch' or m.startswith('fedsim')))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.split() == ["fedsim"]
+
+
+def test_a_users_own_folders_called_strategies_and_clients_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    for name in ("strategies", "clients"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong package')\n")
+    code = f"import sys; sys.path.insert(1, {str(ROOT)!r}); from fedsim.compose import TABLES; print(*TABLES)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "strategies" in out.split()

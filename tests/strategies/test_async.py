@@ -10,13 +10,13 @@ import torch
 from torch.testing import assert_close
 
 from fedsim.sim.devices import Exponential
+from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.fedbuff import FedBuff
+from fedsim.strategies.fedbuff_stream import FedBuffStream
+from fedsim.strategies.fedfix import FedFix
 from fedsim.tasks.models import mlp
 from fedsim.tasks.quadratic import QuadraticTask
-from strategies.async_fedavg import AsyncFedAvg
-from strategies.fedavg import FedAvg
-from strategies.fedbuff import FedBuff
-from strategies.fedbuff_stream import FedBuffStream
-from strategies.fedfix import FedFix
 from tests.build import Clocks, Play, digits_task, f_80, local_sgd, play, quadratic
 from tests.reference import asynchronous as twin
 from tests.reference.clients import Formulas, stream

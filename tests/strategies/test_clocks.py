@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fedsim.sim.devices import FX, Devices, Exponential
+from fedsim.strategies.clocks import SAMPLES, buffer_weights, first_weights, given_seconds, importances, window_weights
 from fedsim.streams import Streams
-from strategies.clocks import SAMPLES, buffer_weights, first_weights, given_seconds, importances, window_weights
 from tests.build import f_80
 
 P = torch.full((5,), 0.2, dtype=torch.float64)

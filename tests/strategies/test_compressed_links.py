@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fedsim.compress.sparsify import RandK, TopK
 from fedsim.sim.links import Uplink
+from fedsim.strategies.fedavg import FedAvg
 from fedsim.streams import Streams
 from fedsim.tasks.quadratic import QuadraticTask
-from strategies.fedavg import FedAvg
 from tests.build import drawn, local_sgd, play
 from tests.reference.clients import Formulas
 from tests.reference.compressed import compressed_descent

@@ -11,8 +11,8 @@ from fedsim.aggregate import Mean
 from fedsim.aggregate.coordinatewise import Median
 from fedsim.aggregate.prepare import NNM, Clipping
 from fedsim.optim import build
+from fedsim.strategies.fedavg import FedAvg
 from fedsim.tasks.models import cnn, mlp
-from strategies.fedavg import FedAvg
 from tests.build import digits_task, local_sgd, play, quadratic, two_clients
 from tests.reference.fedavg import fedavg
 from tests.strategies.tasks import images, noisy

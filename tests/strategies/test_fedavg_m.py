@@ -10,9 +10,9 @@ import torch
 
 from fedsim.optim import build
 from fedsim.params import Layout
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.fedavg_m import FedAvgM
 from fedsim.tasks.models import mlp
-from strategies.fedavg import FedAvg
-from strategies.fedavg_m import FedAvgM
 from tests.build import Play, local_sgd, play, quadratic, two_clients
 from tests.reference.momentum import fedavg_m
 from tests.strategies.tasks import images, noisy

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.fedavg_m_vr import FedAvgMVR
 from fedsim.tasks.models import mlp
-from strategies.fedavg import FedAvg
-from strategies.fedavg_m_vr import FedAvgMVR
 from tests.build import Play, local_sgd, play, quadratic, two_clients
 from tests.reference.momentum import fedavg_m
 from tests.strategies.tasks import images, noisy

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fedsim.compress.quantize import QSGD, Natural
 from fedsim.compress.sparsify import Identity, RandK, TopK
+from fedsim.strategies.extragradient import Extragradient
+from fedsim.strategies.masha1 import Masha1
+from fedsim.strategies.masha2 import Masha2
 from fedsim.streams import Streams
 from fedsim.tasks.bilinear import BilinearTask
-from strategies.extragradient import Extragradient
-from strategies.masha1 import Masha1
-from strategies.masha2 import Masha2
 from tests.build import Play, play, saddle
 from tests.reference.clients import Operators
 from tests.reference.saddle import extragradient, masha1, masha2, top

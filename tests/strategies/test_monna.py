@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.byzantine import Alie, Attack, InnerProduct, Mimic, NotANumber, SignFlip, Silence
 from fedsim.aggregate import Mean
 from fedsim.aggregate.coordinatewise import TrimmedMean
+from fedsim.clients.byzantine import Alie, Attack, InnerProduct, Mimic, NotANumber, SignFlip, Silence
 from fedsim.sim.byzantine import Byzantine
+from fedsim.strategies.dsgd import DSGD
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.monna import Monna
 from fedsim.tasks.quadratic import QuadraticTask
-from strategies.dsgd import DSGD
-from strategies.fedavg import FedAvg
-from strategies.monna import Monna
 from tests.build import Play, drawn, local_sgd, play, quadratic
 from tests.reference.peers import dsgd, monna
 from tests.strategies.tasks import noisy

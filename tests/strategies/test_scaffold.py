@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedsim.strategies.scaffold import Scaffold
 from fedsim.tasks.models import mlp
-from strategies.scaffold import Scaffold
 from tests.build import Play, local_sgd, play, quadratic, two_clients
 from tests.reference.scaffold import scaffold
 from tests.strategies.tasks import images, noisy

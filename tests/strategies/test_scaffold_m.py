@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fedsim.optim import build
+from fedsim.strategies.fedavg_m import FedAvgM
+from fedsim.strategies.fedavg_m_vr import FedAvgMVR
+from fedsim.strategies.scaffold import Scaffold
+from fedsim.strategies.scaffold_m import ScaffoldM
+from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
 from fedsim.tasks.models import mlp
-from strategies.fedavg_m import FedAvgM
-from strategies.fedavg_m_vr import FedAvgMVR
-from strategies.scaffold import Scaffold
-from strategies.scaffold_m import ScaffoldM
-from strategies.scaffold_m_vr import ScaffoldMVR
 from tests.build import Play, local_sgd, play, quadratic, two_clients
 from tests.reference.scaffold_m import scaffold_m
 from tests.strategies.tasks import images, noisy

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from fedsim.optim import build
+from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.fedavg_m import FedAvgM
+from fedsim.strategies.fedavg_m_vr import FedAvgMVR
+from fedsim.strategies.fedfix import FedFix
+from fedsim.strategies.scaffold import Scaffold
+from fedsim.strategies.scaffold_m import ScaffoldM
+from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
+from fedsim.strategies.server import step_along
 from fedsim.tasks.models import resnet_bn
-from strategies.async_fedavg import AsyncFedAvg
-from strategies.fedavg import FedAvg
-from strategies.fedavg_m import FedAvgM
-from strategies.fedavg_m_vr import FedAvgMVR
-from strategies.fedfix import FedFix
-from strategies.scaffold import Scaffold
-from strategies.scaffold_m import ScaffoldM
-from strategies.scaffold_m_vr import ScaffoldMVR
-from strategies.server import step_along
 from tests.build import Clocks, Play, digits_task, local_sgd
 
 X, D = torch.tensor([1.0, 1.0, 5.0]), torch.tensor([1.0, -1.0, 2.0])

@@ -9,8 +9,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from clients.flower_app import client_app
 from fedsim.aggregate import Mean, Median
+from fedsim.clients.flower_app import client_app
 from fedsim.cohort import Cohort
 from fedsim.fleet import DrivenFleet
 from fedsim.flower import wire

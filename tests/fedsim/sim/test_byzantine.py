@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.byzantine import Alie, InnerProduct, LabelFlip, Mimic, NotANumber, SignFlip, Silence
 from fedsim.aggregate import Mean
+from fedsim.clients.byzantine import Alie, InnerProduct, LabelFlip, Mimic, NotANumber, SignFlip, Silence
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Inbox
 from fedsim.sim.byzantine import Byzantine, who_hears
 from fedsim.sim.fleet import SimFleet
+from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.scaffold import Scaffold
 from fedsim.streams import Streams
 from fedsim.tasks.models import logistic
-from strategies.async_fedavg import AsyncFedAvg
-from strategies.fedavg import FedAvg
-from strategies.scaffold import Scaffold
 from tests.build import Clocks, Play, build_fleet, digits_task, drawn, local_sgd
 
 

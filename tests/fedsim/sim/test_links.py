@@ -14,9 +14,9 @@ from fedsim.compress.sparsify import RandK, TopK
 from fedsim.fleet import Cost
 from fedsim.sim.devices import Constant
 from fedsim.sim.links import Downlink, Uplink
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.scaffold import Scaffold
 from fedsim.streams import Streams
-from strategies.fedavg import FedAvg
-from strategies.scaffold import Scaffold
 from tests.build import Clocks, Play, build_fleet, drawn, local_sgd, play, watched
 
 WHOLE = 32 * 4

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clients.oracle import full_gradient, gradient
+from fedsim.clients.oracle import full_gradient, gradient
 from fedsim.cohort import Cohort
 from fedsim.memory import MemoryRows
 from fedsim.sim.executor import InProcess, StackRunner

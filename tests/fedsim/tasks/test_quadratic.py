@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.strategies.fedavg import FedAvg
 from fedsim.streams import Streams
 from fedsim.tasks.quadratic import QuadraticBatch, QuadraticTask
-from strategies.fedavg import FedAvg
 from tests.build import Play, drawn, local_sgd, quadratic
 
 POOL: Any = ThreadPoolExecutor(1)
