@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.plain import OneProcess, Problem, Processes
 from fedsim.aggregate import Mean
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 from fedsim.data import DATASETS, FederatedData
 from fedsim.engine import build_engine, choose
 from fedsim.engine.losses import LOSSES
@@ -95,7 +95,7 @@ class Fedsim:
         )
         built = build_engine(plan.engine, module, layout, precision=precision)
         self.task = ClassificationTask(data, module, x0, built, LOSSES["cross_entropy"])
-        local = LocalSGD(
+        local = LocalTraining(
             optimizer=build({"name": "sgd", "lr": LR}, layout),
             schedule=Schedule(epochs=1, batch_size=load.batch, shuffle=False),
         )

@@ -17,20 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.clients.combination import Combination
-from fedsim.clients.direction import Affine
+from fedsim.clients.direction import Direction
 from fedsim.cohort import Cohort
 from fedsim.task import Batches, Session
 
 
-def corrected_run(cohort: Cohort, x: Tensor, batches: Batches, lr: float, u: Affine) -> tuple[Tensor, Tensor]:
+def corrected_run(cohort: Cohort, x: Tensor, batches: Batches, lr: float, u: Direction) -> tuple[Tensor, Tensor]:
     """A whole local run from x ([P] or [C, P]) without buffers, along a direction that looks at no other point.
 
     Returns:
         (mean of each client's raw gradients [C, P], sum of its losses [C]).
     """
-    y = cohort.buffer("y", x).copy_(x)
-    total = cohort.buffer("grad_sum", x)
+    y = cohort.scratch("y", x).copy_(x)
+    total = cohort.scratch("grad_sum", x)
     losses = torch.zeros(len(cohort), device=y.device)
     session, active = None, -1
     for step in range(len(batches)):
@@ -43,15 +42,10 @@ def corrected_run(cohort: Cohort, x: Tensor, batches: Batches, lr: float, u: Aff
             total[k:] = 0
         else:
             _place_(y[:k], x, total[:k], lr, u, step)
-            loss = _add_gradient_(total[:k], session, batches[step], cohort.buffer("gradient", y)[:k])
+            loss = _add_gradient_(total[:k], session, batches[step], cohort.scratch("gradient", y)[:k])
         losses[:k] += loss.to(losses.dtype)
     steps = batches.num_steps
     return total / steps.clamp(min=1)[:, None] if len(batches) else torch.zeros_like(y), losses
-
-
-def change_along(u: Affine, mean: Tensor, lr: float, steps: Tensor) -> Combination:
-    """x - y of each client [C, P] after `steps` [C] along u, from the mean [C, P] of its raw gradients."""
-    return Combination.of((u.scale, mean), *u.terms) * (lr * steps.double())
 
 
 def _add_gradient_(total: Tensor, session: Session, batch: Any, spare: Tensor) -> Tensor:
@@ -64,7 +58,7 @@ def _add_gradient_(total: Tensor, session: Session, batch: Any, spare: Tensor) -
     return loss
 
 
-def _place_(y: Tensor, x: Tensor, total: Tensor, lr: float, u: Affine, step: int) -> None:
+def _place_(y: Tensor, x: Tensor, total: Tensor, lr: float, u: Direction, step: int) -> None:
     """y [k, P] <- x - lr * (scale * total + step * shift); what all clients share is added up first."""
     at = x if x.ndim == 1 else x[: len(y)]
     for weight, term in sorted(u.terms, key=lambda t: t[1].ndim):

@@ -1,8 +1,8 @@
 """Directions: how a client half changes a gradient before it steps, written as the paper writes it.
 
-`beta * (GRADIENT - c_i + c) + (1 - beta) * m` is an affine map of the gradient: one scale and one shift, so that it
-costs one pass over the stack (or none, inside a fused step) however many terms it has. `gradient_at(w)` stands for
-the gradient of the same minibatch at another point, as variance reduction needs it.
+`beta * (GRADIENT - c_i + c) + (1 - beta) * m` is a sum of terms, some of which are gradients yet to be taken: at the
+local model, or with `gradient_at(w)` at another point on the same minibatch, as variance reduction needs it. So it
+costs one pass over the stack (or none, inside a fused step) however many terms it has.
 
 Letters: C clients of a stack, k of them still stepping, P entries; y the local model.
 """
@@ -12,13 +12,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
+
+from fedsim.terms import Terms
 
 
 @dataclass(frozen=True, eq=False)
-class Affine:
-    """u = scale * g(y) + other_scale * g(other) + shift, the shift being a weighted sum of tensors.
+class Gradient:
+    """The gradient of the client's minibatch at `point` [P], or at its local model where that is None."""
+
+    point: Tensor | None = None
+
+
+GRADIENT = Terms(((1.0, Gradient()),))
+"""The gradient of the client's minibatch at its local model."""
+
+
+def gradient_at(point: Tensor) -> Terms:
+    """The gradient of the same minibatch at `point` [P]."""
+    return Terms(((1.0, Gradient(point)),))
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """u = scale * g(y) + other_scale * g(other) + shift.
 
     Args:
         scale: of the gradient at the local model.
@@ -27,58 +44,43 @@ class Affine:
         other_scale: of the gradient there.
 
     >>> import torch
-    >>> u = 0.5 * (GRADIENT - torch.tensor([[1.0], [3.0]])) + 2.0 * torch.tensor([1.0])
+    >>> u = Direction.of(0.5 * (GRADIENT - torch.tensor([[1.0], [3.0]])) + 2.0 * torch.tensor([1.0]))
     >>> u.scale, u.shift
     (0.5, tensor([[1.5000], [0.5000]]))
     """
 
-    scale: float = 1.0
-    terms: tuple[tuple[float, Tensor], ...] = ()
-    other: Tensor | None = None
-    other_scale: float = 0.0
+    scale: float
+    terms: tuple[tuple[float, Tensor], ...]
+    other: Tensor | None
+    other_scale: float
+
+    @classmethod
+    def of(cls, u: Terms) -> Direction:
+        """What a sum of terms asks of a step.
+
+        Raises:
+            ValueError: if it looks at more than one other point, or a weight is not one number.
+        """
+        scale, other_scale, other = 0.0, 0.0, None
+        tensors = []
+        for weight, term in u.terms:
+            if not isinstance(weight, float | int):
+                raise ValueError("a direction's weights are numbers, the same for all clients of a stack")
+            if not isinstance(term, Gradient):
+                tensors.append((float(weight), term))
+            elif term.point is None:
+                scale += weight
+            elif other is None or other is term.point:
+                other, other_scale = term.point, other_scale + weight
+            else:
+                raise ValueError("a direction may look at one other point only")
+        return cls(scale, tuple(tensors), other, other_scale)
 
     @cached_property
     def shift(self) -> Tensor | None:
-        """[P] or [C, P], or None for zero; what all clients share is added up first, so each stack costs one pass."""
-        out = None
-        for weight, term in sorted(self.terms, key=lambda t: t[1].ndim):
-            out = term * weight if out is None else torch.add(out, term, alpha=weight)
-        return out
+        """[P] or [C, P], or None for zero."""
+        return Terms(self.terms).dense() if self.terms else None
 
     def rows(self, k: int) -> Tensor | None:
         """The shift of the first k clients."""
         return self.shift if self.shift is None or self.shift.ndim == 1 else self.shift[:k]
-
-    def __add__(self, term: Tensor | Affine) -> Affine:
-        if not isinstance(term, Affine):
-            term = Affine(0.0, ((1.0, term),))
-        if self.other is not None and term.other is not None and self.other is not term.other:
-            raise ValueError("a direction may look at one other point only")
-        other = self.other if self.other is not None else term.other
-        return Affine(self.scale + term.scale, self.terms + term.terms, other, self.other_scale + term.other_scale)
-
-    __radd__ = __add__
-
-    def __mul__(self, factor: float) -> Affine:
-        terms = tuple((weight * factor, term) for weight, term in self.terms)
-        return Affine(self.scale * factor, terms, self.other, self.other_scale * factor)
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Affine:
-        return self * -1.0
-
-    def __sub__(self, term: Tensor | Affine) -> Affine:
-        return self + (-term if isinstance(term, Affine) else Affine(0.0, ((-1.0, term),)))
-
-    def __rsub__(self, term: Tensor) -> Affine:
-        return -self + term
-
-
-GRADIENT = Affine()
-"""The gradient of the client's minibatch at its local model."""
-
-
-def gradient_at(point: Tensor) -> Affine:
-    """The gradient of the same minibatch at `point` [P]."""
-    return Affine(0.0, (), point, 1.0)

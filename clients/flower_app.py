@@ -163,7 +163,6 @@ class Tap:
             )
         self.packets: dict[str, Packet] = {}
         self.keys: list[wire.Key] = []
-        self.sent_whole = getattr(strategy, "sent_whole", ())
         self._uplink, self._method = uplink, method
         setattr(self, half, self._call)
 

@@ -27,7 +27,7 @@ class Cohort:
         streams: keyed by (seed, purpose, client, job).
         device: where the stack's tensors live.
         rounds: [C] on the host, the server step at which each was given this work.
-        reuse: buffers that may be overwritten by the next stack; empty when replies are kept whole.
+        pool: of the worker, for `scratch`.
     """
 
     ids: Tensor
@@ -36,7 +36,7 @@ class Cohort:
     streams: Streams
     device: torch.device
     rounds: Tensor
-    reuse: dict[str, Tensor] | None = None
+    pool: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -51,12 +51,10 @@ class Cohort:
         """Diagnostics [C], averaged over clients by their number of samples; they are not counted as traffic."""
         self.metrics.update(values)
 
-    def buffer(self, name: str, like: Tensor) -> Tensor:
-        """[C, P] uninitialised; from the worker's own pool when replies are folded before the next stack runs."""
+    def scratch(self, name: str, like: Tensor) -> Tensor:
+        """[C, P] uninitialised, in the worker's own pool: the next stack writes over it, so nothing may leave in it."""
         shape = (len(self), like.shape[-1])
-        if self.reuse is None:
-            return torch.empty(shape, dtype=like.dtype, device=self.device)
-        pool = self.reuse.get(name)
-        if pool is None or pool.shape[0] < shape[0] or pool.shape[1] != shape[1] or pool.dtype != like.dtype:
-            pool = self.reuse[name] = pages.empty(shape, like.dtype, self.device)
-        return pool[: shape[0]]
+        found = self.pool.get(name)
+        if found is None or found.shape[0] < shape[0] or found.shape[1] != shape[1] or found.dtype != like.dtype:
+            found = self.pool[name] = pages.empty(shape, like.dtype, self.device)
+        return found[: shape[0]]

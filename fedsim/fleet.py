@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fedsim.metrics import Metrics
+from fedsim.terms import Terms
 
 Arrival = Literal["all", "adversarial"]
 Work = Callable[..., Mapping[str, Any]]
-"""A method of the strategy: (cohort, **broadcast) -> {field: [C, ...] or Packet}."""
+"""A method of the strategy: (cohort, **broadcast) -> {field: [C, ...], Terms, Exact or Packet}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,13 @@ class Cost:
         steps: local steps: a number, or a function of the clients' sample counts [R] that returns [R].
         vectors_up: vectors of the model's size in one reply: 32 bits an entry, or what the uplink's compressor makes
             of them; 0 if the reply stays with the client until an `exchange`.
+        exact_up: how many of these vectors are `Exact`, which no uplink compresses.
         bits_up: bits of one reply, where that is not a number of such vectors.
     """
 
     steps: int | Callable[[Tensor], Tensor] = 1
     vectors_up: int = 1
+    exact_up: int = 0
     bits_up: int | None = None
 
     def steps_of(self, num_examples: Tensor) -> Tensor:
@@ -43,6 +46,13 @@ class Cost:
         if callable(self.steps):
             return self.steps(num_examples).to(torch.float64)
         return torch.full(num_examples.shape, float(self.steps), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A field of a reply, [C, P] or terms of it, that must arrive as it is: no uplink compresses it."""
+
+    value: Tensor | Terms
 
 
 class Aggregator(Protocol):

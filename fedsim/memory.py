@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedsim import pages
 from fedsim.parts import Parts
+from fedsim.terms import Terms
 
 
 class _Table:
@@ -186,7 +187,8 @@ class MemoryRows:
             return rows
         return torch.zeros(self._num_rows, *shape, dtype=dtype, device=self._device)
 
-    def __setitem__(self, name: str, rows: Tensor) -> None:
+    def __setitem__(self, name: str, rows: Tensor | Terms) -> None:
+        rows = rows.dense() if isinstance(rows, Terms) else rows
         if rows.shape[0] != self._num_rows:
             raise ValueError(f"memory[{name!r}] needs one row per client ({self._num_rows}), got {tuple(rows.shape)}")
         self.written[name] = rows

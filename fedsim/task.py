@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedsim.params import Layout
 from fedsim.streams import Streams
+from fedsim.terms import Factors
 
 if TYPE_CHECKING:
     from fedsim.cohort import Cohort
@@ -120,26 +121,6 @@ class PlainSession:
         return None
 
 
-class Factored(Protocol):
-    """Vectors [C, P] of a stack that are kept in factors."""
-
-    def __len__(self) -> int:
-        """C."""
-        ...
-
-    def __mul__(self, factor: float | Tensor) -> Factored:
-        """The same vectors times a number, or times one for each client [C]."""
-        ...
-
-    def dense(self) -> Tensor:
-        """[C, P]."""
-        ...
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """[P]: the sum of weights [C] times the vectors, which need not be formed for it."""
-        ...
-
-
 class Task(Protocol):
     """Loss problems and saddle points alike."""
 
@@ -162,9 +143,9 @@ class Task(Protocol):
         """[C] samples of each client in a batch, padding not counted."""
         ...
 
-    def plain_run(
-        self, x: Tensor, batches: Any, lr: float, scale: float = 1.0, terms: Sequence[tuple[float, Tensor]] = ()
-    ) -> tuple[Factored, Tensor] | None:
+    def factored_run(
+        self, x: Tensor, batches: Any, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
+    ) -> tuple[Factors, Tensor] | None:
         """A whole run of x <- x - lr * (scale * g + shift) at once, where that costs less than its steps; else None.
 
         Args:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.compose import Composition, compose
 from fedsim.config import ConfigError
@@ -53,9 +53,9 @@ class Candidate:
 class LocalWork:
     """A strategy that is nothing but local training."""
 
-    local: LocalSGD
+    local: LocalTraining
 
-    def train(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
+    def train(self, clients: Cohort, x: Tensor) -> Reply:
         return {"delta": self.local(clients, x).delta}
 
 
@@ -73,7 +73,7 @@ class Bench:
         self.composition, self.experiment = composition, composition.experiment
         task, strategy = self.experiment.task, self.experiment.strategy
         local = getattr(strategy, "local", None)
-        if not isinstance(task, ClassificationTask) or not isinstance(local, LocalSGD):
+        if not isinstance(task, ClassificationTask) or not isinstance(local, LocalTraining):
             raise ConfigError("fedsim tune: nothing to choose; only local steps on a classification task use an engine")
         self.task, self.local = task, local
         clients = torch.arange(len(task.num_examples))

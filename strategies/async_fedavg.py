@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from fedsim.strategies.clocks import Importance, Weights, able, durations, first_weights, given_seconds, importances
@@ -48,7 +48,7 @@ class AsyncFedAvg:
     weights: Weights = "unbiased"
     importance: Importance = "uniform"
     job_seconds: tuple[float, ...] | None = None
-    local: LocalSGD
+    local: LocalTraining
     plain_steps: ClassVar[bool] = True
 
     def init(self, x0: Tensor) -> State:
@@ -72,4 +72,4 @@ class AsyncFedAvg:
         return first_weights(p, durations(fleet, self.local.cost, x))
 
     def local_update(self, clients: Cohort, x: Tensor) -> Reply:
-        return {"delta": self.local(clients, x).update}
+        return {"delta": self.local(clients, x).delta}

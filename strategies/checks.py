@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 
 
 def check_cohort(cohort_size: int | None, server_lr: float = 1.0) -> None:
@@ -19,7 +19,7 @@ def check_beta(beta: float) -> None:
         raise ValueError(f"beta is the weight of the fresh gradient and must lie in (0, 1], got {beta}")
 
 
-def check_plain_sgd(name: str, local: LocalSGD) -> None:
+def check_plain_sgd(name: str, local: LocalTraining) -> None:
     """Refuse local rules that would act on the corrected direction instead of the raw gradient."""
     if not local.optimizer.is_plain_sgd:
         raise ValueError(

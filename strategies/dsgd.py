@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 from fedsim.clients.oracle import gradient
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, Inbox
@@ -37,7 +37,7 @@ class DSGD:
         local: gives the batch size and the learning rate (and its schedule).
     """
 
-    local: LocalSGD
+    local: LocalTraining
     no_links: ClassVar[str] = "peers exchange whole vectors; links compress what goes to and from a server"
 
     def __post_init__(self) -> None:

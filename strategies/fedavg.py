@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.aggregate import Mean, PreAggregator, prepared
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.config import FromTable
 from fedsim.fleet import Aggregator, Fleet, choose, linear
@@ -53,7 +53,7 @@ class FedAvg:
     aggregator: Annotated[Aggregator, FromTable("aggregator", "mean")] = field(default_factory=Mean)
     pre_aggregators: Annotated[tuple[PreAggregator, ...] | None, FromTable("pre_aggregators")] = None
     server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
-    local: LocalSGD
+    local: LocalTraining
     plain_steps: ClassVar[bool] = True
     averages_state: ClassVar[bool] = True
 
@@ -77,4 +77,4 @@ class FedAvg:
 
     def local_update(self, clients: Cohort, x: Tensor, state: Tensor | None = None) -> Reply:
         local = self.local(clients, x, state=state)
-        return {"delta": local.update} if local.state is None else {"delta": local.update, "state": local.state}
+        return {"delta": local.delta} if local.state is None else {"delta": local.delta, "state": local.state}

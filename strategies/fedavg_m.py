@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedsim.aggregate import Mean
 from fedsim.clients.direction import GRADIENT
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from fedsim.strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
@@ -52,7 +52,7 @@ class FedAvgM:
     beta: float = 0.1
     gamma: float | None = None
     server_lr: float = 1.0
-    local: LocalSGD
+    local: LocalTraining
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)
@@ -72,4 +72,4 @@ class FedAvgM:
 
     def local_update(self, clients: Cohort, x: Tensor, g: Tensor) -> Reply:
         local = self.local(clients, x, self.beta * GRADIENT + (1 - self.beta) * g)
-        return {"u": along(local, self.local)}
+        return {"u": along(clients, local, self.local.lr)}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsim.aggregate import Mean
 from fedsim.clients.direction import GRADIENT, gradient_at
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from fedsim.strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
@@ -51,7 +51,7 @@ class FedAvgMVR:
     beta: float = 0.1
     gamma: float | None = None
     server_lr: float = 1.0
-    local: LocalSGD
+    local: LocalTraining
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)
@@ -72,4 +72,4 @@ class FedAvgMVR:
 
     def local_update(self, clients: Cohort, x: Tensor, x_prev: Tensor, g: Tensor) -> Reply:
         u = GRADIENT + (1 - self.beta) * (g - gradient_at(x_prev))
-        return {"u": along(self.local(clients, x, u), self.local)}
+        return {"u": along(clients, self.local(clients, x, u), self.local.lr)}

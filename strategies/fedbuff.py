@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from fedsim.strategies.clocks import Importance, Weights, able, buffer_weights, durations, importances
@@ -48,7 +48,7 @@ class FedBuff:
     server_lr: float = 1.0
     weights: Weights = "identical"
     importance: Importance = "uniform"
-    local: LocalSGD
+    local: LocalTraining
     plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -81,4 +81,4 @@ class FedBuff:
         return buffer_weights(p, durations(fleet, self.local.cost, x), self.buffer_size)
 
     def local_update(self, clients: Cohort, x: Tensor) -> Reply:
-        return {"delta": self.local(clients, x).update}
+        return {"delta": self.local(clients, x).delta}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, choose
 from fedsim.strategies.clocks import able
@@ -46,7 +46,7 @@ class FedBuffStream:
     concurrency: int = 100
     server_lr: float = 1.0
     exponent: float = 0.5
-    local: LocalSGD
+    local: LocalTraining
     plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -85,4 +85,4 @@ class FedBuffStream:
         return out
 
     def local_update(self, clients: Cohort, x: Tensor) -> Reply:
-        return {"delta": self.local(clients, x).update}
+        return {"delta": self.local(clients, x).delta}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from fedsim.strategies.clocks import Importance, Weights, able, durations, given_seconds, importances, window_weights
@@ -51,7 +51,7 @@ class FedFix:
     weights: Weights = "unbiased"
     importance: Importance = "uniform"
     job_seconds: tuple[float, ...] | None = None
-    local: LocalSGD
+    local: LocalTraining
     plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -79,4 +79,4 @@ class FedFix:
         return window_weights(p, durations(fleet, self.local.cost, x), self.interval)
 
     def local_update(self, clients: Cohort, x: Tensor) -> Reply:
-        return {"delta": self.local(clients, x).update}
+        return {"delta": self.local(clients, x).delta}

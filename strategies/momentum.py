@@ -5,33 +5,31 @@ Letters: C clients of a stack, R replies, P parameters, K_i local steps of a cli
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from fedsim.clients.combination import Combination
-from fedsim.clients.local_sgd import LocalResult, LocalSGD
+from fedsim.clients.local_training import LocalRun, LocalTraining
+from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Replies
-from fedsim.task import Factored
+from fedsim.terms import Terms
 
 
-def along(result: LocalResult, local: LocalSGD) -> Tensor | Factored:
+def along(clients: Cohort, run: LocalRun, lr: float) -> Terms:
     """[C, P]: Delta_i / (eta * K_i), the mean direction of a client's steps; zero for a client that took none.
 
-    Entries of buffers are left as they are: their change is no direction. A change that local training left as a
-    weighted sum stays one.
+    Entries of buffers are left as they are: their change is no direction.
     """
-    if isinstance(result.update, Combination):
-        return result.update * (1 / (local.lr * result.steps.clamp(min=1).double()))
-    delta = result.delta
-    delta[:, : local.num_trainable].div_(local.lr * result.steps.clamp(min=1).to(delta)[:, None])
-    return delta
+    each, n = 1 / (lr * run.steps.clamp(min=1).double()), clients.task.layout.num_trainable
+    if n == clients.task.layout.size:
+        return run.delta * each
+    delta = run.delta.dense()
+    delta[:, :n] *= each.to(delta)[:, None]
+    return Terms.of(delta)
 
 
-def twice(local: LocalSGD) -> Cost:
+def twice(local: LocalTraining) -> Cost:
     """The cost of a job that takes two gradients of every minibatch: the clock counts gradients, not steps."""
     return Cost(steps=lambda num_examples: 2 * local.schedule.num_steps(num_examples))
 
 
-def step_size(gamma: float | None, server_lr: float, local: LocalSGD, replies: Replies) -> float:
+def step_size(gamma: float | None, server_lr: float, local: LocalTraining, replies: Replies) -> float:
     """gamma, by default server_lr * eta * K with the mean K of the clients that have data: parity with FedAvg."""
     if gamma is not None:
         return gamma

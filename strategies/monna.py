@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.aggregate import nearest_neighbour_average
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 from fedsim.clients.oracle import gradient
 from fedsim.cohort import Cohort
 from fedsim.fleet import Arrival, Fleet, Inbox
@@ -46,7 +46,7 @@ class Monna:
     beta: float = 0.99
     f: int = 0
     arrival: Arrival = "all"
-    local: LocalSGD
+    local: LocalTraining
     no_links: ClassVar[str] = "peers exchange whole vectors; links compress what goes to and from a server"
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 from fedsim.fleet import Fleet, Replies
 
 
@@ -19,7 +19,7 @@ def honest_mean(fleet: Fleet, replies: Replies) -> tuple[Tensor, float]:
     return mean, float((models - mean).square().sum(1).mean())
 
 
-def local_rate(name: str, local: LocalSGD, round: int = 0) -> float:
+def local_rate(name: str, local: LocalTraining, round: int = 0) -> float:
     """The learning rate of a step that the strategy takes itself.
 
     Raises:

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate import Mean
-from fedsim.clients.combination import Combination
 from fedsim.clients.direction import GRADIENT
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, choose
+from fedsim.fleet import Exact, Fleet, choose
 from fedsim.strategies.checks import check_cohort, check_plain_sgd
 from fedsim.strategies.server import step_along
+from fedsim.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Scaffold:
     cohort_size: int | None = None
     server_lr: float = 1.0
     option: Literal["I", "II"] = "II"
-    local: LocalSGD
-    sent_whole: ClassVar[tuple[str, ...]] = ("dc",)
+    local: LocalTraining
     plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -62,7 +61,7 @@ class Scaffold:
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         cohort = choose(fleet.clients, self.cohort_size, rng)
-        cost = replace(self.local.cost, vectors_up=2)
+        cost = replace(self.local.cost, vectors_up=2, exact_up=1)
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=Mean(weights="uniform"), x=s.x, c=s.c)
         x = step_along(s.x, r["delta"], self.server_lr, self.local.num_trainable)
         c = s.c + len(r) / len(fleet.clients) * r["dc"]
@@ -73,4 +72,4 @@ class Scaffold:
         local = self.local(clients, x, GRADIENT - c_i + c, mean_grad=self.option == "II")
         new = full_gradient(clients, x) if local.mean_grad is None else local.mean_grad
         clients.memory["c"] = new = local.where_stepped(new, c_i)
-        return {"delta": local.update, "dc": Combination.of((1.0, new), (-1.0, c_i))}
+        return {"delta": local.delta, "dc": Exact(Terms.of(new) - c_i)}

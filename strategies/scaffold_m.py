@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate import Mean
-from fedsim.clients.combination import Combination
 from fedsim.clients.direction import GRADIENT
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.config import FromTable
-from fedsim.fleet import Fleet, choose
+from fedsim.fleet import Exact, Fleet, choose
 from fedsim.optim import Optimizer
 from fedsim.strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
 from fedsim.strategies.momentum import along, step_size
 from fedsim.strategies.server import Server
+from fedsim.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class ScaffoldM:
     gamma: float | None = None
     server_lr: float = 1.0
     server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
-    local: LocalSGD
-    sent_whole: ClassVar[tuple[str, ...]] = ("dc",)
+    local: LocalTraining
     plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -74,7 +73,7 @@ class ScaffoldM:
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         cohort = choose(fleet.clients, self.cohort_size, rng)
-        cost, fold = replace(self.local.cost, vectors_up=2), Mean(weights="uniform")
+        cost, fold = replace(self.local.cost, vectors_up=2, exact_up=1), Mean(weights="uniform")
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=fold, x=s.x, g=s.g, c=s.c)
         g = r["u"]
         c = s.c + len(r) / len(fleet.clients) * r["dc"]  # 1/N, not 1/S: c is the mean over all clients
@@ -88,4 +87,4 @@ class ScaffoldM:
         local = self.local(clients, x, u, mean_grad=True)
         assert local.mean_grad is not None
         clients.memory["c"] = new = local.where_stepped(local.mean_grad, c_i)
-        return {"u": along(local, self.local), "dc": Combination.of((1.0, new), (-1.0, c_i))}
+        return {"u": along(clients, local, self.local.lr), "dc": Exact(Terms.of(new) - c_i)}

@@ -10,7 +10,7 @@ it, g its momentum, c the mean of the control variates c_i, eta the local step.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from fedsim.aggregate import Mean
 from fedsim.clients.direction import GRADIENT, gradient_at
-from fedsim.clients.local_sgd import LocalSGD, Reply
+from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, choose
+from fedsim.fleet import Exact, Fleet, choose
 from fedsim.strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
 from fedsim.strategies.momentum import along, step_size, twice
 from fedsim.strategies.server import step_along
+from fedsim.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ class ScaffoldMVR:
     beta: float = 0.1
     gamma: float | None = None
     server_lr: float = 1.0
-    local: LocalSGD
-    sent_whole: ClassVar[tuple[str, ...]] = ("dc",)
+    local: LocalTraining
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)
@@ -67,7 +67,7 @@ class ScaffoldMVR:
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         cohort = choose(fleet.clients, self.cohort_size, rng)
-        cost, fold = replace(twice(self.local), vectors_up=2), Mean(weights="uniform")
+        cost, fold = replace(twice(self.local), vectors_up=2, exact_up=1), Mean(weights="uniform")
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=fold, x=s.x, x_prev=s.x_prev, g=s.g, c=s.c)
         g = r["u"]
         c = s.c + len(r) / len(fleet.clients) * r["dc"]
@@ -80,4 +80,4 @@ class ScaffoldMVR:
         local = self.local(clients, x, u, mean_grad=True)
         assert local.mean_grad is not None
         clients.memory["c"] = new = local.where_stepped(local.mean_grad, c_i)
-        return {"u": along(local, self.local), "dc": new - c_i}
+        return {"u": along(clients, local, self.local.lr), "dc": Exact(Terms.of(new) - c_i)}

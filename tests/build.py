@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 from fedsim.data.federated import FederatedData
 from fedsim.data.images import digits
 from fedsim.engine import build_engine
@@ -58,11 +58,11 @@ def saddle(clients: int, dim: int, seed: int = 0, lam: float = 0.0, low: float =
 
 def local_sgd(
     task: Task, lr: float = 0.1, rounds: int = 1, optimizer: dict[str, Any] | None = None, **schedule: Any
-) -> LocalSGD:
+) -> LocalTraining:
     """Local training; ten steps of SGD on the whole data unless told otherwise."""
     schedule = {"epochs": None, "steps": 10, "batch_size": None} | schedule
     rule = build_optimizer(optimizer or {"name": "sgd", "lr": lr}, task.layout)
-    return LocalSGD(optimizer=rule, schedule=Schedule(**schedule), rounds=rounds)
+    return LocalTraining(optimizer=rule, schedule=Schedule(**schedule), rounds=rounds)
 
 
 class Counted:

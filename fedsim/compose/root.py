@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import NESTED, optimizer
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
 from fedsim.compose.problems import TASKS, Problem, Site
@@ -159,7 +159,7 @@ def _strategy(reader: Reader, task: Task, local: Local, schedule: Schedule, roun
         reader, "local.optimizer", local.optimizer, layout, lambda made: check_supply(task, made)
     )
     reader.nested["server_optimizer"] = lambda r, key, value: optimizer(r, key, value, layout, check_server_optimizer)
-    given = {"local": LocalSGD(optimizer=rule, schedule=schedule, rounds=rounds)}
+    given = {"local": LocalTraining(optimizer=rule, schedule=schedule, rounds=rounds)}
     strategy = reader.entry("strategy", STRATEGIES, default="fedavg", given=given)
     check_strategy(reader, strategy, len(task.num_examples))
     check_local(reader, strategy, task)

@@ -17,7 +17,7 @@ Letters: C clients, R samples of a client's local run, P entries; a layer has `i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from fedsim.engine.base import Batch
 from fedsim.engine.head import loss_and_gradient
 from fedsim.engine.losses import cross_entropy
 from fedsim.params import Layout
+from fedsim.terms import Weight
 
 
 @dataclass(frozen=True)
@@ -66,37 +67,36 @@ def chain_of(module: nn.Module) -> Chain | None:
 
 @dataclass(frozen=True)
 class LowRank:
-    """Sums of the gradients of C clients in factors, times a number of each client.
+    """Sums of the gradients of C clients in factors; see `fedsim.terms.Factors`.
 
     Args:
         layout: of the vector; the chain's layers are all of it.
         chain: the layers.
         inputs: A of each layer, [C, R, in].
         gradients: D of each layer, [C, R, out]; zero for samples that are padding.
-        factor: a number, or one for each client [C].
     """
 
     layout: Layout
     chain: Chain
     inputs: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...]
-    factor: float | Tensor = 1.0
 
     def __len__(self) -> int:
         return len(self.inputs[0])
 
-    def __mul__(self, factor: float | Tensor) -> LowRank:
-        return replace(self, factor=self.factor * factor)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inputs[0].dtype
 
-    def dense(self) -> Tensor:
-        """[C, P]."""
+    def dense(self, weight: Weight = 1.0) -> Tensor:
+        """[C, P], times a weight."""
         first = self.inputs[0]
-        factor = self.factor if isinstance(self.factor, float) else self.factor.to(first)[:, None, None]
+        factor = weight.to(first)[:, None, None] if isinstance(weight, Tensor) else weight
         out = first.new_empty(len(self), self.layout.size)
         views = self.layout.views(out)
-        for (weight, bias), a, d in zip(self.chain.layers, self.inputs, self.gradients, strict=True):
+        for (name, bias), a, d in zip(self.chain.layers, self.inputs, self.gradients, strict=True):
             d = d * factor
-            torch.bmm(d.mT, a, out=views[weight])
+            torch.bmm(d.mT, a, out=views[name])
             if bias is not None:
                 torch.sum(d, 1, out=views[bias])
         return out
@@ -105,10 +105,10 @@ class LowRank:
         """[P]: the sum over clients of weights [C] times their sums; clients' own vectors are never formed."""
         out = self.inputs[0].new_zeros(self.layout.size)
         views = self.layout.views(out)
-        factor = (self.factor * weights).to(out)[:, None, None]
-        for (weight, bias), a, d in zip(self.chain.layers, self.inputs, self.gradients, strict=True):
+        factor = weights.to(out)[:, None, None]
+        for (name, bias), a, d in zip(self.chain.layers, self.inputs, self.gradients, strict=True):
             scaled = (d * factor).flatten(0, 1)
-            torch.mm(scaled.mT, a.flatten(0, 1), out=views[weight])
+            torch.mm(scaled.mT, a.flatten(0, 1), out=views[name])
             if bias is not None:
                 torch.sum(scaled, 0, out=views[bias])
         return out

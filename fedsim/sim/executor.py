@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from fedsim.cohort import Cohort
-from fedsim.fleet import Inbox
+from fedsim.fleet import Exact, Inbox
 from fedsim.memory import Kept, MemoryRows
 from fedsim.parts import Parts
-from fedsim.sim.links import Uplink
+from fedsim.sim.links import FLOAT_BITS, Uplink
 from fedsim.streams import Streams
 from fedsim.task import Task
+from fedsim.terms import Terms
 
 KINDS = ("fields", "memory", "metrics")  # of what a job gives apart from others
 MAX_GROUPS = 64  # groups of stacks in one call; part of what fixes the bits of a fold
@@ -173,9 +174,6 @@ class StackRunner:
 
     def run(self, jobs: Jobs) -> Results:
         """Run one stack; with weights, fields of two or more dimensions come back summed over the stack."""
-        reuse = None
-        if jobs.weights is not None:
-            reuse = self._local.__dict__.setdefault("buffers", {})
         ids = jobs.ids.to(self.device)
         broadcast = _broadcast(jobs, self.device)
         inbox = _inbox(jobs, broadcast, self.device)
@@ -186,7 +184,7 @@ class StackRunner:
             streams=Streams(self.seed, ids, jobs.numbers.to(self.device)),
             device=self.device,
             rounds=jobs.rounds if jobs.rounds is not None else torch.full((len(ids),), jobs.round),
-            reuse=reuse,
+            pool=self._local.__dict__.setdefault("pool", {}),
         )
         try:
             reply = getattr(self.strategy, jobs.work)(cohort, *inbox, **broadcast)
@@ -200,21 +198,22 @@ class StackRunner:
     def _collect(self, jobs: Jobs, cohort: Cohort, reply: Mapping[str, Any]) -> Results:
         bits = torch.zeros(len(cohort), dtype=torch.int64)
         fields, sums = {}, {}
-        whole = getattr(self.strategy, "sent_whole", ())
         for name, value in reply.items():
-            if hasattr(value, "weighted_sum"):
-                if self.uplink is None and jobs.weights is not None:
+            exact = isinstance(value, Exact)
+            value = value.value if isinstance(value, Exact) else value
+            if isinstance(value, Terms):
+                if jobs.weights is not None and (self.uplink is None or exact):
                     sums[name] = value.weighted_sum(jobs.weights)
-                    bits += 32 * self.task.layout.size
+                    bits += FLOAT_BITS * self.task.layout.size
                     continue
                 value = value.dense()
-            if self.uplink is not None and isinstance(value, Tensor) and value.ndim > 1 and name not in whole:
+            if self.uplink is not None and isinstance(value, Tensor) and value.ndim > 1 and not exact:
                 value = self.uplink.encode(name, value, cohort.memory, cohort.streams)
             if not isinstance(value, Tensor):  # a Packet knows its own size
                 bits += value.bits.cpu()
                 value = value.decode()
             elif value.ndim:
-                bits += 32 * (value.numel() // max(len(cohort), 1))
+                bits += FLOAT_BITS * (value.numel() // max(len(cohort), 1))
             if jobs.weights is not None and value.ndim > 1:
                 sums[name] = torch.tensordot(jobs.weights.to(value), value, dims=1)
             else:

@@ -270,7 +270,7 @@ class SimFleet:
         down += same
         self.ledger.bits_down += int(down.sum())
         steps = cost.steps_of(self.num_examples[ids])
-        up = torch.full_like(steps, self._up(cost, len(getattr(getattr(work, "__self__", None), "sent_whole", ()))))
+        up = torch.full_like(steps, self._up(cost))
         return numbers, self.now + self._seconds(ids, numbers, steps, down.double(), up), received
 
     def _seconds(self, ids: Tensor, numbers: Tensor, steps: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -284,12 +284,12 @@ class SimFleet:
             self._durations[client] = known
         return known[1]
 
-    def _up(self, cost: Cost, whole: int = 0) -> int:
-        """Bits of a reply, of whose vectors so many are not compressed."""
+    def _up(self, cost: Cost) -> int:
+        """Bits of a reply."""
         if cost.bits_up is not None:
             return cost.bits_up
-        whole = min(whole, cost.vectors_up)
-        return (cost.vectors_up - whole) * self._reply_bits + whole * BITS_PER_NUMBER * self._model_size
+        exact = min(cost.exact_up, cost.vectors_up)
+        return (cost.vectors_up - exact) * self._reply_bits + exact * BITS_PER_NUMBER * self._model_size
 
     def _key_of(self, sent: Sent, jobs: int) -> int:
         """Where new jobs find what they were sent; calls that send the same one after the other share one entry."""

@@ -105,8 +105,8 @@ class BilinearTask:
             f = f + self.noise * batch.streams.normal("noise", x.shape[1], step=batch.step)
         return (f if out is None else out.copy_(f)), value
 
-    def plain_run(
-        self, x: Tensor, batches: OwnFunction, lr: float, scale: float = 1.0, terms: Sequence[tuple[float, Tensor]] = ()
+    def factored_run(
+        self, x: Tensor, batches: OwnFunction, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
     ) -> None:
         """None: steps are taken one by one."""
         return None

@@ -102,8 +102,8 @@ class ClassificationTask:
     def session(self, x: Tensor) -> Session:
         return self.engine.session(x)
 
-    def plain_run(
-        self, x: Tensor, batches: BatchPlan, lr: float, scale: float = 1.0, terms: Sequence[tuple[float, Tensor]] = ()
+    def factored_run(
+        self, x: Tensor, batches: BatchPlan, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
     ) -> tuple[LowRank, Tensor] | None:
         """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
         chain = getattr(self.engine, "chain", None)

@@ -96,8 +96,8 @@ class QuadraticTask:
     def batch_sizes(self, batch: QuadraticBatch) -> Tensor:
         return torch.ones(len(batch.rows), dtype=torch.int64)
 
-    def plain_run(
-        self, x: Tensor, batches: OwnFunction, lr: float, scale: float = 1.0, terms: Sequence[tuple[float, Tensor]] = ()
+    def factored_run(
+        self, x: Tensor, batches: OwnFunction, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
     ) -> None:
         """None: steps are taken one by one."""
         return None

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 from fedsim import FederatedData
 
 text = "not callable"
@@ -91,7 +91,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientFails:
-    local: LocalSGD
+    local: LocalTraining
 
     def init(self, x0):
         return State(x0)

@@ -11,7 +11,7 @@ import torch
 import fedsim
 from fedsim.aggregate.prepare import Bucketing, Clipping
 from fedsim.cli import one_line
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 from fedsim.compose import TABLES, Composition, compose
 from fedsim.compose.sections import Runtime
 from fedsim.config import ConfigError, read_file
@@ -96,7 +96,7 @@ def test_the_executor_is_in_process_with_a_worker_a_core_unless_told_otherwise(m
 def test_local_training_has_the_files_schedule_and_optimizer() -> None:
     raw = {**BLOBS, "rounds": 9, "local": {"steps": 4, "batch_size": "full", "optimizer": {"name": "adam", "lr": 0.5}}}
     local = made(raw).experiment.strategy.local  # type: ignore[attr-defined]
-    assert isinstance(local, LocalSGD) and local.rounds == 9 and local.optimizer.lr == 0.5
+    assert isinstance(local, LocalTraining) and local.rounds == 9 and local.optimizer.lr == 0.5
     assert (local.schedule.steps, local.schedule.epochs, local.schedule.batch_size) == (4, None, None)
 
 

@@ -83,7 +83,7 @@ def test_factors_equal_steps_taken_one_by_one(hidden: list[int], bias: bool, dir
     weights = torch.rand(len(counts), generator=generator, dtype=torch.float64)
     torch.testing.assert_close(sums.weighted_sum(weights), weights @ total, rtol=1e-11, atol=1e-13)
     each = torch.tensor([1.0, 0.5, 0.25, 2.0, 0.0], dtype=torch.float64)
-    torch.testing.assert_close((sums * each * 3.0).dense(), 3 * each[:, None] * total, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(sums.dense(each * 3.0), 3 * each[:, None] * total, rtol=1e-11, atol=1e-13)
 
 
 def test_only_chains_of_linear_layers_are_taken() -> None:

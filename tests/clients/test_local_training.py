@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsim.clients.direction import GRADIENT, gradient_at
-from fedsim.clients.local_sgd import LocalSGD
+from fedsim.clients.local_training import LocalTraining
 from fedsim.cohort import Cohort
 from fedsim.memory import MemoryRows
 from fedsim.optim import build
@@ -46,7 +46,7 @@ def test_clients_of_any_size_walk_as_plain_loops_do() -> None:
             g = twin.gradient(i, y, job, k)
             used += g
             y = y - 0.2 * g
-        torch.testing.assert_close(result.delta[i], task.x0 - y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.delta.dense()[i], task.x0 - y, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(result.mean_grad[i], used / max(twin.steps(i), 1), rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_a_direction_with_shift_scale_and_other_point_is_followed_step_by_step(e
             for k in range(twin.steps(i)):
                 used += twin.gradient(i, y, 0, k)
                 y = y - 0.1 * by_hand(i, y, k)
-            torch.testing.assert_close(result.delta[i], task.x0 - y, rtol=1e-4, atol=1e-5, msg=name)
+            torch.testing.assert_close(result.delta.dense()[i], task.x0 - y, rtol=1e-4, atol=1e-5, msg=name)
             torch.testing.assert_close(result.mean_grad[i], used / twin.steps(i), rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -81,7 +81,7 @@ def test_clients_may_start_from_models_of_their_own() -> None:
     task = drawn(3, 2)
     x = torch.arange(6, dtype=torch.float64).view(3, 2)
     result = local_sgd(task, 0.1, steps=4)(_cohort(task, [0, 1, 2]), x)
-    torch.testing.assert_close(result.delta, (1 - (1 - 0.1 * task.a) ** 4) * (x - task.b))
+    torch.testing.assert_close(result.delta.dense(), (1 - (1 - 0.1 * task.a) ** 4) * (x - task.b))
 
 
 def test_the_model_received_is_left_as_it_is() -> None:
@@ -106,7 +106,7 @@ def test_other_rules_step_as_torch_does_and_add_up_raw_gradients(rule: dict[str,
             used += raw
             y.grad = 2.0 * raw
             torch_rule.step()
-        torch.testing.assert_close(result.delta[i], task.x0 - y.detach(), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(result.delta.dense()[i], task.x0 - y.detach(), rtol=1e-6, atol=1e-8)
         assert result.mean_grad is not None
         torch.testing.assert_close(result.mean_grad[i], used / 5, rtol=1e-6, atol=1e-8)
 
@@ -127,7 +127,7 @@ def test_schedules_count_rounds_local_steps_or_the_share_of_the_run(unit: str, m
             factor = {"rounds": 0.5**r, "steps": 0.5 ** (2 * job + k), "fraction": 0.99 ** (1000 * r / 10)}[unit]
             y -= 0.1 * factor * y
         expected.append(1 - y)
-    assert result.delta[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    assert result.delta.dense()[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_state_kept_by_clients_makes_rounds_one_long_run() -> None:
@@ -180,6 +180,6 @@ def test_a_rate_that_is_not_one_number_cannot_be_divided_by() -> None:
 
 def test_the_cost_of_a_job_is_its_local_steps() -> None:
     rule = build({"name": "sgd", "lr": 0.1}, drawn(1, 1).layout)
-    local = LocalSGD(optimizer=rule, schedule=Schedule(epochs=3, batch_size=4))
+    local = LocalTraining(optimizer=rule, schedule=Schedule(epochs=3, batch_size=4))
     counts: Tensor = torch.tensor([9, 4, 1, 0])
     assert local.cost.steps_of(counts).tolist() == [9, 3, 3, 0]

@@ -1,0 +1,176 @@
+"""Local runs step by step: any rule of the optimizer core, any direction, any engine.
+
+Letters: C clients, k of them still stepping, P entries, n of them trainable, S entries of an optimizer's state; y the
+local model, g the gradient of a minibatch at y, u the direction of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.clients.direction import Direction
+from fedsim.cohort import Cohort
+from fedsim.optim import Optimizer, OptState
+from fedsim.optim.needs import supply
+from fedsim.streams import Streams
+from fedsim.task import Batches, Schedule
+from fedsim.tasks.supply import source
+
+MEMORY = "optimizer/"  # names of the optimizer's rows in a client's memory
+
+
+@dataclass(frozen=True)
+class Stepwise:
+    """One run of a stack.
+
+    Args:
+        optimizer, schedule, rounds: see `LocalTraining`.
+        cohort: the clients.
+        batches: theirs.
+        u: direction of a step.
+    """
+
+    optimizer: Optimizer
+    schedule: Schedule
+    rounds: int
+    cohort: Cohort
+    batches: Batches
+    u: Direction
+
+    def run(
+        self, x: Tensor, *, mean_grad: bool, state: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(y [C, P] in a scratch buffer, sum of losses [C], mean of raw gradients [C, P], change of state [C, S]).
+
+        Args:
+            x: where clients start, [P] or [C, P].
+            mean_grad: whether the mean is wanted.
+            state: [S] or [C, S], the optimizer's state that came with the model.
+        """
+        y = self.cohort.scratch("y", x).copy_(x)
+        total = torch.zeros_like(y) if mean_grad else None
+        state_change = None
+        if self.optimizer.is_plain_sgd and isinstance(self.optimizer.lr, float | int):
+            losses = self._plain(y, total, float(self.optimizer.lr))
+        else:
+            losses, state_change = self._by_rule(y, total, state)
+        if total is not None:
+            total /= self.batches.num_steps.clamp(min=1)[:, None]
+        return y, losses, total, state_change
+
+    def _plain(self, y: Tensor, total: Tensor | None, lr: float) -> Tensor:
+        """y <- y - lr * u, inside the backward products where the task's engine can: then no gradient is stored."""
+        cohort, batches, u, n = self.cohort, self.batches, self.u, self.cohort.task.layout.num_trainable
+        losses = torch.zeros(len(cohort), device=y.device)
+        session, k = None, -1
+        for step in range(len(batches)):
+            if batches.active(step) != k:
+                k = batches.active(step)
+                session = cohort.task.session(y[:k])
+                grad_sum = None if total is None else total[:k]
+            assert session is not None
+            batch, factor, loss = batches[step], self._lr_factor(step, k), None
+            if u.other is None and isinstance(factor, float):
+                loss = session.sgd_step_(batch, lr * factor, scale=u.scale, shift=u.rows(k), grad_sum=grad_sum)
+            if loss is None:
+                g, loss = session.gradient(batch, cohort.scratch("gradient", y)[:k])
+                if grad_sum is not None:
+                    grad_sum += g
+                rate = factor.to(y)[:, None] if isinstance(factor, Tensor) else factor
+                y[:k, :n].sub_(lr * rate * self._along(g, batch)[:, :n])
+            losses[:k].add_(loss)
+        return losses
+
+    def _by_rule(self, y: Tensor, total: Tensor | None, sent: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Any rule of the core, with the raw gradients added up in `total` if wanted; (losses [C], change of state)."""
+        cohort, batches, n = self.cohort, self.batches, self.cohort.task.layout.num_trainable
+        gradient = cohort.scratch("gradient", y)
+        losses = torch.zeros(len(cohort), device=y.device)
+        state = self._recall(y[:, :n], sent)
+        for step in range(len(batches)):
+            k = batches.active(step)
+            batch = batches[step]
+            point = self.optimizer.eval_point(y[:k, :n], state)
+            at = y[:k] if point.data_ptr() == y.data_ptr() else torch.cat([point, y[:k, n:]], dim=1)
+            streams = cohort.streams.rows(slice(k))
+            g, loss, aux = self._gradient(at, batch, state, gradient[:k], streams)
+            if at.data_ptr() != y.data_ptr():
+                y[:k, n:] = at[:, n:]  # the training pass moved the copy's buffers
+            if total is not None:
+                total[:k] += g
+            g, factor = self._along(g, batch), self._lr_factor(step, k)
+            self.optimizer.step_(y[:k, :n], g[:, :n], state, lr_scale=factor, aux=aux, streams=streams)
+            losses[:k] += loss.to(losses.dtype)
+        final = self.optimizer.final(y[:, :n], state)
+        if final.data_ptr() != y.data_ptr():
+            y[:, :n] = final
+        self._remember(state)
+        if bool(state.skipped.any()):
+            cohort.log(skipped_steps=state.skipped.to(torch.float32))
+        return losses, None if sent is None else sent - state.pack(sent)
+
+    def _gradient(
+        self, at: Tensor, batch: Any, state: OptState, out: Tensor, streams: Streams
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(g [k, P], loss [k], what else the rule needs) at `at` [k, P]; buffers of `at` follow the training pass."""
+        optimizer, task = self.optimizer, self.cohort.task
+        n = task.layout.num_trainable
+        if not optimizer.needs - {"grad"} or optimizer.wanted(state, len(at)) == {"grad"}:
+            return *task.field(at, batch, out), {}
+        # before the training pass, which may move the buffers
+        needed = source(task, batch, at[:, n:])
+        g, aux = supply(optimizer, at[:, :n], state, needed, streams=streams)
+        if g is None:
+            return *task.field(at, batch, out), aux
+        assert needed.loss is not None
+        out[:, :n], out[:, n:] = g, 0
+        return out, needed.loss, aux
+
+    def _along(self, g: Tensor, batch: Any) -> Tensor:
+        """u [k, P] from the gradients g [k, P]."""
+        u, cohort = self.u, self.cohort
+        out = g if u.scale == 1.0 else g * u.scale
+        if u.other is not None:
+            point = cohort.scratch("other", g)[: len(g)].copy_(u.other)
+            there, _ = cohort.task.field(point, batch, cohort.scratch("other_gradient", g)[: len(g)])
+            out = out + u.other_scale * there
+        shift = u.rows(len(g))
+        return out if shift is None else out + shift
+
+    def _lr_factor(self, step: int, k: int) -> float | Tensor:
+        """The schedule's factor: one number, or [k] where clients were sent their work in different rounds."""
+        cohort, schedule = self.cohort, self.optimizer.schedule
+        if schedule is None:
+            return 1.0
+        rounds, each = cohort.rounds[:k].tolist(), self.schedule.num_steps(cohort.num_examples[:k]).tolist()
+        done = [job * int(steps) for job, steps in zip(cohort.streams.jobs[:k].tolist(), each, strict=True)]
+        keys = list(zip(rounds, done, strict=True)) if schedule.unit == "steps" else [(r, 0) for r in rounds]
+        factors = {
+            key: schedule.at_step(rounds=key[0], steps=key[1] + step, fraction=key[0] / self.rounds)
+            for key in dict.fromkeys(keys)
+        }
+        if len(factors) == 1:
+            return next(iter(factors.values()))
+        return torch.tensor([factors[key] for key in keys])
+
+    def _recall(self, x: Tensor, sent: Tensor | None) -> OptState:
+        """Fresh state; with `state_scope: client` what the clients kept, with `server` what was sent."""
+        state, memory = self.optimizer.init(x), self.cohort.memory
+        if self.optimizer.state_scope == "server":
+            assert sent is not None, "the strategy must send LocalTraining.start's state along"
+            state.unpack_(sent)
+        if self.optimizer.state_scope == "client" and MEMORY + "t" in memory:
+            known = memory.read(MEMORY + "t", ()).cpu() > 0
+            for name, rows in state.to_rows().items():
+                stored = memory.read(MEMORY + name, tuple(rows.shape[1:]), rows.dtype)
+                rows[known.to(rows.device)] = stored.to(rows)[known.to(rows.device)]
+        return state
+
+    def _remember(self, state: OptState) -> None:
+        if self.optimizer.state_scope == "client":
+            for name, rows in state.to_rows().items():
+                self.cohort.memory[MEMORY + name] = rows
