@@ -145,42 +145,74 @@ def low_rank_run(
     num_clients, samples = first.shape[:2]
     shared = [weight * term for weight, term in terms if term.ndim == 1]
     shift = sum(shared[1:], shared[0]) if shared else None
-    own = [(lr * weight, _layers(chain, layout, term)) for weight, term in terms if term.ndim == 2]
-    a = [first] + [first.new_zeros(num_clients, samples, i) for _, i in chain.shapes[1:]]
-    d = [first.new_zeros(num_clients, samples, o) for o, _ in chain.shapes]
+    steps = _Steps(
+        a=[first] + [first.new_zeros(num_clients, samples, i) for _, i in chain.shapes[1:]],
+        d=[first.new_zeros(num_clients, samples, o) for o, _ in chain.shapes],
+        own=[(lr * weight, _layers(chain, layout, term)) for weight, term in terms if term.ndim == 2],
+        rate=lr * scale,
+        width=width,
+    )
     losses = first.new_zeros(num_clients)
     layers = _layers(chain, layout, x)
     # one product for all steps, where the first layer's common part stays what it is
     base = _times(first, layers[0], num_clients) if x.ndim == 1 and shift is None else None
     for step, k in enumerate(active):
-        now, past = slice(step * width, (step + 1) * width), slice(step * width)
         if step and shift is not None:
             layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * step))
-        h = first[:k, now]
-        for i, layer in enumerate(layers):
-            z = _times(h, layer, k) if i or base is None else base[:k, now]
-            if step:
-                for rate, term in own:
-                    z = z.sub_(_times(h, term[i], k), alpha=rate * step)
-                gram = torch.bmm(h, a[i][:k, past].mT)
-                gram = gram if layer[1] is None else gram.add_(1.0)
-                z = torch.baddbmm(z, gram, d[i][:k, past], alpha=-lr * scale)
-            if i + 1 < len(layers):
-                a[i + 1][:k, now] = h = torch.relu(z)
+        z = steps.forward(layers, step, k, base)
+        now = slice(step * width, (step + 1) * width)
         shares = None if whole.weights is None else whole.weights[:k, now]
         loss, dz = loss_and_gradient(cross_entropy, z, whole.targets[:k, now], shares, 1)
         losses[:k] += loss
+        steps.backward(layers, step, k, dz)
+    return LowRank(layout, chain, tuple(steps.a), tuple(steps.d)), losses
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The factors as they grow, step by step; `a` and `d` are those of `LowRank`.
+
+    Args:
+        own: (learning rate times weight, layers) of each term of the shift that is a client's own.
+        rate: by which gradients move the weights.
+        width: B of every step.
+    """
+
+    a: list[Tensor]
+    d: list[Tensor]
+    own: list[tuple[float, list[Layer]]]
+    rate: float
+    width: int
+
+    def forward(self, layers: list[Layer], step: int, k: int, base: Tensor | None) -> Tensor:
+        """The first k clients' logits [k, B, classes]; `base` holds the first layer's products of all steps, if any."""
+        now, past = slice(step * self.width, (step + 1) * self.width), slice(step * self.width)
+        h = self.a[0][:k, now]
+        for i, layer in enumerate(layers):
+            z = _times(h, layer, k) if i or base is None else base[:k, now]
+            if step:
+                for rate, term in self.own:
+                    z = z.sub_(_times(h, term[i], k), alpha=rate * step)
+                gram = torch.bmm(h, self.a[i][:k, past].mT)
+                gram = gram if layer[1] is None else gram.add_(1.0)
+                z = torch.baddbmm(z, gram, self.d[i][:k, past], alpha=-self.rate)
+            if i + 1 < len(layers):
+                self.a[i + 1][:k, now] = h = torch.relu(z)
+        return z
+
+    def backward(self, layers: list[Layer], step: int, k: int, dz: Tensor) -> None:
+        """Notes the gradients at every layer's outputs, from those at the logits dz [k, B, classes]."""
+        now, past = slice(step * self.width, (step + 1) * self.width), slice(step * self.width)
         for i in range(len(layers) - 1, -1, -1):
-            d[i][:k, now] = dz
+            self.d[i][:k, now] = dz
             if i:
                 da = _back(dz, layers[i], k)
                 if step:
-                    for rate, term in own:
+                    for rate, term in self.own:
                         da = da.sub_(_back(dz, term[i], k), alpha=rate * step)
-                    gram = torch.bmm(dz, d[i][:k, past].mT)
-                    da = torch.baddbmm(da, gram, a[i][:k, past], alpha=-lr * scale)
-                dz = da.mul_(a[i][:k, now] > 0)
-    return LowRank(layout, chain, tuple(a), tuple(d)), losses
+                    gram = torch.bmm(dz, self.d[i][:k, past].mT)
+                    da = torch.baddbmm(da, gram, self.a[i][:k, past], alpha=-self.rate)
+                dz = da.mul_(self.a[i][:k, now] > 0)
 
 
 Layer = tuple[Tensor, Tensor | None]
