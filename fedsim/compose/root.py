@@ -185,7 +185,9 @@ def describe(experiment: Experiment, problem: Problem, workers: str) -> dict[str
     buffers = f" and {layout.size - layout.num_trainable:,} buffer entries" if layout.num_buffers else ""
     stack_bytes = 4 * layout.size * min(plan.width, cohort)
     model_bits = 32 * layout.size
+    notes = problem.data.notes if problem.data is not None else ()
     return {
+        **({"data": " ".join(notes)} if notes else {}),
         "clients": f"{len(n):,}, {cohort:,} of them in a round",
         "samples per client": f"{int(n.min()):,} to {int(n.max()):,}, median {int(n.median()):,}; "
         f"{int((n == 0).sum()):,} clients have none",
