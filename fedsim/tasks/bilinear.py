@@ -89,7 +89,8 @@ class BilinearTask:
         return torch.zeros(self.layout.size)
 
     def batches(self, cohort: Cohort, schedule: Schedule) -> OwnFunction:
-        return OwnFunction(cohort, schedule, lambda step: SaddleBatch(cohort.ids, cohort.streams, step))
+        streams = cohort.streams
+        return OwnFunction(cohort, schedule, lambda step, k: SaddleBatch(cohort.ids[:k], streams.rows(slice(k)), step))
 
     def batch_sizes(self, batch: SaddleBatch) -> Tensor:
         return torch.ones(len(batch.rows), dtype=torch.int64)

@@ -83,7 +83,8 @@ class QuadraticTask:
         return self.x0.clone()
 
     def batches(self, cohort: Cohort, schedule: Schedule) -> OwnFunction:
-        return OwnFunction(cohort, schedule, lambda step: QuadraticBatch(cohort.ids, cohort.streams, step))
+        streams = cohort.streams
+        return OwnFunction(cohort, schedule, lambda step, k: QuadraticBatch(cohort.ids[:k], streams.rows(slice(k)), step))
 
     def field(self, x: Tensor, batch: QuadraticBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, away = self.a[batch.rows].to(x.dtype), x - self.b[batch.rows].to(x.dtype)
@@ -107,13 +108,13 @@ class QuadraticTask:
 
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
         losses = self.evaluate_clients(x, pool)["loss"]
-        w = self.num_examples.to(losses.dtype)
+        w = self.num_examples.to(losses)
         return {
-            "test_loss": float((w * losses).sum() / w.sum()),
+            "test_loss": float((w * losses).nansum() / w.sum()),
             "distance": float(torch.linalg.vector_norm(x.double() - self.solution())),
         }
 
     def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
         away = x.double() - self.b.double()
         g = self.a.double() * away if self.a.ndim == 2 else torch.einsum("nij,nj->ni", self.a.double(), away)
-        return {"loss": 0.5 * (g * away).sum(1)}
+        return {"loss": (0.5 * (g * away).sum(1)).masked_fill(self.num_examples.to(g.device) == 0, torch.nan)}
