@@ -21,7 +21,6 @@ from fedsim.optim import Optimizer, OptState
 from fedsim.optim.needs import supply
 from fedsim.streams import Streams
 from fedsim.task import Batches, Factored, Schedule
-from fedsim.tasks.supply import source
 
 Reply = Mapping[str, Tensor | Factored]
 """What a client half returns: {field: [C, ...] or factors of it}."""
@@ -114,7 +113,7 @@ class LocalSGD:
             mean_grad: also return the mean of the raw gradients.
             state: [S] or [C, S], the optimizer's state that came with the model.
         """
-        batches = cohort.task.batches(cohort, self.schedule)
+        batches = cohort.task.batches(cohort.ids, cohort.streams, self.schedule)
         steps = batches.num_steps
         if (direction is GRADIENT or mean_grad and direction.other is None) and self._constant_rate():
             whole = cohort.task.plain_run(x, batches, self.lr, direction.scale, direction.terms)
@@ -212,7 +211,7 @@ class LocalSGD:
         if not optimizer.needs - {"grad"} or optimizer.wanted(state, len(at)) == {"grad"}:
             return *cohort.task.field(at, batch, out), {}
         # before the training pass, which may move the buffers
-        needed = source(cohort.task, batch, at[:, n:])
+        needed = cohort.task.oracle(batch, at[:, n:])
         g, aux = supply(optimizer, at[:, :n], state, needed, streams=streams)
         if g is None:
             return *cohort.task.field(at, batch, out), aux

@@ -21,12 +21,12 @@ from fedsim.data.federated import FederatedData
 from fedsim.engine import ENGINES
 from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
 from fedsim.memory import Memory
+from fedsim.optim.needs import check_needs
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategies import STRATEGIES
 from fedsim.task import Schedule, Task
-from fedsim.tasks.supply import check as check_supply
 
 
 @dataclass
@@ -156,7 +156,7 @@ def _strategy(reader: Reader, task: Task, local: Local, schedule: Schedule, roun
     """The strategy, with the local training that it is to use and optimizers that fit the task."""
     layout = task.layout
     rule, reader.resolved["local"]["optimizer"] = optimizer(
-        reader, "local.optimizer", local.optimizer, layout, lambda made: check_supply(task, made)
+        reader, "local.optimizer", local.optimizer, layout, lambda made: check_needs(made, task)
     )
     reader.nested["server_optimizer"] = lambda r, key, value: optimizer(r, key, value, layout, check_server_optimizer)
     given = {"local": LocalSGD(optimizer=rule, schedule=schedule, rounds=rounds)}

@@ -33,7 +33,9 @@ def as_inputs(array: object, origin: str, images: bool = False) -> Tensor:
         )
     if images:
         if values.dtype != np.uint8:
-            raise ValueError(f"{origin}: images are pixels of type uint8, these are {values.dtype}; convert or scale them")
+            raise ValueError(
+                f"{origin}: images are pixels of type uint8, these are {values.dtype}; convert or scale them"
+            )
         return torch.from_numpy(values.astype(np.float32) / 255)
     kind = np.int64 if values.dtype.kind in "iu" and values.dtype != np.uint8 else np.float32
     return torch.from_numpy(np.require(values, dtype=kind, requirements=["C", "W"]))

@@ -23,7 +23,7 @@ def test_the_change_folds_as_it_forms(engine: str, own_models: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     c_i = 0.01 * torch.randn(4, len(task.x0), generator=generator)
     x = task.x0 + 0.01 * torch.randn(4, len(task.x0), generator=generator) if own_models else task.x0
-    batches = task.batches(cohort, local_sgd(task, epochs=1, steps=None, batch_size=6).schedule)
+    batches = task.batches(cohort.ids, cohort.streams, local_sgd(task, epochs=1, steps=None, batch_size=6).schedule)
     u = 0.5 * (GRADIENT - c_i) + 0.2 * task.x0
     mean, _ = corrected_run(cohort, x, batches, 0.1, u)
     change = change_along(u, mean, 0.1, batches.num_steps)
@@ -37,6 +37,6 @@ def test_the_change_folds_as_it_forms(engine: str, own_models: bool) -> None:
 def test_the_model_received_is_left_alone() -> None:
     task, _ = images(mlp, COUNTS, 6)
     cohort, x = _cohort(task, [0, 1, 2, 3]), task.x0.clone()
-    batches = task.batches(cohort, local_sgd(task, epochs=1, steps=None, batch_size=6).schedule)
+    batches = task.batches(cohort.ids, cohort.streams, local_sgd(task, epochs=1, steps=None, batch_size=6).schedule)
     corrected_run(cohort, x, batches, 0.1, GRADIENT + task.x0)
     assert torch.equal(x, task.x0)

@@ -84,8 +84,7 @@ def test_the_plan_says_whether_values_were_scaled(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.full((20, 3), 255, dtype=np.uint8), y=np.arange(20) % 2)
     files = {"name": "npz", "path": str(tmp_path / "x.npz")}
     as_they_are, scaled = (
-        made({**BLOBS, "task": {**BLOBS["task"], "dataset": {**files, "images": images}}})
-        for images in (False, True)
+        made({**BLOBS, "task": {**BLOBS["task"], "dataset": {**files, "images": images}}}) for images in (False, True)
     )
     assert as_they_are.data is not None and float(as_they_are.data.inputs.min()) == 255
     assert "taken as they are" in as_they_are.plan["data"]

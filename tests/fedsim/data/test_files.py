@@ -99,7 +99,10 @@ def test_an_npz_cut_in_the_middle_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": X[:, :1], "y": Y}, r"b.npz: rows are float32\[1\] -> int64\[\], but a.npz has float32\[2\] -> int64\[\]; every"),
+        (
+            {"x": X[:, :1], "y": Y},
+            r"b.npz: rows are float32\[1\] -> int64\[\], but a.npz has float32\[2\] -> int64\[\]; every",
+        ),
         ({"x": X, "y": Y[:2]}, "b.npz: 6 inputs but 2 labels"),
         ({"x": X, "y": Y, "x_test": X, "y_test": Y}, "b.npz: x_test in a client's file is not read; put .*test.npz"),
         ({"x": X.astype(int), "y": Y}, r"rows are int64\[2\]"),

@@ -14,15 +14,16 @@ from fedsim.cohort import Cohort
 from fedsim.memory import MemoryRows
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.streams import Streams
-from fedsim.tasks.quadratic import QuadraticBatch, QuadraticTask
+from fedsim.tasks.formula import FormulaBatch
+from fedsim.tasks.quadratic import QuadraticTask
 from tests.build import Play, drawn, local_sgd, quadratic
 
 POOL: Any = ThreadPoolExecutor(1)
 
 
-def _batch(rows: list[int], job: int = 0, step: int = 0) -> QuadraticBatch:
+def _batch(rows: list[int], job: int = 0, step: int = 0) -> FormulaBatch:
     ids = torch.tensor(rows)
-    return QuadraticBatch(ids, Streams(0, ids, torch.full_like(ids, job)), step)
+    return FormulaBatch(ids, Streams(0, ids, torch.full_like(ids, job)), step)
 
 
 def _curvatures(kind: str) -> Tensor:
