@@ -209,12 +209,12 @@ class LocalSGD:
         """(g [k, P], loss [k], what else the rule needs) at `at` [k, P]; buffers of `at` follow the training pass."""
         optimizer, n = self.optimizer, cohort.task.layout.num_trainable
         if not optimizer.needs - {"grad"} or optimizer.wanted(state, len(at)) == {"grad"}:
-            return *cohort.task.field(at, batch, out), {}
+            return *cohort.task.session(at).gradient(batch, out), {}
         # before the training pass, which may move the buffers
         needed = cohort.task.oracle(batch, at[:, n:])
         g, aux = supply(optimizer, at[:, :n], state, needed, streams=streams)
         if g is None:
-            return *cohort.task.field(at, batch, out), aux
+            return *cohort.task.session(at).gradient(batch, out), aux
         assert needed.loss is not None
         out[:, :n], out[:, n:] = g, 0
         return out, needed.loss, aux
@@ -225,7 +225,7 @@ class LocalSGD:
         if u.other is not None:
             k = len(g)
             point = cohort.buffer("other", g)[:k].copy_(u.other)
-            there, _ = cohort.task.field(point, batch, cohort.buffer("other_gradient", g)[:k])
+            there, _ = cohort.task.session(point).gradient(batch, cohort.buffer("other_gradient", g)[:k])
             out = out + u.other_scale * there
         shift = u.rows(len(g))
         return out if shift is None else out + shift

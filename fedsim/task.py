@@ -100,11 +100,12 @@ class Session(Protocol):
 class PlainSession:
     """Steps that share nothing and fuse nothing: what a task without an engine offers."""
 
-    field: Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Tensor]]
+    field: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
     x: Tensor
 
     def gradient(self, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.field(self.x, batch, out)
+        g, loss = self.field(self.x, batch)
+        return (g if out is None else out.copy_(g)), loss
 
     def sgd_step_(
         self,
@@ -203,11 +204,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def field(self, x: Tensor, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(gradient or operator [C, P], loss [C]) at x [C, P], the mean over each client's samples in one batch.
-
-        `out` [C, P] may be used for the first.
-        """
+    def field(self, x: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(gradient or operator [C, P], loss [C]) at x [C, P], the mean over each client's samples in one batch."""
 
     @abstractmethod
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:

@@ -149,9 +149,9 @@ def watched(task: QuadraticTask) -> list[tuple[int, int, int]]:
     seen: list[tuple[int, int, int]] = []
     inner = task.field
 
-    def field(x: Tensor, batch: FormulaBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def field(x: Tensor, batch: FormulaBatch) -> tuple[Tensor, Tensor]:
         seen.extend((i, j, batch.step) for i, j in zip(batch.rows.tolist(), batch.streams.jobs.tolist(), strict=True))
-        return inner(x, batch, out)
+        return inner(x, batch)
 
     task.field = field  # type: ignore[method-assign]
     return seen

@@ -13,7 +13,7 @@ from torch import nn
 from fedsim.clients.local_sgd import LocalSGD
 from fedsim.compose.entries import NESTED, optimizer
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
-from fedsim.compose.problems import TASKS, Problem, Site
+from fedsim.compose.problems import Problem, Site, build_problem
 from fedsim.compose.refusals import check_local, check_server_optimizer, check_state_scope, check_strategy
 from fedsim.compose.sections import Clients, Data, Local, Log, Runtime
 from fedsim.config import Reader
@@ -84,7 +84,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
 
     cohort_size, plain = _outlook(reader, local.optimizer)
     site = Site(reader, seed, clients, runtime, device, root, schedule, cohort_size, plain)
-    problem: Problem = reader.entry("task", TASKS, default="classification", given={"site": site})
+    problem = build_problem(site)
     task, layout, n = problem.task, problem.task.layout, len(problem.task.num_examples)
     strategy = _strategy(reader, task, local, schedule, rounds)
     uplink, downlink = build_links(reader, strategy, layout, seed)

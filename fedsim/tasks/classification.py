@@ -93,8 +93,8 @@ class ClassificationTask(Task):
         reads_only = getattr(self.engine, "reads_only", None)
         return reads_only is not None and reads_only(self.data.inputs[0])
 
-    def field(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.engine.gradient(x, batch, out)
+    def field(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.engine.gradient(x, batch)
 
     def session(self, x: Tensor) -> Session:
         return self.engine.session(x)

@@ -46,11 +46,11 @@ class FormulaTask(Task):
     def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> OwnFunction:
         return OwnFunction(ids, self.num_examples.to(ids.device)[ids], streams, schedule)
 
-    def field(self, x: Tensor, batch: FormulaBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def field(self, x: Tensor, batch: FormulaBatch) -> tuple[Tensor, Tensor]:
         g, loss = self.formula(x, batch.rows)
         if self.noise:
             g = g + self.noise * batch.streams.normal("noise", x.shape[1], step=batch.step)
-        return (g if out is None else out.copy_(g)), loss
+        return g, loss
 
     def oracle(self, batch: FormulaBatch, buffers: Tensor) -> FormulaOracle:
         return FormulaOracle(self, batch)
