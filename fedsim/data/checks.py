@@ -139,3 +139,21 @@ def _check_finite(x: Tensor, what: str) -> None:
 def row(x: Tensor) -> str:
     """The type and shape of one row, for messages."""
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape[1:])}"
+
+
+def check_alpha(name: str, alpha: float) -> None:
+    """Refuse a concentration that is negative or not finite."""
+    if not 0 <= alpha < np.inf:
+        raise ValueError(f"{name}.alpha must be 0 or more and finite, got {alpha}; for equal shares choose iid")
+
+
+def check_least(name: str, value: float, least: int) -> None:
+    """Refuse a number below its least value."""
+    if not value >= least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse a share that is not in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}; 0 holds out nothing")

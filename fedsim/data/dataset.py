@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data.checks import as_inputs, as_keys, as_targets, check_samples
+from fedsim.data.checks import as_inputs, as_keys, as_targets, check_fraction, check_samples
 from fedsim.streams import server_rng
 
 
@@ -136,8 +136,7 @@ def hold_out(targets: Tensor, fraction: float, origin: str = "data") -> tuple[Te
     >>> len(train), sorted(torch.tensor([0, 0, 0, 0, 1, 1])[test].tolist())
     (3, [0, 0, 1])
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"{origin}: test_fraction must be in [0, 1), got {fraction}; 0 holds out nothing")
+    check_fraction(f"{origin}: test_fraction", fraction)
     labels = targets.numpy() if targets.ndim == 1 else np.zeros(len(targets), dtype=np.int64)
     shuffled = server_rng(0, "data.hold_out").permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]

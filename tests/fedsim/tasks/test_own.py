@@ -111,9 +111,7 @@ def test_what_is_no_task_is_refused_with_what_is_missing(name: str, message: str
 
 
 def test_it_has_as_many_clients_as_it_says() -> None:
-    with pytest.raises(
-        ConfigError, match="task: it has 4 clients, but clients.count is 5; give"
-    ):
+    with pytest.raises(ConfigError, match="task: it has 4 clients, but clients.count is 5; give"):
         compose({"task": f"{__name__}:Springs", "clients": {"count": 5}}, "x.yaml")
 
 
