@@ -17,7 +17,6 @@ from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.links import Downlink, Uplink
 from fedsim.task import Task
-from fedsim.tasks.classification import ClassificationTask
 
 
 def compute_device(reader: Reader, name: str) -> torch.device:
@@ -73,9 +72,10 @@ def build_byzantine(reader: Reader, lies: Lies, task: Task, seed: int) -> Byzant
     if not len(ids):
         return None
     if lies.attack.on_data:
-        if not isinstance(task, ClassificationTask):
-            raise reader.error("clients.byzantine.attack", "poisons labels, which this task does not have")
-        task.poison(ids, lies.attack.poison)
+        try:
+            task.poison(ids, lies.attack.poison)
+        except ValueError as e:
+            raise reader.error("clients.byzantine.attack", str(e)) from e
     return Byzantine(ids=ids, attack=lies.attack, on_data=lies.attack.on_data, seed=seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from fedsim.task import Schedule, Task
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import init_parameters
+from fedsim.tasks.own import check_task
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
 
 NUM_CLIENTS = 100  # unless the file or the data say how many there are
@@ -53,7 +55,7 @@ class Site:
     cohort_size: int | None
     plain: bool
 
-    def exact(self, task: Any, reason: str) -> Problem:
+    def exact(self, task: Task, reason: str) -> Problem:
         """A problem whose field is a formula, so that no engine is needed and stacks may be wide."""
         stack, n = self.runtime.stack, len(task.num_examples)
         width = stack if stack != "auto" else max(1, min(1024, n))
@@ -187,7 +189,34 @@ def bilinear(
     return site.exact(task, "the operator is a formula")
 
 
-TASKS: dict[str, Callable[..., Problem]] = {
+def build_problem(site: Site) -> Problem:
+    """The problem of the section `task`: a row of `TASKS`, or the user's own task by import path.
+
+    A class or function of the user's is called with its fields and, where it has such parameters, with `count` (of
+    clients) and `seed`, and gives a `fedsim.Task`.
+
+    Raises:
+        ConfigError: for a task that is none, or does not fit the file.
+    """
+    reader, count = site.reader, site.clients.count
+    made, _, _ = reader.named(TASKS, reader.raw.get("task") or "classification", "task")
+    if missing := ", ".join(sorted(made.__abstractmethods__)) if inspect.isabstract(made) else "":
+        raise reader.error("task.name", f"lacks {missing}; docs/tutorial.md shows what a task needs")
+    given = {"site": site, "count": count or NUM_CLIENTS, "seed": site.seed}
+    found = reader.entry("task", TASKS, default="classification", given=given)
+    if isinstance(found, Problem):
+        return found
+    try:
+        task = check_task(found, site.seed)
+        n = len(task.num_examples)
+        if count not in (None, n):
+            raise ValueError(f"it has {n} clients, but clients.count is {count}; give it a parameter `count` to follow")
+        return site.exact(task, "the task computes its own field")
+    except ValueError as e:
+        raise reader.error("task", str(e)) from e
+
+
+TASKS: dict[str, Callable[..., Any]] = {
     "classification": classification,
     "quadratic": quadratic,
     "bilinear": bilinear,

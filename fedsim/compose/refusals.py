@@ -21,7 +21,6 @@ from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.params import Layout
 from fedsim.sim.links import Uplink
 from fedsim.task import Task
-from fedsim.tasks.bilinear import BilinearTask
 
 MAX_TRIED = 1000  # clients of a cohort up to which its aggregation rule is tried before the run starts
 
@@ -89,12 +88,8 @@ def check_local(reader: Reader, strategy: Any, task: Task) -> None:
             f"{name} steps on parameters only, and this model has buffers (BatchNorm or frozen parameters); "
             "use a model without, such as resnet with GroupNorm",
         )
-    if local_steps and isinstance(task, BilinearTask) and not task.lam:
-        raise reader.error(
-            "strategy",
-            "local steps along a bilinear operator spiral away from the saddle point; set task.lam above 0, or use "
-            "extragradient, masha1 or masha2",
-        )
+    if local_steps and task.no_local_steps is not None:
+        raise reader.error("strategy", task.no_local_steps)
 
 
 def check_compressor(reader: Reader, key: str, compressor: Any, layout: Layout) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import NESTED, optimizer
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
-from fedsim.compose.problems import TASKS, Problem, Site
+from fedsim.compose.problems import Problem, Site, build_problem
 from fedsim.compose.refusals import check_local, check_server_optimizer, check_state_scope, check_strategy
 from fedsim.compose.sections import Clients, Data, Local, Log, Runtime
 from fedsim.config import Reader
@@ -21,12 +21,12 @@ from fedsim.data.federated import FederatedData
 from fedsim.engine import ENGINES
 from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
 from fedsim.memory import Memory
+from fedsim.optim.needs import check_needs
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategies import STRATEGIES
 from fedsim.task import Schedule, Task
-from fedsim.tasks.supply import check as check_supply
 
 
 @dataclass
@@ -84,7 +84,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
 
     cohort_size, plain = _outlook(reader, local.optimizer)
     site = Site(reader, seed, clients, runtime, device, root, schedule, cohort_size, plain)
-    problem: Problem = reader.entry("task", TASKS, default="classification", given={"site": site})
+    problem = build_problem(site)
     task, layout, n = problem.task, problem.task.layout, len(problem.task.num_examples)
     strategy = _strategy(reader, task, local, schedule, rounds)
     uplink, downlink = build_links(reader, strategy, layout, seed)
@@ -156,7 +156,7 @@ def _strategy(reader: Reader, task: Task, local: Local, schedule: Schedule, roun
     """The strategy, with the local training that it is to use and optimizers that fit the task."""
     layout = task.layout
     rule, reader.resolved["local"]["optimizer"] = optimizer(
-        reader, "local.optimizer", local.optimizer, layout, lambda made: check_supply(task, made)
+        reader, "local.optimizer", local.optimizer, layout, lambda made: check_needs(made, task)
     )
     reader.nested["server_optimizer"] = lambda r, key, value: optimizer(r, key, value, layout, check_server_optimizer)
     given = {"local": LocalTraining(optimizer=rule, schedule=schedule, rounds=rounds)}
@@ -185,7 +185,9 @@ def describe(experiment: Experiment, problem: Problem, workers: str) -> dict[str
     buffers = f" and {layout.size - layout.num_trainable:,} buffer entries" if layout.num_buffers else ""
     stack_bytes = 4 * layout.size * min(plan.width, cohort)
     model_bits = 32 * layout.size
+    notes = problem.data.notes if problem.data is not None else ()
     return {
+        **({"data": " ".join(notes)} if notes else {}),
         "clients": f"{len(n):,}, {cohort:,} of them in a round",
         "samples per client": f"{int(n.min()):,} to {int(n.max()):,}, median {int(n.median()):,}; "
         f"{int((n == 0).sum()):,} clients have none",
