@@ -132,5 +132,5 @@ def test_what_torchvision_cannot_give_is_refused(name, message):
 )
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, module, load):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf"needs the library {module.split('.')[0]} .*install fedsim\[hub\]"):
+    with pytest.raises(ValueError, match=rf"needs the library {module.split('.')[0]} .*install fedsim-stacks\[hub\]"):
         load()
