@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.compose import compose
-from fedsim.config import ConfigError, apply_overrides, read_file
+from fedsim.config import ConfigError
+from fedsim.overrides import apply_overrides, read_file
 from fedsim.strategies import STRATEGIES
 
 SMALL: dict[str, Any] = {

@@ -14,9 +14,10 @@ from fedsim.cli import one_line
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose import TABLES, Composition, compose
 from fedsim.compose.sections import Runtime
-from fedsim.config import ConfigError, read_file
+from fedsim.config import ConfigError
 from fedsim.data.images import DEBIAN
 from fedsim.optim import schedules
+from fedsim.overrides import read_file
 from fedsim.sim.executor import InProcess
 from fedsim.sinks import JsonLines, TensorBoard
 from fedsim.tasks.bilinear import BilinearTask

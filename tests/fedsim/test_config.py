@@ -10,20 +10,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from fedsim.config import (
-    ConfigError,
-    FromTable,
-    Reader,
-    apply_overrides,
-    at,
-    decode,
-    decode_entry,
-    did_you_mean,
-    naming,
-    parse_overrides,
-    place,
-    read_file,
-)
+from fedsim.config import ConfigError, FromTable, Reader, at, decode, decode_entry, did_you_mean, naming, place
+from fedsim.overrides import apply_overrides, parse_overrides, read_file
 
 
 @dataclass(frozen=True, kw_only=True)
