@@ -1,7 +1,8 @@
 """What the section `task` describes: a task that computes its own field, or data and a module for an engine.
 
-An entry is called with its own fields and, where it has such parameters, with `seed`, `count` (`clients.count`),
-`device`, and `partition` (the entry of that section, which otherwise may not stand in the file).
+An entry is called with its own fields and, where it has such parameters, with `seed`, `count` (of clients: a number
+in any case), `clients` (that section), `device`, and `partition` (the entry of that section, which otherwise may not
+stand in the file).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.compose.refusals import check_model
-from fedsim.compose.sections import File, Runtime
+from fedsim.compose.sections import Clients, File, Runtime
 from fedsim.compose.work import Work
 from fedsim.config import ConfigError, FromTable, at, imported
 from fedsim.data import build as build_data
@@ -104,14 +105,14 @@ class Samples:
 def classification(
     *,
     seed: int,
-    count: int | None,
+    clients: Clients,
     partition: Partition,
     dataset: Annotated[Any, FromTable("dataset", "digits")],
     model: Annotated[Any, FromTable("model", "mlp")],
     loss: str = "cross_entropy",
 ) -> Samples:
     """Classes or next tokens: any data set, any torch module."""
-    data = _federated(dataset, partition, count, seed)
+    data = _federated(dataset, partition, clients.count, seed)
     sizes = {"input_shape": tuple(data.inputs.shape[1:]), "num_classes": data.num_classes}
     module, x0 = init_parameters(lambda: model(**sizes), seed)
     check_model(module, data, loss)
@@ -136,7 +137,7 @@ def _sample_loss(loss: str) -> Loss:
 def quadratic(
     *,
     seed: int,
-    count: int | None,
+    clients: Clients,
     device: torch.device,
     a: Numbers | None = None,
     b: Numbers | None = None,
@@ -149,14 +150,15 @@ def quadratic(
     if (a is None) != (b is None):
         raise ValueError("give both a and b, one entry per client, or neither to have them drawn")
     if a is None:
-        task = QuadraticTask.drawn(count or NUM_CLIENTS, dim, seed, spread=spread, noise=noise)
+        task = QuadraticTask.drawn(clients.count or NUM_CLIENTS, dim, seed, spread=spread, noise=noise)
         if x0 is not None:
             task.x0 = _start(x0, dim)
     else:
-        at_, bt = _numbers("a", a), _numbers("b", b)
-        if count not in (None, len(bt)):
-            raise ValueError(f"b has {len(bt)} entries but clients.count is {count}; leave one of them out")
-        task = QuadraticTask(at_, bt, _start(0.0 if x0 is None else x0, 1 if bt.ndim == 1 else bt.shape[1]), noise)
+        a_all, b_all = _numbers("a", a), _numbers("b", b)
+        if clients.count not in (None, len(b_all)):
+            raise ValueError(f"b has {len(b_all)} entries but clients.count is {clients.count}; leave one of them out")
+        start = _start(0.0 if x0 is None else x0, 1 if b_all.ndim == 1 else b_all.shape[1])
+        task = QuadraticTask(a_all, b_all, start, noise)
     return task.to(device)
 
 
@@ -175,7 +177,7 @@ def _start(x0: float | tuple[float, ...], dim: int) -> Tensor:
 def bilinear(
     *,
     seed: int,
-    count: int | None,
+    clients: Clients,
     device: torch.device,
     dim: int = 50,
     low: float = 0.5,
@@ -188,7 +190,7 @@ def bilinear(
         raise ValueError(
             f"needs dim >= 1, 0 < low <= high, lam >= 0, noise >= 0; got {dim}, {low}, {high}, {lam}, {noise}"
         )
-    return BilinearTask.drawn(count or 25, dim, seed, low=low, high=high, lam=lam, noise=noise).to(device)
+    return BilinearTask.drawn(clients.count or 25, dim, seed, low=low, high=high, lam=lam, noise=noise).to(device)
 
 
 TASKS: dict[str, Callable[..., Task | Samples]] = {
@@ -202,7 +204,8 @@ def problem_of(file: File, device: torch.device) -> Formula | Samples:
     """What the section `task` describes; see the module's head."""
     made = file.task(
         seed=file.seed,
-        count=file.clients.count,
+        count=file.clients.count or NUM_CLIENTS,
+        clients=file.clients,
         device=device,
         root=file.data.root,
         partition=None if file.partition is None else file.partition(),

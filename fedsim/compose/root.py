@@ -84,7 +84,7 @@ def read_sections(raw: Mapping[str, Any]) -> File:
         ConfigError: for a section, a key or a value that has no place there.
     """
     reader = Reader(raw, KINDS)
-    task = reader.entry("task", TASKS, "classification", needs=("seed", "count", "device", "partition"))
+    task = reader.entry("task", TASKS, "classification", needs=("seed", "count", "clients", "device", "partition"))
     strategy = reader.entry("strategy", STRATEGIES, "fedavg", needs=("local",))
     if isinstance(strategy.target, type):
         check_methods(strategy.target)
@@ -127,9 +127,9 @@ def _build(file: File, folder: Path | None) -> Composition:
     check_local(file.strategy.name, strategy, task)
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
-    chosen = {"engine": plan.engine, "stack": plan.width, "device": str(device)}
-    if isinstance(problem, Formula):
-        del chosen["engine"]
+    chosen = {"stack": plan.width, "device": str(device)}
+    if isinstance(problem, Samples):
+        chosen["engine"] = plan.engine
     resolved = {
         **file.resolved,
         "clients": {**file.resolved["clients"], "count": len(task.num_examples)},
@@ -152,10 +152,10 @@ def _build(file: File, folder: Path | None) -> Composition:
         threads=file.runtime.threads,
     )
     words = {**in_words(work, plan, task.layout, task.num_examples), "workers": workers, "device": str(device)}
-    composition = Composition(experiment, fleet.executor, pool, resolved, words, sinks)
-    if isinstance(problem, Samples):
-        composition.data, composition.module = problem.data, problem.module
-    return composition
+    if isinstance(problem, Formula):
+        return Composition(experiment, fleet.executor, pool, resolved, words, sinks)
+    notes = {"data": " ".join(problem.data.notes)} if problem.data.notes else {}
+    return Composition(experiment, fleet.executor, pool, resolved, notes | words, sinks, problem.data, problem.module)
 
 
 def _strategy(file: File, problem: Formula | Samples) -> Any:
