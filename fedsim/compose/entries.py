@@ -39,9 +39,13 @@ def _optimizer(check: Check | None = None) -> Callable[[Any, str, Kinds], Call]:
         target, name, rest = named(RULES, value, key)
         section, needs = {"name": name, **rest}, frozenset({"layout"})
         if ":" not in name:
-            return Call(build, {"spec": section}, section, key, needs, check)
-        warnings.warn(f"{key}: {name} is not batched, clients step one after the other", stacklevel=2)
-        return Call(ForeignOptimizer, {"make": target, "arguments": rest}, section, key, needs, check)
+            return Call(build, {"spec": section, "key": key}, section, key, needs, check)
+
+        def say(made: ForeignOptimizer, name: str) -> ForeignOptimizer:
+            warnings.warn(f"{key}: {name} is not batched, clients step one after the other", stacklevel=2)
+            return made
+
+        return Call(ForeignOptimizer, {"make": target, "arguments": rest}, section, key, needs, check or say)
 
     return decode_optimizer
 

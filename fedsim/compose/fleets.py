@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedsim.compose.refusals import check_compressor, check_link
-from fedsim.compose.sections import File, Lies, Runtime
+from fedsim.compose.sections import ByzantineClients, File, Runtime
 from fedsim.compress import bind
 from fedsim.compress.sparsify import Identity
 from fedsim.config import ConfigError, at
@@ -60,21 +60,21 @@ def build_links(file: File, strategy: Any, layout: Layout) -> tuple[Uplink | Non
     return uplink, None if made[1] is None else Downlink(compressor=made[1], seed=file.seed)
 
 
-def build_byzantine(lies: Lies, task: Task, seed: int) -> Byzantine | None:
+def build_byzantine(section: ByzantineClients, task: Task, seed: int) -> Byzantine | None:
     """Byzantine clients, None where all are honest; an attack on data poisons the task's labels here.
 
     Raises:
         ConfigError: for clients that do not exist, or an attack that the task does not have data for.
     """
     with at("clients.byzantine"):
-        ids = lies.draw(len(task.num_examples), seed)
+        ids = section.draw(len(task.num_examples), seed)
     if not len(ids):
         return None
-    if lies.attack.on_data:
+    if section.attack.on_data:
         if not isinstance(task, ClassificationTask):
             raise ConfigError("clients.byzantine.attack: poisons labels, which this task does not have")
-        task.poison(ids, lies.attack.poison)
-    return Byzantine(ids=ids, attack=lies.attack, on_data=lies.attack.on_data, seed=seed)
+        task.poison(ids, section.attack.poison)
+    return Byzantine(ids=ids, attack=section.attack, on_data=section.attack.on_data, seed=seed)
 
 
 def build_executor(runtime: Runtime, runner: StackRunner, width: int, device: torch.device) -> tuple[Executor, str]:

@@ -122,7 +122,8 @@ def _build(file: File, folder: Path | None) -> Composition:
     problem = problem_of(file, device)
     strategy = _strategy(file, problem)
     work = work_of(strategy, problem.num_examples)
-    plan = problem.plan(work, file.runtime, device)
+    with at("runtime"):
+        plan = problem.plan(work, file.runtime, device)
     task = problem.build(plan, file.runtime, device)
     check_local(file.strategy.name, strategy, task)
     with at("log.sinks"):

@@ -27,13 +27,13 @@ class Clients:
         count: N; null takes it from the data (a natural partition) or is 100.
         devices: how fast they are.
         availability: when they can be reached; `always` for now.
-        byzantine: who lies, and how.
+        byzantine: who attacks, and how.
     """
 
     count: int | None = None
     devices: Annotated[Any, FromTable("device", "constant")] = None
     availability: Annotated[Any, FromTable("availability", "always")] = None
-    byzantine: Lies = field(default_factory=lambda: Lies())
+    byzantine: ByzantineClients = field(default_factory=lambda: ByzantineClients())
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
@@ -41,8 +41,8 @@ class Clients:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lies:
-    """Byzantine clients.
+class ByzantineClients:
+    """Clients that attack.
 
     Args:
         attack: what they send.
