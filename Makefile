@@ -6,7 +6,7 @@ CONFIG ?= configs/quickstart.yaml
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types contract unit live bench bench-optim figures clean
+.PHONY: help run test lint types contract unit extras live bench bench-optim figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,12 @@ contract: $(BIN)/.test ## who may import whom
 
 unit: $(BIN)/.test ## the tests alone
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not flower and not alone"
+
+extras: $(BIN)/.test ## every extra resolves from the constraints file (nothing is installed)
+	@for extra in $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])"); do \
+	    echo "$$extra"; \
+	    $(BIN)/uv pip compile --quiet --extra "$$extra" --constraints constraints.txt pyproject.toml > /dev/null || exit 1; \
+	done
 
 live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every strategy on Ray (minutes)
 	$(BIN)/pytest -m flower tests/flower_live

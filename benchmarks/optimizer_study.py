@@ -63,7 +63,7 @@ def best_rate(rule: str, scope: str, rounds: int) -> float:
 
 def study(seeds: int) -> dict[tuple[str, str], tuple[float, list[History]]]:
     """{(rule, scope): (learning rate, a history for each seed)}; plain SGD has no state, so it is played once."""
-    from fedsim.config import read_file
+    from fedsim.overrides import read_file
 
     half = int(read_file(CONFIG)["rounds"]) // 2
     out: dict[tuple[str, str], tuple[float, list[History]]] = {}

@@ -26,12 +26,13 @@ from flwr.serverapp import Grid, ServerApp
 from fedsim import runs
 from fedsim.clients import flower_app
 from fedsim.compose import Composition, compose
-from fedsim.config import ConfigError, apply_overrides, parse_overrides, read_file
+from fedsim.config import ConfigError
 from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.flower.export import write_app
 from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail, connect
 from fedsim.flower.wire import Book
+from fedsim.overrides import apply_overrides, parse_overrides, read_file
 from fedsim.progress import Progress
 from fedsim.sim.executor import InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet

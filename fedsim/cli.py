@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fedsim.config import ConfigError, parse_overrides
+from fedsim.config import ConfigError
+from fedsim.overrides import parse_overrides
 
 app = typer.Typer(
     add_completion=False,

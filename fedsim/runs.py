@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 
 from fedsim import checkpoint
 from fedsim.compose import Composition, compose
-from fedsim.config import ConfigError, apply_overrides, read_file
+from fedsim.config import ConfigError
 from fedsim.fleet import DrivenFleet
 from fedsim.history import History
 from fedsim.loop import Watch, train
+from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import Layout
 from fedsim.sinks import METRICS_FILE, encode_row, write_whole
 from fedsim.task import Task

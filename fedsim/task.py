@@ -36,11 +36,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("local: give either epochs or steps, not both and not neither")
+            raise ValueError("give either epochs or steps, not both and not neither")
         for name in ("epochs", "steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"local.{name} must be at least 1, got {value}")
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def num_steps(self, num_examples: Tensor) -> Tensor:
         """[C] int64 local steps of clients with these sample counts; a client without data takes none."""

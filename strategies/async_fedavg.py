@@ -9,7 +9,7 @@ Letters: N clients, P parameters; d_i the weight of a contribution, p_i a client
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +49,6 @@ class AsyncFedAvg:
     importance: Importance = "uniform"
     job_seconds: tuple[float, ...] | None = None
     local: LocalTraining
-    plain_steps: ClassVar[bool] = True
 
     def init(self, x0: Tensor) -> State:
         return State(x0, torch.zeros(0, dtype=torch.int64), torch.zeros(0), False)

@@ -38,6 +38,7 @@ class DSGD:
     """
 
     local: LocalTraining
+    single_step: ClassVar[bool] = True
     no_links: ClassVar[str] = "peers exchange whole vectors; links compress what goes to and from a server"
 
     def __post_init__(self) -> None:

@@ -54,7 +54,6 @@ class FedAvg:
     pre_aggregators: Annotated[tuple[PreAggregator, ...] | None, FromTable("pre_aggregators")] = None
     server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
     local: LocalTraining
-    plain_steps: ClassVar[bool] = True
     averages_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ g its momentum, eta the local step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class FedAvgMVR:
     gamma: float | None = None
     server_lr: float = 1.0
     local: LocalTraining
+    two_points: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)

@@ -9,7 +9,7 @@ Letters: N clients, c the buffer's size, P parameters; d_i the weight of a contr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +49,6 @@ class FedBuff:
     weights: Weights = "identical"
     importance: Importance = "uniform"
     local: LocalTraining
-    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.buffer_size < 1:

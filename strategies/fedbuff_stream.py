@@ -9,7 +9,7 @@ Letters: N clients, c the buffer's size, P parameters, a the exponent of the sta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +47,6 @@ class FedBuffStream:
     server_lr: float = 1.0
     exponent: float = 0.5
     local: LocalTraining
-    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.buffer_size < 1 or self.concurrency < 1:

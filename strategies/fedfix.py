@@ -10,7 +10,7 @@ Letters: N clients, R replies in a window, P parameters; d_i the weight of a con
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +52,6 @@ class FedFix:
     importance: Importance = "uniform"
     job_seconds: tuple[float, ...] | None = None
     local: LocalTraining
-    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.interval > 0:

@@ -47,6 +47,7 @@ class Monna:
     f: int = 0
     arrival: Arrival = "all"
     local: LocalTraining
+    single_step: ClassVar[bool] = True
     no_links: ClassVar[str] = "peers exchange whole vectors; links compress what goes to and from a server"
 
     def __post_init__(self) -> None:

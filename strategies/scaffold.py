@@ -10,7 +10,7 @@ Letters: N clients, S of them in a round, K local steps, P parameters; x the ser
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,7 +50,6 @@ class Scaffold:
     server_lr: float = 1.0
     option: Literal["I", "II"] = "II"
     local: LocalTraining
-    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)

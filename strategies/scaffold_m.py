@@ -10,7 +10,7 @@ c the mean of the control variates c_i, eta the local step.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -59,7 +59,6 @@ class ScaffoldM:
     server_lr: float = 1.0
     server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
     local: LocalTraining
-    plain_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)

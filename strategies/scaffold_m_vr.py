@@ -10,7 +10,7 @@ it, g its momentum, c the mean of the control variates c_i, eta the local step.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,6 +54,7 @@ class ScaffoldMVR:
     gamma: float | None = None
     server_lr: float = 1.0
     local: LocalTraining
+    two_points: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_cohort(self.cohort_size, self.server_lr)

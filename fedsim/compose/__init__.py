@@ -5,11 +5,13 @@ docs/tutorial.md. Its files, from the top down:
 
     root      `compose`: the file from its first section to its last, and the `Composition` that it becomes
     sections  what each section may hold
-    problems  the task with its data, its model and its engine
     entries   table entries inside a section: data sets, models, devices, optimizers, compressors, ...
+    problems  what the task is: a formula, or data and a module that wait for an engine
+    work      what clients will do, asked of the strategy that will run; the plan in words
     fleets    devices, links, byzantine clients and the executor: what the simulated fleet is made of
     refusals  which parts do not go together, and why
     tables    every table by the name that `fedsim list` gives it
+    matrix    docs/composition.md, found by composing every pair
 """
 
 from fedsim.compose.root import Composition, compose

@@ -1,115 +1,66 @@
-"""Table entries inside a section: `{name: ..., fields}` or a bare name becomes an object, and a resolved section.
+"""Table entries inside a section, by the kinds that parameters are marked with (`fedsim.config.FromTable`).
 
 What needs something that is not known while its section is read (a data set its folder, a model its sizes, devices
-their number) becomes a function of that instead, and is built later.
+their number, an optimizer the layout) says so, and is made when it is given that.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
 
-from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS, PreAggregator
+from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
-from fedsim.compose.problems import Site
+from fedsim.compose.refusals import check_server_optimizer
 from fedsim.compress import COMPRESSORS
-from fedsim.config import Reader, as_import_path
-from fedsim.data import DATASETS
-from fedsim.data.dataset import Dataset
-from fedsim.data.federated import FederatedData
-from fedsim.data.sources import as_dataset
-from fedsim.optim import Optimizer
-from fedsim.optim import build as build_optimizer
+from fedsim.config import Call, ConfigError, Kinds, decode_entry, named
+from fedsim.data.sources import entry as dataset
+from fedsim.optim import build
 from fedsim.optim.foreign import ForeignOptimizer
-from fedsim.params import Layout
+from fedsim.optim.table import RULES
 from fedsim.sim.devices import DEVICES
 from fedsim.tasks.models import MODELS
 
-
-def dataset(reader: Reader, key: str, value: Any) -> tuple[Callable[[Site], Dataset | FederatedData], Any]:
-    """A data set, to be read once the folder and the seed are known."""
-    target, name, rest = reader.named(DATASETS, value, key)
-    from_site = [k for k in ("root", "seed") if k not in rest]
-    arguments, resolved = reader.bind(target, rest, key, from_site)
-
-    def read(site: Site) -> Dataset | FederatedData:
-        made = reader.call(target, {"root": site.root, "seed": site.seed, **arguments}, key)
-        try:
-            return as_dataset(made, name)
-        except ValueError as e:
-            raise reader.error(key, str(e)) from e
-
-    return read, {"name": name, **resolved}
+Table = Mapping[str, Callable[..., Any]]
+Check = Callable[[Any, str], Any]
 
 
-def model(reader: Reader, key: str, value: Any) -> tuple[Callable[[FederatedData], nn.Module], Any]:
-    """A model, to be made once the data say what it takes and gives."""
-    target, name, rest = reader.named(MODELS, value, key)
-    arguments, resolved = reader.bind(target, rest, key, ("input_shape", "num_classes"))
-
-    def make(data: FederatedData) -> nn.Module:
-        sizes = {"input_shape": tuple(data.inputs.shape[1:]), "num_classes": data.num_classes}
-        module = reader.call(target, {**arguments, **sizes}, key)
-        if not isinstance(module, nn.Module):
-            raise reader.error(key, f"{name} gave a {type(module).__name__}, not a torch.nn.Module")
-        return module
-
-    return make, {"name": name, **resolved}
+def _from(table: Table, needs: Collection[str] = (), check: Check | None = None) -> Callable[[Any, str, Kinds], Call]:
+    return lambda value, key, kinds: decode_entry(table, value, key, kinds, needs=needs, check=check)
 
 
-def device_model(reader: Reader, key: str, value: Any) -> tuple[Callable[[int], Any], Any]:
-    """A device model, to be built once the number of clients is known."""
-    target, name, rest = reader.named(DEVICES, value, key)
-    arguments, resolved = reader.bind(target, rest, key, ("count",))
-    return lambda count: reader.call(target, {**arguments, "count": count}, key), {"name": name, **resolved}
+def _optimizer(check: Check | None = None) -> Callable[[Any, str, Kinds], Call]:
+    """A rule of the table with its settings, or any class of torch optimizers by import path, for a layout."""
+
+    def decode_optimizer(value: Any, key: str, kinds: Kinds) -> Call:
+        target, name, rest = named(RULES, value, key)
+        section, needs = {"name": name, **rest}, frozenset({"layout"})
+        if ":" not in name:
+            return Call(build, {"spec": section, "key": key}, section, key, needs, check)
+
+        def say(made: ForeignOptimizer, name: str) -> ForeignOptimizer:
+            warnings.warn(f"{key}: {name} is not batched, clients step one after the other", stacklevel=2)
+            return made
+
+        return Call(ForeignOptimizer, {"make": target, "arguments": rest}, section, key, needs, check or say)
+
+    return decode_optimizer
 
 
-def optimizer(
-    reader: Reader, key: str, spec: Any, layout: Layout, check: Callable[[Optimizer], None]
-) -> tuple[Optimizer, Any]:
-    """A rule that `check` accepts, for vectors of this layout."""
-    spec = {"name": spec} if isinstance(spec, str) else spec
-    name = str(spec.get("name")) if isinstance(spec, Mapping) else ""
-    if ":" in name:
-        return _foreign(reader, key, spec, layout, check)
-    if hint := as_import_path(name):
-        raise reader.error(key, f"unknown optimizer {name!r}{hint}")
-    try:
-        made = build_optimizer(spec, layout)
-        check(made)
-        return made, dict(spec)
-    except ValueError as e:
-        raise reader.error(key, str(e).removeprefix("optimizer: ").replace("optimizer.", "")) from e
-
-
-def _foreign(
-    reader: Reader, key: str, spec: Mapping[str, Any], layout: Layout, check: Callable[[Any], None]
-) -> tuple[Any, Any]:
-    """Any class of torch optimizers by import path, with one warning."""
-    arguments = {k: v for k, v in spec.items() if k != "name"}
-    make = reader.imported(spec["name"], f"{key}.name")
-    try:
-        made = ForeignOptimizer(make, arguments, layout)
-        check(made)
-    except ValueError as e:
-        raise reader.error(key, str(e)) from e
-    warnings.warn(f"{key}: {spec['name']} is not batched, clients step one after the other", stacklevel=2)
-    return made, dict(spec)
-
-
-def _from(table: Mapping[str, Callable[..., Any]]) -> Callable[[Reader, str, Any], tuple[Any, Any]]:
-    return lambda reader, key, value: reader.build_entry(table, value, key, {})
-
-
-def pre_aggregators(reader: Reader, key: str, value: Any) -> tuple[tuple[PreAggregator, ...], Any]:
-    """A list of entries; the resolved section is the list of theirs."""
+def _pre_aggregators(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
+    """A list of entries."""
     if not isinstance(value, list | tuple):
-        raise reader.error(key, f"expected a list such as [nnm, {{name: clipping, norm: 1}}], got {value!r}")
-    made = [reader.build_entry(PRE_AGGREGATORS, entry, f"{key}[{i}]", {}) for i, entry in enumerate(value)]
-    return tuple(built for built, _ in made), [resolved for _, resolved in made]
+        raise ConfigError(f"{key}: expected a list such as [nnm, {{name: clipping, norm: 1}}], got {value!r}")
+    return tuple(decode_entry(PRE_AGGREGATORS, entry, f"{key}[{i}]", kinds) for i, entry in enumerate(value))
+
+
+def _as_module(made: Any, name: str) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{name} gave a {type(made).__name__}, not a torch.nn.Module")
+    return made
 
 
 def _always() -> str:
@@ -119,14 +70,15 @@ def _always() -> str:
 
 AVAILABILITY: dict[str, Callable[..., Any]] = {"always": _always}
 
-NESTED: dict[str, Callable[[Reader, str, Any], tuple[Any, Any]]] = {
+KINDS: Kinds = {
     "dataset": dataset,
-    "model": model,
-    "optimizer": lambda reader, key, value: (value, value),  # built by `optimizer` once the layout is known
-    "device": device_model,
+    "model": _from(MODELS, needs=("input_shape", "num_classes"), check=_as_module),
+    "optimizer": _optimizer(),
+    "server_optimizer": _optimizer(check_server_optimizer),
+    "device": _from(DEVICES, needs=("count",)),
     "availability": _from(AVAILABILITY),
     "aggregator": _from(AGGREGATORS),
-    "pre_aggregators": pre_aggregators,
+    "pre_aggregators": _pre_aggregators,
     "attack": _from(ATTACKS),
     "compressor": _from(COMPRESSORS),
 }

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from fedsim.compose.refusals import check_compressor, check_link
-from fedsim.compose.sections import Down, Lies, Runtime, Up
+from fedsim.compose.sections import ByzantineClients, File, Runtime
 from fedsim.compress import bind
 from fedsim.compress.sparsify import Identity
-from fedsim.config import Reader
+from fedsim.config import ConfigError, at
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.executor import Executor, InProcess, StackRunner
@@ -19,7 +19,7 @@ from fedsim.sim.links import Downlink, Uplink
 from fedsim.task import Task
 
 
-def compute_device(reader: Reader, name: str) -> torch.device:
+def compute_device(name: str) -> torch.device:
     """Where stacks are computed.
 
     Raises:
@@ -30,53 +30,49 @@ def compute_device(reader: Reader, name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as e:
-        raise reader.error("runtime.device", f"unknown device {name!r}; use cpu, cuda, cuda:1 or auto") from e
+        raise ConfigError(f"runtime.device: unknown device {name!r}; use cpu, cuda, cuda:1 or auto") from e
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise reader.error("runtime.device", f"{name!r} was asked for but no CUDA device is visible; use cpu or auto")
+        raise ConfigError(f"runtime.device: {name!r} was asked for but no CUDA device is visible; use cpu or auto")
     return device
 
 
-def build_links(reader: Reader, strategy: Any, layout: Layout, seed: int) -> tuple[Uplink | None, Downlink | None]:
+def build_links(file: File, strategy: Any, layout: Layout) -> tuple[Uplink | None, Downlink | None]:
     """The compressed links of the sections `uplink` and `downlink`, None where nothing is compressed.
 
     Raises:
         ConfigError: for a compressor that does not fit the model or the strategy.
     """
-    up, down = reader.section("uplink", Up), reader.section("downlink", Down)
+    up, down = file.uplink, file.downlink
     own = [name for name, value in vars(strategy).items() if hasattr(value, "omega")]
     for name in own:
-        check_compressor(reader, f"strategy.{name}", getattr(strategy, name), layout)
+        check_compressor(f"strategy.{name}", getattr(strategy, name), layout)
     made = []
     for key, compressor in (("uplink", up.compressor), ("downlink", down.compressor)):
         plain = isinstance(compressor, Identity)
         if not plain:
-            check_link(reader, key, strategy, own)
-        check_compressor(reader, f"{key}.compressor", compressor, layout)
+            check_link(key, strategy, own)
+        check_compressor(f"{key}.compressor", compressor, layout)
         made.append(None if plain else bind(compressor, layout))
     if made[0] is None and up.error_feedback:
-        raise reader.error("uplink.error_feedback", "needs an uplink.compressor that leaves something out")
+        raise ConfigError("uplink.error_feedback: needs an uplink.compressor that leaves something out")
     uplink = None if made[0] is None else Uplink(compressor=made[0], error_feedback=up.error_feedback)
-    return uplink, None if made[1] is None else Downlink(compressor=made[1], seed=seed)
+    return uplink, None if made[1] is None else Downlink(compressor=made[1], seed=file.seed)
 
 
-def build_byzantine(reader: Reader, lies: Lies, task: Task, seed: int) -> Byzantine | None:
+def build_byzantine(section: ByzantineClients, task: Task, seed: int) -> Byzantine | None:
     """Byzantine clients, None where all are honest; an attack on data poisons the task's labels here.
 
     Raises:
         ConfigError: for clients that do not exist, or an attack that the task does not have data for.
     """
-    try:
-        ids = lies.draw(len(task.num_examples), seed)
-    except ValueError as e:
-        raise reader.error("clients.byzantine", str(e)) from e
+    with at("clients.byzantine"):
+        ids = section.draw(len(task.num_examples), seed)
     if not len(ids):
         return None
-    if lies.attack.on_data:
-        try:
-            task.poison(ids, lies.attack.poison)
-        except ValueError as e:
-            raise reader.error("clients.byzantine.attack", str(e)) from e
-    return Byzantine(ids=ids, attack=lies.attack, on_data=lies.attack.on_data, seed=seed)
+    if section.attack.on_data:
+        with at("clients.byzantine.attack"):
+            task.poison(ids, section.attack.poison)
+    return Byzantine(ids=ids, attack=section.attack, on_data=section.attack.on_data, seed=seed)
 
 
 def build_executor(runtime: Runtime, runner: StackRunner, width: int, device: torch.device) -> tuple[Executor, str]:

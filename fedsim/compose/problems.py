@@ -1,4 +1,9 @@
-"""The task that an experiment file describes: its data, its model and the engine that computes it."""
+"""What the section `task` describes: a task that computes its own field, or data and a module for an engine.
+
+An entry is called with its own fields and, where it has such parameters, with `seed`, `count` (of clients: a number
+in any case), `clients` (that section), `device`, and `partition` (the entry of that section, which otherwise may not
+stand in the file).
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.compose.refusals import check_model
-from fedsim.compose.sections import Clients, Runtime
-from fedsim.config import ConfigError, FromTable, Reader
-from fedsim.data import PARTITIONS
+from fedsim.compose.sections import Clients, File, Runtime
+from fedsim.compose.work import Work
+from fedsim.config import ConfigError, FromTable, at, imported
 from fedsim.data import build as build_data
+from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
-from fedsim.data.partition import Natural
+from fedsim.data.partition import Natural, Partition
 from fedsim.engine import Plan, build_engine, choose
 from fedsim.engine.losses import LOSSES, Loss
 from fedsim.params import Layout
-from fedsim.task import Schedule, Task
+from fedsim.task import Task
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import init_parameters
@@ -31,137 +37,131 @@ NUM_CLIENTS = 100  # unless the file or the data say how many there are
 
 
 @dataclass(frozen=True)
-class Site:
-    """What a task needs to know of the rest of the file.
-
-    Args:
-        reader: of the file.
-        seed: of the run.
-        clients, runtime: those sections.
-        device: where stacks lie.
-        root: the folder to look for data in first.
-        schedule: of local training.
-        cohort_size: clients of a round, if the file says.
-        plain: whether local steps are plain SGD, which engines can fuse.
-    """
-
-    reader: Reader
-    seed: int
-    clients: Clients
-    runtime: Runtime
-    device: torch.device
-    root: str | None
-    schedule: Schedule
-    cohort_size: int | None
-    plain: bool
-
-    def exact(self, task: Task, reason: str) -> Problem:
-        """A problem whose field is a formula, so that no engine is needed and stacks may be wide."""
-        stack, n = self.runtime.stack, len(task.num_examples)
-        width = stack if stack != "auto" else max(1, min(1024, n))
-        return Problem(task.to(self.device), Plan("exact", width, reason))
-
-
-@dataclass
-class Problem:
-    """What building a task gave.
-
-    Args:
-        task: the task.
-        plan: engine and stack width.
-        data, module: of a classification task.
-    """
+class Formula:
+    """A task that computes its own field, so that no engine is needed and stacks may be wide."""
 
     task: Task
-    plan: Plan
-    data: FederatedData | None = None
-    module: nn.Module | None = None
+
+    @property
+    def layout(self) -> Layout:
+        return self.task.layout
+
+    @property
+    def num_examples(self) -> Tensor:
+        return self.task.num_examples
+
+    def plan(self, work: Work, runtime: Runtime, device: torch.device) -> Plan:
+        """The width as the file sets it, or up to 1,024."""
+        width = max(1, min(1024, len(self.num_examples))) if runtime.stack == "auto" else runtime.stack
+        return Plan("exact", width, "the task computes its own field")
+
+    def build(self, plan: Plan, runtime: Runtime, device: torch.device) -> Task:
+        return self.task
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Data and a module, which become a task once the engine is known.
+
+    Args:
+        data: of every client.
+        module: the model.
+        x0: [P], where training starts.
+        loss: per sample.
+    """
+
+    data: FederatedData
+    module: nn.Module
+    x0: Tensor
+    loss: Loss
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of_module(self.module)
+
+    @property
+    def num_examples(self) -> Tensor:
+        return self.data.num_examples
+
+    def plan(self, work: Work, runtime: Runtime, device: torch.device) -> Plan:
+        """Engine and stack width, by the rule or as the file sets them."""
+        return choose(
+            self.module,
+            self.layout,
+            device=device,
+            batch_size=work.batch_size,
+            steps=int(work.steps.max()),
+            num_clients=work.cohort_size,
+            engine=runtime.engine,
+            stack=runtime.stack,
+            precision=runtime.precision,
+            plain=work.in_factors,
+            loss=self.loss,
+        )
+
+    def build(self, plan: Plan, runtime: Runtime, device: torch.device) -> Task:
+        engine = build_engine(plan.engine, self.module, self.layout, self.loss, device, runtime.precision)
+        return ClassificationTask(self.data.to(device), self.module, self.x0, engine, self.loss)
 
 
 def classification(
-    site: Site,
     *,
+    seed: int,
+    clients: Clients,
+    partition: Partition,
     dataset: Annotated[Any, FromTable("dataset", "digits")],
     model: Annotated[Any, FromTable("model", "mlp")],
     loss: str = "cross_entropy",
-) -> Problem:
+) -> Samples:
     """Classes or next tokens: any data set, any torch module."""
-    data = _federated(site, dataset(site))
-    module, x0 = init_parameters(lambda: model(data), site.seed)
-    check_model(site.reader, module, data, loss)
-    sample_loss = _sample_loss(site.reader, loss)
-    layout = Layout.of_module(module)
-    plan = _plan(site, data, module, layout, sample_loss)
-    engine = build_engine(plan.engine, module, layout, sample_loss, site.device, site.runtime.precision)
-    task = ClassificationTask(data.to(site.device), module, x0, engine, sample_loss)
-    return Problem(task, plan, data, module)
+    data = _federated(dataset, partition, clients.count, seed)
+    sizes = {"input_shape": tuple(data.inputs.shape[1:]), "num_classes": data.num_classes}
+    module, x0 = init_parameters(lambda: model(**sizes), seed)
+    check_model(module, data, loss)
+    return Samples(data, module, x0, _sample_loss(loss))
 
 
-def _federated(site: Site, source: Any) -> FederatedData:
-    """The data of every client, by the section `partition`."""
-    partition = site.reader.entry("partition", PARTITIONS, default="iid")
+def _federated(source: Dataset | FederatedData, partition: Partition, count: int | None, seed: int) -> FederatedData:
+    """The data of every client."""
     natural = isinstance(source, FederatedData) or isinstance(partition, Natural)
-    count = site.clients.count if natural else site.clients.count or NUM_CLIENTS
-    try:
-        return build_data(source, partition, count, site.seed)
-    except ConfigError:
-        raise
-    except ValueError as e:
-        raise site.reader.error("partition", str(e)) from e
+    with at("partition"):
+        return build_data(source, partition, count if natural else count or NUM_CLIENTS, seed)
 
 
-def _sample_loss(reader: Reader, loss: str) -> Loss:
+def _sample_loss(loss: str) -> Loss:
     if loss in LOSSES:
         return LOSSES[loss]
     if ":" in loss:
-        return reader.imported(loss, "task.loss")
-    raise reader.error("task.loss", f"unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pkg.module:name")
-
-
-def _plan(site: Site, data: FederatedData, module: nn.Module, layout: Layout, loss: Loss) -> Plan:
-    """Engine and stack width, by the rule or as the file sets them."""
-    counts, runtime = data.num_examples, site.runtime
-    size = site.schedule.batch_size or int(counts.max())
-    return choose(
-        module,
-        layout,
-        device=site.device,
-        batch_size=min(size, int(counts.max())),
-        steps=int(site.schedule.num_steps(counts).max()),
-        num_clients=min(site.cohort_size or len(counts), len(counts)),
-        engine=runtime.engine,
-        stack=runtime.stack,
-        precision=runtime.precision,
-        plain=site.plain,
-        loss=loss,
-    )
+        return imported(loss, "task.loss")
+    raise ConfigError(f"task.loss: unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pkg.module:name")
 
 
 def quadratic(
-    site: Site,
     *,
+    seed: int,
+    clients: Clients,
+    device: torch.device,
     a: Numbers | None = None,
     b: Numbers | None = None,
     x0: float | tuple[float, ...] | None = None,
     dim: int = 10,
     spread: float = 1.0,
     noise: float = 0.0,
-) -> Problem:
+) -> Task:
     """Clients f_i(x) = 1/2 (x - b_i)' A_i (x - b_i) with a known solution; given, or drawn with `dim` and `spread`."""
     if (a is None) != (b is None):
         raise ValueError("give both a and b, one entry per client, or neither to have them drawn")
     if a is None:
-        task = QuadraticTask.drawn(site.clients.count or NUM_CLIENTS, dim, site.seed, spread=spread, noise=noise)
+        task = QuadraticTask.drawn(clients.count or NUM_CLIENTS, dim, seed, spread=spread, noise=noise)
         if x0 is not None:
             task.x0 = _start(x0, dim)
     else:
-        at, bt = _numbers("a", a), _numbers("b", b)
-        if site.clients.count not in (None, len(bt)):
-            raise ValueError(
-                f"b has {len(bt)} entries but clients.count is {site.clients.count}; leave one of them out"
-            )
-        task = QuadraticTask(at, bt, _start(0.0 if x0 is None else x0, 1 if bt.ndim == 1 else bt.shape[1]), noise)
-    return site.exact(task, "the gradient is a formula")
+        a_all, b_all = _numbers("a", a), _numbers("b", b)
+        if clients.count not in (None, len(b_all)):
+            raise ValueError(f"b has {len(b_all)} entries but clients.count is {clients.count}; leave one of them out")
+        start = _start(0.0 if x0 is None else x0, 1 if b_all.ndim == 1 else b_all.shape[1])
+        task = QuadraticTask(a_all, b_all, start, noise)
+    return task.to(device)
 
 
 def _numbers(name: str, value: Any) -> Tensor:
@@ -177,47 +177,55 @@ def _start(x0: float | tuple[float, ...], dim: int) -> Tensor:
 
 
 def bilinear(
-    site: Site, *, dim: int = 50, low: float = 0.5, high: float = 2.0, lam: float = 0.0, noise: float = 0.0
-) -> Problem:
+    *,
+    seed: int,
+    clients: Clients,
+    device: torch.device,
+    dim: int = 50,
+    low: float = 0.5,
+    high: float = 2.0,
+    lam: float = 0.0,
+    noise: float = 0.0,
+) -> Task:
     """Saddle points x'A_m y + ... with a known solution; `dim` numbers each in x and y, spectrum [low, high]."""
     if dim < 1 or not 0 < low <= high or lam < 0 or noise < 0:
         raise ValueError(
             f"needs dim >= 1, 0 < low <= high, lam >= 0, noise >= 0; got {dim}, {low}, {high}, {lam}, {noise}"
         )
-    count = site.clients.count or 25
-    task = BilinearTask.drawn(count, dim, site.seed, low=low, high=high, lam=lam, noise=noise)
-    return site.exact(task, "the operator is a formula")
+    return BilinearTask.drawn(clients.count or 25, dim, seed, low=low, high=high, lam=lam, noise=noise).to(device)
 
 
-def build_problem(site: Site) -> Problem:
-    """The problem of the section `task`: a row of `TASKS`, or the user's own task by import path.
-
-    A class or function of the user's is called with its fields and, where it has such parameters, with `count` (of
-    clients) and `seed`, and gives a `fedsim.Task`.
-
-    Raises:
-        ConfigError: for a task that is none, or does not fit the file.
-    """
-    reader, count = site.reader, site.clients.count
-    made, _, _ = reader.named(TASKS, reader.raw.get("task") or "classification", "task")
-    if missing := ", ".join(sorted(made.__abstractmethods__)) if inspect.isabstract(made) else "":
-        raise reader.error("task.name", f"lacks {missing}; docs/tutorial.md shows what a task needs")
-    given = {"site": site, "count": count or NUM_CLIENTS, "seed": site.seed}
-    found = reader.entry("task", TASKS, default="classification", given=given)
-    if isinstance(found, Problem):
-        return found
-    try:
-        task = check_task(found, site.seed)
-        n = len(task.num_examples)
-        if count not in (None, n):
-            raise ValueError(f"it has {n} clients, but clients.count is {count}; give it a parameter `count` to follow")
-        return site.exact(task, "the task computes its own field")
-    except ValueError as e:
-        raise reader.error("task", str(e)) from e
-
-
-TASKS: dict[str, Callable[..., Any]] = {
+TASKS: dict[str, Callable[..., Task | Samples]] = {
     "classification": classification,
     "quadratic": quadratic,
     "bilinear": bilinear,
 }
+
+
+def problem_of(file: File, device: torch.device) -> Formula | Samples:
+    """What the section `task` describes; see the module's head.
+
+    Raises:
+        ConfigError: for a task that is none, or does not fit the file.
+    """
+    count = file.clients.count
+    target: Any = file.task.target
+    if inspect.isabstract(target):
+        missing = ", ".join(sorted(target.__abstractmethods__))
+        raise ConfigError(f"task.name: lacks {missing}; docs/tutorial.md shows what a task needs")
+    made = file.task(
+        seed=file.seed,
+        count=count or NUM_CLIENTS,
+        clients=file.clients,
+        device=device,
+        root=file.data.root,
+        partition=None if file.partition is None else file.partition(),
+    )
+    if isinstance(made, Samples):
+        return made
+    with at("task"):
+        task = check_task(made, file.seed)
+        n = len(task.num_examples)
+        if count not in (None, n):
+            raise ValueError(f"it has {n} clients, but clients.count is {count}; give it a parameter `count` to follow")
+    return Formula(task)

@@ -1,4 +1,8 @@
-"""An experiment file, from its first section to its last, and the run that it describes."""
+"""An experiment file, from its first section to its last, and the run that it describes.
+
+`read_sections` says what the file holds and `_build` makes it, in the order in which things are known: data and module,
+optimizers, the strategy; from these the plan; from the plan engine and task; last the fleet.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +15,22 @@ import torch
 from torch import nn
 
 from fedsim.clients.local_training import LocalTraining
-from fedsim.compose.entries import NESTED, optimizer
+from fedsim.compose.entries import KINDS
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
-from fedsim.compose.problems import Problem, Site, build_problem
-from fedsim.compose.refusals import check_local, check_server_optimizer, check_state_scope, check_strategy
-from fedsim.compose.sections import Clients, Data, Local, Log, Runtime
-from fedsim.config import Reader
+from fedsim.compose.problems import TASKS, Formula, Samples, problem_of
+from fedsim.compose.refusals import check_local, check_methods, check_state_scope, check_strategy
+from fedsim.compose.sections import Clients, Data, Down, File, Local, Log, Runtime, Up
+from fedsim.compose.work import in_words, work_of
+from fedsim.config import ConfigError, Reader, at, naming
+from fedsim.data import PARTITIONS
 from fedsim.data.federated import FederatedData
-from fedsim.engine import ENGINES
 from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
 from fedsim.memory import Memory
-from fedsim.optim.needs import check_needs
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategies import STRATEGIES
-from fedsim.task import Schedule, Task
+from fedsim.task import Task
 
 
 @dataclass
@@ -69,133 +73,126 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     Raises:
         ConfigError: for the first mistake found.
     """
-    reader = Reader(raw, source, NESTED)
-    seed = reader.value("seed", int, 0)
-    rounds = reader.value("rounds", int, 100)
-    if rounds < 1:
-        raise reader.error("rounds", f"must be at least 1, got {rounds}")
-    stop = reader.section("stop", Stop)
-    runtime = reader.section("runtime", Runtime)
-    clients = reader.section("clients", Clients)
-    root = reader.section("data", Data).root
-    local = reader.section("local", Local)
-    schedule = _schedule(reader, local)
-    device = compute_device(reader, runtime.device)
+    with naming(source):
+        return _build(read_sections(raw), folder)
 
-    cohort_size, plain = _outlook(reader, local.optimizer)
-    site = Site(reader, seed, clients, runtime, device, root, schedule, cohort_size, plain)
-    problem = build_problem(site)
-    task, layout, n = problem.task, problem.task.layout, len(problem.task.num_examples)
-    strategy = _strategy(reader, task, local, schedule, rounds)
-    uplink, downlink = build_links(reader, strategy, layout, seed)
-    check_state_scope(reader, strategy, uplink)
-    byzantine = build_byzantine(reader, clients.byzantine, task, seed)
-    devices = clients.devices(n)
 
-    evaluate = reader.section("evaluate", Evaluate)
-    checkpoint = reader.section("checkpoint", Checkpoint)
-    allow_divergence = reader.value("allow_divergence", bool, False)
-    log = reader.section("log", Log)
-    reader.finish()
-    sinks = _sinks(reader, log)
+def read_sections(raw: Mapping[str, Any]) -> File:
+    """The file's sections, all of them and no others.
 
-    runner = StackRunner(task, strategy, seed, device, uplink)
-    executor, workers = build_executor(runtime, runner, problem.plan.width, device)
-    pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
-    fleet = SimFleet(
-        num_examples=task.num_examples,
-        model_size=layout.size,
-        executor=executor,
-        devices=devices,
-        memory=Memory(n, folder / "memory" if folder is not None and runtime.memory == "disk" else None),
-        seed=seed,
-        reply_bits=None if uplink is None else uplink.compressor.bits(layout.size),
-        downlink=downlink,
-        byzantine=byzantine,
+    Raises:
+        ConfigError: for a section, a key or a value that has no place there.
+    """
+    reader = Reader(raw, KINDS)
+    task = reader.entry("task", TASKS, "classification", needs=("seed", "count", "clients", "device", "partition"))
+    strategy = reader.entry("strategy", STRATEGIES, "fedavg", needs=("local",))
+    if isinstance(strategy.target, type):
+        check_methods(strategy.target)
+    if not (divides := task.takes("partition")):
+        reader.unused("partition", f"{task.name} has no data to divide")
+    if not (trains := strategy.takes("local")):
+        reader.unused("local", f"{strategy.name} takes no local steps")
+    file = File(
+        seed=reader.value("seed", int, 0),
+        rounds=reader.value("rounds", int, 100),
+        stop=reader.section("stop", Stop),
+        runtime=reader.section("runtime", Runtime),
+        clients=reader.section("clients", Clients),
+        data=reader.section("data", Data),
+        task=task,
+        partition=reader.entry("partition", PARTITIONS, "iid") if divides else None,
+        strategy=strategy,
+        local=reader.section("local", Local) if trains else None,
+        uplink=reader.section("uplink", Up),
+        downlink=reader.section("downlink", Down),
+        evaluate=reader.section("evaluate", Evaluate),
+        checkpoint=reader.section("checkpoint", Checkpoint),
+        allow_divergence=reader.value("allow_divergence", bool, False),
+        log=reader.section("log", Log),
+        resolved=reader.resolved,
     )
+    reader.finish()
+    if file.rounds < 1:
+        raise ConfigError(f"rounds: must be at least 1, got {file.rounds}")
+    return file
+
+
+def _build(file: File, folder: Path | None) -> Composition:
+    device = compute_device(file.runtime.device)
+    problem = problem_of(file, device)
+    strategy = _strategy(file, problem)
+    work = work_of(strategy, problem.num_examples)
+    with at("runtime"):
+        plan = problem.plan(work, file.runtime, device)
+    task = problem.build(plan, file.runtime, device)
+    check_local(file.strategy.name, strategy, task)
+    with at("log.sinks"):
+        sinks = make_sinks(list(file.log.sinks))
+    chosen = {"stack": plan.width, "device": str(device)}
+    if isinstance(problem, Samples):
+        chosen["engine"] = plan.engine
+    resolved = {
+        **file.resolved,
+        "clients": {**file.resolved["clients"], "count": len(task.num_examples)},
+        "runtime": {**file.resolved["runtime"], **chosen},
+    }
+    fleet, pool, workers = _fleet(file, task, strategy, plan.width, device, folder)
     experiment = Experiment(
         task=task,
         strategy=strategy,
         fleet=fleet,
         pool=pool,
-        rounds=rounds,
-        seed=seed,
-        config=reader.resolved,
-        evaluate=evaluate,
-        stop=stop,
-        checkpoint=checkpoint,
-        allow_divergence=allow_divergence,
+        rounds=file.rounds,
+        seed=file.seed,
+        config=resolved,
+        evaluate=file.evaluate,
+        stop=file.stop,
+        checkpoint=file.checkpoint,
+        allow_divergence=file.allow_divergence,
         device=device,
-        threads=runtime.threads,
+        threads=file.runtime.threads,
     )
-    engine = problem.plan.engine if problem.plan.engine in ENGINES else runtime.engine
-    reader.resolved["clients"]["count"] = n
-    reader.resolved["runtime"] |= {"engine": engine, "stack": problem.plan.width, "device": str(device)}
-    plan = describe(experiment, problem, workers)
-    return Composition(experiment, executor, pool, reader.resolved, plan, sinks, problem.data, problem.module)
+    words = {**in_words(work, plan, task.layout, task.num_examples), "workers": workers, "device": str(device)}
+    if isinstance(problem, Formula):
+        return Composition(experiment, fleet.executor, pool, resolved, words, sinks)
+    notes = {"data": " ".join(problem.data.notes)} if problem.data.notes else {}
+    return Composition(experiment, fleet.executor, pool, resolved, notes | words, sinks, problem.data, problem.module)
 
 
-def _schedule(reader: Reader, local: Local) -> Schedule:
-    try:
-        return local.schedule()
-    except ValueError as e:
-        raise reader.error("local", str(e).removeprefix("local: ").replace("local.", "")) from e
-
-
-def _outlook(reader: Reader, optimizer: Any) -> tuple[int | None, bool]:
-    """(cohort size if set, whether local steps are plain SGD), which the engine's rule wants to know beforehand."""
-    entry = reader.raw.get("strategy") or "fedavg"
-    target, _, fields_given = reader.named(STRATEGIES, entry, "strategy")
-    size = fields_given.get("cohort_size")
-    spec = {"name": optimizer} if isinstance(optimizer, str) else optimizer
-    plain = isinstance(spec, Mapping) and spec.get("name") == "sgd" and set(spec) <= {"name", "lr"}
-    return size if isinstance(size, int) else None, plain and getattr(target, "plain_steps", False)
-
-
-def _strategy(reader: Reader, task: Task, local: Local, schedule: Schedule, rounds: int) -> Any:
-    """The strategy, with the local training that it is to use and optimizers that fit the task."""
-    layout = task.layout
-    rule, reader.resolved["local"]["optimizer"] = optimizer(
-        reader, "local.optimizer", local.optimizer, layout, lambda made: check_needs(made, task)
-    )
-    reader.nested["server_optimizer"] = lambda r, key, value: optimizer(r, key, value, layout, check_server_optimizer)
-    given = {"local": LocalTraining(optimizer=rule, schedule=schedule, rounds=rounds)}
-    strategy = reader.entry("strategy", STRATEGIES, default="fedavg", given=given)
-    check_strategy(reader, strategy, len(task.num_examples))
-    check_local(reader, strategy, task)
-    if not hasattr(strategy, "local"):
-        del reader.resolved["local"]  # the resolved file must pass the check above too
+def _strategy(file: File, problem: Formula | Samples) -> Any:
+    """The strategy, with the local training that it is to use and optimizers for vectors of this layout."""
+    given: dict[str, Any] = {"layout": problem.layout}
+    if file.local is not None:
+        with at("local"):
+            schedule = file.local.schedule()
+        optimizer = file.local.optimizer(layout=problem.layout)
+        given["local"] = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds)
+    strategy = file.strategy(**given)
+    check_strategy(strategy, len(problem.num_examples))
     return strategy
 
 
-def _sinks(reader: Reader, log: Log) -> list[Sink]:
-    try:
-        return make_sinks(list(log.sinks))
-    except ValueError as e:
-        raise reader.error("log.sinks", str(e)) from e
-
-
-def describe(experiment: Experiment, problem: Problem, workers: str) -> dict[str, str]:
-    """The plan, line by line."""
-    strategy, layout, plan = experiment.strategy, experiment.task.layout, problem.plan
-    n = experiment.task.num_examples
-    cohort = getattr(strategy, "cohort_size", None) or len(n)
-    local = getattr(strategy, "local", None)
-    steps = local.schedule.num_steps(n) if local is not None else torch.ones(1, dtype=torch.int64)
-    buffers = f" and {layout.size - layout.num_trainable:,} buffer entries" if layout.num_buffers else ""
-    stack_bytes = 4 * layout.size * min(plan.width, cohort)
-    model_bits = 32 * layout.size
-    notes = problem.data.notes if problem.data is not None else ()
-    return {
-        **({"data": " ".join(notes)} if notes else {}),
-        "clients": f"{len(n):,}, {cohort:,} of them in a round",
-        "samples per client": f"{int(n.min()):,} to {int(n.max()):,}, median {int(n.median()):,}; "
-        f"{int((n == 0).sum()):,} clients have none",
-        "local steps": f"{int(steps.min()):,} to {int(steps.max()):,}",
-        "model": f"{layout.num_trainable:,} parameters{buffers}",
-        "engine": f"{plan.engine}, {plan.width} clients a stack ({plan.reason})",
-        "workers": workers,
-        "device": str(experiment.device),
-        "memory": f"about {3 * stack_bytes / 2**20:,.1f} MiB a worker for parameters, gradients and one buffer",
-        "bits per round": f"{model_bits * cohort / 1e6:,.2f} Mbit down and as many up for every model-sized message",
-    }
+def _fleet(
+    file: File, task: Task, strategy: Any, width: int, device: torch.device, folder: Path | None
+) -> tuple[SimFleet, InProcess, str]:
+    """(simulated fleet, threads for evaluation, what runs the clients in words)."""
+    n, runtime = len(task.num_examples), file.runtime
+    uplink, downlink = build_links(file, strategy, task.layout)
+    check_state_scope(file.strategy.name, strategy, uplink)
+    byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
+    devices = file.clients.devices(count=n)
+    runner = StackRunner(task, strategy, file.seed, device, uplink)
+    executor, workers = build_executor(runtime, runner, width, device)
+    fleet = SimFleet(
+        num_examples=task.num_examples,
+        model_size=task.layout.size,
+        executor=executor,
+        devices=devices,
+        memory=Memory(n, folder / "memory" if folder is not None and runtime.memory == "disk" else None),
+        seed=file.seed,
+        reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
+        downlink=downlink,
+        byzantine=byzantine,
+    )
+    pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
+    return fleet, pool, workers

@@ -5,6 +5,7 @@ A field is a key of the file and its default the file's default; `fedsim.config.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.config import FromTable
+from fedsim.config import Call, FromTable
+from fedsim.loop import Checkpoint, Evaluate, Stop
 from fedsim.streams import server_rng
 from fedsim.task import Schedule
 
@@ -25,13 +27,13 @@ class Clients:
         count: N; null takes it from the data (a natural partition) or is 100.
         devices: how fast they are.
         availability: when they can be reached; `always` for now.
-        byzantine: who lies, and how.
+        byzantine: who attacks, and how.
     """
 
     count: int | None = None
     devices: Annotated[Any, FromTable("device", "constant")] = None
     availability: Annotated[Any, FromTable("availability", "always")] = None
-    byzantine: Lies = field(default_factory=lambda: Lies())
+    byzantine: ByzantineClients = field(default_factory=lambda: ByzantineClients())
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
@@ -39,8 +41,8 @@ class Clients:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lies:
-    """Byzantine clients.
+class ByzantineClients:
+    """Clients that attack.
 
     Args:
         attack: what they send.
@@ -85,7 +87,7 @@ class Local:
     steps: int | None = None
     batch_size: int | Literal["full"] = 20
     shuffle: bool = True
-    optimizer: Annotated[Any, FromTable("optimizer")] = field(default_factory=lambda: {"name": "sgd", "lr": 0.05})
+    optimizer: Annotated[Any, FromTable("optimizer", {"name": "sgd", "lr": 0.05})] = None
 
     def schedule(self) -> Schedule:
         epochs = 1 if self.epochs is None and self.steps is None else self.epochs
@@ -170,3 +172,32 @@ class Log:
     """
 
     sinks: tuple[str, ...] = ("jsonl",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A whole file, read: sections as objects, entries of tables as calls that wait for what they are for.
+
+    Args:
+        partition: None where the task has no such parameter.
+        local: None where the strategy has no such parameter.
+        resolved: the file with every default.
+    """
+
+    seed: int
+    rounds: int
+    stop: Stop
+    runtime: Runtime
+    clients: Clients
+    data: Data
+    task: Call
+    partition: Call | None
+    strategy: Call
+    local: Local | None
+    uplink: Up
+    downlink: Down
+    evaluate: Evaluate
+    checkpoint: Checkpoint
+    allow_divergence: bool
+    log: Log
+    resolved: Mapping[str, Any]

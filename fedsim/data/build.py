@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedsim.config import Reader
+from fedsim.config import decode_entry
 from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.data.partition import PARTITIONS, Natural, Partition
@@ -58,9 +58,7 @@ def split(
 ) -> FederatedData:
     """Give the training rows of a data set to clients; see `build`."""
     recipe: Partition = (
-        Reader({}, "partition").build_entry(PARTITIONS, partition, "partition", {})[0]
-        if isinstance(partition, str | Mapping)
-        else partition
+        decode_entry(PARTITIONS, partition, "partition")() if isinstance(partition, str | Mapping) else partition
     )
     natural = isinstance(recipe, Natural) and data.group_names is not None
     if natural:

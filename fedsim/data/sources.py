@@ -7,11 +7,10 @@ where `task.dataset` does not give them.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedsim.config import Reader
+from fedsim.config import Call, Kinds, decode_entry
 from fedsim.data.dataset import Dataset, from_arrays
 from fedsim.data.federated import FederatedData
 from fedsim.data.files import npz, parquet
@@ -55,22 +54,12 @@ def load(spec: Spec | Dataset | FederatedData, *, root: str | None = None, seed:
     """
     if isinstance(spec, Dataset | FederatedData):
         return spec
-    return read_entry(Reader({}, "data"), "task.dataset", spec, root=root, seed=seed)[0]
+    return entry(spec, "task.dataset")(root=root, seed=seed)
 
 
-def read_entry(
-    reader: Reader, key: str, value: Spec, *, root: str | None = None, seed: int = 0
-) -> tuple[Dataset | FederatedData, dict[str, Any]]:
-    """(the data set, its resolved fields) of a reader's table entry; see `load`."""
-    target, name, fields = reader.named(DATASETS, value, key)
-    taken = inspect.signature(target).parameters
-    defaults = {"root": root, "seed": seed}
-    given = {field: default for field, default in defaults.items() if field in taken and field not in fields}
-    made, resolved = reader.build(target, fields, key, given)
-    try:
-        return as_dataset(made, name), {"name": name, **resolved}
-    except ValueError as error:
-        raise reader.error(key, str(error)) from None
+def entry(value: Any, key: str, kinds: Kinds | None = None) -> Call:
+    """The data set that an entry describes, to be read once the configuration's `root` and `seed` are given."""
+    return decode_entry(DATASETS, value, key, kinds, fills=("root", "seed"), check=as_dataset)
 
 
 def as_dataset(made: object, origin: str) -> Dataset | FederatedData:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedsim.composition import pair
+from fedsim.compose.matrix import pair
 from fedsim.runs import run
 from fedsim.sim.executor import Jobs
 from fedsim.sim.ray_executor import RayExecutor

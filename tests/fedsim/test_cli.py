@@ -151,7 +151,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "unknown section": ([Q, "roundz=3"], ["quad.yaml: roundz:", "did you mean 'rounds'"]),
     "unknown key": ([D, "strategy.cohortsize=3"], ["digits.yaml: strategy.cohortsize:", "did you mean 'cohort_size'"]),
     "unknown name": ([Q, "strategy.name=fedagv"], ["strategy.name:", "'fedagv'", "did you mean 'fedavg'"]),
-    "unknown optimizer": ([Q, "local.optimizer.name=sdg"], ["local.optimizer:", "'sdg'", "did you mean 'sgd'"]),
+    "unknown optimizer": ([Q, "local.optimizer.name=sdg"], ["local.optimizer.name:", "'sdg'", "did you mean 'sgd'"]),
     "unknown optimizer key": ([Q, "local.optimizer.lrr=1"], ["local.optimizer:", "'lrr'", "did you mean 'lr'"]),
     "unknown sink": ([Q, "log.sinks=[tensorbord]"], ["log.sinks:", "'tensorbord'", "did you mean 'tensorboard'"]),
     "unknown table": ([Q, "task=clasification"], ["task.name:", "did you mean 'classification'"]),
@@ -188,7 +188,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no interval": ([Q, "strategy={name: fedfix, interval: 0}"], ["strategy: interval must be positive", "got 0"]),
     "key left out": ([Q, "strategy=fedfix"], ["strategy.interval: missing"]),
     "biased compressor": (
-        [Q, "strategy={name: masha1, lr: 0.1, compressor: {name: top_k, k: 1}}"],
+        [Q, "local=null", "strategy={name: masha1, lr: 0.1, compressor: {name: top_k, k: 1}}"],
         ["strategy:", "biased", "masha2"],
     ),
     "k beyond the model": ([D, "uplink.compressor={name: top_k, k: 10000}"], ["uplink.compressor:", "k=10000", "650"]),

@@ -15,12 +15,14 @@ from fedsim.cli import one_line
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose import TABLES, Composition, compose
 from fedsim.compose.sections import Runtime
-from fedsim.config import ConfigError, read_file
+from fedsim.config import ConfigError
 from fedsim.data.images import DEBIAN
 from fedsim.optim import schedules
+from fedsim.overrides import read_file
 from fedsim.sim.executor import InProcess
 from fedsim.sinks import JsonLines, TensorBoard
 from fedsim.tasks.bilinear import BilinearTask
+from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.quadratic import QuadraticTask
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -91,6 +93,94 @@ def test_the_plan_says_whether_values_were_scaled(tmp_path: Path) -> None:
     assert scaled.data is not None and float(scaled.data.inputs.max()) == 1
     assert scaled.plan["data"] == "Pixels were divided by 255."
     assert "divided by 16" in made({}).plan["data"] and "data" not in made(BLOBS).plan
+
+
+WIDE: dict[str, Any] = {  # clients see far fewer samples than the layers are wide
+    "rounds": 2,
+    "task": {
+        "name": "classification",
+        "dataset": {"name": "blobs", "num_examples": 80, "shape": [200], "num_classes": 4},
+        "model": {"name": "mlp", "hidden": [100]},
+    },
+    "clients": {"count": 8},
+    "local": {"epochs": 1, "batch_size": 5, "optimizer": {"name": "sgd", "lr": 0.05}},
+}
+OWN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedsim.clients.direction import gradient_at
+from fedsim.strategies.fedavg import FedAvg
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(FedAvg):
+    """FedAvg by another name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elsewhere(FedAvg):
+    """Local steps along gradients at the model received."""
+
+    two_points: ClassVar[bool] = True
+
+    def local_update(self, clients, x):
+        return {"delta": self.local(clients, x, gradient_at(x)).delta}
+'''
+
+
+@pytest.mark.parametrize(
+    ("strategy", "optimizer", "factors"),
+    [
+        ("fedavg", {}, True),
+        ({"name": "scaffold", "option": "I"}, {}, True),
+        ({"name": "scaffold", "option": "II"}, {}, True),
+        ("fedavg_m", {}, True),
+        ("scaffold_m", {}, True),
+        ({"name": "fedbuff", "buffer_size": 4}, {}, True),
+        ("scaffold_m_vr", {}, False),
+        ("fedavg_m_vr", {}, False),
+        ("dsgd", {}, False),
+        ("own_strategies_for_compose:Mine", {}, True),
+        ("own_strategies_for_compose:Elsewhere", {}, False),
+        ("fedavg", {"momentum": 0.9}, False),
+        ("fedavg", {"schedule": {"name": "cosine", "length": 5}}, False),
+        ("fedavg", {"weight_decay": 0.0}, True),
+    ],
+)
+def test_the_plan_announces_factors_where_clients_are_then_kept_in_factors(
+    strategy: Any, optimizer: dict[str, Any], factors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_strategies_for_compose.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    taken = []
+    real = ClassificationTask.factored_run
+
+    def watched(*args: Any) -> Any:
+        taken.append(real(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(ClassificationTask, "factored_run", watched)
+    local = {**WIDE["local"], "optimizer": {**WIDE["local"]["optimizer"], **optimizer}}
+    raw = {**WIDE, "strategy": strategy, "local": local}
+    assert ("low-rank" in made(raw).plan["engine"]) is factors
+    fedsim.run(raw)
+    assert any(t is not None for t in taken) is factors
+
+
+def test_a_strategy_without_local_steps_is_planned_for_one_step_on_all_samples() -> None:
+    plan = made({**BLOBS, "strategy": {"name": "extragradient", "lr": 0.1}}).plan
+    assert plan["local steps"] == "1 to 1"
+
+
+def test_a_section_that_task_or_strategy_would_not_read_is_refused_and_not_recorded() -> None:
+    quadratic = {"task": {"name": "quadratic", "dim": 3}, "strategy": {"name": "extragradient", "lr": 0.1}}
+    resolved = made(quadratic).resolved
+    assert "partition" not in resolved and "local" not in resolved
+    with pytest.raises(ConfigError, match="x.yaml: partition: quadratic has no data to divide, so nothing would"):
+        made({**quadratic, "partition": "iid"})
+    with pytest.raises(ConfigError, match="x.yaml: local: extragradient takes no local steps, so nothing would"):
+        made({**quadratic, "local": {"steps": 3}})
 
 
 def test_automatic_choices_are_written_down_as_what_was_chosen() -> None:

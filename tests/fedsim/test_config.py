@@ -10,16 +10,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from fedsim.config import (
-    ConfigError,
-    FromTable,
-    Reader,
-    apply_overrides,
-    did_you_mean,
-    parse_overrides,
-    place,
-    read_file,
-)
+from fedsim.config import ConfigError, FromTable, Reader, at, decode, decode_entry, did_you_mean, naming, place
+from fedsim.overrides import apply_overrides, parse_overrides, read_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +48,7 @@ SHAPES: dict[str, Callable[..., Any]] = {"circle": circle, "square": square}
 
 
 def reader(**raw: Any) -> Reader:
-    nested = {"shape": lambda r, key, value: r.build_entry(SHAPES, value, key, {})}
-    return Reader(raw, "x.yaml", nested)
+    return Reader(raw, {"shape": lambda value, key, kinds: decode_entry(SHAPES, value, key, kinds)})
 
 
 # Sections and values ----------------------------------------------------------------------------------------------
@@ -87,7 +78,7 @@ def test_the_resolved_section_reads_back_to_the_same() -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({}, r"x.yaml: part.needed: missing; part needs it and it has no default"),
+        ({}, r"^part.needed: missing; part needs it and it has no default"),
         ({"needed": 1, "rait": 1}, r"part.rait: unknown key; did you mean 'rate'\?"),
         ({"needed": 1, "zzz": 1}, r"part.zzz: unknown key; known: needed, rate, kind, sizes, maybe, flag, inner"),
         ({"needed": "1"}, r"part.needed: expected a whole number, got '1'"),
@@ -117,14 +108,14 @@ def test_an_empty_section_is_all_defaults() -> None:
 
 def test_a_key_that_another_section_sets_is_refused_where_it_is_not_its_place() -> None:
     with pytest.raises(ConfigError, match="part.needed: is not set here but by its own section"):
-        reader(part={"needed": 1}).section("part", Section, given={"needed": 3})
-    assert reader(part={}).section("part", Section, given={"needed": 3}).needed == 3
+        decode(Section, {"needed": 1}, "part", later=["needed"])
+    assert decode(Section, {}, "part", later=["needed"])(needed=3).needed == 3
 
 
 def test_top_level_sections_that_nobody_asked_for_are_refused() -> None:
     r = reader(seed=3, seeds=4, versions={"torch": "2"})
     assert r.value("seed", int, 0) == 3 and r.value("rounds", int, 100) == 100
-    with pytest.raises(ConfigError, match=r"x.yaml: seeds: unknown section; did you mean 'seed'\?"):
+    with pytest.raises(ConfigError, match=r"^seeds: unknown section; did you mean 'seed'\?"):
         r.finish()
     assert r.resolved == {"seed": 3, "rounds": 100}
 
@@ -134,11 +125,11 @@ def test_top_level_sections_that_nobody_asked_for_are_refused() -> None:
 
 def test_an_entry_is_a_name_or_a_name_with_fields() -> None:
     r = reader(a="circle", b={"name": "square", "side": 2}, c={"name": "circle", "radius": 2, "colour": "blue"})
-    with pytest.raises(ConfigError, match="a.radius: missing"):
+    with pytest.raises(ConfigError, match="^a.radius: missing"):
         r.entry("a", SHAPES)
-    assert r.entry("b", SHAPES) == ("square", 2) and r.resolved["b"] == {"name": "square", "side": 2}
-    assert r.entry("c", SHAPES) == ("circle", 2.0, "blue")
-    assert r.entry("d", SHAPES, default={"name": "square", "side": 1}) == ("square", 1)
+    assert r.entry("b", SHAPES)() == ("square", 2) and r.resolved["b"] == {"name": "square", "side": 2}
+    assert r.entry("c", SHAPES)() == ("circle", 2.0, "blue")
+    assert r.entry("d", SHAPES, default={"name": "square", "side": 1})() == ("square", 1)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +166,56 @@ def test_nested_entries_are_built_too_and_an_optional_one_may_be_null() -> None:
 def test_a_nested_entry_has_the_tables_default() -> None:
     with pytest.raises(ConfigError, match="d.shape.radius: missing"):
         reader(d={}).section("d", Drawing)
+
+
+def test_a_nested_entry_is_made_when_what_it_needs_is_given_and_handed_on_until_then() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Drawing:
+        shape: Annotated[Any, FromTable("shape")]
+
+    kinds = {"shape": lambda value, key, kinds: decode_entry(SHAPES, value, key, kinds, needs=["side"])}
+    call = decode(Drawing, {"shape": "square"}, "d", kinds)
+    assert call(side=4) == Drawing(shape=("square", 4))
+    assert call().shape(side=5) == ("square", 5)
+    with pytest.raises(ConfigError, match="^d.shape.side: is not set here"):
+        decode(Drawing, {"shape": {"name": "square", "side": 1}}, "d", kinds)
+
+
+def test_what_fills_a_parameter_gives_way_to_the_file() -> None:
+    for value, expected in (
+        ("circle", ("circle", 2, "red")),
+        ({"name": "circle", "radius": 3}, ("circle", 3.0, "red")),
+    ):
+        call = decode_entry(SHAPES, value, "s", fills=["radius"])
+        assert call(radius=2) == expected
+    assert decode_entry(SHAPES, "circle", "s", fills=["radius"]).resolved == {"name": "circle", "colour": "red"}
+
+
+def test_what_was_made_is_checked_under_its_key() -> None:
+    def check(made: Any, name: str) -> Any:
+        if made[1] > 2:
+            raise ValueError(f"{name} is too wide")
+        return made[1]
+
+    assert decode_entry(SHAPES, {"name": "square", "side": 2}, "a.b", check=check)() == 2
+    with pytest.raises(ConfigError, match="^a.b: square is too wide$"):
+        decode_entry(SHAPES, {"name": "square", "side": 3}, "a.b", check=check)()
+
+
+def test_an_error_has_its_key_and_then_its_file() -> None:
+    with pytest.raises(ConfigError, match="^x.yaml: a.b: too low$"), naming("x.yaml"), at("a.b"):
+        raise ValueError("too low")
+    with pytest.raises(ConfigError, match="^a.b: too low$"), at("a"), at("a.b"):
+        raise ValueError("too low")
+
+
+def test_a_section_that_nothing_reads_may_not_say_anything() -> None:
+    with pytest.raises(ConfigError, match="^part: circles have none, so nothing would read this section; leave it out"):
+        reader(part={"needed": 1}).unused("part", "circles have none")
+    r = reader(part={})
+    r.unused("part", "circles have none")
+    r.finish()
+    assert r.resolved == {}
 
 
 # The user's own code ----------------------------------------------------------------------------------------------
@@ -221,13 +262,13 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_own_code_comes_by_import_path_from_the_working_folder(module: str) -> None:
     r = reader(shape={"name": f"{module}:Own", "size": 2})
-    made = r.entry("shape", SHAPES)
+    made = r.entry("shape", SHAPES)()
     assert (made.size, made.colour) == (2, "red")
     assert r.resolved["shape"] == {"name": f"{module}:Own", "size": 2, "colour": "red"}
 
 
 def test_own_code_without_type_hints_takes_what_it_is_given(module: str) -> None:
-    assert reader(s={"name": f"{module}:untyped", "size": [1]}).entry("s", SHAPES) == ([1], "red")
+    assert reader(s={"name": f"{module}:untyped", "size": [1]}).entry("s", SHAPES)() == ([1], "red")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +290,7 @@ def test_own_code_without_type_hints_takes_what_it_is_given(module: str) -> None
 def test_own_code_that_does_not_fit_is_named(module: str, entry: dict[str, Any], message: str) -> None:
     entry = {k: v.replace("M", module) if isinstance(v, str) else v for k, v in entry.items()}
     with pytest.raises(ConfigError, match=message.replace("M", module)):
-        reader(s=entry).entry("s", SHAPES)
+        reader(s=entry).entry("s", SHAPES)()
 
 
 def test_a_mistake_in_code_of_ours_is_not_hidden() -> None:
@@ -258,7 +299,7 @@ def test_a_mistake_in_code_of_ours_is_not_hidden() -> None:
 
     broken.__module__ = "fedsim.somewhere"
     with pytest.raises(KeyError, match="a bug"):
-        Reader({}, "x.yaml").call(broken, {}, "key")
+        decode(broken, {}, "key")()
     assert place(KeyError(), broken) is None
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from fedsim.compose import compose
-from fedsim.config import read_file
+from fedsim.overrides import read_file
 from fedsim.streams import server_rng
 
 ROOT = Path(__file__).parents[2]

@@ -15,11 +15,12 @@ import pytest
 
 from fedsim import apps, runs
 from fedsim.compose import compose
-from fedsim.config import ConfigError, apply_overrides
+from fedsim.config import ConfigError
 from fedsim.flower.clock import Patience, VirtualClock
 from fedsim.flower.local_grid import LocalGrid
 from fedsim.history import History
 from fedsim.loop import train
+from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError
 
 N = 5

@@ -64,7 +64,7 @@ def test_the_server_takes_rules_of_the_table_only() -> None:
 
 
 def test_an_import_path_with_a_dot_for_the_colon_is_put_right() -> None:
-    with pytest.raises(ConfigError, match=r"unknown optimizer 'torch.optim.SGD'; .* is written 'torch.optim:SGD'"):
+    with pytest.raises(ConfigError, match=r"unknown name 'torch.optim.SGD'; .* is written 'torch.optim:SGD'"):
         run({"local": {"optimizer": {"name": "torch.optim.SGD", "lr": 0.1}}})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.composition import OPTIONS, page, pair, refusal
+from fedsim.compose.matrix import OPTIONS, page, pair, refusal
 from fedsim.runs import run
 from fedsim.strategies import STRATEGIES
 

@@ -1,6 +1,6 @@
 """Which parts go together: the matrix of docs/composition.md, found by composing every pair.
 
-    python -m fedsim.composition > docs/composition.md
+    python -m fedsim.compose.matrix > docs/composition.md
 
 Every strategy of the table is put together with every option below on a small problem. What the parts refuse is
 refused with the reason that a user would read; a test runs every pair that is allowed.
@@ -13,8 +13,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fedsim.compose import compose
-from fedsim.config import ConfigError, apply_overrides, read_file
+from fedsim.compose.root import compose
+from fedsim.config import ConfigError
+from fedsim.overrides import apply_overrides, read_file
 from fedsim.strategies import STRATEGIES
 
 SMALL: dict[str, Any] = {
@@ -95,7 +96,7 @@ def page() -> str:
     lines = [
         "# What goes together",
         "",
-        "Made by `python -m fedsim.composition`; a test runs every pair marked ✓ for a few rounds and compares this",
+        "Made by `python -m fedsim.compose.matrix`; a test runs every pair marked ✓ for a few rounds and compares this",
         "page with what the code says. A number refers to a reason below, which is also the message that a user gets;",
         "– means that the strategy has no such field.",
         "",

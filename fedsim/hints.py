@@ -1,0 +1,87 @@
+"""What type hints say: a callable's parameters, and plain values checked against a hint, in a user's words."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Annotated, Any
+
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+
+def parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: (type hint, default)} of a callable's parameters."""
+    body = target.__init__ if isinstance(target, type) and not is_dataclass(target) else target  # type: ignore[misc]
+    hints = typing.get_type_hints(body, include_extras=True)
+    if is_dataclass(target) and isinstance(target, type):
+        out = {}
+        for f in fields(target):
+            if f.init:
+                default = f.default if f.default is not MISSING else inspect.Parameter.empty
+                if f.default_factory is not MISSING:
+                    default = f.default_factory()
+                out[f.name] = (hints[f.name], default)
+        return out
+    signature = inspect.signature(target)
+    return {
+        k: (hints.get(k, Any), p.default)
+        for k, p in signature.parameters.items()
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
+
+
+def checked(value: Any, hint: Any) -> Any:
+    """The value as the hint's type.
+
+    Raises:
+        ValueError: if it is of another type, or no file can hold one of that type.
+    """
+    if hint is Any:
+        return value
+    try:
+        adapter = TypeAdapter(hint)
+    except PydanticSchemaGenerationError as e:
+        raise ValueError(f"a file can't hold a {_describe(hint)}; give it a default and leave it out") from e
+    try:
+        return adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as e:
+        raise ValueError(f"expected {_describe(hint)}, got {_shown(value)}") from e
+    except TypeError as e:
+        raise ValueError(f"can't be written as plain data: {value!r}") from e
+
+
+def plain_default(default: Any) -> Any:
+    """A default as plain data for the resolved file; objects are named by their class."""
+    if is_dataclass(default) and not isinstance(default, type):
+        return {f.name: plain_default(getattr(default, f.name)) for f in fields(default)}
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _shown(value: Any) -> str:
+    """A value as a file writes it."""
+    return (
+        {True: "true", False: "false"}[value] if isinstance(value, bool) else "null" if value is None else repr(value)
+    )
+
+
+def _describe(hint: Any) -> str:
+    """A type in a user's words."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _describe(arguments[0])
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(a) for a in arguments)
+    if origin in (list, tuple, Sequence):
+        inner = [a for a in arguments if a is not Ellipsis]
+        return f"a list of {_describe(inner[0])}s".replace("a list of a ", "a list of ") if inner else "a list"
+    if origin is dict:
+        return "a section"
+    if arguments:
+        return " or ".join(dict.fromkeys(_describe(a) for a in arguments))
+    return getattr(hint, "__name__", str(hint))
