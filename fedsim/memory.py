@@ -10,6 +10,7 @@ Letters: N registered clients, C clients of a stack, M clients that own a row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedsim import pages
+from fedsim.config import ConfigError
 from fedsim.parts import Parts
 
 
@@ -36,7 +38,13 @@ class _Table:
             return pages.empty((capacity, *shape), dtype)
         nbytes = capacity * prod(shape) * torch.empty((), dtype=dtype).element_size()
         with open(self.path, "ab") as f:
-            f.truncate(nbytes)
+            try:  # now: where the disk is full, writing to a mapped hole would kill the process (SIGBUS)
+                os.posix_fallocate(f.fileno(), 0, nbytes)
+            except OSError as e:
+                raise ConfigError(
+                    f"runtime.memory: disk needs {nbytes:,} bytes in {self.path}: {e.strerror}; make room, or set "
+                    "runtime.memory=ram"
+                ) from e
         raw = np.memmap(self.path, dtype=np.uint8, mode="r+", shape=(nbytes,))
         return torch.from_numpy(raw).view(dtype).view(capacity, *shape)
 

@@ -6,6 +6,7 @@ be seen with two of them in hand.
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,12 @@ def check_strategy(reader: Reader, strategy: Any, num_clients: int) -> None:
             raise reader.error(
                 "strategy.name", f"{made} has no method {method}(); docs/tutorial.md shows what it needs"
             )
+    if not (is_dataclass(strategy) and "__setattr__" in vars(type(strategy))):  # a plain subclass is not frozen either
+        raise reader.error(
+            "strategy.name",
+            f"{type(strategy).__name__} is not a frozen dataclass, and what it kept on itself would be lost on resume "
+            "and by workers; write @dataclass(frozen=True) above it and keep what changes in the state",
+        )
     size = getattr(strategy, "cohort_size", None)
     if size is not None and size > num_clients:
         raise reader.error(

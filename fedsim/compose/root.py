@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ class Composition:
         experiment: what the loop runs.
         executor: runs stacks of clients.
         pool: threads of this process, for evaluation; the executor itself where that is in process.
+        memory: rows that clients keep, in RAM until it is given a folder.
         resolved: the file with every default, and with what `auto` chose.
         plan: {what: in words}.
         sinks: where rows go.
@@ -46,6 +46,7 @@ class Composition:
     experiment: Experiment
     executor: Executor
     pool: InProcess
+    memory: Memory
     resolved: dict[str, Any]
     plan: dict[str, str]
     sinks: list[Sink]
@@ -58,13 +59,12 @@ class Composition:
         self.pool.close()
 
 
-def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> Composition:
+def compose(raw: Mapping[str, Any], source: str) -> Composition:
     """Build everything an experiment file describes.
 
     Args:
         raw: the file's content after overrides.
         source: the file's name, for messages.
-        folder: the run's folder, for client memory on disk.
 
     Raises:
         ConfigError: for the first mistake found.
@@ -102,12 +102,13 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     runner = StackRunner(task, strategy, seed, device, uplink)
     executor, workers = build_executor(runtime, runner, problem.plan.width, device)
     pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
+    memory = Memory(n)
     fleet = SimFleet(
         num_examples=task.num_examples,
         model_size=layout.size,
         executor=executor,
         devices=devices,
-        memory=Memory(n, folder / "memory" if folder is not None and runtime.memory == "disk" else None),
+        memory=memory,
         seed=seed,
         reply_bits=None if uplink is None else uplink.compressor.bits(layout.size),
         downlink=downlink,
@@ -132,7 +133,7 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     reader.resolved["clients"]["count"] = n
     reader.resolved["runtime"] |= {"engine": engine, "stack": problem.plan.width, "device": str(device)}
     plan = describe(experiment, problem, workers)
-    return Composition(experiment, executor, pool, reader.resolved, plan, sinks, problem.data, problem.module)
+    return Composition(experiment, executor, pool, memory, reader.resolved, plan, sinks, problem.data, problem.module)
 
 
 def _schedule(reader: Reader, local: Local) -> Schedule:

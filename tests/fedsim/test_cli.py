@@ -104,11 +104,13 @@ class ClientFails:
         raise ZeroDivisionError("this client's own trouble")
 
 
+@dataclass(frozen=True)
 class ServerFails(ClientFails):
     def round(self, s, fleet, rng):
         raise IndexError("the server's own trouble")
 
 
+@dataclass(frozen=True)
 class NoModel(ClientFails):
     def init(self, x0):
         return {"x": x0}
