@@ -8,7 +8,7 @@ import platform
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedsim.config import ConfigError
@@ -65,6 +65,10 @@ def held(folder: Path) -> Iterator[None]:
             started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
             os.ftruncate(number, 0)
             os.write(number, f"process {os.getpid()} on {platform.node()} since {started}".encode())
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the name only informs; closing is what lets go
+                os.ftruncate(number, 0)
     finally:
         os.close(number)

@@ -202,7 +202,7 @@ def _rounds(run: _Run, sinks: Sequence[Sink], watch: Watch) -> tuple[Any, list[d
     experiment = run.experiment
     rows: list[dict[str, Any]] = []
     reason = experiment.stop.reason(run.last)
-    with _Interrupt() as interrupt:
+    with _interruptible() as asked:
         while run.round < experiment.rounds and not reason:
             row = run.step()
             rows.append(row)
@@ -213,10 +213,10 @@ def _rounds(run: _Run, sinks: Sequence[Sink], watch: Watch) -> tuple[Any, list[d
                 run.check_finite(row)
             reason = experiment.stop.reason(row)
             every = experiment.checkpoint.every
-            if interrupt.asked or reason or run.round == experiment.rounds or (every and run.round % every == 0):
+            if asked or reason or run.round == experiment.rounds or (every and run.round % every == 0):
                 run.save()
-            if interrupt.asked and not reason and run.round < experiment.rounds:
-                raise Interrupted(run.round, interrupt.asked)
+            if asked and not reason and run.round < experiment.rounds:
+                raise Interrupted(run.round, asked[0])
     return run.state, rows, reason or f"all {experiment.rounds} rounds done"
 
 
@@ -312,23 +312,18 @@ class _Run:
         """Go on from the newest sound checkpoint whose rows are all there; from the start if none was ever made."""
         assert self.folder is not None
         num_rows = len(rows_in_order(self.folder.parent / METRICS_FILE))
-        trouble = []
+        trouble: list[str] = []
         for path in reversed(checkpoint.checkpoints(self.folder)):
             try:
                 self._restore(checkpoint.load(path), num_rows)
                 break
             except checkpoint.Damaged as e:
                 trouble.append(str(e))
-        else:
-            if trouble:
-                found = "; ".join(trouble)
-                raise ConfigError(
-                    f"{self.folder} has no checkpoint to go on from: {found}; start anew in another folder"
-                )
+        found = f"{self.folder}: {'; '.join(trouble)}"
+        if trouble and not self.round:
+            raise ConfigError(f"{found}; there is no other to go on from, start anew in another folder")
         if trouble:
-            warnings.warn(
-                f"{self.folder}: {'; '.join(trouble)}; going on from round {self.round} instead", stacklevel=2
-            )
+            warnings.warn(f"{found}; going on from round {self.round} instead", stacklevel=2)
 
     def _restore(self, found: checkpoint.Saved, num_rows: int) -> None:
         """Go on from a checkpoint.
@@ -383,23 +378,20 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     return out | {f"runtime.{k}": repr(runtime[k]) for k in bits if k in runtime}
 
 
-class _Interrupt:
-    """Turns Ctrl-C and SIGTERM into a wish to stop after this round; a second Ctrl-C stops at once."""
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Signals that asked to stop after this round: Ctrl-C and SIGTERM. A second Ctrl-C stops at once."""
+    asked: list[int] = []
 
-    def __init__(self) -> None:
-        self.asked = 0  # the signal's number
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = self.asked or number
+        asked.append(number)
 
-    def __exit__(self, *error: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

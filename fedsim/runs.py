@@ -138,7 +138,7 @@ def last_folder(stem: Path) -> Path:
     numbered = {p: p.name.removeprefix(f"{stem.name}-") for p in stem.parent.glob(f"{stem.name}-*") if holds_run(p)}
     found = [p for p, number in numbered.items() if number.isdigit()]
     if not found:
-        raise ConfigError(f"{stem}-* holds no run; leave out --resume to start one, or give --out")
+        raise ConfigError(f"{stem.parent} holds no run of {stem.name}; leave out --resume to start one, or give --out")
     return max(found, key=lambda p: int(numbered[p]))
 
 

@@ -276,23 +276,6 @@ def test_a_disk_full_at_the_end_leaves_the_run_to_be_finished(tmp_path: Path) ->
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 20
 
 
-def test_a_damaged_checkpoint_is_named_and_the_earlier_one_serves(tmp_path: Path) -> None:
-    fedsim.run(QUADRATIC, out=tmp_path / "run")
-    whole = rows(tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / "round-000020"
-    tensors = newest / "tensors.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-7])
-    before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"round-000020: can't read this checkpoint .*delete it"):
-        fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True)
-    assert contents(tmp_path / "run") == before
-    tensors.unlink()
-    (newest / "state.json").unlink()
-    newest.rmdir()
-    fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True)
-    assert rows(tmp_path / "run") == whole
-
-
 # Real processes ---------------------------------------------------------------------------------------------------
 
 
