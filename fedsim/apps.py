@@ -89,8 +89,8 @@ def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock:
     raw, source = experiment_of(config, settings)
     resume = bool(settings.get("fedsim-resume", False))
     name = source if source.endswith(".yaml") else "flower"
-    out = settings.get("fedsim-out") or (runs.last_folder(name) if resume else runs.next_folder(name))
-    folder = Path(out).absolute()
+    out, stem = settings.get("fedsim-out"), runs.stem_of(name)
+    folder = Path(out or (runs.last_folder(stem) if resume else stem)).absolute()
     patience = _patience(settings)
 
     raw = apply_overrides(raw, DEPLOYED, source)
@@ -99,12 +99,13 @@ def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock:
             raw,
             source,
             folder,
+            numbered=not out and not resume,
             resume=resume,
             watch=progress.watch,
-            started=lambda composition: progress.start(composition, folder),
+            started=progress.start,
             fleet=lambda composition: deploy(composition, grid, patience, clock),
         )
-    progress.summary(history, folder)
+    progress.summary(history)
     return history
 
 

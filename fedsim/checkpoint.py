@@ -2,18 +2,19 @@
 
 A checkpoint is a folder `round-000020/` with `tensors.safetensors` and `state.json`: strategy state, client memory,
 job counters (the streams' keys), clock, jobs in flight with their broadcasts and computed replies, and the ledger.
-It is written beside its final name and renamed, so that it exists whole or not at all. Nothing is pickled.
+`SHA256SUMS`, written last, tells whether they are what was written (`sha256sum -c` reads it too). The folder is made
+beside its final name and renamed, so that it exists whole or not at all. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import typing
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsim.config import ConfigError
+from fedsim.files import sync
 
 KEEP = 2
+FILES = ("state.json", "tensors.safetensors")
+SUMS_FILE = "SHA256SUMS"
+MISSING = object()
+
+
+class Damaged(ConfigError):
+    """A checkpoint that cannot be gone on from; the message says why."""
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -99,7 +108,7 @@ def classes_of(value: Any) -> dict[str, type]:
 
 
 def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
-    """Write `folder/round-NNNNNN` whole, then drop all but the newest checkpoints.
+    """Write `folder/round-NNNNNN` whole, then drop all but the newest checkpoints up to this one.
 
     Raises:
         ConfigError: if the disk is full or cannot be written, or the state holds what a checkpoint can't; earlier
@@ -113,63 +122,113 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
         raise ConfigError(f"{final}: {e}") from e
     part = folder / f".part-{round:06d}"
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in folder.glob(".part-*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file(tensors, part / "tensors.safetensors")
         (part / "state.json").write_text(json.dumps(tree), encoding="utf-8")
-        for file in part.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
+        save_file(tensors, part / "tensors.safetensors")
+        (part / SUMS_FILE).write_bytes(_sums(part))
+        for path in (*part.iterdir(), part):
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
+        sync(folder)
     except Exception as e:
         shutil.rmtree(part, ignore_errors=True)
         raise ConfigError(
             f"{final}: can't write the checkpoint: {e}; make room or set --out elsewhere, then --resume"
         ) from e
-    for old in checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = [p for p in checkpoints(folder) if _round(p) <= round][-KEEP:]
+    for old in checkpoints(folder):
+        if old not in kept:  # later ones belong to what was given up when the run went on from an earlier one
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    whole = [p for p in folder.glob("round-*") if (p / "state.json").is_file() and p.name[6:].isdigit()]
-    return sorted(whole, key=lambda p: int(p.name[6:]))
+    """Checkpoints of a run, sound or not, oldest first."""
+    return sorted((p for p in folder.glob("round-*") if p.name[6:].isdigit()), key=_round)
 
 
-def load(path: Path, classes: Mapping[str, type]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint whose files are what was written."""
+
+    path: Path
+    entries: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def take(self, key: str, classes: Mapping[str, type] | None = None) -> Any:
+        """One entry, its dataclasses made from those given by name.
+
+        Raises:
+            Damaged: if it does not hold the entry, or a dataclass of it has other fields by now.
+        """
+        try:
+            return unpack(self.entries[key], self.tensors, classes or {})
+        except Exception as e:
+            raise _unreadable(self.path, e) from e
+
+
+def load(path: Path) -> Saved:
     """What `save` wrote.
 
     Raises:
-        ConfigError: if the files are damaged or belong to another kind of run.
+        Damaged: if a file is not what was written.
     """
-    with _damage(path):
-        return dict(unpack(_tree(path), load_file(path / "tensors.safetensors"), classes))
-
-
-def peek(path: Path, key: str) -> Any:
-    """One entry without tensors or dataclasses, for a look at a checkpoint that may belong to another run.
-
-    Raises:
-        ConfigError: if the file is damaged.
-    """
-    with _damage(path):
-        return unpack(dict(_tree(path)["$map"])[key], {}, {})
-
-
-def _tree(path: Path) -> dict[str, Any]:
-    return dict(json.loads((path / "state.json").read_text(encoding="utf-8")))
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
     try:
-        yield
+        if (path / SUMS_FILE).read_bytes() != _sums(path):
+            raise ValueError(f"its files do not match {SUMS_FILE}")
+        tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return Saved(path, dict(tree["$map"]), load_file(path / "tensors.safetensors"))
     except Exception as e:
-        raise ConfigError(
-            f"{path}: can't read this checkpoint ({type(e).__name__}: {e}); delete it to resume from an earlier one"
-        ) from e
+        raise _unreadable(path, e) from e
+
+
+def _sums(path: Path) -> bytes:
+    """Lines of `sha256sum`."""
+    lines = []
+    for name in FILES:
+        with (path / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines).encode()
+
+
+def _round(path: Path) -> int:
+    return int(path.name[6:])
+
+
+def _unreadable(path: Path, e: Exception) -> Damaged:
+    return Damaged(f"{path.name}: can't be read ({type(e).__name__}: {e})")
+
+
+def misfit(saved: Any, fresh: Any, sizes: tuple[int, ...], path: str = "state") -> str | None:
+    """Where a saved state is not of a fresh one's kind, or None: another class, or a vector of another shape or type.
+
+    Args:
+        saved: from a checkpoint.
+        fresh: what the strategy begins with today.
+        sizes: of the model's vectors; only floats that begin as [..., size] are compared, others may change by round.
+        path: the name of `fresh`, for the answer.
+    """
+    if isinstance(fresh, Tensor):
+        sized = fresh.is_floating_point() and fresh.shape[-1:] in [(size,) for size in sizes]
+        if sized and isinstance(saved, Tensor) and (saved.shape, saved.dtype) != (fresh.shape, fresh.dtype):
+            found, wanted = (f"{list(t.shape)} {t.dtype}" for t in (saved, fresh))
+            return f"{path} is {found} where the run has {wanted}"
+        return f"{path} is missing" if sized and saved is MISSING else None
+    if is_dataclass(fresh) and not isinstance(fresh, type):
+        if type(saved) is not type(fresh):
+            return f"{path} is a {type(saved).__name__} where the run has a {type(fresh).__name__}"
+        pairs = [(f.name, getattr(saved, f.name), getattr(fresh, f.name)) for f in fields(fresh)]
+    elif isinstance(fresh, Mapping) and isinstance(saved, Mapping):
+        pairs = [(str(k), saved.get(k, MISSING), v) for k, v in fresh.items()]
+    elif isinstance(fresh, list | tuple) and isinstance(saved, list | tuple):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(saved, fresh, strict=False))]
+    else:
+        return None
+    wrong = (misfit(a, b, sizes, f"{path}.{name}") for name, a, b in pairs)
+    return next(filter(None, wrong), None)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

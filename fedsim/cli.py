@@ -1,7 +1,7 @@
 """The command line: `fedsim run`, `check`, `list`, `compare`, `sweep`, `report`, `tune`.
 
 Exit codes: 0 success; 1 the run diverged or a half of the strategy failed; 2 a mistake in the config or the data,
-with one message and no traceback; 130 Ctrl-C, after a checkpoint.
+with one message and no traceback; 130 Ctrl-C and 143 SIGTERM, after a checkpoint.
 """
 
 from __future__ import annotations
@@ -39,18 +39,27 @@ def run(
 ) -> None:
     """Run an experiment and leave its results in a folder.
 
+    Ctrl-C (exit code 130) and SIGTERM (143) end the round and save; --resume goes on to the same numbers.
+
     CONFIG is an experiment file (YAML); OVERRIDES set keys of it: rounds=20 strategy.cohort_size=5.
     """
     from fedsim import runs
     from fedsim.progress import Progress
 
     raw, source = runs.load(config, parse_overrides(overrides or (), str(config)))
-    folder = out or (runs.last_folder(config) if resume else runs.next_folder(config))
+    stem = runs.stem_of(config)
+    folder = out or (runs.last_folder(stem) if resume else stem)
     with Progress(quiet) as progress:
         history = runs.execute(
-            raw, source, folder, resume=resume, watch=progress.watch, started=lambda c: progress.start(c, folder)
+            raw,
+            source,
+            folder,
+            numbered=out is None and not resume,
+            resume=resume,
+            watch=progress.watch,
+            started=progress.start,
         )
-    progress.summary(history, folder)
+    progress.summary(history)
 
 
 @app.command()
@@ -226,7 +235,7 @@ def main() -> None:
         sys.exit(app(standalone_mode=False) or 0)  # what typer.Exit carried, or None
     except Interrupted as e:
         _say(f"{e}; add --resume to go on")
-        sys.exit(130)
+        sys.exit(e.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped at once; --resume goes on from the last checkpoint")
         sys.exit(130)

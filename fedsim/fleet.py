@@ -203,6 +203,7 @@ class DrivenFleet(Fleet, Protocol):
     """A fleet that the loop can run on: it keeps an account, and can be saved."""
 
     round: int
+    timeline: list[tuple[int, float, float, int]]  # (client, start, finish, round) of the first jobs, if asynchronous
     state_classes: ClassVar[dict[str, type]]
 
     @property

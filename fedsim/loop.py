@@ -9,9 +9,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from fedsim import checkpoint
 from fedsim.config import ConfigError, place
+from fedsim.files import sync
 from fedsim.fleet import DrivenFleet, Fleet
-from fedsim.metrics import spread
+from fedsim.metrics import check_names, spread
 from fedsim.sim.executor import ClientError
-from fedsim.sinks import Sink
+from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
 from fedsim.streams import server_rng
 from fedsim.task import Pool, Task
 
@@ -53,7 +55,11 @@ class ServerError(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """Ctrl-C; the run was saved and can be resumed."""
+    """A signal (SIGINT of Ctrl-C, SIGTERM of a cluster) ended the run, which was saved and can be resumed."""
+
+    def __init__(self, round: int, number: int) -> None:
+        super().__init__(f"stopped after round {round}")
+        self.exit_code = 128 + number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,15 +154,17 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     watch: Watch = lambda row: None,
+    started: Callable[[], None] = lambda: None,
 ) -> tuple[Any, list[dict[str, Any]], str]:
     """Run an experiment.
 
     Args:
         experiment: what to run.
-        sinks: where rows go, opened by the caller.
+        sinks: where rows go, opened and closed here; they need a folder.
         folder: the run's folder, for checkpoints; None keeps nothing.
-        resume: go on from the newest checkpoint in `folder`.
+        resume: go on from the newest sound checkpoint in `folder`, as far as the rows of its metrics.jsonl reach.
         watch: called with every row, for a progress line.
+        started: called once when nothing can be refused any more, before anything is written.
 
     Returns:
         (final state, rows of this call, why it ended).
@@ -165,10 +173,18 @@ def train(
         Diverged: if the model is not finite; the rows so far are written.
         ClientError, ServerError: if a half of the strategy raised.
         ConfigError: if the strategy found that its settings don't fit, or a checkpoint can't be read or written.
-        Interrupted: after Ctrl-C, once the running round is finished and saved.
+        Interrupted: after Ctrl-C or SIGTERM, once the running round is finished and saved.
     """
-    with _threads(experiment.threads):
-        return _train(experiment, sinks, folder, resume, watch)
+    with _threads(experiment.threads), ExitStack() as stack:
+        run = _Run(experiment, folder)
+        if resume:
+            run.restore()
+        started()
+        for sink in sinks:
+            assert folder is not None, "sinks write to a folder"
+            stack.callback(sink.close)
+            sink.open(folder, experiment.config, run.round if resume else None)
+        return _rounds(run, sinks, watch)
 
 
 @contextmanager
@@ -182,15 +198,11 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(
-    experiment: Experiment, sinks: Sequence[Sink], folder: Path | None, resume: bool, watch: Watch
-) -> tuple[Any, list[dict[str, Any]], str]:
-    run = _Run(experiment, folder)
-    if resume:
-        run.restore()
+def _rounds(run: _Run, sinks: Sequence[Sink], watch: Watch) -> tuple[Any, list[dict[str, Any]], str]:
+    experiment = run.experiment
     rows: list[dict[str, Any]] = []
     reason = experiment.stop.reason(run.last)
-    with _Interrupt() as interrupt:
+    with _interruptible() as asked:
         while run.round < experiment.rounds and not reason:
             row = run.step()
             rows.append(row)
@@ -201,10 +213,10 @@ def _train(
                 run.check_finite(row)
             reason = experiment.stop.reason(row)
             every = experiment.checkpoint.every
-            if interrupt.asked or reason or run.round == experiment.rounds or (every and run.round % every == 0):
+            if asked or reason or run.round == experiment.rounds or (every and run.round % every == 0):
                 run.save()
-            if interrupt.asked and not reason and run.round < experiment.rounds:
-                raise Interrupted(f"stopped after round {run.round}")
+            if asked and not reason and run.round < experiment.rounds:
+                raise Interrupted(run.round, asked[0])
     return run.state, rows, reason or f"all {experiment.rounds} rounds done"
 
 
@@ -230,6 +242,7 @@ class _Run:
         rng = server_rng(e.seed, "server", self.round)
         self.state, own = self._server_half(rng)
         self.round += 1
+        check_names(own, type(e.strategy).__name__)
         row: dict[str, Any] = {
             "round": self.round,
             "virtual_seconds": fleet.now,
@@ -280,46 +293,77 @@ class _Run:
             )
 
     def save(self) -> None:
-        if self.folder is not None:
-            wall = self._before + time.perf_counter() - self._started
-            parts = {
-                "round": self.round,
-                "wall_seconds": wall,
-                "strategy": self.state,
-                "fleet": self.experiment.fleet.state(),
-                "config": fingerprint(self.experiment.config),
-                "last": {k: self.last[k] for k in asdict(self.experiment.stop) if k in self.last},
-            }
-            checkpoint.save(self.folder, self.round, parts)
+        if self.folder is None:
+            return
+        rows = self.folder.parent / METRICS_FILE
+        if rows.exists():
+            sync(rows)  # first, or after a power cut the checkpoint might know of rounds that the file does not
+        parts = {
+            "round": self.round,
+            "wall_seconds": self._before + time.perf_counter() - self._started,
+            "strategy": self.state,
+            "fleet": self.experiment.fleet.state(),
+            "config": fingerprint(self.experiment.config),
+            "last": {k: self.last[k] for k in asdict(self.experiment.stop) if k in self.last},
+        }
+        checkpoint.save(self.folder, self.round, parts)
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+        """Go on from the newest sound checkpoint whose rows are all there; from the start if none was ever made."""
         assert self.folder is not None
-        found = checkpoint.checkpoints(self.folder)
-        if not found:
-            return
-        here, there = fingerprint(self.experiment.config), checkpoint.peek(found[-1], "config")
-        changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
-        if changed:
-            verb = "differs" if len(changed) == 1 else "differ"
-            chosen = " ".join(
-                f"{k}={literal_eval(there[k])}" for k in changed if k.startswith("runtime.") and k in there
-            )
-            same = f"overrides (where `auto` chose: {chosen})" if chosen else "overrides"
+        num_rows = len(rows_in_order(self.folder.parent / METRICS_FILE))
+        trouble: list[str] = []
+        for path in reversed(checkpoint.checkpoints(self.folder)):
+            try:
+                self._restore(checkpoint.load(path), num_rows)
+                break
+            except checkpoint.Damaged as e:
+                trouble.append(str(e))
+        found = f"{self.folder}: {'; '.join(trouble)}"
+        if trouble and not self.round:
+            raise ConfigError(f"{found}; there is no other to go on from, start anew in another folder")
+        if trouble:
+            warnings.warn(f"{found}; going on from round {self.round} instead", stacklevel=2)
+
+    def _restore(self, found: checkpoint.Saved, num_rows: int) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            Damaged: if it can't be gone on from, but another may.
+            ConfigError: if it belongs to another run than this one.
+        """
+        e, path = self.experiment, found.path
+        _check_same(path, fingerprint(e.config), found.take("config"))
+        saved = found.take("strategy", checkpoint.classes_of(self.state))
+        fleet = found.take("fleet", e.fleet.state_classes)
+        round, before, last = found.take("round"), found.take("wall_seconds"), found.take("last")
+        layout = e.task.layout
+        wrong = checkpoint.misfit(saved, self.state, (layout.size, layout.num_trainable))
+        if wrong is None and round > num_rows:
+            wrong = f"{METRICS_FILE} lacks row {num_rows + 1} or holds it twice"
+        if wrong:
+            raise checkpoint.Damaged(f"{path.name}: {wrong}")
+        if round > e.rounds:
             raise ConfigError(
-                f"{found[-1]}: belongs to another config ({', '.join(changed)} {verb}); resume with the same file and "
-                f"{same}, or start anew in another folder"
+                f"rounds: {path.parents[1]} already has {round}, more than {e.rounds}; give at least as many to go on, "
+                "or start anew in another folder"
             )
-        classes = checkpoint.classes_of(self.state) | self.experiment.fleet.state_classes
-        saved = checkpoint.load(found[-1], classes)
-        self.state = checkpoint.to_device(saved["strategy"], self.experiment.device)
-        self.experiment.fleet.load(saved["fleet"])
-        self.round, self._before, self.last = saved["round"], saved["wall_seconds"], saved["last"]
-        if self.round > self.experiment.rounds:
-            raise ConfigError(
-                f"rounds: {self.folder.parent} already has {self.round}, more than {self.experiment.rounds}; give at "
-                "least as many to go on, or start anew in another folder"
-            )
+        e.fleet.load(fleet)
+        self.state = checkpoint.to_device(saved, e.device)
+        self.round, self._before, self.last = round, before, last
+
+
+def _check_same(path: Path, here: Mapping[str, str], there: Mapping[str, str]) -> None:
+    """Refuse the checkpoint of another config."""
+    changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
+    if changed:
+        verb = "differs" if len(changed) == 1 else "differ"
+        chosen = " ".join(f"{k}={literal_eval(there[k])}" for k in changed if k.startswith("runtime.") and k in there)
+        same = f"overrides (where `auto` chose: {chosen})" if chosen else "overrides"
+        raise ConfigError(
+            f"{path}: belongs to another config ({', '.join(changed)} {verb}); resume with the same file and {same}, "
+            "or start anew in another folder"
+        )
 
 
 FREE_TO_CHANGE = ("rounds", "stop", "log", "checkpoint", "versions", "allow_divergence")
@@ -334,24 +378,20 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     return out | {f"runtime.{k}": repr(runtime[k]) for k in bits if k in runtime}
 
 
-class _Interrupt:
-    """Turns the first Ctrl-C into a wish to stop after this round; a second one stops at once."""
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Signals that asked to stop after this round: Ctrl-C and SIGTERM. A second Ctrl-C stops at once."""
+    asked: list[int] = []
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._old: Any = None
-        self._main = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> _Interrupt:
-        if self._main:
-            self._old = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        asked.append(number)
 
-    def __exit__(self, *error: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._old)
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

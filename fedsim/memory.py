@@ -10,6 +10,7 @@ Letters: N registered clients, C clients of a stack, M clients that own a row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fedsim import pages
+from fedsim.config import ConfigError
 from fedsim.parts import Parts
 from fedsim.terms import Terms
 
@@ -36,9 +38,18 @@ class _Table:
         if self.path is None:
             return pages.empty((capacity, *shape), dtype)
         nbytes = capacity * prod(shape) * torch.empty((), dtype=dtype).element_size()
-        with open(self.path, "ab") as f:
-            f.truncate(nbytes)
-        raw = np.memmap(self.path, dtype=np.uint8, mode="r+", shape=(nbytes,))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.owners:  # a file of its own: one left from before may still be mapped
+                self.path.unlink(missing_ok=True)
+            with open(self.path, "ab") as f:
+                # Now, for where the disk is full, writing to a mapped hole would kill the process (SIGBUS).
+                os.posix_fallocate(f.fileno(), 0, nbytes)
+            raw = np.memmap(self.path, dtype=np.uint8, mode="r+", shape=(nbytes,))
+        except OSError as e:
+            raise ConfigError(
+                f"runtime.memory: disk needs {nbytes:,} bytes in {self.path}: {e}; make room, or set runtime.memory=ram"
+            ) from e
         return torch.from_numpy(raw).view(dtype).view(capacity, *shape)
 
     def read(self, ids: Tensor) -> Tensor:
@@ -100,11 +111,7 @@ class Memory:
         for name, value in rows.items():
             value = value.detach().cpu()
             if name not in self.tables:
-                path = None
-                if self.folder is not None:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    path = self.folder / f"{name.replace('/', '_')}.rows"
-                    path.unlink(missing_ok=True)
+                path = None if self.folder is None else self.folder / f"{name.replace('/', '_')}.rows"
                 self.tables[name] = _Table(self.num_clients, tuple(value.shape[1:]), value.dtype, path)
             self.tables[name].write(ids.cpu(), value)
 

@@ -9,7 +9,7 @@ Letters: C clients in a stack, N clients in all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TypeAlias
@@ -17,7 +17,27 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fedsim.config import ConfigError
+
 Value: TypeAlias = float | int | list[float]
+
+RESERVED = frozenset(
+    "round virtual_seconds wall_seconds bits_up bits_down num_clients staleness_mean nonfinite "
+    "test_loss test_accuracy distance x "
+    "client_loss_mean client_loss_std client_loss_worst_decile "
+    "client_accuracy_mean client_accuracy_std client_accuracy_worst_decile".split()
+)
+"""Names that a row gets from the loop, the fleet and the evaluation: no strategy and no client half may use them."""
+
+
+def check_names(names: Iterable[str], owner: str) -> None:
+    """Refuse metrics that would overwrite those of the ledger or the evaluation.
+
+    Raises:
+        ConfigError: naming the metric and its owner.
+    """
+    if taken := sorted(RESERVED.intersection(names)):
+        raise ConfigError(f"{owner}: metric {taken[0]!r} is reserved (fedsim itself reports it); give it another name")
 
 
 @dataclass(frozen=True)

@@ -68,14 +68,15 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def summary(self, history: History, folder: Path) -> None:
-        """The result table, and where the report is."""
+    def summary(self, history: History) -> None:
+        """The result table of a run in a folder, and where its report is."""
         if self.quiet:
             return
+        assert history.path is not None
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(justify="right")
         for _, label, value in history.headlines():
             table.add_row(label, value)
         self.console.print(table)
-        self.console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"report: {history.path / 'report.html'}", highlight=False, markup=False, soft_wrap=True)

@@ -6,27 +6,30 @@ clients.jsonl, split.npz, checkpoints/ and report.html.
 
 from __future__ import annotations
 
+import io
 import json
 import platform
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from fedsim import checkpoint
 from fedsim.compose import Composition, compose
 from fedsim.config import ConfigError
+from fedsim.files import held, write_whole
 from fedsim.fleet import DrivenFleet
 from fedsim.history import History
 from fedsim.loop import Watch, train
 from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import Layout
-from fedsim.sinks import METRICS_FILE, encode_row, write_whole
+from fedsim.sinks import METRICS_FILE, encode_row
 from fedsim.task import Task
 
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
@@ -67,9 +70,10 @@ def execute(
     source: str,
     folder: Path | None,
     *,
+    numbered: bool = False,
     resume: bool = False,
     watch: Watch = lambda row: None,
-    started: Callable[[Composition], None] = lambda composition: None,
+    started: Callable[[Composition, Path], None] = lambda composition, folder: None,
     fleet: Callable[[Composition], DrivenFleet] | None = None,
 ) -> History:
     """Compose and run; with a folder, leave everything a run leaves.
@@ -78,24 +82,35 @@ def execute(
         raw: the file's content after overrides.
         source: the file's name, for messages.
         folder: the run's folder, or None.
+        numbered: take the first free of `folder`-001, `folder`-002, ... instead.
         resume: go on from the folder's newest checkpoint.
         watch: called with every row.
-        started: called with the composition just before the first round.
+        started: called with the composition and the folder just before the first round.
         fleet: makes the fleet to run on from the composition, before anything is written; None keeps the simulated one.
     """
-    if folder is not None:
+    if folder is not None and not numbered:
         check_folder(folder, resume)
-    composition = compose(raw, source, folder)
+    composition = compose(raw, source)
     try:
         if fleet is not None:
             composition.experiment.fleet = fleet(composition)
-        if folder is not None:
-            return _into(composition, folder, resume, watch, started)
-        started(composition)
-        state, rows, why = train(composition.experiment, watch=watch)
-        return History(rows, dict(composition.resolved), None)
+        if folder is None:
+            _, rows, _ = train(composition.experiment, watch=watch)
+            return History(rows, dict(composition.resolved), None)
+        try:
+            with _claimed(folder, numbered) as folder:
+                check_folder(folder, resume)  # again, now that nobody else writes there
+                return _into(composition, folder, resume, watch, started)
+        except OSError as e:
+            way_out = "then add --resume to go on" if holds_run(folder) else "or choose another --out"
+            raise ConfigError(f"{folder}: can't write here: {e}; make room, {way_out}") from e
     finally:
         composition.close()
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun to write there."""
+    return (folder / METRICS_FILE).exists() or (folder / "config.yaml").exists()
 
 
 def check_folder(folder: Path, resume: bool) -> None:
@@ -104,31 +119,43 @@ def check_folder(folder: Path, resume: bool) -> None:
     Raises:
         ConfigError: if the folder holds a run and this is no resume, or holds none and it is.
     """
-    holds = (folder / METRICS_FILE).exists() or (folder / "config.yaml").exists()
-    if holds and not resume:
+    if holds_run(folder) and not resume:
         raise ConfigError(f"{folder} already holds a run; add --resume to go on with it or give another --out")
-    if resume and not holds:
+    if resume and not holds_run(folder):
         raise ConfigError(f"{folder} holds no run to resume; leave out --resume to start one there")
 
 
-def next_folder(config: str | Path, root: Path = Path("runs")) -> Path:
-    """The first free `runs/<name of the config>-NNN`."""
-    stem, k = Path(config).stem, 1
-    while (root / f"{stem}-{k:03d}").exists():
-        k += 1
-    return root / f"{stem}-{k:03d}"
+def stem_of(config: str | Path, root: Path = Path("runs")) -> Path:
+    """What the numbered folders of a config's runs begin with: `runs/<name of the config>`."""
+    return root / Path(config).stem
 
 
-def last_folder(config: str | Path, root: Path = Path("runs")) -> Path:
-    """The newest `runs/<name of the config>-NNN`, for --resume without --out.
+def last_folder(stem: Path) -> Path:
+    """The newest of the numbered folders that holds a run, for --resume without --out.
 
     Raises:
         ConfigError: if there is none.
     """
-    found = sorted(root.glob(f"{Path(config).stem}-[0-9][0-9][0-9]"))
+    numbered = {p: p.name.removeprefix(f"{stem.name}-") for p in stem.parent.glob(f"{stem.name}-*") if holds_run(p)}
+    found = [p for p, number in numbered.items() if number.isdigit()]
     if not found:
-        raise ConfigError(f"{root} holds no run of {config}; leave out --resume to start one, or give --out")
-    return found[-1]
+        raise ConfigError(f"{stem.parent} holds no run of {stem.name}; leave out --resume to start one, or give --out")
+    return max(found, key=lambda p: int(numbered[p]))
+
+
+@contextmanager
+def _claimed(folder: Path, numbered: bool) -> Iterator[Path]:
+    """The run's folder, made if need be, and kept to this run while it lasts."""
+    for k in count(1):
+        mine = folder.with_name(f"{folder.name}-{k:03d}") if numbered else folder
+        try:
+            mine.mkdir(parents=True, exist_ok=not numbered)  # one of two that start at once makes it
+            break
+        except FileExistsError:
+            if not numbered:
+                raise
+    with held(mine):
+        yield mine
 
 
 def versions() -> dict[str, str]:
@@ -145,39 +172,41 @@ def _version(package: str) -> str:
 
 
 def _into(
-    composition: Composition, folder: Path, resume: bool, watch: Watch, started: Callable[[Composition], None]
+    composition: Composition, folder: Path, resume: bool, watch: Watch, started: Callable[[Composition, Path], None]
 ) -> History:
     """Run into a folder."""
-    experiment, resolved = composition.experiment, composition.resolved
-    found = checkpoint.checkpoints(folder / "checkpoints") if resume else []
-    resume_at = int(found[-1].name.removeprefix("round-")) if found else (0 if resume else None)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            write_config(folder / "config.yaml", {**resolved, "versions": versions()})
-            _write_environment(folder, experiment.device)
-            _write_split(folder, composition)
-        for sink in composition.sinks:
-            sink.open(folder, resolved, resume_at)
-    except OSError as e:
-        raise ConfigError(f"{folder}: can't write here: {e}; make room or choose another --out") from e
-    try:
-        try:
-            started(composition)
-            state, _, why = train(experiment, sinks=composition.sinks, folder=folder, resume=bool(found), watch=watch)
-        finally:
-            for sink in composition.sinks:
-                sink.close()
-        history = History.load(folder)
-        if resume:
-            write_config(folder / "config.yaml", {**resolved, "versions": versions()})
-        _write_results(folder, composition, state, history, why)
-        from fedsim.report import write_report
+    if composition.resolved["runtime"]["memory"] == "disk":
+        composition.memory.folder = folder / "memory"
 
+    def start() -> None:
+        _write_inputs(folder, composition)
+        started(composition, folder)
+
+    state, _, why = train(
+        composition.experiment, sinks=composition.sinks, folder=folder, resume=resume, watch=watch, started=start
+    )
+    history = History.load(folder)
+    _write_results(folder, composition, state, history, why)
+    from fedsim.report import write_report
+
+    try:
         write_report(folder)
-    except (OSError, SafetensorError) as e:
-        raise ConfigError(f"{folder}: writing failed: {e}; make room, then add --resume to go on") from e
+    except Exception as e:
+        warnings.warn(
+            f"{folder}: the run is complete, but not its report ({type(e).__name__}: {e}); `fedsim report {folder}` "
+            "writes it again",
+            stacklevel=2,
+        )
     return history
+
+
+def _write_inputs(folder: Path, composition: Composition) -> None:
+    """What is known before the first round; a resume adds what is missing, and what it may change of the config."""
+    write_config(folder / "config.yaml", {**composition.resolved, "versions": versions()})
+    if not (folder / "env.json").exists():
+        _write_environment(folder, composition.experiment.device)
+    if not (folder / "split.npz").exists():
+        _write_split(folder, composition)
 
 
 def write_config(path: Path, resolved: Mapping[str, Any]) -> None:
@@ -203,34 +232,35 @@ def _write_split(folder: Path, composition: Composition) -> None:
     if data is None or data.num_clients > MAX_CLIENTS_LISTED or data.num_classes > 1000:
         return
     names = [str(k) for k in range(data.num_classes)] if data.class_names is None else list(data.class_names)
-    np.savez_compressed(folder / "split.npz", counts=data.class_counts().cpu().numpy(), class_names=np.array(names))
+    content = io.BytesIO()
+    np.savez_compressed(content, counts=data.class_counts().cpu().numpy(), class_names=np.array(names))
+    write_whole(folder / "split.npz", content.getvalue())
 
 
 def _write_results(folder: Path, composition: Composition, state: Any, history: History, why: str) -> None:
+    """What is known after the last round; the summary comes last and tells that all is there."""
     experiment = composition.experiment
-    last = history.rows[-1]
-    final = {key: history.last(key) for key in history.keys()}
-    summary = {"rounds": last["round"], "ended": why, "final": json.loads(encode_row(final))}
-    best = [row["test_accuracy"] for row in history.rows if row.get("test_accuracy") is not None]
-    if best:
-        summary["best_test_accuracy"] = max(best)
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     if composition.module is not None:
         tensors = Layout.of_module(composition.module).state_dict(state.x.cpu(), composition.module)
     else:
         tensors = {k: v.contiguous() for k, v in experiment.task.layout.views(state.x.cpu()).items()}
-    save_file(tensors, folder / "model.safetensors")
+    write_whole(folder / "model.safetensors", safetensors.torch.save(tensors))
     _write_timeline(folder, experiment.fleet)
     if experiment.evaluate.per_client and composition.data is not None:
         _write_clients(folder, experiment.task, state.x, experiment.pool)
+    final = {key: history.last(key) for key in history.keys()}
+    summary = {"rounds": history.rows[-1]["round"], "ended": why, "final": json.loads(encode_row(final))}
+    best = [row["test_accuracy"] for row in history.rows if row.get("test_accuracy") is not None]
+    if best:
+        summary["best_test_accuracy"] = max(best)
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _write_timeline(folder: Path, fleet: DrivenFleet) -> None:
     """Who worked when and which server step took the reply, for the first jobs of an asynchronous run."""
-    jobs = getattr(fleet, "timeline", [])
-    if jobs:
+    if fleet.timeline:
         keys = ("client", "start", "finish", "round")
-        lines = [json.dumps(dict(zip(keys, job, strict=True))) for job in jobs]
+        lines = [json.dumps(dict(zip(keys, job, strict=True))) for job in fleet.timeline]
         write_whole(folder / "timeline.jsonl", "\n".join(lines) + "\n")
 
 

@@ -21,6 +21,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
+from fedsim.files import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -56,11 +58,13 @@ class JsonLines:
         """See `Sink.open`. On resume the rows beyond the checkpoint are cut off, atomically.
 
         Raises:
-            ValueError: if the folder holds rows and this is no resume, or a row before the last cannot be read.
+            ValueError: if the folder holds rows and this is no resume, or lacks a row up to the checkpoint.
         """
         path = Path(run_dir) / METRICS_FILE
         if resume_at is not None:
-            kept = [row for row in read_rows(path) if row["round"] <= resume_at] if path.exists() else []
+            kept = rows_in_order(path)[:resume_at]
+            if len(kept) < resume_at:
+                raise ValueError(f"{path} lacks row {len(kept) + 1}; restore the file or start anew")
             write_whole(path, "".join(encode_row(row) + "\n" for row in kept))
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path} already holds a run; resume it (--resume) or write to another folder (--out)")
@@ -72,11 +76,11 @@ class JsonLines:
         self._file.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
 
 
 @dataclass(kw_only=True)
@@ -191,7 +195,7 @@ class MLflow:
         experiment = found.experiment_id if found else self._client.create_experiment(self.experiment)
         run = self._client.create_run(experiment, run_name=Path(run_dir).resolve().name)
         self._run_id = run.info.run_id
-        (Path(run_dir) / "mlflow_run_id").write_text(self._run_id, encoding="utf-8")
+        write_whole(Path(run_dir) / "mlflow_run_id", self._run_id)
         for key, value in _flat(config):
             self._client.log_param(self._run_id, key, str(value)[:500])  # MLflow's oldest limit on a value
 
@@ -257,18 +261,35 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if any other line is not a JSON object with a `round`.
     """
-    rows = []
     lines = Path(path).read_bytes().split(b"\n")
-    for i, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            row["round"] <= 0  # noqa: B015 (a row that cannot be placed is as bad as one that cannot be read)
-        except (ValueError, TypeError, KeyError):
-            if i == len(lines) - 1:  # what follows the last newline: nothing, or a line cut short
-                break
-            raise ValueError(f"{path}, line {i + 1} is not a row of metrics; restore the file or start anew") from None
+    rows = [_row(line) for line in lines]
+    if rows[-1] is None:  # what follows the last newline: nothing, or a line cut short
+        del rows[-1]
+    if None in rows:
+        line = rows.index(None) + 1
+        raise ValueError(f"{path}, line {line} is not a row of metrics; restore the file or start anew")
+    return [row for row in rows if row is not None]
+
+
+def rows_in_order(path: Path) -> list[dict[str, Any]]:
+    """Rows 1, 2, ... of a metrics.jsonl up to the first that is missing, doubled or damaged; no file has no rows."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        row = _row(line)
+        if row is None or row["round"] != len(rows) + 1:
+            break
         rows.append(row)
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row, or None for what is none."""
+    try:
+        row = json.loads(line)
+        row["round"] <= 0  # noqa: B015 (a row that cannot be placed is as bad as one that cannot be read)
+    except (ValueError, TypeError, KeyError):
+        return None
+    return dict(row)
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
@@ -297,16 +318,6 @@ def _nulled(value: Any) -> Any:
     return value if _finite(value) else None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8", newline="\n") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
 def _need(module: str, extra: str, install: str | None = None) -> Any:
     try:
         return importlib.import_module(module)
@@ -332,7 +343,7 @@ def _remembered(file: Path, resume_at: int | None) -> str | None:
 
 def _remember(file: Path, prefix: str = "") -> str:
     name = prefix + uuid.uuid4().hex[:8]
-    file.write_text(name, encoding="utf-8")
+    write_whole(file, name)
     return name
 
 

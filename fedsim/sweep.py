@@ -18,8 +18,8 @@ from typing import Any
 from fedsim import runs
 from fedsim.compose import compose
 from fedsim.config import ConfigError
+from fedsim.files import write_whole
 from fedsim.loop import Diverged
-from fedsim.sinks import METRICS_FILE, write_whole
 
 POINT_FILE = "sweep.json"
 
@@ -90,7 +90,7 @@ def sweep(config: Path, overrides: Mapping[str, Any], folder: Path) -> Iterator[
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / POINT_FILE, json.dumps(raw, sort_keys=True))
         try:
-            runs.execute(raw, source, out, resume=(out / METRICS_FILE).exists())
+            runs.execute(raw, source, out, resume=runs.holds_run(out))
             yield out, "done"
         except Diverged as e:
             yield out, str(e)

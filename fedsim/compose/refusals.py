@@ -6,6 +6,7 @@ be seen with two of them in hand.
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,11 @@ def check_methods(strategy: Any) -> None:
 def check_strategy(strategy: Any, num_clients: int) -> None:
     """Refuse what is no strategy, a cohort larger than the federation, and a rule that can't take such a cohort."""
     check_methods(strategy)
+    if not (is_dataclass(strategy) and "__setattr__" in vars(type(strategy))):  # a plain subclass is not frozen either
+        raise ConfigError(
+            f"strategy.name: {type(strategy).__name__} is not a frozen dataclass, and what it kept on itself would be "
+            "lost on resume and by workers; write @dataclass(frozen=True) above it and keep what changes in the state"
+        )
     size = getattr(strategy, "cohort_size", None)
     if size is not None and size > num_clients:
         raise ConfigError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ class Composition:
         experiment: what the loop runs.
         executor: runs stacks of clients.
         pool: threads of this process, for evaluation; the executor itself where that is in process.
+        memory: rows that clients keep, in RAM until it is given a folder.
         resolved: the file with every default, and with what `auto` chose.
         plan: {what: in words}.
         sinks: where rows go.
@@ -50,6 +50,7 @@ class Composition:
     experiment: Experiment
     executor: Executor
     pool: InProcess
+    memory: Memory
     resolved: dict[str, Any]
     plan: dict[str, str]
     sinks: list[Sink]
@@ -62,19 +63,18 @@ class Composition:
         self.pool.close()
 
 
-def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> Composition:
+def compose(raw: Mapping[str, Any], source: str) -> Composition:
     """Build everything an experiment file describes.
 
     Args:
         raw: the file's content after overrides.
         source: the file's name, for messages.
-        folder: the run's folder, for client memory on disk.
 
     Raises:
         ConfigError: for the first mistake found.
     """
     with naming(source):
-        return _build(read_sections(raw), folder)
+        return _build(read_sections(raw))
 
 
 def read_sections(raw: Mapping[str, Any]) -> File:
@@ -117,7 +117,7 @@ def read_sections(raw: Mapping[str, Any]) -> File:
     return file
 
 
-def _build(file: File, folder: Path | None) -> Composition:
+def _build(file: File) -> Composition:
     device = compute_device(file.runtime.device)
     problem = problem_of(file, device)
     strategy = _strategy(file, problem)
@@ -136,7 +136,7 @@ def _build(file: File, folder: Path | None) -> Composition:
         "clients": {**file.resolved["clients"], "count": len(task.num_examples)},
         "runtime": {**file.resolved["runtime"], **chosen},
     }
-    fleet, pool, workers = _fleet(file, task, strategy, plan.width, device, folder)
+    fleet, pool, workers = _fleet(file, task, strategy, plan.width, device)
     experiment = Experiment(
         task=task,
         strategy=strategy,
@@ -154,9 +154,11 @@ def _build(file: File, folder: Path | None) -> Composition:
     )
     words = {**in_words(work, plan, task.layout, task.num_examples), "workers": workers, "device": str(device)}
     if isinstance(problem, Formula):
-        return Composition(experiment, fleet.executor, pool, resolved, words, sinks)
+        return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, words, sinks)
     notes = {"data": " ".join(problem.data.notes)} if problem.data.notes else {}
-    return Composition(experiment, fleet.executor, pool, resolved, notes | words, sinks, problem.data, problem.module)
+    return Composition(
+        experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, problem.data, problem.module
+    )
 
 
 def _strategy(file: File, problem: Formula | Samples) -> Any:
@@ -172,9 +174,7 @@ def _strategy(file: File, problem: Formula | Samples) -> Any:
     return strategy
 
 
-def _fleet(
-    file: File, task: Task, strategy: Any, width: int, device: torch.device, folder: Path | None
-) -> tuple[SimFleet, InProcess, str]:
+def _fleet(file: File, task: Task, strategy: Any, width: int, device: torch.device) -> tuple[SimFleet, InProcess, str]:
     """(simulated fleet, threads for evaluation, what runs the clients in words)."""
     n, runtime = len(task.num_examples), file.runtime
     uplink, downlink = build_links(file, strategy, task.layout)
@@ -188,7 +188,7 @@ def _fleet(
         model_size=task.layout.size,
         executor=executor,
         devices=devices,
-        memory=Memory(n, folder / "memory" if folder is not None and runtime.memory == "disk" else None),
+        memory=Memory(n),
         seed=file.seed,
         reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
         downlink=downlink,

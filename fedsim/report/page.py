@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fedsim.sinks import write_whole
+from fedsim.files import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Template

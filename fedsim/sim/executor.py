@@ -25,6 +25,7 @@ from torch import Tensor
 from fedsim.cohort import Cohort
 from fedsim.fleet import Exact, Inbox
 from fedsim.memory import Kept, MemoryRows
+from fedsim.metrics import check_names
 from fedsim.parts import Parts
 from fedsim.sim.links import FLOAT_BITS, Uplink
 from fedsim.streams import Streams
@@ -193,6 +194,7 @@ class StackRunner:
             raise ClientError(
                 f"{jobs.work} failed in round {jobs.round + 1} for client(s) {shown}: {type(error).__name__}: {error}"
             ) from error
+        check_names(cohort.metrics, f"{type(self.strategy).__name__}.{jobs.work}")
         return self._collect(jobs, cohort, reply)
 
     def _collect(self, jobs: Jobs, cohort: Cohort, reply: Mapping[str, Any]) -> Results:

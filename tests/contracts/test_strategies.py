@@ -89,7 +89,8 @@ def _rows(config: dict[str, Any], folder: Path | None = None, resume: bool = Fal
     """What the run reports, but for wall time."""
     composition = compose(config, "config")
     try:
-        _, rows, _ = train(composition.experiment, folder=folder, resume=resume)
+        sinks = [] if folder is None else composition.sinks
+        _, rows, _ = train(composition.experiment, sinks=sinks, folder=folder, resume=resume)
     finally:
         composition.close()
     return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]

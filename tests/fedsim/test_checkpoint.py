@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsim import checkpoint
-from fedsim.checkpoint import checkpoints, classes_of, load, pack, peek, save, to_device, unpack
+from fedsim.checkpoint import Damaged, checkpoints, classes_of, load, misfit, pack, save, to_device, unpack
 from fedsim.config import ConfigError
 from tests.fedsim.console import contents
 
@@ -70,7 +71,7 @@ def test_tensors_come_back_with_bits_type_and_shape(dtype: torch.dtype, tmp_path
     values = torch.arange(12).reshape(3, 4).to(dtype)
     state = {"whole": values, "column": values[:, 1], "none": values[:0], "number": values[0, 0]}
     save(tmp_path, 1, {"tensors": state})
-    back = load(tmp_path / "round-000001", {})["tensors"]
+    back = load(tmp_path / "round-000001").take("tensors")
     for name, value in state.items():
         assert back[name].dtype == dtype and back[name].shape == value.shape and torch.equal(back[name], value)
 
@@ -78,9 +79,9 @@ def test_tensors_come_back_with_bits_type_and_shape(dtype: torch.dtype, tmp_path
 def test_not_a_number_and_infinity_keep_their_bits(tmp_path: Path) -> None:
     odd = [math.nan, math.inf, -math.inf, -0.0, 0.1 + 0.2, 5e-324]
     save(tmp_path, 1, {"numbers": odd, "tensor": torch.tensor(odd, dtype=torch.float64)})
-    back = load(tmp_path / "round-000001", {})
-    assert [v.hex() for v in back["numbers"]] == [v.hex() for v in odd]
-    assert [v.hex() for v in back["tensor"].tolist()] == [v.hex() for v in odd]
+    back = load(tmp_path / "round-000001")
+    assert [v.hex() for v in back.take("numbers")] == [v.hex() for v in odd]
+    assert [v.hex() for v in back.take("tensor").tolist()] == [v.hex() for v in odd]
 
 
 def test_dataclasses_come_back_though_the_first_state_did_not_hold_them(tmp_path: Path) -> None:
@@ -89,9 +90,9 @@ def test_dataclasses_come_back_though_the_first_state_did_not_hold_them(tmp_path
     assert classes == {"Outer": Outer, "Inner": Inner}
     state = Outer(torch.ones(2), {3: Inner(torch.arange(3.0), 5)}, Inner(torch.zeros(1)))
     save(tmp_path, 12, {"strategy": state, "round": 12})
-    back = load(tmp_path / "round-000012", classes)
-    made = back["strategy"]
-    assert isinstance(made, Outer) and made.parts[3].count == 5 and made.derived == 7 and back["round"] == 12
+    back = load(tmp_path / "round-000012")
+    made = back.take("strategy", classes)
+    assert isinstance(made, Outer) and made.parts[3].count == 5 and made.derived == 7 and back.take("round") == 12
     assert torch.equal(made.parts[3].row, torch.arange(3.0)) and isinstance(made.later, Inner)
 
 
@@ -120,10 +121,16 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for k in (5, 10, 999_999, 1_000_000):
         save(tmp_path, k, {"k": k})
     assert [p.name for p in checkpoints(tmp_path)] == ["round-999999", "round-1000000"]
-    assert load(checkpoints(tmp_path)[-1], {})["k"] == 1_000_000
+    assert load(checkpoints(tmp_path)[-1]).take("k") == 1_000_000
 
 
-@pytest.mark.parametrize("step", ["save_file", "os.fsync", "os.replace"])
+def test_later_checkpoints_go_when_a_run_went_on_from_an_earlier_one(tmp_path: Path) -> None:
+    for k in (5, 10, 20, 12):
+        save(tmp_path, k, {"k": k})
+    assert [p.name for p in checkpoints(tmp_path)] == ["round-000010", "round-000012"]
+
+
+@pytest.mark.parametrize("step", ["save_file", "sync", "os.replace"])
 def test_a_failure_at_any_step_leaves_what_was_there(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,39 +147,84 @@ def test_a_failure_at_any_step_leaves_what_was_there(
     assert contents(tmp_path) == before and not list(tmp_path.glob(".part-*"))
 
 
-def test_half_a_checkpoint_is_none(tmp_path: Path) -> None:
+def test_half_a_checkpoint_is_none_and_goes_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".part-000002").mkdir()  # by a run that was killed
+    assert checkpoints(tmp_path) == checkpoints(tmp_path / "nowhere") == []
     save(tmp_path, 1, {"a": 1})
-    (tmp_path / ".part-000002").mkdir()
-    (tmp_path / "round-000003").mkdir()  # its state.json never came
-    assert [p.name for p in checkpoints(tmp_path)] == ["round-000001"]
-    assert checkpoints(tmp_path / "nowhere") == []
+    assert [p.name for p in tmp_path.iterdir()] == ["round-000001"]
 
 
-@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+STATE = {"strategy": Inner(torch.arange(8.0), 3), "config": {"a": "1"}}
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "SHA256SUMS"])
 @pytest.mark.parametrize("damage", ["cut", "noise", "gone"])
-def test_damage_is_named_with_the_way_out(file: str, damage: str, tmp_path: Path) -> None:
-    path = save(tmp_path, 4, {"x": torch.zeros(8), "config": {"a": "1"}})
+def test_damage_is_named(file: str, damage: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 4, STATE)
     whole = (path / file).read_bytes()
     if damage == "gone":
         (path / file).unlink()
     else:
         (path / file).write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"\xff" * len(whole))
-    with pytest.raises(ConfigError, match=r"round-000004: can't read this checkpoint \(.*delete it to resume from an"):
-        load(path, {})
+    with pytest.raises(Damaged, match=r"^round-000004: can't be read \("):
+        load(path)
 
 
-def test_an_unknown_class_never_comes_out(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, {"strategy": Inner(torch.zeros(1))})
-    with pytest.raises(ConfigError, match="can't read this checkpoint"):
-        load(path, {})
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "SHA256SUMS"])
+def test_one_flipped_bit_anywhere_is_noticed(file: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 4, STATE)
+    whole = (path / file).read_bytes()
+    for at in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        (path / file).write_bytes(flipped)
+        with pytest.raises(Damaged, match="do not match SHA256SUMS"):
+            load(path)
+    (path / file).write_bytes(whole)
+    assert load(path).take("config") == {"a": "1"}
 
 
-def test_one_entry_is_read_without_tensors_or_classes(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, {"strategy": Inner(torch.zeros(1)), "config": {"seed": "0"}})
-    (path / "tensors.safetensors").unlink()
-    assert peek(path, "config") == {"seed": "0"}
-    with pytest.raises(ConfigError, match="KeyError: 'nothing'"):
-        peek(path, "nothing")
+def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, STATE)
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=path, capture_output=True, text=True)
+    assert done.stdout == "state.json: OK\ntensors.safetensors: OK\n"
+
+
+def test_an_unknown_class_never_comes_out_but_plain_entries_do(tmp_path: Path) -> None:
+    saved = load(save(tmp_path, 1, STATE))
+    assert saved.take("config") == {"a": "1"}
+    for key, trouble in (("strategy", "KeyError: 'Inner'"), ("nothing", "KeyError: 'nothing'")):
+        with pytest.raises(Damaged, match=f"round-000001: can't be read .{trouble}"):
+            saved.take(key)
+
+
+@pytest.mark.parametrize(
+    ("saved", "wrong"),
+    [
+        (Outer(torch.ones(3), {1: Inner(torch.zeros(1))}), None),
+        (Outer(torch.ones(3), {}, Inner(torch.zeros(9))), None),  # began as None
+        (Outer(torch.ones(4)), r"state.x is [4] torch.float32 where the run has [3] torch.float32"),
+        (Outer(torch.ones(1, 3)), r"state.x is [1, 3] torch.float32 where"),
+        (Outer(torch.ones(3, dtype=torch.float64)), r"state.x is [3] torch.float64 where"),
+        (Inner(torch.ones(3)), "state is a Inner where the run has a Outer"),
+    ],
+)
+def test_a_state_of_another_kind_is_told_apart(saved: Any, wrong: str | None) -> None:
+    found = misfit(saved, Outer(torch.zeros(3)), sizes=(3,))
+    assert found == wrong or (wrong and found and found.startswith(wrong))
+
+
+def test_vectors_of_the_models_size_are_compared_by_name_and_others_may_change() -> None:
+    fresh = {
+        "m": torch.zeros(1, 3),
+        "ids": torch.zeros(3, dtype=torch.int64),
+        "few": torch.zeros(2),
+        "v": [torch.ones(3)],
+    }
+    assert misfit({**fresh, "ids": torch.zeros(1), "few": torch.zeros(5), "more": 1}, fresh, (3,)) is None
+    assert misfit({k: v for k, v in fresh.items() if k != "m"}, fresh, (3,)) == "state.m is missing"
+    assert str(misfit({**fresh, "m": torch.zeros(1, 2)}, fresh, (3,))).startswith("state.m is [1, 2]")
+    assert str(misfit({**fresh, "v": [torch.ones(2)]}, fresh, (3,))).startswith("state.v.0 is [2]")
 
 
 def test_a_tree_moves_to_a_device_whole() -> None:

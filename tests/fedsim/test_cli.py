@@ -15,6 +15,7 @@ from fedsim import cli
 from fedsim.cli import one_line
 from fedsim.compose import TABLES
 from fedsim.data.images import CHECKSUMS
+from fedsim.metrics import RESERVED
 from tests.fedsim.console import Outcome, contents, fedsim
 
 QUAD = """\
@@ -84,6 +85,20 @@ class NotAStrategy:
     pass
 
 
+class Plain:
+    def init(self, x0):
+        return State(x0)
+
+    def round(self, s, fleet, rng):
+        self.count = 1 + getattr(self, "count", 0)
+        return s, {}
+
+
+@dataclass
+class Thawed(Plain):
+    count: int = 0
+
+
 @dataclass(frozen=True)
 class State:
     x: torch.Tensor
@@ -104,14 +119,37 @@ class ClientFails:
         raise ZeroDivisionError("this client's own trouble")
 
 
+@dataclass(frozen=True)
 class ServerFails(ClientFails):
     def round(self, s, fleet, rng):
         raise IndexError("the server's own trouble")
 
 
+@dataclass(frozen=True)
 class NoModel(ClientFails):
     def init(self, x0):
         return {"x": x0}
+
+
+class Subclass(NoModel):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Says:
+    server: str = "fine"
+    client: str = "fine"
+
+    def init(self, x0):
+        return State(x0)
+
+    def round(self, s, fleet, rng):
+        fleet.ask(fleet.clients, self.work, x=s.x)
+        return s, {self.server: 1}
+
+    def work(self, clients, x):
+        clients.log(**{self.client: torch.ones(len(clients))})
+        return {"x": x.expand(len(clients), -1)}
 '''
 
 
@@ -121,6 +159,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("cli")
     (root / "quad.yaml").write_text(QUAD)
     (root / "digits.yaml").write_text(DIGITS)
+    (root / "bare.yaml").write_text("".join(line for line in QUAD.splitlines(True) if not line.startswith("local")))
     (root / "cli_mine.py").write_text(MINE)
     (root / "cli_broken.py").write_text("raise RuntimeError('broken at import')\n")
     (root / "half.yaml").write_text("rounds: [1\n")
@@ -233,11 +272,14 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "too few logits": ([D, "task.model=cli_mine:too_few_classes"], ["task.model:", "(2, 3)", "(2, 10)"]),
     "model of other inputs": ([D, "task.model=cli_mine:wrong_shape"], ["task.model: can't take samples of", "8, 8"]),
     "no strategy": ([Q, "strategy=cli_mine:NotAStrategy"], ["strategy.name:", "no method init()"]),
+    "counts on itself": ([Q, "strategy=cli_mine:Plain"], ["strategy.name: Plain is not a frozen dataclass"]),
+    "thawed": ([Q, "strategy=cli_mine:Thawed"], ["strategy.name: Thawed is not a frozen dataclass", "frozen=True"]),
+    "subclass": ([Q, "strategy=cli_mine:Subclass"], ["strategy.name: Subclass is not a frozen dataclass"]),
     "out is a file": ([Q, "--out", "a_file"], ["a_file: can't write here", "another --out"]),
     "out below a file": ([Q, "--out", "a_file/sub"], ["a_file/sub: can't write here", "another --out"]),
     "out in use": ([Q, "--out", "used"], ["used already holds a run", "--resume"]),
     "nothing to resume": ([Q, "--out", "fresh", "--resume"], ["fresh holds no run to resume"]),
-    "never run": ([D, "--resume"], ["holds no run of digits.yaml"]),
+    "never run": ([D, "--resume"], ["runs holds no run of digits;"]),
     "another config": (
         [Q, "--out", "used", "--resume", "strategy=scaffold"],
         ["used/checkpoints/round-000004: belongs to another config (strategy differs)", "another folder"],
@@ -307,6 +349,26 @@ def test_a_failing_server_half_is_shown_with_its_round_and_its_own_exception(tmp
     assert found.code == 1 and "cli_mine.py" in found.err
     last = found.err.splitlines()[-1]
     assert last == "fedsim: ServerFails.round failed in round 1: IndexError: the server's own trouble"
+
+
+@pytest.mark.parametrize(
+    "name", ["round", "bits_up", "wall_seconds", "num_clients", "staleness_mean", "test_accuracy", "distance", "x"]
+)
+def test_a_metric_named_like_the_ledgers_is_refused_with_whose_it_is(name: str, tmp_path: Path) -> None:
+    for who, owner in (("server", "Says"), ("client", "Says.work")):
+        strategy = f"strategy={{name: 'cli_mine:Says', {who}: {name}}}"
+        found = fedsim("run", "bare.yaml", strategy, "--out", tmp_path / who)
+        assert found.code == 2 and found.err.count("\n") == 1, found
+        assert f"{owner}: metric '{name}' is reserved" in found.err and "give it another name" in found.err
+
+
+def test_every_name_that_fedsim_reports_is_reserved_and_no_other(tmp_path: Path) -> None:
+    reported: set[str] = set()
+    for i, args in enumerate(((Q,), (D, "evaluate.every=1"), (Q, "strategy={name: fedfix, interval: 0.1}"))):
+        assert fedsim("run", *args, "--out", tmp_path / str(i), "-q").code == 0
+        lines = (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()
+        reported |= {key for line in lines for key in json.loads(line)}
+    assert reported - RESERVED == {"train_loss"} and RESERVED - reported == {"nonfinite"}
 
 
 def test_a_state_without_a_model_is_refused(tmp_path: Path) -> None:

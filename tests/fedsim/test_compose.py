@@ -37,8 +37,8 @@ BLOBS: dict[str, Any] = {
 }
 
 
-def made(raw: dict[str, Any], folder: Path | None = None) -> Composition:
-    composition = compose(raw, "x.yaml", folder)
+def made(raw: dict[str, Any]) -> Composition:
+    composition = compose(raw, "x.yaml")
     composition.close()
     return composition
 

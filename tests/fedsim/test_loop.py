@@ -116,33 +116,34 @@ def test_checkpoints_come_every_so_often_and_at_the_end(tmp_path: Path) -> None:
 
 
 def test_resuming_goes_on_from_the_newest_checkpoint(tmp_path: Path) -> None:
-    train(experiment(rounds=3), folder=tmp_path)
+    train(experiment(rounds=3), sinks=[JsonLines()], folder=tmp_path)
     again = Walk()
-    state, rows, _ = train(experiment(again), folder=tmp_path, resume=True)
+    state, rows, _ = train(experiment(again), sinks=[JsonLines()], folder=tmp_path, resume=True)
     assert [k for k, _ in again.saw] == [3, 4, 5, 6, 7] and rows[0]["round"] == 4 and float(state.x) == 0.0
 
 
 def test_resuming_with_nothing_saved_starts_at_the_beginning(tmp_path: Path) -> None:
-    assert len(train(experiment(rounds=2), folder=tmp_path, resume=True)[1]) == 2
+    assert len(train(experiment(rounds=2), sinks=[JsonLines()], folder=tmp_path, resume=True)[1]) == 2
 
 
 def test_a_checkpoint_of_another_config_is_refused_by_section(tmp_path: Path) -> None:
-    train(experiment(rounds=1, config={"seed": 0, "local": {"steps": 1}, "rounds": 1}), folder=tmp_path)
+    first = experiment(rounds=1, config={"seed": 0, "local": {"steps": 1}, "rounds": 1})
+    train(first, sinks=[JsonLines()], folder=tmp_path)
     ok = experiment(rounds=1, config={"seed": 0, "local": {"steps": 1}, "rounds": 5, "log": {}})
-    train(ok, folder=tmp_path, resume=True)
+    train(ok, sinks=[JsonLines()], folder=tmp_path, resume=True)
     for other, named in (
         ({"seed": 1, "local": {"steps": 1}}, r"\(seed differs\)"),
         ({"seed": 0, "local": {"steps": 2}, "task": {}}, r"\(local, task differ\)"),
     ):
         with pytest.raises(ConfigError, match=r"round-000001: belongs to another config " + named):
-            train(experiment(rounds=1, config=other), folder=tmp_path, resume=True)
+            train(experiment(rounds=1, config=other), sinks=[JsonLines()], folder=tmp_path, resume=True)
 
 
 def test_a_choice_of_auto_that_came_out_otherwise_is_named_as_the_key_to_set(tmp_path: Path) -> None:
     there, here = ({"runtime": {"engine": name, "stack": 8}} for name in ("stacked", "native"))
-    train(experiment(rounds=1, config=there), folder=tmp_path)
+    train(experiment(rounds=1, config=there), sinks=[JsonLines()], folder=tmp_path)
     with pytest.raises(ConfigError, match=r"runtime.engine differs.*where `auto` chose: runtime.engine=stacked\)"):
-        train(experiment(rounds=1, config=here), folder=tmp_path, resume=True)
+        train(experiment(rounds=1, config=here), sinks=[JsonLines()], folder=tmp_path, resume=True)
 
 
 def test_of_the_runtime_only_what_fixes_bits_is_compared() -> None:
@@ -154,14 +155,11 @@ def test_of_the_runtime_only_what_fixes_bits_is_compared() -> None:
 
 @pytest.mark.parametrize("bad", [inf, nan])
 def test_a_model_that_is_not_finite_stops_the_run(bad: float, tmp_path: Path) -> None:
-    sink = JsonLines()
-    sink.open(tmp_path, {}, None)
     e = experiment(Walk(then={5: bad}), evaluate=Evaluate(every=100))
     with pytest.raises(
         Diverged, match=r"^round 5: the model not finite, the run diverged; lower local.optimizer.lr or"
     ):
-        train(e, sinks=[sink], folder=tmp_path)
-    sink.close()
+        train(e, sinks=[JsonLines()], folder=tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 5
     assert not (tmp_path / "checkpoints").exists()
 
@@ -199,26 +197,32 @@ def test_a_state_without_a_model_is_refused() -> None:
         train(experiment(Modelless()))
 
 
-def press_ctrl_c(times: int, at: int) -> Any:
+def press(*signals: int, at: int) -> Any:
     def watch(row: Any) -> None:
         if row["round"] == at:
-            for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
+            for number in signals:
+                os.kill(os.getpid(), number)
 
     return watch
 
 
-def test_the_first_ctrl_c_ends_the_round_and_saves(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="stopped after round 2"):
-        train(experiment(), folder=tmp_path, watch=press_ctrl_c(1, at=2))
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [([signal.SIGINT], 130), ([signal.SIGTERM], 143), ([signal.SIGTERM, signal.SIGTERM], 143)],
+)
+def test_a_signal_ends_the_round_and_saves(signals: list[int], code: int, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted, match="stopped after round 2") as stopped:
+        train(experiment(), folder=tmp_path, watch=press(*signals, at=2))
+    assert stopped.value.exit_code == code
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["round-000002"]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_the_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_a_signal_stops_at_once(first: int, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(experiment(), folder=tmp_path, watch=press_ctrl_c(2, at=2))
+        train(experiment(), folder=tmp_path, watch=press(first, signal.SIGINT, at=2))
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from fedsim.config import ConfigError
 from fedsim.memory import Memory, MemoryRows
 from fedsim.parts import Parts
 
@@ -20,6 +23,43 @@ def test_rows_are_kept_by_client_and_start_at_zero(on_disk: bool, tmp_path: Path
     memory.write(torch.arange(10), {"c": torch.arange(20.0).view(10, 2)})
     assert memory.read(torch.tensor([9, 999_999]))["c"].tolist() == [[18.0, 19.0], [1.0, 2.0]]
     assert memory.mean("c", 2).tolist() == pytest.approx([(90.0 + 1) / 1e6, (100.0 + 2) / 1e6])
+
+
+def test_room_on_the_disk_is_reserved_before_rows_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Memory(100, tmp_path / "rows")
+    memory.write(torch.arange(4), {"c": torch.ones(4, 1000)})
+    assert (tmp_path / "rows" / "c.rows").stat().st_blocks * 512 >= 4 * 1000 * 4  # no hole
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(
+        ConfigError, match=r"runtime.memory: disk needs 36,000 bytes in .*c.rows: .*No space left.*=ram"
+    ):
+        memory.write(torch.arange(9), {"c": torch.ones(9, 1000)})
+    with pytest.raises(ConfigError, match="disk needs 32 bytes in .*m_2.rows"):
+        memory.write(torch.tensor([7]), {"m/2": torch.ones(1, 2)})
+
+
+def test_a_disk_that_takes_no_more_is_one_message_and_no_signal(tmp_path: Path) -> None:
+    script = """
+import resource, sys
+from pathlib import Path
+import torch
+from fedsim.memory import Memory
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+memory = Memory(100, Path(sys.argv[1]))
+try:
+    for client in range(100):
+        memory.write(torch.tensor([client]), {"c": torch.ones(1, 1000)})
+except ValueError as e:
+    print(client, e)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # tables of 4, 8 and 16 rows of 4,000 bytes fit; the one of 32 does not
+    assert done.stdout.startswith("16 runtime.memory: disk needs 128,000 bytes in ") and "File too large" in done.stdout
 
 
 def test_a_copy_read_is_not_the_store() -> None:

@@ -62,13 +62,13 @@ def test_quiet_is_silent(composition: Composition) -> None:
     with shown:
         shown.start(composition, Path("runs/a"))
         shown.watch(ROW)
-    shown.summary(History([ROW]), Path("runs/a"))
+    shown.summary(History([ROW]))
     assert out.getvalue() == ""
 
 
 def test_the_table_gives_values_with_units_and_the_report(composition: Composition) -> None:
     shown, out = on_console(terminal=False)
-    shown.summary(History([{**ROW, "bits_up": 192_128_000, "virtual_seconds": 5.25}]), Path("runs/a[1]"))
+    shown.summary(History([{**ROW, "bits_up": 192_128_000, "virtual_seconds": 5.25}], {}, Path("runs/a[1]")))
     text = out.getvalue()
     for part in ("53.2 %", "1.4", "192 Mbit", "5.25 s", "report: runs/a[1]/report.html"):
         assert part in text

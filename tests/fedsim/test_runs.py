@@ -234,7 +234,9 @@ def full(*args: Any, **more: Any) -> Any:
 def test_a_disk_that_is_full_at_the_start_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml.part").symlink_to("/dev/full")  # every write to it meets a full disk
-    with pytest.raises(ConfigError, match=r"run: can't write here: .*No space left.*make room or choose another --out"):
+    with pytest.raises(
+        ConfigError, match=r"run: can't write here: .*No space left.*make room, or choose another --out"
+    ):
         fedsim.run(QUADRATIC, out=tmp_path / "run")
 
 
@@ -246,7 +248,7 @@ def test_a_disk_that_fills_up_stops_the_run_which_goes_on_later(tmp_path: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JsonLines, "write", fills_up)
-        with pytest.raises(ConfigError, match=r"writing failed: .*No space left.*make room, then add --resume"):
+        with pytest.raises(ConfigError, match=r"can't write here: .*No space left.*make room, then add --resume"):
             fedsim.run(QUADRATIC, out=tmp_path / "run")
     fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True)
     fedsim.run(QUADRATIC, out=tmp_path / "whole")
@@ -268,28 +270,10 @@ def test_a_disk_full_for_a_checkpoint_keeps_the_one_before(tmp_path: Path) -> No
 def test_a_disk_full_at_the_end_leaves_the_run_to_be_finished(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json.part").symlink_to("/dev/full")
-    with pytest.raises(ConfigError, match=r"run: writing failed: .*No space left"):
+    with pytest.raises(ConfigError, match=r"run: can't write here: .*No space left.*--resume"):
         fedsim.run(QUADRATIC, out=tmp_path / "run")
-    (tmp_path / "run" / "summary.json.part").unlink()
     fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 20
-
-
-def test_a_damaged_checkpoint_is_named_and_the_earlier_one_serves(tmp_path: Path) -> None:
-    fedsim.run(QUADRATIC, out=tmp_path / "run")
-    whole = rows(tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / "round-000020"
-    tensors = newest / "tensors.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-7])
-    before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"round-000020: can't read this checkpoint .*delete it"):
-        fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True)
-    assert contents(tmp_path / "run") == before
-    tensors.unlink()
-    (newest / "state.json").unlink()
-    newest.rmdir()
-    fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True)
-    assert rows(tmp_path / "run") == whole
 
 
 # Real processes ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from fedsim.sinks import (
     encode_row,
     make_sinks,
     read_rows,
+    rows_in_order,
     scalars,
 )
 
@@ -92,8 +93,28 @@ def test_a_line_cut_short_by_a_crash_is_forgotten(tmp_path, torn):
 def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path, broken):
     (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n' + broken + '\n{"round": 3}\n')
     with pytest.raises(ValueError, match="metrics.jsonl, line 2 "):
+        read_rows(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="metrics.jsonl lacks row 2"):
         JsonLines().open(tmp_path, CONFIG, 3)
     assert "round" in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lines", "count"),
+    [
+        (['{"round": 1}', '{"round": 2}'], 2),
+        (['{"round": 1}', '{"round": 2}', '{"rou'], 2),
+        (['{"round": 1}', '{"round": 3}'], 1),
+        (['{"round": 1}', '{"round": 1}', '{"round": 2}'], 1),
+        (['{"round": 2}'], 0),
+        ([], 0),
+    ],
+)
+def test_rows_count_up_to_the_first_that_is_missing_or_doubled(tmp_path, lines, count):
+    file = tmp_path / "metrics.jsonl"
+    assert rows_in_order(file) == []
+    file.write_text("\n".join(lines))
+    assert [row["round"] for row in rows_in_order(file)] == list(range(1, count + 1))
 
 
 def test_a_new_run_never_writes_over_an_old_one(tmp_path):
@@ -216,14 +237,16 @@ def test_mlflow_gets_parameters_once_and_metrics_by_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_a_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=rf"pip install 'fedsim\[{name}\]'"):
+    with pytest.raises(ValueError, match=rf"pip install 'fedsim-stacks\[{name}\]'"):
         SINKS[name]().open(tmp_path, CONFIG, None)
 
 
 @pytest.mark.parametrize("name", EXTRAS)
 def test_a_sink_that_is_not_installed_is_refused_before_there_is_a_folder(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=rf"'{name}' is not installed; run pip install 'fedsim\[{name}\]', or leave"):
+    with pytest.raises(
+        ValueError, match=rf"'{name}' is not installed; run pip install 'fedsim-stacks\[{name}\]', or leave"
+    ):
         make_sinks([name])
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
     assert [type(s) for s in make_sinks([name])] == [JsonLines, SINKS[name]]

@@ -1,0 +1,74 @@
+"""Files that are whole or not there, whatever a crash, a kill or a full disk does; and a folder kept to one process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fedsim.config import ConfigError
+
+LOCK_FILE = ".lock"
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that after any failure its old content stands, or the new one, and nothing in between.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's names, to the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process. The system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: if another process holds it; the message says which.
+        OSError: if the folder cannot be written.
+    """
+    number = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(number, 200).decode(errors="replace") or "another process"
+            raise ConfigError(f"{folder} is in use by {holder}; wait until it ends or choose another --out") from None
+        except OSError as e:
+            warnings.warn(f"{folder}: can't be locked ({e.strerror}); let no other run write there", stacklevel=3)
+        else:
+            started = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+            os.ftruncate(number, 0)
+            os.write(number, f"process {os.getpid()} on {platform.node()} since {started}".encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the name only informs; closing is what lets go
+                os.ftruncate(number, 0)
+    finally:
+        os.close(number)
