@@ -194,7 +194,7 @@ class Dropout:
         if layer.channels:
             sample = (sample[0], *(1 for _ in sample[1:]))
         shape = (x.shape[lead], *sample)
-        self.mask = keep_mask(keys if lead else keys[0], shape, layer.rate, x.dtype)
+        self.mask = keep_mask(keys if lead else keys[0], shape, layer.p, x.dtype)
         return x * self.mask
 
     def backward(self, dy: Tensor) -> tuple[Tensor]:

@@ -221,7 +221,7 @@ class _Builder:
     def _layer(self, node: fx.Node) -> tuple[Callable[..., Op], dict[str, Any]] | None:
         layer = self.modules[str(node.target)]
         kind = type(layer)
-        if kind is nn.Identity or (kind is KeyedDropout and layer.rate == 0):
+        if kind is nn.Identity or (kind is KeyedDropout and layer.p == 0):
             return None
         make = _LAYERS.get(kind)
         reason = _refusal(layer)

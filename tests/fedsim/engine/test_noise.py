@@ -99,3 +99,33 @@ def test_functional_dropout_runs_with_a_warning_that_it_is_not_keyed() -> None:
     x = torch.zeros(2, layout.size, dtype=torch.float64)
     with pytest.warns(UserWarning, match="not keyed by client and step.*use nn.Dropout layers"):
         build_engine("loop", module, layout).gradient(x, batch("cnn", [2, 2]))
+
+
+class ReadsItsLayers(nn.Module):
+    """As GPT-2 and BERT do: dropout's rate and the sizes of layers are read where they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.lstm = nn.BatchNorm1d(8), nn.LSTM(8, 4, batch_first=True)
+        self.dropout = nn.Dropout(0.25, inplace=False)
+        self.dropout.note = "kept"
+        self.last = nn.Linear(4, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.dropout, nn.Dropout) and not self.dropout.inplace and self.dropout.note == "kept"
+        x = self.norm(x.view(-1, self.lstm.input_size, self.norm.num_features).mT).mT * (1 - self.dropout.p)
+        return self.last(self.dropout(self.lstm(x)[0][:, -1] / self.lstm.hidden_size))
+
+
+@pytest.mark.parametrize("name", ["loop", "stacked"])
+def test_what_takes_a_layers_place_keeps_its_attributes(name: str) -> None:
+    module = ReadsItsLayers()
+    layout = Layout.of_module(module)
+    tensors = {k: v.detach() for k, v in [*module.named_parameters(), *module.named_buffers()]}
+    x, b = layout.flatten(tensors).double().repeat(2, 1), batch("cnn", [4, 3])
+    g, _ = build_engine(name, module, layout).gradient(x, b)
+    mask = keep_mask(streams(2).keys(purpose("dropout"))[0], (4, 4), 0.25, g.dtype)
+    module.double().dropout.register_forward_hook(lambda layer, args, out: args[0] * mask)
+    torch.nn.functional.cross_entropy(module.train()(b.inputs[0]), b.targets[0]).backward()
+    for k, p in module.named_parameters():
+        assert p.grad is not None and (p.grad - layout.views(g[0])[k]).abs().max() < 1e-12
