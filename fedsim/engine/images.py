@@ -1,8 +1,8 @@
 """Stacked convolution and max-pooling.
 
 On a CPU a batched convolution is slower than one dense convolution per client, so clients take turns there; on a
-GPU they become the groups of one convolution. A single client's images lie channels last, which makes max-pooling
-six times as fast on a CPU.
+GPU they become the groups of one convolution. On a CPU a single client's images lie channels last, which makes
+max-pooling six times as fast; but not in a module with GroupNorm, which wants them the other way.
 
 Letters: C clients, B samples, Ch and O channels in and out, H and W pixels.
 """
@@ -10,6 +10,7 @@ Letters: C clients, B samples, Ch and O channels in and out, H and W pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from torch.nn import functional as F
 
 from fedsim.engine.factors import CHUNK, Small, outer_square_norms
 from fedsim.engine.ops import Bound, Spec, aten, by_client
+
+
+Derivatives = tuple[Tensor, Tensor, Tensor]
+"""Of one convolution: by images, weights and bias."""
 
 
 class Conv2d:
@@ -43,21 +48,23 @@ class Conv2d:
         return self.join([self._convolve(*row) for row in rows])
 
     def backward(self, dy: Tensor) -> tuple[Tensor | None]:
-        sink, kernels = self.bound.sink, Kernels(self, dy)
-        dx = None
-        if self.spec.needs[0]:  # before a fused update changes the weights
-            dx = self.join([found[0].to(dy.dtype) for found in self.derivatives(kernels.dy, [True, False, False])])
-        sink.take(self.spec.params[0], kernels)
+        sink = self.bound.sink
+        total = not sink.by_sample  # in the same call as the gradient by the images, which costs a little less
+        found = self.derivatives(self.split(dy), [self.spec.needs[0], total, total and self.bias is not None])
+        sink.take(self.spec.params[0], Kernels(self, dy, found))
         if self.bias is not None:
-            sink.take(self.spec.params[1], Small(kernels.bias, lambda: by_client(dy, self.lead).sum((-2, -1))))
-        return (dx,)
+            shape = self.bias.shape
+            each = partial(torch.sum, by_client(dy, self.lead), (-2, -1))
+            sink.take(self.spec.params[1], Small(lambda: stacked(found, 2).view(shape), each))
+        return (self.join([part[0].to(dy.dtype) for part in found]) if self.spec.needs[0] else None,)
 
     def split(self, images: Tensor) -> list[Tensor]:
         """Images or gradients [C, B, Ch, H, W] for each convolution [B, Ch, H, W], as it wants them."""
         if self.as_groups:
             parts = [images.transpose(0, 1).flatten(1, 2)]
         else:
-            parts = [channels_last(part) for part in (images if self.lead else (images,))]
+            lay_out = channels_last if self.spec.channels_last else torch.Tensor.contiguous
+            parts = [lay_out(part) for part in (images if self.lead else (images,))]
         return [part.bfloat16() for part in parts] if self.bound.low else parts
 
     def join(self, parts: list[Tensor]) -> Tensor:
@@ -66,7 +73,7 @@ class Conv2d:
             return parts[0].unflatten(1, (len(self.weight), -1)).transpose(0, 1)
         return torch.stack(parts) if self.lead else parts[0]
 
-    def derivatives(self, dy: list[Tensor], wanted: list[bool]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def derivatives(self, dy: list[Tensor], wanted: list[bool]) -> list[Derivatives]:
         """For each convolution the gradients by images, weights and bias, those that are wanted."""
         size = None if self.bias is None else [dy[0].shape[1]]
         rest = (size, *self.settings, False, [0, 0], self.groups, wanted)
@@ -91,20 +98,14 @@ class Conv2d:
 class Kernels:
     """A convolution's weights, from its images and the gradients [C, B, O, H, W] at its outputs. See `Factors`."""
 
-    def __init__(self, op: Conv2d, deltas: Tensor) -> None:
-        self.op, self.deltas, self.dy = op, deltas, op.split(deltas)
-        self._found: list[tuple[Tensor, Tensor, Tensor]] | None = None
+    def __init__(self, op: Conv2d, deltas: Tensor, found: list[Derivatives]) -> None:
+        self.op, self.deltas, self.found = op, deltas, found
 
     def write_(self, view: Tensor) -> None:
-        view.copy_(self._total(1).view(view.shape))
+        view.copy_(stacked(self.found, 1).view(view.shape))
 
     def add_(self, view: Tensor, factor: float) -> None:
-        view.add_(self._total(1).view(view.shape), alpha=factor)
-
-    def bias(self) -> Tensor:
-        """[C, O], or [O]: the bias' gradient, which comes with the weights'."""
-        assert self.op.bias is not None
-        return self._total(2).view(self.op.bias.shape)
+        view.add_(stacked(self.found, 1).view(view.shape), alpha=factor)
 
     def square_norms(self) -> Tensor:
         found = [
@@ -120,13 +121,7 @@ class Kernels:
     def add_weighted_(self, view: Tensor, weights: Tensor) -> None:
         scaled = self.deltas * (weights if self.op.lead else weights[0])[..., None, None, None]
         found = self.op.derivatives(self.op.split(scaled), [False, True, False])
-        view += torch.stack([part[1] for part in found]).view(view.shape)
-
-    def _total(self, which: int) -> Tensor:
-        if self._found is None:
-            self._found = self.op.derivatives(self.dy, [False, True, self.op.bias is not None])
-        parts = [found[which] for found in self._found]
-        return torch.stack(parts) if len(parts) > 1 else parts[0]
+        view += stacked(found, 1).view(view.shape)
 
     def _pieces(self) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """(gradients [n, T, O], windows [n, T, I]) of some samples, each a tuple over the layer's groups."""
@@ -175,6 +170,11 @@ def padding(layer: nn.Conv2d) -> list[int] | None:
         return [0, 0]
     total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     return None if any(n % 2 for n in total) else [n // 2 for n in total]
+
+
+def stacked(found: list[Derivatives], which: int) -> Tensor:
+    """One of the derivatives of all convolutions."""
+    return torch.stack([part[which] for part in found]) if len(found) > 1 else found[0][which]
 
 
 def channels_last(x: Tensor) -> Tensor:

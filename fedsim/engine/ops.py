@@ -41,6 +41,7 @@ class Spec:
         trains: some input or parameter wants one.
         in_place: nobody else reads the first input, and its maker keeps no copy: it may be overwritten.
         grad_in_place: the same of the output's gradient.
+        channels_last: how a single client's images lie in memory for a convolution on a CPU.
         call: how many calls of the same layer came before.
         layer: the module that holds the settings, if any.
         function: for ops that take one.
@@ -56,6 +57,7 @@ class Spec:
     trains: bool = True
     in_place: bool = False
     grad_in_place: bool = False
+    channels_last: bool = True
     call: int = 0
     layer: nn.Module | None = None
     function: Callable[..., Tensor] | None = None

@@ -17,13 +17,21 @@ from fedsim.params import Layout
 
 
 class Sink(Protocol):
-    """Takes each parameter's gradient as a backward pass finds it; a shared parameter's in several parts."""
+    """Takes each parameter's gradient as a backward pass finds it; a shared parameter's in several parts.
+
+    Attributes:
+        by_sample: it asks for single samples only, so nobody need form their sum.
+    """
+
+    by_sample: bool
 
     def take(self, name: str, factors: Factors) -> None: ...
 
 
 class GradientSink:
     """Writes gradients to views of a buffer; adds from the second use of a shared parameter on."""
+
+    by_sample = False
 
     def __init__(self, views: Mapping[str, Tensor]) -> None:
         self.views = views
@@ -40,6 +48,8 @@ class GradientSink:
 class SgdSink:
     """w <- w - step * gradient at once. Right only where each parameter is used once in the module."""
 
+    by_sample = False
+
     def __init__(self, views: Mapping[str, Tensor], step: float) -> None:
         self.views = views
         self.step = step
@@ -53,6 +63,8 @@ class SampleSink:
 
     No second backward pass is made for it, since the gradients at a layer's outputs grow with their sample's weight.
     """
+
+    by_sample = True
 
     def __init__(self) -> None:
         self.found: dict[str, Factors] = {}
