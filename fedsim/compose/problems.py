@@ -94,13 +94,15 @@ class Samples:
             num_clients=work.cohort_size,
             engine=runtime.engine,
             stack=runtime.stack,
+            native=runtime.native,
             precision=runtime.precision,
             plain=work.in_factors,
             loss=self.loss,
         )
 
     def build(self, plan: Plan, runtime: Runtime, device: torch.device) -> Task:
-        engine = build_engine(plan.engine, self.module, self.layout, self.loss, device, runtime.precision)
+        made = self.module, self.layout, self.loss, device, runtime.precision
+        engine = build_engine(plan.engine, *made, native=plan.native)
         return ClassificationTask(self.data.to(device), self.module, self.x0, engine, self.loss)
 
 

@@ -128,9 +128,9 @@ def _build(file: File) -> Composition:
     check_local(file.strategy.name, strategy, task)
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
-    chosen = {"stack": plan.width, "device": str(device)}
+    chosen: dict[str, Any] = {"stack": plan.width, "device": str(device)}
     if isinstance(problem, Samples):
-        chosen["engine"] = plan.engine
+        chosen |= {"engine": plan.engine, "native": plan.native}
     resolved = {
         **file.resolved,
         "clients": {**file.resolved["clients"], "count": len(task.num_examples)},
@@ -153,12 +153,9 @@ def _build(file: File) -> Composition:
         threads=file.runtime.threads,
     )
     words = {**in_words(work, plan, task.layout, task.num_examples), "workers": workers, "device": str(device)}
-    if isinstance(problem, Formula):
-        return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, words, sinks)
-    notes = {"data": " ".join(problem.data.notes)} if problem.data.notes else {}
-    return Composition(
-        experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, problem.data, problem.module
-    )
+    data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
+    notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
+    return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
 
 
 def _strategy(file: File, problem: Formula | Samples) -> Any:

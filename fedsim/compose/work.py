@@ -58,7 +58,7 @@ def in_words(work: Work, plan: Plan, layout: Layout, num_examples: Tensor) -> di
         f"{int((n == 0).sum()):,} clients have none",
         "local steps": f"{int(steps.min()):,} to {int(steps.max()):,}",
         "model": f"{layout.num_trainable:,} parameters{buffers}",
-        "engine": f"{plan.engine}, {plan.width} clients a stack ({plan.reason})",
+        "engine": f"{plan.engine}{' with C++' if plan.native else ''}, {plan.width} clients a stack ({plan.reason})",
         "memory": f"about {3 * stack_bytes / 2**20:,.1f} MiB a worker for parameters, gradients and one buffer",
         "bits per round": f"{model_bits * work.cohort_size / 1e6:,.2f} Mbit down and as many up for every model-sized "
         "message",

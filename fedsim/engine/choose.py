@@ -28,7 +28,6 @@ GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, 
 MAX_WIDTH_CPU = 16  # from 8 clients on the cost of a call no longer shows, and more stacks keep more cores busy
 MIN_WIDTH_RECURRENT = 4  # many small products one after the other: a few clients share each call
 MAX_WIDTH_GPU = 512
-STACKED = ("stacked", "native")  # engines whose tape shares the work of clients
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -41,11 +40,13 @@ class Plan:
         engine: name of the engine.
         width: clients in a stack at most.
         reason: one sentence for people.
+        native: the end of a classifier runs in C++.
     """
 
     engine: str
     width: int
     reason: str
+    native: bool = False
 
 
 def choose(
@@ -58,6 +59,7 @@ def choose(
     num_clients: int = 1,
     engine: str = "auto",
     stack: int | str = "auto",
+    native: bool | str = "auto",
     precision: str = "fp32",
     plain: bool = False,
     loss: Loss = cross_entropy,
@@ -73,6 +75,7 @@ def choose(
         num_clients: how many train at once, the cohort. It is cut into an even number of equal stacks if it fills two.
         engine: a name, or auto.
         stack: a width, or auto.
+        native: whether the stacked engine takes a classifier's end in C++, or auto.
         precision: fp32, tf32 or bf16.
         plain: local steps are plain SGD, corrected or not, which chains of linear layers can take in factors.
         loss: per sample.
@@ -82,24 +85,24 @@ def choose(
     """
     check_precision(precision)
     device = torch.device(device)
-    if engine == "auto":
-        name, why = "native" if suits(module, loss, device, precision) else "stacked", ""
-    else:
-        name, why = engine, f"engine {engine} as set; "
+    name, why = ("stacked", "") if engine == "auto" else (engine, f"engine {engine} as set; ")
+    if native is True and name != "stacked":
+        raise ValueError(f"native=true is an option of engine stacked, got engine {name}; leave native at auto")
+    in_cpp = name == "stacked" and (suits(module, loss, device, precision) if native == "auto" else bool(native))
     if stack != "auto":
         if not isinstance(stack, int) or stack < 1:
             raise ValueError(f"stack must be auto or a positive number of clients, got {stack!r}")
-        return Plan(name, stack, why + f"stacks of {stack} as set")
+        return Plan(name, stack, why + f"stacks of {stack} as set", in_cpp)
     width, reason = _width(module, layout, device, batch_size, name)
-    chain = chain_of(module) if plain and name in STACKED and precision == "fp32" else None
+    chain = chain_of(module) if plain and name == "stacked" and precision == "fp32" else None
     if chain is not None and device.type == "cpu" and chain.worthwhile(batch_size * steps):
         each = 4 * batch_size * steps * sum(i + o for o, i in chain.shapes)
         width = min(max(1, LOW_RANK_BYTES // each), MAX_WIDTH_LOW_RANK)
         reason = f"clients see fewer samples than layers are wide, so {width} of them are kept as low-rank changes"
     even = _even(num_clients, width)
     if even < width:
-        return Plan(name, even, f"{why}{num_clients} clients in equal stacks, at most {width}: {reason}")
-    return Plan(name, width, why + reason)
+        return Plan(name, even, f"{why}{num_clients} clients in equal stacks, at most {width}: {reason}", in_cpp)
+    return Plan(name, width, why + reason, in_cpp)
 
 
 def memory_bytes(layout: Layout, width: int, batch_size: int) -> int:

@@ -41,25 +41,28 @@ def keep_mask(keys: Tensor, shape: tuple[int, ...], rate: float, dtype: torch.dt
     return (kept.to(dtype) * (1.0 / (1.0 - rate))).view(*keys.shape, *shape)
 
 
-class KeyedDropout(nn.Module):
-    """Dropout of an input [B, ...] from a key; a second call in the same forward pass draws other numbers."""
+class KeyedDropout(nn.Dropout):
+    """Dropout of an input [B, ...] from a key; a second call in the same forward pass draws other numbers.
+
+    It has everything that the layer in its place had: attention modules read `self.dropout.p`.
+    """
 
     key: Tensor
 
-    def __init__(self, rate: float, channels: bool) -> None:
+    def __init__(self, source: nn.Module) -> None:
         super().__init__()
-        self.rate = rate
-        self.channels = channels
+        self.__dict__.update(source.__dict__)
+        self.channels = not isinstance(source, nn.Dropout)
         self.calls = 0  # in this forward pass
         self.register_buffer("key", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if self.channels else tuple(x.shape)
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return input
+        shape = (*input.shape[:2], *(1 for _ in input.shape[2:])) if self.channels else tuple(input.shape)
         key = self.key + self.calls
         self.calls += 1
-        return x * keep_mask(key, shape, self.rate, x.dtype)
+        return input * keep_mask(key, shape, self.p, input.dtype)
 
 
 def keyed_copy(module: nn.Module) -> nn.Module:
@@ -70,20 +73,20 @@ def keyed_copy(module: nn.Module) -> nn.Module:
     """
     module = copy.deepcopy(module)
     if isinstance(module, _PLAIN):
-        return _keyed(module)
+        return KeyedDropout(module)
     for name, layer in list(module.named_modules()):
         if isinstance(layer, _UNKEYED):
             raise ValueError(f"layer {name} ({type(layer).__name__}) has no keyed form; use nn.Dropout instead")
         for child_name, child in list(layer.named_children()):
             if isinstance(child, _PLAIN):
-                setattr(layer, child_name, _keyed(child))
+                setattr(layer, child_name, KeyedDropout(child))
     return module
 
 
 def dropout_layers(module: nn.Module) -> Iterator[tuple[str, KeyedDropout]]:
     """(name, layer) of the active dropout layers of a keyed copy."""
     for name, layer in module.named_modules():
-        if isinstance(layer, KeyedDropout) and layer.rate > 0:
+        if isinstance(layer, KeyedDropout) and layer.p > 0:
             yield name, layer
 
 
@@ -101,9 +104,3 @@ def start_calls(module: nn.Module) -> None:
     """Before every forward pass: each layer's next call is its first."""
     for _, layer in dropout_layers(module):
         layer.calls = 0
-
-
-def _keyed(layer: nn.Module) -> KeyedDropout:
-    assert isinstance(layer, _PLAIN)
-    keyed = KeyedDropout(layer.p, channels=type(layer) is not nn.Dropout)
-    return keyed.train(layer.training)

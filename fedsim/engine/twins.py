@@ -1,6 +1,7 @@
 """Layers that torch.func.vmap cannot carry, or not exactly, and their twins of plain tensor operations.
 
-A twin has its original's parameters and buffers under the same names, so the layout fits both.
+A twin has everything that its original has: its parameters and buffers under the same names, so that the layout fits
+both, and the attributes that the user's code may read.
 
 Letters: B samples, T positions, Ch channels.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsim.engine.noise import keyed_copy
 
@@ -36,7 +38,7 @@ def share_names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_buffers() if name.rsplit(".", 1)[-1] == SHARES]
 
 
-class WeightedBatchNorm(nn.Module):
+class WeightedBatchNorm(_BatchNorm):
     """BatchNorm of an input [B, Ch, ...] whose samples count by `sample_shares` [B], summing to one (or all zero)."""
 
     running_mean: Tensor
@@ -44,17 +46,15 @@ class WeightedBatchNorm(nn.Module):
     num_batches_tracked: Tensor
     sample_shares: Tensor
 
-    def __init__(self, source: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
-        super().__init__()
-        self.eps, self.momentum, self.tracks = source.eps, source.momentum, source.track_running_stats
-        self.weight, self.bias = source.weight, source.bias
-        for name, buffer in source.named_buffers():
-            self.register_buffer(name, buffer)
+    def __init__(self, source: _BatchNorm) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(source.__dict__)
         self.register_buffer(SHARES, torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         shape = (1, -1, *(1 for _ in x.shape[2:]))
-        if self.training or not self.tracks:
+        if self.training or not self.track_running_stats:
             share = self.sample_shares
             if share.ndim == 0:
                 share = x.new_ones(len(x)) / len(x)
@@ -70,7 +70,7 @@ class WeightedBatchNorm(nn.Module):
         each = share.view(-1, *(1 for _ in x.shape[1:])) / positions
         mean = (x * each).sum(over)
         var = ((x - mean.view(1, -1, *(1 for _ in x.shape[2:]))).square() * each).sum(over)
-        if self.tracks and self.training:
+        if self.track_running_stats and self.training:
             self._track(mean.detach(), var.detach(), (share > 0).to(x.dtype).sum() * positions)
         return mean, var
 
@@ -85,14 +85,12 @@ class WeightedBatchNorm(nn.Module):
         self.num_batches_tracked = batches
 
 
-class PlainLSTM(nn.Module):
+class PlainLSTM(nn.RNNBase):
     """nn.LSTM from zero states, batch first, as a loop over positions; gates in the order i, f, g, o."""
 
     def __init__(self, source: nn.LSTM) -> None:
-        super().__init__()
-        self.num_layers, self.bias = source.num_layers, source.bias
-        for name, parameter in source.named_parameters():
-            self.register_parameter(name, parameter)
+        nn.Module.__init__(self)
+        self.__dict__.update(source.__dict__)
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         last_h, last_c = [], []

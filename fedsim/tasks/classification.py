@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedsim import pages
 from fedsim.data.federated import FederatedData
-from fedsim.engine.base import Batch, Engine
+from fedsim.engine import Batch, Engine
 from fedsim.engine.low_rank import LowRank, low_rank_run
 from fedsim.params import Layout
 from fedsim.streams import Streams
@@ -90,11 +90,10 @@ class ClassificationTask(Task):
 
     def _may_view(self) -> bool:
         """Whether samples in their own order may be a view of the data set."""
-        reads_only = getattr(self.engine, "reads_only", None)
-        return reads_only is not None and reads_only(self.data.inputs[0])
+        return self.engine.reads_only(self.data.inputs[0])
 
     def field(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.engine.gradient(x, batch)
+        return self.session(x).gradient(batch)
 
     def session(self, x: Tensor) -> Session:
         return self.engine.session(x)
@@ -103,7 +102,7 @@ class ClassificationTask(Task):
         self, x: Tensor, batches: BatchPlan, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
     ) -> tuple[LowRank, Tensor] | None:
         """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
-        chain = getattr(self.engine, "chain", None)
+        chain = self.engine.chain
         if chain is None or not len(batches) or not chain.worthwhile(batches.samples):
             return None
         return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, terms)
