@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from abc import ABCMeta
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -200,7 +200,8 @@ def build_problem(site: Site) -> Problem:
     """
     reader, count = site.reader, site.clients.count
     made, _, _ = reader.named(TASKS, reader.raw.get("task") or "classification", "task")
-    if missing := ", ".join(sorted(made.__abstractmethods__)) if inspect.isabstract(made) else "":
+    if isinstance(made, ABCMeta) and made.__abstractmethods__:
+        missing = ", ".join(sorted(made.__abstractmethods__))
         raise reader.error("task.name", f"lacks {missing}; docs/tutorial.md shows what a task needs")
     given = {"site": site, "count": count or NUM_CLIENTS, "seed": site.seed}
     found = reader.entry("task", TASKS, default="classification", given=given)

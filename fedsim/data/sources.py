@@ -7,7 +7,6 @@ where `task.dataset` does not give them.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,20 +54,12 @@ def load(spec: Spec | Dataset | FederatedData, *, root: str | None = None, seed:
     """
     if isinstance(spec, Dataset | FederatedData):
         return spec
-    return read_entry(Reader({}, "data"), "task.dataset", spec, root=root, seed=seed)[0]
-
-
-def read_entry(
-    reader: Reader, key: str, value: Spec, *, root: str | None = None, seed: int = 0
-) -> tuple[Dataset | FederatedData, dict[str, Any]]:
-    """(the data set, its resolved fields) of a reader's table entry; see `load`."""
-    target, name, fields = reader.named(DATASETS, value, key)
-    taken = inspect.signature(target).parameters
-    defaults = {"root": root, "seed": seed}
-    given = {field: default for field, default in defaults.items() if field in taken and field not in fields}
-    made, resolved = reader.build(target, fields, key, given)
+    reader, key = Reader({}, "data"), "task.dataset"
+    target, name, fields = reader.named(DATASETS, spec, key)
+    arguments, _ = reader.bind(target, fields, key, [k for k in ("root", "seed") if k not in fields])
+    made = reader.call(target, {"root": root, "seed": seed, **arguments}, key)
     try:
-        return as_dataset(made, name), {"name": name, **resolved}
+        return as_dataset(made, name)
     except ValueError as error:
         raise reader.error(key, str(error)) from None
 

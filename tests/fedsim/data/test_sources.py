@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.config import Reader
 from fedsim.data.dataset import Dataset, from_arrays
 from fedsim.data.federated import FederatedData
-from fedsim.data.sources import DATASETS, load, read_entry
+from fedsim.data.sources import DATASETS, load
 
 X, Y = np.eye(4), np.array([0, 1, 0, 1])
 
@@ -46,11 +45,6 @@ def test_root_and_seed_are_passed_on_unless_the_entry_gives_its_own(tmp_path):
     assert load({"name": "npz", "path": "a.npz"}, root=str(tmp_path)).num_classes == 2
     assert torch.equal(load("blobs", seed=5).inputs, load({"name": "blobs", "seed": 5}, seed=1).inputs)
     assert not torch.equal(load("blobs", seed=5).inputs, load("blobs", seed=6).inputs)
-
-
-def test_the_resolved_fields_are_recorded_with_their_defaults():
-    _, resolved = read_entry(Reader({}, "x.yaml"), "task.dataset", {"name": "blobs", "spread": 2.0}, seed=3)
-    assert resolved["name"] == "blobs" and resolved["spread"] == 2.0 and resolved["num_examples"] == 2000
 
 
 @pytest.mark.parametrize("result", [(X, Y), (torch.eye(4), torch.tensor(Y)), (X, Y, X[:1], Y[:1])])
