@@ -7,7 +7,7 @@ stand in the file).
 
 from __future__ import annotations
 
-import inspect
+from abc import ABCMeta
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -211,8 +211,8 @@ def problem_of(file: File, device: torch.device) -> Formula | Samples:
         ConfigError: for a task that is none, or does not fit the file.
     """
     count = file.clients.count
-    target: Any = file.task.target
-    if inspect.isabstract(target):
+    target = file.task.target
+    if isinstance(target, ABCMeta) and target.__abstractmethods__:
         missing = ", ".join(sorted(target.__abstractmethods__))
         raise ConfigError(f"task.name: lacks {missing}; docs/tutorial.md shows what a task needs")
     made = file.task(

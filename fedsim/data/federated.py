@@ -100,19 +100,18 @@ class FederatedData:
         tensors = ("inputs", "targets", "offsets", "order", "test_inputs", "test_targets")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
-    def check(self, origin: str = "data", *, cohort_size: int | None = None) -> FederatedData:
+    def check(self, origin: str = "data") -> FederatedData:
         """Refuse what cannot be trained on.
 
         Args:
             origin: where the data came from, for the message.
-            cohort_size: clients that a round asks for, if that is known.
 
         Returns:
             The data itself.
 
         Raises:
             ValueError: not-a-number or infinite inputs, targets out of range, shapes or types that do not fit, no
-                samples, a partition that names rows that do not exist or gives nobody any, a cohort larger than N.
+                samples, a partition that names rows that do not exist or gives nobody any.
         """
         check_samples(self.inputs, self.targets, self.test_inputs, self.test_targets, self.num_classes, origin)
         offsets, order, n = self.offsets, self.order, len(self.inputs)
@@ -137,9 +136,4 @@ class FederatedData:
             )
         if self.client_names is not None and len(self.client_names) != self.num_clients:
             raise ValueError(f"{origin}: {len(self.client_names)} client names for {self.num_clients} clients")
-        if cohort_size is not None and not 1 <= cohort_size <= self.num_clients:
-            raise ValueError(
-                f"strategy.cohort_size={cohort_size} does not fit a federation of {self.num_clients} clients; lower it "
-                f"or raise clients.count"
-            )
         return self

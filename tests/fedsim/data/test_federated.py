@@ -77,14 +77,14 @@ def test_a_million_clients_are_two_tensors():
         torch.zeros(10, 1), torch.arange(10), torch.arange(n + 1), torch.arange(n) % 10, torch.zeros(0, 1),
         torch.zeros(0, dtype=torch.int64), 10,
     )  # fmt: skip
-    data.check(cohort_size=100)
+    data.check()
     assert data.class_counts().sum(0).tolist() == [n // 10] * 10
     assert data.rows(torch.tensor([999_999]), torch.tensor([[0]])).tolist() == [[9]]
 
 
 def test_good_data_passes_and_comes_back():
     data = federation()
-    assert data.check(cohort_size=3) is data
+    assert data.check() is data
     moved = data.to("cpu")
     assert torch.equal(moved.order, data.order) and moved.num_classes == 3
 
@@ -114,8 +114,3 @@ def test_bad_data_is_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         replace(federation(), **change).check("mine.npz")
     assert str(caught.value).startswith("mine.npz: ")
-
-
-def test_a_cohort_larger_than_the_federation_is_refused():
-    with pytest.raises(ValueError, match="cohort_size=4 does not fit a federation of 3 clients"):
-        federation().check(cohort_size=4)
