@@ -128,7 +128,7 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
         (part / "state.json").write_text(json.dumps(tree), encoding="utf-8")
         save_file(tensors, part / "tensors.safetensors")
         (part / SUMS_FILE).write_bytes(_sums(part))
-        for path in (*part.iterdir(), part):
+        for path in part.iterdir():
             sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)

@@ -264,7 +264,8 @@ def test_rows_reach_the_disk_before_the_checkpoint_that_knows_them(
     for number in (6, 12, 18, 20):
         final = seen.index(f"round-{number:06d}")
         assert "state.json 0" in seen[seen.index(f"metrics.jsonl {number}") : final]
-        assert seen[final - 1] == f".part-{number:06d} 0" and seen[final + 1] == "checkpoints 0"
+        assert sorted(seen[final - 3 : final]) == ["SHA256SUMS 0", "state.json 0", "tensors.safetensors 0"]
+        assert seen[final + 1] == "checkpoints 0"
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
