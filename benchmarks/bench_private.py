@@ -29,7 +29,6 @@ from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import MODELS, init_parameters
-from fedsim.tasks.supply import SamplesSource
 
 WAYS = ("layers", "samples", "plain")
 SHAPES = {"char_lstm": (80,), "transformer": (80,)}  # others see images of 28 x 28
@@ -61,11 +60,11 @@ def ways(model: str, clients: int, samples: int) -> dict[str, Callable[[], objec
         num_classes=classes,
     )
     x = x0.repeat(clients, 1)
-    source = SamplesSource(ClassificationTask(data, module, x0, engine, loss), batch, x[:, layout.num_trainable :])
+    oracle = ClassificationTask(data, module, x0, engine, loss).oracle(batch, x[:, layout.num_trainable :])
     bounds = torch.ones(1)
     return {
-        "layers": lambda: source._clipped_by_layers(x, bounds),
-        "samples": lambda: source._clipped_by_samples(x, bounds),
+        "layers": lambda: oracle._clipped_by_layers(x, bounds),
+        "samples": lambda: oracle._clipped_by_samples(x, bounds),
         "plain": lambda: engine.gradient(x, batch),
     }
 

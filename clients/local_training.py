@@ -115,7 +115,7 @@ class LocalTraining:
             state: [S] or [C, S], the optimizer's state that came with the model.
         """
         task, u = cohort.task, Direction.of(direction)
-        batches = task.batches(cohort, self.schedule)
+        batches = task.batches(cohort.ids, cohort.streams, self.schedule)
         steps = batches.num_steps
         known = self.constant_rate and u.other is None  # the model follows from the gradients' sum
         factored = task.factored_run(x, batches, self.lr, u.scale, u.terms) if known else None

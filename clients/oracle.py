@@ -12,7 +12,8 @@ from fedsim.cohort import Cohort
 from fedsim.task import Schedule
 
 FULL = Schedule(epochs=1, batch_size=None, shuffle=False)
-CHUNK = Schedule(epochs=1, batch_size=512, shuffle=False)
+PIECE = 512
+CHUNK = Schedule(epochs=1, batch_size=PIECE, shuffle=False)
 
 
 def full_gradient(cohort: Cohort, x: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def full_gradient(cohort: Cohort, x: Tensor) -> Tensor:
 
     Data are taken in pieces of at most 512 samples, each weighted by its share.
     """
-    batches = cohort.task.batches(cohort, CHUNK)
+    batches = cohort.task.batches(cohort.ids, cohort.streams, CHUNK)
     point = torch.empty(len(cohort), x.shape[-1], dtype=x.dtype, device=x.device).copy_(x)
     total = torch.zeros_like(point)
     seen = torch.zeros(len(cohort), 1, dtype=x.dtype, device=x.device)
@@ -28,7 +29,7 @@ def full_gradient(cohort: Cohort, x: Tensor) -> Tensor:
         k = batches.active(step)
         batch = batches[step]
         g, _ = cohort.task.field(point[:k].clone(), batch)
-        share = cohort.task.batch_sizes(batch).to(x)[:, None]
+        share = (cohort.num_examples[:k] - step * PIECE).clamp(1, PIECE).to(x)[:, None]
         total[:k] += share * g
         seen[:k] += share
     return total / seen.clamp(min=1)
@@ -40,7 +41,7 @@ def gradient(cohort: Cohort, *points: Tensor, batch_size: int | None, step: int 
     A client without data gives zero.
     """
     schedule = FULL if batch_size is None else Schedule(epochs=None, steps=step + 1, batch_size=batch_size)
-    batches = cohort.task.batches(cohort, schedule)
+    batches = cohort.task.batches(cohort.ids, cohort.streams, schedule)
     out = [torch.zeros(len(cohort), p.shape[-1], dtype=p.dtype, device=p.device) for p in points]
     if len(batches):
         at = min(step, len(batches) - 1)

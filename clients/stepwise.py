@@ -18,7 +18,6 @@ from fedsim.optim import Optimizer, OptState
 from fedsim.optim.needs import supply
 from fedsim.streams import Streams
 from fedsim.task import Batches, Schedule
-from fedsim.tasks.supply import source
 
 MEMORY = "optimizer/"  # names of the optimizer's rows in a client's memory
 
@@ -120,12 +119,12 @@ class Stepwise:
         optimizer, task = self.optimizer, self.cohort.task
         n = task.layout.num_trainable
         if not optimizer.needs - {"grad"} or optimizer.wanted(state, len(at)) == {"grad"}:
-            return *task.field(at, batch, out), {}
+            return *task.session(at).gradient(batch, out), {}
         # before the training pass, which may move the buffers
-        needed = source(task, batch, at[:, n:])
+        needed = task.oracle(batch, at[:, n:])
         g, aux = supply(optimizer, at[:, :n], state, needed, streams=streams)
         if g is None:
-            return *task.field(at, batch, out), aux
+            return *task.session(at).gradient(batch, out), aux
         assert needed.loss is not None
         out[:, :n], out[:, n:] = g, 0
         return out, needed.loss, aux
@@ -136,7 +135,7 @@ class Stepwise:
         out = g if u.scale == 1.0 else g * u.scale
         if u.other is not None:
             point = cohort.scratch("other", g)[: len(g)].copy_(u.other)
-            there, _ = cohort.task.field(point, batch, cohort.scratch("other_gradient", g)[: len(g)])
+            there, _ = cohort.task.session(point).gradient(batch, cohort.scratch("other_gradient", g)[: len(g)])
             out = out + u.other_scale * there
         shift = u.rows(len(g))
         return out if shift is None else out + shift

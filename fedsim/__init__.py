@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedsim.history import History as History
     from fedsim.runs import run as run
     from fedsim.sim.fleet import SimFleet as SimFleet
+    from fedsim.task import Task as Task
     from fedsim.tasks.quadratic import QuadraticTask as QuadraticTask
 
 _PLACES = {
@@ -40,6 +41,7 @@ _PLACES = {
     "QuadraticTask": "fedsim.tasks.quadratic",
     "Replies": "fedsim.fleet",
     "SimFleet": "fedsim.sim.fleet",
+    "Task": "fedsim.task",
     "choose": "fedsim.fleet",
     "run": "fedsim.runs",
 }

@@ -45,7 +45,7 @@ class Cohort:
     @property
     def num_examples(self) -> Tensor:
         """[C] int64: samples of each client."""
-        return self.task.num_examples[self.ids]
+        return self.task.num_examples.to(self.ids.device)[self.ids]
 
     def log(self, **values: Tensor) -> None:
         """Diagnostics [C], averaged over clients by their number of samples; they are not counted as traffic."""

@@ -27,7 +27,7 @@ from fedsim.loop import Watch, train
 from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import Layout
 from fedsim.sinks import METRICS_FILE, encode_row, write_whole
-from fedsim.tasks.classification import ClassificationTask
+from fedsim.task import Task
 
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
 MAX_CLIENTS_LISTED = 100_000
@@ -221,7 +221,7 @@ def _write_results(folder: Path, composition: Composition, state: Any, history: 
         tensors = {k: v.contiguous() for k, v in experiment.task.layout.views(state.x.cpu()).items()}
     save_file(tensors, folder / "model.safetensors")
     _write_timeline(folder, experiment.fleet)
-    if experiment.evaluate.per_client and isinstance(experiment.task, ClassificationTask):
+    if experiment.evaluate.per_client and composition.data is not None:
         _write_clients(folder, experiment.task, state.x, experiment.pool)
 
 
@@ -234,7 +234,7 @@ def _write_timeline(folder: Path, fleet: DrivenFleet) -> None:
         write_whole(folder / "timeline.jsonl", "\n".join(lines) + "\n")
 
 
-def _write_clients(folder: Path, task: ClassificationTask, x: torch.Tensor, pool: Any) -> None:
+def _write_clients(folder: Path, task: Task, x: torch.Tensor, pool: Any) -> None:
     """How the final model does on every client's own data."""
     if len(task.num_examples) > MAX_CLIENTS_LISTED:
         return

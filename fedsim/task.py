@@ -5,9 +5,10 @@ Letters: N clients, C clients of a stack, P entries of a client's vector, K loca
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +16,6 @@ from torch import Tensor
 from fedsim.params import Layout
 from fedsim.streams import Streams
 from fedsim.terms import Factors
-
-if TYPE_CHECKING:
-    from fedsim.cohort import Cohort
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +101,12 @@ class Session(Protocol):
 class PlainSession:
     """Steps that share nothing and fuse nothing: what a task without an engine offers."""
 
-    field: Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Tensor]]
+    field: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
     x: Tensor
 
     def gradient(self, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.field(self.x, batch, out)
+        g, loss = self.field(self.x, batch)
+        return (g if out is None else out.copy_(g)), loss
 
     def sgd_step_(
         self,
@@ -121,27 +120,85 @@ class PlainSession:
         return None
 
 
-class Task(Protocol):
-    """Loss problems and saddle points alike."""
+class Oracle(Protocol):
+    """The present minibatches of k clients as functions of their points: what optimizers may need beside a gradient.
+
+    A method is called only for a need that the task does not lack (`Task.lacks`): `losses` for `loss_eval`,
+    `sampled_grad` for that, `hvp` for that, `clipped_sum` for `per_sample_norms`.
+
+    Attributes:
+        loss: [k] mean loss that the last `losses` or `clipped_sum` came across, for the record; None before.
+    """
+
+    loss: Tensor | None
+
+    def batch_sizes(self) -> Tensor:
+        """[k] samples of each client's batch, padding not counted."""
+        ...
+
+    def num_labels(self) -> Tensor:
+        """[k] labels behind each client's mean loss: one a sample, or one a position of a sequence."""
+        ...
+
+    def losses(self, points: Tensor) -> Tensor:
+        """[q, k] mean losses at points [q, k, n], on the same batch and without dropout."""
+        ...
+
+    def sampled_grad(self, x: Tensor) -> Tensor:
+        """[k, n] gradient of the mean loss at x [k, n] with labels drawn from the model's own predictions there."""
+        ...
+
+    def hvp(self, x: Tensor, v: Tensor) -> Tensor:
+        """[k, n] Hessian of the mean loss at x [k, n] times v [k, n]."""
+        ...
+
+    def clipped_sum(self, x: Tensor, bounds: Tensor) -> Tensor:
+        """[k, n] sum over a client's samples of g_i, clipped (`optim.needs.sample_factors`) at bounds [1] or [L]."""
+        ...
+
+
+class Task(ABC):
+    """What clients work on, loss problems and saddle points alike: two attributes and four methods make one.
+
+    Attributes:
+        layout: names and shapes in a client's vector.
+        num_examples: [N] int64, samples of each client; one without any takes no step.
+        no_local_steps: why more than one step between two averages cannot work here; None where it can.
+    """
 
     layout: Layout
     num_examples: Tensor
+    no_local_steps: str | None = None
 
+    @abstractmethod
     def init(self, seed: int) -> Tensor:
         """[P]: where training starts."""
-        ...
 
-    def batches(self, cohort: Cohort, schedule: Schedule) -> Batches:
-        """The minibatches of a cohort."""
-        ...
+    @abstractmethod
+    def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> Batches:
+        """The minibatches of a stack; `fedsim.tasks.batches.BatchPlan` cuts them from samples by the schedule.
 
-    def field(self, x: Tensor, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(gradient or operator [C, P], loss [C]) at x [C, P] on one batch."""
-        ...
+        Args:
+            ids: [C] clients, those with most samples first.
+            streams: random numbers of theirs.
+            schedule: epochs or steps, batch size, order.
+        """
 
-    def batch_sizes(self, batch: Any) -> Tensor:
-        """[C] samples of each client in a batch, padding not counted."""
-        ...
+    @abstractmethod
+    def field(self, x: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """(gradient or operator [C, P], loss [C]) at x [C, P], the mean over each client's samples in one batch."""
+
+    @abstractmethod
+    def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
+        """How good x [P] is, on held-out data or against a known solution; as many metrics as there are names."""
+
+    def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
+        """{metric: [N]} of x [P] on every client's own data; NaN for clients without any."""
+        return {}
+
+    def session(self, x: Tensor) -> Session:
+        """The task bound to a stack x [C, P], whose steps may share preparations."""
+        return PlainSession(self.field, x)
 
     def factored_run(
         self, x: Tensor, batches: Any, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
@@ -158,27 +215,41 @@ class Task(Protocol):
         Returns:
             (sum of each client's gradients g, sum of the losses of its steps [C]).
         """
-        ...
+        return None
 
-    def session(self, x: Tensor) -> Session:
-        """The task bound to a stack x [C, P], whose steps may share preparations."""
-        ...
+    def lacks(self, need: str) -> str | None:
+        """Why `oracle` cannot supply a need of an optimizer (its name in `Rule.needs`); None where it can."""
+        return "this task gives a gradient alone"
 
-    def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
-        """How good x [P] is, on held-out data or against a known solution."""
-        ...
+    def oracle(self, batch: Any, buffers: Tensor) -> Oracle:
+        """One minibatch as functions of its clients' points, for needs that the task does not lack.
 
-    def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
-        """{metric: [N]} of x [P] on every client's own data; NaN for clients without any."""
-        ...
+        Args:
+            batch: of k clients, in the task's own form.
+            buffers: [k, P - n], the clients' entries that are not trained; they are read, not updated.
+        """
+        raise AssertionError("a task that lacks every need is not asked")
+
+    def poison(self, ids: Tensor, labels: Callable[[Tensor, int], Tensor]) -> None:
+        """Let some clients [b] train on `labels(targets, num_classes)` instead of their own targets.
+
+        Raises:
+            ValueError: where there are no labels.
+        """
+        raise ValueError("poisons labels, which this task does not have")
+
+    def to(self, device: torch.device) -> Task:
+        """The task with its data on a device.
+
+        Raises:
+            ValueError: for another than the cpu, unless the task has a method of its own that moves its data.
+        """
+        if device.type != "cpu":
+            raise ValueError(f"{type(self).__name__} has no method to(device); write one, or set runtime.device: cpu")
+        return self
 
 
 class Pool(Protocol):
     """Runs independent pieces of work on the executor's own workers and returns their results in order."""
 
     def map(self, function: Any, pieces: list[Any]) -> list[Any]: ...
-
-
-def stream_of(ids: Tensor, seed: int, job: int = 0) -> Streams:
-    """Streams of some clients for something that is not a job of theirs (drawing a task's own constants)."""
-    return Streams(seed, ids, torch.full_like(ids, job))

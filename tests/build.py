@@ -27,8 +27,9 @@ from fedsim.streams import Streams, server_rng
 from fedsim.task import Schedule, Task
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.classification import ClassificationTask
+from fedsim.tasks.formula import FormulaBatch
 from fedsim.tasks.models import Factory, init_parameters
-from fedsim.tasks.quadratic import QuadraticBatch, QuadraticTask
+from fedsim.tasks.quadratic import QuadraticTask
 
 
 def quadratic(a: Any, b: Any, x0: Any, noise: float = 0.0, num_examples: list[int] | None = None) -> QuadraticTask:
@@ -148,9 +149,9 @@ def watched(task: QuadraticTask) -> list[tuple[int, int, int]]:
     seen: list[tuple[int, int, int]] = []
     inner = task.field
 
-    def field(x: Tensor, batch: QuadraticBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def field(x: Tensor, batch: FormulaBatch) -> tuple[Tensor, Tensor]:
         seen.extend((i, j, batch.step) for i, j in zip(batch.rows.tolist(), batch.streams.jobs.tolist(), strict=True))
-        return inner(x, batch, out)
+        return inner(x, batch)
 
     task.field = field  # type: ignore[method-assign]
     return seen

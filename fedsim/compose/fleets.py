@@ -17,7 +17,6 @@ from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.links import Downlink, Uplink
 from fedsim.task import Task
-from fedsim.tasks.classification import ClassificationTask
 
 
 def compute_device(name: str) -> torch.device:
@@ -71,9 +70,8 @@ def build_byzantine(section: ByzantineClients, task: Task, seed: int) -> Byzanti
     if not len(ids):
         return None
     if section.attack.on_data:
-        if not isinstance(task, ClassificationTask):
-            raise ConfigError("clients.byzantine.attack: poisons labels, which this task does not have")
-        task.poison(ids, section.attack.poison)
+        with at("clients.byzantine.attack"):
+            task.poison(ids, section.attack.poison)
     return Byzantine(ids=ids, attack=section.attack, on_data=section.attack.on_data, seed=seed)
 
 

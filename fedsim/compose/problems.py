@@ -7,6 +7,7 @@ stand in the file).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from fedsim.task import Task
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import init_parameters
+from fedsim.tasks.own import check_task
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
 
 NUM_CLIENTS = 100  # unless the file or the data say how many there are
@@ -201,13 +203,29 @@ TASKS: dict[str, Callable[..., Task | Samples]] = {
 
 
 def problem_of(file: File, device: torch.device) -> Formula | Samples:
-    """What the section `task` describes; see the module's head."""
+    """What the section `task` describes; see the module's head.
+
+    Raises:
+        ConfigError: for a task that is none, or does not fit the file.
+    """
+    count = file.clients.count
+    target: Any = file.task.target
+    if inspect.isabstract(target):
+        missing = ", ".join(sorted(target.__abstractmethods__))
+        raise ConfigError(f"task.name: lacks {missing}; docs/tutorial.md shows what a task needs")
     made = file.task(
         seed=file.seed,
-        count=file.clients.count or NUM_CLIENTS,
+        count=count or NUM_CLIENTS,
         clients=file.clients,
         device=device,
         root=file.data.root,
         partition=None if file.partition is None else file.partition(),
     )
-    return made if isinstance(made, Samples) else Formula(made)
+    if isinstance(made, Samples):
+        return made
+    with at("task"):
+        task = check_task(made, file.seed)
+        n = len(task.num_examples)
+        if count not in (None, n):
+            raise ValueError(f"it has {n} clients, but clients.count is {count}; give it a parameter `count` to follow")
+    return Formula(task)

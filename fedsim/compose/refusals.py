@@ -18,11 +18,10 @@ from fedsim.data.federated import FederatedData
 from fedsim.engine.losses import LOSSES
 from fedsim.optim import Optimizer
 from fedsim.optim.foreign import ForeignOptimizer
+from fedsim.optim.needs import check_needs
 from fedsim.params import Layout
 from fedsim.sim.links import Uplink
 from fedsim.task import Task
-from fedsim.tasks.bilinear import BilinearTask
-from fedsim.tasks.supply import check as check_supply
 
 MAX_TRIED = 1000  # clients of a cohort up to which its aggregation rule is tried before the run starts
 
@@ -86,13 +85,10 @@ def check_local(name: str, strategy: Any, task: Task) -> None:
         )
     if not hasattr(strategy, "local"):
         return
-    if isinstance(task, BilinearTask) and not task.lam:
-        raise ConfigError(
-            "strategy: local steps along a bilinear operator spiral away from the saddle point; set task.lam above 0, "
-            "or use extragradient, masha1 or masha2"
-        )
+    if task.no_local_steps is not None:
+        raise ConfigError(f"strategy: {task.no_local_steps}")
     with at("local.optimizer"):
-        check_supply(task, strategy.local.optimizer)
+        check_needs(strategy.local.optimizer, task)
 
 
 def check_compressor(key: str, compressor: Any, layout: Layout) -> None:

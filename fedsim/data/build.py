@@ -71,13 +71,7 @@ def split(
         num_clients = len(data.group_names)
     if num_clients is None or num_clients < 1:
         raise ValueError(f"clients.count must be 1 or more, got {num_clients}")
-    order, offsets = recipe(
-        data.targets.numpy(),
-        num_clients,
-        server_rng(seed, "data.partition"),
-        data.num_classes,
-        None if data.groups is None else data.groups.numpy(),
-    )
+    order, offsets = recipe(data, num_clients, server_rng(seed, "data.partition"))
     return FederatedData(
         inputs=data.inputs,
         targets=data.targets,

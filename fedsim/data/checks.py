@@ -12,18 +12,18 @@ from torch import Tensor
 _ROWS = 1 << 16  # rows looked at together when searching for NaN
 
 
-def as_inputs(array: object, origin: str) -> Tensor:
+def as_inputs(array: object, origin: str, images: bool = False) -> Tensor:
     """Inputs as float32, or int64 where they are tokens.
 
-    Floating-point and boolean arrays become float32; uint8 is read as pixels and divided by 255; every other integer
-    type is read as tokens.
+    Floating-point, boolean and uint8 arrays become float32 as they are; every other integer type is read as tokens.
 
     Args:
         array: [n, ...], a tensor, a numpy array or nested lists of numbers.
         origin: where it came from (file and key), for the message.
+        images: they are pixels of type uint8, to be divided by 255.
 
     Raises:
-        ValueError: if it does not hold numbers, or a row holds a single bare number.
+        ValueError: if it does not hold numbers, a row holds a single bare number, or images are not uint8.
     """
     values = _numeric(array, origin, "numbers")
     if values.ndim < 2:
@@ -31,9 +31,13 @@ def as_inputs(array: object, origin: str) -> Tensor:
             f"{origin}: expected one row per sample, [n, ...], got shape {list(values.shape)}; reshape a single "
             f"feature to [n, 1]"
         )
-    if values.dtype == np.uint8:
+    if images:
+        if values.dtype != np.uint8:
+            raise ValueError(
+                f"{origin}: images are pixels of type uint8, these are {values.dtype}; convert or scale them"
+            )
         return torch.from_numpy(values.astype(np.float32) / 255)
-    kind = np.int64 if values.dtype.kind in "iu" else np.float32
+    kind = np.int64 if values.dtype.kind in "iu" and values.dtype != np.uint8 else np.float32
     return torch.from_numpy(np.require(values, dtype=kind, requirements=["C", "W"]))
 
 
@@ -106,7 +110,7 @@ def check_samples(
             raise ValueError(f"{origin}: {part} targets must be int64 classes, got {y.dtype}")
         if x.shape[1:] != inputs.shape[1:] or y.shape[1:] != targets.shape[1:] or x.dtype != inputs.dtype:
             raise ValueError(
-                f"{origin}: test rows are {_row(x)} -> {_row(y)}, training rows {_row(inputs)} -> {_row(targets)}; "
+                f"{origin}: test rows are {row(x)} -> {row(y)}, training rows {row(inputs)} -> {row(targets)}; "
                 f"they must agree"
             )
         _check_finite(x, f"{origin}: {part} inputs")
@@ -132,5 +136,24 @@ def _check_finite(x: Tensor, what: str) -> None:
             raise ValueError(f"{what}: row {row} holds NaN or infinity; drop the row or fill the gap before training")
 
 
-def _row(x: Tensor) -> str:
+def row(x: Tensor) -> str:
+    """The type and shape of one row, for messages."""
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape[1:])}"
+
+
+def check_alpha(name: str, alpha: float) -> None:
+    """Refuse a concentration that is negative or not finite."""
+    if not 0 <= alpha < np.inf:
+        raise ValueError(f"{name}.alpha must be 0 or more and finite, got {alpha}; for equal shares choose iid")
+
+
+def check_least(name: str, value: float, least: int) -> None:
+    """Refuse a number below its least value."""
+    if not value >= least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Refuse a share that is not in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}; 0 holds out nothing")

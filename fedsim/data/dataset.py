@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data.checks import as_inputs, as_keys, as_targets, check_samples
+from fedsim.data.checks import as_inputs, as_keys, as_targets, check_fraction, check_samples
 from fedsim.streams import server_rng
 
 
@@ -64,6 +64,7 @@ def from_arrays(
     clients: object = None,
     num_classes: int | None = None,
     test_fraction: float = 0.2,
+    images: bool = False,
     origin: str = "data",
 ) -> Dataset:
     """A data set from arrays, converted as `checks.as_inputs` and `checks.as_targets` say.
@@ -77,22 +78,21 @@ def from_arrays(
         clients: [n] keys of the natural clients.
         num_classes: by default one more than the largest label.
         test_fraction: the share held out when there is no x_test; 0 holds out nothing.
+        images: inputs are pixels of type uint8, to be divided by 255; the notes then say so.
         origin: where the arrays come from, for messages.
 
     Raises:
         ValueError: if anything does not fit.
     """
-    inputs, targets = as_inputs(x, f"{origin}: inputs"), as_targets(y, f"{origin}: labels")
+    inputs, targets = as_inputs(x, f"{origin}: inputs", images), as_targets(y, f"{origin}: labels")
     if len(inputs) != len(targets):
         raise ValueError(f"{origin}: {len(inputs)} inputs but {len(targets)} labels; one label per row is needed")
     groups, names = (None, None) if clients is None else as_keys(clients, len(inputs), f"{origin}: clients")
     if (x_test is None) != (y_test is None):
         raise ValueError(f"{origin}: test inputs and test labels must be given together")
     if x_test is not None:
-        test_inputs, test_targets = (
-            as_inputs(x_test, f"{origin}: test inputs"),
-            as_targets(y_test, f"{origin}: test labels"),
-        )
+        test_inputs = as_inputs(x_test, f"{origin}: test inputs", images)
+        test_targets = as_targets(y_test, f"{origin}: test labels")
     else:
         train, test = hold_out(targets, test_fraction, origin)
         inputs, targets, test_inputs, test_targets = inputs[train], targets[train], inputs[test], targets[test]
@@ -107,7 +107,18 @@ def from_arrays(
         num_classes=num_classes,
         groups=groups,
         group_names=names,
+        notes=_scaling(x, images),
     ).check(origin)
+
+
+def _scaling(x: object, images: bool) -> tuple[str, ...]:
+    """What was done to bytes, which may be pixels or plain numbers."""
+    if images:
+        return ("Pixels were divided by 255.",)
+    is_bytes = isinstance(x, np.ndarray | Tensor) and str(x.dtype).endswith("uint8")
+    if is_bytes and len(x) and int(x.max()) > 1:  # type: ignore[arg-type, attr-defined]
+        return ("Inputs of type uint8 were taken as they are; `images: true` divides pixels by 255.",)
+    return ()
 
 
 def hold_out(targets: Tensor, fraction: float, origin: str = "data") -> tuple[Tensor, Tensor]:
@@ -125,8 +136,7 @@ def hold_out(targets: Tensor, fraction: float, origin: str = "data") -> tuple[Te
     >>> len(train), sorted(torch.tensor([0, 0, 0, 0, 1, 1])[test].tolist())
     (3, [0, 0, 1])
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"{origin}: test_fraction must be in [0, 1), got {fraction}; 0 holds out nothing")
+    check_fraction(f"{origin}: test_fraction", fraction)
     labels = targets.numpy() if targets.ndim == 1 else np.zeros(len(targets), dtype=np.int64)
     shuffled = server_rng(0, "data.hold_out").permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]

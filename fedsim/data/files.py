@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsim.data.checks import as_inputs, as_targets, one_line
+from fedsim.data.checks import as_inputs, as_targets, one_line, row
 from fedsim.data.dataset import Dataset, from_arrays
 
 
@@ -28,22 +28,30 @@ class _Table:
     y_test: np.ndarray | None = None
 
 
-def npz(*, path: str, root: str | None = None, num_classes: int | None = None, test_fraction: float = 0.2) -> Dataset:
+def npz(
+    *,
+    path: str,
+    root: str | None = None,
+    num_classes: int | None = None,
+    test_fraction: float = 0.2,
+    images: bool = False,
+) -> Dataset:
     """Your own arrays: an .npz file with x, y and perhaps client, x_test, y_test, or a folder with a file per client.
 
     In a folder every `NAME.npz` with x and y is the client NAME, and `test.npz`, if there is one, is held out.
-    Floating-point x is taken as it is, uint8 is divided by 255, other integers are tokens.
+    Floating-point and uint8 x is taken as it is, other integers are tokens.
 
     Args:
         path: the file or folder; relative to `root` where that is given and has it.
         root: the folder of the configuration's `data.root`.
         num_classes: by default one more than the largest label.
         test_fraction: the share held out, class by class, when the files hold no test rows.
+        images: x holds pixels of type uint8, to be divided by 255.
 
     Raises:
         ValueError: naming the file and the key that is missing or does not fit.
     """
-    return _load(_resolve(path, root), ".npz", _read_npz, num_classes, test_fraction)
+    return _load(_resolve(path, root), ".npz", _read_npz, num_classes, test_fraction, images)
 
 
 def parquet(
@@ -57,6 +65,7 @@ def parquet(
     test_path: str | None = None,
     num_classes: int | None = None,
     test_fraction: float = 0.2,
+    images: bool = False,
 ) -> Dataset:
     """Your own table: a Parquet file with label, features and perhaps client, or a folder with a file per client.
 
@@ -67,12 +76,13 @@ def parquet(
         root: the folder of the configuration's `data.root`.
         label: the column of classes, integers from 0.
         client: the column of client keys; in a single file it may be missing.
-        features: one column that holds a list per row: floating-point numbers, pixels (uint8, divided by 255) or
-            tokens (other integers). By default all other columns, each of them one measurement.
+        features: one column that holds a list per row: floating-point numbers or uint8, taken as they are, or tokens
+            (other integers). By default all other columns, each of them one measurement.
         shape: of one sample, such as [1, 28, 28]; by default a vector.
         test_path: a file of held-out rows with the same columns.
         num_classes: by default one more than the largest label.
         test_fraction: the share held out, class by class, when there is no file of test rows.
+        images: the column `features` holds pixels of type uint8, to be divided by 255.
 
     Raises:
         ValueError: naming the file and the column that is missing or does not fit.
@@ -82,7 +92,7 @@ def parquet(
     def read(file: Path) -> _Table:
         return _read_parquet(file, label, client, features, shape)
 
-    return _load(_resolve(path, root), ".parquet", read, num_classes, test_fraction, test)
+    return _load(_resolve(path, root), ".parquet", read, num_classes, test_fraction, images, test)
 
 
 def _resolve(path: str, root: str | None) -> Path:
@@ -102,6 +112,7 @@ def _load(
     read: Callable[[Path], _Table],
     num_classes: int | None,
     test_fraction: float,
+    images: bool,
     test_file: Path | None = None,
 ) -> Dataset:
     table = _read_folder(path, suffix, read) if path.is_dir() else read(path)
@@ -117,6 +128,7 @@ def _load(
         clients=table.clients,
         num_classes=num_classes,
         test_fraction=test_fraction,
+        images=images,
         origin=str(path),
     )
 
@@ -127,6 +139,7 @@ def _read_folder(folder: Path, suffix: str, read: Callable[[Path], _Table]) -> _
         raise ValueError(f"{folder}: no *{suffix} files in this folder; put one file per client there, named after it")
     xs: list[np.ndarray] = []
     ys: list[np.ndarray] = []
+    first = ""
     for file in files:
         table = read(file)
         if table.x_test is not None:
@@ -134,16 +147,15 @@ def _read_folder(folder: Path, suffix: str, read: Callable[[Path], _Table]) -> _
                 f"{file}: x_test in a client's file is not read; put held-out rows into {folder}/test{suffix}"
             )
         # converted here already, so that a message names the client's own file
-        x, y = as_inputs(table.x, f"{file}: inputs").numpy(), as_targets(table.y, f"{file}: labels").numpy()
+        x, y = as_inputs(table.x, f"{file}: inputs"), as_targets(table.y, f"{file}: labels")
         if len(x) != len(y):
             raise ValueError(f"{file}: {len(x)} inputs but {len(y)} labels; one label per row is needed")
-        if xs and (x.shape[1:] != xs[0].shape[1:] or x.dtype != xs[0].dtype or y.shape[1:] != ys[0].shape[1:]):
-            raise ValueError(
-                f"{file}: rows are {x.dtype}{list(x.shape[1:])}, but {files[0].name} has "
-                f"{xs[0].dtype}{list(xs[0].shape[1:])}; every client needs the same"
-            )
-        xs.append(x)
-        ys.append(y)
+        rows = f"{row(x)} -> {row(y)}"
+        first = first or rows
+        if rows != first:
+            raise ValueError(f"{file}: rows are {rows}, but {files[0].name} has {first}; every client needs the same")
+        xs.append(table.x)
+        ys.append(y.numpy())
     clients = np.repeat([file.stem for file in files], [len(x) for x in xs])
     held = folder / f"test{suffix}"
     pooled = _Table(np.concatenate(xs), np.concatenate(ys), clients)

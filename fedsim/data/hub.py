@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -54,7 +55,10 @@ def huggingface(
     datasets = _require("datasets", "huggingface")
     origin = f"huggingface {path}"
 
+    images = False
+
     def columns(split: str) -> tuple[np.ndarray, ...]:
+        nonlocal images
         try:
             table = datasets.load_dataset(path, configuration, split=split, cache_dir=root)
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -66,12 +70,13 @@ def huggingface(
         for name in wanted:
             if name not in table.column_names:
                 raise ValueError(f"{origin}: no column '{name}', it has {', '.join(table.column_names)}")
+        images = isinstance(table.features[features], datasets.Image)
         rows = table.select_columns(wanted).with_format("numpy")[:]
         return tuple(rows[name] for name in wanted)
 
     x, y, *keys = columns(train_split)
     x_test, y_test = columns(test_split)[:2] if test_split else (None, None)
-    return _images_or_numbers(x, y, x_test, y_test, keys, standardize, num_classes, test_fraction, origin)
+    return _images_or_numbers(x, y, x_test, y_test, keys, images, standardize, num_classes, test_fraction, origin)
 
 
 def torchvision(
@@ -114,7 +119,7 @@ def torchvision(
                 f"torchvision: cannot load {dataset} from {root or 'data'} ({one_line(error)}); check the network, put "
                 f"the files there and name the folder in data.root, or load it in a Python factory"
             ) from None
-    return _images_or_numbers(*parts[0], *parts[1], [], standardize, num_classes, 0.0, f"torchvision {dataset}")
+    return _images_or_numbers(*parts[0], *parts[1], [], True, standardize, num_classes, 0.0, f"torchvision {dataset}")
 
 
 def _pixels(samples: object, origin: str) -> tuple[np.ndarray, np.ndarray]:
@@ -139,22 +144,23 @@ def _images_or_numbers(
     x_test: np.ndarray | None,
     y_test: np.ndarray | None,
     keys: list[np.ndarray],
+    images: bool,
     standardize: bool,
     num_classes: int | None,
     test_fraction: float,
     origin: str,
 ) -> Dataset:
-    images = x.dtype == np.uint8 and x.ndim >= 3
     if x.dtype.kind not in "fiub":
         raise ValueError(f"{origin}: inputs are {x.dtype}, either text or rows of different shapes; {_TEXT_WAY_OUT}")
     data = from_arrays(
-        _channels_first(x),
+        _channels_first(x) if images else x,
         y,
-        None if x_test is None else _channels_first(x_test),
+        _channels_first(x_test) if images and x_test is not None else x_test,
         y_test,
         clients=keys[0] if keys else None,
         num_classes=num_classes,
         test_fraction=test_fraction,
+        images=images,
         origin=origin,
     )
     if images and standardize:
@@ -162,13 +168,13 @@ def _images_or_numbers(
         deviation, mean = torch.std_mean(data.inputs, dim=axes, keepdim=True)
         for part in (data.inputs, data.test_inputs):
             part.sub_(mean).div_(deviation.clamp(min=1e-6))
+        scaled = "Pixels were divided by 255, then each channel standardised by the training rows."
+        data = replace(data, notes=(scaled,))
     return data
 
 
 def _channels_first(x: np.ndarray) -> np.ndarray:
-    """uint8 images [n, height, width] or [n, height, width, channels] as [n, channels, height, width]."""
-    if x.dtype != np.uint8 or x.ndim not in (3, 4):
-        return x
+    """Images [n, height, width] or [n, height, width, channels] as [n, channels, height, width]."""
     return x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
 
 

@@ -49,6 +49,7 @@ def digits() -> Dataset:
         test_targets=y[test],
         num_classes=10,
         class_names=tuple("0123456789"),
+        notes=("Pixels 0 to 16 were divided by 16.",),
     ).check("digits")
 
 
@@ -81,7 +82,13 @@ def fashion_mnist(*, root: str | None = None, download: bool = True) -> Dataset:
     x, y = _read_pair(folder, "train")
     x_test, y_test = _read_pair(folder, "t10k")
     return Dataset(
-        inputs=x, targets=y, test_inputs=x_test, test_targets=y_test, num_classes=10, class_names=CLASSES
+        inputs=x,
+        targets=y,
+        test_inputs=x_test,
+        test_targets=y_test,
+        num_classes=10,
+        class_names=CLASSES,
+        notes=(f"Pixels were divided by 255, then standardised: mean {MEAN}, deviation {STD}.",),
     ).check(f"fashion_mnist in {folder}")
 
 

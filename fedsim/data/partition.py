@@ -1,9 +1,9 @@
 """How the rows of a data set are given to clients.
 
-An entry of PARTITIONS is a frozen dataclass called as `(targets, num_clients, rng, num_classes, groups)`, which returns
-(order [m], offsets [N+1]): client i owns the rows `order[offsets[i]:offsets[i+1]]`, in random order. All recipes are
-vectorised over clients. Clients without samples are ordinary. Unless a recipe says otherwise, every row goes to
-exactly one client.
+An entry of PARTITIONS is a frozen dataclass called as `(data, num_clients, rng)`, which returns (order [m], offsets
+[N+1]): client i owns the training rows `order[offsets[i]:offsets[i+1]]`, in random order. All recipes are vectorised
+over clients. Clients without samples are ordinary. Unless a recipe says otherwise, every row goes to exactly one
+client.
 
 Letters: n rows, N clients, K classes, m entries of the order.
 """
@@ -17,15 +17,14 @@ from typing import Protocol
 
 import numpy as np
 
+from fedsim.data.checks import check_alpha, check_least
+from fedsim.data.dataset import Dataset
 from fedsim.data.splitting import (
     by_class,
-    check_alpha,
-    check_least,
     dirichlet,
     draw_classes,
     even_cuts,
     group,
-    labels_of,
     offsets_of,
     repeat_owners,
     round_shares,
@@ -39,22 +38,13 @@ Split = tuple[np.ndarray, np.ndarray]
 class Partition(Protocol):
     """A recipe that gives rows to clients."""
 
-    def __call__(
-        self,
-        targets: np.ndarray,
-        num_clients: int,
-        rng: np.random.Generator,
-        num_classes: int,
-        groups: np.ndarray | None = None,
-    ) -> Split:
+    def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
         """(order [m] int64, offsets [N+1] int64).
 
         Args:
-            targets: [n] classes, or [n, T] sequences.
+            data: n training rows.
             num_clients: N.
             rng: the only source of randomness.
-            num_classes: K.
-            groups: [n] natural client of each row, where the data has them.
 
         Raises:
             ValueError: if the data does not suit the recipe.
@@ -66,15 +56,8 @@ class Partition(Protocol):
 class Iid:
     """Rows dealt out at random, sizes equal to within one."""
 
-    def __call__(
-        self,
-        targets: np.ndarray,
-        num_clients: int,
-        rng: np.random.Generator,
-        num_classes: int,
-        groups: np.ndarray | None = None,
-    ) -> Split:
-        n = len(targets)
+    def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
+        n = len(data.targets)
         return rng.permutation(n), even_cuts(n, num_clients)
 
 
@@ -97,18 +80,11 @@ class Dirichlet:
         check_alpha("dirichlet", self.alpha)
         check_least("dirichlet.min_examples", self.min_examples, 0)
 
-    def __call__(
-        self,
-        targets: np.ndarray,
-        num_clients: int,
-        rng: np.random.Generator,
-        num_classes: int,
-        groups: np.ndarray | None = None,
-    ) -> Split:
-        rows, starts = by_class(labels_of(targets, "dirichlet"), num_classes, rng)
+    def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
+        rows, starts = by_class(data, "dirichlet", rng)
 
         def owners() -> np.ndarray:
-            shares = (dirichlet(self.alpha, num_clients, 1, rng)[0] for _ in range(num_classes))
+            shares = (dirichlet(self.alpha, num_clients, 1, rng)[0] for _ in range(data.num_classes))
             sizes = (round_shares(p, b - a, rng) for p, (a, b) in zip(shares, pairwise(starts), strict=True))
             return np.concatenate([repeat_owners(counts) for counts in sizes])
 
@@ -137,17 +113,10 @@ class DirichletClient:
     def __post_init__(self) -> None:
         check_alpha("dirichlet_client", self.alpha)
 
-    def __call__(
-        self,
-        targets: np.ndarray,
-        num_clients: int,
-        rng: np.random.Generator,
-        num_classes: int,
-        groups: np.ndarray | None = None,
-    ) -> Split:
-        rows, starts = by_class(labels_of(targets, "dirichlet_client"), num_classes, rng)
+    def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
+        rows, starts = by_class(data, "dirichlet_client", rng)
         supply = np.diff(starts)
-        mix = np.zeros((num_clients, num_classes))
+        mix = np.zeros((num_clients, data.num_classes))
         present = np.flatnonzero(supply)  # a class without rows has no share in a mix
         mix[:, present] = dirichlet(self.alpha, len(present), num_clients, rng)
         offsets = even_cuts(len(rows), num_clients)
@@ -159,9 +128,9 @@ class DirichletClient:
         order, used = np.empty_like(rows), np.zeros_like(supply)
         while len(slots):
             wanted = draw_classes(mix, supply - used, owner[slots], rng)
-            asked = slots[np.argsort(small(wanted, num_classes), kind="stable")]
+            asked = slots[np.argsort(small(wanted, data.num_classes), kind="stable")]
             lost = []
-            for k, (a, b) in enumerate(pairwise(offsets_of(wanted, num_classes))):
+            for k, (a, b) in enumerate(pairwise(offsets_of(wanted, data.num_classes))):
                 take = min(b - a, supply[k] - used[k])
                 winners = asked[a:b] if take == b - a else rng.permutation(asked[a:b])
                 first = starts[k] + used[k]
@@ -188,15 +157,8 @@ class Shards:
     def __post_init__(self) -> None:
         check_least("shards.shards_per_client", self.shards_per_client, 1)
 
-    def __call__(
-        self,
-        targets: np.ndarray,
-        num_clients: int,
-        rng: np.random.Generator,
-        num_classes: int,
-        groups: np.ndarray | None = None,
-    ) -> Split:
-        rows, _ = by_class(labels_of(targets, "shards"), num_classes, rng)
+    def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
+        rows, _ = by_class(data, "shards", rng)
         holder = rng.permutation(np.repeat(np.arange(num_clients, dtype=np.int32), self.shards_per_client))
         owner = np.repeat(holder, np.diff(even_cuts(len(rows), len(holder))))
         return group(rows, owner, num_clients, rng)
@@ -218,15 +180,8 @@ class Classes:
     def __post_init__(self) -> None:
         check_least("classes.classes_per_client", self.classes_per_client, 1)
 
-    def __call__(
-        self,
-        targets: np.ndarray,
-        num_clients: int,
-        rng: np.random.Generator,
-        num_classes: int,
-        groups: np.ndarray | None = None,
-    ) -> Split:
-        rows, starts = by_class(labels_of(targets, "classes"), num_classes, rng)
+    def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
+        rows, starts = by_class(data, "classes", rng)
         present = np.flatnonzero(np.diff(starts))
         k = self.classes_per_client
         if k > len(present):
@@ -264,38 +219,25 @@ class QuantitySkew:
         check_alpha("quantity_skew", self.alpha)
         check_least("quantity_skew.min_examples", self.min_examples, 0)
 
-    def __call__(
-        self,
-        targets: np.ndarray,
-        num_clients: int,
-        rng: np.random.Generator,
-        num_classes: int,
-        groups: np.ndarray | None = None,
-    ) -> Split:
+    def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
         def owners() -> np.ndarray:
             shares = dirichlet(self.alpha, num_clients, 1, rng)[0]
-            return repeat_owners(round_shares(shares, len(targets), rng))
+            return repeat_owners(round_shares(shares, len(data.targets), rng))
 
         owner = until_enough(owners, num_clients, self.min_examples, "quantity_skew")
-        return rng.permutation(len(targets)), offsets_of(owner, num_clients)
+        return rng.permutation(len(data.targets)), offsets_of(owner, num_clients)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Natural:
     """One client for each natural owner of the data: a speaker, a hospital, a file. Rows keep their order."""
 
-    def __call__(
-        self,
-        targets: np.ndarray,
-        num_clients: int,
-        rng: np.random.Generator,
-        num_classes: int,
-        groups: np.ndarray | None = None,
-    ) -> Split:
-        if groups is None:
+    def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
+        if data.groups is None:
             raise ValueError(
                 "partition natural: the data names no clients; add client keys or choose another partition"
             )
+        groups = data.groups.numpy()
         if groups.max(initial=-1) >= num_clients:
             raise ValueError(f"partition natural: the data has {groups.max() + 1} clients, not {num_clients}")
         return np.argsort(groups, kind="stable"), offsets_of(groups, num_clients)

@@ -9,32 +9,29 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fedsim.data.dataset import Dataset
+
 _TRIES = 100  # draws before min_examples is given up
 
 
-def labels_of(targets: np.ndarray, name: str) -> np.ndarray:
-    """The class of each row.
+def by_class(data: Dataset, name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Training rows sorted by class and in random order within a class, for the partition `name`.
+
+    Returns:
+        (rows [n], starts [K+1]): class k has rows[starts[k]:starts[k+1]].
 
     Raises:
         ValueError: for sequences, whose rows hold many classes.
     """
-    if targets.ndim != 1:
+    labels = data.targets.numpy()
+    if labels.ndim != 1:
         raise ValueError(
             f"partition {name} sorts rows by their class, but the rows of this data are sequences, which have none; "
             f"choose iid, quantity_skew or natural"
         )
-    return targets
-
-
-def by_class(labels: np.ndarray, num_classes: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows sorted by class and in random order within a class.
-
-    Returns:
-        (rows [n], starts [K+1]): class k has rows[starts[k]:starts[k+1]].
-    """
     shuffled = rng.permutation(len(labels))
-    rows = shuffled[np.argsort(small(labels[shuffled], num_classes), kind="stable")]
-    return rows, offsets_of(labels, num_classes)
+    rows = shuffled[np.argsort(small(labels[shuffled], data.num_classes), kind="stable")]
+    return rows, offsets_of(labels, data.num_classes)
 
 
 def small(codes: np.ndarray, bound: int) -> np.ndarray:
@@ -131,15 +128,3 @@ def until_enough(draw: Callable[[], np.ndarray], num_clients: int, least: int, n
         f"{name}.min_examples={least}: none of {_TRIES} draws gave every one of {num_clients} clients that many; raise "
         f"alpha, or lower min_examples or clients.count"
     )
-
-
-def check_alpha(name: str, alpha: float) -> None:
-    """Refuse a concentration that is negative or not finite."""
-    if not 0 <= alpha < np.inf:
-        raise ValueError(f"{name}.alpha must be 0 or more and finite, got {alpha}; for equal shares choose iid")
-
-
-def check_least(name: str, value: int, least: int) -> None:
-    """Refuse a count below its least value."""
-    if value < least:
-        raise ValueError(f"{name} must be {least} or more, got {value}")

@@ -10,6 +10,7 @@ from math import prod
 import numpy as np
 import torch
 
+from fedsim.data.checks import check_fraction, check_least
 from fedsim.data.dataset import Dataset
 from fedsim.streams import server_rng
 
@@ -41,15 +42,13 @@ def blobs(
     """
     for name, value, least in (
         ("num_examples", num_examples, 1),
-        ("num_test", num_test, 0),
         ("num_classes", num_classes, 1),
+        ("spread", spread, 0),
     ):
-        if value < least:
-            raise ValueError(f"blobs: {name} must be {least} or more, got {value}")
+        check_least(f"blobs: {name}", value, least)
+    check_least("blobs: num_test", num_test, 0)
     if not shape or min(shape) < 1:
         raise ValueError(f"blobs: shape must be positive sizes such as [1, 28, 28], got {list(shape)}")
-    if not spread >= 0:
-        raise ValueError(f"blobs: spread must be 0 or more, got {spread}")
     rng = server_rng(seed, "data.blobs")
     means = rng.standard_normal((num_classes, prod(shape)), dtype=np.float32)
     targets = np.arange(num_examples + num_test) % num_classes
@@ -94,15 +93,10 @@ def synthetic(
     Returns:
         inputs [n, d], grouped by client.
     """
-    if alpha < 0 or beta < 0:
-        raise ValueError(f"synthetic: alpha and beta must be 0 or more, got {alpha} and {beta}")
-    if min(num_clients, num_features, num_classes) < 1:
-        raise ValueError(
-            f"synthetic: num_clients, num_features and num_classes must be 1 or more, got {num_clients}, "
-            f"{num_features} and {num_classes}"
-        )
-    if not 0 <= test_fraction < 1:
-        raise ValueError(f"synthetic: test_fraction must be in [0, 1), got {test_fraction}")
+    check_least("synthetic: the least of alpha and beta", min(alpha, beta), 0)
+    least = min(num_clients, num_features, num_classes)
+    check_least("synthetic: the least of num_clients, num_features and num_classes", least, 1)
+    check_fraction("synthetic: test_fraction", test_fraction)
     rng = server_rng(seed, "data.synthetic")
     d, sizes = num_features, 50 + rng.lognormal(4, 2, num_clients).astype(np.int64)
     u, big_b = alpha * rng.standard_normal(num_clients), beta * rng.standard_normal(num_clients)

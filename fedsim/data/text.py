@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedsim.data.checks import check_fraction, check_least
 from fedsim.data.dataset import Dataset
 
 FILE = "tinyshakespeare.txt"
@@ -45,10 +46,8 @@ def shakespeare(
     Raises:
         ValueError: if there is no such text, or nobody in it speaks long enough.
     """
-    if sequence_length < 1:
-        raise ValueError(f"shakespeare: sequence_length must be 1 or more, got {sequence_length}")
-    if not 0 <= test_fraction < 1:
-        raise ValueError(f"shakespeare: test_fraction must be in [0, 1), got {test_fraction}")
+    check_least("shakespeare: sequence_length", sequence_length, 1)
+    check_fraction("shakespeare: test_fraction", test_fraction)
     file = _find(path, root)
     text = _read(file)
     speeches = parse_speakers(text)

@@ -15,7 +15,7 @@ How to add a rule:
 4. A rule on whole matrices takes them by `matrix.groups_of(seg)`, all of one shape at once, and gives the sizes of its
    states by `sized_states`; where the host decides what a step does (a refresh every so often), `compiles = False`. A
    state called v, v_max, a or n is never negative, which 8-bit storage relies on. What a rule needs beside the gradient
-   is one method of `needs.SuppliesNeeds` and one line of `needs.supply`.
+   is one method of `fedsim.task.Oracle` and one line of `needs.supply`.
 5. One row in `table.RULES`, and one test against an independent oracle in tests/fedsim/optim. The contract suite
    (tests/contracts/test_optimizers.py) runs over the table, so the new rule is in it already.
 """

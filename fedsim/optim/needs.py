@@ -1,14 +1,14 @@
 """What a step needs beside a gradient, from what a task can compute on a minibatch: the seam of the training loop.
 
-    optimizer.check_needs({"grad"} | source.available)            # once, when the run is built
-    gradient, aux = supply(optimizer, x, state, source, streams=streams)
+    check_needs(optimizer, task)                                   # once, when the run is built
+    gradient, aux = supply(optimizer, x, state, task.oracle(batch, buffers), streams=streams)
     if gradient is None:
         gradient = ...                                             # the ordinary one
     optimizer.step_(x, gradient, state, aux=aux, streams=streams)
 
-A need has one name, the same in `Rule.needs`, in `SuppliesNeeds.available` and, where it is a tensor for the rule, in
-`aux`. So a later need (layer inputs and outputs, gradients of half batches) is one method of the source and one line of
-`supply`. A shifted evaluation point is `Optimizer.eval_point`, at which the source is then asked.
+A need has one name, the same in `Rule.needs`, in `Task.lacks` and, where it is a tensor for the rule, in `aux`. So a
+later need (layer inputs and outputs, gradients of half batches) is one method of the oracle and one line of `supply`. A
+shifted evaluation point is `Optimizer.eval_point`, at which the oracle is then asked.
 
 Letters: k clients that step, P trainable coordinates, B samples, L tensors, q points per client.
 """
@@ -17,77 +17,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.optim.core import Optimizer
 from fedsim.optim.extra import Private, ZerothOrder
 from fedsim.optim.segments import Segments
 from fedsim.optim.state import OptState
 from fedsim.optim.transforms import transform
 from fedsim.streams import Streams
-
-if TYPE_CHECKING:
-    from fedsim.optim.core import Optimizer
+from fedsim.task import Oracle, Task
 
 
-class SuppliesNeeds(Protocol):
-    """The present minibatches of a stack, as functions of the point; a method counts only if `available` names it.
+def check_needs(optimizer: Optimizer, task: Task) -> None:
+    """Refuse an optimizer whose needs the task cannot supply.
 
-    Attributes:
-        available: names of needs beside `grad`: `loss_eval` (losses), `sampled_grad`, `hvp`, `per_sample_norms`
-            (clipped_sum).
-        loss: [k] mean loss that the last `losses` or `clipped_sum` came across, for the record; None before.
+    Raises:
+        ValueError: naming what is missing, and why.
     """
-
-    available: frozenset[str]
-    loss: Tensor | None
-
-    def batch_sizes(self) -> Tensor:
-        """[k] samples of each client's batch, padding not counted."""
-        ...
-
-    def num_labels(self) -> Tensor:
-        """[k] labels behind each client's mean loss: one a sample, or one a position of a sequence."""
-        ...
-
-    def losses(self, points: Tensor) -> Tensor:
-        """[q, k] mean losses at points [q, k, P], on the same batch and without dropout."""
-        ...
-
-    def sampled_grad(self, x: Tensor) -> Tensor:
-        """[k, P] gradient of the mean loss at x [k, P] with labels drawn from the model's own predictions there."""
-        ...
-
-    def hvp(self, x: Tensor, v: Tensor) -> Tensor:
-        """[k, P] Hessian of the mean loss at x [k, P] times v [k, P]."""
-        ...
-
-    def clipped_sum(self, x: Tensor, bounds: Tensor) -> Tensor:
-        """[k, P] sum over a client's samples of g_i, clipped (`sample_factors`) at bounds [1] or [L]."""
-        ...
+    for need in sorted(optimizer.needs - {"grad"}):
+        why = task.lacks(need)
+        if why is not None:
+            raise ValueError(f"optimizer {optimizer.spec['name']!r} needs {need}, but {why}; choose another rule")
 
 
 def supply(
     optimizer: Optimizer,
     x: Tensor,
     state: OptState,
-    source: SuppliesNeeds,
+    oracle: Oracle,
     *,
     streams: Streams,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """What the next step of x's k clients needs.
 
     Args:
-        optimizer: whose needs `source` has (`Optimizer.check_needs`).
+        optimizer: whose needs the task does not lack (`check_needs`).
         x: [k, P], where the gradient is taken.
         state: of C >= k clients.
-        source: of the k clients' present batches.
+        oracle: of the k clients' present batches.
         streams: of the k clients.
-        mask: [P] or [k, P], coordinates at 0 are frozen.
 
     Returns:
         (gradient [k, P], aux for `Optimizer.step_`); gradient is None where the ordinary one is wanted. Of a gradient
@@ -97,22 +68,23 @@ def supply(
     settings, gradient, aux = optimizer.settings, None, {}
     if "loss_eval" in wanted:
         assert settings.zeroth_order is not None
-        gradient, slopes = zeroth_order_gradient(x, source.losses, settings.zeroth_order, streams, t, mask)
+        gradient, slopes = zeroth_order_gradient(x, oracle.losses, settings.zeroth_order, streams, t)
         aux["loss_eval"] = slopes
     if "per_sample_norms" in wanted:
         assert settings.dp is not None
         bounds = x.new_tensor(settings.dp.bounds(optimizer.layout))
-        gradient = private_gradient(x, source, settings.dp, bounds, streams, t)
+        gradient = private_gradient(x, oracle, settings.dp, bounds, streams, t)
         aux["per_sample_norms"] = bounds
     if "sampled_grad" in wanted:
-        sampled = source.sampled_grad(x) if mask is None else source.sampled_grad(x) * mask
-        aux["sampled_grad"] = transform(x, sampled, optimizer.plan.segments, replace(settings, perp_grad=None))
-        aux["batch_size"] = source.num_labels().to(x)[:, None]
+        aux["sampled_grad"] = transform(
+            x, oracle.sampled_grad(x), optimizer.plan.segments, replace(settings, perp_grad=None)
+        )
+        aux["batch_size"] = oracle.num_labels().to(x)[:, None]
     if "hvp" in wanted:
         z = by_step(
             streams, t, x, lambda own, step: own.rademacher("optimizer hvp", x.shape[1], step=step, dtype=x.dtype)
         )
-        aux["hvp"] = z * source.hvp(x, z)
+        aux["hvp"] = z * oracle.hvp(x, z)
     return gradient, aux
 
 
@@ -122,7 +94,6 @@ def zeroth_order_gradient(
     how: ZerothOrder,
     streams: Streams,
     t: np.ndarray,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(gradient [k, P], slopes [k, n]): the mean over n directions of slope * z; see `ZerothOrder`.
 
@@ -132,58 +103,42 @@ def zeroth_order_gradient(
         how: distance and number of directions.
         streams: of the k clients.
         t: [k] step numbers, part of the key of z.
-        mask: [P] or [k, P], coordinates at 0 are not perturbed.
     """
     gradient, slopes = torch.zeros_like(x, memory_format=torch.contiguous_format), []
     for i in range(how.directions):
-        z = _direction(x, streams, t, i, mask)
+        name = f"optimizer direction {i}"
+        z = by_step(streams, t, x, lambda own, step: own.normal(name, x.shape[1], step=step, dtype=x.dtype))  # noqa: B023
         ahead, behind = losses(torch.stack([x + how.eps * z, x - how.eps * z]))
         slopes.append((ahead - behind) / (2 * how.eps))
         gradient += slopes[-1][:, None] * z
     return gradient.div_(how.directions), torch.stack(slopes, 1)
 
 
-def replayed_gradient(
-    slopes: Tensor, like: Tensor, streams: Streams, t: np.ndarray, mask: Tensor | None = None
-) -> Tensor:
-    """The gradient [k, P] of `zeroth_order_gradient` again, from its slopes [k, n] alone.
-
-    A client whose loss is known by its slopes can so be rebuilt by anyone who has its key.
-    """
-    gradient = torch.zeros_like(like, memory_format=torch.contiguous_format)
-    for i in range(slopes.shape[1]):
-        gradient += slopes[:, i, None] * _direction(like, streams, t, i, mask)
-    return gradient.div_(slopes.shape[1])
-
-
 def private_gradient(
     x: Tensor,
-    source: SuppliesNeeds,
+    oracle: Oracle,
     how: Private,
     bounds: Tensor,
     streams: Streams,
     t: np.ndarray,
-    noise: float | Tensor | None = None,
 ) -> Tensor:
     """[k, P] clipped, noisy mean of the samples' gradients; see `Private`.
 
     Args:
         x: [k, P].
-        source: gives the clipped sum.
+        oracle: gives the clipped sum.
         how: noise multiplier and batch size.
         bounds: [1] on the norm over all tensors, or [L] one per tensor; a controller may change them between steps.
         streams: of the k clients.
         t: [k] step numbers, part of the key of the noise.
-        noise: multiplier instead of `how.noise`, a number or [k, 1].
     """
-    total = source.clipped_sum(x, bounds)
-    sigma = how.noise if noise is None else noise
-    if isinstance(sigma, Tensor) or sigma > 0:
+    total = oracle.clipped_sum(x, bounds)
+    if how.noise > 0:
         z = by_step(streams, t, x, lambda own, step: own.normal("optimizer dp", x.shape[1], step=step, dtype=x.dtype))
-        total = total + z * (torch.linalg.vector_norm(bounds) * sigma)
+        total = total + z * (torch.linalg.vector_norm(bounds) * how.noise)
     if how.batch_size is not None:
         return total / how.batch_size
-    return total / source.batch_sizes().to(x).clamp_(min=1)[:, None]
+    return total / oracle.batch_sizes().to(x).clamp_(min=1)[:, None]
 
 
 def sample_factors(square_norms: Tensor, bounds: Tensor) -> Tensor:
@@ -197,7 +152,7 @@ def sample_factors(square_norms: Tensor, bounds: Tensor) -> Tensor:
 
 
 def clip_and_sum(per_sample: Tensor, bounds: Tensor, seg: Segments) -> Tensor:
-    """[k, P] clipped sum of per-sample gradients [k, B, P], for sources that have them all."""
+    """[k, P] clipped sum of per-sample gradients [k, B, P], for oracles that have them all."""
     flat = per_sample.flatten(0, 1)
     factors = sample_factors(seg.sums(flat * flat).unflatten(0, per_sample.shape[:2]), bounds)
     return (per_sample * seg.expand(factors.flatten(0, 1)).view_as(per_sample)).sum(1)
@@ -210,11 +165,3 @@ def by_step(streams: Streams, t: np.ndarray, like: Tensor, draw: Callable[[Strea
         rows = torch.from_numpy(np.flatnonzero(t == step))
         out[rows.to(like.device)] = draw(streams.rows(rows.to(streams.clients.device)), int(step)).to(like)
     return out
-
-
-def _direction(x: Tensor, streams: Streams, t: np.ndarray, i: int, mask: Tensor | None) -> Tensor:
-    """[k, P] standard normal, the i-th of step t; zero where masked."""
-    z = by_step(
-        streams, t, x, lambda own, step: own.normal(f"optimizer direction {i}", x.shape[1], step=step, dtype=x.dtype)
-    )
-    return z if mask is None else z * mask

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the scaling of the learning rate with the batch size.
+"""Learning-rate schedules.
 
 A schedule is a factor on the base learning rate as a function of k = 0, 1, ..., counted in rounds (so that all clients
 of a round share it), local steps, or thousandths of the training done. Closed forms, as torch's lr_scheduler has them;
@@ -115,20 +115,3 @@ def schedule_from(section: Mapping[str, Any]) -> Schedule:
     if "at" in section:
         section["at"] = tuple(section["at"])
     return decode(Schedule, section, "optimizer.schedule")
-
-
-def batch_scale(rule: str, batch_size: float, base_batch_size: float, cap: float = float("inf")) -> float:
-    """Factor on a learning rate tuned at `base_batch_size`, for another batch size.
-
-    `linear` for SGD-type rules (Goyal et al. arXiv:1706.02677), `sqrt` for Adam-type ones (Malladi et al.
-    arXiv:2205.10287).
-
-    >>> batch_scale("sqrt", 64, 16)
-    2.0
-    """
-    if rule not in ("linear", "sqrt"):
-        raise ValueError(f"batch_scale rule must be linear or sqrt, got {rule!r}")
-    if batch_size <= 0 or base_batch_size <= 0:
-        raise ValueError(f"batch sizes must be positive, got {batch_size} and {base_batch_size}")
-    ratio = batch_size / base_batch_size
-    return min(ratio if rule == "linear" else sqrt(ratio), cap)

@@ -11,13 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedsim.streams import Streams
 from fedsim.task import Schedule
+
+
+class Samples(NamedTuple):
+    """A minibatch of k clients: rows [k, B] of the data set, each one's share [k, B] of its client's mean.
+
+    Shares of a client add up to one; rows beyond the end of a short batch repeat some row and have a share of zero.
+    """
+
+    rows: Tensor
+    shares: Tensor
 
 
 class BatchPlan:
@@ -28,7 +38,7 @@ class BatchPlan:
         schedule: epochs or steps, batch size, shuffling.
         streams: of the stack; `job` in its key makes every round's order fresh.
         gather: (step, k, columns, weights [k, B] or None) -> the batch of the first k clients with the samples at
-            `rows[:k, columns]`; step None stands for all steps side by side.
+            `rows[:k, columns]`; step None stands for all steps side by side. `Samples` if left out.
         locate: positions [C, M] -> rows of the data set [C, M], done once for all steps; the identity if left out.
 
     Attributes:
@@ -40,11 +50,11 @@ class BatchPlan:
         counts: Tensor,
         schedule: Schedule,
         streams: Streams,
-        gather: Callable[[int | None, int, slice, Tensor | None], Any],
+        gather: Callable[[int | None, int, slice, Tensor | None], Any] | None = None,
         locate: Callable[[Tensor], Tensor] = lambda positions: positions,
     ) -> None:
         self.num_steps = schedule.num_steps(counts)
-        self._gather = gather
+        self._gather = gather or self._samples
         if len(counts) > 1 and bool((self.num_steps[1:] > self.num_steps[:-1]).any()):
             raise AssertionError("a stack must be ordered by number of local steps")
         largest = int(counts.max()) if len(counts) else 0
@@ -67,6 +77,11 @@ class BatchPlan:
     def active(self, step: int) -> int:
         """How many of the first clients still take this step."""
         return self._active[step]
+
+    def _samples(self, step: int | None, k: int, columns: slice, weights: Tensor | None) -> Samples:
+        rows = self.rows[:k, columns]
+        counted = torch.ones(rows.shape, device=rows.device) if weights is None else weights
+        return Samples(rows, counted / counted.sum(1, keepdim=True))
 
     @property
     def samples(self) -> int:

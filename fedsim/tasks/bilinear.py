@@ -11,30 +11,17 @@ Letters: M clients, C clients of a stack, h half dimension, P = 2h.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.cohort import Cohort
 from fedsim.params import Layout
-from fedsim.streams import Streams, server_rng
-from fedsim.task import PlainSession, Pool, Schedule, Session
-from fedsim.tasks.steps import OwnFunction
+from fedsim.streams import server_rng
+from fedsim.task import Pool
+from fedsim.tasks.formula import FormulaTask
 
 
-@dataclass(frozen=True)
-class SaddleBatch:
-    """Which clients, and the key of their noise."""
-
-    rows: Tensor
-    streams: Streams
-    step: int
-
-
-class BilinearTask:
+class BilinearTask(FormulaTask):
     """See the module's head.
 
     Args:
@@ -50,6 +37,11 @@ class BilinearTask:
             raise ValueError(f"A {tuple(matrix.shape)}, a {tuple(a.shape)} and b {tuple(b.shape)} do not fit")
         self.matrix, self.a, self.b, self.lam, self.noise = matrix, a, b, lam, noise
         self.layout = Layout.of({"x": (h,), "y": (h,)})
+        if not lam:
+            self.no_local_steps = (
+                "local steps along a bilinear operator spiral away from the saddle point; set task.lam above 0, or use "
+                "extragradient, masha1 or masha2"
+            )
         self.num_examples = torch.ones(m, dtype=torch.int64)
 
     @classmethod
@@ -88,35 +80,22 @@ class BilinearTask:
     def init(self, seed: int) -> Tensor:
         return torch.zeros(self.layout.size)
 
-    def batches(self, cohort: Cohort, schedule: Schedule) -> OwnFunction:
-        return OwnFunction(cohort, schedule, lambda step: SaddleBatch(cohort.ids, cohort.streams, step))
-
-    def batch_sizes(self, batch: SaddleBatch) -> Tensor:
-        return torch.ones(len(batch.rows), dtype=torch.int64)
-
-    def field(self, x: Tensor, batch: SaddleBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows = batch.rows
+    def formula(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         matrix, a, b = (t[rows].to(x.dtype) for t in (self.matrix, self.a, self.b))
         u, v = x.chunk(2, dim=1)
         av = torch.einsum("cij,cj->ci", matrix, v)
         f = torch.cat([self.lam * u + av + a, self.lam * v - torch.einsum("cij,ci->cj", matrix, u) - b], dim=1)
         value = (u * av).sum(1) + (a * u).sum(1) + (b * v).sum(1) + self.lam / 2 * (u.square() - v.square()).sum(1)
-        if self.noise:
-            f = f + self.noise * batch.streams.normal("noise", x.shape[1], step=batch.step)
-        return (f if out is None else out.copy_(f)), value
+        return f, value
 
-    def factored_run(
-        self, x: Tensor, batches: OwnFunction, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
-    ) -> None:
-        """None: steps are taken one by one."""
-        return None
+    def curvature(self, v: Tensor, rows: Tensor) -> Tensor:
+        a, (p, q) = self.matrix[rows].to(v), v.chunk(2, dim=1)
+        av, ap = torch.einsum("kij,kj->ki", a, q), torch.einsum("kij,ki->kj", a, p)
+        return torch.cat([self.lam * p + av, self.lam * q - ap], dim=1)
 
-    def session(self, x: Tensor) -> Session:
-        return PlainSession(self.field, x)
+    def lacks(self, need: str) -> str | None:
+        missing = {"sampled_grad": "a saddle point has no labels", "loss_eval": "a saddle point is not minimised"}
+        return missing.get(need)
 
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
         return {"distance": float(torch.linalg.vector_norm(x.double() - self.solution()))}
-
-    def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
-        """{}: a saddle point's clients have no loss of their own to be minimised."""
-        return {}

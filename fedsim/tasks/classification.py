@@ -5,25 +5,28 @@ Letters: N clients, C clients of a stack, B samples of a batch, P entries of a c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from fedsim import pages
-from fedsim.cohort import Cohort
 from fedsim.data.federated import FederatedData
 from fedsim.engine.base import Batch, Engine
 from fedsim.engine.low_rank import LowRank, low_rank_run
 from fedsim.params import Layout
-from fedsim.task import Pool, Schedule, Session
+from fedsim.streams import Streams
+from fedsim.task import Pool, Schedule, Session, Task
 from fedsim.tasks.batches import BatchPlan
+from fedsim.tasks.samples import Program, SamplesOracle
 
 EVALUATION_ROWS = 1024  # samples of one piece of evaluation; part of what fixes the bits
 
 
-class ClassificationTask:
+class ClassificationTask(Task):
     """One module trained on every client's samples.
 
     Args:
@@ -50,7 +53,6 @@ class ClassificationTask:
         self._poison: Callable[[Tensor, int], Tensor] | None = None
 
     def poison(self, ids: Tensor, labels: Callable[[Tensor, int], Tensor]) -> None:
-        """Let some clients [b] train on `labels(targets, num_classes)` instead of their own targets."""
         self._poisoned = torch.zeros(len(self.num_examples), dtype=torch.bool, device=self.data.targets.device)
         self._poisoned[ids.to(self._poisoned.device)] = True
         self._poison = labels
@@ -58,7 +60,7 @@ class ClassificationTask:
     def init(self, seed: int) -> Tensor:
         return self.x0.clone()
 
-    def batches(self, cohort: Cohort, schedule: Schedule) -> BatchPlan:
+    def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> BatchPlan:
         data = self.data
         views = not schedule.shuffle and self._may_view()
 
@@ -69,20 +71,20 @@ class ClassificationTask:
                 inputs = _copy(data.inputs, plan.rows[:k, columns])
             else:
                 inputs = _view(data.inputs, labels.shape[:2], *line)
-            streams = cohort.streams if k == len(cohort) else cohort.streams.rows(slice(k))
-            return Batch(inputs, labels, weights, streams, step or 0)
+            own = streams if k == len(ids) else streams.rows(slice(k))
+            return Batch(inputs, labels, weights, own, step or 0)
 
         def read(rows: Tensor) -> Tensor:
             found = _copy(data.targets, rows)
             if self._poisoned is None or self._poison is None:
                 return found
-            lying = self._poisoned[cohort.ids[: len(rows)]].view(-1, *[1] * (found.ndim - 1))
+            lying = self._poisoned[ids[: len(rows)]].view(-1, *[1] * (found.ndim - 1))
             return torch.where(lying, self._poison(found, data.num_classes), found)
 
         def locate(positions: Tensor) -> Tensor:
-            return data.rows(cohort.ids, positions)
+            return data.rows(ids, positions)
 
-        plan = BatchPlan(cohort.num_examples, schedule, cohort.streams, gather, locate)
+        plan = BatchPlan(self.num_examples[ids], schedule, streams, gather, locate)
         targets = read(plan.rows) if data.targets.ndim == 1 else None  # all at once where that takes no more than rows
         return plan
 
@@ -91,13 +93,8 @@ class ClassificationTask:
         reads_only = getattr(self.engine, "reads_only", None)
         return reads_only is not None and reads_only(self.data.inputs[0])
 
-    def field(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.engine.gradient(x, batch, out)
-
-    def batch_sizes(self, batch: Batch) -> Tensor:
-        if batch.weights is None:
-            return torch.full((len(batch.inputs),), batch.inputs.shape[1])
-        return batch.weights.sum(1)
+    def field(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.engine.gradient(x, batch)
 
     def session(self, x: Tensor) -> Session:
         return self.engine.session(x)
@@ -110,6 +107,18 @@ class ClassificationTask:
         if chain is None or not len(batches) or not chain.worthwhile(batches.samples):
             return None
         return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, terms)
+
+    @cached_property
+    def _program(self) -> Program:
+        return Program(copy.deepcopy(self.module).to(self.data.inputs.device), self.layout, self.sample_loss)
+
+    def lacks(self, need: str) -> str | None:
+        data, one = self.data, torch.zeros(1, dtype=torch.int64, device=self.data.inputs.device)
+        batch = Batch(data.inputs[None, :2], data.targets[None, :2], None, Streams(0, one, one))
+        return self._program.lacks(need, self.x0[None].to(one.device), batch)
+
+    def oracle(self, batch: Batch, buffers: Tensor) -> SamplesOracle:
+        return SamplesOracle(self._program, batch, buffers)
 
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
         data = self.data

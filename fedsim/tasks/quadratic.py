@@ -8,31 +8,18 @@ Letters: N clients, C clients of a stack, d dimensions (P = d).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from fedsim.cohort import Cohort
 from fedsim.params import Layout
-from fedsim.streams import Streams, server_rng
-from fedsim.task import PlainSession, Pool, Schedule, Session
-from fedsim.tasks.steps import OwnFunction
+from fedsim.streams import server_rng
+from fedsim.task import Pool
+from fedsim.tasks.formula import FormulaTask
 
 Numbers = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | tuple[tuple[tuple[float, ...], ...], ...]
 
 
-@dataclass(frozen=True)
-class QuadraticBatch:
-    """Which clients, and the key of their noise."""
-
-    rows: Tensor
-    streams: Streams
-    step: int
-
-
-class QuadraticTask:
+class QuadraticTask(FormulaTask):
     """See the module's head.
 
     Args:
@@ -82,38 +69,26 @@ class QuadraticTask:
     def init(self, seed: int) -> Tensor:
         return self.x0.clone()
 
-    def batches(self, cohort: Cohort, schedule: Schedule) -> OwnFunction:
-        return OwnFunction(cohort, schedule, lambda step: QuadraticBatch(cohort.ids, cohort.streams, step))
+    def formula(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        away = x - self.b[rows].to(x.dtype)
+        g = self.curvature(away, rows)
+        return g, 0.5 * (g * away).sum(1)
 
-    def field(self, x: Tensor, batch: QuadraticBatch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        a, away = self.a[batch.rows].to(x.dtype), x - self.b[batch.rows].to(x.dtype)
-        g = a * away if a.ndim == 2 else torch.einsum("cij,cj->ci", a, away)
-        loss = 0.5 * (g * away).sum(1)
-        if self.noise:
-            g = g + self.noise * batch.streams.normal("noise", x.shape[1], step=batch.step)
-        return (g if out is None else out.copy_(g)), loss
+    def curvature(self, v: Tensor, rows: Tensor) -> Tensor:
+        a = self.a[rows].to(v.dtype)
+        return a * v if a.ndim == 2 else torch.einsum("kij,kj->ki", a, v)
 
-    def batch_sizes(self, batch: QuadraticBatch) -> Tensor:
-        return torch.ones(len(batch.rows), dtype=torch.int64)
-
-    def factored_run(
-        self, x: Tensor, batches: OwnFunction, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
-    ) -> None:
-        """None: steps are taken one by one."""
-        return None
-
-    def session(self, x: Tensor) -> Session:
-        return PlainSession(self.field, x)
+    def lacks(self, need: str) -> str | None:
+        return "a quadratic has no labels" if need == "sampled_grad" else None
 
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
         losses = self.evaluate_clients(x, pool)["loss"]
-        w = self.num_examples.to(losses.dtype)
+        w = self.num_examples.to(losses)
         return {
-            "test_loss": float((w * losses).sum() / w.sum()),
+            "test_loss": float((w * losses).nansum() / w.sum()),
             "distance": float(torch.linalg.vector_norm(x.double() - self.solution())),
         }
 
     def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
-        away = x.double() - self.b.double()
-        g = self.a.double() * away if self.a.ndim == 2 else torch.einsum("nij,nj->ni", self.a.double(), away)
-        return {"loss": 0.5 * (g * away).sum(1)}
+        losses = self.formula(x.double().expand(len(self.b), -1), torch.arange(len(self.b)))[1]
+        return {"loss": losses.masked_fill(self.num_examples.to(losses.device) == 0, torch.nan)}

@@ -36,6 +36,6 @@ def test_the_change_folds_as_it_forms(engine: str, own_models: bool) -> None:
 def test_the_model_received_is_left_alone() -> None:
     task, _ = images(mlp, COUNTS, 6)
     cohort, x = _cohort(task, [0, 1, 2, 3]), task.x0.clone()
-    batches = task.batches(cohort, local_sgd(task, epochs=1, steps=None, batch_size=6).schedule)
+    batches = task.batches(cohort.ids, cohort.streams, local_sgd(task, epochs=1, steps=None, batch_size=6).schedule)
     corrected_run(cohort, x, batches, 0.1, Direction.of(GRADIENT + task.x0))
     assert torch.equal(x, task.x0)

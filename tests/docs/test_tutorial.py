@@ -57,6 +57,13 @@ def test_files_of_all_forms_make_the_same_federation(played: tuple[Path, dict[st
     }
 
 
+def test_the_task_of_the_tutorial_reaches_its_closed_form(played: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = played
+    assert summary(folder, "regression")["distance"] <= 1e-5
+    rows = (folder / "runs" / "regression" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["train_loss"] > 1 and len(rows) < 100
+
+
 def test_a_strategys_own_metrics_are_in_its_rows(played: tuple[Path, dict[str, Any]]) -> None:
     folder, names = played
     assert 0 < summary(folder, "clipped")["step_length"] <= 0.5 + 1e-6

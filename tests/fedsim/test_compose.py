@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,19 @@ def test_the_plan_says_what_will_run() -> None:
     assert plan["engine"].startswith("stacked, 3 clients a stack (stacks of 3 as set")
     assert plan["workers"].startswith("2 thread(s) in this process")
     assert plan["bits per round"].startswith("0.00 Mbit down")  # 5 x 28 x 32 bits
+
+
+def test_the_plan_says_whether_values_were_scaled(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.full((20, 3), 255, dtype=np.uint8), y=np.arange(20) % 2)
+    files = {"name": "npz", "path": str(tmp_path / "x.npz")}
+    as_they_are, scaled = (
+        made({**BLOBS, "task": {**BLOBS["task"], "dataset": {**files, "images": images}}}) for images in (False, True)
+    )
+    assert as_they_are.data is not None and float(as_they_are.data.inputs.min()) == 255
+    assert "taken as they are" in as_they_are.plan["data"]
+    assert scaled.data is not None and float(scaled.data.inputs.max()) == 1
+    assert scaled.plan["data"] == "Pixels were divided by 255."
+    assert "divided by 16" in made({}).plan["data"] and "data" not in made(BLOBS).plan
 
 
 WIDE: dict[str, Any] = {  # clients see far fewer samples than the layers are wide

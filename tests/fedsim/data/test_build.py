@@ -65,7 +65,7 @@ def test_clients_without_samples_are_ordinary():
 class Nobody:
     """A recipe that gives everybody nothing."""
 
-    def __call__(self, targets, num_clients, rng, num_classes, groups=None):
+    def __call__(self, data, num_clients, rng):
         return np.zeros(0, dtype=np.int64), np.zeros(num_clients + 1, dtype=np.int64)
 
 
@@ -73,8 +73,8 @@ class Nobody:
 class Beyond:
     """A recipe that names a row which does not exist."""
 
-    def __call__(self, targets, num_clients, rng, num_classes, groups=None):
-        return np.array([len(targets)]), np.array([0] + [1] * num_clients)
+    def __call__(self, data, num_clients, rng):
+        return np.array([len(data.targets)]), np.array([0] + [1] * num_clients)
 
 
 def test_the_users_own_recipe_is_taken_and_checked():

@@ -7,8 +7,12 @@ import torch
 from fedsim.data.checks import as_inputs, as_keys, as_targets
 
 
-def test_pixels_are_scaled_floats_kept_and_other_integers_are_tokens():
-    assert as_inputs(np.array([[0, 255]], dtype=np.uint8), "x").tolist() == [[0.0, 1.0]]
+def test_only_declared_pixels_are_scaled_and_wide_integers_are_tokens():
+    pixels = np.array([[0, 255]], dtype=np.uint8)
+    assert as_inputs(pixels, "x", images=True).tolist() == [[0.0, 1.0]]
+    assert as_inputs(pixels, "x").tolist() == [[0.0, 255.0]] and as_inputs(pixels, "x").dtype == torch.float32
+    with pytest.raises(ValueError, match="x: images are pixels of type uint8, these are float64; convert or scale"):
+        as_inputs(pixels / 255, "x", images=True)
     assert as_inputs(np.array([[0.5]]), "x").dtype == torch.float32
     assert as_inputs(np.array([[7]], dtype=np.int16), "x").dtype == torch.int64
     assert as_inputs([[1.0, 2.0]], "x").tolist() == [[1.0, 2.0]]

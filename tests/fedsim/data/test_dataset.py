@@ -73,3 +73,9 @@ def test_groups_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             replace(data, **change).check("mine")
+
+
+def test_a_one_hot_matrix_is_the_same_as_bytes_and_as_numbers():
+    y = np.arange(40) % 8
+    as_bytes, as_numbers = (from_arrays(np.eye(8)[y].astype(kind), y) for kind in (np.uint8, np.float32))
+    assert torch.equal(as_bytes.inputs, as_numbers.inputs) and not as_bytes.notes

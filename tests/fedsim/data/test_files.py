@@ -45,8 +45,12 @@ def test_a_folder_is_one_client_per_file(tmp_path):
 def test_pixels_of_a_folder_are_scaled_once(tmp_path):
     for name in ("a", "test"):
         np.savez(tmp_path / f"{name}.npz", x=np.full((2, 3), 255, dtype=np.uint8), y=[0, 1])
-    data = npz(path=str(tmp_path))
+    data = npz(path=str(tmp_path), images=True)
     assert data.inputs.unique().tolist() == [1.0] == data.test_inputs.unique().tolist()
+    assert data.notes == ("Pixels were divided by 255.",)
+    plain = npz(path=str(tmp_path))
+    assert plain.inputs.unique().tolist() == [255.0] == plain.test_inputs.unique().tolist()
+    assert "`images: true` divides" in plain.notes[0]
 
 
 def save(path: Path, **arrays: object) -> None:
@@ -95,7 +99,10 @@ def test_an_npz_cut_in_the_middle_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": X[:, :1], "y": Y}, r"b.npz: rows are float32\[1\], but a.npz has float32\[2\]"),
+        (
+            {"x": X[:, :1], "y": Y},
+            r"b.npz: rows are float32\[1\] -> int64\[\], but a.npz has float32\[2\] -> int64\[\]; every",
+        ),
         ({"x": X, "y": Y[:2]}, "b.npz: 6 inputs but 2 labels"),
         ({"x": X, "y": Y, "x_test": X, "y_test": Y}, "b.npz: x_test in a client's file is not read; put .*test.npz"),
         ({"x": X.astype(int), "y": Y}, r"rows are int64\[2\]"),
@@ -132,10 +139,10 @@ def test_a_parquet_list_column_with_a_shape_and_a_test_file(tmp_path):
 
 
 def test_list_columns_keep_their_kind(tmp_path):
-    for kind, first in ((pa.uint8(), 1 / 255), (pa.int32(), 1), (pa.float64(), 1.0)):
+    for kind, images, first in ((pa.uint8(), True, 1 / 255), (pa.uint8(), False, 1), (pa.int32(), False, 1)):
         column = pa.array([[1, 2], [3, 4]], pa.list_(kind, 2))
         path = write(tmp_path / "a.parquet", f=column, label=[0, 1])
-        data = parquet(path=str(path), features="f", test_fraction=0)
+        data = parquet(path=str(path), features="f", test_fraction=0, images=images)
         assert float(data.inputs[0, 0]) == pytest.approx(first)
         assert data.inputs.is_floating_point() == (kind != pa.int32())
 

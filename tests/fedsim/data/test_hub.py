@@ -41,6 +41,23 @@ def test_a_local_hugging_face_folder_is_read(folder):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_hugging_face_images_are_scaled_and_other_bytes_are_not(folder):
+    import datasets
+    from PIL import Image
+
+    features = datasets.Features(
+        image=datasets.Image(), v=datasets.Sequence(datasets.Value("uint8"), 2), label=datasets.Value("int64")
+    )
+    rows = {"image": [Image.fromarray(RED)] * 4, "v": [[255, 1]] * 4, "label": [0, 1, 0, 1]}
+    datasets.Dataset.from_dict(rows, features).to_parquet(folder / "images" / "train-00000.parquet")
+    read = {"path": str(folder / "images"), "root": str(folder / "cache"), "test_split": None, "test_fraction": 0.0}
+    data = huggingface(**read, standardize=False)
+    assert data.inputs.shape == (4, 3, 2, 3) and data.inputs[0, :, 0, 0].tolist() == [1, 0, 0]
+    assert data.notes == ("Pixels were divided by 255.",)
+    assert huggingface(**read, features="v").inputs.tolist() == [[255, 1]] * 4
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

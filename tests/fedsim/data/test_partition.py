@@ -4,9 +4,11 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.data.dataset import Dataset
 from fedsim.data.partition import (
     PARTITIONS,
     Classes,
@@ -38,9 +40,16 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def rows(targets: np.ndarray, num_classes: int, groups: np.ndarray | None = None) -> Dataset:
+    """Training rows with these classes."""
+    y = torch.from_numpy(np.asarray(targets, dtype=np.int64))
+    own = None if groups is None else torch.from_numpy(np.asarray(groups, dtype=np.int64))
+    return Dataset(inputs=y, targets=y, test_inputs=y, test_targets=y, num_classes=num_classes, groups=own)
+
+
 def counts(partition: Partition, labels: np.ndarray, num_clients: int, seed: int = 0, num_classes: int = 10):
     """[N, K] samples of each class at each client."""
-    order, offsets = partition(labels, num_clients, rng(seed), num_classes)
+    order, offsets = partition(rows(labels, num_classes), num_clients, rng(seed))
     owner = np.repeat(np.arange(num_clients), np.diff(offsets))
     return np.bincount(owner * num_classes + labels[order], minlength=num_clients * num_classes).reshape(
         num_clients, -1
@@ -67,7 +76,7 @@ def test_every_entry_of_the_table_is_tried_here():
 def test_every_row_goes_to_exactly_one_client(partition, labels, num_clients, seed):
     targets = np.array(labels)
     groups = np.arange(len(labels)) % num_clients
-    order, offsets = partition(targets, num_clients, rng(seed), 5, groups)
+    order, offsets = partition(rows(targets, 5, groups), num_clients, rng(seed))
     assert sorted(order.tolist()) == list(range(len(labels)))
     assert offsets[0] == 0 and offsets[-1] == len(labels) and len(offsets) == num_clients + 1
     assert (np.diff(offsets) >= 0).all()
@@ -76,13 +85,13 @@ def test_every_row_goes_to_exactly_one_client(partition, labels, num_clients, se
 @pytest.mark.parametrize("partition", [*ONCE, *REPEATING, Classes(classes_per_client=3)], ids=str)
 def test_the_same_stream_gives_the_same_split_and_another_stream_another(partition):
     labels, groups = np.arange(300) % 10, np.arange(300) % 12
-    one, same, other = (partition(labels, 12, rng(seed), 10, groups) for seed in (1, 1, 2))
+    one, same, other = (partition(rows(labels, 10, groups), 12, rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(one[0], same[0]) and np.array_equal(one[1], same[1])
     assert isinstance(partition, Natural) or not np.array_equal(one[0], other[0])
 
 
 def test_iid_sizes_differ_by_one_at_most():
-    _, offsets = Iid()(np.zeros(10, dtype=int), 4, rng(), 1)
+    _, offsets = Iid()(rows(np.zeros(10), 1), 4, rng())
     assert sorted(np.diff(offsets).tolist()) == [2, 2, 3, 3]
 
 
@@ -155,7 +164,7 @@ def test_scarce_classes_are_contested_fairly():
 def test_rows_of_a_client_are_in_random_order():
     for partition in (Dirichlet(alpha=1e9), Shards(), DirichletClient(alpha=1e9), Classes(classes_per_client=2)):
         labels = np.repeat(np.arange(2), 500)
-        order, offsets = partition(labels, 1, rng(), 2)
+        order, offsets = partition(rows(labels, 2), 1, rng())
         first_half = labels[order[: offsets[1] // 2]].mean()
         assert 0.4 < first_half < 0.6
 
@@ -194,18 +203,18 @@ def test_quantity_skew_leaves_the_mix_alone():
 
 
 def test_natural_follows_the_keys_and_keeps_the_order_of_rows():
-    order, offsets = Natural()(np.zeros(5), 3, rng(), 1, np.array([2, 0, 2, 0, 2]))
+    order, offsets = Natural()(rows(np.zeros(5), 1, np.array([2, 0, 2, 0, 2])), 3, rng())
     assert order.tolist() == [1, 3, 0, 2, 4] and offsets.tolist() == [0, 2, 2, 5]
 
 
 def test_min_examples_is_met_or_refused():
     labels = np.arange(1000) % 10
     for partition in (Dirichlet(alpha=0.5, min_examples=20), QuantitySkew(alpha=1, min_examples=20)):
-        assert np.diff(partition(labels, 10, rng(), 10)[1]).min() >= 20
+        assert np.diff(partition(rows(labels, 10), 10, rng())[1]).min() >= 20
     with pytest.raises(ValueError, match="needs 2000 rows, but there are 1000"):
-        Dirichlet(alpha=0.5, min_examples=200)(labels, 10, rng(), 10)
+        Dirichlet(alpha=0.5, min_examples=200)(rows(labels, 10), 10, rng())
     with pytest.raises(ValueError, match="none of 100 draws gave every one of 10 clients"):
-        QuantitySkew(alpha=0.01, min_examples=50)(labels, 10, rng(), 10)
+        QuantitySkew(alpha=0.01, min_examples=50)(rows(labels, 10), 10, rng())
 
 
 @pytest.mark.parametrize(
@@ -217,10 +226,13 @@ def test_min_examples_is_met_or_refused():
         (lambda: Dirichlet(alpha=1, min_examples=-1), "dirichlet.min_examples must be 0 or more, got -1"),
         (lambda: Shards(shards_per_client=0), "shards_per_client must be 1 or more"),
         (lambda: Classes(classes_per_client=0), "classes_per_client must be 1 or more"),
-        (lambda: Classes(classes_per_client=3)(np.arange(20) % 2, 4, rng(), 10), "the data has 2 classes; lower it"),
-        (lambda: Natural()(np.zeros(3), 2, rng(), 1), "the data names no clients"),
-        (lambda: Natural()(np.zeros(3), 2, rng(), 1, np.array([0, 1, 2])), "the data has 3 clients, not 2"),
-        (lambda: Shards()(np.zeros((3, 4), dtype=int), 2, rng(), 1), "sequences, which have none"),
+        (
+            lambda: Classes(classes_per_client=3)(rows(np.arange(20) % 2, 10), 4, rng()),
+            "the data has 2 classes; lower it",
+        ),
+        (lambda: Natural()(rows(np.zeros(3), 1), 2, rng()), "the data names no clients"),
+        (lambda: Natural()(rows(np.zeros(3), 1, np.arange(3)), 2, rng()), "the data has 3 clients, not 2"),
+        (lambda: Shards()(rows(np.zeros((3, 4)), 1), 2, rng()), "sequences, which have none"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_way_out(build, message):
@@ -230,7 +242,7 @@ def test_what_cannot_work_is_refused_with_the_way_out(build, message):
 
 def test_sequences_can_be_dealt_by_row():
     for partition in (Iid(), QuantitySkew(alpha=1)):
-        order, _ = partition(np.zeros((30, 4), dtype=int), 3, rng(), 2)
+        order, _ = partition(rows(np.zeros((30, 4)), 2), 3, rng())
         assert sorted(order.tolist()) == list(range(30))
 
 

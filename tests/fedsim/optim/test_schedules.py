@@ -5,7 +5,7 @@ import torch
 from torch.optim import lr_scheduler as torch_schedules
 
 from fedsim.optim import build
-from fedsim.optim.schedules import Schedule, batch_scale
+from fedsim.optim.schedules import Schedule
 from fedsim.params import Layout
 
 CASES = {
@@ -46,13 +46,6 @@ def test_the_unit_says_which_counter_is_read() -> None:
         Schedule(name="exponential", gamma=0.9, unit=unit).at_step(**at) for unit in ("rounds", "steps", "fraction")
     ]
     assert factors == [0.9**3, 0.9**30, 0.9**250]
-
-
-def test_batch_scaling_is_linear_or_square_root_and_capped() -> None:
-    assert batch_scale("linear", 64, 16) == 4 and batch_scale("sqrt", 64, 16) == 2
-    assert batch_scale("linear", 64, 16, cap=3) == 3
-    with pytest.raises(ValueError, match="linear or sqrt"):
-        batch_scale("cubic", 1, 1)
 
 
 def test_an_optimizers_section_may_hold_a_schedule() -> None:

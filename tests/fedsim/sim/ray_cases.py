@@ -44,7 +44,9 @@ class Toy:
     def step(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
         self._hang_once(clients)
         x = x.expand(len(clients), -1)
-        g, loss = clients.task.field(x, clients.task.batches(clients, Schedule(steps=1, epochs=None))[0])
+        g, loss = clients.task.field(
+            x, clients.task.batches(clients.ids, clients.streams, Schedule(steps=1, epochs=None))[0]
+        )
         c = clients.memory["c"]
         clients.memory["c"] = 0.5 * c + g
         clients.log(loss=loss)

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from fedsim.streams import Streams
-from fedsim.tasks.bilinear import BilinearTask, SaddleBatch
+from fedsim.tasks.bilinear import BilinearTask
+from fedsim.tasks.formula import FormulaBatch
 from tests.build import saddle
 
 POOL: Any = ThreadPoolExecutor(1)
 
 
-def _batch(rows: list[int], job: int = 0, step: int = 0) -> SaddleBatch:
+def _batch(rows: list[int], job: int = 0, step: int = 0) -> FormulaBatch:
     ids = torch.tensor(rows)
-    return SaddleBatch(ids, Streams(0, ids, torch.full_like(ids, job)), step)
+    return FormulaBatch(ids, Streams(0, ids, torch.full_like(ids, job)), step)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3])

@@ -38,7 +38,7 @@ def _pool(workers: int = 1) -> Any:
 def test_batches_hold_the_clients_own_samples_in_the_keyed_order() -> None:
     task, twin = images(logistic, COUNTS, 8, epochs=2)
     cohort = _cohort(task, [0, 1, 3, 2], job=5)
-    batches = task.batches(cohort, Schedule(epochs=2, batch_size=8))
+    batches = task.batches(cohort.ids, cohort.streams, Schedule(epochs=2, batch_size=8))
     assert batches.num_steps.tolist() == [8, 2, 2, 0]
     for step in range(len(batches)):
         batch = batches[step]
@@ -49,7 +49,7 @@ def test_batches_hold_the_clients_own_samples_in_the_keyed_order() -> None:
             )[0]
             at = 8 * (step % twin.batches_in_an_epoch(client))
             mine = order[at : at + 8]
-            size = int(task.batch_sizes(batch)[row])
+            size = int(task.oracle(batch, cohort.ids).batch_sizes()[row])
             assert size == len(mine)
             assert torch.equal(batch.inputs[row, :size], twin.inputs[client][mine])
             assert torch.equal(batch.targets[row, :size], twin.targets[client][mine])
@@ -77,7 +77,7 @@ def test_a_fixed_order_reads_the_data_where_it_lies_unless_the_module_writes_the
     task, twin = images(make, counts, 4)
     before, held_out = task.data.inputs.clone(), task.data.test_inputs.clone()
     cohort = _cohort(task, [0, 1, 2])
-    batches = task.batches(cohort, Schedule(epochs=1, batch_size=4, shuffle=False))
+    batches = task.batches(cohort.ids, cohort.streams, Schedule(epochs=1, batch_size=4, shuffle=False))
     for step in range(len(batches)):
         batch = batches[step]
         lies = batch.inputs.untyped_storage().data_ptr() == task.data.inputs.untyped_storage().data_ptr()
@@ -153,6 +153,7 @@ def test_without_held_out_samples_there_is_nothing_to_report() -> None:
 def test_poison_changes_the_targets_of_the_chosen_clients_only() -> None:
     task, twin = images(logistic, [5, 5], None)
     task.poison(torch.tensor([1]), lambda y, k: (y + 1) % k)
-    batch = task.batches(_cohort(task, [0, 1]), Schedule(epochs=1, batch_size=None, shuffle=False))[0]
+    cohort = _cohort(task, [0, 1])
+    batch = task.batches(cohort.ids, cohort.streams, Schedule(epochs=1, batch_size=None, shuffle=False))[0]
     assert torch.equal(batch.targets[0], twin.targets[0])
     assert torch.equal(batch.targets[1], (twin.targets[1] + 1) % 10)

@@ -9,17 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.clients.oracle import full_gradient
+from fedsim.cohort import Cohort
+from fedsim.memory import MemoryRows
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.streams import Streams
-from fedsim.tasks.quadratic import QuadraticBatch, QuadraticTask
+from fedsim.tasks.formula import FormulaBatch
+from fedsim.tasks.quadratic import QuadraticTask
 from tests.build import Play, drawn, local_sgd, quadratic
 
 POOL: Any = ThreadPoolExecutor(1)
 
 
-def _batch(rows: list[int], job: int = 0, step: int = 0) -> QuadraticBatch:
+def _batch(rows: list[int], job: int = 0, step: int = 0) -> FormulaBatch:
     ids = torch.tensor(rows)
-    return QuadraticBatch(ids, Streams(0, ids, torch.full_like(ids, job)), step)
+    return FormulaBatch(ids, Streams(0, ids, torch.full_like(ids, job)), step)
 
 
 def _curvatures(kind: str) -> Tensor:
@@ -70,10 +74,11 @@ def test_noise_is_keyed_by_client_job_and_step_and_averages_out() -> None:
     assert float(first.mean()) == pytest.approx(0.0, abs=4 * 0.5 / 8000**0.5)
 
 
-def test_the_field_writes_where_it_is_told() -> None:
+def test_a_session_writes_where_it_is_told() -> None:
     task, out = drawn(3, 2), torch.empty(2, 2, dtype=torch.float64)
-    g, _ = task.field(torch.zeros(2, 2).double(), _batch([0, 2]), out)
-    assert g.data_ptr() == out.data_ptr()
+    x = torch.zeros(2, 2).double()
+    g, _ = task.session(x).gradient(_batch([0, 2]), out)
+    assert g.data_ptr() == out.data_ptr() and torch.equal(out, task.field(x, _batch([0, 2]))[0])
 
 
 def test_a_drawn_task_follows_its_seed_within_its_bounds() -> None:
@@ -100,6 +105,20 @@ def test_epochs_are_steps_and_the_batch_size_changes_nothing() -> None:
         )
     ]
     assert torch.equal(paths[0], paths[1]) and torch.equal(paths[0], paths[2])
+
+
+def test_a_client_without_examples_takes_no_step() -> None:
+    task = quadratic([1, 1, 1], [4, 9, 1], 0, num_examples=[0, 3, 1])
+    start, ids = torch.zeros(1, dtype=torch.float64), torch.tensor([1, 2, 0])
+    memory = MemoryRows({}, 3, 1, torch.device("cpu"))
+    cohort = Cohort(ids, task, memory, Streams(0, ids, torch.zeros(3).long()), torch.device("cpu"), torch.zeros(3))
+    run = local_sgd(task, lr=0.5, steps=1)(cohort, start)
+    # half of the way to its minimiser for each that has data
+    assert run.steps.tolist() == [1, 1, 0] and run.delta.dense()[:, 0].tolist() == [-4.5, -0.5, 0]
+    assert full_gradient(cohort, start)[:, 0].tolist() == [-9, -1, 0]
+    loss = task.evaluate_clients(start, POOL)["loss"]
+    assert torch.isnan(loss[0]) and loss[1:].tolist() == [40.5, 0.5]
+    assert task.evaluate(start, POOL)["test_loss"] == (3 * 40.5 + 0.5) / 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from fedsim.engine import Batch
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import LOSSES
 from fedsim.optim import build
-from fedsim.optim.needs import sample_factors
-from fedsim.tasks import supply
+from fedsim.optim.needs import check_needs, sample_factors
+from fedsim.task import Task
+from fedsim.tasks import samples
 from fedsim.tasks.classification import ClassificationTask
+from fedsim.tasks.formula import FormulaBatch
 from fedsim.tasks.models import MODELS
-from fedsim.tasks.quadratic import QuadraticBatch
-from fedsim.tasks.supply import check, source
 from tests.build import drawn, saddle
 from tests.fedsim.engine import zoo
 from tests.fedsim.engine.test_agreement import TAPED
@@ -62,7 +63,7 @@ class Case:
         self.task = task_of(module.double(), x0, self.batch)
         self.x = zoo.stack(self.layout, x0, len(COUNTS)).clone()
         self.n = self.layout.num_trainable
-        self.source = source(self.task, self.batch, self.x[:, self.n :])
+        self.oracle = self.task.oracle(self.batch, self.x[:, self.n :])
 
     @property
     def trained(self) -> Tensor:
@@ -84,14 +85,14 @@ class Case:
 def test_losses_are_the_mean_losses_in_evaluation_mode(name: str) -> None:
     case = Case(name)
     points = torch.stack([case.trained, case.trained * 1.01])
-    found = case.source.losses(points)
+    found = case.oracle.losses(points)
     for q in range(2):
         x = torch.cat([points[q], case.x[:, case.n :]], dim=1)
         for i, n in enumerate(COUNTS):
             logits = case.task.engine.logits(x[i], case.batch.inputs[i, :n])
             expected = case.task.sample_loss(logits, case.batch.targets[i, :n]).mean()
             assert torch.allclose(found[q, i], expected, rtol=1e-9)
-    assert case.source.loss is not None and torch.equal(case.source.loss, found.mean(0))
+    assert case.oracle.loss is not None and torch.equal(case.oracle.loss, found.mean(0))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -101,7 +102,7 @@ def test_the_hessian_product_is_the_slope_of_the_plain_gradient(name: str) -> No
     v = torch.randn(case.trained.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     far = 1e-6
     slope = (case.gradient(case.trained + far * v) - case.gradient(case.trained - far * v)) / (2 * far)
-    found = case.source.hvp(case.trained, v)
+    found = case.oracle.hvp(case.trained, v)
     assert torch.allclose(found, slope, rtol=1e-5, atol=1e-6 * float(slope.abs().max()))
     assert float(slope.abs().max()) > 1e-3
 
@@ -115,7 +116,7 @@ def test_the_sampled_gradient_is_the_gradient_at_labels_drawn_from_the_model(nam
     p = torch.stack([case.task.engine.logits(row, case.batch.inputs[i]) for i, row in enumerate(case.x)]).softmax(-1)
     labels = torch.searchsorted(p.cumsum(-1), u.double().unsqueeze(-1), right=True).squeeze(-1).clamp(max=zoo.K - 1)
     expected = case.gradient(case.trained, replace(case.batch, targets=labels))
-    assert torch.allclose(case.source.sampled_grad(case.trained), expected, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(case.oracle.sampled_grad(case.trained), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet_bn"])
@@ -125,7 +126,7 @@ def test_the_sampled_gradient_sees_the_training_pass(name: str) -> None:
     sure = case.layout.views(case.x)[case.layout.trainable.names[-1]]
     sure[:, 0] = 1e4
     expected = case.gradient(case.trained, replace(case.batch, targets=torch.zeros_like(case.batch.targets)))
-    assert torch.allclose(case.source.sampled_grad(case.trained), expected, rtol=1e-9, atol=1e-15)
+    assert torch.allclose(case.oracle.sampled_grad(case.trained), expected, rtol=1e-9, atol=1e-15)
 
 
 def test_drawn_labels_follow_the_models_probabilities() -> None:
@@ -140,7 +141,7 @@ def test_drawn_labels_follow_the_models_probabilities() -> None:
     counts = torch.zeros(zoo.K, dtype=torch.float64)
     for step in range(many // 10):
         b = replace(case.batch, step=step)
-        g = case.layout.views(source(case.task, b, case.x[:, :0]).sampled_grad(case.x))["1.bias"]
+        g = case.layout.views(case.task.oracle(b, case.x[:, :0]).sampled_grad(case.x))["1.bias"]
         counts += ((p - g) * torch.tensor(COUNTS)[:, None]).sum(0)  # a bias's gradient is p - share of its class
     frequency = counts / counts.sum()
     assert float(counts.sum()) == pytest.approx(many, rel=1e-9)
@@ -164,11 +165,11 @@ def test_the_clipped_sum_is_that_of_every_sample_alone(
             norms = torch.stack([v.square().sum() for v in g.values()])
             factors = sample_factors(norms[None, None], bounds)[0, 0]
             expected[i] += torch.cat([f * v.flatten() for f, v in zip(factors, g.values(), strict=True)])
-    found = case.source.clipped_sum(case.trained, bounds)
+    found = case.oracle.clipped_sum(case.trained, bounds)
     assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
-    for chunk in (supply.CHUNK, 1):
-        monkeypatch.setattr(supply, "CHUNK", chunk)
-        formed = case.source._clipped_by_samples(case.trained, bounds)
+    for chunk in (samples.CHUNK, 1):
+        monkeypatch.setattr(samples, "CHUNK", chunk)
+        formed = case.oracle._clipped_by_samples(case.trained, bounds)
         assert torch.allclose(formed, found, rtol=1e-12, atol=1e-12)
 
 
@@ -177,24 +178,24 @@ def test_samples_are_clipped_from_what_layers_leave_where_there_is_a_tape(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, bounds = Case(name), torch.full((1,), 0.7).double()
-    assert (case.source._clipped_by_layers(case.trained, bounds) is not None) == (name in TAPED)
+    assert (case.oracle._clipped_by_layers(case.trained, bounds) is not None) == (name in TAPED)
     if name not in TAPED:
-        assert torch.isfinite(case.source.clipped_sum(case.trained, bounds)).all()
+        assert torch.isfinite(case.oracle.clipped_sum(case.trained, bounds)).all()
         return
-    monkeypatch.setattr(case.source, "_clipped_by_samples", None)
-    whole = case.source.clipped_sum(case.trained, bounds)
+    monkeypatch.setattr(case.oracle, "_clipped_by_samples", None)
+    whole = case.oracle.clipped_sum(case.trained, bounds)
     for i, n in enumerate(COUNTS):  # a stack of one, without padding
-        one = source(case.task, zoo.rows_of(case.batch, i, n), case.x[i, None, case.n :])
+        one = case.task.oracle(zoo.rows_of(case.batch, i, n), case.x[i, None, case.n :])
         assert torch.allclose(one.clipped_sum(case.trained[i, None], bounds), whole[i, None], rtol=1e-12, atol=1e-12)
 
 
 def test_without_a_bound_the_clipped_sum_is_the_gradient_times_the_samples() -> None:
     case = Case("mlp", dropout=False)
-    found = case.source.clipped_sum(case.trained, torch.tensor([float("inf")], dtype=torch.float64))
+    found = case.oracle.clipped_sum(case.trained, torch.tensor([float("inf")], dtype=torch.float64))
     gradient, loss = case.task.engine.gradient(case.x, case.batch)
     assert torch.allclose(found, gradient * torch.tensor(COUNTS)[:, None], rtol=1e-9, atol=1e-12)
-    assert case.source.loss is not None and torch.allclose(case.source.loss, loss)
-    assert case.source.batch_sizes().tolist() == case.source.num_labels().tolist() == COUNTS
+    assert case.oracle.loss is not None and torch.allclose(case.oracle.loss, loss)
+    assert case.oracle.batch_sizes().tolist() == case.oracle.num_labels().tolist() == COUNTS
 
 
 @pytest.mark.parametrize("way", ["_clipped_by_layers", "_clipped_by_samples"])
@@ -202,8 +203,8 @@ def test_samples_of_a_batch_drop_out_independently_and_the_same_each_time(way: s
     case = Case("mlp")
     twice = replace(case.batch, inputs=case.batch.inputs[:, :1].expand(-1, 2, -1, -1, -1), weights=None)
     twice = replace(twice, targets=case.batch.targets[:, :1].expand(-1, 2))
-    both = source(case.task, twice, case.x[:, case.n :])
-    first = source(case.task, replace(twice, weights=torch.tensor([[1.0, 0.0]] * 3)), case.x[:, case.n :])
+    both = case.task.oracle(twice, case.x[:, case.n :])
+    first = case.task.oracle(replace(twice, weights=torch.tensor([[1.0, 0.0]] * 3)), case.x[:, case.n :])
     no_bound = torch.tensor([float("inf")], dtype=torch.float64)
     a, b = getattr(both, way)(case.trained, no_bound), getattr(first, way)(case.trained, no_bound)
     assert torch.equal(a, getattr(both, way)(case.trained, no_bound))
@@ -212,8 +213,8 @@ def test_samples_of_a_batch_drop_out_independently_and_the_same_each_time(way: s
 
 def test_every_position_of_a_sequence_is_a_label() -> None:
     case = Case("transformer")
-    assert case.source.num_labels().tolist() == [n * zoo.T for n in COUNTS]
-    assert case.source.batch_sizes().tolist() == COUNTS
+    assert case.oracle.num_labels().tolist() == [n * zoo.T for n in COUNTS]
+    assert case.oracle.batch_sizes().tolist() == COUNTS
 
 
 @pytest.mark.parametrize("need", RULES)
@@ -223,7 +224,7 @@ def test_a_client_is_the_same_alone_and_in_a_stack(need: str) -> None:
     b = case.batch
     assert b.streams is not None and b.weights is not None
 
-    def ask(s: supply.SamplesSource, rows: slice) -> Tensor:
+    def ask(s: samples.SamplesOracle, rows: slice) -> Tensor:
         x = case.trained[rows]
         if need == "loss_eval":
             return s.losses(x[None])[0]
@@ -231,10 +232,10 @@ def test_a_client_is_the_same_alone_and_in_a_stack(need: str) -> None:
             return s.sampled_grad(x)
         return s.hvp(x, v[rows]) if need == "hvp" else s.clipped_sum(x, x.new_ones(1))
 
-    together = ask(case.source, slice(0, 3))
+    together = ask(case.oracle, slice(0, 3))
     for i, n in enumerate(COUNTS):
         rows = slice(i, i + 1)
-        alone = source(case.task, zoo.rows_of(b, i, n), case.x[rows, case.n :])
+        alone = case.task.oracle(zoo.rows_of(b, i, n), case.x[rows, case.n :])
         assert torch.allclose(ask(alone, rows), together[rows], rtol=1e-9, atol=1e-12)
 
 
@@ -244,8 +245,8 @@ def test_a_client_is_the_same_alone_and_in_a_stack(need: str) -> None:
 def test_a_quadratics_probes_give_its_noisy_field_along_z_and_its_curvature() -> None:
     task = drawn(clients=4, dim=5, noise=0.3)
     rows = torch.tensor([2, 0])
-    batch = QuadraticBatch(rows, zoo.streams(2), 3)
-    made = source(task, batch, torch.zeros(2, 0))
+    batch = FormulaBatch(rows, zoo.streams(2), 3)
+    made = task.oracle(batch, torch.zeros(2, 0))
     x, z = (torch.randn(2, 5, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in (0, 1))
     ahead, behind = made.losses(torch.stack([x + z, x - z]))
     field, loss = task.field(x, batch)
@@ -258,8 +259,8 @@ def test_a_quadratics_probes_give_its_noisy_field_along_z_and_its_curvature() ->
 
 def test_a_saddles_curvature_is_the_jacobian_of_its_operator() -> None:
     task = saddle(clients=3, dim=2, lam=0.5)
-    batch = supply.SaddleBatch(torch.arange(3), zoo.streams(3), 0)
-    made = source(task, batch, torch.zeros(3, 0))
+    batch = FormulaBatch(torch.arange(3), zoo.streams(3), 0)
+    made = task.oracle(batch, torch.zeros(3, 0))
     x = torch.zeros(3, 4, dtype=torch.float64)
     columns = torch.stack([made.hvp(x, e.expand(3, 4)) for e in torch.eye(4, dtype=torch.float64)], 2)
     assert torch.allclose(columns[:, :2, 2:], task.matrix) and torch.allclose(columns[:, 2:, :2], -task.matrix.mT)
@@ -273,22 +274,22 @@ def test_a_saddles_curvature_is_the_jacobian_of_its_operator() -> None:
 def test_the_zoo_supplies_every_need(name: str) -> None:
     case = Case(name)
     for rule in RULES.values():
-        check(case.task, build(rule, case.layout))
+        check_needs(build(rule, case.layout), case.task)
 
 
 def test_batch_norm_has_no_gradients_of_single_samples() -> None:
     case = Case("resnet_bn")
     with pytest.raises(ValueError, match="'sgd' needs per_sample_norms, but BatchNorm mixes .*take GroupNorm"):
-        check(case.task, build(RULES["per_sample_norms"], case.layout))
-    check(case.task, build(RULES["sampled_grad"], case.layout))
+        check_needs(build(RULES["per_sample_norms"], case.layout), case.task)
+    check_needs(build(RULES["sampled_grad"], case.layout), case.task)
 
 
 def test_labels_can_be_drawn_for_cross_entropy_alone() -> None:
     case = Case("mlp")
     task = task_of(case.task.module, case.task.x0, case.batch, "stablemax")
     with pytest.raises(ValueError, match="'sophia_g' needs sampled_grad, but labels can be drawn .* cross_entropy"):
-        check(task, build(RULES["sampled_grad"], case.layout))
-    check(task, build(RULES["hvp"], case.layout))
+        check_needs(build(RULES["sampled_grad"], case.layout), task)
+    check_needs(build(RULES["hvp"], case.layout), task)
 
 
 class Branching(nn.Module):
@@ -308,25 +309,24 @@ def test_a_module_that_cannot_be_batched_is_refused_with_the_reason() -> None:
     layout = zoo.Layout.of_module(module)
     task = task_of(module, torch.zeros(layout.size, dtype=torch.float64), zoo.batch("mlp", COUNTS))
     with pytest.raises(ValueError, match="'mezo' needs loss_eval, but Branching cannot be batched for it"):
-        check(task, build(RULES["loss_eval"], layout))
-    check(task, build({"name": "adam"}, layout))
+        check_needs(build(RULES["loss_eval"], layout), task)
+    check_needs(build({"name": "adam"}, layout), task)
 
 
 def test_formulas_have_no_labels_and_saddles_no_losses() -> None:
     quadratic, bilinear = drawn(2, 3), saddle(2, 3)
-    with pytest.raises(ValueError, match="'sophia_g' needs sampled_grad, which this task .* do not supply"):
-        check(quadratic, build(RULES["sampled_grad"], quadratic.layout))
-    with pytest.raises(ValueError, match="'mezo' needs loss_eval"):
-        check(bilinear, build(RULES["loss_eval"], bilinear.layout))
+    with pytest.raises(ValueError, match="'sophia_g' needs sampled_grad, but a quadratic has no labels; choose"):
+        check_needs(build(RULES["sampled_grad"], quadratic.layout), quadratic)
+    with pytest.raises(ValueError, match="'mezo' needs loss_eval, but a saddle point is not minimised"):
+        check_needs(build(RULES["loss_eval"], bilinear.layout), bilinear)
     for task in (quadratic, bilinear):
-        check(task, build(RULES["hvp"], task.layout))
-        check(task, build(RULES["per_sample_norms"], task.layout))
+        check_needs(build(RULES["hvp"], task.layout), task)
+        check_needs(build(RULES["per_sample_norms"], task.layout), task)
 
 
-def test_a_task_without_a_source_supplies_a_gradient_and_nothing_else() -> None:
-    class Own:
-        layout = drawn(1, 3).layout
-
-    with pytest.raises(ValueError, match="needs hvp"):
-        check(Own(), build(RULES["hvp"], Own.layout))  # type: ignore[arg-type]
-    check(Own(), build({"name": "lion", "lr": 0.1}, Own.layout))  # type: ignore[arg-type]
+def test_a_task_without_an_oracle_supplies_a_gradient_and_nothing_else() -> None:
+    task = drawn(1, 3)
+    task.lacks = partial(Task.lacks, task)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="'sophia_h' needs hvp, but this task gives a gradient alone; choose another"):
+        check_needs(build(RULES["hvp"], task.layout), task)
+    check_needs(build({"name": "lion", "lr": 0.1}, task.layout), task)
