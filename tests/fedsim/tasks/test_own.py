@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fedsim
 from fedsim.compose import compose
-from fedsim.composition import pair
+from fedsim.compose.matrix import pair
 from fedsim.config import ConfigError
 from fedsim.params import Layout
 from fedsim.strategies import STRATEGIES
