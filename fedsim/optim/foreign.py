@@ -74,6 +74,10 @@ class ForeignOptimizer:
         """The learning rate, where there is one."""
         return self.arguments.get("lr", 1.0)
 
+    @property
+    def constant_rate(self) -> None:
+        """None: its steps are its own."""
+
     def check_needs(self, available: Any) -> None:
         """A gradient is all it gets."""
 

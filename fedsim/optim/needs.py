@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.extra import Private, ZerothOrder
 from fedsim.optim.segments import Segments
+from fedsim.optim.settings import Private, ZerothOrder
 from fedsim.optim.state import OptState
 from fedsim.optim.transforms import transform
 from fedsim.streams import Streams
@@ -106,7 +106,7 @@ def supply(
         aux["per_sample_norms"] = bounds
     if "sampled_grad" in wanted:
         sampled = source.sampled_grad(x) if mask is None else source.sampled_grad(x) * mask
-        aux["sampled_grad"] = transform(x, sampled, optimizer.plan.segments, replace(settings, perp_grad=None))
+        aux["sampled_grad"] = transform(x, sampled, optimizer.recipe.segments, replace(settings, perp_grad=None))
         aux["batch_size"] = source.num_labels().to(x)[:, None]
     if "hvp" in wanted:
         z = by_step(

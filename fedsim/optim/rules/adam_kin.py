@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.arithmetic import adam_coefficients, denominator, rectification, where
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
+from fedsim.optim.rule import Beta, Decay, Fixed, Named, Rule, Size, State
+from fedsim.optim.rules.arithmetic import adam_coefficients, denominator, rectification, where
 from fedsim.optim.segments import Segments
 
 
@@ -26,23 +26,19 @@ class Yogi(Rule):
     Zaheer et al. Adaptive methods for nonconvex optimization. NeurIPS 2018.
     """
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-3
-    init: float = 1e-6
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-3
+    init: Fixed = 1e-6
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
     default_lr: ClassVar[float | None] = 0.01
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, float("inf"), "eps", "init")
-
     def active_states(self) -> tuple[State, ...]:
         return (State("m", init=self.init), State("v", init=self.init))
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return adam_coefficients(h, t)
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return adam_coefficients(self.beta1, self.beta2, self.eps, t)
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
@@ -59,25 +55,23 @@ class AdaBelief(Rule):
     on, the authors' default; it is off here because it hides the method in the first steps of every round.
     """
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-8
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-16
     rectify: bool = False
     amsgrad: bool = False
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v"), State("v_max"))
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-3
-
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, float("inf"), "eps")
 
     def active_states(self) -> tuple[State, ...]:
         return self.states if self.amsgrad else self.states[:2]
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return adam_coefficients(h, t) | (rectification(h, t, lambda length: length >= 5) if self.rectify else {})
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return adam_coefficients(self.beta1, self.beta2, self.eps, t) | (
+            rectification(self.beta1, self.beta2, self.eps, t, lambda length: length >= 5) if self.rectify else {}
+        )
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
@@ -96,19 +90,15 @@ class DiffGrad(Rule):
     always. It is not free of scale: tiny gradients are damped by 1/2 whatever they do.
     """
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-8
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-8
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v"), State("g_prev"))
     default_lr: ClassVar[float | None] = 1e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, float("inf"), "eps")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return adam_coefficients(h, t, raw=True)
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return adam_coefficients(self.beta1, self.beta2, self.eps, t, raw=True)
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
@@ -127,29 +117,25 @@ class Adan(Rule):
     Their `no_prox` is `decay: decoupled` here, their max_grad_norm is `clip: {global: ...}`.
     """
 
-    beta1: Hyper = 0.98
-    beta2: Hyper = 0.92
-    beta3: Hyper = 0.99
-    eps: Hyper = 1e-8
+    beta1: Beta = 0.98
+    beta2: Beta = 0.92
+    beta3: Beta = 0.99
+    eps: Size = 1e-8
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("d"), State("n"), State("g_prev"))
-    decay: ClassVar[str] = "prox"
+    decay: ClassVar[Decay] = "prox"
     default_lr: ClassVar[float | None] = 1e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2", "beta3")
-        check_range(self, 0, float("inf"), "eps")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        bc1, bc2, bc3 = 1 - h.beta1**t, 1 - h.beta2**t, 1 - h.beta3**t
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        bc1, bc2, bc3 = 1 - self.beta1**t, 1 - self.beta2**t, 1 - self.beta3**t
         own = {
-            "a1": 1 - h.beta1,
-            "a2": 1 - h.beta2,
-            "a3": 1 - h.beta3,
-            "beta2": h.beta2,
+            "a1": 1 - self.beta1,
+            "a2": 1 - self.beta2,
+            "a3": 1 - self.beta3,
+            "beta2": self.beta2,
             "later": where(t > 1, 1.0, 0.0),
         }
-        return own | {"of_d": h.beta2 * bc1 / bc2, "root": bc1 / np.sqrt(bc3), "shift": bc1 * h.eps}
+        return own | {"of_d": self.beta2 * bc1 / bc2, "root": bc1 / np.sqrt(bc3), "shift": bc1 * self.eps}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         change = (g - s.g_prev).mul_(c.later)
@@ -158,58 +144,3 @@ class Adan(Rule):
         s.d.lerp_(change, c.a2)
         s.n.lerp_(change.mul_(c.beta2).add_(g).square_(), c.a3)
         return (s.d * c.of_d).add_(s.m).div_(denominator(s.n, c))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spam(Rule):
-    """SPAM: Adam (raw eps) whose moments are reset every `interval` steps and whose spikes are clipped.
-
-    Huang et al. SPAM. arXiv:2501.06842, as the authors' code. Where g^2 > threshold * v, g = sign(g) * sqrt(threshold
-    * v) (not in the first `guard` steps after a reset); after a reset the step is damped by a cosine over `warmup`
-    steps. The bias corrections keep the global t. `interval` far above a round's local steps needs `state_scope:
-    client`.
-    """
-
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-6
-    threshold: float = 5000.0
-    interval: int = 500
-    warmup: int = 150
-    guard: int = 20
-
-    states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
-    decay: ClassVar[str] = "decoupled_after"
-    default_lr: ClassVar[float | None] = 1e-3
-
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, float("inf"), "eps", "threshold", "warmup", "guard")
-        if self.interval < 1:
-            raise ValueError(f"Spam.interval must be at least one step, got {self.interval}")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        since = t % self.interval
-        clips = (t >= self.guard) & (since >= self.guard) & (self.threshold > 0)
-        warm = (t >= self.interval) & (since < self.warmup)
-        damping = 1 - 0.99 * (1 + np.cos(np.pi * since / (self.warmup + 1))) / 2
-        return adam_coefficients(h, t, raw=True) | {
-            "keep": where(since == 0, 0.0, 1.0),
-            "threshold": where(clips, self.threshold, 1.0),
-            "unclipped": where(clips, 0.0, np.inf),
-            "damping": where(warm, damping, 1.0),
-        }
-
-    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
-        return spam_direction(g, s.m, s.v, c)
-
-
-def spam_direction(g: Tensor, m: Tensor, v: Tensor, c: Named) -> Tensor:
-    """One step of SPAM's moments and its direction."""
-    m.mul_(c.keep)
-    v.mul_(c.keep)
-    limit = (v * c.threshold + c.unclipped).sqrt_()
-    g = g.clamp(-limit, limit)
-    m.lerp_(g, c.a1)
-    v.lerp_(g * g, c.a2)
-    return (m * c.damping).div_(denominator(v, c))
