@@ -77,12 +77,12 @@ def optimizer(
         return _foreign(reader, key, spec, layout, check)
     if hint := as_import_path(name):
         raise reader.error(key, f"unknown optimizer {name!r}{hint}")
+    made = build_optimizer(spec, layout, reader=reader, key=key)
     try:
-        made = build_optimizer(spec, layout)
         check(made)
-        return made, dict(spec)
     except ValueError as e:
-        raise reader.error(key, str(e).removeprefix("optimizer: ").replace("optimizer.", "")) from e
+        raise reader.error(key, str(e)) from e
+    return made, dict(spec)
 
 
 def _foreign(

@@ -32,7 +32,7 @@ def assemble(
     streams: Streams | None,
 ) -> tuple[Block, dict[str, Any]]:
     """States, inputs and coefficients of the next step of x's k clients, and the host numbers after it."""
-    k = len(x)
+    k = x.shape[0]
     t = _agreed(state.t, k) + 1
     scale = lr_scale if isinstance(lr_scale, float | int) else lr_scale.double().cpu().numpy()[:k]
     block = Block(_shared(recipe, x, state, t, aux), [], [])
@@ -66,7 +66,7 @@ def own_states(group: ParamGroup, state: OptState, x: Tensor) -> dict[str, Tenso
     Raises:
         ValueError: a buffer that is not what `Optimizer.init` makes: compiled steps trust its length.
     """
-    found, k, clients = {}, len(x), state.num_clients
+    found, k, clients = {}, x.shape[0], state.num_clients
     for s, width in zip(group.states, group.widths, strict=True):
         name = group.name + s.name
         buffer = state.buffers.get(name)
@@ -90,7 +90,7 @@ def named_states(group: ParamGroup, state: OptState, x: Tensor) -> Named:
 
 def _agreed(values: Tensor, k: int) -> Any:
     """The number that the first k entries share, or those entries."""
-    numbers = (values if k == len(values) else values[:k]).tolist()
+    numbers = (values if k == values.shape[0] else values[:k]).tolist()
     return numbers[0] if numbers.count(numbers[0]) == k else np.array(numbers)
 
 

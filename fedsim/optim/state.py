@@ -38,12 +38,12 @@ class OptState:
     @property
     def num_clients(self) -> int:
         """C."""
-        return len(self.t)
+        return self.t.shape[0]
 
     def advance(self, k: int, left: list[int], host: Mapping[str, Any]) -> None:
         """Count a step of the first k clients but those that were left out, and keep their new host numbers."""
         if not left:
-            self.t[:k] += 1
+            (self.t if k == self.num_clients else self.t[:k]).add_(1)
             for name, value in host.items():
                 self.host[name][:k] = torch.as_tensor(value, dtype=torch.float64)
             return

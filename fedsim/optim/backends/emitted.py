@@ -82,10 +82,15 @@ class Kernel:
         Returns:
             The rows that were left out.
         """
-        k, p = x.shape
-        taken = (x, *(_near(a, x) for a in (g, *arrays)))
+        k, p = shape = x.shape
+        taken = [x]
+        for a in (g, *arrays):  # none may be shorter than x, or memory behind it is touched
+            if a.shape != shape and a.shape != (1, p) or a.dtype is not x.dtype:
+                raise ValueError(f"a step on {list(shape)} of {x.dtype} got an input {list(a.shape)} of {a.dtype}")
+            a = a if a.stride(1) == 1 else a.contiguous()
+            taken.append(a if k == 1 or a.shape == shape else a.expand(k, p))  # one row for all has stride 0
         pointers = self._pointers(*[a.data_ptr() for a in taken])
-        strides = self._strides(*[0 if k > 1 and len(a) == 1 else a.stride(0) for a in taken])
+        strides = self._strides(*[a.stride(0) for a in taken])
         coefs: Any
         if any(isinstance(v, Tensor) for v in numbers):
             table = np.stack([_column(v, k) for v in numbers])
@@ -120,13 +125,6 @@ def kernel_of(recipe: Recipe, dtype: torch.dtype, arrays: Values, numbers: Value
         recipe.compiled[key] = _make(recipe, dtype, tuple(arrays), tuple(numbers))
     found: Kernel | None = recipe.compiled[key]
     return found
-
-
-def _near(a: Tensor, x: Tensor) -> Tensor:
-    """The same rows, entries of a row side by side; never shorter than those of x, or memory behind it is touched."""
-    if a.shape[1] != x.shape[1] or a.dtype is not x.dtype or len(a) not in (1, len(x)):
-        raise ValueError(f"a step on {list(x.shape)} of {x.dtype} got an input {list(a.shape)} of {a.dtype}")
-    return a if a.stride(1) == 1 else a.contiguous()
 
 
 def _make(recipe: Recipe, dtype: torch.dtype, arrays: tuple[str, ...], numbers: tuple[str, ...]) -> Kernel | None:

@@ -23,13 +23,15 @@ from fedsim.optim.segments import Segments
 class Yogi(Rule):
     """Yogi: v -= (1 - beta2) * sign(v - g^2) * g^2; u = (m / bc1) / (sqrt(abs(v / bc2)) + eps); m, v start at `init`.
 
-    Zaheer et al. Adaptive methods for nonconvex optimization. NeurIPS 2018.
+    Zaheer et al. Adaptive methods for nonconvex optimization. NeurIPS 2018. Without
+    `bias_correction`, bc1 = bc2 = 1: the server's step of FedYogi (Reddi et al. arXiv:2003.00295).
     """
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999
     eps: Size = 1e-3
     init: Fixed = 1e-6
+    bias_correction: bool = True
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
     default_lr: ClassVar[float | None] = 0.01
@@ -38,7 +40,7 @@ class Yogi(Rule):
         return (State("m", init=self.init), State("v", init=self.init))
 
     def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
-        return adam_coefficients(self.beta1, self.beta2, self.eps, t)
+        return adam_coefficients(self.beta1, self.beta2, self.eps, t, corrected=self.bias_correction)
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
