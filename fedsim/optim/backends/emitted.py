@@ -12,6 +12,7 @@ import ctypes
 import warnings
 from collections.abc import Collection, Iterable
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ _WEIGHTS = {"lr_weights", "decay_weights", "l2_weights"}
 _ARRAYS = ("mask", "add", "average")  # of what all groups share
 _SHARED = (*_ARRAYS, "average_rate", "average_first")
 _MANY = 1 << 16  # entries from which several threads pay
+_RECORDING = Lock()  # workers are threads, and torch records for one at a time
 
 
 class Emitted:
@@ -122,7 +124,9 @@ def kernel_of(recipe: Recipe, dtype: torch.dtype, arrays: Values, numbers: Value
     """The compiled step of a recipe with inputs of these names, made once; None if it cannot be made."""
     key = (dtype, *arrays, None, *numbers)
     if key not in recipe.compiled:
-        recipe.compiled[key] = _make(recipe, dtype, tuple(arrays), tuple(numbers))
+        with _RECORDING:
+            if key not in recipe.compiled:
+                recipe.compiled[key] = _make(recipe, dtype, tuple(arrays), tuple(numbers))
     found: Kernel | None = recipe.compiled[key]
     return found
 

@@ -1,6 +1,7 @@
 """Compiled elementwise steps: what is written, and that it says what the eager step says."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -120,6 +121,25 @@ def test_without_a_compiler_steps_are_eager_and_one_warning_says_so(monkeypatch:
     assert build({"name": "lion"}, LAYOUT).backend_on(torch.device("cpu")) == "eager"  # auto says nothing
     assert build({"name": "adam"}, LAYOUT).backend_on(torch.device("cpu")) == "fused"
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+def test_workers_that_take_their_first_step_at_once_share_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    kept = emitted.library
+    monkeypatch.setattr(emitted, "library", lambda text, dtype: made.append(text) or kept(text, dtype))
+    optimizer = build({"name": "adan", "lr": 0.1}, LAYOUT)
+    x, grads = problem()
+
+    def work(_: int) -> Tensor:
+        y = x.clone()
+        state = optimizer.init(y)
+        for g in grads:
+            optimizer.step_(y, g, state)
+        return y
+
+    with ThreadPoolExecutor(4) as pool:
+        ends = list(pool.map(work, range(8)))
+    assert len(made) == 1 and all(torch.equal(end, ends[0]) for end in ends)
 
 
 def test_auto_names_what_it_takes() -> None:
