@@ -3,8 +3,8 @@
     python -m benchmarks.zoo [--models mlp ...] [--seconds 8] [--widths 1 4]
 
 One core takes local steps of plain SGD for as many clients as `auto` puts into a stack (with --widths, stacks of those
-widths are measured as well). The ways take turns; a figure is milliseconds of the core for one client's step, the best of all turns,
-and the ratios divide `auto` by the two others: above 1, `auto` loses.
+widths are measured as well). The ways take turns; a figure is milliseconds of the core for one client's step, the best
+of all turns, and the ratios divide `auto` by the two others: above 1, `auto` loses.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ class Call:
             return made if self.check is None else self.check(made, self.name)
 
 
-Kinds = Mapping[str, Callable[[Any, str, "Kinds"], "Call | tuple[Call, ...]"]]
-"""{kind of `FromTable`: (value, key, kinds) -> the call that it describes, or several}."""
+Kinds = Mapping[str, Callable[[Any, str, "Kinds"], Any]]
+"""{kind of `FromTable`: (value, key, kinds) -> the call that it describes, several, or the value itself}."""
 
 
 def decode(

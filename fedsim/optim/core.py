@@ -12,73 +12,62 @@ Letters: C clients in the stack, k of them step, P coordinates of the trainable 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim import pages
-from fedsim.optim import native
-from fedsim.optim.backends import choose, row_blocks, run, take_rows
-from fedsim.optim.parts import make_parts
-from fedsim.optim.pipeline import Block, Plan
-from fedsim.optim.quick import quick_compiled_, quick_step_
+from fedsim.config import at
+from fedsim.optim.assemble import assemble, named_states, rule_of
+from fedsim.optim.backends import FUSED, choose
+from fedsim.optim.groups import Recipe, make_groups
 from fedsim.optim.rule import Hyper
 from fedsim.optim.schedules import Schedule
 from fedsim.optim.segments import Segments
-from fedsim.optim.spec import Settings, parse
+from fedsim.optim.settings import Settings
+from fedsim.optim.spec import parse
 from fedsim.optim.state import OptState
-from fedsim.optim.work import assemble, hypers, named_states
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
-_WIDTHS: dict[str, Callable[[Segments], int]] = {
-    "coordinate": lambda seg: sum(seg.sizes),
-    "tensor": lambda seg: len(seg.sizes),
-    "row": lambda seg: sum(rows for rows, _ in seg.shapes),
-    "column": lambda seg: sum(columns for _, columns in seg.shapes),
-    "client": lambda seg: 1,
-}
 
-
-def build(spec: Mapping[str, Any], layout: Layout) -> Optimizer:
+def build(spec: Mapping[str, Any], layout: Layout, *, key: str = "optimizer") -> Optimizer:
     """The optimizer that a section of the experiment file describes.
 
     Args:
         spec: for example {"name": "adamp", "lr": 1e-3, "clip": {"global": 1.0}}; see `RuleSettings`, `Settings` and the
             rule's own class for the keys.
         layout: of the clients' parameters; its buffers are left out.
+        key: of the section in its file, for messages.
 
     Raises:
-        ValueError: unknown rule or key (with the nearest one), wrong type, value out of range.
+        ConfigError: unknown rule or key (with the nearest one), wrong type, value out of range.
     """
-    parsed = parse(spec)
-    layout = layout.trainable
-    plan = Plan(make_parts(parsed, layout), parsed.settings, Segments.of(layout))
-    _check(plan, layout)
-    if parsed.settings.backend == "fused" and not plan.fuses:
-        raise ValueError(
-            f"optimizer.backend: torch has no fused kernel for {dict(spec)!r}; take auto, eager or compiled"
-        )
-    return Optimizer(plan, dict(spec), layout)
+    parsed, layout = parse(spec, key), layout.trainable
+    with at(key):
+        recipe = Recipe(make_groups(parsed, layout), parsed.settings, Segments.of(layout))
+        _check(recipe, layout)
+    return Optimizer(recipe, dict(spec), layout)
 
 
-def _check(plan: Plan, layout: Layout) -> None:
+def _check(recipe: Recipe, layout: Layout) -> None:
     """Refuse combinations that no single key shows."""
-    if plan.settings.dp is not None:
-        plan.settings.dp.bounds(layout)
-    for part in plan.parts:
-        if plan.settings.backend == "compiled" and not part.rule.compiles:
-            raise ValueError(f"optimizer.backend: {part.label} has no compiled form; take auto or eager")
-        lacking = [s.name for s in part.states if s.code == "exact"]
-        if plan.settings.state_scope == "server" and lacking:
+    settings = recipe.settings
+    if settings.dp is not None:
+        settings.dp.bounds(layout)
+    if settings.backend == "fused" and not FUSED.has_kernel(recipe):
+        raise ValueError("backend: torch has no fused kernel for this rule and these settings; take auto or eager")
+    for group in recipe.groups:
+        if settings.backend == "compiled" and group.rule.reach == "matrix":
+            raise ValueError(f"backend: {group.label} has no compiled form; take auto or eager")
+        lacking = [s.name for s in group.states if s.code == "exact"]
+        if settings.state_scope == "server" and lacking:
             raise ValueError(
-                f"optimizer.state_scope: server averages states over clients, and {', '.join(lacking)} of {part.label} "
+                f"state_scope: server averages states over clients, and {', '.join(lacking)} of {group.label} "
                 "have no mean; take round or client"
             )
 
@@ -87,7 +76,7 @@ def _check(plan: Plan, layout: Layout) -> None:
 class Optimizer:
     """A rule, its settings and the layout it works on; holds no state. Made by `build`."""
 
-    plan: Plan
+    recipe: Recipe
     spec: Mapping[str, Any]
     layout: Layout
 
@@ -97,12 +86,12 @@ class Optimizer:
     @property
     def settings(self) -> Settings:
         """Clipping, averaging, multipliers, scope and back end."""
-        return self.plan.settings
+        return self.recipe.settings
 
     @property
     def lr(self) -> Hyper:
         """The main rule's learning rate."""
-        return self.plan.parts[0].base.lr
+        return self.recipe.groups[0].base.lr
 
     @property
     def schedule(self) -> Schedule | None:
@@ -117,16 +106,20 @@ class Optimizer:
     @cached_property
     def needs(self) -> frozenset[str]:
         """What the training loop must be able to supply."""
-        return self._with_gradient(part.rule.needs for part in self.plan.parts)
+        return self._with_gradient(group.rule.needs for group in self.recipe.groups)
 
     @cached_property
     def is_plain_sgd(self) -> bool:
         """Whether a step is x -= lr * g and nothing else, so that an engine may fuse it into the backward pass."""
-        part, s = self.plan.parts[0], self.settings
-        plain_rule = type(part.rule).__name__ == "Sgd" and not part.rule.active_states()
-        clips = any(getattr(s.clip, f.name) is not None for f in fields(s.clip))
-        extras = clips or s.perp_grad or s.average or s.gradient_need != "grad"
-        return plain_rule and len(self.plan.parts) == 1 and not part.decays and part.lr_weights is None and not extras
+        first, s = self.recipe.groups[0], self.settings
+        bare = self.recipe.alone and s.clip.value is None and s.average is None and s.gradient_need == "grad"
+        return bare and first.rule.is_descent and not first.decays and first.lr_weights is None
+
+    @property
+    def constant_rate(self) -> float | None:
+        """The rate lr, if every step of every client is x -= lr * g with one and the same number; else None."""
+        constant = self.is_plain_sgd and self.schedule is None and isinstance(self.lr, float | int)
+        return float(self.lr) if constant else None  # type: ignore[arg-type]
 
     def check_needs(self, available: Set[str]) -> None:
         """Refuse a rule that needs what the task or the training loop cannot supply.
@@ -144,7 +137,7 @@ class Optimizer:
     def wanted(self, state: OptState, k: int | None = None) -> frozenset[str]:
         """Which of `needs` the next step of the first k clients will use."""
         t = state.t[:k].numpy() + 1
-        return self._with_gradient(part.rule.wanted(t) for part in self.plan.parts)
+        return self._with_gradient(group.rule.wanted(t) for group in self.recipe.groups)
 
     def _with_gradient(self, needs: Iterable[frozenset[str]]) -> frozenset[str]:
         return (frozenset().union(*needs) - {"grad"}) | {self.settings.gradient_need}
@@ -152,33 +145,48 @@ class Optimizer:
     def init(self, x: Tensor) -> OptState:
         """The state of clients that have not stepped; x [C, P] gives their number, device and type of number."""
         clients, width = x.shape
-        assert width == sum(self.plan.segments.sizes), (
-            f"optimizer of {sum(self.plan.segments.sizes)} entries got {width}"
+        assert width == sum(self.recipe.segments.sizes), (
+            f"optimizer of {sum(self.recipe.segments.sizes)} entries got {width}"
         )
-        initial: dict[str, float] = {}
         buffers: dict[str, Tensor] = {}
-        host: dict[str, Tensor] = {}
-        for part in self.plan.parts:
-            for state in part.states:
-                n = sum(state.per) if isinstance(state.per, tuple) else _WIDTHS[state.per](part.segments)
+        for group in self.recipe.groups:
+            for state, n in zip(group.states, group.widths, strict=True):
                 dtype = x.dtype if state.dtype is None else getattr(torch, state.dtype)
-                shape = (clients, n)
-                buffers[part.name + state.name] = pages.apart(x, 1 + len(buffers), shape, state.init, dtype)
-                initial[part.name + state.name] = state.init
-            for name in part.rule.host:
-                host[part.name + name] = torch.zeros(clients, dtype=torch.float64)
+                buffers[group.name + state.name] = pages.apart(x, 1 + len(buffers), (clients, n), state.init, dtype)
         if self.settings.average is not None:
             buffers["average"] = pages.apart(x, 1 + len(buffers), x.shape, 0.0, x.dtype)
+        names = [group.name + name for group in self.recipe.groups for name in group.rule.host]
+        host = {name: torch.zeros(clients, dtype=torch.float64) for name in names}
         zero = torch.zeros(clients, dtype=torch.int64)
-        return OptState(t=zero, skipped=zero.clone(), buffers=buffers, host=host, initial=initial)
+        return OptState(t=zero, skipped=zero.clone(), buffers=buffers, host=host, initial=self._initial)
+
+    @cached_property
+    def _initial(self) -> dict[str, float]:
+        """{buffer name: number} of a client that has not stepped."""
+        return {group.name + state.name: state.init for group in self.recipe.groups for state in group.states}
 
     def load(self, rows: Mapping[str, Tensor]) -> OptState:
-        """The state saved by `OptState.to_rows`."""
-        return OptState.from_rows(rows, self.init(torch.zeros(1, sum(self.plan.segments.sizes))).initial)
+        """The state saved by `OptState.to_rows`.
+
+        Raises:
+            ValueError: if these are not the rows of a state of this optimizer.
+        """
+        clients, width = len(rows["t"]), sum(self.recipe.segments.sizes)
+        floats = [v.dtype for v in rows.values() if v.is_floating_point() and v.ndim == 2]
+        like = torch.empty(clients, width, device="meta", dtype=floats[0] if floats else torch.float32)
+        fresh = self.init(like).to_rows()
+        for name in sorted(rows.keys() | fresh.keys()):
+            found, known = rows.get(name), fresh.get(name)
+            if found is None or known is None or found.shape != known.shape:
+                shapes = ["nothing" if v is None else str(list(v.shape)) for v in (known, found)]
+                raise ValueError(f"the optimizer's state {name!r} should be {shapes[0]}, got {shapes[1]}")
+            if not (found.dtype is known.dtype or found.is_floating_point() and known.is_floating_point()):
+                raise ValueError(f"the optimizer's state {name!r} should be of {known.dtype}, got {found.dtype}")
+        return OptState.from_rows(rows, self._initial)
 
     def memory_bytes(self, clients: int = 1) -> int:
         """Bytes of state that C clients take, with parameters in float32."""
-        like = torch.zeros(1, sum(self.plan.segments.sizes), device="meta")
+        like = torch.zeros(1, sum(self.recipe.segments.sizes), device="meta")
         return clients * self.init(like).memory_bytes()
 
     def step_(
@@ -209,71 +217,32 @@ class Optimizer:
         need = self.settings.gradient_need
         if need != "grad" and need not in (aux or {}):  # an ordinary gradient would pass for a private one
             raise ValueError(f"optimizer: this gradient comes from {need}; take gradient and aux from needs.supply")
-        if self.plan.quick and not aux and isinstance(lr_scale, float | int):
-            if self.settings.backend == "compiled":
-                done = quick_compiled_(self.plan, x, grad, state, lr_scale)
-            else:
-                done = quick_step_(self.plan, x, grad, state, lr_scale)
-            if done:
-                if done < k:
-                    self.step_(x[done:], grad[done:], state.rows(slice(done, k)), lr_scale=lr_scale)
-                return
-        t = state.t[:k].numpy()
-        host = {name: value[:k].numpy() for name, value in state.host.items()}
-        block, host_new = assemble(self.plan, x, state, lr_scale=lr_scale, aux=aux or {}, streams=streams)
-        stepped = self._run(x, grad, block)
-        t += stepped
-        state.skipped[:k] += torch.from_numpy(~stepped)
-        for name, value in host_new.items():
-            host[name][:] = np.where(stepped, value, host[name])  # views: this writes to the state
+        block, after = assemble(self.recipe, x, state, lr_scale=lr_scale, aux=aux or {}, streams=streams)
+        left = choose(self.recipe, x, block).step(self.recipe, x, grad, block)
+        state.advance(k, left, after)
 
-    def _run(self, x: Tensor, grad: Tensor, block: Block) -> np.ndarray:
-        """[k] bool, the rows that stepped."""
-        k, skips = len(x), self.settings.skip_nonfinite
-        how = choose(self.plan, x, block)
-        left = native.step_(self.plan, x, grad, block, skips) if how == "compiled" else None
-        stepped = np.ones(k, dtype=bool)
-        if left is not None:
-            stepped[left] = False
-            return stepped
-        for rows in row_blocks(x, how, self.plan.decodes):
-            bad = _not_finite(grad[rows]) if skips else None
-            if bad is None:
-                run(self.plan, how, x[rows], grad[rows], take_rows(block, rows, k))
-                continue
-            stepped[rows] = ~bad
-            for some in _runs(~bad, rows.start):
-                run(self.plan, how, x[some], grad[some], take_rows(block, some, k))
-        return stepped
+    def backend_on(self, device: torch.device) -> str:
+        """The name of the back end that an ordinary step of float32 parameters takes on a device; may compile it."""
+        x = torch.zeros(1, sum(self.recipe.segments.sizes), device=device)
+        state, one = self.init(x), torch.zeros(1, dtype=torch.int64)
+        state.t += 1  # what a first step has of its own is over
+        if any(self.wanted(state) - {self.settings.gradient_need}):
+            return "eager"
+        block, _ = assemble(self.recipe, x, state, lr_scale=1.0, aux={}, streams=Streams(0, one, one))
+        return choose(self.recipe, x, block).name
 
     def eval_point(self, x: Tensor, state: OptState) -> Tensor:
         """Where the next gradient is to be taken, [k, P]; x itself for all but shifted rules."""
-        part = self.plan.parts[0]
-        k = x.shape[0]
-        return part.rule.eval_point(x, named_states(part, state, x), hypers(part, k, 1.0), state.t[:k].numpy() + 1)
+        group, k = self.recipe.groups[0], len(x)
+        return rule_of(group, k).eval_point(x, named_states(group, state, x), state.t[:k].numpy() + 1)
 
     def final(self, x: Tensor, state: OptState) -> Tensor:
         """What to evaluate and send, [k, P]: the averaged weights where there are any, else x itself."""
-        k = x.shape[0]
+        group, k = self.recipe.groups[0], len(x)
+        begun = (state.t[:k] > 0).to(x.device)[:, None]
         if self.settings.average is not None:
-            begun = (state.t[:k] > 0).to(x.device)[:, None]
             return torch.where(begun, state.buffers["average"][:k], x)
-        part = self.plan.parts[0]
-        if len(self.plan.parts) > 1:  # rules that train somewhere else are elementwise and stand alone
+        if len(self.recipe.groups) > 1:  # rules that train somewhere else are elementwise and stand alone
             return x
-        result = part.rule.final(x, named_states(part, state, x), hypers(part, k, 1.0))
-        return result if result is x else torch.where((state.t[:k] > 0).to(x.device)[:, None], result, x)
-
-
-def _not_finite(grad: Tensor) -> np.ndarray | None:
-    """[k] bool, which rows hold an entry that is not finite; None if none does (the cheap answer)."""
-    if isfinite(grad.sum().item()):
-        return None
-    bad = ~torch.isfinite(grad).all(1)  # a sum of large entries may overflow: look closer
-    return bad.cpu().numpy() if bool(bad.any()) else None
-
-
-def _runs(keep: np.ndarray, start: int) -> list[slice]:
-    """The runs of consecutive rows that are kept, numbered from `start`."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]])))
-    return [slice(start + int(a), start + int(b)) for a, b in edges.reshape(-1, 2)]
+        result = rule_of(group, k).final(x, named_states(group, state, x))
+        return result if result is x else torch.where(begun, result, x)

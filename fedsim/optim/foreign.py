@@ -45,7 +45,7 @@ class ForeignOptimizer:
     Args:
         make: (parameters, **arguments) -> torch.optim.Optimizer.
         arguments: its hyper-parameters.
-        layout: of the clients' parameters; its buffers are left out.
+        layout: of the clients' parameters; its buffers are left out, here and in the field.
     """
 
     make: Callable[..., torch.optim.Optimizer]
@@ -57,6 +57,7 @@ class ForeignOptimizer:
     needs: frozenset[str] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", self.layout.trainable)
         probe = [torch.zeros(1, requires_grad=True)]
         try:
             made = self.make(probe, **self.arguments)
@@ -73,13 +74,16 @@ class ForeignOptimizer:
         """The learning rate, where there is one."""
         return self.arguments.get("lr", 1.0)
 
+    @property
+    def constant_rate(self) -> None:
+        """None: its steps are its own."""
+
     def check_needs(self, available: Any) -> None:
         """A gradient is all it gets."""
 
     def init(self, x: Tensor) -> ForeignState:
         """Fresh optimizers of C clients at x [C, P]."""
-        layout = self.layout.trainable
-        parameters = [{k: v.clone().requires_grad_() for k, v in layout.views(row).items()} for row in x.detach()]
+        parameters = [{k: v.clone().requires_grad_() for k, v in self.layout.views(row).items()} for row in x.detach()]
         optimizers = [self.make(list(p.values()), **self.arguments) for p in parameters]
         return ForeignState(optimizers, parameters, torch.zeros(len(x), dtype=torch.int64))
 
@@ -94,12 +98,11 @@ class ForeignOptimizer:
         streams: Streams | None = None,
     ) -> None:
         """One step of the first k clients, x [k, P] in place; a gradient that is not finite skips its client."""
-        layout = self.layout.trainable
         for i in range(len(x)):
             if not bool(torch.isfinite(grad[i]).all()):
                 state.skipped[i] += 1
                 continue
-            rows, grads = layout.views(x[i]), layout.views(grad[i])
+            rows, grads = self.layout.views(x[i]), self.layout.views(grad[i])
             for name, parameter in state.parameters[i].items():
                 parameter.data.copy_(rows[name])
                 parameter.grad = grads[name].clone()

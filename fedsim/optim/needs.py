@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fedsim.optim.core import Optimizer
-from fedsim.optim.extra import Private, ZerothOrder
 from fedsim.optim.segments import Segments
+from fedsim.optim.settings import Private, ZerothOrder
 from fedsim.optim.state import OptState
 from fedsim.optim.transforms import transform
 from fedsim.streams import Streams
@@ -77,7 +77,7 @@ def supply(
         aux["per_sample_norms"] = bounds
     if "sampled_grad" in wanted:
         aux["sampled_grad"] = transform(
-            x, oracle.sampled_grad(x), optimizer.plan.segments, replace(settings, perp_grad=None)
+            x, oracle.sampled_grad(x), optimizer.recipe.segments, replace(settings, perp_grad=None)
         )
         aux["batch_size"] = oracle.num_labels().to(x)[:, None]
     if "hvp" in wanted:

@@ -2,12 +2,12 @@
 
 A rule knows nothing of clients, devices, masks, decay or back ends. It says
 - `states`: which numbers it keeps, and per what (coordinate, tensor, row or client);
-- `coefficients(h, t, q)`: everything that depends on hyper-parameters and the step counter, on the host in float64.
-  `h.name` and `t` are Python numbers when all clients agree and arrays [k] when they do not, so write plain arithmetic
-  and numpy functions. `q` holds the numbers declared in `host`, to be reassigned there;
-- `direction(x, g, s, c, seg)`: the formula. It updates the state in place and returns u, and the core then does
-  x -= lr * u. Coefficients `c.name` arrive as Python floats or as [k, 1] tensors: use operators, `lerp_` and `mul`,
-  never `alpha=` or `value=`. Neither x nor g may be written to, and a state may be returned as u.
+- `coefficients(t, lr, host)`: everything that depends on hyper-parameters and the step counter, on the host in float64.
+  `t`, `lr` and the fields of `self` are Python numbers where all clients agree and arrays [k] where they do not, so
+  write plain arithmetic and numpy functions. `host` holds the numbers declared in `host`, to be reassigned there;
+- `direction(x, g, s, c, seg)`: the formula. It updates the states `s.name` in place and returns u, and the core then
+  does x -= lr * u. Coefficients `c.name` arrive as Python floats or as [k, 1] tensors: use operators, `lerp_` and
+  `mul`, never `alpha=` or `value=`. Neither x nor g may be written to, and a state may be returned as u.
 
 Letters: k clients that step, P coordinates, L tensors, t the client's own step counter (1 at its first step).
 """
@@ -15,22 +15,46 @@ Letters: k clients that step, P coordinates, L tensors, t the client's own step 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
 from fedsim.optim.segments import Segments
 
-if TYPE_CHECKING:
-    from fedsim.optim.spec import RuleSettings
+
+@dataclass(frozen=True)
+class Within:
+    """Marks a hyper-parameter that lies in [low, high), or [low, high] if `closed`."""
+
+    low: float
+    high: float
+    closed: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, a number or one number per client."""
+        for v in value if isinstance(value, tuple) else (value,):
+            if not (self.low <= v < self.high or self.closed and v == self.high):
+                return f"must lie in [{self.low:g}, {self.high:g}{']' if self.closed else ')'}, got {v!r}"
+        return None
+
 
 Hyper = float | tuple[float, ...]  # one number for all clients of the stack, or one per row of it
-NEEDS = frozenset(
-    {"grad", "half_grads", "sampled_grad", "hvp", "loss_eval", "per_sample_norms", "layer_io", "eval_point"}
-)
-DECAY_MODES = ("l2", "decoupled", "decoupled_after", "prox", "in_update", "independent")
+if TYPE_CHECKING:  # in a rule's arithmetic it is a number or an array [k] (`of_clients`)
+    Beta: TypeAlias = Any
+    Share: TypeAlias = Any
+    Size: TypeAlias = Any
+else:
+    Beta = Annotated[Hyper, Within(0, 1)]
+    Share = Annotated[Hyper, Within(0, 1, closed=True)]
+    Size = Annotated[Hyper, Within(0, float("inf"))]
+Fixed = Annotated[float, Within(0, float("inf"))]  # the same for all clients
+Whole = Annotated[int, Within(0, float("inf"))]
+Count = Annotated[int, Within(1, float("inf"))]
+Decay = Literal["l2", "decoupled", "decoupled_after", "prox", "in_update", "independent"]
+Reach = Literal["coordinate", "tensor", "matrix"]
 
 
 class Named:
@@ -67,18 +91,37 @@ class State:
     code: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class RuleSettings:
+    """What every rule has, and a role's own rule may set for itself.
+
+    Args:
+        lr: learning rate, one number or one per client.
+        weight_decay: lambda; its meaning is `decay`'s.
+        decay: `l2` (into the gradient), `decoupled` (x *= 1 - lr * wd, before the step), `decoupled_after`, `prox`
+            (x /= 1 + lr * wd, after), `in_update` (the rule puts it into u), `independent` (x *= 1 - wd * schedule).
+        decay_vectors: decay tensors of one dimension or none too (biases and norm gains are left alone otherwise).
+    """
+
+    lr: Size
+    weight_decay: Size = 0.0
+    decay: Decay = "l2"
+    decay_vectors: bool = False
+
+
 class Rule(Protocol):
     """Base of every rule; the class variables are what a rule may declare, with what holds when it does not.
 
     Attributes:
         states: what is kept per client on the device.
         host: names of numbers kept per client on the host in float64, zero at first.
-        needs: what the training loop must supply, among `NEEDS`.
+        needs: what the training loop must supply (`needs.py`), `grad` among it.
         inputs: extra tensors in `s`: `noise` (standard normal, keyed by client), or names of `aux` entries.
-        elementwise: no coordinate sees another one, so the core may cut the stack anywhere; else whole rows come.
+        reach: what decides u at a coordinate. The `coordinate` alone: the core may cut the stack anywhere, and compile
+            the step into one loop. Its whole `tensor` or client: whole rows come. `matrix` products or the host: the
+            same, and the step has no compiled form.
         roles: the tensors this rule is for; the others get the `other` rule of the specification.
         decay: the weight-decay mode that the rule's source uses.
-        compiles: torch.compile can take it; not so where the host decides what a step does.
         owns_lr: u already contains the learning rate (`c.lr`), and lr multipliers with it.
         default_lr, default_weight_decay: of the source; None makes the user choose.
     """
@@ -87,13 +130,26 @@ class Rule(Protocol):
     host: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
     inputs: ClassVar[tuple[str, ...]] = ()
-    elementwise: ClassVar[bool] = True
+    reach: ClassVar[Reach] = "coordinate"
     roles: ClassVar[tuple[str, ...]] = ("matrix", "vector", "embed", "head")
-    decay: ClassVar[str] = "l2"
-    compiles: ClassVar[bool] = True
+    decay: ClassVar[Decay] = "l2"
     owns_lr: ClassVar[bool] = False
     default_lr: ClassVar[float | None] = None
     default_weight_decay: ClassVar[float] = 0.0
+
+    @property
+    def is_descent(self) -> bool:
+        """Whether u is the gradient itself, and nothing is kept."""
+        return False
+
+    def of_clients(self, k: int) -> Rule:
+        """The rule of a stack's first k clients: arrays [k] in place of hyper-parameters given one per client."""
+        given = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), tuple)}  # type: ignore[arg-type]
+        if not given:
+            return self
+        made = copy(self)
+        vars(made).update({name: per_client(name, v, k) for name, v in given.items()})
+        return made
 
     def active_states(self) -> tuple[State, ...]:
         """The states that these hyper-parameters call for; a subset of `states`."""
@@ -107,9 +163,9 @@ class Rule(Protocol):
         """Whether a tensor is for this rule and not for the `other` one."""
         return role in self.roles
 
-    def other(self, base: RuleSettings) -> Mapping[str, Any]:
-        """The rule, as in the experiment file, of tensors that this one is not for."""
-        return {"name": "adamw"}
+    def other(self, base: RuleSettings) -> tuple[Rule, RuleSettings] | None:
+        """The rule of tensors that this one is not for, if it follows from this one; else they get AdamW."""
+        return None
 
     def active_inputs(self, t: np.ndarray) -> tuple[str, ...]:
         """Which of `inputs` the step numbered t (per client, [k]) will use."""
@@ -119,7 +175,7 @@ class Rule(Protocol):
         """Which of `needs` the step numbered t (per client, [k]) will use."""
         return self.needs
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
         """Coefficients of this step, floats or [k] arrays, from hyper-parameters, counter and host numbers."""
         return {}
 
@@ -127,28 +183,19 @@ class Rule(Protocol):
         """u [k, P] for x -= lr * u, after updating the states in `s`."""
         ...
 
-    def final(self, x: Tensor, s: Named, h: Named) -> Tensor:
+    def final(self, x: Tensor, s: Named) -> Tensor:
         """The point to send and evaluate, [k, P]; x itself unless the rule trains somewhere else."""
         return x
 
-    def eval_point(self, x: Tensor, s: Named, h: Named, t: np.ndarray) -> Tensor:
+    def eval_point(self, x: Tensor, s: Named, t: np.ndarray) -> Tensor:
         """Where the next gradient is to be taken, [k, P]."""
         return x
 
 
-def check_range(rule: object, low: float, high: float, *names: str, open_high: bool = True) -> None:
-    """Refuse hyper-parameters outside [low, high), or [low, high] when `open_high` is false."""
-    for name in names:
-        value = getattr(rule, name)
-        for v in value if isinstance(value, tuple) else (value,):
-            if not (low <= v < high or (v == high and not open_high)):
-                bracket = ")" if open_high else "]"
-                raise ValueError(f"{type(rule).__name__}.{name} must lie in [{low:g}, {high:g}{bracket}, got {v!r}")
-
-
-def check_choice(rule: object, name: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the choices."""
-    if getattr(rule, name) not in choices:
-        raise ValueError(
-            f"{type(rule).__name__}.{name} must be one of {', '.join(choices)}; got {getattr(rule, name)!r}"
-        )
+def per_client(name: str, value: Hyper, k: int) -> Any:
+    """A number, or [k] float64 of numbers given one per client."""
+    if not isinstance(value, tuple):
+        return value
+    if len(value) < k:
+        raise ValueError(f"optimizer.{name} has {len(value)} numbers for a stack of {k} clients; give one per client")
+    return np.array(value[:k])

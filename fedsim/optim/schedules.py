@@ -7,24 +7,14 @@ warm-up, inverse square root (Vaswani et al. arXiv:1706.03762) and warm-up, stab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import cos, pi, sqrt
-from typing import Any
+from typing import Literal, get_args
 
-from fedsim.optim.decode import decode
-
-NAMES = (
-    "constant",
-    "step",
-    "multi_step",
-    "exponential",
-    "cosine",
-    "polynomial",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-)
-UNITS = ("rounds", "steps", "fraction")
+Name = Literal[
+    "constant", "step", "multi_step", "exponential", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay"
+]
+NAMES: tuple[str, ...] = get_args(Name)
 _THOUSAND = 1000
 
 
@@ -52,8 +42,8 @@ class Schedule:
         shape: `linear` or `sqrt` fall of warmup_stable_decay.
     """
 
-    name: str = "constant"
-    unit: str = "rounds"
+    name: Name = "constant"
+    unit: Literal["rounds", "steps", "fraction"] = "rounds"
     length: int | None = None
     every: int = 1
     at: tuple[int, ...] = ()
@@ -63,18 +53,15 @@ class Schedule:
     warmup: int = 0
     warmup_from: float = 0.0
     decay: float = 0.2
-    shape: str = "linear"
+    shape: Literal["linear", "sqrt"] = "linear"
 
     def __post_init__(self) -> None:
-        for key, choices in (("name", NAMES), ("unit", UNITS), ("shape", ("linear", "sqrt"))):
-            if getattr(self, key) not in choices:
-                raise ValueError(f"schedule.{key} must be one of {', '.join(choices)}; got {getattr(self, key)!r}")
         if self.name in ("cosine", "polynomial", "warmup_stable_decay") and (self.length is None or self.length < 1):
-            raise ValueError(f"schedule.length must be a positive count for {self.name}, got {self.length!r}")
+            raise ValueError(f"length must be a positive count for {self.name}, got {self.length!r}")
         if self.every < 1 or self.warmup < 0:
-            raise ValueError(f"schedule.every must be >= 1 and warmup >= 0, got {self.every} and {self.warmup}")
+            raise ValueError(f"every must be >= 1 and warmup >= 0, got {self.every} and {self.warmup}")
         if not 0 < self.decay <= 1:
-            raise ValueError(f"schedule.decay is a share of length in (0, 1], got {self.decay}")
+            raise ValueError(f"decay is a share of length in (0, 1], got {self.decay}")
 
     def at_step(self, *, rounds: int, steps: int, fraction: float = 0.0) -> float:
         """The factor, given all three counters; the schedule reads the one it counts in."""
@@ -107,11 +94,3 @@ class Schedule:
             return (1 - done) ** self.power
         fall = max(done - (1 - self.decay), 0.0) / self.decay
         return 1 - (sqrt(fall) if self.shape == "sqrt" else fall)
-
-
-def schedule_from(section: Mapping[str, Any]) -> Schedule:
-    """A schedule from its section of the experiment file."""
-    section = dict(section)
-    if "at" in section:
-        section["at"] = tuple(section["at"])
-    return decode(Schedule, section, "optimizer.schedule")

@@ -69,6 +69,16 @@ class Segments:
             at += n
         return tuple(starts)
 
+    def width(self, per: str) -> int:
+        """How many numbers one per coordinate, tensor, row, column or client are."""
+        return {
+            "coordinate": sum(self.sizes),
+            "tensor": len(self.sizes),
+            "row": sum(rows for rows, _ in self.shapes),
+            "column": sum(columns for _, columns in self.shapes),
+            "client": 1,
+        }[per]
+
     def shape_factors(self, like: Tensor) -> Tensor:
         """[1, L] sqrt(max(1, rows / columns)) of each tensor."""
         return self._constant("shape_factors", like)

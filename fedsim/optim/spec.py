@@ -1,235 +1,134 @@
 """An optimizer's section of the experiment file, decoded strictly into typed, checked objects.
 
-One flat mapping holds a rule's own hyper-parameters and the settings every rule shares (`Settings`); a key that is
-neither is an error that suggests the nearest one.
+One flat mapping holds a rule's own hyper-parameters and the settings every rule shares (`RuleSettings`, `Settings`).
+Types, names and the errors about them are the experiment file's (`fedsim.config`), so every message carries its key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from fedsim.optim.decode import decode, suggest
-from fedsim.optim.extra import Private, ZerothOrder
-from fedsim.optim.rule import DECAY_MODES, Hyper, Rule
-from fedsim.optim.schedules import Schedule, schedule_from
-from fedsim.optim.storage import STATE_DTYPES
-from fedsim.optim.table import RULES, find_rule
+from torch import Tensor
+
+from fedsim.config import ConfigError, Kinds, did_you_mean, named
+from fedsim.config import decode as decode_section
+from fedsim.optim.rule import Rule, RuleSettings, Within
+from fedsim.optim.settings import Clip, Settings
+from fedsim.optim.table import INNER, RULES
 from fedsim.params import ROLES
 
-STATE_SCOPES = ("round", "client", "server")
-BACKENDS = ("auto", "eager", "fused", "compiled")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuleSettings:
-    """What every rule has, and a role's own rule may set for itself.
-
-    Args:
-        lr: learning rate, one number or one per client.
-        weight_decay: lambda; its meaning is `decay`'s.
-        decay: `l2` (into the gradient), `decoupled` (x *= 1 - lr * wd, before the step), `decoupled_after`, `prox`
-            (x /= 1 + lr * wd, after), `in_update` (the rule puts it into u), `independent` (x *= 1 - wd * schedule).
-        decay_vectors: decay tensors of one dimension or none too (biases and norm gains are left alone otherwise).
-    """
-
-    lr: Hyper
-    weight_decay: Hyper = 0.0
-    decay: str = "l2"
-    decay_vectors: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            for v in value if isinstance(value, tuple) else (value,):
-                if not 0 <= v < float("inf"):
-                    raise ValueError(f"optimizer.{name} must be a finite number >= 0, got {v!r}")
-        if self.decay not in DECAY_MODES:
-            raise ValueError(f"optimizer.decay must be one of {', '.join(DECAY_MODES)}; got {self.decay!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """Bounds on each client's gradient, applied in this order (transforms.py); none by default.
-
-    Args:
-        value: every entry is clamped to [-value, value].
-        adaptive: each matrix row's norm stays below this times the norm of the same row of x (AGC).
-        tensor: bound on the norm of each tensor.
-        norm: bound on the norm over all tensors of a client (`global` in the file).
-    """
-
-    value: float | None = None
-    adaptive: float | None = None
-    tensor: float | None = None
-    norm: float | None = None
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            bound = getattr(self, f.name)
-            if bound is not None and not bound > 0:
-                raise ValueError(f"optimizer.clip.{f.name} must be positive, got {bound!r}; leave it out to not clip")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerpGrad:
-    """The perpendicular-gradient transform; `rescale` restores the gradient's norm, as the authors' file does."""
-
-    rescale: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Average:
-    """Averaging of the weights after each step, and what is sent is the average.
-
-    Args:
-        name: `ema` (average = decay * average + (1 - decay) * x) or `swa` (running mean).
-        decay: of `ema`, one number or one per client.
-    """
-
-    name: str = "ema"
-    decay: Hyper = 0.999
-
-    def __post_init__(self) -> None:
-        if self.name not in ("ema", "swa"):
-            raise ValueError(f"optimizer.average.name must be ema or swa, got {self.name!r}")
-        for v in self.decay if isinstance(self.decay, tuple) else (self.decay,):
-            if not 0 <= v <= 1:
-                raise ValueError(f"optimizer.average.decay must lie in [0, 1], got {v!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What an optimizer has beside its rules.
-
-    Args:
-        clip: bounds on the gradient.
-        perp_grad: remove the gradient's part along the weights.
-        average: average the weights.
-        lr_mult, wd_mult: {role or tensor name: factor} on the learning rate and the weight decay; a name counts more
-            than a role. Factors on the learning rate scale the decoupled decay too, as in torch's parameter groups.
-        schedule: factor on the learning rate over rounds, steps or the fraction of the training that is done.
-        state_scope: `round` (state is fresh each round), `client` (kept by the client) or `server` (sent down with the
-            model and averaged back). Data for the training loop; the step is the same.
-        zeroth_order: take the gradient from losses alone, at points around x.
-        dp: clip the samples' gradients and add noise (DP-SGD).
-        state_dtype: how the rule's large states are kept: `fp32`, `bf16`, or `dyn8` (8-bit codes in blocks).
-        backend: `eager`, `fused` (torch's own kernel), `compiled` (one pass of C++, or torch.compile), or `auto`:
-            fused where there is such a kernel, else eager.
-        skip_nonfinite: leave out the step of a client whose gradient is not finite, and count it. On a GPU this
-            costs one wait per step.
-    """
-
-    clip: Clip = Clip()
-    perp_grad: PerpGrad | None = None
-    average: Average | None = None
-    lr_mult: Mapping[str, float] | None = None
-    wd_mult: Mapping[str, float] | None = None
-    schedule: Schedule | None = None
-    zeroth_order: ZerothOrder | None = None
-    dp: Private | None = None
-    state_scope: str = "round"
-    state_dtype: str = "fp32"
-    backend: str = "auto"
-    skip_nonfinite: bool = True
-
-    def __post_init__(self) -> None:
-        if self.state_scope not in STATE_SCOPES:
-            raise ValueError(
-                f"optimizer.state_scope must be one of {', '.join(STATE_SCOPES)}; got {self.state_scope!r}"
-            )
-        if self.state_dtype not in STATE_DTYPES:
-            raise ValueError(
-                f"optimizer.state_dtype must be one of {', '.join(STATE_DTYPES)}; got {self.state_dtype!r}"
-            )
-        if self.zeroth_order is not None and self.dp is not None:
-            raise ValueError("optimizer: zeroth_order and dp both say where the gradient comes from; keep one")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"optimizer.backend must be one of {', '.join(BACKENDS)}; got {self.backend!r}")
-
-    @property
-    def gradient_need(self) -> str:
-        """What the training loop must supply for the gradient."""
-        if self.zeroth_order is not None:
-            return "loss_eval"
-        return "grad" if self.dp is None else "per_sample_norms"
+Ruled = tuple[Rule, RuleSettings]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
     """A decoded section: the main rule, rules of single roles, the rule of roles the main one is not for."""
 
-    rule: Rule
-    base: RuleSettings
+    main: Ruled
     settings: Settings
-    roles: Mapping[str, tuple[Rule, RuleSettings]]
-    other: tuple[Rule, RuleSettings]
+    roles: Mapping[str, Ruled]
+    other: Ruled
 
 
-def parse(spec: Mapping[str, Any]) -> Parsed:
+def parse(spec: Mapping[str, Any], key: str) -> Parsed:
     """Decode an optimizer's section.
 
     Raises:
-        ValueError: an unknown rule or key, a value of the wrong type or out of range.
+        ConfigError: an unknown rule or key, a value of the wrong type or out of range.
     """
-    spec = dict(spec)
-    roles = spec.pop("roles", None) or {}
-    other = spec.pop("other", None)
-    shared = {f.name for f in fields(Settings)}
-    common = {k: spec.pop(k) for k in list(spec) if k in shared}
-    if spec.get("name") in RULES:
-        common = {**(RULES[spec["name"]].settings or {}), **common}
-    rule, base = parse_rule(spec, "optimizer", also=(*shared, "roles", "other"))
+    spec = {k: _plain(v) for k, v in spec.items()}
+    roles, other = spec.pop("roles", None) or {}, spec.pop("other", None)
+    shared = [f.name for f in fields(Settings)]
+    preset = {} if spec.get("name") not in RULES else RULES[spec["name"]].settings or {}
+    common = {**preset, **{k: spec.pop(k) for k in shared if k in spec}}
+    main = parse_rule(spec, key, also=(*shared, "roles", "other"))
     for role in roles:
-        suggest(role, ROLES, "optimizer.roles")
+        if role not in ROLES:
+            raise ConfigError(f"{key}.roles.{role}: unknown role{did_you_mean(str(role), ROLES)}")
+    follows = main[0].other(main[1])
+    if other is not None or follows is None:
+        follows = parse_rule(other or {"name": "adamw"}, f"{key}.other")
     return Parsed(
-        rule=rule,
-        base=base,
-        settings=_settings(common),
-        roles={role: parse_rule(section, f"optimizer.roles.{role}") for role, section in roles.items()},
-        other=parse_rule(other or rule.other(base), "optimizer.other"),
+        main=main,
+        settings=_settings(common, key),
+        roles={role: parse_rule(section, f"{key}.roles.{role}") for role, section in roles.items()},
+        other=follows,
     )
 
 
-def parse_rule(spec: Mapping[str, Any], where: str, also: Sequence[str] = ()) -> tuple[Rule, RuleSettings]:
-    """Decode a rule's name, its hyper-parameters and its `RuleSettings`."""
-    spec = dict(spec)
-    if "name" not in spec:
-        raise ValueError(f"{where} needs a `name`, for example {{name: sgd, lr: 0.1}}; got {spec!r}")
-    cls, preset = find_rule(spec.pop("name"), where)
-    spec = {**preset, **spec}
-    own = {f.name for f in fields(RuleSettings)}
-    common = {k: spec.pop(k) for k in list(spec) if k in own}
-    rule = decode(cls, spec, where, also=(*own, *also))
-    if "lr" not in common and cls.default_lr is None:
-        raise ValueError(f"{where}.lr is missing: {cls.__name__} has no customary learning rate")
+def parse_rule(spec: Any, key: str, also: tuple[str, ...] = ()) -> Ruled:
+    """A rule with its hyper-parameters, and its `RuleSettings`."""
+    cls: Any
+    cls, name, given = named({n: entry.rule for n, entry in RULES.items()}, spec, key)
+    if name not in RULES:
+        raise ConfigError(f"{key}.name: {name!r} is an import path; here a rule of `fedsim list optimizers` is needed")
+    values = {**(RULES[name].preset or {}), **given}
+    own = [f.name for f in fields(RuleSettings)]
+    hyper = [f.name for f in fields(cls)]
+    for k in values:
+        if k not in (known := [*hyper, *own, *also]):
+            raise ConfigError(f"{key}.{k}: unknown key{did_you_mean(str(k), known)}")
+    rule = decode(cls, {k: v for k, v in values.items() if k in hyper}, key)
     defaults = {"lr": cls.default_lr, "weight_decay": cls.default_weight_decay, "decay": cls.decay}
-    base = decode(RuleSettings, defaults | common, where)
-    if cls.owns_lr and base.decay == "in_update" and cls.decay != "in_update":
-        raise ValueError(f"{where}.decay: in_update is not defined for {cls.__name__}; take decoupled")
-    if base.decay == "in_update" and cls.decay != "in_update":
-        raise ValueError(f"{where}.decay: {cls.__name__} does not put the decay into its update; take {cls.decay}")
+    common = defaults | {k: v for k, v in values.items() if k in own}
+    if common["lr"] is None:
+        raise ConfigError(f"{key}.lr: missing; {name} has no customary learning rate")
+    base = decode(RuleSettings, common, key)
+    if base.decay == "in_update" != cls.decay:
+        raise ConfigError(f"{key}.decay: {name} does not put the decay into its update; take {cls.decay}")
     return rule, base
 
 
-def _settings(common: dict[str, Any]) -> Settings:
-    clip = common.get("clip")
-    if clip is not None and not isinstance(clip, Clip):
-        renamed = {("norm" if k == "global" else k): v for k, v in dict(clip).items()}
-        common["clip"] = decode(Clip, renamed, "optimizer.clip", also=("global",))
+def decode(cls: Any, values: Mapping[str, Any], key: str) -> Any:
+    """A dataclass from its section, sections within it included."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    inside = {}
+    for name, value in values.items():
+        kinds = [k for k in typing.get_args(hints.get(name)) if is_dataclass(k) and isinstance(k, type)]
+        if is_dataclass(value):
+            inside[name] = value
+        elif kinds and isinstance(value, Mapping):
+            inside[name] = decode(kinds[0], value, f"{key}.{name}")
+    call = decode_section(cls, {k: v for k, v in values.items() if k not in inside}, key, KINDS, tuple(inside))
+    for name, value in call.arguments.items():
+        for mark in getattr(hints[name], "__metadata__", ()):
+            if isinstance(mark, Within) and (problem := mark.problem(value)):
+                raise ConfigError(f"{key}.{name}: {problem}")
+    return call(**inside)
+
+
+def _settings(values: dict[str, Any], key: str) -> Settings:
+    if isinstance(clip := values.get("clip"), Mapping):  # `global` is no name that a field can have
+        known = ["value", "adaptive", "tensor", "global"]
+        for k in clip:
+            if k not in known:
+                raise ConfigError(f"{key}.clip.{k}: unknown key{did_you_mean(str(k), known)}")
+        renamed = {("norm" if k == "global" else k): v for k, v in clip.items()}
+        values["clip"] = decode(Clip, renamed, f"{key}.clip")
     elif clip is None:
-        common.pop("clip", None)
-    perp = common.get("perp_grad")
-    if isinstance(perp, bool):
-        common["perp_grad"] = PerpGrad() if perp else None
-    elif isinstance(perp, Mapping):
-        common["perp_grad"] = decode(PerpGrad, perp, "optimizer.perp_grad")
-    if isinstance(common.get("average"), Mapping):
-        common["average"] = decode(Average, common["average"], "optimizer.average")
-    for name, cls in (("zeroth_order", ZerothOrder), ("dp", Private)):
-        if isinstance(common.get(name), Mapping):
-            common[name] = decode(cls, common[name], f"optimizer.{name}")
-    if isinstance(common.get("schedule"), Mapping):
-        common["schedule"] = schedule_from(common["schedule"])
-    return decode(Settings, common, "optimizer")
+        values.pop("clip", None)
+    if isinstance(perp := values.get("perp_grad"), bool):
+        values["perp_grad"] = {} if perp else None
+    return typing.cast("Settings", decode(Settings, values, key))
+
+
+def _inner_rule(value: Any, key: str, kinds: Kinds) -> Rule:
+    """The elementwise rule that works inside a low-rank one."""
+    cls, name, given = named({name: RULES[name].rule for name in INNER}, value, key)
+    hyper = [f.name for f in fields(cls)]
+    preset = {k: v for k, v in (RULES[name].preset or {}).items() if k in hyper}
+    rule = decode(cls, {**preset, **given}, key)
+    for f in fields(rule):
+        if isinstance(getattr(rule, f.name), tuple):
+            raise ConfigError(f"{key}.{f.name}: must be one number for all clients")
+    return rule
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+KINDS: Kinds = {"inner_rule": _inner_rule}

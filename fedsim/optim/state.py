@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,22 @@ class OptState:
     @property
     def num_clients(self) -> int:
         """C."""
-        return len(self.t)
+        return self.t.shape[0]
+
+    def advance(self, k: int, left: list[int], host: Mapping[str, Any]) -> None:
+        """Count a step of the first k clients but those that were left out, and keep their new host numbers."""
+        if not left:
+            (self.t if k == self.num_clients else self.t[:k]).add_(1)
+            for name, value in host.items():
+                self.host[name][:k] = torch.as_tensor(value, dtype=torch.float64)
+            return
+        stepped = torch.ones(k, dtype=torch.bool)
+        stepped[left] = False
+        self.t[:k] += stepped
+        self.skipped[:k] += ~stepped
+        for name, value in host.items():
+            kept = self.host[name][:k]
+            kept[stepped] = torch.as_tensor(value, dtype=kept.dtype).expand(k)[stepped]
 
     def rows(self, which: slice) -> OptState:
         """Views of some rows: writing to one writes to the other."""
@@ -82,8 +98,14 @@ class OptState:
         return torch.cat(rows, dim=1)
 
     def unpack_(self, packed: Tensor) -> None:
-        """Take over what `pack` gave, or a mean of such: [C, S], or [S] for all clients; t is rounded."""
-        at = 0
+        """Take over what `pack` gave, or a mean of such: [C, S], or [S] for all clients; t is rounded.
+
+        Raises:
+            ValueError: if it is of another length.
+        """
+        at, size = 0, sum(v[:1].numel() for v in self._averaged().values())
+        if packed.shape[-1] != size:
+            raise ValueError(f"an optimizer's state of {size} numbers a client came with {packed.shape[-1]}")
         for value in self._averaged().values():
             width = value[:1].numel()
             part = packed[..., at : at + width].reshape((*packed.shape[:-1], *value.shape[1:])).to(value.device)

@@ -45,11 +45,12 @@ def torch_optimizer(
     Raises:
         ValueError: unknown rule or key, value out of range, or a rule that needs more than a gradient.
     """
-    parsed = parse({"name": name, **hyper})
-    missing = (parsed.rule.needs | {parsed.settings.gradient_need}) - {"grad"}
+    parsed = parse({"name": name, **hyper}, name)
+    rule, base = parsed.main
+    missing = (rule.needs | {parsed.settings.gradient_need}) - {"grad"}
     if missing:
         raise ValueError(f"torch_optimizer({name!r}): the rule needs {', '.join(sorted(missing))}, not only a gradient")
-    defaults = {"lr": parsed.base.lr, "weight_decay": parsed.base.weight_decay, **hyper, "rule": name}
+    defaults = {"lr": base.lr, "weight_decay": base.weight_decay, **hyper, "rule": name}
     return StackOptimizer(params, defaults, seed, dict(roles or {}))
 
 

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.optim.segments import Segments
-from fedsim.optim.spec import Settings
-
-
-def needs_whole_rows(settings: Settings) -> bool:
-    """Whether some transform looks at more than one coordinate."""
-    clip = settings.clip
-    return settings.perp_grad is not None or any(v is not None for v in (clip.adaptive, clip.tensor, clip.norm))
+from fedsim.optim.settings import Settings
 
 
 def transform(x: Tensor, g: Tensor, seg: Segments, settings: Settings) -> Tensor:

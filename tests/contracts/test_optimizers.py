@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsim.optim import Optimizer, OptState, build, core, segments
+from fedsim.optim import Optimizer, OptState, build, segments
+from fedsim.optim.backends import FUSED
+from fedsim.optim.backends import rows as row_blocks
+from fedsim.optim.rule import Beta, Hyper, Share, Size
 from fedsim.optim.table import RULES
 from fedsim.params import Layout
 from fedsim.streams import Streams
@@ -24,9 +27,6 @@ LAYOUT = Layout(
     roles=("matrix", "vector", "matrix", "vector", "embed", "head"),
 )
 STEPS = 6
-# inductor imports torch.jit, which warns about itself
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-COMPILED = {"sgd", "adamw", "lion", "lamb"}  # compiling one takes seconds; the test marked slow does the others
 EXTRA: dict[str, dict[str, Any]] = {
     "spam": {"interval": 3, "guard": 1, "warmup": 2},
     "spam_sparse": {"interval": 3},
@@ -44,8 +44,8 @@ def section(name: str, **more: Any) -> dict[str, Any]:
 
 
 def backends(name: str) -> list[str]:
-    fused = ["auto"] if build(section(name), LAYOUT).plan.fuses else []
-    return ["eager", *fused, *(["compiled"] if name in COMPILED else [])]
+    fused = ["fused"] if FUSED.has_kernel(build(section(name), LAYOUT).recipe) else []
+    return ["eager", *fused, *(["compiled"] if RULES[name].kind == "E" else [])]
 
 
 CASES = [pytest.param(name, backend, id=f"{name}-{backend}") for name in NAMES for backend in backends(name)]
@@ -91,8 +91,7 @@ def test_a_client_alone_equals_any_row_of_a_stack_in_any_order(name: str, backen
             assert close(got, expected[rows])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in COMPILED and RULES[name].rule.compiles])
+@pytest.mark.parametrize("name", [name for name in NAMES if RULES[name].kind == "E"])
 def test_a_compiled_step_equals_an_eager_one(name: str) -> None:
     rows = torch.arange(7)
     compiled, eager = run(section(name, backend="compiled"), rows), run(section(name, backend="eager"), rows)
@@ -156,8 +155,9 @@ def test_it_resumes_from_saved_rows_in_mid_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_number_equals_the_same_number_for_every_client(name: str) -> None:
-    rule = build(section(name), LAYOUT).plan.parts[0].rule
-    hyper = {f.name: getattr(rule, f.name) for f in fields(rule) if f.type == "Hyper"}  # type: ignore[arg-type]
+    rule = build(section(name), LAYOUT).recipe.groups[0].rule
+    hints, own = get_type_hints(type(rule), include_extras=True), (Hyper, Beta, Share, Size)
+    hyper = {f.name: getattr(rule, f.name) for f in fields(rule) if hints[f.name] in own}  # type: ignore[arg-type]
     per_client = {n: [v] * 7 for n, v in hyper.items() if n not in ("momentum", "beta") or v != 0}
     rows = torch.arange(7)
     plain, spread = (
@@ -240,7 +240,7 @@ VIEWS = {
 @pytest.mark.parametrize("name", [n for n in NAMES if not set(RULES[n].kind) & set("MX")])
 def test_a_gpus_launches_grow_with_neither_clients_nor_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "_many_launches_hurt", lambda p: True)  # the form that a GPU takes, counted on a CPU
-    monkeypatch.setattr(core, "row_blocks", lambda x, *how: [slice(0, len(x))])
+    monkeypatch.setattr(row_blocks, "row_blocks", lambda x, *how: [slice(0, len(x))])
 
     def launches(clients: int, layers: int) -> int:
         shapes = {f"{i}.{n}": s for i in range(layers) for n, s in (("w", (6, 5)), ("b", (6,)), ("k", (3, 2, 3, 3)))}

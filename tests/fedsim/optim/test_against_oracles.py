@@ -38,7 +38,7 @@ PO = {
         {"name": "yogi", "init": 0.0, "decay": "decoupled", **WD},
     ),
     "adabelief": (
-        lambda p: po("AdaBelief", p, lr=0.01, eps=1e-8, weight_decay=0.1),
+        lambda p: po("AdaBelief", p, lr=0.01, eps=1e-16, weight_decay=0.1),
         {"name": "adabelief", "lr": 0.01, **WD},
     ),
     "adabelief rectified": (

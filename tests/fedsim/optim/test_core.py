@@ -86,7 +86,7 @@ def test_roles_take_their_own_rules_and_multipliers() -> None:
     sgd = stack_run({"name": "sgd", "lr": 0.1, "momentum": 0.9}, x, grads)
     lion = stack_run({"name": "lion", "lr": 0.2}, x, grads)
     for name, views in LAYOUT.views(mixed).items():
-        assert torch.equal(views, LAYOUT.views(lion if name == "b" else sgd)[name])
+        assert torch.allclose(views, LAYOUT.views(lion if name == "b" else sgd)[name], atol=1e-14)
     scaled = stack_run({"name": "sgd", "lr": 0.1, "lr_mult": {"matrix": 2.0, "v": 0.0}}, x, grads)
     double, plain = (stack_run({"name": "sgd", "lr": lr}, x, grads) for lr in (0.2, 0.1))
     assert torch.allclose(LAYOUT.views(scaled)["w"], LAYOUT.views(double)["w"], atol=1e-14)
@@ -260,21 +260,21 @@ def test_plain_sgd_says_so_and_nothing_else_does() -> None:
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ({"name": "lionn"}, "unknown optimizer 'lionn'; did you mean 'lion'"),
-        ({"name": "sgd"}, "optimizer.lr is missing"),
-        ({"lr": 0.1}, "needs a `name`"),
-        ({"name": "sgd", "lr": 0.1, "momentun": 0.9}, "unknown key 'momentun'; did you mean 'momentum'"),
-        ({"name": "sgd", "lr": "fast"}, "optimizer.lr must be a number, got 'fast'"),
-        ({"name": "sgd", "lr": -1}, "optimizer.lr must be a finite number >= 0, got -1.0"),
-        ({"name": "sgd", "lr": 1, "momentum": 1.5}, r"Sgd.momentum must lie in \[0, 1\], got 1.5"),
-        ({"name": "sgd", "lr": 1, "nesterov": 1}, "nesterov must be a bool"),
-        ({"name": "sgd", "lr": 1, "decay": "l3"}, "optimizer.decay must be one of"),
+        ({"name": "lionn"}, "optimizer.name: unknown name 'lionn'; did you mean 'lion'"),
+        ({"name": "sgd"}, "optimizer.lr: missing; sgd has no customary"),
+        ({"lr": 0.1}, r"optimizer: expected a name or {name: ..., ...}, got {.lr.: 0.1}"),
+        ({"name": "sgd", "lr": 0.1, "momentun": 0.9}, "optimizer.momentun: unknown key; did you mean 'momentum'"),
+        ({"name": "sgd", "lr": "fast"}, "optimizer.lr: expected a number or a list of numbers, got 'fast'"),
+        ({"name": "sgd", "lr": -1}, r"optimizer.lr: must lie in \[0, inf\), got -1.0"),
+        ({"name": "sgd", "lr": 1, "momentum": 1.5}, r"optimizer.momentum: must lie in \[0, 1\], got 1.5"),
+        ({"name": "sgd", "lr": 1, "nesterov": 1}, "optimizer.nesterov: expected true or false, got 1"),
+        ({"name": "sgd", "lr": 1, "decay": "l3"}, "optimizer.decay: expected one of l2, decoupled"),
         ({"name": "sgd", "lr": 1, "decay": "in_update"}, "does not put the decay into its update"),
         ({"name": "sgd", "lr": 1, "clip": {"globl": 1}}, "did you mean 'global'"),
         ({"name": "sgd", "lr": 1, "clip": {"global": 0}}, "must be positive"),
         ({"name": "sgd", "lr": 1, "roles": {"vectr": {"name": "sgd", "lr": 1}}}, "did you mean 'vector'"),
         ({"name": "sgd", "lr": 1, "lr_mult": {"weight": 2}}, "unknown role or tensor 'weight'"),
-        ({"name": "sgd", "lr": 1, "state_scope": "epoch"}, "optimizer.state_scope must be one of"),
+        ({"name": "sgd", "lr": 1, "state_scope": "epoch"}, "optimizer.state_scope: expected one of round"),
         ({"name": "lion", "backend": "fused"}, "torch has no fused kernel"),
     ],
 )

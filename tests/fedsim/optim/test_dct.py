@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsim.optim import build
-from fedsim.optim.dct import cosine_basis
+from fedsim.optim.rules.dct import cosine_basis
 from fedsim.params import Layout
 from tests.fedsim.optim.oracles import problem, stack_run
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from fedsim.config import ConfigError
 from fedsim.optim.foreign import ForeignOptimizer
@@ -51,6 +54,26 @@ def test_it_is_named_by_import_path_in_an_experiment() -> None:
         foreign = run(config)
     own = run(config, **{"local.optimizer": {"name": "sgd", "lr": 0.1}})
     assert foreign.last("x") == pytest.approx(own.last("x"), abs=1e-6)
+
+
+def normed(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A classifier with running statistics."""
+    width = int(torch.Size(input_shape).numel())
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width), nn.Linear(width, num_classes))
+
+
+def test_buffers_follow_the_clients_whatever_the_servers_rate() -> None:
+    config: dict[str, Any] = {
+        "rounds": 2,
+        "task": {"name": "classification", "dataset": "digits", "model": {"name": f"{__name__}:normed"}},
+        "clients": {"count": 4},
+        "strategy": {"name": "fedavg", "cohort_size": 4, "server_lr": 0.5},
+        "evaluate": {"every": 1},
+    }
+    with pytest.warns(UserWarning, match="not batched"):
+        foreign = run(config, **{"local.optimizer": {"name": "torch.optim:SGD", "lr": 0.1}})
+    own = run(config, **{"local.optimizer": {"name": "sgd", "lr": 0.1}})
+    assert foreign.last("test_loss") == pytest.approx(own.last("test_loss"), rel=1e-5)
 
 
 def test_one_that_needs_a_closure_is_refused() -> None:

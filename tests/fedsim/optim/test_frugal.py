@@ -252,8 +252,8 @@ def test_drawing_needs_keys_and_only_at_a_refresh() -> None:
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"kind": "diagonal"}, "Frugal.kind must be one of columns"),
-        ({"density": 1.5}, r"Frugal.density must lie in \[0, 1\]"),
+        ({"kind": "diagonal"}, "optimizer.kind: expected one of columns"),
+        ({"density": 1.5}, r"optimizer.density: must lie in \[0, 1\]"),
         (
             {"kind": "blocks", "order": "mirror", "density": 0.75},
             "takes matrices in pairs, and density=0.75 of 4 are 3",

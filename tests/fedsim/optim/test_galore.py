@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from fedsim.optim import build
-from fedsim.optim.galore import leading_columns, sketched_columns
+from fedsim.optim.rules.galore import leading_columns, sketched_columns
 from fedsim.params import Layout
 from tests.fedsim.optim.oracles import client_runs, error, problem, stack_run
 
@@ -254,9 +254,9 @@ def test_any_inner_rule_sees_the_low_rank_gradient(name: str) -> None:
 @pytest.mark.parametrize(
     "inner, message",
     [
-        ({"name": "adammm"}, "unknown inner rule 'adammm'; did you mean 'adam'"),
-        ({"name": "adam", "beta3": 1.0}, "unknown key 'beta3'; did you mean 'beta"),
-        ({"name": "adam", "beta1": [0.9, 0.8]}, "GaLore.inner.beta1 must be one number for all clients"),
+        ({"name": "adammm"}, "inner.name: unknown name 'adammm'; did you mean 'adam'"),
+        ({"name": "adam", "beta3": 1.0}, "inner.beta3: unknown key; did you mean 'beta"),
+        ({"name": "adam", "beta1": [0.9, 0.8]}, "inner.beta1: must be one number for all clients"),
     ],
 )
 def test_a_wrong_inner_rule_is_refused(inner: dict[str, Any], message: str) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn, optim
 
 from fedsim.optim import build
-from fedsim.optim.extra import Private, ZerothOrder
 from fedsim.optim.needs import (
     by_step,
     clip_and_sum,
@@ -21,6 +20,7 @@ from fedsim.optim.needs import (
     zeroth_order_gradient,
 )
 from fedsim.optim.segments import Segments
+from fedsim.optim.settings import Private, ZerothOrder
 from fedsim.params import Layout
 from fedsim.streams import Streams
 from tests.fedsim.optim.sources import CLASSES, LAYOUT, SoftmaxSource

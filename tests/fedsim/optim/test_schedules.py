@@ -53,6 +53,10 @@ def test_an_optimizers_section_may_hold_a_schedule() -> None:
     spec = {"name": "sgd", "lr": 0.1, "schedule": {"name": "step", "every": 10}}
     schedule = build(spec, layout).schedule
     assert schedule is not None and schedule.factor(10) == 0.1
-    for bad, message in (({"name": "cosin"}, "must be one of"), ({"name": "cosine"}, "length"), ({"evry": 1}, "every")):
+    for bad, message in (
+        ({"name": "cosin"}, "name: expected one of"),
+        ({"name": "cosine"}, "length"),
+        ({"evry": 1}, "every"),
+    ):
         with pytest.raises(ValueError, match=message):
             build({"name": "sgd", "lr": 0.1, "schedule": bad}, layout)

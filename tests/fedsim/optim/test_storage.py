@@ -118,7 +118,7 @@ def test_what_was_decoded_encodes_to_the_same_codes(seed: int, signed: bool) -> 
 def test_a_fresh_state_is_exactly_its_initial_value() -> None:
     for rule in ({"name": "adagrad", "init": 0.2}, {"name": "yogi", "init": 1e-6}, ADAM):
         optimizer = build({"lr": 0.1, **rule, "state_dtype": "dyn8"}, LAYOUT)
-        part, state = optimizer.plan.parts[0], optimizer.init(torch.zeros(2, LAYOUT.size))
+        part, state = optimizer.recipe.groups[0], optimizer.init(torch.zeros(2, LAYOUT.size))
         assert part.storage is not None
         s = Named(dict(state.buffers))
         part.storage.decode_(s, torch.zeros(2, LAYOUT.size))
@@ -272,11 +272,11 @@ def test_states_named_for_it_are_never_negative_and_others_may_be(name: str) -> 
     state = optimizer.init(x)
     for g in grads:
         optimizer.step_(x, g, state, streams=Streams(0, ids, torch.zeros_like(ids)))
-        for part in optimizer.plan.parts:
+        for part in optimizer.recipe.groups:
             for own in filter(storage_module.is_dense, part.states):
                 if own.name in storage_module.NEVER_NEGATIVE:
                     assert (state.buffers[part.name + own.name] >= 0).all()
-    for part in optimizer.plan.parts:
+    for part in optimizer.recipe.groups:
         for own in filter(storage_module.is_dense, part.states):
             if own.name not in (*storage_module.NEVER_NEGATIVE, "on"):  # a mask
                 assert (state.buffers[part.name + own.name] < 0).any(), own.name
@@ -311,7 +311,7 @@ def test_a_client_that_does_not_step_keeps_its_codes() -> None:
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"state_dtype": "int4"}, "state_dtype must be one of fp32, bf16, dyn8; got 'int4'"),
+        ({"state_dtype": "int4"}, "state_dtype: expected one of fp32, bf16, dyn8, got 'int4'"),
         ({"state_dtype": "dyn8", "state_scope": "server"}, "server averages states over clients, and m_codes"),
         ({"state_dtype": "dyn8", "backend": "fused"}, "no fused kernel"),
     ],

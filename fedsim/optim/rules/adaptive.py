@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.arithmetic import adam_coefficients, denominator, rectification, where
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
+from fedsim.optim.rule import Beta, Fixed, Named, Rule, Size, State
+from fedsim.optim.rules.arithmetic import adam_coefficients, denominator, rectification, where
 from fedsim.optim.segments import Segments
 
 
@@ -27,28 +27,29 @@ class Adam(Rule):
     Kingma, Ba. Adam. arXiv:1412.6980. With `decay: decoupled` it is AdamW (Loshchilov, Hutter. Decoupled weight decay
     regularization. arXiv:1711.05101). `amsgrad` divides by the running maximum of the uncorrected v (Reddi et al.
     arXiv:1904.09237), as torch does. `eps_mode="raw"` is (sqrt(bc2) / bc1) * m / (sqrt(v) + eps), whose effective eps
-    is eps / sqrt(bc2); GaLore and SPAM are built on that form.
+    is eps / sqrt(bc2); GaLore and SPAM are built on that form. Without `bias_correction`, bc1 = bc2 = 1: the server's
+    step of FedAdam (Reddi et al. arXiv:2003.00295, algorithm 2), whose v begins at `init` = tau^2 = eps^2.
     """
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-8
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-8
     amsgrad: bool = False
-    eps_mode: str = "corrected"
+    eps_mode: Literal["corrected", "raw"] = "corrected"
+    bias_correction: bool = True
+    init: Fixed = 0.0
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v"), State("v_max"))
     default_lr: ClassVar[float | None] = 1e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, float("inf"), "eps")
-        check_choice(self, "eps_mode", ("corrected", "raw"))
-
     def active_states(self) -> tuple[State, ...]:
-        return self.states if self.amsgrad else self.states[:2]
+        states = (State("m"), State("v", init=self.init), State("v_max", init=self.init))
+        return states if self.amsgrad else states[:2]
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return adam_coefficients(h, t, raw=self.eps_mode == "raw")
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return adam_coefficients(
+            self.beta1, self.beta2, self.eps, t, raw=self.eps_mode == "raw", corrected=self.bias_correction
+        )
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
@@ -64,22 +65,19 @@ class Adagrad(Rule):
     Duchi, Hazan, Singer. Adaptive subgradient methods. JMLR 12 (2011).
     """
 
-    eps: Hyper = 1e-10
-    lr_decay: Hyper = 0.0
-    init: float = 0.0
+    eps: Size = 1e-10
+    lr_decay: Size = 0.0
+    init: Fixed = 0.0
 
     default_lr: ClassVar[float | None] = 0.01
     states: ClassVar[tuple[State, ...]] = (State("a"),)
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, float("inf"), "eps", "lr_decay", "init")
-
     def active_states(self) -> tuple[State, ...]:
         return (State("a", init=self.init),)
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        slow = 1 + (t - 1) * h.lr_decay
-        return {"slow": slow, "eps": h.eps * slow}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        slow = 1 + (t - 1) * self.lr_decay
+        return {"slow": slow, "eps": self.eps * slow}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.a.add_(g * g)
@@ -94,24 +92,20 @@ class RmsProp(Rule):
     inside the root.
     """
 
-    alpha: Hyper = 0.99
-    eps: Hyper = 1e-8
-    momentum: Hyper = 0.0
+    alpha: Beta = 0.99
+    eps: Size = 1e-8
+    momentum: Beta = 0.0
     centered: bool = False
 
     states: ClassVar[tuple[State, ...]] = (State("v"), State("mean"), State("m"))
     default_lr: ClassVar[float | None] = 0.01
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "alpha", "momentum")
-        check_range(self, 0, float("inf"), "eps")
-
     def active_states(self) -> tuple[State, ...]:
         kept = {"v": True, "mean": self.centered, "m": self.momentum != 0}
         return tuple(state for state in self.states if kept[state.name])
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"a": 1 - h.alpha, "eps": h.eps, "keep": h.momentum}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"a": 1 - self.alpha, "eps": self.eps, "keep": self.momentum}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.v.lerp_(g * g, c.a)
@@ -131,26 +125,22 @@ class NAdam(Rule):
     u = ((1 - mu_t) / (1 - prod_t) * g + mu_{t+1} / (1 - prod_t * mu_{t+1}) * m) / (sqrt(v / bc2) + eps).
     """
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-8
-    momentum_decay: Hyper = 4e-3
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-8
+    momentum_decay: Size = 4e-3
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
     host: ClassVar[tuple[str, ...]] = ("product",)
     default_lr: ClassVar[float | None] = 2e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, float("inf"), "eps", "momentum_decay")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        mu = h.beta1 * (1 - 0.5 * 0.96 ** (t * h.momentum_decay))
-        mu_next = h.beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * h.momentum_decay))
-        q.product = where(t > 1, q.product, 1.0) * mu
-        of_g, of_m = (1 - mu) / (1 - q.product), mu_next / (1 - q.product * mu_next)
-        root = 1 / np.sqrt(1 - h.beta2**t)
-        return {"a1": 1 - h.beta1, "a2": 1 - h.beta2, "of_g": of_g, "of_m": of_m, "root": root, "shift": h.eps}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        mu = self.beta1 * (1 - 0.5 * 0.96 ** (t * self.momentum_decay))
+        mu_next = self.beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * self.momentum_decay))
+        host.product = where(t > 1, host.product, 1.0) * mu
+        of_g, of_m = (1 - mu) / (1 - host.product), mu_next / (1 - host.product * mu_next)
+        root = 1 / np.sqrt(1 - self.beta2**t)
+        return {"a1": 1 - self.beta1, "a2": 1 - self.beta2, "of_g": of_g, "of_m": of_m, "root": root, "shift": self.eps}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
@@ -165,19 +155,17 @@ class RAdam(Rule):
     Liu et al. arXiv:1908.03265, as torch.optim.RAdam. With beta2 = 0.999 the first five steps are plain momentum.
     """
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-8
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-8
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
     default_lr: ClassVar[float | None] = 1e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, float("inf"), "eps")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"a1": 1 - h.beta1, "a2": 1 - h.beta2} | rectification(h, t, lambda length: length > 5)
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"a1": 1 - self.beta1, "a2": 1 - self.beta2} | rectification(
+            self.beta1, self.beta2, self.eps, t, lambda length: length > 5
+        )
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.arithmetic import adam_coefficients, denominator, nonzero, where
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
+from fedsim.optim.rule import Beta, Count, Decay, Named, Reach, Rule, Share, Size, State, Whole, Within
+from fedsim.optim.rules.arithmetic import adam_coefficients, denominator, nonzero, where
 from fedsim.optim.segments import Segments
 
 
@@ -26,21 +26,17 @@ class Lars(Rule):
     You, Gitman, Ginsburg. Large batch training of convolutional networks. arXiv:1708.03888.
     """
 
-    momentum: Hyper = 0.9
-    dampening: Hyper = 0.0
+    momentum: Share = 0.9
+    dampening: Share = 0.0
     nesterov: bool = False
-    trust: Hyper = 1e-3
+    trust: Size = 1e-3
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
-    elementwise: ClassVar[bool] = False
-    decay: ClassVar[str] = "in_update"
+    reach: ClassVar[Reach] = "tensor"
+    decay: ClassVar[Decay] = "in_update"
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "momentum", "dampening", open_high=False)
-        check_range(self, 0, float("inf"), "trust")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"keep": h.momentum, "take": 1 - h.dampening, "trust": h.trust}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"keep": self.momentum, "take": 1 - self.dampening, "trust": self.trust}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         decay = x * c.decay
@@ -60,22 +56,18 @@ class Lamb(Rule):
     dimension too, as optax does; matrices alone by default.
     """
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-6
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-6
     adapt_vectors: bool = False
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
-    elementwise: ClassVar[bool] = False
-    decay: ClassVar[str] = "in_update"
+    reach: ClassVar[Reach] = "tensor"
+    decay: ClassVar[Decay] = "in_update"
     default_lr: ClassVar[float | None] = 1e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, float("inf"), "eps")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return adam_coefficients(h, t)
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return adam_coefficients(self.beta1, self.beta2, self.eps, t)
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
@@ -95,31 +87,26 @@ class SgdSai(Rule):
     Xu et al. No more Adam. arXiv:2412.11768, as the authors' code: m = g first, then (1 - momentum) * g enters. The
     gain is sqrt(n - 1) / sqrt(1 - n * mean^2 / norm^2), so mostly a rate that grows with the tensor. Tensors of one
     entry take gain 1 (their code divides by eps there) and momentum 0 is allowed (theirs fails). Clients with
-    different data get different gains and so different rates: supply `aux["given_gain"]` ([L], from `sai_gain` on one
-    gradient) to have one gain for all.
+    different data get different gains and so different rates; with `state_scope: server` all go on with the mean of
+    the first round's.
     """
 
-    momentum: Hyper = 0.9
-    eps: Hyper = 1e-8
+    momentum: Beta = 0.9
+    eps: Size = 1e-8
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("gain", per="tensor"))
-    inputs: ClassVar[tuple[str, ...]] = ("given_gain",)
-    elementwise: ClassVar[bool] = False
-    decay: ClassVar[str] = "decoupled"
+    reach: ClassVar[Reach] = "tensor"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-2
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "momentum")
-        check_range(self, 0, float("inf"), "eps")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"take": where(t > 1, 1 - h.momentum, 1.0), "first": where(t > 1, 0.0, 1.0), "eps": h.eps}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"take": where(t > 1, 1 - self.momentum, 1.0), "first": where(t > 1, 0.0, 1.0), "eps": self.eps}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         if not isinstance(c.first, float) or c.first != 0:
             s.gain.lerp_(sai_gain(g, seg, c.eps), c.first)
         s.m.lerp_(g, c.take)
-        return s.m * seg.expand(s.gain if s.given_gain is None else s.given_gain.expand(len(g), -1))
+        return s.m * seg.expand(s.gain)
 
 
 def sai_gain(g: Tensor, seg: Segments, eps: Tensor | float = 1e-8) -> Tensor:
@@ -136,20 +123,20 @@ class StableSpam(Rule):
 
     Huang et al. arXiv:2502.17055. Per tensor, with bias-corrected averages: T of max(abs(g)) (gamma3); where abs(g) >
     T, g = g / max(abs(g)) * T; then g = g / norm(g) * mean(norm, gamma1) / (sqrt(mean(norm^2, gamma2)) + eps). At
-    every `interval` the moments are reset. `total` > 0 anneals gamma1 and beta1 by a cosine from 1 to `floor` over so
-    many steps. Their file updates the old buffers at a reset, goes on at counter 2, and uses that counter for the
-    gammas, which turns spike clipping off for hundreds of steps; `official_reset` does the same, the clean reset is
-    the default.
+    every `interval` the moments are reset. `total` > 0 anneals gamma1 and beta1 by a cosine from 1 to `floor`, which is
+    reached after total + 1 steps, as in their file (where it would rise again after that). Their file updates the old
+    buffers at a reset, goes on at counter 2, and uses that counter for the gammas from the next step on, which turns
+    spike clipping off for hundreds of steps; `official_reset` does the same, the clean reset is the default.
     """
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-8
-    gamma1: Hyper = 0.7
-    gamma2: Hyper = 0.9
-    gamma3: Hyper = 0.999
-    interval: int = 1000
-    total: int = 0
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-8
+    gamma1: Beta = 0.7
+    gamma2: Beta = 0.9
+    gamma3: Beta = 0.999
+    interval: Count = 1000
+    total: Whole = 0
     floor: float = 0.5
     official_reset: bool = False
 
@@ -160,34 +147,30 @@ class StableSpam(Rule):
         State("norm", per="tensor"),
         State("square", per="tensor"),
     )
-    elementwise: ClassVar[bool] = False
-    decay: ClassVar[str] = "decoupled"
+    reach: ClassVar[Reach] = "tensor"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2", "gamma1", "gamma2", "gamma3")
-        check_range(self, 0, float("inf"), "eps", "total")
-        if self.interval < 1:
-            raise ValueError(f"StableSpam.interval must be at least one step, got {self.interval}")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
         since = t % self.interval
         k = where(t < self.interval, t, since + 1)
-        scale = 1.0
+        scale, end = 1.0, self.total + 1
         if self.total:
-            scale = self.floor + (1 - self.floor) * (1 + np.cos(np.pi * np.minimum(t, self.total) / self.total)) / 2
-        h.beta1, gamma1 = h.beta1 * scale, h.gamma1 * scale
-        corrected = k if self.official_reset else t
+            scale = self.floor + (1 - self.floor) * (1 + np.cos(np.pi * np.minimum(t, end) / end)) / 2
+        gamma1 = self.gamma1 * scale
+        # at a reset their counter still stands where the last one left it: they set it back after the gammas
+        theirs = where(since == 0, np.minimum(t, self.interval + 1), k)
+        corrected = theirs if self.official_reset else t
         reset = where(since == 0, 0.0, 1.0)
-        return adam_coefficients(h, k) | {
+        return adam_coefficients(self.beta1 * scale, self.beta2, self.eps, k) | {
             "before": 1.0 if self.official_reset else reset,
             "after": reset if self.official_reset else 1.0,
             "g1": 1 - gamma1,
-            "g2": 1 - h.gamma2,
-            "g3": 1 - h.gamma3,
+            "g2": 1 - self.gamma2,
+            "g3": 1 - self.gamma3,
             "bc_norm": 1 - gamma1**corrected,
-            "bc_square": 1 - h.gamma2**corrected,
-            "bc_top": 1 - h.gamma3**corrected,
+            "bc_square": 1 - self.gamma2**corrected,
+            "bc_top": 1 - self.gamma3**corrected,
         }
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
@@ -218,20 +201,17 @@ class AuOn(Rule):
     up to 1.1 / d.
     """
 
-    momentum: Hyper = 0.95
+    momentum: Beta = 0.95
     raw: bool = False
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
-    elementwise: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "tensor"
     roles: ClassVar[tuple[str, ...]] = ("matrix",)
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 0.05
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "momentum")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"a": 1 - h.momentum}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"a": 1 - self.momentum}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         nesterov = s.m.lerp_(g, c.a).lerp(g, c.a)
@@ -250,15 +230,11 @@ class AdaGradNorm(Rule):
     Ward, Wu, Bottou. AdaGrad stepsizes. arXiv:1806.01811.
     """
 
-    b0: float = 0.1
+    b0: Annotated[float, Within(1e-30, float("inf"))] = 0.1
 
     states: ClassVar[tuple[State, ...]] = (State("total", per="client"),)
-    elementwise: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "tensor"
     default_lr: ClassVar[float | None] = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.b0 < float("inf"):
-            raise ValueError(f"AdaGradNorm.b0 must be positive, got {self.b0}")
 
     def active_states(self) -> tuple[State, ...]:
         return (State("total", per="client", init=self.b0**2),)

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
+from fedsim.optim.rule import Beta, Decay, Named, Reach, Rule, State, Whole
 from fedsim.optim.segments import Segments
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -144,28 +144,21 @@ class Muon(Rule):
             everywhere, `bf16` everywhere.
     """
 
-    momentum: Hyper = 0.95
+    momentum: Beta = 0.95
     nesterov: bool = True
-    steps: int = 5
-    kappa: str = "original"
-    precision: str = "auto"
+    steps: Whole = 5
+    kappa: Literal["original", "match_rms_adamw"] = "original"
+    precision: Literal["auto", "full", "bf16"] = "auto"
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
-    elementwise: ClassVar[bool] = False
-    compiles: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "matrix"
     roles: ClassVar[tuple[str, ...]] = ("matrix",)
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 0.02
     default_weight_decay: ClassVar[float] = 0.1
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "momentum")
-        check_range(self, 0, float("inf"), "steps")
-        check_choice(self, "kappa", ("original", "match_rms_adamw"))
-        check_choice(self, "precision", ("auto", "full", "bf16"))
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"keep": h.momentum, "take": 1 - h.momentum}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"keep": self.momentum, "take": 1 - self.momentum}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         m = _momentum(g, s, c, self.nesterov)
@@ -193,23 +186,18 @@ class HybridAuOn(Rule):
     divisor is at most 1.05 from 128 entries on.
     """
 
-    momentum: Hyper = 0.95
-    steps: int = 1
+    momentum: Beta = 0.95
+    steps: Whole = 1
     raw: bool = False
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
-    elementwise: ClassVar[bool] = False
-    compiles: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "matrix"
     roles: ClassVar[tuple[str, ...]] = ("matrix",)
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 0.24
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "momentum")
-        check_range(self, 0, float("inf"), "steps")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"keep": h.momentum, "take": 1 - h.momentum}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"keep": self.momentum, "take": 1 - self.momentum}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         mean = _momentum(g, s, c, nesterov=True)

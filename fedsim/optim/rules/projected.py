@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.optim.arithmetic import adam_coefficients, denominator
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
+from fedsim.optim.rule import Beta, Decay, Fixed, Named, Reach, Rule, Size, State
+from fedsim.optim.rules.arithmetic import adam_coefficients, denominator
 from fedsim.optim.segments import Segments
 
 
@@ -26,24 +26,20 @@ from fedsim.optim.segments import Segments
 class AdamP(Rule):
     """AdamP: Adam's direction (Nesterov's with `nesterov`: beta1 * m + (1 - beta1) * g for m), projected."""
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-8
-    delta: float = 0.1
-    wd_ratio: float = 0.1
+    beta1: Beta = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-8
+    delta: Fixed = 0.1
+    wd_ratio: Fixed = 0.1
     nesterov: bool = False
 
     states: ClassVar[tuple[State, ...]] = (State("m"), State("v"))
-    elementwise: ClassVar[bool] = False
-    decay: ClassVar[str] = "in_update"  # decoupled in effect, scaled per tensor by the outcome of the test
+    reach: ClassVar[Reach] = "tensor"
+    decay: ClassVar[Decay] = "in_update"  # decoupled in effect, scaled per tensor by the outcome of the test
     default_lr: ClassVar[float | None] = 1e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, float("inf"), "eps", "delta", "wd_ratio")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return adam_coefficients(h, t)
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return adam_coefficients(self.beta1, self.beta2, self.eps, t)
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.m.lerp_(g, c.a1)
@@ -55,25 +51,25 @@ class AdamP(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class SgdP(Rule):
-    """SGDP: momentum from zero, m = momentum * m + (1 - dampening) * g, projected; decay wd / (1 - momentum)."""
+    """SGDP: momentum from zero, m = momentum * m + (1 - dampening) * g, projected; decay wd / (1 - momentum).
 
-    momentum: Hyper = 0.0
-    dampening: Hyper = 0.0
+    Departure: without `nesterov` the authors' file projects m itself, since its step is an alias of the buffer; the
+    paper's algorithm 1 and their AdamP project the step alone, and so does this.
+    """
+
+    momentum: Beta = 0.0
+    dampening: Beta = 0.0
     nesterov: bool = False
-    eps: Hyper = 1e-8
-    delta: float = 0.1
-    wd_ratio: float = 0.1
+    eps: Size = 1e-8
+    delta: Fixed = 0.1
+    wd_ratio: Fixed = 0.1
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
-    elementwise: ClassVar[bool] = False
-    decay: ClassVar[str] = "in_update"
+    reach: ClassVar[Reach] = "tensor"
+    decay: ClassVar[Decay] = "in_update"
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "momentum", "dampening")
-        check_range(self, 0, float("inf"), "eps", "delta", "wd_ratio")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"keep": h.momentum, "take": 1 - h.dampening, "grown": 1 / (1 - h.momentum), "eps": h.eps}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"keep": self.momentum, "take": 1 - self.dampening, "grown": 1 / (1 - self.momentum), "eps": self.eps}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         m = s.m.mul_(c.keep).add_(g * c.take)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.arithmetic import nonzero, ratio
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
+from fedsim.optim.rule import Decay, Hyper, Named, Reach, Rule, Size, State, Within
+from fedsim.optim.rules.arithmetic import nonzero, ratio
 from fedsim.optim.segments import Segments
 
 
@@ -27,22 +27,18 @@ class Adafactor(Rule):
     column means: the full second moment. eps1 is the machine epsilon of the parameters' type.
     """
 
-    beta2_decay: Hyper = -0.8
-    eps2: Hyper = 1e-3
-    d: Hyper = 1.0
+    beta2_decay: Annotated[Hyper, Within(float("-inf"), 0)] = -0.8
+    eps2: Size = 1e-3
+    d: Size = 1.0
 
     states: ClassVar[tuple[State, ...]] = (State("row", per="row"), State("column", per="column"))
-    elementwise: ClassVar[bool] = False
-    decay: ClassVar[str] = "decoupled"
+    reach: ClassVar[Reach] = "tensor"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 0.01
 
-    def __post_init__(self) -> None:
-        check_range(self, float("-inf"), 0, "beta2_decay", open_high=False)
-        check_range(self, 0, float("inf"), "eps2", "d")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        share = ratio(np.minimum(h.lr, 1 / np.sqrt(t)), h.lr)
-        return {"a": 1.0 * t**h.beta2_decay, "share": share, "eps2": h.eps2, "d": h.d}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        share = ratio(np.minimum(lr, 1 / np.sqrt(t)), lr)
+        return {"a": 1.0 * t**self.beta2_decay, "share": share, "eps2": self.eps2, "d": self.d}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         rows, square = seg.rows, g * g

@@ -7,29 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from math import pi
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fedsim.optim.low_rank import (
-    flat_of,
-    inner_coefficients,
-    inner_rule,
-    like_parts,
-    refresh_,
-    same_rule,
-    sized,
-    slots,
-)
-from fedsim.optim.matrix import groups_of, tall, untall
-from fedsim.optim.rule import Named, Rule, State, check_range
+from fedsim.config import FromTable
+from fedsim.optim.rule import Count, Decay, Named, Reach, Rule, RuleSettings, State
+from fedsim.optim.rules.adaptive import Adam
+from fedsim.optim.rules.matrix import groups_of, tall, untall
+from fedsim.optim.rules.subspace import flat_of, like_parts, refresh_, sized, slots
 from fedsim.optim.segments import Segments
-
-if TYPE_CHECKING:
-    from fedsim.optim.spec import RuleSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +29,9 @@ class DctLowRank(Rule):
     Modoranu et al. SVD-free low-rank adaptive gradient optimization. arXiv:2505.17967. A column's weight is the l1 norm
     of its column of M Q. Q is one matrix for all layers with that s and for all clients, so a client keeps r indices
     per matrix. Departures: one Q per s (the authors' file keeps one per model); rotation is by matching indices, which
-    is what their product Q_old^T Q_new is without its rounding; ties go to what the library's top-k says.
+    is what their product Q_old^T Q_new is without its rounding; ties go to what the library's top-k says; kept indices
+    ascend. So without `rotate` a moment meets another column than in their file, which leaves the order of the kept
+    columns, and with it which moment goes on with which, to what an unsorted top-k of the device returns.
 
     Args:
         rank: r; matrices with a shorter side keep all of it.
@@ -51,31 +43,21 @@ class DctLowRank(Rule):
         inner: {name, ...} of the rule inside, by default `adam`.
     """
 
-    rank: int = 128
-    gap: int = 1
+    rank: Count = 128
+    gap: Count = 1
     rotate: bool = False
     error_feedback: bool = False
-    max_side: int = 32_000
-    inner: Mapping[str, Any] | None = None
+    max_side: Count = 32_000
+    inner: Annotated[Rule, FromTable("inner_rule", "adam")] = Adam()
 
-    elementwise: ClassVar[bool] = False
-    compiles: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "matrix"
     roles: ClassVar[tuple[str, ...]] = ("matrix",)
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-3
     default_weight_decay: ClassVar[float] = 0.01
 
-    def __post_init__(self) -> None:
-        check_range(self, 1, float("inf"), "rank", "gap", "max_side")
-        assert self.core is not None
-
-    @cached_property
-    def core(self) -> Rule:
-        """The inner rule."""
-        return inner_rule(self.inner or {"name": "adam"}, "DctLowRank.inner")
-
-    def other(self, base: RuleSettings) -> Mapping[str, Any]:
-        return same_rule(self.inner or {"name": "adam"}, base)
+    def other(self, base: RuleSettings) -> tuple[Rule, RuleSettings]:
+        return self.inner, base
 
     def acts_on(self, role: str, shape: tuple[int, ...]) -> bool:
         return role in self.roles and max(shape, default=0) < self.max_side
@@ -83,11 +65,11 @@ class DctLowRank(Rule):
     def sized_states(self, seg: Segments) -> tuple[State, ...]:
         index = State("index", per=slots(seg, self.rank, "index").sizes, dtype="int32", code="exact")
         error = (State("error", code="exact"),) if self.error_feedback else ()
-        return (index, *error, *sized(self.core.active_states(), slots(seg, self.rank, "low").sizes))
+        return (index, *error, *sized(self.inner.active_states(), slots(seg, self.rank, "low").sizes))
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
         refresh = (t == 1) | (t % self.gap == 0)
-        return {**inner_coefficients(self.core, t), "refresh": refresh}
+        return {**self.inner.coefficients(t, lr, host), "refresh": refresh}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         if self.error_feedback:
@@ -107,11 +89,11 @@ class DctLowRank(Rule):
         flat = flat_of(low)
         if self.error_feedback:
             s.error.copy_(g).sub_(self._back(low, bases, seg, g))
-        return self._back(like_parts(self.core.direction(flat, flat, s, c, seg), low), bases, seg, g)
+        return self._back(like_parts(self.inner.direction(flat, flat, s, c, seg), low), bases, seg, g)
 
     def _rotate_(self, s: Named, place: int, old: Tensor, new: Tensor, short: int, seg: Segments) -> None:
         """Each state's columns move to where their cosine went; those whose cosine is not kept any more are zero."""
-        for state in self.core.active_states():
+        for state in self.inner.active_states():
             view = slots(seg, self.rank, "low").views(getattr(s, state.name))[place]
             full = view.new_zeros(*view.shape[:-1], short)
             full.scatter_(-1, old.long()[..., None, :].expand_as(view), view)

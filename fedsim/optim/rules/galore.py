@@ -7,29 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedsim.optim.low_rank import (
-    flat_of,
-    inner_coefficients,
-    inner_rule,
-    like_parts,
-    refresh_,
-    same_rule,
-    sized,
-    slots,
-)
-from fedsim.optim.matrix import groups_of, tall, untall
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
+from fedsim.config import FromTable
+from fedsim.optim.rule import Count, Decay, Named, Reach, Rule, RuleSettings, Size, State
+from fedsim.optim.rules.adaptive import Adam
+from fedsim.optim.rules.matrix import groups_of, tall, untall
+from fedsim.optim.rules.subspace import flat_of, like_parts, refresh_, sized, slots
 from fedsim.optim.segments import Segments
 from fedsim.streams import Streams
-
-if TYPE_CHECKING:
-    from fedsim.optim.spec import RuleSettings
 
 OVERSAMPLING = 8  # columns of a sketch beyond the rank
 
@@ -53,39 +43,27 @@ class GaLore(Rule):
         inner: {name, ...} of the rule inside, by default `adamw_hf` (raw eps).
     """
 
-    rank: int = 128
-    basis: str = "svd"
-    gap: int = 200
-    scale: Hyper = 0.25
+    rank: Count = 128
+    basis: Literal["svd", "randomized"] = "svd"
+    gap: Count = 200
+    scale: Size = 0.25
     align: bool = False
-    inner: Mapping[str, Any] | None = None
+    inner: Annotated[Rule, FromTable("inner_rule", "adamw_hf")] = Adam(eps_mode="raw", eps=1e-6)
 
-    elementwise: ClassVar[bool] = False
-    compiles: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "matrix"
     roles: ClassVar[tuple[str, ...]] = ("matrix",)
-    decay: ClassVar[str] = "decoupled_after"
+    decay: ClassVar[Decay] = "decoupled_after"
     default_lr: ClassVar[float | None] = 0.01
 
-    def __post_init__(self) -> None:
-        check_range(self, 1, float("inf"), "rank", "gap")
-        check_range(self, 0, float("inf"), "scale")
-        check_choice(self, "basis", tuple(COLUMNS))
-        assert self.core is not None
-
-    @cached_property
-    def core(self) -> Rule:
-        """The inner rule."""
-        return inner_rule(self.inner or {"name": "adamw_hf"}, "GaLore.inner")
-
-    def other(self, base: RuleSettings) -> Mapping[str, Any]:
-        return same_rule(self.inner or {"name": "adamw_hf"}, base)
+    def other(self, base: RuleSettings) -> tuple[Rule, RuleSettings]:
+        return self.inner, base
 
     def sized_states(self, seg: Segments) -> tuple[State, ...]:
         basis = State("basis", per=slots(seg, self.rank, "basis").sizes, code="exact")
-        return (basis, *sized(self.core.active_states(), slots(seg, self.rank, "low").sizes))
+        return (basis, *sized(self.inner.active_states(), slots(seg, self.rank, "low").sizes))
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {**inner_coefficients(self.core, t), "refresh": (t - 1) % self.gap == 0, "scale": h.scale}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {**self.inner.coefficients(t, lr, host), "refresh": (t - 1) % self.gap == 0, "scale": self.scale}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         bases = slots(seg, self.rank, "basis").views(s.basis)
@@ -95,7 +73,7 @@ class GaLore(Rule):
             refresh_(basis, c.refresh, self._basis, m, basis)
             low.append(m @ basis)
         flat = flat_of(low)
-        u_low = self.core.direction(flat, flat, s, c, seg) * c.scale
+        u_low = self.inner.direction(flat, flat, s, c, seg) * c.scale
         u = torch.empty_like(g, memory_format=torch.contiguous_format)
         for group, basis, part in zip(groups_of(seg), bases, like_parts(u_low, low), strict=True):
             group.put_(u, untall(part @ basis.mT, group.shape))

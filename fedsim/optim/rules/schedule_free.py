@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.arithmetic import maximum, minimum, ratio, start_, where
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_range
+from fedsim.optim.rule import Beta, Decay, Fixed, Named, Rule, Share, Size, State, Whole
+from fedsim.optim.rules.arithmetic import maximum, minimum, ratio, start_, where
 from fedsim.optim.segments import Segments
 
 
@@ -25,71 +25,62 @@ from fedsim.optim.segments import Segments
 class ScheduleFreeSgd(Rule):
     """y = (1 - c) * y + c * z + eta * (beta * (1 - c) - 1) * g; z -= eta * g; x = y + (1 - 1 / beta) * (z - y)."""
 
-    beta: Hyper = 0.9
-    warmup: int = 0
-    r: float = 0.0
-    power: float = 2.0
+    beta: Share = 0.9
+    warmup: Whole = 0
+    r: Fixed = 0.0
+    power: Fixed = 2.0
 
     states: ClassVar[tuple[State, ...]] = (State("z"),)
     host: ClassVar[tuple[str, ...]] = ("weight", "lr_max")
     owns_lr: ClassVar[bool] = True
     default_lr: ClassVar[float | None] = 1.0
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta", open_high=False)
-        check_range(self, 0, float("inf"), "warmup", "r", "power")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return _weights(h, t, q)
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return _weights(self, t, lr, host)
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         return _move(x, g, s.z, c)
 
-    def final(self, x: Tensor, s: Named, h: Named) -> Tensor:
-        return _average(x, s.z, h.beta)
+    def final(self, x: Tensor, s: Named) -> Tensor:
+        return _average(x, s.z, self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFreeAdamW(Rule):
     """Schedule-free SGD on g / (sqrt(v / bc2) + eps) + wd * y."""
 
-    beta: Hyper = 0.9
-    beta2: Hyper = 0.999
-    eps: Hyper = 1e-8
-    warmup: int = 0
-    r: float = 0.0
-    power: float = 2.0
+    beta: Share = 0.9
+    beta2: Beta = 0.999
+    eps: Size = 1e-8
+    warmup: Whole = 0
+    r: Fixed = 0.0
+    power: Fixed = 2.0
 
     states: ClassVar[tuple[State, ...]] = (State("z"), State("v"))
     host: ClassVar[tuple[str, ...]] = ("weight", "lr_max")
-    decay: ClassVar[str] = "in_update"
+    decay: ClassVar[Decay] = "in_update"
     owns_lr: ClassVar[bool] = True
     default_lr: ClassVar[float | None] = 2.5e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta", open_high=False)
-        check_range(self, 0, 1, "beta2")
-        check_range(self, 0, float("inf"), "eps", "warmup", "r", "power")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        root = 1 / np.sqrt(1 - h.beta2**t)
-        return dict(_weights(h, t, q)) | {"a2": 1 - h.beta2, "root": root, "eps": h.eps}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        root = 1 / np.sqrt(1 - self.beta2**t)
+        return dict(_weights(self, t, lr, host)) | {"a2": 1 - self.beta2, "root": root, "eps": self.eps}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         s.v.lerp_(g * g, c.a2)
         return _move(x, g / (s.v.sqrt() * c.root + c.eps) + x * c.decay, s.z, c)
 
-    def final(self, x: Tensor, s: Named, h: Named) -> Tensor:
-        return _average(x, s.z, h.beta)
+    def final(self, x: Tensor, s: Named) -> Tensor:
+        return _average(x, s.z, self.beta)
 
 
-def _weights(h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-    rise = minimum(1.0, t / h.warmup) if h.warmup else 1.0
-    q.lr_max = maximum(q.lr_max, h.lr * rise)
-    w = t**h.r * q.lr_max**h.power
-    q.weight = q.weight + w
-    share = ratio(w, q.weight)
-    return {"rise": rise, "share": share, "pull": 1 - h.beta * (1 - share), "first": where(t > 1, 0.0, 1.0)}
+def _weights(rule: ScheduleFreeSgd | ScheduleFreeAdamW, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+    rise = minimum(1.0, t / rule.warmup) if rule.warmup else 1.0
+    host.lr_max = maximum(host.lr_max, lr * rise)
+    w = t**rule.r * host.lr_max**rule.power
+    host.weight = host.weight + w
+    share = ratio(w, host.weight)
+    return {"rise": rise, "share": share, "pull": 1 - rule.beta * (1 - share), "first": where(t > 1, 0.0, 1.0)}
 
 
 def _move(y: Tensor, g: Tensor, z: Tensor, c: Named) -> Tensor:

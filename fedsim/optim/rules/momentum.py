@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.arithmetic import nonzero, scaled, where
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
+from fedsim.optim.rule import Beta, Decay, Named, Reach, Rule, Share, Size, State, Within
+from fedsim.optim.rules.arithmetic import nonzero, scaled, where
 from fedsim.optim.segments import Segments
 
 
@@ -27,31 +27,34 @@ class Sgd(Rule):
     Nesterov's form of it, u = momentum * m + (1 - momentum) * g.
     """
 
-    momentum: Hyper = 0.0
-    dampening: Hyper = 0.0
+    momentum: Share = 0.0
+    dampening: Share = 0.0
     nesterov: bool = False
     ema: bool = False
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
 
     def __post_init__(self) -> None:
-        check_range(self, 0, 1, "momentum", "dampening", open_high=False)
         if self.nesterov and not self.ema and self.dampening != 0:
-            raise ValueError(f"Sgd.nesterov needs dampening=0, got {self.dampening}")
+            raise ValueError(f"nesterov needs dampening=0, got {self.dampening}")
         if self.ema and self.dampening != 0:
-            raise ValueError(f"Sgd.ema has no dampening, got {self.dampening}; leave it out")
+            raise ValueError(f"ema has no dampening, got {self.dampening}; leave it out")
+
+    @property
+    def is_descent(self) -> bool:
+        return isinstance(self.momentum, float | int) and self.momentum == 0
 
     def active_states(self) -> tuple[State, ...]:
-        return self.states if self.momentum != 0 else ()
+        return () if self.is_descent else self.states
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        if self.momentum == 0:
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        if self.is_descent:
             return {}
-        taken = 1 - (h.momentum if self.ema else where(t > 1, h.dampening, 0.0))
-        return {"keep": h.momentum, "take": taken}
+        taken = 1 - (self.momentum if self.ema else where(t > 1, self.dampening, 0.0))
+        return {"keep": self.momentum, "take": taken}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
-        if self.momentum == 0:
+        if self.is_descent:
             return g
         m = s.m.mul_(c.keep).add_(scaled(g, c.take))
         if not self.nesterov:
@@ -68,26 +71,20 @@ class Lion(Rule):
     arXiv:2310.05898.
     """
 
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.99
+    beta1: Beta = 0.9
+    beta2: Beta = 0.99
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-4
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "beta1", "beta2")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"a1": 1 - h.beta1, "a2": 1 - h.beta2}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"a1": 1 - self.beta1, "a2": 1 - self.beta2}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         u = s.m.lerp(g, c.a1).sign_()
         s.m.lerp_(g, c.a2)
         return u
-
-
-KAPPAS = ("sign", "identity", "dead_zone", "huber", "lp", "group", "top_k")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,29 +96,26 @@ class LionK(Rule):
     per tensor; `group`, c / norm(c) per tensor; `top_k`, the sign of the largest `fraction` of a client's entries.
     """
 
-    kappa: str = "sign"
-    beta1: Hyper = 0.9
-    beta2: Hyper = 0.99
+    kappa: Literal["sign", "identity", "dead_zone", "huber", "lp", "group", "top_k"] = "sign"
+    beta1: Beta = 0.9
+    beta2: Beta = 0.99
     e: float = 1e-3
     p: float = 1.5
-    fraction: float = 0.1
+    fraction: Annotated[float, Within(0, 1, closed=True)] = 0.1
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
-    elementwise: ClassVar[bool] = False
-    decay: ClassVar[str] = "decoupled"
+    reach: ClassVar[Reach] = "tensor"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-4
 
     def __post_init__(self) -> None:
-        check_choice(self, "kappa", KAPPAS)
-        check_range(self, 0, 1, "beta1", "beta2")
-        check_range(self, 0, 1, "fraction", open_high=False)
         if self.e <= 0 or self.p <= 1 or self.fraction <= 0:
             raise ValueError(
-                f"LionK needs e > 0, p > 1, fraction > 0; got e={self.e}, p={self.p}, fraction={self.fraction}"
+                f"this rule needs e > 0, p > 1, fraction > 0; got e={self.e}, p={self.p}, fraction={self.fraction}"
             )
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"a1": 1 - h.beta1, "a2": 1 - h.beta2}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"a1": 1 - self.beta1, "a2": 1 - self.beta2}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         u = self._gradient(s.m.lerp(g, c.a1), seg)
@@ -150,7 +144,7 @@ class LionK(Rule):
 class SignSgd(Rule):
     """signSGD: u = sign(g). Bernstein, Wang, Azizzadenesheli, Anandkumar. arXiv:1802.04434."""
 
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-3
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
@@ -161,17 +155,14 @@ class SignSgd(Rule):
 class Signum(Rule):
     """Signum: u = sign(m), m = momentum * m + (1 - momentum) * g. Bernstein et al. arXiv:1802.04434."""
 
-    momentum: Hyper = 0.9
+    momentum: Beta = 0.9
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-3
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "momentum")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"a": 1 - h.momentum}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"a": 1 - self.momentum}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         return s.m.lerp_(g, c.a).sign()
@@ -186,7 +177,7 @@ class Optimistic(Rule):
 
     states: ClassVar[tuple[State, ...]] = (State("g_prev"),)
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
         return {"later": where(t > 1, 1.0, 0.0)}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
@@ -203,7 +194,7 @@ class ExponentiatedGradient(Rule):
     change and zeros stay, which suits networks under Dale's law.
     """
 
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     owns_lr: ClassVar[bool] = True
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
@@ -218,18 +209,15 @@ class Sgld(Rule):
     loss over `num_data` samples, `prior` the precision of a Gaussian prior, z standard normal.
     """
 
-    num_data: Hyper = 1.0
-    prior: Hyper = 0.0
-    temperature: Hyper = 1.0
+    num_data: Size = 1.0
+    prior: Size = 0.0
+    temperature: Size = 1.0
 
     inputs: ClassVar[tuple[str, ...]] = ("noise",)
     owns_lr: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, float("inf"), "num_data", "prior", "temperature")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"n": h.num_data, "prior": h.prior, "heat": np.sqrt(h.temperature)}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"n": self.num_data, "prior": self.prior, "heat": np.sqrt(self.temperature)}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         return (g * c.n + x * c.prior) * (c.lr / 2) - s.noise * (c.lr**0.5 * c.heat)
@@ -242,19 +230,15 @@ class Sghmc(Rule):
     Chen, Fox, Guestrin. arXiv:1402.4102. a is `friction`; give the gradient's scale (number of data) through lr.
     """
 
-    friction: Hyper = 0.1
-    temperature: Hyper = 1.0
+    friction: Share = 0.1
+    temperature: Size = 1.0
 
     states: ClassVar[tuple[State, ...]] = (State("m"),)
     inputs: ClassVar[tuple[str, ...]] = ("noise",)
     owns_lr: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "friction", open_high=False)
-        check_range(self, 0, float("inf"), "temperature")
-
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        return {"keep": 1 - h.friction, "heat": np.sqrt(2 * h.friction * h.temperature)}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        return {"keep": 1 - self.friction, "heat": np.sqrt(2 * self.friction * self.temperature)}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         return -s.m.mul_(c.keep).sub_(g * c.lr).add_(s.noise * (c.lr**0.5 * c.heat))

@@ -1,13 +1,15 @@
 """Compiled elementwise steps: what is written, and that it says what the eager step says."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedsim.optim import OptState, build, emit, native
+from fedsim.optim import OptState, build
+from fedsim.optim.backends import INDUCTOR, emit, emitted
 from fedsim.params import Layout
 from tests.fedsim.optim.oracles import LAYOUT, problem
 
@@ -19,8 +21,6 @@ def run(spec: dict[str, Any], backend: str, x: Tensor, grads: Tensor, **inputs: 
     for i, g in enumerate(grads):
         k = 3 if i < 3 else 2
         optimizer.step_(y[:k], g[:k], state, **inputs)
-    if backend == "compiled" and native.library('extern "C" void step() {}', torch.float32) is not None:
-        assert all(optimizer.plan.kernels.values())  # none of these falls back to torch's compiler
     return y, state
 
 
@@ -96,9 +96,9 @@ def test_a_log_is_kept_where_a_step_writes_to_x_alone(
     name: str, arrays: list[str], numbers: list[str], logs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources: list[str] = []
-    monkeypatch.setattr(native, "library", lambda source, dtype: sources.append(source))
-    optimizer = build({"name": name, "lr": 0.1, "backend": "compiled"}, LAYOUT)
-    native.kernel_of(optimizer.plan, torch.zeros(1, LAYOUT.size), dict.fromkeys(arrays), dict.fromkeys(numbers))
+    monkeypatch.setattr(emitted, "library", lambda source, dtype: sources.append(source))
+    optimizer = build({"name": name, "lr": 0.1}, LAYOUT)
+    emitted.kernel_of(optimizer.recipe, torch.float32, dict.fromkeys(arrays), dict.fromkeys(numbers))
     assert f"#define LOGS {logs}\n" in sources[0]
 
 
@@ -110,8 +110,86 @@ def test_an_operation_without_a_line_of_arithmetic_is_refused() -> None:
         emit.source(emit.record(step, [(2, 3), (2, 3)], torch.float32), ["x", "g"], [], [], gradient=1)
 
 
-def test_without_a_compiler_the_step_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", lambda *of: None)
-    optimizer = build({"name": "lion", "lr": 0.1, "backend": "compiled"}, LAYOUT)
-    arrays, numbers = dict.fromkeys(["m"]), dict.fromkeys(["a1", "a2", "lr"])
-    assert native.kernel_of(optimizer.plan, torch.zeros(1, LAYOUT.size), arrays, numbers) is None
+def test_without_a_compiler_steps_are_eager_and_one_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emitted, "library", lambda *of: None)
+    emitted._warn.cache_clear()
+    x, grads = problem()
+    ends = [run({"name": "lion", "lr": 0.1}, "eager", x, grads)[0]]
+    with pytest.warns(UserWarning, match="no C.. compiler works here") as caught:
+        ends += [run({"name": "lion", "lr": 0.1}, "compiled", x, grads)[0] for _ in range(2)]
+    assert len(caught) == 1
+    assert build({"name": "lion"}, LAYOUT).backend_on(torch.device("cpu")) == "eager"  # auto says nothing
+    assert build({"name": "adam"}, LAYOUT).backend_on(torch.device("cpu")) == "fused"
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+
+
+def test_workers_that_take_their_first_step_at_once_share_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    kept = emitted.library
+    monkeypatch.setattr(emitted, "library", lambda text, dtype: made.append(text) or kept(text, dtype))
+    optimizer = build({"name": "adan", "lr": 0.1}, LAYOUT)
+    x, grads = problem()
+
+    def work(_: int) -> Tensor:
+        y = x.clone()
+        state = optimizer.init(y)
+        for g in grads:
+            optimizer.step_(y, g, state)
+        return y
+
+    with ThreadPoolExecutor(4) as pool:
+        ends = list(pool.map(work, range(8)))
+    assert len(made) == 1 and all(torch.equal(end, ends[0]) for end in ends)
+
+
+def test_auto_names_what_it_takes() -> None:
+    names = ("adan", "lamb", "muon", "sophia_g")
+    found = {n: build({"name": n}, LAYOUT).backend_on(torch.device("cpu")) for n in names}
+    assert found == {"adan": "compiled", "lamb": "eager", "muon": "eager", "sophia_g": "compiled"}
+
+
+def test_a_damaged_state_is_refused_before_memory_behind_it_is_touched() -> None:
+    x, grads = problem()
+    for backend in ("compiled", "eager", "fused"):
+        optimizer = build({"name": "adam", "lr": 0.1, "backend": backend}, LAYOUT)
+        state = optimizer.init(x)
+        state.buffers["v"] = state.buffers["v"][:, :-1]
+        with pytest.raises(ValueError, match=r"state 'v' should be \[3, \d+\] of torch.float64, got \[3, \d+\]"):
+            optimizer.step_(x.clone(), grads[0], state)
+        state.buffers["v"] = torch.zeros(x.shape, dtype=torch.float16)
+        with pytest.raises(ValueError, match="state 'v' .* got .* of torch.float16"):
+            optimizer.step_(x.clone(), grads[0], state)
+    optimizer = build({"name": "sgd", "lr": 0.1, "backend": "compiled"}, LAYOUT)
+    with pytest.raises(ValueError, match=r"got an input \[1, 5\]"):
+        optimizer.step_(x.clone(), grads[0], optimizer.init(x), aux={"mask": torch.ones(5)})
+
+
+def test_rows_that_are_no_state_of_this_optimizer_are_refused_when_they_are_loaded() -> None:
+    optimizer = build({"name": "adam", "lr": 0.1}, LAYOUT)
+    rows = optimizer.init(torch.zeros(2, LAYOUT.size)).to_rows()
+    optimizer.load(rows)
+    damaged = [
+        ({"v": rows["v"][:, 1:]}, "'v' should be"),
+        ({"w": rows["v"]}, "'w' should be nothing"),
+        ({"m": rows["m"].to(torch.int32)}, "'m' should be of torch.float32, got torch.int32"),
+        ({"skipped": rows["skipped"][:1]}, "'skipped' should be"),
+    ]
+    for change, message in damaged:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load(rows | change)
+    with pytest.raises(ValueError, match="'v' should be .*got nothing"):
+        optimizer.load({n: v for n, v in rows.items() if n != "v"})
+    state = optimizer.init(torch.zeros(2, LAYOUT.size))
+    with pytest.raises(ValueError, match="came with 3"):
+        state.unpack_(torch.zeros(2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_the_compiled_step_of_a_gpu_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(INDUCTOR), "suits", lambda *of: True)  # so that it runs where there is no GPU
+    monkeypatch.setattr(emitted.Emitted, "suits", lambda *of: False)
+    x, grads = problem()
+    for name in ("lion", "lamb"):
+        got, expected = (run({"name": name, "lr": 0.1}, how, x, grads)[0] for how in ("compiled", "eager"))
+        assert torch.allclose(got, expected, atol=1e-12)

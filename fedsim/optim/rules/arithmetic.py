@@ -55,13 +55,15 @@ def start_(state: Tensor, x: Tensor, first: Tensor | float) -> None:
         state.lerp_(x, first)
 
 
-def adam_coefficients(h: Named, t: Any, *, raw: bool = False) -> dict[str, Any]:
+def adam_coefficients(
+    beta1: Any, beta2: Any, eps: Any, t: Any, *, raw: bool = False, corrected: bool = True
+) -> dict[str, Any]:
     """What Adam-like rules need; `root` and `shift` make `denominator` contain the bias corrections of m and v."""
-    bc1, bc2 = 1 - h.beta1**t, 1 - h.beta2**t
+    bc1, bc2 = (1 - beta1**t, 1 - beta2**t) if corrected else (1.0, 1.0)
     root = bc1 / np.sqrt(bc2)
-    shift = root * h.eps if raw else bc1 * h.eps
-    own = {"a1": 1 - h.beta1, "a2": 1 - h.beta2, "root": root, "shift": shift}
-    return own | {"t": t, "beta1": h.beta1, "beta2": h.beta2, "eps": h.eps, "bc1": bc1, "bc2": bc2}
+    shift = root * eps if raw else bc1 * eps
+    own = {"a1": 1 - beta1, "a2": 1 - beta2, "root": root, "shift": shift}
+    return own | {"t": t, "beta1": beta1, "beta2": beta2, "eps": eps, "bc1": bc1, "bc2": bc2}
 
 
 def denominator(v: Tensor, c: Named) -> Tensor:
@@ -69,20 +71,20 @@ def denominator(v: Tensor, c: Named) -> Tensor:
     return v.sqrt().mul_(c.root).add_(c.shift)
 
 
-def rectification(h: Named, t: Any, threshold: Any) -> dict[str, Any]:
+def rectification(beta1: Any, beta2: Any, eps: Any, t: Any, threshold: Any) -> dict[str, Any]:
     """RAdam's factor: u = m * scale / (sqrt(v) * on + off), which is m / bc1 while the variance is not tractable.
 
     Liu et al. On the variance of the adaptive learning rate and beyond. arXiv:1908.03265. `threshold` says from which
     length of the approximated average on the second moment is used.
     """
-    bc1, bc2 = 1 - h.beta1**t, 1 - h.beta2**t
-    longest = 2 / (1 - h.beta2) - 1
-    length = longest - 2 * t * h.beta2**t / bc2
+    bc1, bc2 = 1 - beta1**t, 1 - beta2**t
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / bc2
     use = threshold(length)
     safe = np.maximum(length, 4 + 1e-9)
     r = np.sqrt((safe - 4) * (safe - 2) * longest / ((longest - 4) * (longest - 2) * safe))
     return {
         "scale": np.where(use, r * np.sqrt(bc2) / bc1, 1 / bc1)[()],
         "on": np.where(use, 1.0, 0.0)[()],
-        "off": np.where(use, h.eps, 1.0)[()],
+        "off": np.where(use, eps, 1.0)[()],
     }

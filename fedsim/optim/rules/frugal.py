@@ -11,24 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import lru_cache, partial
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.optim.galore import COLUMNS
-from fedsim.optim.low_rank import Slots, flat_of, inner_coefficients, inner_rule, like_parts, refresh_, same_rule, sized
-from fedsim.optim.matrix import Group, groups_of, tall, untall
-from fedsim.optim.rule import Hyper, Named, Rule, State, check_choice, check_range
+from fedsim.config import FromTable
+from fedsim.optim.rule import Count, Decay, Named, Reach, Rule, RuleSettings, Size, State, Within
+from fedsim.optim.rules.adaptive import Adam
+from fedsim.optim.rules.galore import COLUMNS
+from fedsim.optim.rules.matrix import Group, groups_of, tall, untall
+from fedsim.optim.rules.subspace import Slots, flat_of, like_parts, refresh_, sized
 from fedsim.optim.segments import Segments
 
-if TYPE_CHECKING:
-    from fedsim.optim.spec import RuleSettings
-
-KINDS = ("columns", "rows", "randk", "blocks", *COLUMNS)
-ORDERS = ("random", "ascending", "descending", "mirror")
 _ROUNDING = 1e-6  # of the largest gradient entry: a rest below it is no gradient
 
 
@@ -52,40 +49,26 @@ class Frugal(Rule):
         inner: {name, ...} of the rule on the part, by default `adam`.
     """
 
-    density: float = 0.25
-    gap: int = 200
-    kind: str = "columns"
-    order: str = "random"
-    rest: str = "sign"
-    rest_scale: Hyper = 1.0
-    inner: Mapping[str, Any] | None = None
+    density: Annotated[float, Within(0, 1, closed=True)] = 0.25
+    gap: Count = 200
+    kind: Literal["columns", "rows", "randk", "blocks", "svd", "randomized"] = "columns"
+    order: Literal["random", "ascending", "descending", "mirror"] = "random"
+    rest: Literal["sign", "sgd", "none"] = "sign"
+    rest_scale: Size = 1.0
+    inner: Annotated[Rule, FromTable("inner_rule", "adam")] = Adam()
 
     inputs: ClassVar[tuple[str, ...]] = ("noise",)
-    elementwise: ClassVar[bool] = False
-    compiles: ClassVar[bool] = False
+    reach: ClassVar[Reach] = "matrix"
     roles: ClassVar[tuple[str, ...]] = ("matrix",)
-    decay: ClassVar[str] = "decoupled"
+    decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-3
     default_weight_decay: ClassVar[float] = 0.01
 
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "density", open_high=False)
-        check_range(self, 1, float("inf"), "gap")
-        check_range(self, 0, float("inf"), "rest_scale")
-        for name, choices in (("kind", KINDS), ("order", ORDERS), ("rest", ("sign", "sgd", "none"))):
-            check_choice(self, name, choices)
-        assert self.core is not None
-
-    @cached_property
-    def core(self) -> Rule:
-        """The inner rule."""
-        return inner_rule(self.inner or {"name": "adam"}, "Frugal.inner")
-
-    def other(self, base: RuleSettings) -> Mapping[str, Any]:
-        return same_rule(self.inner or {"name": "adam"}, base)
+    def other(self, base: RuleSettings) -> tuple[Rule, RuleSettings]:
+        return self.inner, base
 
     def sized_states(self, seg: Segments) -> tuple[State, ...]:
-        own = self.core.active_states()
+        own = self.inner.active_states()
         if self.kind == "blocks":
             self._num_active(len(seg.sizes))
             return (State("active", per="tensor", dtype="uint8", code="exact"), *own)
@@ -99,12 +82,12 @@ class Frugal(Rule):
         draws = self.kind in ("columns", "rows", "randk") or (self.kind == "blocks" and self.order == "random")
         return self.inputs if draws and bool(((t - 1) % self.gap == 0).any()) else ()
 
-    def coefficients(self, h: Named, t: Any, q: Named) -> Mapping[str, Any]:
-        own = {"refresh": (t - 1) % self.gap == 0, "round": (t - 1) // self.gap, "iota": h.rest_scale}
-        return {**inner_coefficients(self.core, (t - 1) % self.gap + 1), **own}
+    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
+        own = {"refresh": (t - 1) % self.gap == 0, "round": (t - 1) // self.gap, "rest_scale": self.rest_scale}
+        return {**self.inner.coefficients((t - 1) % self.gap + 1, lr, host), **own}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
-        for state in self.core.active_states():
+        for state in self.inner.active_states():
             old = getattr(s, state.name)
             refresh_(old, c.refresh, partial(torch.full_like, fill_value=state.init), old)
         if self.kind in COLUMNS:
@@ -112,14 +95,14 @@ class Frugal(Rule):
         if self.kind == "blocks":
             nth = c.round if isinstance(c.round, Tensor) else g.new_full((len(g), 1), c.round)
             refresh_(s.active, c.refresh, partial(self._active, seg), nth, getattr(s, "noise", g))
-            return torch.where(seg.expand(s.active) > 0, self.core.direction(x, g, s, c, seg), self._rest(g, c))
+            return torch.where(seg.expand(s.active) > 0, self.inner.direction(x, g, s, c, seg), self._rest(g, c))
         return self._by_index(g, s, c, seg)
 
     def _rest(self, g: Tensor, c: Named) -> Tensor:
         """What moves outside the part, [k, P]."""
         if self.rest == "none":
             return torch.zeros_like(g, memory_format=torch.contiguous_format)
-        return (g.sign() if self.rest == "sign" else g) * c.iota
+        return (g.sign() if self.rest == "sign" else g) * c.rest_scale
 
     def _by_index(self, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         """Columns, rows or single entries; an index has no rounding, so neither has the rest."""
@@ -133,7 +116,7 @@ class Frugal(Rule):
             where.append(index.long()[..., None, :].expand(*m.shape[:-1], -1))
             low.append(m.gather(-1, where[-1]))
         flat = flat_of(low)
-        parts = like_parts(self.core.direction(flat, flat, s, c, seg), low)
+        parts = like_parts(self.inner.direction(flat, flat, s, c, seg), low)
         u = self._rest(g, c)
         for group, index, part in zip(groups_of(seg), where, parts, strict=True):
             group.put_(u, _turned_back(_turned(group.take(u), self.kind).scatter(-1, index, part), self.kind, group))
@@ -158,7 +141,7 @@ class Frugal(Rule):
         flat = flat_of(low)
         u = torch.empty_like(rest)
         for group, basis, part in zip(
-            groups_of(seg), bases, like_parts(self.core.direction(flat, flat, s, c, seg), low), strict=True
+            groups_of(seg), bases, like_parts(self.inner.direction(flat, flat, s, c, seg), low), strict=True
         ):
             group.put_(u, untall(part @ basis.mT, group.shape))
         return u.add_(self._rest(rest, c))

@@ -9,56 +9,16 @@ Letters: k clients, G matrices of one shape, l >= s their sides, r rank (at most
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fedsim.optim.adaptive import Adagrad, Adam, RmsProp
-from fedsim.optim.decode import decode, suggest
-from fedsim.optim.elementwise import Lion, Sgd
-from fedsim.optim.matrix import Group, groups_of
-from fedsim.optim.rule import Named, Rule, State
+from fedsim.optim.rule import State
+from fedsim.optim.rules.matrix import Group, groups_of
 from fedsim.optim.segments import Segments
-
-if TYPE_CHECKING:
-    from fedsim.optim.spec import RuleSettings
-
-INNER: dict[str, tuple[type[Rule], Mapping[str, Any]]] = {
-    "adam": (Adam, {}),
-    "adamw_hf": (Adam, {"eps_mode": "raw", "eps": 1e-6}),
-    "amsgrad": (Adam, {"amsgrad": True}),
-    "sgd": (Sgd, {}),
-    "lion": (Lion, {}),
-    "rmsprop": (RmsProp, {}),
-    "adagrad": (Adagrad, {}),
-}
-
-
-def inner_rule(spec: Mapping[str, Any], where: str) -> Rule:
-    """The elementwise rule that works inside, decoded strictly.
-
-    Raises:
-        ValueError: a rule that does not fit, an unknown key, or a hyper-parameter that differs between clients.
-    """
-    spec = dict(spec)
-    name = spec.pop("name", None)
-    suggest(name, tuple(INNER), where, what="inner rule")
-    cls, preset = INNER[name]
-    rule = decode(cls, {**preset, **spec}, where)
-    for f in fields(rule):  # type: ignore[arg-type]
-        if isinstance(getattr(rule, f.name), tuple):
-            raise ValueError(f"{where}.{f.name} must be one number for all clients, got {getattr(rule, f.name)!r}")
-    return rule
-
-
-def inner_coefficients(rule: Rule, t: Any) -> Mapping[str, Any]:
-    """The inner rule's coefficients at its own step t."""
-    own = {f.name: getattr(rule, f.name) for f in fields(rule)}  # type: ignore[arg-type]
-    return rule.coefficients(Named(own), t, Named({}))
 
 
 def sized(states: tuple[State, ...], sizes: tuple[int, ...]) -> tuple[State, ...]:
@@ -129,12 +89,6 @@ def slots(seg: Segments, rank: int, kind: str) -> Slots:
 def flat_of(parts: list[Tensor]) -> Tensor:
     """[k, W] from tensors [k, G, ...], one per group."""
     return torch.cat([part.flatten(1) for part in parts], 1)
-
-
-def same_rule(inner: Mapping[str, Any], base: RuleSettings) -> Mapping[str, Any]:
-    """The inner rule at the main rule's rate and decay, for the tensors the main rule is not for."""
-    shared = ("lr", "weight_decay", "decay", "decay_vectors")
-    return {**inner, **{name: getattr(base, name) for name in shared}}
 
 
 def like_parts(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:
