@@ -1,0 +1,169 @@
+"""Every kind of model with `engine: auto` beside the loop engine and a plain PyTorch loop, in one process.
+
+    python -m benchmarks.zoo [--models mlp ...] [--seconds 8] [--widths 1 4]
+
+One core takes local steps of plain SGD for as many clients as `auto` puts into a stack (with --widths, stacks of those
+widths are measured as well). The ways take turns; a figure is milliseconds of the core for one client's step, the best
+of all turns, and the ratios divide `auto` by the two others: above 1, `auto` loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedsim.engine import Batch, build_engine, choose
+from fedsim.params import Layout
+from fedsim.tasks.models import MODELS, TransformerBlock, init_parameters
+
+IMAGES, TOKENS = (1, 28, 28), (80,)
+CLASSES = {IMAGES: 10, TOKENS: 80}
+STEPS, LR = 3, 0.05
+
+
+class ViT(nn.Module):
+    """Images cut into patches by one convolution, then transformer blocks and the mean over the patches."""
+
+    def __init__(self, width: int, *, patch: int = 7, heads: int = 4, layers: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, width, patch, patch)
+        self.positions = nn.Parameter(0.02 * torch.randn((28 // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, 0.0) for _ in range(layers)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.blocks(x).mean(1))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on samples of some shape, and its batch size."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int = 20
+
+
+def _zoo(name: str, shape: tuple[int, ...], batch: int = 20, **options: Any) -> Case:
+    return Case(partial(MODELS[name], shape, CLASSES[shape], **options), shape, batch)
+
+
+CASES = {
+    "mlp 200": _zoo("mlp", IMAGES),
+    "mlp 128": _zoo("mlp", IMAGES, hidden=[128]),
+    "cnn": _zoo("cnn", IMAGES),
+    "resnet 16": _zoo("resnet", IMAGES),
+    "resnet 64": _zoo("resnet", IMAGES, 5, width=64),
+    "char_lstm 256": _zoo("char_lstm", TOKENS, 10),
+    "char_lstm 128": _zoo("char_lstm", TOKENS, 10, hidden=128),
+    "transformer 64": _zoo("transformer", TOKENS, 10),
+    "transformer 128": _zoo("transformer", TOKENS, 10, width=128),
+    "vit 64": Case(partial(ViT, 64), IMAGES),
+    "vit 128": Case(partial(ViT, 128), IMAGES),
+}
+
+
+class Ways:
+    """The ways to compute `STEPS` steps of some clients of a case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.module, self.x0 = init_parameters(case.make, seed=0)
+        self.layout = Layout.of_module(self.module)
+        generator = torch.Generator().manual_seed(0)
+        rows, classes = (16, case.batch), CLASSES[case.shape]
+        tokens = case.shape == TOKENS
+        self.targets = torch.randint(classes, (*rows, *(case.shape if tokens else ())), generator=generator)
+        self.inputs = self.targets if tokens else torch.randn(*rows, *case.shape, generator=generator)
+
+    def plan(self, engine: str = "auto", stack: int | str = "auto") -> Any:
+        return choose(
+            self.module,
+            self.layout,
+            batch_size=self.case.batch,
+            steps=100,
+            num_clients=1000,
+            engine=engine,
+            stack=stack,
+            sample=self.inputs[0, 0],
+        )
+
+    def engine(self, plan: Any) -> Callable[[], int]:
+        """A call that steps the clients of one stack and says how many steps it took."""
+        engine = build_engine(plan.engine, self.module, self.layout, native=plan.native)
+        x = torch.empty(plan.width, self.layout.size)
+        n = self.layout.num_trainable
+        batch = Batch(self.inputs[: plan.width], self.targets[: plan.width])
+
+        def call() -> int:
+            session = engine.session(x.copy_(self.x0))
+            for _ in range(STEPS):
+                if session.sgd_step_(batch, LR) is None:
+                    gradient, _ = session.gradient(batch)
+                    x[:, :n].sub_(gradient[:, :n], alpha=LR)
+            return STEPS * plan.width
+
+        return call
+
+    def plain(self) -> Callable[[], int]:
+        """The same for one client as one writes it in plain PyTorch."""
+        module = self.case.make()
+        start = {k: v.clone() for k, v in self.module.state_dict().items()}
+        inputs, targets = self.inputs[0], self.targets[0]
+
+        def call() -> int:
+            module.load_state_dict(start)
+            optimizer = torch.optim.SGD(module.parameters(), lr=LR)
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                F.cross_entropy(module(inputs).flatten(0, -2), targets.flatten()).backward()
+                optimizer.step()
+            return STEPS
+
+        return call
+
+
+def measure(ways: dict[str, Callable[[], int]], seconds: float) -> dict[str, float]:
+    """Milliseconds of a client's step, the best of the turns that fit into so many seconds, three at least."""
+    best = dict.fromkeys(ways, float("inf"))
+    for call in ways.values():
+        call()
+    started, turns = time.perf_counter(), 0
+    while turns < 3 or time.perf_counter() - started < seconds:
+        for name, call in ways.items():
+            began = time.thread_time()
+            steps = call()
+            best[name] = min(best[name], (time.thread_time() - began) / steps * 1e3)
+        turns += 1
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each model")
+    parser.add_argument("--widths", nargs="+", type=int, default=[], help="of stacks to measure beside auto's")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.models:
+        here = Ways(CASES[name])
+        plan = here.plan()
+        ways = {"auto": here.engine(plan), "loop": here.engine(here.plan("loop")), "plain": here.plain()}
+        ways |= {f"stacked {w}": here.engine(here.plan("stacked", w)) for w in args.widths}
+        ms = measure(ways, args.seconds)
+        ratios = f"auto/loop {ms['auto'] / ms['loop']:.2f}  auto/plain {ms['auto'] / ms['plain']:.2f}"
+        others = "  ".join(f"{way} {ms[way]:.2f}" for way in ways if way != "auto")
+        print(f"{name:16} {ratios}   auto ({plan.engine} {plan.width}) {ms['auto']:.2f} ms  {others}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
