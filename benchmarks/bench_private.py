@@ -66,7 +66,7 @@ def ways(model: str, clients: int, samples: int) -> dict[str, Callable[[], objec
     return {
         "layers": lambda: source._clipped_by_layers(x, bounds),
         "samples": lambda: source._clipped_by_samples(x, bounds),
-        "plain": lambda: engine.gradient(x, batch),
+        "plain": lambda: engine.session(x).gradient(batch),
     }
 
 

@@ -94,7 +94,34 @@ class Session(Protocol):
         shift: Tensor | None = None,
         grad_sum: Tensor | None = None,
     ) -> Tensor | None:
-        """x <- x - lr * (scale * g + shift) and grad_sum += g in place, fused; loss [C], or None if untouched."""
+        """One step x <- x - lr * (scale * g + shift) in place, fused into the backward products.
+
+        Equal to `gradient` and then the update, up to float rounding. After K steps of one lr the sum of the raw
+        gradients is also ((x_0 - x_K) / lr - K * shift) / scale: that costs nothing on the way, `grad_sum` does.
+
+        Args:
+            batch: of the C clients.
+            lr: the learning rate.
+            scale: of the gradient g.
+            shift: [P] or [C, P]; its entries for buffers are ignored.
+            grad_sum: [C, P]; g is added to it.
+
+        Returns:
+            loss [C] before the step, or None where steps are not fused (then nothing was touched).
+        """
+        ...
+
+    def weighted_sum(self, batch: Any, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The sum over each client's samples of their gradients, tensor by tensor times a weight.
+
+        Args:
+            batch: of the C clients; the gradient of padding is zero.
+            weigh: [C, B, L] weights from the squared norms [C, B, L] of samples' gradients by each of the L trained
+                tensors, in the layout's order.
+
+        Returns:
+            ([C, P], mean loss [C]), or None where single samples cannot be told apart.
+        """
         ...
 
 
@@ -117,6 +144,9 @@ class PlainSession:
         shift: Tensor | None = None,
         grad_sum: Tensor | None = None,
     ) -> Tensor | None:
+        return None
+
+    def weighted_sum(self, batch: Any, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
         return None
 
 

@@ -24,7 +24,6 @@ from fedsim.cohort import Cohort
 from fedsim.compose import Composition, compose
 from fedsim.config import ConfigError
 from fedsim.engine import build_engine
-from fedsim.engine.choose import STACKED
 from fedsim.engine.native import suits
 from fedsim.fleet import choose
 from fedsim.sim.executor import ClientError, InProcess, Jobs, StackRunner
@@ -44,9 +43,11 @@ class Candidate:
     engine: str
     stack: int
     workers: int
+    native: bool = False
 
     def __str__(self) -> str:
-        return f"{self.engine:<10}{self.stack:>6}{self.workers:>9}"
+        native = str(self.native).lower()
+        return f"{self.engine:<10}{native:<8}{self.stack:>6}{self.workers:>9}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Bench:
         module, precision = self.composition.module, self.composition.resolved["runtime"]["precision"]
         assert module is not None
         engine = build_engine(
-            candidate.engine, module, task.layout, task.sample_loss, experiment.device, precision=precision
+            candidate.engine, module, task.layout, task.sample_loss, experiment.device, precision, candidate.native
         )
         here = ClassificationTask(task.data, module, task.x0, engine, task.sample_loss)
         schedule = replace(self.local.schedule, epochs=None, steps=self.steps)
@@ -149,24 +150,27 @@ def tune(raw: Mapping[str, Any], source: str) -> Iterator[str]:
     bench = Bench(composition)
     rule = composition.resolved["runtime"]
     cores = worker_counts(bench.experiment)[-1]
-    auto = Candidate(rule["engine"], rule["stack"], cores)
+    auto = Candidate(rule["engine"], rule["stack"], cores, rule["native"])
     bench.settle(auto)
     yield (
         f"{len(bench.ids)} clients of a cohort, {bench.steps} of {bench.most} local steps, on "
         f"{bench.experiment.device} ({cores} workers at most); client steps a second, best of {REPEATS}"
     )
-    yield f"{'engine':<10}{'stack':>6}{'workers':>9}{'steps/s':>12}"
+    yield f"{'engine':<10}{'native':<8}{'stack':>6}{'workers':>9}{'steps/s':>12}"
     rates: dict[Candidate, float] = {}
     yield from _measure(bench, first_candidates(auto, len(bench.ids)), rates)
     winner = best(rates)
-    others = ("stacked", "native", "compiled") if bench.native else ("stacked", "compiled")
-    yield from _measure(bench, [replace(winner, engine=name) for name in others], rates)
+    others = [replace(winner, engine=name, native=False) for name in ("stacked", "compiled")]
+    if bench.native:
+        others.append(replace(winner, engine="stacked", native=True))
+    yield from _measure(bench, others, rates)
     winner = best(rates)
     fewer = [replace(winner, workers=n) for n in worker_counts(bench.experiment)]
     yield from _measure(bench, fewer, rates)
     winner = best(rates)
     yield (
-        f"fastest here: runtime.engine={winner.engine} runtime.stack={winner.stack} runtime.workers={winner.workers}"
+        f"fastest here: runtime.engine={winner.engine} runtime.native={str(winner.native).lower()} "
+        f"runtime.stack={winner.stack} runtime.workers={winner.workers}"
     )
     if auto in rates:
         ratio = rates[winner] / rates[auto]
@@ -177,8 +181,8 @@ def tune(raw: Mapping[str, Any], source: str) -> Iterator[str]:
 def first_candidates(auto: Candidate, cohort: int) -> list[Candidate]:
     """The rule's choice, the plain loop, and stacks of every width up to the cohort, all on every core."""
     widths = [w for w in WIDTHS if w < cohort] + [cohort]
-    stacked = [replace(auto, engine=auto.engine if auto.engine in STACKED else "stacked", stack=w) for w in widths]
-    return list(dict.fromkeys([auto, replace(auto, engine="loop", stack=1), *stacked]))
+    stacked = [replace(auto, engine="stacked", stack=w) for w in widths]
+    return list(dict.fromkeys([auto, replace(auto, engine="loop", stack=1, native=False), *stacked]))
 
 
 def worker_counts(experiment: Any) -> list[int]:

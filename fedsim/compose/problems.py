@@ -90,7 +90,9 @@ def classification(
     sample_loss = _sample_loss(site.reader, loss)
     layout = Layout.of_module(module)
     plan = _plan(site, data, module, layout, sample_loss)
-    engine = build_engine(plan.engine, module, layout, sample_loss, site.device, site.runtime.precision)
+    engine = build_engine(
+        plan.engine, module, layout, sample_loss, site.device, site.runtime.precision, native=plan.native
+    )
     task = ClassificationTask(data.to(site.device), module, x0, engine, sample_loss)
     return Problem(task, plan, data, module)
 
@@ -129,9 +131,11 @@ def _plan(site: Site, data: FederatedData, module: nn.Module, layout: Layout, lo
         num_clients=min(site.cohort_size or len(counts), len(counts)),
         engine=runtime.engine,
         stack=runtime.stack,
+        native=runtime.native,
         precision=runtime.precision,
         plain=site.plain,
         loss=loss,
+        sample=data.inputs[0],
     )
 
 

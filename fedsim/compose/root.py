@@ -130,9 +130,10 @@ def compose(raw: Mapping[str, Any], source: str, folder: Path | None = None) -> 
     )
     engine = problem.plan.engine if problem.plan.engine in ENGINES else runtime.engine
     reader.resolved["clients"]["count"] = n
-    reader.resolved["runtime"] |= {"engine": engine, "stack": problem.plan.width, "device": str(device)}
-    plan = describe(experiment, problem, workers)
-    return Composition(experiment, executor, pool, reader.resolved, plan, sinks, problem.data, problem.module)
+    plan = problem.plan
+    reader.resolved["runtime"] |= {"engine": engine, "stack": plan.width, "native": plan.native, "device": str(device)}
+    described = describe(experiment, problem, workers)
+    return Composition(experiment, executor, pool, reader.resolved, described, sinks, problem.data, problem.module)
 
 
 def _schedule(reader: Reader, local: Local) -> Schedule:
@@ -191,7 +192,7 @@ def describe(experiment: Experiment, problem: Problem, workers: str) -> dict[str
         f"{int((n == 0).sum()):,} clients have none",
         "local steps": f"{int(steps.min()):,} to {int(steps.max()):,}",
         "model": f"{layout.num_trainable:,} parameters{buffers}",
-        "engine": f"{plan.engine}, {plan.width} clients a stack ({plan.reason})",
+        "engine": f"{plan.engine}{' with C++' if plan.native else ''}, {plan.width} clients a stack ({plan.reason})",
         "workers": workers,
         "device": str(experiment.device),
         "memory": f"about {3 * stack_bytes / 2**20:,.1f} MiB a worker for parameters, gradients and one buffer",

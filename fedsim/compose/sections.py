@@ -128,7 +128,8 @@ class Runtime:
         address: of a Ray cluster: "auto", "host:port", or null.
         device: cpu, cuda, cuda:1, or auto.
         stack: clients of a stack, or auto: a rule on model, sizes and device (`fedsim tune` measures).
-        engine: loop, stacked, native, compiled, or auto.
+        engine: loop, stacked, compiled, or auto.
+        native: whether the stacked engine takes a classifier's last layer and loss in C++ (on a CPU), or auto.
         precision: of products; storage is float32.
         memory: where clients' rows are kept between rounds: ram, or disk (memory-mapped in the run's folder).
     """
@@ -139,7 +140,8 @@ class Runtime:
     address: str | None = None
     device: str = "auto"
     stack: int | Literal["auto"] = "auto"
-    engine: Literal["auto", "loop", "stacked", "native", "compiled"] = "auto"
+    engine: Literal["auto", "loop", "stacked", "compiled"] = "auto"
+    native: bool | Literal["auto"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     memory: Literal["ram", "disk"] = "ram"
 

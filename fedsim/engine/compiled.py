@@ -12,14 +12,16 @@ import warnings
 
 from torch import Tensor, nn
 
-from fedsim.engine.base import Batch, PlainSession, Session
+from fedsim.engine.base import Batch
 from fedsim.engine.losses import Loss
+from fedsim.engine.protocol import Engine
 from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.vmapped import Vmapped
 from fedsim.params import Layout
+from fedsim.task import PlainSession, Session
 
 
-class CompiledEngine:
+class CompiledEngine(Engine):
     """See `Engine`. Where compilation fails the stacked engine takes over, with one warning."""
 
     name = "compiled"
@@ -35,41 +37,27 @@ class CompiledEngine:
         stacked = self.stacked
         return CompiledEngine, (stacked.module, stacked.layout, stacked.loss, stacked.precision)
 
-    def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def session(self, x: Tensor) -> Session:
+        return self.stacked.session(x) if self.failed else PlainSession(self._gradient, x)
+
+    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+        return self.stacked.logits(x, inputs)
+
+    def _gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.failed:
-            return self.stacked.gradient(x, batch, out)
+            return self.stacked.session(x).gradient(batch, out)
         tail = x[:, self.layout.num_trainable :]
         before = tail.clone()
         try:
             return self.program.gradient(x, batch, out)
         except Exception as error:  # the compiler may fail on a user's module in any way
             tail.copy_(before)
-            result = self.stacked.gradient(x, batch, out)
+            result = self.stacked.session(x).gradient(batch, out)
             with self._lock:
                 if not self.failed:
                     self._warn(error)
                 self.failed = True
             return result
-
-    def sgd_step_(
-        self,
-        x: Tensor,
-        batch: Batch,
-        lr: float,
-        *,
-        scale: float = 1.0,
-        shift: Tensor | None = None,
-        grad_sum: Tensor | None = None,
-    ) -> Tensor | None:
-        if self.failed:
-            return self.stacked.sgd_step_(x, batch, lr, scale=scale, shift=shift, grad_sum=grad_sum)
-        return None
-
-    def session(self, x: Tensor) -> Session:
-        return self.stacked.session(x) if self.failed else PlainSession(self, x)
-
-    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
-        return self.stacked.logits(x, inputs)
 
     def _warn(self, error: Exception) -> None:
         module = type(self.stacked.module).__name__

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedsim.engine.base import Batch, PlainSession, Session
+from fedsim.engine.base import Batch
 from fedsim.engine.functional import Tensors, ThreadModules, evaluate
 from fedsim.engine.losses import Loss, sample_shares
 from fedsim.engine.noise import dropout_keys, start_calls
 from fedsim.engine.precision import products
+from fedsim.engine.protocol import Engine
 from fedsim.params import Layout
+from fedsim.task import PlainSession, Session
 
 
-class LoopEngine:
+class LoopEngine(Engine):
     """See `Engine`. Padded rows are cut off, so each client's module sees its own samples and nothing else."""
 
     name = "loop"
@@ -36,7 +38,18 @@ class LoopEngine:
     def __reduce__(self) -> tuple[object, ...]:
         return LoopEngine, (self.module, self.layout, self.loss, self.precision)
 
-    def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def session(self, x: Tensor) -> Session:
+        return PlainSession(self._gradient, x)
+
+    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+        with products(self.precision, x.device):
+            if x.ndim == 1:
+                return evaluate(self.modules, self.tensors, x, inputs).to(x.dtype)
+            return torch.stack(
+                [evaluate(self.modules, self.tensors, row, inputs[i]).to(x.dtype) for i, row in enumerate(x)]
+            )
+
+    def _gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         module = self.modules.get(training=True)
         keys = dropout_keys(module, batch.streams, batch.step)
         counts = _num_samples(batch)
@@ -50,29 +63,6 @@ class LoopEngine:
         if before is not None:
             self._warn_of_noise(before)
         return out, torch.stack(losses)
-
-    def sgd_step_(
-        self,
-        x: Tensor,
-        batch: Batch,
-        lr: float,
-        *,
-        scale: float = 1.0,
-        shift: Tensor | None = None,
-        grad_sum: Tensor | None = None,
-    ) -> None:
-        return None
-
-    def session(self, x: Tensor) -> Session:
-        return PlainSession(self, x)
-
-    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
-        with products(self.precision, x.device):
-            if x.ndim == 1:
-                return evaluate(self.modules, self.tensors, x, inputs).to(x.dtype)
-            return torch.stack(
-                [evaluate(self.modules, self.tensors, row, inputs[i]).to(x.dtype) for i, row in enumerate(x)]
-            )
 
     def _client(
         self, module: nn.Module, x: Tensor, out: Tensor, batch: Batch, i: int, n: int, keys: dict[str, Tensor]

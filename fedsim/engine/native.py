@@ -1,7 +1,7 @@
-"""The native engine: the stacked engine with the end of a classifier in compiled C++.
+"""The end of a classifier in compiled C++, which `runtime.native` switches on in the stacked engine.
 
 With torch the last layer and the loss are a dozen passes over small tensors, forward and backward; here they are one
-call, which reads each client's samples once. The numbers are the stacked engine's, up to float rounding.
+call, which reads each client's samples once. The numbers are the same up to float rounding.
 
 Letters: C clients, B samples, I inputs and K classes of the last layer.
 """
@@ -9,7 +9,6 @@ Letters: C clients, B samples, I inputs and K classes of the last layer.
 from __future__ import annotations
 
 import ctypes
-import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,13 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fedsim.engine.head import End
+from fedsim.engine.factors import Small, given
 from fedsim.engine.losses import Loss, cross_entropy, sample_shares
 from fedsim.engine.ops import Bound, Linear, ReLU
-from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.tape import Tape
 from fedsim.native import TYPES, library
-from fedsim.params import Layout
 
 FEWEST_INPUTS = 16  # the widest register's worth of numbers
 MOST_CLASSES = 100  # beyond, torch's products are about as fast
@@ -31,28 +28,15 @@ MOST_CLASSES = 100  # beyond, torch's products are about as fast
 _SEQUENCES = (nn.RNNBase, nn.Embedding)
 
 
-class NativeEngine(StackedEngine):
-    """See `Engine`. A module without such an end runs as in the stacked engine."""
-
-    name = "native"
-
-    def __init__(self, module: nn.Module, layout: Layout, loss: Loss, precision: str = "fp32") -> None:
-        super().__init__(module, layout, loss, precision)
-        if compiled(torch.float32) is None:
-            warnings.warn(
-                "no C++ compiler works here (g++, clang++ or $CXX), so runtime.engine=native runs as the stacked "
-                "engine: same numbers up to rounding",
-                stacklevel=2,
-            )
-
-    def end(self, tape: Tape, bound: Bound) -> End:
-        last = tape.specs[-1] if tape.specs else None
-        if self.loss is cross_entropy and last is not None and last.output == tape.result and last.make is Linear:
-            weight = bound.views[last.params[0]]
-            plain = len(last.shape) == 1 and weight.is_cpu and not bound.low and weight.dtype in TYPES
-            if plain and _fits(*weight.shape[-2:]) and compiled(weight.dtype) is not None:
-                return LastLayer(tape, bound)
-        return super().end(tape, bound)
+def last_layer(tape: Tape, bound: Bound, loss: Loss) -> LastLayer | None:
+    """The end of a tape in C++, or None where it ends otherwise."""
+    last = tape.specs[-1] if tape.specs else None
+    if loss is not cross_entropy or last is None or last.output != tape.result or last.make is not Linear:
+        return None
+    weight = bound.views[last.params[0]]
+    plain = len(last.shape) == 1 and weight.is_cpu and not bound.low and weight.dtype in TYPES
+    fits = plain and _fits(*weight.shape[-2:]) and compiled(weight.dtype) is not None
+    return LastLayer(tape, bound) if fits else None
 
 
 class LastLayer:
@@ -114,12 +98,12 @@ class LastLayer:
         if wrong >= 0:
             raise ValueError(f"target {int(y.reshape(-1)[wrong])} is no class of a model with {self._sizes[1]} outputs")
         for name, grad in zip(self.params, self.grads, strict=False):
-            self.bound.sink.tensor(name, grad)
+            self.bound.sink.take(name, Small(given(grad)))
         return loss, h if self.relu else dh
 
 
 def suits(module: nn.Module, loss: Loss, device: torch.device, precision: str) -> bool:
-    """Whether this engine has something for a module, as far as its layers tell."""
+    """Whether a module ends so, as far as its layers tell, on a machine with a C++ compiler."""
     if device.type != "cpu" or precision != "fp32" or loss is not cross_entropy:
         return False
     layers = list(module.modules())

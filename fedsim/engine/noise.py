@@ -104,4 +104,3 @@ def start_calls(module: nn.Module) -> None:
     """Before every forward pass: each layer's next call is its first."""
     for _, layer in dropout_layers(module):
         layer.calls = 0
-

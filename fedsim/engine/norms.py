@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim.engine.ops import Bound, Local, Spec
+from fedsim.engine.ops import Bound, Local, Spec, by_client
 
 
 class GroupNorm(Local):
@@ -24,11 +24,20 @@ class GroupNorm(Local):
         x, *affine = tensors
         layer = self.spec.layer
         assert isinstance(layer, nn.GroupNorm)
+        self.x = x.detach()
         if not self.bound.lead:
             # channels last, this layer would take several times as long on a CPU
             return F.group_norm(x.contiguous(), layer.num_groups, *_pair(affine), layer.eps)
         y = F.group_norm(x.flatten(0, 1), layer.num_groups, eps=layer.eps).unflatten(0, x.shape[:2])
         return _affine(y, affine, (1, -1, *(1 for _ in x.shape[3:])))
+
+    def each(self, i: int, dy: Tensor) -> Tensor:
+        layer, lead = self.spec.layer, self.bound.lead
+        assert isinstance(layer, nn.GroupNorm)
+        if i == 0:  # the scale
+            y = F.group_norm(self.x.flatten(0, lead).contiguous(), layer.num_groups, eps=layer.eps)
+            dy = dy * y.view(dy.shape)
+        return by_client(dy, lead).flatten(3).sum(3)
 
 
 class LayerNorm(Local):
@@ -38,11 +47,20 @@ class LayerNorm(Local):
         x, *affine = tensors
         layer = self.spec.layer
         assert isinstance(layer, nn.LayerNorm)
+        self.x = x.detach()
         if not self.bound.lead:
             return F.layer_norm(x, layer.normalized_shape, *_pair(affine), layer.eps)
         y = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
         between = x.ndim - 1 - len(layer.normalized_shape)
         return _affine(y, affine, (*(1 for _ in range(between)), *layer.normalized_shape))
+
+    def each(self, i: int, dy: Tensor) -> Tensor:
+        layer = self.spec.layer
+        assert isinstance(layer, nn.LayerNorm)
+        if i == 0:  # the scale
+            dy = dy * F.layer_norm(self.x, layer.normalized_shape, eps=layer.eps)
+        dy = by_client(dy, self.bound.lead)
+        return dy.reshape(*dy.shape[:2], -1, *layer.normalized_shape).sum(2)
 
 
 class BatchNorm(Local):

@@ -1,4 +1,4 @@
-"""Stacked layers with their backward passes written out; parameter gradients go straight to a sink.
+"""Stacked layers with their backward passes written out; the factors of parameters' gradients go to a sink.
 
 An op belongs to one session: it holds its views of the stack's parameters and what its forward pass leaves for its
 backward pass. With one client there is no client axis, so products are plain `mm`s.
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.engine.base import Batch
+from fedsim.engine.factors import Outer, Rows, Small, given
 from fedsim.engine.noise import KeyedDropout, keep_mask, purpose
 from fedsim.engine.sinks import Sink
 
@@ -39,6 +41,7 @@ class Spec:
         trains: some input or parameter wants one.
         in_place: nobody else reads the first input, and its maker keeps no copy: it may be overwritten.
         grad_in_place: the same of the output's gradient.
+        channels_last: how a single client's images lie in memory for a convolution on a CPU.
         call: how many calls of the same layer came before.
         layer: the module that holds the settings, if any.
         function: for ops that take one.
@@ -54,6 +57,7 @@ class Spec:
     trains: bool = True
     in_place: bool = False
     grad_in_place: bool = False
+    channels_last: bool = True
     call: int = 0
     layer: nn.Module | None = None
     function: Callable[..., Tensor] | None = None
@@ -106,19 +110,19 @@ class Linear:
         folded = len(self.shape) > 2 + self.lead
         if folded:
             dz = dz.flatten(self.lead, -2)
-        weight_name, sink = self.spec.params[0], self.bound.sink
-        dx = None
+        deltas, inputs, dx = dz, self.x, None
         if self.bound.low:
-            dz_low = dz.bfloat16()
-            if self.spec.needs[0]:
-                dx = torch.matmul(dz_low, self.weight.bfloat16()).to(dz.dtype)
-            sink.tensor(weight_name, torch.matmul(dz_low.transpose(-1, -2), self.x.bfloat16()))
-        else:
-            if self.spec.needs[0]:  # before a fused update changes the weights
-                dx = torch.bmm(dz, self.weight) if self.lead else torch.mm(dz, self.weight)
-            sink.product(weight_name, dz.transpose(-1, -2), self.x)
+            deltas, inputs = dz.bfloat16(), inputs.bfloat16()
+        if self.spec.needs[0]:  # before a fused update changes the weights
+            weight = self.weight.to(deltas.dtype)
+            dx = (torch.bmm(deltas, weight) if self.lead else torch.mm(deltas, weight)).to(dz.dtype)
+        samples, sink = self.shape[self.lead], self.bound.sink
+        sink.take(self.spec.params[0], Outer(deltas, inputs, samples))
         if self.bias is not None:
-            sink.tensor(self.spec.params[1], dz.sum(-2))
+            sink.take(
+                self.spec.params[1],
+                Small(lambda: dz.sum(-2), lambda: by_client(dz, self.lead).unflatten(1, (samples, -1)).sum(2)),
+            )
         return (dx.view(self.shape) if folded and dx is not None else dx,)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -226,9 +230,13 @@ class Local:
         grads = iter(torch.autograd.grad(self.y, self.leaves, dy))
         del self.y
         inputs = tuple(next(grads) if need else None for need in self.spec.needs)
-        for name, grad in zip(self.spec.params, grads, strict=True):
-            self.bound.sink.tensor(name, grad)
+        for i, (name, grad) in enumerate(zip(self.spec.params, grads, strict=True)):
+            self.bound.sink.take(name, Small(given(grad), partial(self.each, i, dy)))
         return inputs
+
+    def each(self, i: int, dy: Tensor) -> Tensor:
+        """[C, B, *] gradients of samples by parameter i, for layers whose samples do not mix."""
+        raise AssertionError("the session refuses tapes with such layers")
 
 
 class PerImage(Local):
@@ -256,13 +264,14 @@ class Embedding:
         return self.table[client, index]
 
     def backward(self, dy: Tensor) -> tuple[None]:
-        lead, width = self.bound.lead, dy.shape[-1]
-        grad = dy.new_zeros(self.table.shape)
-        rows = self.index.flatten(lead).unsqueeze(-1).expand(*self.index.shape[:lead], -1, width)
-        grad.scatter_add_(lead, rows, dy.flatten(lead, -2))
         layer = self.spec.layer
         assert isinstance(layer, nn.Embedding)
         if layer.padding_idx is not None:
-            grad.select(lead, layer.padding_idx).zero_()
-        self.bound.sink.tensor(self.spec.params[0], grad)
+            dy = dy.masked_fill((self.index == layer.padding_idx).unsqueeze(-1), 0.0)
+        self.bound.sink.take(self.spec.params[0], Rows(dy, self.index, layer.num_embeddings, self.bound.lead))
         return (None,)
+
+
+def by_client(value: Tensor, lead: int) -> Tensor:
+    """[C, B, ...] also where C = 1."""
+    return value if lead else value.unsqueeze(0)

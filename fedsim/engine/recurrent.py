@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedsim.engine.ops import Bound, Spec
+from fedsim.engine.factors import Outer, Small
+from fedsim.engine.ops import Bound, Spec, by_client
 
 
 def lstm_params(layer: nn.LSTM, name: str) -> tuple[str, ...]:
@@ -93,21 +94,15 @@ class LSTM:
             dc = dc * f
             dh = torch.matmul(self._low(dz.select(lead, t)), w_low).to(dz.dtype)
         flat = dz.flatten(lead, -2)  # [.., T B, 4H]
-        dx = None
+        deltas, dx = self._low(flat), None
         if need:
-            dx = torch.matmul(self._low(flat), self._low(w_ih)).to(dz.dtype).view(steps.shape).movedim(lead, -2)
-        before = hs.narrow(lead, 0, length).flatten(lead, -2)
-        self._product(names[0], flat.mT, steps.flatten(lead, -2))
-        self._product(names[1], flat.mT, before)
+            dx = torch.matmul(deltas, self._low(w_ih)).to(dz.dtype).view(steps.shape).movedim(lead, -2)
+        before, samples = hs.narrow(lead, 0, length).flatten(lead, -2), steps.shape[lead + 1]
+        for name, inputs in zip(names, (steps.flatten(lead, -2), before), strict=False):
+            sink.take(name, Outer(deltas, self._low(inputs), samples, positions_first=True))
         for name in names[2:]:
-            sink.tensor(name, flat.sum(-2))
+            sink.take(name, Small(lambda: flat.sum(-2), lambda: by_client(dz, lead).sum(1)))
         return dx
-
-    def _product(self, name: str, left: Tensor, right: Tensor) -> None:
-        if self.bound.low:
-            self.bound.sink.tensor(name, torch.matmul(self._low(left), self._low(right)))
-        else:
-            self.bound.sink.product(name, left, right)
 
     def _low(self, t: Tensor) -> Tensor:
         return t.bfloat16() if self.bound.low else t

@@ -10,76 +10,68 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from fedsim.engine.base import Batch, PlainSession, Session
+from fedsim.engine import native as cpp
+from fedsim.engine.base import Batch
 from fedsim.engine.head import End, Head
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import Loss, cross_entropy
 from fedsim.engine.low_rank import chain_of
 from fedsim.engine.noise import keyed_copy
+from fedsim.engine.norms import BatchNorm
 from fedsim.engine.ops import Bound, Op
 from fedsim.engine.precision import products
-from fedsim.engine.sinks import GradientSink, SgdSink
+from fedsim.engine.protocol import Engine
+from fedsim.engine.sinks import GradientSink, SampleSink, SgdSink, Sink
 from fedsim.engine.tape import Tape, Unsupported, trace
 from fedsim.engine.vmapped import Vmapped
 from fedsim.params import Layout
 
 
-class StackedEngine:
-    """See `Engine`. `path` says how the module is carried once a batch was seen: tape, vmap or loop."""
+class StackedEngine(Engine):
+    """See `Engine`. `path` says how the module is carried once a batch was seen: tape, vmap or loop.
+
+    Args:
+        module, layout, loss, precision: as for `build_engine`.
+        native: the end of a classifier runs in C++ where it can, see `LastLayer`.
+    """
 
     name = "stacked"
 
     def __init__(
-        self, module: nn.Module, layout: Layout, loss: Loss, precision: str = "fp32", *, use_tape: bool = True
+        self, module: nn.Module, layout: Layout, loss: Loss, precision: str = "fp32", native: bool = False
     ) -> None:
         self.layout = layout
         self.loss = loss
         self.precision = precision
-        self.use_tape = use_tape
+        self.native = native
         self.module = module
         self.loop = LoopEngine(module, layout, loss, precision)
         self.vmapped = Vmapped(module, layout, loss, precision, compiled=False)
-        plain = loss is cross_entropy and precision == "fp32"
-        self.chain = chain_of(module) if plain else None
+        # on a CPU runs in factors and in fp32 are faster than steps in any precision
+        exact = precision == "fp32" or all(p.device.type == "cpu" for p in module.parameters())
+        self.chain = chain_of(module) if exact and loss is cross_entropy else None
         self.path = ""
         self.reason = ""
         self._tapes: dict[tuple[torch.Size, torch.dtype], Tape | None] = {}
         self._lock = threading.Lock()
+        if native and cpp.compiled(torch.float32) is None:
+            warnings.warn(
+                "no C++ compiler works here (g++, clang++ or $CXX), so runtime.native=true runs without it: same "
+                "numbers up to rounding",
+                stacklevel=2,
+            )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.module, self.layout, self.loss, self.precision)
+        return StackedEngine, (self.module, self.layout, self.loss, self.precision, self.native)
 
-    def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        tape = self.tape(batch)
-        if tape is not None:
-            return TapeSession(self, x).gradient(batch, out)
-        if self.path == "loop":
-            return self.loop.gradient(x, batch, out)
-        if self.path == "vmap":
-            return self.vmapped.gradient(x, batch, out)
-        return self._first_gradient(x, batch, out)
-
-    def sgd_step_(
-        self,
-        x: Tensor,
-        batch: Batch,
-        lr: float,
-        *,
-        scale: float = 1.0,
-        shift: Tensor | None = None,
-        grad_sum: Tensor | None = None,
-    ) -> Tensor | None:
-        if self.tape(batch) is None:
-            return None
-        return TapeSession(self, x).sgd_step_(batch, lr, scale=scale, shift=shift, grad_sum=grad_sum)
-
-    def session(self, x: Tensor) -> Session:
-        return TapeSession(self, x) if self.use_tape else PlainSession(self, x)
+    def session(self, x: Tensor) -> TapeSession:
+        return TapeSession(self, x)
 
     def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
         if x.ndim == 1 or not x.is_cuda or self.path == "loop":
@@ -98,18 +90,11 @@ class StackedEngine:
                     self._tapes[key] = self._trace(sample)
         return self._tapes[key]
 
-    def end(self, tape: Tape, bound: Bound) -> End:
-        """What turns the tape's last values into the loss."""
-        return Head(self.loss, bound.lead, tape.result)
-
     def reads_only(self, sample: Tensor) -> bool:
-        """Whether samples like this one [...] may be handed over as a view of the data set: nobody writes to them."""
         tape = self._tape_for(sample)
         return tape is not None and tape.reads_only
 
     def _trace(self, sample: Tensor) -> Tape | None:
-        if not self.use_tape:
-            return None
         try:
             tape = trace(keyed_copy(self.module), sample)
         except Unsupported as unknown:
@@ -118,14 +103,18 @@ class StackedEngine:
         self.path = "tape"
         return tape
 
-    def _first_gradient(self, x: Tensor, batch: Batch, out: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tries vmap; where it fails and the loop does not, the module cannot be batched."""
+    def untaped(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The gradient of a module that has no tape. One client's is a plain backward pass, which vmap only slows."""
+        if len(x) == 1 or self.path == "loop":
+            return self.loop.session(x).gradient(batch, out)
+        if self.path == "vmap":
+            return self.vmapped.gradient(x, batch, out)
         before = x[:, self.layout.num_trainable :].clone()
         try:
             result = self.vmapped.gradient(x, batch, out)
         except Exception as error:  # a user's module may fail under vmap in any way
             x[:, self.layout.num_trainable :] = before
-            result = self.loop.gradient(x, batch, out)
+            result = self.loop.session(x).gradient(batch, out)  # if this fails too, batching is not the matter
             with self._lock:
                 if self.path != "loop":
                     warn_loop(self.module, error)
@@ -153,12 +142,12 @@ class TapeSession:
 
     def gradient(self, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._prepare(batch):
-            return self.engine.gradient(self.x, batch, out)
+            return self.engine.untaped(self.x, batch, out)
         layout = self.engine.layout
         out = torch.empty_like(self.x, memory_format=torch.contiguous_format) if out is None else out
         views = layout.views(out if self.lead else out[0])
-        sink = self.bound.sink = GradientSink(views)
-        loss = self._run(batch)
+        sink = GradientSink(views)
+        loss = self._run(batch, sink)
         for name in layout.names:
             if name not in sink.seen:
                 views[name].zero_()
@@ -177,12 +166,10 @@ class TapeSession:
             return None
         assert self._tape is not None
         if lr == 0 and grad_sum is not None:  # x stays where it is, so a product can go straight into the sum
-            self.bound.sink = SgdSink(self.engine.layout.views(grad_sum if self.lead else grad_sum[0]), -1.0)
-            return self._run(batch)
+            return self._run(batch, SgdSink(self.engine.layout.views(grad_sum if self.lead else grad_sum[0]), -1.0))
         trained = self.x[:, : self.engine.layout.num_trainable]
         if grad_sum is None and self._tape.fusible:
-            self.bound.sink = SgdSink(self.views, lr * scale)
-            loss = self._run(batch)
+            loss = self._run(batch, SgdSink(self.views, lr * scale))
         else:
             grad, loss = self.gradient(batch)
             trained.sub_(grad[:, : trained.shape[1]], alpha=lr * scale)
@@ -192,29 +179,42 @@ class TapeSession:
             trained.sub_(shift[..., : trained.shape[1]], alpha=lr)
         return loss
 
-    def _prepare(self, batch: Batch) -> bool:
+    def weighted_sum(self, batch: Batch, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
+        # BatchNorm mixes samples; in bfloat16 norms would be too rough
+        if self.bound.low or not self._prepare(batch, by_sample=True):
+            return None
+        assert self._tape is not None
+        if any(spec.make is BatchNorm for spec in self._tape.specs):
+            return None
+        sink = SampleSink()
+        loss = self._run(batch, sink)
+        return sink.weighted_sum(self.engine.layout, self.x, batch, weigh), loss
+
+    def _prepare(self, batch: Batch, by_sample: bool = False) -> bool:
         """Binds the tape for this kind of batch; False if there is none."""
-        key = batch.inputs.shape[2:], batch.inputs.dtype
+        key = batch.inputs.shape[2:], batch.inputs.dtype, by_sample
         if key != self._key:
             self._key = key
             self._tape = self.engine.tape(batch)
             if self._tape is not None:
-                self._ops, self._end = self._bind(self._tape)
+                self._bind(self._tape, by_sample)
         return self._tape is not None
 
-    def _bind(self, tape: Tape) -> tuple[list[Op], End]:
-        """The ops of a pass, and its end."""
-        end, ops = self.engine.end(tape, self.bound), tape.bind(self.bound)
-        return ops[: len(ops) - end.length], end
+    def _bind(self, tape: Tape, by_sample: bool) -> None:
+        """The ops of a pass, and its end; C++ adds the samples up where it is that end."""
+        engine, ops = self.engine, tape.bind(self.bound)
+        native = cpp.last_layer(tape, self.bound, engine.loss) if engine.native and not by_sample else None
+        self._end = native or Head(engine.loss, self.lead, tape.result)
+        self._ops = ops[: len(ops) - self._end.length]
 
-    def _run(self, batch: Batch) -> Tensor:
-        """One forward and backward pass; parameter gradients go to the bound sink. Returns the loss [C]."""
+    def _run(self, batch: Batch, sink: Sink) -> Tensor:
+        """One forward and backward pass; parameters' gradients go to the sink. Returns the loss [C]."""
         assert self._tape is not None
         inputs, targets, weights = batch.inputs, batch.targets, batch.weights
         if not self.lead:
             inputs, targets = inputs[0], targets[0]
             weights = None if weights is None else weights[0]
-        self.bound.batch = batch
+        self.bound.batch, self.bound.sink = batch, sink
         values: list[Tensor] = [inputs] * self._tape.num_slots
         with self._products:
             for op in self._ops:

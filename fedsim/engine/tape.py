@@ -331,7 +331,7 @@ def _lift_pools(specs: list[Spec]) -> list[Spec]:
 
 
 def _mark(specs: list[Spec]) -> list[Spec]:
-    """Notes which inputs want gradients, and which may be overwritten."""
+    """Notes which inputs want gradients, which may be overwritten, and how images lie."""
     readers = Counter(slot for spec in specs for slot in spec.inputs)
     makers = {spec.output: spec for spec in specs}
     takers = {slot: spec for spec in specs for slot in spec.inputs}
@@ -346,6 +346,7 @@ def _mark(specs: list[Spec]) -> list[Spec]:
         return None
 
     wanted = {0: False}
+    channels_last = all(spec.make is not GroupNorm for spec in specs)
     out = []
     for spec in specs:
         needs = tuple(wanted[slot] for slot in spec.inputs)
@@ -355,7 +356,8 @@ def _mark(specs: list[Spec]) -> list[Spec]:
         in_place = fresh and readers[spec.inputs[0]] == 1
         taker = only_taker(spec.output)
         own = taker is not None and taker.make in (Linear, Conv2d)
-        out.append(replace(spec, needs=needs, trains=trains, in_place=in_place, grad_in_place=own))
+        spec = replace(spec, needs=needs, trains=trains, in_place=in_place, grad_in_place=own)
+        out.append(replace(spec, channels_last=channels_last))
     return out
 
 

@@ -85,7 +85,7 @@ class WeightedBatchNorm(_BatchNorm):
         self.num_batches_tracked = batches
 
 
-class PlainLSTM(nn.LSTM):
+class PlainLSTM(nn.RNNBase):
     """nn.LSTM from zero states, batch first, as a loop over positions; gates in the order i, f, g, o."""
 
     def __init__(self, source: nn.LSTM) -> None:

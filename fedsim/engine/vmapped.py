@@ -35,7 +35,7 @@ class Vmapped:
         self._programs = threading.local()
 
     def gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Engine.gradient`."""
+        """See `Engine.session`."""
         module = self.modules.get(training=True)
         trained, buffers = self.tensors.of(x.detach())
         rows = x.new_empty(batch.targets.shape[:2])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedsim import pages
 from fedsim.cohort import Cohort
 from fedsim.data.federated import FederatedData
-from fedsim.engine.base import Batch, Engine
+from fedsim.engine import Batch, Engine
 from fedsim.engine.low_rank import LowRank, low_rank_run
 from fedsim.params import Layout
 from fedsim.task import Pool, Schedule, Session
@@ -88,11 +88,10 @@ class ClassificationTask:
 
     def _may_view(self) -> bool:
         """Whether samples in their own order may be a view of the data set."""
-        reads_only = getattr(self.engine, "reads_only", None)
-        return reads_only is not None and reads_only(self.data.inputs[0])
+        return self.engine.reads_only(self.data.inputs[0])
 
     def field(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.engine.gradient(x, batch, out)
+        return self.session(x).gradient(batch, out)
 
     def batch_sizes(self, batch: Batch) -> Tensor:
         if batch.weights is None:
@@ -106,7 +105,7 @@ class ClassificationTask:
         self, x: Tensor, batches: BatchPlan, lr: float, scale: float = 1.0, terms: Sequence[tuple[float, Tensor]] = ()
     ) -> tuple[LowRank, Tensor] | None:
         """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
-        chain = getattr(self.engine, "chain", None)
+        chain = self.engine.chain
         if chain is None or not len(batches) or not chain.worthwhile(batches.samples):
             return None
         return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, terms)

@@ -21,7 +21,6 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 
 from fedsim.engine.base import Batch
 from fedsim.engine.functional import Tensors, ThreadModules
-from fedsim.engine.ghost import GhostSession
 from fedsim.engine.losses import cross_entropy, sample_shares
 from fedsim.engine.noise import dropout_keys, start_calls
 from fedsim.engine.stacked import StackedEngine
@@ -171,7 +170,7 @@ class SamplesSource:
     def _clipped_by_layers(self, x: Tensor, bounds: Tensor) -> Tensor | None:
         """One pass of the stack, with the dropout of an ordinary gradient; None without a tape."""
         whole = torch.cat([x, self.buffers.to(x)], dim=1) if self.task.layout.num_buffers else x
-        session = GhostSession(self.model.engine, whole)
+        session = self.model.engine.session(whole)
         found = session.weighted_sum(self.batch, lambda norms: sample_factors(norms, bounds))
         if found is None:
             return None

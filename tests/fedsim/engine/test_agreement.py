@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from fedsim.engine.losses import LOSSES, cross_entropy
 from fedsim.engine.ops import Bound, ReLU, Spec
 from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
+from fedsim.task import PlainSession, Session
 from fedsim.tasks.models import MODELS
-from tests.fedsim.engine.zoo import K, batch, copy_of, model, rows_of, stack
+from tests.fedsim.engine.zoo import K, batch, copy_of, gradient, model, rows_of, stack
 
 COUNTS = [4, 2, 0, 3]
 TAPED = [name for name in MODELS if name != "transformer"]
@@ -27,11 +29,11 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> bool:
     return bool((a - b).abs().max() <= tolerance)
 
 
-def check(engine: StackedEngine | LoopEngine, oracle: LoopEngine, x: Tensor, b: Batch) -> None:
-    """Gradient, loss and buffers of two engines agree, and the gradient of buffers is zero."""
+def check(session: Callable[[Tensor], Session], oracle: LoopEngine, x: Tensor, b: Batch) -> None:
+    """Gradient, loss and buffers of an engine's session and the oracle agree, and the gradient of buffers is zero."""
     x1, x2 = copy_of(x), copy_of(x)
-    g1, loss1 = oracle.gradient(x1, b)
-    g2, loss2 = engine.gradient(x2, b, out=torch.full_like(x, float("nan")))
+    g1, loss1 = gradient(oracle, x1, b)
+    g2, loss2 = session(x2).gradient(b, torch.full_like(x, float("nan")))
     assert close(g1, g2) and close(loss1, loss2) and close(x1, x2)
     assert not g2[:, oracle.layout.num_trainable :].any()
 
@@ -42,9 +44,14 @@ def check(engine: StackedEngine | LoopEngine, oracle: LoopEngine, x: Tensor, b: 
 def test_stacked_equals_the_loop_on_every_model(name: str, use_tape: bool, padded: bool) -> None:
     module, layout, x0 = model(name)
     x, b = stack(layout, x0, 4), batch(name, COUNTS, padded=padded)
-    engine = StackedEngine(module, layout, cross_entropy, use_tape=use_tape)
-    check(engine, LoopEngine(module, layout, cross_entropy), x, b)
+    engine = StackedEngine(module, layout, cross_entropy)
+    check(engine.session if use_tape else without_tape(engine), LoopEngine(module, layout, cross_entropy), x, b)
     assert engine.path == ("tape" if use_tape and name in TAPED else "vmap")
+
+
+def without_tape(engine: StackedEngine) -> Callable[[Tensor], Session]:
+    """Its sessions as if the module had no tape."""
+    return lambda x: PlainSession(engine.untaped, x)
 
 
 class InPlace(nn.Module):
@@ -69,10 +76,10 @@ def test_in_place_activations_are_carried_and_leave_the_inputs_alone(clients: in
     x = 0.5 * torch.randn(clients, layout.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     inputs = torch.linspace(-2, 2, clients * 4 * 6, dtype=torch.float64).view(clients, 4, 6)
     targets = torch.arange(clients * 4).view(clients, 4) % K
-    got = engine.gradient(x, Batch(inputs, targets))
+    got = gradient(engine, x, Batch(inputs, targets))
     assert engine.path == "tape" and not engine.reads_only(inputs[0, 0])
     assert float(inputs.max()) == 2
-    expected = oracle.gradient(x, Batch(inputs.clone(), targets))
+    expected = gradient(oracle, x, Batch(inputs.clone(), targets))
     assert close(got[0], expected[0]) and close(got[1], expected[1])
 
 
@@ -93,7 +100,7 @@ def test_a_stack_of_one_equals_the_loop(name: str) -> None:
     module, layout, x0 = model(name)
     oracle = LoopEngine(module, layout, cross_entropy)
     for b in (batch(name, [3], padded=False), rows_of(batch(name, COUNTS), 1, 2)):
-        check(StackedEngine(module, layout, cross_entropy), oracle, stack(layout, x0, 1), b)
+        check(StackedEngine(module, layout, cross_entropy).session, oracle, stack(layout, x0, 1), b)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,11 +109,11 @@ def test_a_row_does_not_depend_on_its_stack_or_its_padding(name: str) -> None:
     engine = build_engine("stacked", module, layout)
     x, b = stack(layout, x0, 4), batch(name, COUNTS)
     together = copy_of(x)
-    g, loss = engine.gradient(together, b)
+    g, loss = gradient(engine, together, b)
     for i, n in enumerate(COUNTS):
         if n:
             alone = copy_of(x[i : i + 1])
-            g_i, loss_i = engine.gradient(alone, rows_of(b, i, n))
+            g_i, loss_i = gradient(engine, alone, rows_of(b, i, n))
             assert close(g_i[0], g[i]) and close(loss_i[0], loss[i]) and close(alone[0], together[i])
 
 
@@ -115,7 +122,7 @@ def test_a_client_without_samples_is_left_as_it_was(name: str) -> None:
     module, layout, x0 = model(name)
     x, b = stack(layout, x0, 4), batch(name, COUNTS)
     before = copy_of(x)
-    loss = build_engine("stacked", module, layout).sgd_step_(x, b, 0.1, scale=2.0)
+    loss = build_engine("stacked", module, layout).session(x).sgd_step_(b, 0.1, scale=2.0)
     assert loss is not None and loss[2] == 0
     assert torch.equal(x[2], before[2]) and not torch.equal(x[0], before[0])
 
@@ -131,16 +138,17 @@ def test_the_fused_step_is_the_gradient_and_then_the_update(name: str, clients: 
     for shift in (None, shared[0], own):
         for grad_sum in (None, torch.ones_like(x)):
             plain, fused = copy_of(x), copy_of(x)
-            g, loss = engine.gradient(plain, b)
+            g, loss = gradient(engine, plain, b)
             u = 0.7 * g if shift is None else 0.7 * g + shift
             plain[:, :n] -= 0.1 * u[:, :n]
-            assert close(engine.sgd_step_(fused, b, 0.1, scale=0.7, shift=shift, grad_sum=grad_sum), loss)  # type: ignore[arg-type]
+            found = engine.session(fused).sgd_step_(b, 0.1, scale=0.7, shift=shift, grad_sum=grad_sum)
+            assert found is not None and close(found, loss)
             assert close(plain, fused)
             if grad_sum is not None:
                 assert close(grad_sum, g + 1)
 
 
-def test_a_session_takes_the_same_steps_as_the_engine() -> None:
+def test_a_session_takes_the_same_steps_as_fresh_ones() -> None:
     module, layout, x0 = model("resnet_bn")
     engine = build_engine("stacked", module, layout)
     x = stack(layout, x0, 3)
@@ -149,8 +157,8 @@ def test_a_session_takes_the_same_steps_as_the_engine() -> None:
     for step in range(3):
         b = batch("resnet_bn", [4, 3, 2 + step], seed=step, step=step)
         session.sgd_step_(b, 0.1)
-        engine.sgd_step_(other, b, 0.1)
-        assert torch.equal(session.gradient(b)[0], engine.gradient(other, b)[0])
+        engine.session(other).sgd_step_(b, 0.1)
+        assert torch.equal(session.gradient(b)[0], gradient(engine, other, b)[0])
     assert torch.equal(one, other)
 
 
@@ -162,9 +170,9 @@ def test_the_gradient_is_the_derivative_of_the_loss(name: str) -> None:
     way = torch.zeros_like(x)
     n = layout.num_trainable
     way[:, :n] = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    g, _ = engine.gradient(copy_of(x), b)
+    g, _ = gradient(engine, copy_of(x), b)
     h = 1e-6
-    ahead, behind = (engine.gradient(x + sign * h * way, b)[1] for sign in (1, -1))
+    ahead, behind = (gradient(engine, x + sign * h * way, b)[1] for sign in (1, -1))
     assert close((ahead - behind) / (2 * h), (g * way).sum(1), 1e-7)
 
 
@@ -179,7 +187,7 @@ def test_one_client_equals_plain_pytorch_training() -> None:
         optimizer.zero_grad()
         F.cross_entropy(module(b.inputs[0]), b.targets[0]).backward()
         optimizer.step()
-        engine.sgd_step_(x, b, 0.1)
+        engine.session(x).sgd_step_(b, 0.1)
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     expected = torch.cat([tensors[k].detach().double().flatten() for k in layout.names])
     assert close(x[0], expected)
@@ -225,11 +233,11 @@ def test_a_users_module_runs_on_the_tape(make: type[nn.Module], clients: int) ->
     x0 = layout.flatten(dict(module.named_parameters()) | dict(module.named_buffers())).detach().double()
     engine, oracle = StackedEngine(module, layout, cross_entropy), LoopEngine(module, layout, cross_entropy)
     x, b = stack(layout, x0, clients), batch("cnn", [4, 2, 3, 4][:clients])
-    check(engine, oracle, x, b)
+    check(engine.session, oracle, x, b)
     assert engine.path == "tape"
     plain, fused = copy_of(x), copy_of(x)
-    plain -= 0.1 * oracle.gradient(plain, b)[0]
-    engine.sgd_step_(fused, b, 0.1)
+    plain -= 0.1 * gradient(oracle, plain, b)[0]
+    engine.session(fused).sgd_step_(b, 0.1)
     assert close(plain, fused)
 
 
@@ -239,8 +247,9 @@ def test_any_loss_gives_the_same_on_all_paths(name: str, loss: str) -> None:
     module, layout, x0 = model(name)
     x, b = stack(layout, x0, 4), batch(name, COUNTS)
     oracle = LoopEngine(module, layout, LOSSES[loss])
-    for use_tape in (True, False):
-        check(StackedEngine(module, layout, LOSSES[loss], use_tape=use_tape), oracle, x, b)
+    engine = StackedEngine(module, layout, LOSSES[loss])
+    check(engine.session, oracle, x, b)
+    check(without_tape(engine), oracle, x, b)
 
 
 def test_logits_of_a_stack_are_those_of_its_rows() -> None:
@@ -260,12 +269,12 @@ def test_threads_share_an_engine_and_get_the_bits_of_one_thread() -> None:
     engine = build_engine("stacked", module, layout)
     stacks = [stack(layout, x0, 2, seed=i) for i in range(4)]
     b = batch("cnn", [4, 3])
-    expected = [engine.gradient(copy_of(x), b)[0] for x in stacks]
+    expected = [gradient(engine, copy_of(x), b)[0] for x in stacks]
     found: dict[int, Tensor] = {}
 
     def work(i: int) -> None:
         for _ in range(3):
-            found[i] = engine.gradient(copy_of(stacks[i]), b)[0]
+            found[i] = gradient(engine, copy_of(stacks[i]), b)[0]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -286,8 +295,8 @@ def test_compiled_equals_the_loop() -> None:
     x, b = stack(layout, x0, 4), batch("mlp", COUNTS)
     engine = CompiledEngine(module, layout, cross_entropy)
     x1, x2 = copy_of(x), copy_of(x)
-    g1, loss1 = LoopEngine(module, layout, cross_entropy).gradient(x1, b)
-    g2, loss2 = engine.gradient(x2, b)
+    g1, loss1 = gradient(LoopEngine(module, layout, cross_entropy), x1, b)
+    g2, loss2 = gradient(engine, x2, b)
     assert close(g1, g2) and close(loss1, loss2) and close(x1, x2)
     assert not engine.failed
 
@@ -302,6 +311,6 @@ def test_a_module_that_cannot_be_compiled_runs_stacked_with_one_warning(monkeypa
 
     monkeypatch.setattr(engine.program, "gradient", refuse)
     with pytest.warns(UserWarning, match="ResNet cannot be compiled and runs in the stacked engine.*no compiler here"):
-        g, _ = engine.gradient(x, b)
+        g, _ = gradient(engine, x, b)
     assert engine.session(x).sgd_step_(b, 0.1) is not None
-    assert close(g, LoopEngine(module, layout, cross_entropy).gradient(stack(layout, x0, 2), b)[0])
+    assert close(g, gradient(LoopEngine(module, layout, cross_entropy), stack(layout, x0, 2), b)[0])

@@ -1,4 +1,4 @@
-"""The native engine: what one compiled call says of a classifier's end is what autograd says."""
+"""The end in C++: what one compiled call says of a classifier's end is what autograd says."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fedsim.engine import Batch, build_engine, choose, native
 from fedsim.engine.head import Head
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import LOSSES, cross_entropy
-from fedsim.engine.native import LastLayer, NativeEngine
+from fedsim.engine.native import LastLayer
 from fedsim.engine.stacked import StackedEngine, TapeSession
 from fedsim.params import Layout
 from fedsim.tasks.models import MODELS
+from tests.fedsim.engine.zoo import gradient
 
 pytestmark = pytest.mark.skipif(native.compiled(torch.float32) is None, reason="no C++ compiler here")
 COUNTS = [9, 2, 0, 17]
@@ -65,12 +66,12 @@ def _classes(module: nn.Module) -> int:
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1].out_features
 
 
-def engines(module: nn.Module) -> tuple[NativeEngine, LoopEngine]:
+def engines(module: nn.Module) -> tuple[StackedEngine, LoopEngine]:
     layout = Layout.of_module(module)
-    return NativeEngine(module, layout, cross_entropy), LoopEngine(module, layout, cross_entropy)
+    return StackedEngine(module, layout, cross_entropy, native=True), LoopEngine(module, layout, cross_entropy)
 
 
-def end_of(engine: NativeEngine, x: Tensor, b: Batch) -> object:
+def end_of(engine: StackedEngine, x: Tensor, b: Batch) -> object:
     session = TapeSession(engine, x)
     session.gradient(b)
     return session._end
@@ -88,8 +89,8 @@ def test_gradient_and_loss_are_those_of_autograd(
     assert isinstance(end_of(engine, x.clone(), b), LastLayer)
     y = x.clone()
     inputs = b.inputs.clone()
-    expected, expected_loss = oracle.gradient(y, b)
-    got, loss = engine.gradient(x, b)
+    expected, expected_loss = gradient(oracle, y, b)
+    got, loss = gradient(engine, x, b)
     assert (got - expected).abs().max() < bound and (loss - expected_loss).abs().max() < bound
     assert torch.equal(b.inputs, inputs) and torch.allclose(x, y)
     if padded and clients > 2:
@@ -101,13 +102,13 @@ def test_a_step_changes_the_parameters_by_the_gradient_at_the_old_ones(clients: 
     module, x, b = problem("relu", torch.float64, clients)
     engine, oracle = engines(module)
     for shift in (None, torch.linspace(-1, 1, x.shape[1], dtype=torch.float64)):
-        expected = x - 0.1 * (0.7 * oracle.gradient(x, b)[0] + (0 if shift is None else shift))
+        expected = x - 0.1 * (0.7 * gradient(oracle, x, b)[0] + (0 if shift is None else shift))
         total = torch.ones_like(x)
         one, other = x.clone(), x.clone()
-        engine.sgd_step_(one, b, 0.1, scale=0.7, shift=shift)
-        engine.sgd_step_(other, b, 0.1, scale=0.7, shift=shift, grad_sum=total)
+        engine.session(one).sgd_step_(b, 0.1, scale=0.7, shift=shift)
+        engine.session(other).sgd_step_(b, 0.1, scale=0.7, shift=shift, grad_sum=total)
         assert torch.allclose(one, expected, atol=1e-12) and torch.allclose(other, expected, atol=1e-12)
-        assert torch.allclose(total, oracle.gradient(x, b)[0] + 1, atol=1e-12)
+        assert torch.allclose(total, gradient(oracle, x, b)[0] + 1, atol=1e-12)
 
 
 def test_a_clients_numbers_are_the_same_bits_in_any_stack_and_on_any_number_of_threads(
@@ -116,12 +117,12 @@ def test_a_clients_numbers_are_the_same_bits_in_any_stack_and_on_any_number_of_t
     module, x, b = problem("linear", torch.float32)
     engine, _ = engines(module)
     set_threads(1)
-    together = engine.gradient(x, b)
+    together = gradient(engine, x, b)
     set_threads(2)
-    threaded = engine.gradient(x, b)
+    threaded = gradient(engine, x, b)
     for i in (0, 1, 3):
         assert b.weights is not None
-        alone = engine.gradient(x[i : i + 1], Batch(b.inputs[i : i + 1], b.targets[i : i + 1], b.weights[i : i + 1]))
+        alone = gradient(engine, x[i : i + 1], Batch(b.inputs[i : i + 1], b.targets[i : i + 1], b.weights[i : i + 1]))
         for found in (together, threaded):
             assert torch.equal(found[0][i], alone[0][0]) and torch.equal(found[1][i], alone[1][0])
 
@@ -129,12 +130,12 @@ def test_a_clients_numbers_are_the_same_bits_in_any_stack_and_on_any_number_of_t
 def test_inputs_and_targets_may_lie_anywhere_in_memory() -> None:
     module, x, b = problem("linear", torch.float32, padded=False)
     engine, _ = engines(module)
-    expected, _ = engine.gradient(x, b)
+    expected, _ = gradient(engine, x, b)
     across = Batch(b.inputs.transpose(1, 2).contiguous().transpose(1, 2), b.targets.t().contiguous().t())
-    assert torch.equal(engine.gradient(x, across)[0], expected)
+    assert torch.equal(gradient(engine, x, across)[0], expected)
     one = b.inputs[:1].expand(4, -1, -1)
-    got, _ = engine.gradient(x, Batch(one, b.targets))
-    assert torch.equal(got, engine.gradient(x, Batch(one.contiguous(), b.targets))[0])
+    got, _ = gradient(engine, x, Batch(one, b.targets))
+    assert torch.equal(got, gradient(engine, x, Batch(one.contiguous(), b.targets))[0])
 
 
 @pytest.mark.parametrize("size", [1, 30, 2**20])
@@ -143,7 +144,7 @@ def test_large_logits_neither_overflow_nor_lose_the_loss(size: int) -> None:
     engine, oracle = engines(module)
     x.mul_(3).round_().mul_(size)  # whole numbers, so that sums in any order are exact
     b.inputs.round_()
-    for found, expected in zip(engine.gradient(x, b), oracle.gradient(x, b), strict=True):
+    for found, expected in zip(gradient(engine, x, b), gradient(oracle, x, b), strict=True):
         assert torch.isfinite(found).all() and torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -162,8 +163,8 @@ def test_a_number_that_is_not_finite_is_seen_in_that_client_alone(name: str, bad
     module, x, b = problem(name, torch.float32, padded=False)
     engine, oracle = engines(module)
     b.inputs[1, 3, 4] = bad
-    grad, loss = engine.gradient(x, b)
-    assert torch.isnan(oracle.gradient(x, b)[1]).tolist() == torch.isnan(loss).tolist() == [False, True, False, False]
+    grad, loss = gradient(engine, x, b)
+    assert torch.isnan(gradient(oracle, x, b)[1]).tolist() == torch.isnan(loss).tolist() == [False, True, False, False]
     assert torch.isfinite(grad[[0, 2, 3]]).all() and torch.isnan(grad[1]).any()
 
 
@@ -174,7 +175,7 @@ def test_a_target_that_is_no_class_is_refused_and_nothing_changes(wrong: int) ->
     before = x.clone()
     b.targets[3, 2] = wrong
     with pytest.raises(ValueError, match=f"target {wrong} is no class of a model with 7 outputs"):
-        engine.sgd_step_(x, b, 0.1)
+        engine.session(x).sgd_step_(b, 0.1)
     assert torch.equal(x, before)
 
 
@@ -187,16 +188,16 @@ def test_values_of_another_type_or_targets_of_another_shape_are_refused() -> Non
         with pytest.raises(ValueError, match="takes a class index"):
             session.gradient(Batch(inputs, targets))
     with pytest.raises(ValueError, match=r"the last layer is of torch.float32.*of torch.float64"):
-        engine.gradient(x, Batch(b.inputs.double(), b.targets))
+        gradient(engine, x, Batch(b.inputs.double(), b.targets))
 
 
 def test_other_losses_precisions_and_ends_are_left_to_the_stacked_engine() -> None:
     module, x, b = problem("relu", torch.float32)
     layout = Layout.of_module(module)
     for options in ({"loss": LOSSES["stablemax"]}, {"loss": cross_entropy, "precision": "bf16"}):
-        engine, stacked = (kind(module, layout, **options) for kind in (NativeEngine, StackedEngine))  # type: ignore[arg-type]
+        engine, stacked = (StackedEngine(module, layout, native=native, **options) for native in (True, False))  # type: ignore[arg-type]
         assert isinstance(end_of(engine, x, b), Head)
-        assert torch.equal(engine.gradient(x, b)[0], stacked.gradient(x, b)[0])
+        assert torch.equal(gradient(engine, x, b)[0], gradient(stacked, x, b)[0])
     thin = nn.Sequential(nn.Linear(30, 15), nn.ReLU(), nn.Linear(15, 3))
     wide = nn.Sequential(nn.Linear(30, 101))
     for module in (thin, wide):
@@ -209,26 +210,30 @@ def test_without_a_compiler_it_says_so_and_gives_the_stacked_engines_bits(monkey
     module, x, b = problem("relu", torch.float32)
     layout = Layout.of_module(module)
     monkeypatch.setattr(native, "compiled", lambda dtype: None)
-    with pytest.warns(UserWarning, match=r"no C\+\+ compiler works here .* runs as the stacked engine"):
-        engine = build_engine("native", module, layout)
-    assert torch.equal(engine.gradient(x, b)[0], build_engine("stacked", module, layout).gradient(x, b)[0])
-    assert choose(module, layout).engine == "stacked"
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler works here .* runs without it"):
+        engine = build_engine("stacked", module, layout, native=True)
+    assert torch.equal(gradient(engine, x, b)[0], gradient(build_engine("stacked", module, layout), x, b)[0])
+    assert not choose(module, layout).native
 
 
 def test_auto_takes_it_where_the_module_ends_so() -> None:
-    def chosen(module: nn.Module, **options: object) -> str:
-        return choose(module, Layout.of_module(module), **options).engine  # type: ignore[arg-type]
+    def chosen(module: nn.Module, **options: object) -> bool:
+        return choose(module, Layout.of_module(module), **options).native  # type: ignore[arg-type]
 
     mlp = MODELS["mlp"]((1, 28, 28), 10)
-    assert (
-        chosen(mlp) == chosen(MODELS["cnn"]((1, 28, 28), 62)) == chosen(MODELS["resnet"]((3, 32, 32), 100)) == "native"
-    )
-    assert chosen(mlp, device="cuda") == chosen(mlp, precision="bf16") == "stacked"
-    assert chosen(mlp, loss=LOSSES["stablemax"]) == chosen(MODELS["mlp"]((1, 28, 28), 1000)) == "stacked"
-    assert chosen(MODELS["char_lstm"]((20,), 80)) == chosen(MODELS["transformer"]((20,), 80)) == "stacked"
-    assert chosen(mlp, engine="stacked") == "stacked"
+    assert chosen(mlp) and chosen(MODELS["cnn"]((1, 28, 28), 62)) and chosen(MODELS["resnet"]((3, 32, 32), 100))
+    assert not chosen(mlp, device="cuda") and not chosen(mlp, precision="bf16")
+    assert not chosen(mlp, loss=LOSSES["stablemax"]) and not chosen(MODELS["mlp"]((1, 28, 28), 1000))
+    assert not chosen(MODELS["char_lstm"]((20,), 80)) and not chosen(MODELS["transformer"]((20,), 80))
+    assert not chosen(mlp, native=False) and not chosen(mlp, engine="loop") and chosen(mlp, engine="stacked")
+
+
+def test_it_is_an_option_of_the_stacked_engine_alone() -> None:
+    with pytest.raises(ValueError, match="native=true is an option of engine stacked, got engine loop"):
+        choose(ENDS["relu"], Layout.of_module(ENDS["relu"]), engine="loop", native=True)
 
 
 def test_an_engine_sent_to_another_process_stays_what_it_is() -> None:
-    engine = build_engine("native", ENDS["relu"], Layout.of_module(ENDS["relu"]))
-    assert type(pickle.loads(pickle.dumps(engine))) is NativeEngine
+    engine = build_engine("stacked", ENDS["relu"], Layout.of_module(ENDS["relu"]), native=True)
+    copy = pickle.loads(pickle.dumps(engine))
+    assert isinstance(copy, StackedEngine) and copy.native

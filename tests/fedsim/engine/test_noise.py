@@ -9,7 +9,7 @@ from torch import nn
 from fedsim.engine import Batch, build_engine
 from fedsim.engine.noise import keep_mask, keyed_copy, purpose
 from fedsim.params import Layout
-from tests.fedsim.engine.zoo import batch, model, stack, streams
+from tests.fedsim.engine.zoo import batch, gradient, model, stack, streams
 
 
 def test_a_mask_is_what_the_streams_say() -> None:
@@ -51,8 +51,8 @@ def test_engines_drop_the_same_channels_and_calls_of_one_layer_differ(clients: i
     layout = Layout.of_module(module)
     x0 = layout.flatten({k: p.detach() for k, p in module.named_parameters()}).double()
     x, b = stack(layout, x0, clients), batch("cnn", [4, 2, 3][:clients])
-    expected, _ = build_engine("loop", module, layout).gradient(x, b)
-    found, _ = build_engine("stacked", module, layout).gradient(x, b)
+    expected, _ = gradient(build_engine("loop", module, layout), x, b)
+    found, _ = gradient(build_engine("stacked", module, layout), x, b)
     assert (expected - found).abs().max() < 1e-12
     keyed = keyed_copy(module).train()
     ones = torch.ones(2000, 1)
@@ -65,8 +65,8 @@ def test_steps_clients_and_jobs_draw_different_masks() -> None:
     x = x0.repeat(2, 1)
     b = batch("mlp", [4, 4])
     same = Batch(b.inputs[:1].repeat(2, 1, 1, 1, 1), b.targets[:1].repeat(2, 1), None, b.streams, 0)
-    g, _ = engine.gradient(x, same)
-    later, _ = engine.gradient(x, Batch(same.inputs, same.targets, None, same.streams, 1))
+    g, _ = gradient(engine, x, same)
+    later, _ = gradient(engine, x, Batch(same.inputs, same.targets, None, same.streams, 1))
     assert not torch.equal(g[0], g[1]) and not torch.equal(g[0], later[0])
 
 
@@ -75,7 +75,7 @@ def test_dropout_without_streams_is_refused(name: str) -> None:
     module, layout, x0 = model("mlp")
     b = batch("mlp", [4, 4])
     with pytest.raises(ValueError, match="give the batch its streams"):
-        build_engine(name, module, layout).gradient(x0.repeat(2, 1), Batch(b.inputs, b.targets))
+        gradient(build_engine(name, module, layout), x0.repeat(2, 1), Batch(b.inputs, b.targets))
 
 
 def test_noise_that_cannot_be_keyed_is_refused_by_name() -> None:
@@ -98,7 +98,7 @@ def test_functional_dropout_runs_with_a_warning_that_it_is_not_keyed() -> None:
     layout = Layout.of_module(module)
     x = torch.zeros(2, layout.size, dtype=torch.float64)
     with pytest.warns(UserWarning, match="not keyed by client and step.*use nn.Dropout layers"):
-        build_engine("loop", module, layout).gradient(x, batch("cnn", [2, 2]))
+        gradient(build_engine("loop", module, layout), x, batch("cnn", [2, 2]))
 
 
 class ReadsItsLayers(nn.Module):
@@ -123,7 +123,7 @@ def test_what_takes_a_layers_place_keeps_its_attributes(name: str) -> None:
     layout = Layout.of_module(module)
     tensors = {k: v.detach() for k, v in [*module.named_parameters(), *module.named_buffers()]}
     x, b = layout.flatten(tensors).double().repeat(2, 1), batch("cnn", [4, 3])
-    g, _ = build_engine(name, module, layout).gradient(x, b)
+    g, _ = gradient(build_engine(name, module, layout), x, b)
     mask = keep_mask(streams(2).keys(purpose("dropout"))[0], (4, 4), 0.25, g.dtype)
     module.double().dropout.register_forward_hook(lambda layer, args, out: args[0] * mask)
     torch.nn.functional.cross_entropy(module.train()(b.inputs[0]), b.targets[0]).backward()

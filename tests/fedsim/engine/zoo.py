@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fedsim.engine import Batch
+from fedsim.engine import Batch, Engine
 from fedsim.params import Layout
 from fedsim.streams import Streams
 from fedsim.tasks.models import MODELS, init_parameters
@@ -70,3 +70,8 @@ def rows_of(b: Batch, i: int, n: int) -> Batch:
     """Client i alone with its first n samples, not padded."""
     streams_i = None if b.streams is None else b.streams.rows([i])
     return Batch(b.inputs[i : i + 1, :n], b.targets[i : i + 1, :n], None, streams_i, b.step)
+
+
+def gradient(engine: Engine, x: Tensor, b: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(gradient [C, P], loss [C]) of a fresh session."""
+    return engine.session(x).gradient(b, out)

@@ -71,13 +71,13 @@ class Case:
     def gradient(self, trained: Tensor, batch: Batch | None = None) -> Tensor:
         """[3, n] by the plain engine."""
         x = torch.cat([trained, self.x[:, self.n :]], dim=1)
-        return self.task.engine.gradient(x, self.batch if batch is None else batch)[0][:, : self.n]
+        return self.task.field(x, self.batch if batch is None else batch)[0][:, : self.n]
 
     def sample_gradient(self, client: int, sample: int) -> Tensor:
         """[n] of one sample alone."""
         b = self.batch
         alone = Batch(b.inputs[client, None, sample, None], b.targets[client, None, sample, None], None, None)
-        return self.task.engine.gradient(self.x[client, None].clone(), alone)[0][0, : self.n]
+        return self.task.field(self.x[client, None].clone(), alone)[0][0, : self.n]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -191,7 +191,7 @@ def test_samples_are_clipped_from_what_layers_leave_where_there_is_a_tape(
 def test_without_a_bound_the_clipped_sum_is_the_gradient_times_the_samples() -> None:
     case = Case("mlp", dropout=False)
     found = case.source.clipped_sum(case.trained, torch.tensor([float("inf")], dtype=torch.float64))
-    gradient, loss = case.task.engine.gradient(case.x, case.batch)
+    gradient, loss = case.task.field(case.x, case.batch)
     assert torch.allclose(found, gradient * torch.tensor(COUNTS)[:, None], rtol=1e-9, atol=1e-12)
     assert case.source.loss is not None and torch.allclose(case.source.loss, loss)
     assert case.source.batch_sizes().tolist() == case.source.num_labels().tolist() == COUNTS

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim.engine import Batch, per_sample
-from fedsim.engine import ghost as ghost_module
-from fedsim.engine.ghost import GhostSession
+from fedsim.engine import Batch, factors, images
+from fedsim.engine.factors import Outer, Rows, outer_square_norms
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import cross_entropy
-from fedsim.engine.per_sample import Outer, Rows, outer_square_norms
 from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
 from tests.fedsim.engine import zoo
@@ -63,7 +61,7 @@ class Tokens(nn.Module):
         return self.last(y.mean(1) if self.pooled else y)
 
 
-def images(*layers: nn.Module) -> nn.Sequential:
+def on_images(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(K))
 
 
@@ -79,7 +77,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (3, 2, 3),
     ),
     "strides, dilation and groups": (
-        lambda: images(
+        lambda: on_images(
             nn.Conv2d(2, 6, 3, stride=2, padding=2, dilation=2, groups=2),
             nn.ReLU(),
             nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False),
@@ -88,9 +86,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         ),
         (2, 7, 9),
     ),
-    "kernels larger than images": (lambda: images(nn.Conv2d(3, 8, (1, 2)), nn.ReLU(), nn.Conv2d(8, 8, 2)), (3, 2, 3)),
+    "kernels larger than images": (
+        lambda: on_images(nn.Conv2d(3, 8, (1, 2)), nn.ReLU(), nn.Conv2d(8, 8, 2)),
+        (3, 2, 3),
+    ),
     "a norm without scales": (
-        lambda: images(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.ReLU()),
+        lambda: on_images(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.ReLU()),
         (1, 5, 5),
     ),
 }
@@ -138,7 +139,7 @@ def expected_sum(module: nn.Module, layout: Layout, x: Tensor, b: Batch) -> Tens
     engine, out = LoopEngine(module, layout, cross_entropy), torch.zeros_like(x)
     for i, row in enumerate(x):
         for j in range(COUNTS[i]):
-            g = layout.views(engine.gradient(row[None].clone(), alone(b, i, j))[0][0])
+            g = layout.views(zoo.gradient(engine, row[None].clone(), alone(b, i, j))[0][0])
             norms = torch.stack([g[name].square().sum() for name in layout.trainable.names])
             for name, weight in zip(layout.trainable.names, weigh(norms), strict=True):
                 layout.views(out[i])[name] += weight * g[name]
@@ -151,18 +152,18 @@ def test_weights_by_norm_and_weighted_sums_are_those_of_single_samples(
 ) -> None:
     module, layout, x, b = made(name)
     engine, expected = StackedEngine(module, layout, cross_entropy), expected_sum(module, layout, x, b)
-    found = GhostSession(engine, x).weighted_sum(b, weigh)
+    found = engine.session(x).weighted_sum(b, weigh)
     assert found is not None
     total, loss = found
     assert torch.allclose(total, expected, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(loss, engine.gradient(x.clone(), b)[1], rtol=1e-12)
+    assert torch.allclose(loss, zoo.gradient(engine, x.clone(), b)[1], rtol=1e-12)
     for i, n in enumerate(COUNTS):  # alone and without padding
         if n:
-            one = GhostSession(engine, x[i, None]).weighted_sum(zoo.rows_of(b, i, n), weigh)
+            one = engine.session(x[i, None]).weighted_sum(zoo.rows_of(b, i, n), weigh)
             assert one is not None and torch.allclose(one[0], expected[i, None], rtol=1e-12, atol=1e-12)
-    for module_ in (per_sample, ghost_module):
+    for module_ in (factors, images):
         monkeypatch.setattr(module_, "CHUNK", 1)
-    by_pieces = GhostSession(engine, x).weighted_sum(b, weigh)
+    by_pieces = engine.session(x).weighted_sum(b, weigh)
     assert by_pieces is not None and torch.allclose(by_pieces[0], total, rtol=1e-12, atol=1e-14)
 
 
@@ -171,10 +172,10 @@ def test_equal_weights_give_the_gradient_of_the_sum_with_its_dropout(name: str) 
     module, layout, x0 = zoo.model(name)
     x, b = zoo.stack(layout, x0, len(COUNTS)), zoo.batch(name, COUNTS)
     engine = StackedEngine(module.double(), layout, cross_entropy)
-    gradient, loss = engine.gradient(x.clone(), b)
-    found = GhostSession(engine, x).weighted_sum(b, torch.ones_like)
+    mean, loss = zoo.gradient(engine, x.clone(), b)
+    found = engine.session(x).weighted_sum(b, torch.ones_like)
     assert found is not None
-    assert torch.allclose(found[0], gradient * torch.tensor(COUNTS)[:, None], rtol=1e-12, atol=1e-13)
+    assert torch.allclose(found[0], mean * torch.tensor(COUNTS)[:, None], rtol=1e-12, atol=1e-13)
     assert torch.allclose(found[1], loss, rtol=1e-14)
 
 
@@ -184,7 +185,7 @@ def test_a_module_without_a_tape_or_with_batch_norm_has_no_such_sum() -> None:
         engine = StackedEngine(module.double(), layout, cross_entropy)
         if engine.tape(zoo.batch(name, COUNTS)) is None or name == "resnet_bn":
             x = zoo.stack(layout, x0, len(COUNTS))
-            assert GhostSession(engine, x).weighted_sum(zoo.batch(name, COUNTS), weigh) is None
+            assert engine.session(x).weighted_sum(zoo.batch(name, COUNTS), weigh) is None
 
 
 def test_both_ways_to_a_norm_agree() -> None:
@@ -195,14 +196,14 @@ def test_both_ways_to_a_norm_agree() -> None:
         a = torch.randn(5, length, 9, generator=generator, dtype=torch.float64)
         formed = torch.einsum("nto,nti->noi", d, a)
         assert torch.allclose(outer_square_norms(d, a), formed.square().sum((1, 2)), rtol=1e-12)
-        assert torch.allclose(Outer(d[None], a[None]).formed()[0], formed, rtol=1e-12)
+        assert torch.allclose(Outer(d.flatten(0, 1), a.flatten(0, 1), 5).formed()[0], formed, rtol=1e-12)
 
 
 def test_norms_by_hand() -> None:
     """A sample's gradient by a weight is d a^T, here of norm 5 * 13; read twice, a row's gradients add up to 3 + 1."""
-    linear = Outer(torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[5.0, 12.0, 0.0]]]]))
+    linear = Outer(torch.tensor([[3.0, 4.0]]), torch.tensor([[5.0, 12.0, 0.0]]), 1)
     assert linear.square_norms().tolist() == [[25.0 * 169.0]]
-    table = Rows(torch.tensor([[[[3.0], [2.0], [1.0]]]]), torch.tensor([[[0, 1, 0]]]), 8)
+    table = Rows(torch.tensor([[[3.0], [2.0], [1.0]]]), torch.tensor([[0, 1, 0]]), 8, lead=0)
     assert table.square_norms().tolist() == [[16.0 + 4.0]]
     assert table.formed()[0, 0, :2, 0].tolist() == [4.0, 2.0]
 
