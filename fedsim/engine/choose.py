@@ -91,12 +91,7 @@ def choose(
     check_precision(precision)
     device = torch.device(device)
     on_cpu = device.type == "cpu"
-    name, why = engine, f"engine {engine} as set; "
-    if engine == "auto":
-        # on a CPU that call beats a stack's many small ones; in bfloat16 not every CPU has it
-        recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
-        in_turn = recurrent and on_cpu and precision != "bf16"
-        name, why = ("loop", "torch has one call for a recurrent layer; ") if in_turn else ("stacked", "")
+    name, why = _engine(module, engine, on_cpu and precision != "bf16")
     if native is True and name != "stacked":
         raise ValueError(f"native=true is an option of engine stacked, got engine {name}; leave native at auto")
     in_cpp = name == "stacked" and (suits(module, loss, device, precision) if native == "auto" else bool(native))
@@ -123,6 +118,15 @@ def choose(
 def memory_bytes(layout: Layout, width: int, batch_size: int) -> int:
     """A rough count of the memory of one stack: a client's vectors, and activations as large as one per sample row."""
     return width * 4 * (GPU_COPIES * layout.size + batch_size * _activations(layout))
+
+
+def _engine(module: nn.Module, engine: str, in_one_call: bool) -> tuple[str, str]:
+    """(name, why). In one call torch takes a recurrent layer faster than a stack does in many small ones."""
+    if engine != "auto":
+        return engine, f"engine {engine} as set; "
+    if in_one_call and any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+        return "loop", "torch has one call for a recurrent layer; "
+    return "stacked", ""
 
 
 def _width(
