@@ -51,6 +51,7 @@ live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every 
 
 bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.rounds
+	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.strategies
 	$(BIN)/python -m benchmarks.bench_aggregate
 	$(BIN)/python -m benchmarks.bench_compress

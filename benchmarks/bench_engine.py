@@ -25,7 +25,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from fedsim.engine import Batch, build_engine, choose
+from fedsim.engine import Batch, Plan, build_engine, choose
 from fedsim.params import Layout
 from fedsim.tasks.models import MODELS, init_parameters
 
@@ -70,10 +70,11 @@ class Problem:
         return cls(load, module, x0, inputs, targets, rows)
 
 
-def stacked_round(problem: Problem, name: str, width: int, precision: str, threads: int) -> Callable[[], None]:
+def stacked_round(problem: Problem, plan: Plan, precision: str, threads: int) -> Callable[[], None]:
     """A round on the engine, by Python threads of one intra-op thread each."""
     layout = Layout.of_module(problem.module)
-    engine = build_engine(name, problem.module, layout, precision=precision)
+    width = plan.width
+    engine = build_engine(plan.engine, problem.module, layout, precision=precision, native=plan.native)
     buffers = threading.local()
 
     def work(jobs: queue.SimpleQueue[int]) -> None:
@@ -224,7 +225,7 @@ def variants_of(load: Workload, args: argparse.Namespace) -> Iterator[tuple[str,
             precision=precision,
         )
         label = f"{plan.engine} {precision}, stacks of {plan.width}, {threads} Python threads"
-        yield label, stacked_round(problem, plan.engine, plan.width, precision, threads)
+        yield label, stacked_round(problem, plan, precision, threads)
 
 
 def main() -> None:

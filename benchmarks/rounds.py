@@ -93,7 +93,7 @@ class Fedsim:
             precision=precision,
             plain=True,
         )
-        built = build_engine(plan.engine, module, layout, precision=precision)
+        built = build_engine(plan.engine, module, layout, precision=precision, native=plan.native)
         self.task = ClassificationTask(data, module, x0, built, LOSSES["cross_entropy"])
         local = LocalTraining(
             optimizer=build({"name": "sgd", "lr": LR}, layout),

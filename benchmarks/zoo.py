@@ -94,6 +94,7 @@ class Ways:
             num_clients=1000,
             engine=engine,
             stack=stack,
+            sample=self.inputs[0, 0],
         )
 
     def engine(self, plan: Any) -> Callable[[], int]:

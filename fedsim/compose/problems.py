@@ -98,6 +98,7 @@ class Samples:
             precision=runtime.precision,
             plain=work.in_factors,
             loss=self.loss,
+            sample=self.data.inputs[0],
         )
 
     def build(self, plan: Plan, runtime: Runtime, device: torch.device) -> Task:

@@ -12,12 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim.engine.losses import Loss, cross_entropy
 from fedsim.engine.low_rank import chain_of
 from fedsim.engine.native import suits
+from fedsim.engine.noise import keyed_copy
 from fedsim.engine.precision import check_precision
+from fedsim.engine.tape import Unsupported, trace
 from fedsim.params import Layout
 
 STACK_BYTES = 4 * 2**20  # of parameters: stacks this small stay in a core's caches from step to step
@@ -26,7 +28,7 @@ MAX_WIDTH_LOW_RANK = 64
 GPU_SHARE = 0.5  # of a GPU's memory for one stack; the rest is for data, evaluation and torch itself
 GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, direction, two of an optimizer
 MAX_WIDTH_CPU = 16  # from 8 clients on the cost of a call no longer shows, and more stacks keep more cores busy
-MIN_WIDTH_RECURRENT = 4  # many small products one after the other: a few clients share each call
+MIN_WIDTH_VMAP = 4  # a stack under torch.func costs more than its clients one by one, unless they are many
 MAX_WIDTH_GPU = 512
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -63,6 +65,7 @@ def choose(
     precision: str = "fp32",
     plain: bool = False,
     loss: Loss = cross_entropy,
+    sample: Tensor | None = None,
 ) -> Plan:
     """The engine and the stack width for a module.
 
@@ -79,13 +82,16 @@ def choose(
         precision: fp32, tf32 or bf16.
         plain: local steps are plain SGD, corrected or not, which chains of linear layers can take in factors.
         loss: per sample.
+        sample: one sample [...], by which the rule sees whether the stacked engine knows every layer; taken for
+            granted without.
 
     Raises:
-        ValueError: for a width below one, or an unknown precision.
+        ValueError: for a width below one, an unknown precision, or native with another engine than stacked.
     """
     check_precision(precision)
     device = torch.device(device)
-    name, why = ("stacked", "") if engine == "auto" else (engine, f"engine {engine} as set; ")
+    on_cpu = device.type == "cpu"
+    name, why = _engine(module, engine, on_cpu and precision != "bf16")
     if native is True and name != "stacked":
         raise ValueError(f"native=true is an option of engine stacked, got engine {name}; leave native at auto")
     in_cpp = name == "stacked" and (suits(module, loss, device, precision) if native == "auto" else bool(native))
@@ -93,12 +99,16 @@ def choose(
         if not isinstance(stack, int) or stack < 1:
             raise ValueError(f"stack must be auto or a positive number of clients, got {stack!r}")
         return Plan(name, stack, why + f"stacks of {stack} as set", in_cpp)
-    width, reason = _width(module, layout, device, batch_size, name)
-    chain = chain_of(module) if plain and name == "stacked" and precision == "fp32" else None
-    if chain is not None and device.type == "cpu" and chain.worthwhile(batch_size * steps):
+    width, reason = _width(module, layout, device, batch_size, name, sample)
+    if precision == "bf16" and on_cpu:
+        reason += "; bf16 products are seldom faster than fp32 ones on a CPU"
+    chain = chain_of(module) if plain and name == "stacked" and on_cpu else None
+    if chain is not None and chain.worthwhile(batch_size * steps):
         each = 4 * batch_size * steps * sum(i + o for o, i in chain.shapes)
         width = min(max(1, LOW_RANK_BYTES // each), MAX_WIDTH_LOW_RANK)
         reason = f"clients see fewer samples than layers are wide, so {width} of them are kept as low-rank changes"
+        if precision != "fp32":
+            reason += f", whose products stay fp32: faster here than {precision} steps"
     even = _even(num_clients, width)
     if even < width:
         return Plan(name, even, f"{why}{num_clients} clients in equal stacks, at most {width}: {reason}", in_cpp)
@@ -110,18 +120,32 @@ def memory_bytes(layout: Layout, width: int, batch_size: int) -> int:
     return width * 4 * (GPU_COPIES * layout.size + batch_size * _activations(layout))
 
 
-def _width(module: nn.Module, layout: Layout, device: torch.device, batch_size: int, engine: str) -> tuple[int, str]:
+def _engine(module: nn.Module, engine: str, in_one_call: bool) -> tuple[str, str]:
+    """(name, why). In one call torch takes a recurrent layer faster than a stack does in many small ones."""
+    if engine != "auto":
+        return engine, f"engine {engine} as set; "
+    if in_one_call and any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+        return "loop", "torch has one call for a recurrent layer; "
+    return "stacked", ""
+
+
+def _width(
+    module: nn.Module, layout: Layout, device: torch.device, batch_size: int, engine: str, sample: Tensor | None
+) -> tuple[int, str]:
     if engine == "loop":
         return 1, "the loop engine takes one client at a time"
     if device.type != "cpu":
         return _gpu_width(layout, device, batch_size)
-    if any(isinstance(layer, _CONVOLUTIONS) for layer in module.modules()):
+    # a convolution that cuts an image into patches is a linear layer
+    if any(isinstance(layer, _CONVOLUTIONS) and layer.stride != layer.kernel_size for layer in module.modules()):
         return 1, "on a CPU convolutions are fastest one client at a time"
     each = 4 * layout.size
-    recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
-    width = min(max(MIN_WIDTH_RECURRENT if recurrent else 1, STACK_BYTES // each), MAX_WIDTH_CPU)
-    if recurrent and width == MIN_WIDTH_RECURRENT:
-        return width, f"a recurrent layer's small products are shared by {width} clients"
+    width = min(max(1, STACK_BYTES // each), MAX_WIDTH_CPU)
+    if width < MIN_WIDTH_VMAP and engine == "stacked" and sample is not None:
+        try:
+            trace(keyed_copy(module), sample)
+        except Unsupported as unknown:
+            return 1, f"without a stacked form of every layer ({unknown}) one client at a time is fastest"
     if width == 1:
         return 1, f"one client's parameters ({each / 2**20:.1f} MiB) fill a core's caches"
     return width, f"{width} clients' parameters ({width * each / 2**20:.1f} MiB) stay in a core's caches between steps"

@@ -39,6 +39,10 @@ class Conv2d:
         self.each = len(self.weight) if bound.lead and not self.as_groups else 1
         self.groups = layer.groups * (len(self.weight) if self.as_groups else 1)
         self.settings = (list(layer.stride), padding(layer) or [0, 0], list(layer.dilation))
+        # torch 2.13 writes past the end of memory in the weights' gradient of a strided 1x1 convolution of fewer than
+        # 8 channels whose images lie channels last
+        unsafe = layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < 8
+        self.lay_out = channels_last if spec.channels_last and not unsafe else torch.Tensor.contiguous
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = self.split(x)
@@ -62,8 +66,7 @@ class Conv2d:
         if self.as_groups:
             parts = [images.transpose(0, 1).flatten(1, 2)]
         else:
-            lay_out = channels_last if self.spec.channels_last else torch.Tensor.contiguous
-            parts = [lay_out(part) for part in (images if self.lead else (images,))]
+            parts = [self.lay_out(part) for part in (images if self.lead else (images,))]
         return [part.bfloat16() for part in parts] if self.bound.low else parts
 
     def join(self, parts: list[Tensor]) -> Tensor:

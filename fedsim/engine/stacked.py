@@ -53,8 +53,9 @@ class StackedEngine(Engine):
         self.module = module
         self.loop = LoopEngine(module, layout, loss, precision)
         self.vmapped = Vmapped(module, layout, loss, precision, compiled=False)
-        plain = loss is cross_entropy and precision == "fp32"
-        self.chain = chain_of(module) if plain else None
+        # on a CPU runs in factors and in fp32 are faster than steps in any precision
+        exact = precision == "fp32" or all(p.device.type == "cpu" for p in module.parameters())
+        self.chain = chain_of(module) if exact and loss is cross_entropy else None
         self.path = ""
         self.reason = ""
         self._tapes: dict[tuple[torch.Size, torch.dtype], Tape | None] = {}

@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_config_is_refused_by_section(tmp_path: Path) ->
 
 
 def test_a_choice_of_auto_that_came_out_otherwise_is_named_as_the_key_to_set(tmp_path: Path) -> None:
-    there, here = ({"runtime": {"engine": name, "stack": 8}} for name in ("stacked", "native"))
+    there, here = ({"runtime": {"engine": name, "stack": 8}} for name in ("stacked", "compiled"))
     train(experiment(rounds=1, config=there), sinks=[JsonLines()], folder=tmp_path)
     with pytest.raises(ConfigError, match=r"runtime.engine differs.*where `auto` chose: runtime.engine=stacked\)"):
         train(experiment(rounds=1, config=here), sinks=[JsonLines()], folder=tmp_path, resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -75,9 +76,10 @@ def test_a_table_comes_line_by_line_and_ends_with_the_keys_to_set(monkeypatch: p
     lines = list(tune(CONFIG, "x"))
     rows = [line.split() for line in lines if line.startswith(("stacked", "loop", "compiled"))]
     assert {row[0] for row in rows} == {"stacked", "loop", "compiled"}
-    assert next(row for row in rows if row[0] == "compiled")[3:] == ["–", "no", "compiler", "here"]
-    width = rows[0][1]
-    assert f"fastest here: runtime.engine=stacked runtime.stack={width} runtime.workers={rows[0][2]}" in lines
+    assert next(row for row in rows if row[0] == "compiled")[4:] == ["–", "no", "compiler", "here"]
+    native, width, workers = rows[0][1:4]
+    keys = f"runtime.engine=stacked runtime.native={native} runtime.stack={width} runtime.workers={workers}"
+    assert f"fastest here: {keys}" in lines
     assert any(line.startswith("1.00 times the rate") for line in lines)
 
 
@@ -85,7 +87,7 @@ def test_the_keys_to_set_are_keys_of_the_file(monkeypatch: pytest.MonkeyPatch) -
     without_compiler(monkeypatch)
     line = next(line for line in tune(CONFIG, "x") if line.startswith("fastest here: "))
     keys = dict(part.split("=") for part in line.removeprefix("fastest here: ").split())
-    runtime = {k.removeprefix("runtime."): int(v) if v.isdigit() else v for k, v in keys.items()}
+    runtime = {k.removeprefix("runtime."): v if k == "runtime.engine" else json.loads(v) for k, v in keys.items()}
     made = compose({**CONFIG, "runtime": runtime}, "x")
     made.close()
     assert made.resolved["runtime"]["engine"] == runtime["engine"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -93,6 +96,22 @@ def test_the_gradient_of_relu_lies_as_its_values_do_in_place_or_not(layout: torc
     expected = dy * (x > 0)
     (found,) = op.backward(dy)
     assert found.is_contiguous(memory_format=layout) and torch.equal(found, expected)
+
+
+def test_no_gradient_of_a_strided_shortcut_writes_past_the_end_of_memory() -> None:
+    # in a process of its own, whose allocator looks behind each block: channels last, torch's kernel did
+    code = """
+import torch
+from torch import nn
+from fedsim.engine import Batch, build_engine
+from fedsim.params import Layout
+module = nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.Flatten(), nn.Linear(128, 7))
+layout = Layout.of_module(module)
+session = build_engine("stacked", module, layout).session(torch.zeros(2, layout.size))
+for _ in range(50):
+    session.gradient(Batch(torch.randn(2, 6, 4, 8, 8), torch.zeros(2, 6, dtype=torch.int64)))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "MALLOC_CHECK_": "3"})
 
 
 @pytest.mark.parametrize("name", MODELS)
