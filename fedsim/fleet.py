@@ -141,6 +141,10 @@ class Inbox:
     def __getitem__(self, name: str) -> Tensor:
         return self.fields[name]
 
+    def rows(self, index: Tensor) -> Inbox:
+        """That of some of these clients."""
+        return Inbox(self.fields, self.heard[index], self.own[index])
+
 
 class Fleet(Protocol):
     """Clients that can be given work and asked for replies."""

@@ -14,11 +14,10 @@ from math import inf
 from typing import Any, ClassVar
 
 import torch
-from flwr.app import ConfigRecord
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Replies, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
@@ -102,12 +101,7 @@ class FlowerFleet:
         numbers = self.job_counts[ids] - 1  # the second half of the job whose reply is exchanged
         lost = missing if arrival == "adversarial" else 0
         heard = who_hears(Streams(self._seed, ids, numbers), torch.arange(n), self.honest(ids), lost)
-        inboxes = []
-        for own in range(n):
-            rows = torch.nonzero(heard[own]).flatten()
-            vectors = {f"inbox/{k}": v[rows] for k, v in replies.fields.items()}
-            inboxes.append((vectors, ConfigRecord({"rows": rows.tolist(), "total": n, "own": own})))
-        self._dispatch(ids, work, numbers, broadcast, inboxes)
+        self._dispatch(ids, work, numbers, broadcast, Inbox(replies.fields, heard, torch.arange(n)))
         return self._collect(ids, None, count=False)
 
     def honest(self, ids: Tensor) -> Tensor:
@@ -178,15 +172,13 @@ class FlowerFleet:
         work: Work,
         numbers: Tensor,
         broadcast: Mapping[str, Any],
-        inboxes: Sequence[tuple[Mapping[str, Tensor], ConfigRecord]] = (),
+        inbox: Inbox | None = None,
     ) -> None:
         """Send one call's jobs, and count what clients download."""
         received, each, keys = self._encode(ids, broadcast)
         self.mail.calls[self._calls] = Sent(work.__name__, received, self.round)
-        letters = [Letter(i, k, v) for i, k, v in zip(ids.tolist(), numbers.tolist(), each, strict=True)]
-        if inboxes:
-            pairs = zip(letters, inboxes, strict=True)
-            letters = [Letter(m.client, m.number, {**m.values, **vectors}, inbox) for m, (vectors, inbox) in pairs]
+        boxes = [inbox and inbox.rows(torch.tensor([row])) for row in range(len(ids))]
+        letters = [Letter(*to) for to in zip(ids.tolist(), numbers.tolist(), each, boxes, strict=True)]
         self.ledger.bits_down += self.mail.post(self._calls, letters, keys)
         self._calls += 1
 

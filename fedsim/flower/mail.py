@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
+from fedsim.fleet import Inbox
 from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.sim.executor import ClientError, Results
@@ -45,7 +46,7 @@ class Flight:
 
     Args:
         client: its client's id.
-        number: the how-manieth job of that client.
+        number: job index: how many jobs that client had before.
         call: which call it belongs to.
         started: seconds at which it was sent.
     """
@@ -72,13 +73,13 @@ class Letter:
     Args:
         client, number: see `Flight`.
         values: by name.
-        inbox: which rows of the peers' vectors are among the values; None for work that is no exchange.
+        inbox: of an exchange, what its peers sent to this client alone.
     """
 
     client: int
     number: int
     values: Mapping[str, Any]
-    inbox: ConfigRecord | None = None
+    inbox: Inbox | None = None
 
 
 @dataclass
@@ -137,7 +138,7 @@ class Mail:
             )
             head.write(content)
             if letter.inbox is not None:
-                content[wire.INBOX] = letter.inbox
+                bits += wire.write_inbox(content, letter.inbox)
             bits += sum(wire.bits(v) for v in letter.values.values())
             contents.append((self.nodes.node_ids[letter.client], content))
             flights.append(Flight(letter.client, letter.number, call, self.now))

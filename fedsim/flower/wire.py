@@ -22,13 +22,14 @@ from torch import Tensor
 from fedsim.compress import bind
 from fedsim.compress.error_feedback import Contractive
 from fedsim.compress.packet import Compressor, Packet
+from fedsim.fleet import Inbox
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
 RAW = "fedsim.raw"
 PACKET = "fedsim.packet"
 HEAD, TENSORS, NUMBERS, NOTHING = "fedsim.head", "fedsim.tensors", "fedsim.numbers", "fedsim.nothing"
-INBOX, LOGGED, ABOUT = "fedsim.inbox", "fedsim.logged", "fedsim.about"
+INBOX, HEARD, LOGGED, ABOUT = "fedsim.inbox", "fedsim.heard", "fedsim.logged", "fedsim.about"
 BITS_PER_NUMBER = 32
 
 Key = tuple[int, int, int, int]
@@ -42,7 +43,7 @@ class Head:
     Args:
         work: name of the strategy's method.
         client: whose job it is, or whose reply.
-        number: the how-manieth job of that client, part of its random keys.
+        number: job index of that client, part of its random keys.
         round: the server step at which the job was sent.
         version: how often the client has written its memory; both ends must agree on it.
     """
@@ -153,6 +154,34 @@ def read(content: RecordDict, book: Book) -> dict[str, Any]:
     out: dict[str, Any] = {name: None for name in content[NOTHING]["names"]}
     out |= dict(content[NUMBERS])
     return out | {name: of_array(array, book) for name, array in content[TENSORS].items()}
+
+
+def write_inbox(content: RecordDict, inbox: Inbox) -> int:
+    """Add one client's inbox to its message: only the vectors that reach it travel; their bits."""
+    rows = torch.nonzero(inbox.heard[0]).flatten()
+    vectors = {k: v[rows] for k, v in inbox.fields.items()}
+    content[INBOX] = ArrayRecord({k: raw_array(v) for k, v in vectors.items()})
+    content[HEARD] = ConfigRecord({"rows": rows.tolist(), "total": inbox.heard.shape[1], "own": int(inbox.own)})
+    return sum(bits(v) for v in vectors.values())
+
+
+def read_inbox(content: RecordDict) -> Inbox | None:
+    """The inbox of a message, None for work that is no exchange.
+
+    Rows of vectors that did not reach this client are zero, so that all clients compute on arrays of one shape, as they
+    do in a simulation, and get the same last bits.
+    """
+    if INBOX not in content:
+        return None
+    about = content[HEARD]
+    rows, total = torch.tensor(about["rows"], dtype=torch.int64), int(about["total"])
+    fields = {}
+    for name, array in content[INBOX].items():
+        vectors = _tensor(array)
+        fields[name] = vectors.new_zeros(total, *vectors.shape[1:]).index_copy_(0, rows, vectors)
+    heard = torch.zeros(1, total, dtype=torch.bool)
+    heard[0, rows] = True
+    return Inbox(fields, heard, torch.tensor([int(about["own"])]))
 
 
 def bits(value: Any) -> int:

@@ -10,7 +10,7 @@ from, so that asynchronous runs still work on stacks. Client memory is written w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Replies, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Work, weigh
 from fedsim.memory import Memory
 from fedsim.metrics import Metrics
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
@@ -164,9 +164,8 @@ class SimFleet:
         streams = Streams(self._seed, ids, numbers)
         heard = who_hears(streams, present, self.honest(ids[present]), missing if arrival == "adversarial" else 0)
         vector = BITS_PER_NUMBER * sum(v[0].numel() for v in sent.values() if v.ndim > 1)
-        memory = self.memory.read(ids) | {"inbox/heard": heard, "inbox/own": places(present, n)}
-        model = {**broadcast, **{f"inbox/{k}": v for k, v in sent.items()}}
-        results = self.executor.run(_jobs(work, ids, numbers, model, memory, None, self.round))
+        jobs = _jobs(work, ids, numbers, broadcast, self.memory.of(ids), None, self.round)
+        results = self.executor.run(replace(jobs, inbox=Inbox(sent, heard, places(present, n))))
         self.memory.write(ids, results.memory)
         up, down = torch.full((n,), vector * (n - 1)), vector * (len(present) - arrive.long())
         self.ledger.bits_down += int(down.sum())

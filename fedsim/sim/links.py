@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsim.compress.error_feedback import compress_with_error
 from fedsim.compress.packet import Compressor, Packet
-from fedsim.memory import MemoryRows
+from fedsim.cohort import Cohort
 from fedsim.streams import Streams
 
 FLOAT_BITS = 32
@@ -36,13 +36,14 @@ class Uplink:
     compressor: Compressor
     error_feedback: bool = False
 
-    def encode(self, name: str, v: Tensor, memory: MemoryRows, streams: Streams) -> Packet:
+    def encode(self, name: str, v: Tensor, clients: Cohort) -> Packet:
         """The packet of one field v [C, P] of a stack's replies."""
-        step = _key(name)
         if not self.error_feedback:
-            return self.compressor.encode(v, streams, step)
-        error = memory.read(ERROR + name, tuple(v.shape[1:])).to(v)
-        packet, memory[ERROR + name] = compress_with_error(v, error, self.compressor, streams, step)
+            return self.compressor.encode(v, clients.streams, step_of(name))
+        error = clients.memory.read(ERROR + name, tuple(v.shape[1:])).to(v)
+        packet, clients.memory[ERROR + name] = compress_with_error(
+            v, error, self.compressor, clients.streams, step_of(name)
+        )
         return packet
 
 
@@ -83,7 +84,7 @@ class Downlink:
             bits = torch.full((len(ids),), whole)
         else:
             copy = self.copies[name]
-            key = torch.tensor([_key(name)])
+            key = torch.tensor([step_of(name)])
             streams = Streams(self.seed, key.to(v.device), torch.tensor([copy.version]).to(v.device))
             packet = self.compressor.encode((v - copy.value)[None], streams)
             copy.value = copy.value + packet.decode()[0]
@@ -95,6 +96,6 @@ class Downlink:
         return copy.value, bits
 
 
-def _key(name: str) -> int:
-    """A small number for a field's name, so that two fields of one reply draw different numbers."""
+def step_of(name: str) -> int:
+    """The step under which the packets of a field draw their numbers: two fields of one reply draw different ones."""
     return sum((i + 1) * ord(c) for i, c in enumerate(name))
