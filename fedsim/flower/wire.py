@@ -11,7 +11,7 @@ Letters: P entries of a vector.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,13 @@ from fedsim.compress.error_feedback import Contractive
 from fedsim.compress.packet import Compressor, Packet
 from fedsim.fleet import Inbox
 from fedsim.params import Layout
+from fedsim.sim.account import bits_of
 from fedsim.streams import Streams
 
 RAW = "fedsim.raw"
 PACKET = "fedsim.packet"
 HEAD, TENSORS, NUMBERS, NOTHING = "fedsim.head", "fedsim.tensors", "fedsim.numbers", "fedsim.nothing"
 INBOX, HEARD, LOGGED, ABOUT = "fedsim.inbox", "fedsim.heard", "fedsim.logged", "fedsim.about"
-BITS_PER_NUMBER = 32
 
 Key = tuple[int, int, int, int]
 """(seed, client, job, step) of the random numbers behind a packet."""
@@ -83,10 +83,7 @@ class Book:
     def of(cls, strategy: Any, links: Mapping[str, Compressor | None], layout: Layout) -> Book:
         """Those of an experiment: the strategy's fields and the two links, as they are, bound to the model, scaled."""
         found = {k: c for k, c in links.items() if c is not None}
-        for f in fields(strategy) if is_dataclass(strategy) else ():
-            value = getattr(strategy, f.name)
-            if hasattr(value, "omega"):
-                found[f"strategy.{f.name}"] = value
+        found |= {f"strategy.{k}": v for k, v in vars(strategy).items() if isinstance(v, Compressor)}
         out: dict[str, Compressor] = {}
         for name, compressor in found.items():
             out |= {name: compressor, f"{name}/bound": bind(compressor, layout)}
@@ -162,7 +159,7 @@ def write_inbox(content: RecordDict, inbox: Inbox) -> int:
     vectors = {k: v[rows] for k, v in inbox.fields.items()}
     content[INBOX] = ArrayRecord({k: raw_array(v) for k, v in vectors.items()})
     content[HEARD] = ConfigRecord({"rows": rows.tolist(), "total": inbox.heard.shape[1], "own": int(inbox.own)})
-    return sum(bits(v) for v in vectors.values())
+    return sum(map(bits_of, vectors.values()))
 
 
 def read_inbox(content: RecordDict) -> Inbox | None:
@@ -182,15 +179,6 @@ def read_inbox(content: RecordDict) -> Inbox | None:
     heard = torch.zeros(1, total, dtype=torch.bool)
     heard[0, rows] = True
     return Inbox(fields, heard, torch.tensor([int(about["own"])]))
-
-
-def bits(value: Any) -> int:
-    """Bits of one value: 32 a number or an entry, 1 a yes or no, 0 None, and of a packet of one row its encoding's."""
-    if value is None or isinstance(value, bool):
-        return int(value is not None)
-    if isinstance(value, Packet):
-        return int(value.bits[0])
-    return BITS_PER_NUMBER * (value.numel() if isinstance(value, Tensor) else 1)
 
 
 def raw_array(value: Tensor) -> Array:

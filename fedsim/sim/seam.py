@@ -95,8 +95,8 @@ def check_reply(reply: Any, num_clients: int) -> None:
         for shape in _shapes(value):
             if shape[0] != num_clients or (isinstance(value, Terms) and len(shape) == 1):
                 raise ValueError(
-                    f"field {name!r} of its reply has the shape {shape} and needs one row for each of the {num_clients} "
-                    f"clients of the stack, [{num_clients}, ...]"
+                    f"field {name!r} of its reply has the shape {shape} and needs one row for each of the "
+                    f"{num_clients} clients of the stack, [{num_clients}, ...]"
                 )
         if isinstance(value, Tensor) and value.ndim > 1 and not value.dtype.is_floating_point:
             raise ValueError(f"field {name!r} of its reply holds vectors of {value.dtype}; they need a floating dtype")
