@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fedsim.clients.local_training import LocalTraining
+from fedsim.cohort import Cohort
 from fedsim.data.federated import FederatedData
 from fedsim.data.images import digits
 from fedsim.engine import build_engine
 from fedsim.engine.losses import LOSSES
-from fedsim.memory import Memory
+from fedsim.memory import Memory, MemoryRows
 from fedsim.optim import build as build_optimizer
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
@@ -63,6 +64,19 @@ def local_sgd(
     schedule = {"epochs": None, "steps": 10, "batch_size": None} | schedule
     rule = build_optimizer(optimizer or {"name": "sgd", "lr": lr}, task.layout)
     return LocalTraining(optimizer=rule, schedule=Schedule(**schedule), rounds=rounds)
+
+
+def cohort(task: Task, ids: list[int], jobs: list[int] | None = None, rounds: list[int] | None = None) -> Cohort:
+    """A cohort of these clients, who remember nothing; their first jobs, in round 0, unless told otherwise."""
+    clients, none = torch.tensor(ids), [0] * len(ids)
+    return Cohort(
+        ids=clients,
+        task=task,
+        memory=MemoryRows({}, len(ids), task.layout.size, torch.device("cpu")),
+        streams=Streams(0, clients, torch.tensor(jobs or none)),
+        device=torch.device("cpu"),
+        rounds=torch.tensor(rounds or none),
+    )
 
 
 class Counted:
