@@ -62,7 +62,7 @@ def contractive(compressor: Compressor, num_entries: int) -> Compressor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contractive:
+class Contractive(Compressor):
     """An unbiased compressor divided by 1 + omega: biased, and contractive with delta = 1 + omega."""
 
     of: Compressor
@@ -83,9 +83,6 @@ class Contractive:
 
     def bits(self, num_entries: int) -> int:
         return self.of.bits(num_entries)
-
-    def omega(self, num_entries: int) -> float | None:
-        return None
 
     def delta(self, num_entries: int) -> float | None:
         omega = self.of.omega(num_entries)

@@ -11,7 +11,7 @@ Letters: C clients in the stack, P entries of one client's vector, n entries of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -52,7 +52,7 @@ class Compressor(Protocol):
     @property
     def unbiased(self) -> bool:
         """Whether E decode(encode(v)) = v."""
-        ...
+        return True
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         """Compress v [C, P], float32 or float64; `step` tells apart packets of one client and job."""
@@ -68,19 +68,20 @@ class Compressor(Protocol):
 
     def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
         """The fields marked `shared`, derived from the streams of the packet's clients."""
-        ...
+        return {}
 
     def bits(self, num_entries: int) -> int:
         """Bits of one row on the wire, known before the work runs (their mean, rounded up, where they are random)."""
-        ...
+        return sum(f.count * f.bits for f in self.fields(num_entries) if not f.shared)
 
     def omega(self, num_entries: int) -> float | None:
         """The least known w with E|decode - v|^2 <= w |v|^2 for an unbiased compressor; None for a biased one."""
-        ...
+        return None
 
     def delta(self, num_entries: int) -> float | None:
         """The least known d >= 1 with E|decode - v|^2 <= (1 - 1/d) |v|^2; None if there is none."""
-        ...
+        omega = self.omega(num_entries)
+        return None if omega is None or omega >= 1.0 else 1.0 / (1.0 - omega)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,11 +154,6 @@ class Packet:
                 payload[f.name] = _zeros(f) if absent or not f.bits else torch.from_numpy(reader.take(f))[None]
         reader.close()
         return cls(compressor=compressor, num_entries=num_entries, payload=payload)
-
-
-def row_bits(fields: Sequence[Field]) -> int:
-    """Bits of one row with all its optional fields."""
-    return sum(f.count * f.bits for f in fields if not f.shared)
 
 
 def code_dtype(bits: int) -> torch.dtype:

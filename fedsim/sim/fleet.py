@@ -153,14 +153,22 @@ class SimFleet(Account):
 
     def job_seconds(self, cost: Cost, samples: int = 1, messages: Tensor | None = None, **broadcast: Any) -> Tensor:
         """[N, samples] float64 seconds of such a job, drawn with keys that no real job has."""
-        n = len(self.clients)
-        steps, up = cost.steps_of(self.num_examples), self._up(cost)
-        down = self._expected_down(broadcast, torch.ones(n, dtype=torch.int64) if messages is None else messages)
         columns = []
         for k in range(samples if self._devices.random else 1):
-            streams = Streams(self._seed, self.clients, torch.full((n,), -1 - k))
-            columns.append(self._devices.seconds(streams, steps, down.double(), torch.full_like(steps, up)))
+            streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1 - k))
+            columns.append(self._devices.seconds(streams, *self._work(cost, messages, broadcast)))
         return torch.stack(columns, dim=1)
+
+    def _work(self, cost: Cost, messages: Tensor | None, broadcast: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(steps, bits down, bits up), [N] each, of a job once clients have a copy: what `_book` will count."""
+        steps = cost.steps_of(self.num_examples)
+        down = torch.zeros(len(steps), dtype=torch.int64)
+        for value in broadcast.values():
+            if self.downlink is not None and self._compresses(value):
+                down += self.downlink.bits(self._model_size, torch.ones_like(down) if messages is None else messages)
+            else:
+                down += bits_of(value)
+        return steps, down.double(), torch.full_like(steps, self._up(cost))
 
     # The loop's side --------------------------------------------------------------------------------------------
 
@@ -203,16 +211,6 @@ class SimFleet(Account):
         steps = cost.steps_of(self.num_examples[ids])
         up = torch.full_like(steps, self._up(cost))
         return self.now + self._seconds(ids, numbers, steps, down.double(), up), received
-
-    def _expected_down(self, broadcast: Mapping[str, Any], messages: Tensor) -> Tensor:
-        """[N] bits that `_book` will count once clients have a copy, if each is sent so many messages [N] at once."""
-        down = torch.zeros_like(messages)
-        for value in broadcast.values():
-            if self.downlink is not None and self._compresses(value):
-                down += self.downlink.bits(self._model_size, messages)
-            else:
-                down += bits_of(value)
-        return down
 
     def _seconds(self, ids: Tensor, numbers: Tensor, steps: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """[R] durations of jobs; those of clients that are sent work one by one are looked up where they never vary."""
