@@ -12,7 +12,7 @@ Letters: H honest clients, b byzantine ones, P entries of a vector, mu [P] the h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf, isfinite, nan
 from statistics import NormalDist
 from typing import ClassVar, Literal, Protocol
@@ -20,20 +20,8 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fedsim.sim.byzantine import Knowledge
 from fedsim.streams import Streams
-
-
-@dataclass
-class AttackContext:
-    """What an attack knows beside the vectors.
-
-    Args:
-        step: server step, part of the key of its random numbers.
-        memory: what it keeps between steps; the owner passes the same dict again and saves it with a checkpoint.
-    """
-
-    step: int = 0
-    memory: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Attack(Protocol):
@@ -42,14 +30,14 @@ class Attack(Protocol):
     on_data: ClassVar[bool]
     """Whether it poisons the clients' data instead of their vectors; then it is not called."""
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         """What the byzantine clients send.
 
         Args:
             honest: [H, P], the honest clients' vectors of this step, H >= 1.
             b: how many byzantine clients send.
             streams: theirs, b rows.
-            context: of the step.
+            known: the step, and what the attack noted in earlier ones; whoever owns it saves it with a checkpoint.
 
         Returns:
             [b, P], rows perhaps sharing memory; None if they send nothing, so that no reply of theirs arrives.
@@ -69,7 +57,7 @@ class SignFlip:
     scaled: bool = False
     on_data: ClassVar[bool] = False
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         factor = len(honest) / max(b, 1) if self.scaled else 1.0
         return _repeat(-factor * honest.mean(dim=0), b)
 
@@ -85,7 +73,7 @@ class InnerProduct:
         if not isfinite(self.tau):
             raise ValueError(f"foe.tau must be a finite factor, got {self.tau}")
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         return _repeat(-self.tau * honest.mean(dim=0), b)
 
 
@@ -105,7 +93,7 @@ class Alie:
         if self.k != "max" and not (isinstance(self.k, int | float) and isfinite(self.k)):
             raise ValueError(f"alie.k must be a finite factor or max, got {self.k!r}")
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         mu = honest.mean(dim=0)
         s = honest.std(dim=0) if len(honest) > 1 else torch.zeros_like(mu)
         k = alie_factor(len(honest) + b, b) if self.k == "max" else self.k
@@ -145,32 +133,32 @@ class Mimic:
         if self.warmup is not None and self.warmup < 1:
             raise ValueError(f"mimic.warmup must be at least 1 step, got {self.warmup}")
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         if self.target >= len(honest):
             raise ValueError(f"mimic.target={self.target} is not one of the {len(honest)} honest clients of this step")
         if self.warmup is None or not b:
             return _repeat(honest[self.target], b)
-        seen = int(context.memory.get("mimic.steps", torch.zeros(())))
+        seen = int(known.memory.get("mimic.steps", torch.zeros(())))
         if seen >= self.warmup:
-            return _repeat(honest[int((honest @ context.memory["mimic.direction"]).abs().argmax())], b)
-        self._learn(honest, streams, context, seen)
+            return _repeat(honest[int((honest @ known.memory["mimic.direction"]).abs().argmax())], b)
+        self._learn(honest, streams, known, seen)
         return _repeat(honest[self.target], b)
 
-    def _learn(self, honest: Tensor, streams: Streams, context: AttackContext, seen: int) -> None:
+    def _learn(self, honest: Tensor, streams: Streams, known: Knowledge, seen: int) -> None:
         """One step towards the top direction of the honest vectors' scatter (Oja's rule, lengths normalised)."""
         if not seen:
             z = streams.rows([0]).normal("attack.mimic", honest.shape[1], dtype=honest.dtype)[0]
             z = z / z.norm()
         else:
-            z = context.memory["mimic.direction"]
+            z = known.memory["mimic.direction"]
         centred = honest - honest.mean(dim=0)
         pull = (centred @ z) @ centred
         length = pull.norm()
         if float(length) > 0:
             z = seen * z + pull / length
             z = z / z.norm()
-        context.memory["mimic.direction"] = z
-        context.memory["mimic.steps"] = torch.tensor(seen + 1)
+        known.memory["mimic.direction"] = z
+        known.memory["mimic.steps"] = torch.tensor(seen + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +173,9 @@ class Gaussian:
         if not self.std >= 0:
             raise ValueError(f"gaussian.std must not be negative, got {self.std}")
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         assert len(streams.clients) == b, f"{b} byzantine clients and {len(streams.clients)} streams"
-        noise = streams.normal("attack.gaussian", honest.shape[1], step=context.step, dtype=honest.dtype)
+        noise = streams.normal("attack.gaussian", honest.shape[1], step=known.step, dtype=honest.dtype)
         return self.mean + self.std * noise
 
 
@@ -197,7 +185,7 @@ class Infinity:
 
     on_data: ClassVar[bool] = False
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         return _repeat(torch.full_like(honest[0], inf), b)
 
 
@@ -207,7 +195,7 @@ class NotANumber:
 
     on_data: ClassVar[bool] = False
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         return _repeat(torch.full_like(honest[0], nan), b)
 
 
@@ -217,7 +205,7 @@ class Silence:
 
     on_data: ClassVar[bool] = False
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         return None
 
 
@@ -231,7 +219,7 @@ class LabelFlip:
         """The labels that the byzantine clients train on."""
         return flip_labels(targets, num_classes)
 
-    def __call__(self, honest: Tensor, b: int, streams: Streams, context: AttackContext) -> Tensor | None:
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         raise ValueError("label_flip poisons data, not vectors: let its clients train on poison(targets, num_classes)")
 
 

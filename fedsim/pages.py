@@ -11,6 +11,7 @@ of two addresses may take a read of one array for a write to another. Arrays tha
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Sequence
 from math import prod
@@ -58,3 +59,19 @@ def take(source: Tensor, rows: Tensor) -> Tensor:
     """source[rows], on such pages."""
     out = empty((len(rows), *source.shape[1:]), source.dtype, source.device)
     return torch.index_select(source, 0, rows, out=out)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep big freed blocks instead of giving them back.
+
+    Gradients of a stack are tens of megabytes and live for one step; given back and faulted in anew each time they
+    cost up to twice the step itself. All threads share one heap, because glibc gives those of other threads back
+    whatever it is told. No effect where the C library is another one.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
+    except (OSError, AttributeError):
+        pass

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fedsim.clients.local_training import LocalTraining
+from fedsim.cohort import Cohort
 from fedsim.data.federated import FederatedData
 from fedsim.data.images import digits
 from fedsim.engine import build_engine
 from fedsim.engine.losses import LOSSES
-from fedsim.memory import Memory
+from fedsim.memory import Memory, MemoryRows
 from fedsim.optim import build as build_optimizer
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
@@ -66,6 +67,19 @@ def local_sgd(
     return LocalTraining(optimizer=rule, schedule=Schedule(**schedule), rounds=rounds)
 
 
+def cohort(task: Task, ids: list[int], jobs: list[int] | None = None, rounds: list[int] | None = None) -> Cohort:
+    """A cohort of these clients, who remember nothing; their first jobs, in round 0, unless told otherwise."""
+    clients, none = torch.tensor(ids), [0] * len(ids)
+    return Cohort(
+        ids=clients,
+        task=task,
+        memory=MemoryRows({}, len(ids), task.layout.size, torch.device("cpu")),
+        streams=Streams(0, clients, torch.tensor(jobs or none)),
+        device=torch.device("cpu"),
+        rounds=torch.tensor(rounds or none),
+    )
+
+
 class Counted:
     """An executor that notes how many clients each call ran."""
 
@@ -92,6 +106,7 @@ def build_fleet(
     uplink: Uplink | None = None,
     downlink: Downlink | None = None,
     byzantine: Byzantine | None = None,
+    reply_bits: int | None = None,
 ) -> SimFleet:
     """A simulated fleet whose clients run the strategy's halves in this process."""
     runner = StackRunner(task, strategy, seed, torch.device("cpu"), uplink)
@@ -102,7 +117,7 @@ def build_fleet(
         devices=devices or Constant(seconds_per_step=0.01),
         memory=Memory(len(task.num_examples)),
         seed=seed,
-        reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
+        reply_bits=reply_bits if uplink is None else uplink.compressor.bits(task.layout.size),
         downlink=downlink,
         byzantine=byzantine,
     )
@@ -117,6 +132,7 @@ class Play:
     state: Any
     seed: int = 0
     round: int = 0
+    seen: Mapping[str, Any] = field(default_factory=dict)  # what clients logged in the last round
 
     @classmethod
     def start(cls, task: Task, strategy: Any, *, x0: Tensor | None = None, seed: int = 0, **fleet: Any) -> Play:
@@ -124,10 +140,10 @@ class Play:
         return cls(strategy, build_fleet(task, strategy, seed=seed, **fleet), strategy.init(x0), seed)
 
     def step(self) -> dict[str, Any]:
-        self.fleet.round = self.round
         rng = server_rng(self.seed, "server", self.round)
         self.state, own = self.strategy.round(self.state, self.fleet, rng)
         self.round += 1
+        self.seen = self.fleet.end_round().values()
         return own
 
     def path(self, rounds: int, of: Callable[[Any], Tensor] = lambda state: state.x) -> Tensor:

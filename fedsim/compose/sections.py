@@ -101,7 +101,7 @@ class Up:
 
     Args:
         compressor: for every vector of a reply.
-        error_feedback: add to each message what earlier ones left out.
+        error_feedback: add to each message what earlier ones left out; a rule that expands (rand_k) is then scaled.
     """
 
     compressor: Annotated[Any, FromTable("compressor", "identity")] = None
@@ -113,7 +113,7 @@ class Down:
     """What clients receive.
 
     Args:
-        compressor: for the change of every model-sized vector since the last message.
+        compressor: for the change of every model-sized vector since the last message; scaled if it expands (rand_k).
     """
 
     compressor: Annotated[Any, FromTable("compressor", "identity")] = None

@@ -1,6 +1,6 @@
 """Compressors of what travels: the table of their names, and packets with an exact byte encoding.
 
-To add one: a frozen dataclass that satisfies `fedsim.compress.packet.Compressor`, and a row below. The contract suite
+To add one: a frozen dataclass that extends `fedsim.compress.packet.Compressor`, and a row below. The contract suite
 then checks its bits, its round trip and its constants.
 """
 

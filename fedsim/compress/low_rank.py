@@ -19,13 +19,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Field, Packet, check_stack, row_bits
+from fedsim.compress.packet import Compressor, Field, Packet, check_stack
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerSGD:
+class PowerSGD(Compressor):
     """Sends each matrix as two factors of rank r, 32 r (a + b) bits, and vectors as they are: delta = max b / r.
 
     A tensor of three or more axes is a matrix [first axis, rest]. One that the factors would not make smaller is sent
@@ -56,15 +56,6 @@ class PowerSGD:
         for name, a, b in self._matrices(num_entries):
             out += [Field(f"{name}.left", a * self.rank), Field(f"{name}.right", b * self.rank)]
         return (*out, Field("rest", num_entries - sum(a * b for _, a, b in self._matrices(num_entries))))
-
-    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {}
-
-    def bits(self, num_entries: int) -> int:
-        return row_bits(self.fields(num_entries))
-
-    def omega(self, num_entries: int) -> float | None:
-        return None
 
     def delta(self, num_entries: int) -> float | None:
         return max((min(a, b) / self.rank for _, a, b in self._matrices(num_entries)), default=1.0)

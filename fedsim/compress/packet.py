@@ -11,9 +11,9 @@ Letters: C clients in the stack, P entries of one client's vector, n entries of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,13 +45,14 @@ class Field:
     optional: bool = False
 
 
+@runtime_checkable
 class Compressor(Protocol):
     """Frozen settings of a compression rule. P is the length of the vectors that it is asked about."""
 
     @property
     def unbiased(self) -> bool:
         """Whether E decode(encode(v)) = v."""
-        ...
+        return True
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         """Compress v [C, P], float32 or float64; `step` tells apart packets of one client and job."""
@@ -67,19 +68,20 @@ class Compressor(Protocol):
 
     def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
         """The fields marked `shared`, derived from the streams of the packet's clients."""
-        ...
+        return {}
 
     def bits(self, num_entries: int) -> int:
         """Bits of one row on the wire, known before the work runs (their mean, rounded up, where they are random)."""
-        ...
+        return sum(f.count * f.bits for f in self.fields(num_entries) if not f.shared)
 
     def omega(self, num_entries: int) -> float | None:
         """The least known w with E|decode - v|^2 <= w |v|^2 for an unbiased compressor; None for a biased one."""
-        ...
+        return None
 
     def delta(self, num_entries: int) -> float | None:
         """The least known d >= 1 with E|decode - v|^2 <= (1 - 1/d) |v|^2; None if there is none."""
-        ...
+        omega = self.omega(num_entries)
+        return None if omega is None or omega >= 1.0 else 1.0 / (1.0 - omega)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,10 +115,6 @@ class Packet:
     def decode(self) -> Tensor:
         """The stack [C, P] that the packet stands for."""
         return self.compressor.decode(self.payload, self.num_entries)
-
-    def rows(self, which: slice | list[int] | Tensor) -> Packet:
-        """The packet of some rows of the stack."""
-        return self._with({k: t[which] for k, t in self.payload.items()})
 
     def encode_row(self, i: int) -> bytes:
         """The bytes of row i on the wire; their number is ceil(bits[i] / 8), the last padded with zero bits."""
@@ -156,36 +154,6 @@ class Packet:
                 payload[f.name] = _zeros(f) if absent or not f.bits else torch.from_numpy(reader.take(f))[None]
         reader.close()
         return cls(compressor=compressor, num_entries=num_entries, payload=payload)
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The payload as named numpy arrays (views where the payload lies in main memory)."""
-        return {k: t.detach().cpu().numpy() for k, t in self.payload.items()}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], compressor: Compressor, num_entries: int) -> Packet:
-        """The inverse of `to_arrays`."""
-        payload = {k: torch.as_tensor(a) for k, a in arrays.items()}
-        return cls(compressor=compressor, num_entries=num_entries, payload=payload)
-
-    @classmethod
-    def cat(cls, packets: Sequence[Packet]) -> Packet:
-        """One packet of all rows, in order; the packets must come from equal compressors and equal P."""
-        first = packets[0]
-        for p in packets[1:]:
-            if (p.compressor, p.num_entries) != (first.compressor, first.num_entries):
-                raise ValueError(
-                    f"packets of {p.compressor} over {p.num_entries} entries and of {first.compressor} over "
-                    f"{first.num_entries} cannot be joined; decode them first"
-                )
-        return first._with({k: torch.cat([p.payload[k] for p in packets]) for k in first.payload})
-
-    def _with(self, payload: Mapping[str, Tensor]) -> Packet:
-        return Packet(compressor=self.compressor, num_entries=self.num_entries, payload=payload)
-
-
-def row_bits(fields: Sequence[Field]) -> int:
-    """Bits of one row with all its optional fields."""
-    return sum(f.count * f.bits for f in fields if not f.shared)
 
 
 def code_dtype(bits: int) -> torch.dtype:

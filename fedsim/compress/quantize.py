@@ -20,8 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Field, Packet, check_stack, code_dtype, row_bits
-from fedsim.compress.sparsify import contraction
+from fedsim.compress.packet import Compressor, Field, Packet, check_stack, code_dtype
 from fedsim.compress.words import blocks, uniform
 from fedsim.streams import Streams
 
@@ -29,7 +28,7 @@ _ORDERS = {"l1": 1.0, "l2": 2.0, "linf": inf}
 
 
 @dataclass(frozen=True, kw_only=True)
-class QSGD:
+class QSGD(Compressor):
     """Rounds |v| / norm at random to a multiple of 1 / s (l2 norm): omega = min(P / s^2, sqrt(P) / s).
 
     Args:
@@ -42,24 +41,11 @@ class QSGD:
         if not 1 <= self.levels < 2**16:
             raise ValueError(f"qsgd.levels must be in 1..65535, got {self.levels}")
 
-    @property
-    def unbiased(self) -> bool:
-        return True
-
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         return Field("norm", 1), Field("code", num_entries, 1 + self.levels.bit_length(), number=False)
 
-    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {}
-
-    def bits(self, num_entries: int) -> int:
-        return row_bits(self.fields(num_entries))
-
     def omega(self, num_entries: int) -> float | None:
         return min(num_entries / self.levels**2, sqrt(num_entries) / self.levels)
-
-    def delta(self, num_entries: int) -> float | None:
-        return contraction(self.omega(num_entries))
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         payload = _dither(v, self.levels, 2.0, streams.keys("compress.qsgd", step))
@@ -70,31 +56,18 @@ class QSGD:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TernGrad:
+class TernGrad(Compressor):
     """Sends the largest magnitude and, for each entry, -1, 0 or 1 at random: QSGD with one level and the max norm.
 
     For a given v the constant is exactly max|v| * sum|v| / sum v^2 - 1; `omega` is the largest value of that.
     """
 
-    @property
-    def unbiased(self) -> bool:
-        return True
-
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         return Field("norm", 1), Field("code", num_entries, 2, number=False)
-
-    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {}
-
-    def bits(self, num_entries: int) -> int:
-        return row_bits(self.fields(num_entries))
 
     def omega(self, num_entries: int) -> float | None:
         # The worst vector has one entry 1 and the others 1 / (1 + sqrt(P)).
         return (sqrt(num_entries) - 1.0) / 2.0
-
-    def delta(self, num_entries: int) -> float | None:
-        return contraction(self.omega(num_entries))
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         payload = _dither(v, 1, inf, streams.keys("compress.terngrad", step))
@@ -105,30 +78,17 @@ class TernGrad:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Natural:
+class Natural(Compressor):
     """Rounds every entry at random to one of the two powers of two beside it: 9 bits an entry, omega = 1/8.
 
     A magnitude of 2^127 or more has no upper neighbour among float32 numbers and is rounded down.
     """
 
-    @property
-    def unbiased(self) -> bool:
-        return True
-
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         return (Field("code", num_entries, 9, number=False),)
 
-    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {}
-
-    def bits(self, num_entries: int) -> int:
-        return row_bits(self.fields(num_entries))
-
     def omega(self, num_entries: int) -> float | None:
         return 1 / 8
-
-    def delta(self, num_entries: int) -> float | None:
-        return contraction(self.omega(num_entries))
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
@@ -145,7 +105,7 @@ class Natural:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaturalDithering:
+class NaturalDithering(Compressor):
     """Rounds |v| / norm at random to one of the levels 1, 1/2, ..., 2^(1-s), 0.
 
     omega = 1/8 + t * min(1, t) with t = P^(1/r) / 2^(s-1) and r = 1 for the l1 norm, 2 for l2 and linf.
@@ -164,25 +124,12 @@ class NaturalDithering:
         if self.norm not in _ORDERS:
             raise ValueError(f"natural_dithering.norm must be one of {', '.join(_ORDERS)}, got {self.norm!r}")
 
-    @property
-    def unbiased(self) -> bool:
-        return True
-
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         return Field("norm", 1), Field("code", num_entries, 1 + self.levels.bit_length(), number=False)
-
-    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {}
-
-    def bits(self, num_entries: int) -> int:
-        return row_bits(self.fields(num_entries))
 
     def omega(self, num_entries: int) -> float | None:
         t = num_entries ** (1.0 / min(_ORDERS[self.norm], 2.0)) / 2.0 ** (self.levels - 1)
         return 1 / 8 + t * min(1.0, t)
-
-    def delta(self, num_entries: int) -> float | None:
-        return contraction(self.omega(num_entries))
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
@@ -204,7 +151,7 @@ class NaturalDithering:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledSign:
+class ScaledSign(Compressor):
     """Sends mean|v| and one sign an entry, with the sign of 0 counted as +: 32 + P bits, delta <= P."""
 
     @property
@@ -213,15 +160,6 @@ class ScaledSign:
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         return Field("scale", 1), Field("code", num_entries, 1, number=False)
-
-    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {}
-
-    def bits(self, num_entries: int) -> int:
-        return row_bits(self.fields(num_entries))
-
-    def omega(self, num_entries: int) -> float | None:
-        return None
 
     def delta(self, num_entries: int) -> float | None:
         return float(num_entries)

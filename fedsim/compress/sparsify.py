@@ -16,27 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Field, Packet, check_stack, code_dtype, row_bits
+from fedsim.compress.packet import Compressor, Field, Packet, check_stack, code_dtype
 from fedsim.compress.words import sample, uniform, words64
 from fedsim.streams import Streams
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity:
+class Identity(Compressor):
     """Sends every entry: 32 P bits. The packet holds the stack itself and not a copy."""
-
-    @property
-    def unbiased(self) -> bool:
-        return True
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         return (Field("values", num_entries),)
-
-    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {}
-
-    def bits(self, num_entries: int) -> int:
-        return row_bits(self.fields(num_entries))
 
     def omega(self, num_entries: int) -> float | None:
         return 0.0
@@ -53,7 +43,7 @@ class Identity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandK:
+class RandK(Compressor):
     """Sends k random entries, scaled by P / k so that the mean is right: omega = P / k - 1.
 
     Args:
@@ -69,10 +59,6 @@ class RandK:
     def __post_init__(self) -> None:
         _check_k("rand_k", self.k, self.fraction)
 
-    @property
-    def unbiased(self) -> bool:
-        return True
-
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         k = _resolve_k("rand_k", self.k, self.fraction, num_entries)
         index = Field("index", k, _index_bits(num_entries), number=False, shared=self.shared_seed)
@@ -81,14 +67,8 @@ class RandK:
     def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
         return {"index": self._index(streams, num_entries, step)} if self.shared_seed else {}
 
-    def bits(self, num_entries: int) -> int:
-        return row_bits(self.fields(num_entries))
-
     def omega(self, num_entries: int) -> float | None:
         return num_entries / _resolve_k("rand_k", self.k, self.fraction, num_entries) - 1.0
-
-    def delta(self, num_entries: int) -> float | None:
-        return contraction(self.omega(num_entries))
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
@@ -106,7 +86,7 @@ class RandK:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK:
+class TopK(Compressor):
     """Sends the k entries of largest magnitude, unscaled; of equal ones the first. delta = P / k.
 
     NaN counts as the largest magnitude, then infinity.
@@ -130,15 +110,6 @@ class TopK:
         k = _resolve_k("top_k", self.k, self.fraction, num_entries)
         return Field("values", k), Field("index", k, _index_bits(num_entries), number=False)
 
-    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {}
-
-    def bits(self, num_entries: int) -> int:
-        return row_bits(self.fields(num_entries))
-
-    def omega(self, num_entries: int) -> float | None:
-        return None
-
     def delta(self, num_entries: int) -> float | None:
         return num_entries / _resolve_k("top_k", self.k, self.fraction, num_entries)
 
@@ -153,7 +124,7 @@ class TopK:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bernoulli:
+class Bernoulli(Compressor):
     """Sends the whole vector, divided by p, with probability p, and else only a flag: omega = 1 / p - 1.
 
     Args:
@@ -166,15 +137,8 @@ class Bernoulli:
         if not 0.0 < self.p <= 1.0:
             raise ValueError(f"bernoulli.p must be a probability in (0, 1], got {self.p}")
 
-    @property
-    def unbiased(self) -> bool:
-        return True
-
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         return Field("sent", 1, 1, number=False), Field("values", num_entries, optional=True)
-
-    def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {}
 
     def bits(self, num_entries: int) -> int:
         """The mean: one bit for the flag and 32 P with probability p."""
@@ -182,9 +146,6 @@ class Bernoulli:
 
     def omega(self, num_entries: int) -> float | None:
         return 1.0 / self.p - 1.0
-
-    def delta(self, num_entries: int) -> float | None:
-        return contraction(self.omega(num_entries))
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
@@ -196,11 +157,6 @@ class Bernoulli:
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
         return payload["values"]
-
-
-def contraction(omega: float | None) -> float | None:
-    """The contraction constant of a compressor as it stands that is unbiased with constant omega: only if omega < 1."""
-    return None if omega is None or omega >= 1.0 else 1.0 / (1.0 - omega)
 
 
 def _check_k(name: str, k: int | None, fraction: float | None) -> None:

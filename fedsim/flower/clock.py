@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 
@@ -58,7 +58,6 @@ class Patience:
     poll_seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("reply_seconds", "poll_seconds"):
-            value = getattr(self, name)
+        for name, value in asdict(self).items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive seconds, got {value}")

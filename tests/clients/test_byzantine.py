@@ -5,7 +5,6 @@ import torch
 
 from fedsim.clients.byzantine import (
     Alie,
-    AttackContext,
     Gaussian,
     InnerProduct,
     LabelFlip,
@@ -15,6 +14,7 @@ from fedsim.clients.byzantine import (
     alie_factor,
     flip_labels,
 )
+from fedsim.sim.byzantine import Knowledge
 from fedsim.streams import Streams
 
 H = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
@@ -25,7 +25,7 @@ def streams(b: int) -> Streams:
 
 
 def sent(attack, honest: torch.Tensor = H, b: int = 2) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    out = attack(honest, b, streams(b), AttackContext())
+    out = attack(honest, b, streams(b), Knowledge())
     assert out is not None
     return out
 
@@ -73,7 +73,7 @@ def test_mimic_learns_the_direction_in_which_clients_differ() -> None:
     g = torch.Generator().manual_seed(0)
     honest = 0.1 * torch.randn(6, 20, generator=g)
     honest[4, 7], honest[2, 7] = 5.0, -3.0
-    attack, context = Mimic(warmup=3), AttackContext()
+    attack, context = Mimic(warmup=3), Knowledge()
     for step in range(3):
         context.step = step
         out = attack(honest, 2, streams(2), context)
@@ -81,7 +81,7 @@ def test_mimic_learns_the_direction_in_which_clients_differ() -> None:
     out = attack(honest, 2, streams(2), context)
     assert out is not None and torch.equal(out, honest[4].expand(2, -1))
     assert abs(float(context.memory["mimic.direction"][7])) > 0.9
-    fresh = attack(honest, 2, streams(2), AttackContext())  # what it knows lies in the context alone
+    fresh = attack(honest, 2, streams(2), Knowledge())  # what it knows lies in the context alone
     assert fresh is not None and torch.equal(fresh[0], honest[0])
 
 
@@ -91,11 +91,11 @@ def test_noise_is_normal_and_another_for_each_client_and_step() -> None:
     assert float(noise.mean()) == pytest.approx(2.0, abs=4 * 3 / 200)
     assert float(noise.std()) == pytest.approx(3.0, rel=0.03)
     assert not torch.equal(noise[0], noise[1])
-    assert not torch.equal(attack(honest, 2, streams(2), AttackContext(step=1)), noise)
+    assert not torch.equal(attack(honest, 2, streams(2), Knowledge(step=1)), noise)
 
 
 def test_the_silent_send_nothing() -> None:
-    assert Silence()(H, 2, streams(2), AttackContext()) is None
+    assert Silence()(H, 2, streams(2), Knowledge()) is None
 
 
 def test_flipped_labels_count_from_the_other_end() -> None:
@@ -103,7 +103,7 @@ def test_flipped_labels_count_from_the_other_end() -> None:
     assert flip_labels(targets, 10).tolist() == [[9, 8], [5, 0]]
     assert torch.equal(LabelFlip().poison(targets, 10), flip_labels(targets, 10))
     with pytest.raises(ValueError, match="poisons data"):
-        LabelFlip()(H, 1, streams(1), AttackContext())
+        LabelFlip()(H, 1, streams(1), Knowledge())
 
 
 @pytest.mark.parametrize(

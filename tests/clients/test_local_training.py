@@ -10,35 +10,20 @@ from torch import Tensor
 
 from fedsim.clients.direction import GRADIENT, gradient_at
 from fedsim.clients.local_training import LocalTraining
-from fedsim.cohort import Cohort
-from fedsim.memory import MemoryRows
 from fedsim.optim import build
 from fedsim.strategies.fedavg import FedAvg
-from fedsim.streams import Streams
-from fedsim.task import Schedule, Task
+from fedsim.task import Schedule
 from fedsim.tasks.models import mlp, resnet_bn
-from tests.build import Play, digits_task, drawn, local_sgd, quadratic
+from tests.build import Play, cohort, digits_task, drawn, local_sgd, quadratic
 from tests.strategies.tasks import images
 
 COUNTS = [20, 9, 4, 0]
 
 
-def _cohort(task: Task, ids: list[int], jobs: list[int] | None = None, rounds: list[int] | None = None) -> Cohort:
-    clients = torch.tensor(ids)
-    return Cohort(
-        clients,
-        task,
-        MemoryRows({}, len(ids), task.layout.size, torch.device("cpu")),
-        Streams(0, clients, torch.tensor(jobs or [0] * len(ids))),
-        torch.device("cpu"),
-        torch.tensor(rounds or [0] * len(ids)),
-    )
-
-
 def test_clients_of_any_size_walk_as_plain_loops_do() -> None:
     task, twin = images(mlp, COUNTS, 6, epochs=2)
     local = local_sgd(task, 0.2, epochs=2, steps=None, batch_size=6)
-    result = local(_cohort(task, [0, 1, 2, 3], [0, 4, 1, 0]), task.x0, mean_grad=True)
+    result = local(cohort(task, [0, 1, 2, 3], [0, 4, 1, 0]), task.x0, mean_grad=True)
     assert result.steps.tolist() == [8, 4, 2, 0] and result.mean_grad is not None
     for i, job in enumerate([0, 4, 1, 0]):
         y, used = task.x0.clone(), torch.zeros_like(task.x0)
@@ -66,7 +51,7 @@ def test_a_direction_with_shift_scale_and_other_point_is_followed_step_by_step(e
     }
     local = local_sgd(task, 0.1, epochs=1, steps=None, batch_size=6)
     for name, (u, by_hand) in directions.items():
-        result = local(_cohort(task, [0, 1, 2]), task.x0, u, mean_grad=True)
+        result = local(cohort(task, [0, 1, 2]), task.x0, u, mean_grad=True)
         assert result.mean_grad is not None
         for i in range(3):
             y, used = task.x0.clone(), torch.zeros_like(task.x0)
@@ -80,22 +65,22 @@ def test_a_direction_with_shift_scale_and_other_point_is_followed_step_by_step(e
 def test_clients_may_start_from_models_of_their_own() -> None:
     task = drawn(3, 2)
     x = torch.arange(6, dtype=torch.float64).view(3, 2)
-    result = local_sgd(task, 0.1, steps=4)(_cohort(task, [0, 1, 2]), x)
+    result = local_sgd(task, 0.1, steps=4)(cohort(task, [0, 1, 2]), x)
     torch.testing.assert_close(result.delta.dense(), (1 - (1 - 0.1 * task.a) ** 4) * (x - task.b))
 
 
 def test_the_model_received_is_left_as_it_is() -> None:
     task = drawn(3, 2)
     x = torch.ones(2, dtype=torch.float64)
-    local_sgd(task)(_cohort(task, [0, 1, 2]), x)
+    local_sgd(task)(cohort(task, [0, 1, 2]), x)
     assert x.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("rule", [{"name": "sgd", "lr": 0.1, "momentum": 0.9}, {"name": "adam", "lr": 0.05}])
 def test_other_rules_step_as_torch_does_and_add_up_raw_gradients(rule: dict[str, Any]) -> None:
     task = drawn(2, 3)
-    cohort = _cohort(task, [0, 1])
-    result = local_sgd(task, steps=5, optimizer=rule)(cohort, task.x0, 2.0 * GRADIENT, mean_grad=True)
+    clients = cohort(task, [0, 1])
+    result = local_sgd(task, steps=5, optimizer=rule)(clients, task.x0, 2.0 * GRADIENT, mean_grad=True)
     for i in range(2):
         y = task.x0.clone().requires_grad_()
         kind = torch.optim.Adam if rule["name"] == "adam" else torch.optim.SGD
@@ -119,7 +104,7 @@ def test_schedules_count_rounds_local_steps_or_the_share_of_the_run(unit: str, m
     rule = {"name": "sgd", "lr": 0.1, "schedule": schedule} | ({"momentum": momentum} if momentum else {})
     local = local_sgd(task, rounds=10, steps=2, optimizer=rule)
     jobs, rounds = [0, 1, 3], [0, 2, 5]
-    result = local(_cohort(task, [0, 1, 2], jobs, rounds), task.x0)
+    result = local(cohort(task, [0, 1, 2], jobs, rounds), task.x0)
     expected = []
     for job, r in zip(jobs, rounds, strict=True):
         y = 1.0
@@ -165,9 +150,9 @@ def test_buffers_of_a_module_travel_with_the_model() -> None:
 
 def test_the_loss_logged_is_the_mean_over_a_clients_steps() -> None:
     task = quadratic([2.0], [0.0], 1.0)
-    cohort = _cohort(task, [0])
-    local_sgd(task, 0.25, steps=3)(cohort, task.x0)  # halves x every step
-    assert float(cohort.metrics["train_loss"]) == pytest.approx((1 + 0.25 + 0.0625) / 3)
+    clients = cohort(task, [0])
+    local_sgd(task, 0.25, steps=3)(clients, task.x0)  # halves x every step
+    assert float(clients.metrics["train_loss"]) == pytest.approx((1 + 0.25 + 0.0625) / 3)
 
 
 def test_a_rate_that_is_not_one_number_cannot_be_divided_by() -> None:

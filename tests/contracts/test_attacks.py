@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-from fedsim.clients.byzantine import ATTACKS, AttackContext
+from fedsim.clients.byzantine import ATTACKS
+from fedsim.sim.byzantine import Knowledge
 from fedsim.streams import Streams
 
 ON_VECTORS = [name for name, cls in ATTACKS.items() if not cls.on_data]
@@ -13,7 +14,7 @@ ON_VECTORS = [name for name, cls in ATTACKS.items() if not cls.on_data]
 
 def attack(name: str, honest: torch.Tensor, b: int) -> torch.Tensor | None:
     streams = Streams(1, torch.arange(b), torch.zeros(b, dtype=torch.int64))
-    return ATTACKS[name]()(honest, b, streams, AttackContext(step=3))
+    return ATTACKS[name]()(honest, b, streams, Knowledge(step=3))
 
 
 def vectors(rows: int = 5) -> torch.Tensor:

@@ -341,7 +341,11 @@ def test_a_failing_client_half_is_shown_with_client_round_and_its_own_exception(
     assert found.code == 1
     assert "cli_mine.py" in found.err and 'ZeroDivisionError("this client\'s own trouble")' in found.err
     last = found.err.splitlines()[-1]
-    assert last.startswith("fedsim: work failed in round ") and "client(s) 1:" in last and "ZeroDivisionError" in last
+    assert (
+        last.startswith("fedsim: ClientFails.work failed in round ")
+        and "client(s) 1:" in last
+        and "ZeroDivisionError" in last
+    )
 
 
 def test_a_failing_server_half_is_shown_with_its_round_and_its_own_exception(tmp_path: Path) -> None:

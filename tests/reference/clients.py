@@ -28,7 +28,7 @@ def cohort(seed: int, round: int, n: int, size: int | None) -> list[int]:
 
 
 class Clients(Protocol):
-    """n clients; a job is the how-manieth time that one of them is given work."""
+    """n clients; a job index counts the jobs that one of them had before."""
 
     n: int
 

@@ -47,7 +47,7 @@ def _simulated(strategy: Any, task: QuadraticTask, devices: Any, rounds: int) ->
     models, rest = [], []
     for _ in range(rounds):
         models.append(play.path(1)[0])
-        seen = play.fleet.observations().values()
+        seen = play.seen
         rest.append((seen["num_clients"], seen.get("staleness_mean", 0.0), play.fleet.now))
     replies, staleness, time = torch.tensor(rest, dtype=torch.float64).T
     return {"x": torch.stack(models), "replies": replies, "staleness": staleness, "time": time}
@@ -154,7 +154,7 @@ def test_equal_clocks_make_async_contributions_cycle() -> None:
     for _ in range(20):
         play.step()
         order.append(int(play.state.idle[0]))
-        staleness.append(play.fleet.observations().values().get("staleness_mean", 0.0))
+        staleness.append(play.seen.get("staleness_mean", 0.0))
     assert order == [0, 1, 2, 3, 4] * 4
     assert staleness[:5] == [0, 1, 2, 3, 4] and set(staleness[5:]) == {4}
 
