@@ -40,7 +40,7 @@ class FromTable:
     """
 
     kind: str
-    default: str | None = None
+    default: str | Mapping[str, Any] | None = None
 
 
 Build = Callable[["Reader", str, Any], Any]

@@ -6,7 +6,7 @@ The contract suite then checks that it ignores the order of the rows, leaves its
 
 from __future__ import annotations
 
-from fedsim.aggregate.base import Aggregator, PreAggregator
+from fedsim.aggregate.base import Aggregator, PreAggregator, TooFewRows
 from fedsim.aggregate.centres import CenteredClipping, GeometricMedian
 from fedsim.aggregate.coordinatewise import Bulyan, MeaMed, Median, Phocas, TrimmedMean
 from fedsim.aggregate.mean import Mean
@@ -40,6 +40,7 @@ __all__ = [
     "Aggregator",
     "Mean",
     "PreAggregator",
+    "TooFewRows",
     "nearest_neighbour_average",
     "prepared",
 ]

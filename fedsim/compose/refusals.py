@@ -6,12 +6,14 @@ be seen with two of them in hand.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsim.clients.local_training import LocalTraining
 from fedsim.compress import bind
 from fedsim.config import Reader
 from fedsim.data.federated import FederatedData
@@ -20,9 +22,12 @@ from fedsim.optim import Optimizer
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.params import Layout
 from fedsim.sim.links import Uplink
+from fedsim.strategies.server import Aggregating
+from fedsim.strategy import Strategy, Traits, parts
 from fedsim.task import Task
 from fedsim.tasks.bilinear import BilinearTask
 
+NO_STRATEGY = "{0} is no strategy; write `class {0}(fedsim.Strategy)` with methods init and round, see docs/tutorial.md"
 MAX_TRIED = 1000  # clients of a cohort up to which its aggregation rule is tried before the run starts
 
 
@@ -43,47 +48,69 @@ def check_model(reader: Reader, module: nn.Module, data: FederatedData, loss: st
         raise reader.error("task.model", f"gives {found} for 2 samples where {expected} is needed: a logit per class")
 
 
-def check_strategy(reader: Reader, strategy: Any, num_clients: int) -> None:
-    """Refuse what is no strategy, a cohort larger than the federation, and a rule that can't take such a cohort."""
-    for method in ("init", "round"):
-        if not callable(getattr(strategy, method, None)):
-            made = type(strategy).__name__
-            raise reader.error(
-                "strategy.name", f"{made} has no method {method}(); docs/tutorial.md shows what it needs"
-            )
-    size = getattr(strategy, "cohort_size", None)
-    if size is not None and size > num_clients:
+def check_keys(reader: Reader, target: Any, keys: Iterable[str]) -> Traits:
+    """The traits of a strategy, after refusing what is none and keys of the section that it says it can't have.
+
+    Args:
+        reader: the file.
+        target: the class, or a function that makes the strategy and is looked at later.
+        keys: of the section.
+    """
+    if not isinstance(target, type):
+        return Traits()
+    if not issubclass(target, Strategy):
+        raise reader.error("strategy.name", NO_STRATEGY.format(target.__name__))
+    for key in keys:
+        if key in target.traits.refused:
+            raise reader.error(f"strategy.{key}", f"does not go with this strategy: {target.traits.refused[key]}")
+    return target.traits
+
+
+def check_strategy(reader: Reader, strategy: object, num_examples: Tensor) -> Strategy:
+    """Refuse what is no strategy, a cohort larger than the federation, and a rule that can't take its replies."""
+    if not isinstance(strategy, Strategy):
+        raise reader.error("strategy.name", NO_STRATEGY.format(type(strategy).__name__))
+    num_clients = len(num_examples)
+    if (size := strategy.at_work(num_clients)) > num_clients:
         raise reader.error(
             "strategy.cohort_size", f"{size} exceeds the {num_clients} clients; lower it or raise clients.count"
         )
-    if hasattr(strategy, "cohort_size") and hasattr(strategy, "aggregator"):
-        _check_aggregation(reader, strategy, size or num_clients)
+    if isinstance(strategy, Aggregating):
+        _check_aggregation(reader, strategy, strategy.replies(num_clients))
+    return strategy
 
 
-def _check_aggregation(reader: Reader, strategy: Any, n: int) -> None:
+def _check_aggregation(reader: Reader, strategy: Aggregating, n: int) -> None:
     """Refuse rules that can't take n replies, by trying them."""
     if n > MAX_TRIED:
         return
+    replies = f"{n} replies at a time" if n > 1 else "one reply at a time"
     v, weights, rng = torch.arange(n, dtype=torch.float32)[:, None], torch.ones(n), np.random.default_rng(0)
-    for i, prepare in enumerate(getattr(strategy, "pre_aggregators", None) or ()):
+    for i, prepare in enumerate(strategy.pre_aggregators or ()):
         try:
             v, weights = prepare(v, weights, rng)
         except ValueError as e:
-            raise reader.error(f"strategy.pre_aggregators[{i}]", f"does not fit a cohort of {n}: {e}") from e
+            raise reader.error(f"strategy.pre_aggregators[{i}]", f"does not fit {replies}: {e}") from e
     try:
         strategy.aggregator(v, weights)
     except ValueError as e:
         left = "" if len(v) == n else f", of which pre_aggregators leave {len(v)} rows"
-        raise reader.error("strategy.aggregator", f"does not fit a cohort of {n}{left}: {e}") from e
+        raise reader.error("strategy.aggregator", f"does not fit {replies}{left}: {e}") from e
 
 
-def check_local(reader: Reader, strategy: Any, task: Task) -> None:
-    """Refuse a section that nothing would read, and local steps on a task where they cannot work."""
-    local_steps = hasattr(strategy, "local")
+def check_local(reader: Reader, strategy: Strategy, task: Task) -> None:
+    """Refuse a section that nothing would read, a rule that does not go with the strategy, and local steps on a task
+    where they cannot work."""
+    local_steps = parts(strategy, LocalTraining)
     name = reader.resolved["strategy"]["name"]
+    for local in local_steps.values():
+        try:
+            local.check(strategy.traits)
+        except ValueError as e:
+            raise reader.error("strategy", str(e)) from e
     if not local_steps and reader.raw.get("local"):
         raise reader.error("local", f"{name} takes no local steps, so nothing would read this section; leave it out")
-    if hasattr(strategy, "no_links") and task.layout.num_buffers:
+    if not strategy.traits.bears_buffers and task.layout.num_buffers:
         raise reader.error(
             "strategy",
             f"{name} steps on parameters only, and this model has buffers (BatchNorm or frozen parameters); "
@@ -105,23 +132,22 @@ def check_compressor(reader: Reader, key: str, compressor: Any, layout: Layout) 
         raise reader.error(key, str(e)) from e
 
 
-def check_link(reader: Reader, key: str, strategy: Any, own: list[str]) -> None:
+def check_link(reader: Reader, key: str, traits: Traits, own: list[str]) -> None:
     """Refuse to compress a link for a strategy that does not bear it, or compresses with fields `own` of its own."""
-    if hasattr(strategy, "no_links"):
-        raise reader.error(f"{key}.compressor", f"does not go with this strategy: {strategy.no_links}")
+    if traits.no_links is not None:
+        raise reader.error(f"{key}.compressor", f"does not go with this strategy: {traits.no_links}")
     if own:
         raise reader.error(f"{key}.compressor", f"this strategy compresses by itself; set strategy.{own[0]} instead")
 
 
-def check_state_scope(reader: Reader, strategy: Any, uplink: Uplink | None) -> None:
-    """Refuse to average states where a strategy does not do it, or a compressor made for the model would meet them."""
-    if not hasattr(strategy, "local") or strategy.local.optimizer.state_scope != "server":
-        return
-    key, name = "local.optimizer.state_scope", reader.resolved["strategy"]["name"]
-    if not getattr(strategy, "averages_state", False):
-        raise reader.error(key, f"server is not available for strategy {name}; take round or client, or fedavg")
-    if uplink is not None:
-        raise reader.error(key, "server sends states that uplink.compressor does not fit; take round or client")
+def check_state_scope(reader: Reader, strategy: Strategy, uplink: Uplink | None) -> None:
+    """Refuse to send states where a compressor made for the model would meet them."""
+    sent = any(local.optimizer.state_scope == "server" for local in parts(strategy, LocalTraining).values())
+    if sent and uplink is not None:
+        raise reader.error(
+            "local.optimizer.state_scope",
+            "server sends states that uplink.compressor does not fit; take round or client",
+        )
 
 
 def check_server_optimizer(optimizer: Optimizer | ForeignOptimizer) -> None:

@@ -14,7 +14,13 @@ from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import NESTED, optimizer
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
 from fedsim.compose.problems import TASKS, Problem, Site
-from fedsim.compose.refusals import check_local, check_server_optimizer, check_state_scope, check_strategy
+from fedsim.compose.refusals import (
+    check_keys,
+    check_local,
+    check_server_optimizer,
+    check_state_scope,
+    check_strategy,
+)
 from fedsim.compose.sections import Clients, Data, Local, Log, Runtime
 from fedsim.config import Reader
 from fedsim.data.federated import FederatedData
@@ -25,6 +31,7 @@ from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategies import STRATEGIES
+from fedsim.strategy import Strategy, parts
 from fedsim.task import Schedule, Task
 from fedsim.tasks.supply import check as check_supply
 
@@ -146,13 +153,14 @@ def _outlook(reader: Reader, optimizer: Any) -> tuple[int | None, bool]:
     """(cohort size if set, whether local steps are plain SGD), which the engine's rule wants to know beforehand."""
     entry = reader.raw.get("strategy") or "fedavg"
     target, _, fields_given = reader.named(STRATEGIES, entry, "strategy")
+    traits = check_keys(reader, target, fields_given)
     size = fields_given.get("cohort_size")
     spec = {"name": optimizer} if isinstance(optimizer, str) else optimizer
     plain = isinstance(spec, Mapping) and spec.get("name") == "sgd" and set(spec) <= {"name", "lr"}
-    return size if isinstance(size, int) else None, plain and getattr(target, "plain_steps", False)
+    return size if isinstance(size, int) else None, plain and not traits.two_points and traits.local_rules != "rate"
 
 
-def _strategy(reader: Reader, task: Task, local: Local, schedule: Schedule, rounds: int) -> Any:
+def _strategy(reader: Reader, task: Task, local: Local, schedule: Schedule, rounds: int) -> Strategy:
     """The strategy, with the local training that it is to use and optimizers that fit the task."""
     layout = task.layout
     rule, reader.resolved["local"]["optimizer"] = optimizer(
@@ -160,10 +168,10 @@ def _strategy(reader: Reader, task: Task, local: Local, schedule: Schedule, roun
     )
     reader.nested["server_optimizer"] = lambda r, key, value: optimizer(r, key, value, layout, check_server_optimizer)
     given = {"local": LocalTraining(optimizer=rule, schedule=schedule, rounds=rounds)}
-    strategy = reader.entry("strategy", STRATEGIES, default="fedavg", given=given)
-    check_strategy(reader, strategy, len(task.num_examples))
+    made = reader.entry("strategy", STRATEGIES, default="fedavg", given=given)
+    strategy = check_strategy(reader, made, task.num_examples)
     check_local(reader, strategy, task)
-    if not hasattr(strategy, "local"):
+    if not parts(strategy, LocalTraining):
         del reader.resolved["local"]  # the resolved file must pass the check above too
     return strategy
 
@@ -179,9 +187,10 @@ def describe(experiment: Experiment, problem: Problem, workers: str) -> dict[str
     """The plan, line by line."""
     strategy, layout, plan = experiment.strategy, experiment.task.layout, problem.plan
     n = experiment.task.num_examples
-    cohort = getattr(strategy, "cohort_size", None) or len(n)
-    local = getattr(strategy, "local", None)
-    steps = local.schedule.num_steps(n) if local is not None else torch.ones(1, dtype=torch.int64)
+    cohort = strategy.at_work(len(n))
+    steps = torch.ones(1, dtype=torch.int64)
+    for local in parts(strategy, LocalTraining).values():
+        steps = local.schedule.num_steps(n)
     buffers = f" and {layout.size - layout.num_trainable:,} buffer entries" if layout.num_buffers else ""
     stack_bytes = 4 * layout.size * min(plan.width, cohort)
     model_bits = 32 * layout.size

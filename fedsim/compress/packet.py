@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class Field:
     optional: bool = False
 
 
+@runtime_checkable
 class Compressor(Protocol):
     """Frozen settings of a compression rule. P is the length of the vectors that it is asked about."""
 

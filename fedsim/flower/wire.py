@@ -11,7 +11,7 @@ Letters: P entries of a vector.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from fedsim.compress import bind
 from fedsim.compress.error_feedback import Contractive
 from fedsim.compress.packet import Compressor, Packet
 from fedsim.params import Layout
+from fedsim.strategy import Strategy, compressors
 from fedsim.streams import Streams
 
 RAW = "fedsim.raw"
@@ -79,13 +80,10 @@ class Book:
     compressors: Mapping[str, Compressor]
 
     @classmethod
-    def of(cls, strategy: Any, links: Mapping[str, Compressor | None], layout: Layout) -> Book:
+    def of(cls, strategy: Strategy, links: Mapping[str, Compressor | None], layout: Layout) -> Book:
         """Those of an experiment: the strategy's fields and the two links, as they are, bound to the model, scaled."""
         found = {k: c for k, c in links.items() if c is not None}
-        for f in fields(strategy) if is_dataclass(strategy) else ():
-            value = getattr(strategy, f.name)
-            if hasattr(value, "omega"):
-                found[f"strategy.{f.name}"] = value
+        found |= {f"strategy.{name}": c for name, c in compressors(strategy).items()}
         out: dict[str, Compressor] = {}
         for name, compressor in found.items():
             out |= {name: compressor, f"{name}/bound": bind(compressor, layout)}

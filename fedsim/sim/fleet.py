@@ -22,7 +22,7 @@ from fedsim.fleet import Arrival, Cost, Fold, Replies, Work, weigh
 from fedsim.memory import Memory
 from fedsim.metrics import Metrics
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
-from fedsim.sim.devices import Devices
+from fedsim.sim.devices import Devices, law
 from fedsim.sim.events import Event, EventQueue, Sent
 from fedsim.sim.executor import Executor, Jobs, Results
 from fedsim.sim.links import Copy, Downlink
@@ -182,15 +182,21 @@ class SimFleet:
 
     def job_seconds(self, cost: Cost, samples: int = 1, **broadcast: Any) -> Tensor:
         """[N, samples] float64 seconds of such a job, drawn with keys that no real job has."""
-        n = len(self.clients)
-        down = torch.full((n,), float(_bits(broadcast)))
-        steps = cost.steps_of(self.num_examples)
-        up = torch.full((n,), float(self._up(cost)))
         columns = []
         for k in range(samples if self._devices.random else 1):
-            streams = Streams(self._seed, self.clients, torch.full((n,), -1 - k))
-            columns.append(self._devices.seconds(streams, steps, down.double(), up.double()))
+            streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1 - k))
+            columns.append(self._devices.seconds(streams, *self._work(cost, broadcast)))
         return torch.stack(columns, dim=1)
+
+    def job_law(self, cost: Cost, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
+        """([N] seconds at least, [N] mean of an exponential rest) of such a job; None where it must be drawn."""
+        streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1))
+        return law(self._devices, streams, *self._work(cost, broadcast))
+
+    def _work(self, cost: Cost, broadcast: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(steps [N], bits down [N], bits up [N]) of a job that any client may be sent."""
+        steps = cost.steps_of(self.num_examples)
+        return steps, torch.full_like(steps, _bits(broadcast)), torch.full_like(steps, self._up(cost))
 
     # The loop's side --------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import fedsim
 from fedsim.clients.local_training import LocalTraining
 from fedsim import FederatedData
 
@@ -90,7 +91,7 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientFails:
+class ClientFails(fedsim.Strategy):
     local: LocalTraining
 
     def init(self, x0):
@@ -232,7 +233,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "factory that raises": ([D, "task.model=cli_mine:raising"], ["task.model: KeyError", "cli_mine.py, line"]),
     "too few logits": ([D, "task.model=cli_mine:too_few_classes"], ["task.model:", "(2, 3)", "(2, 10)"]),
     "model of other inputs": ([D, "task.model=cli_mine:wrong_shape"], ["task.model: can't take samples of", "8, 8"]),
-    "no strategy": ([Q, "strategy=cli_mine:NotAStrategy"], ["strategy.name:", "no method init()"]),
+    "no strategy": ([Q, "strategy=cli_mine:NotAStrategy"], ["strategy.name:", "no strategy", "(fedsim.Strategy)"]),
     "out is a file": ([Q, "--out", "a_file"], ["a_file: can't write here", "another --out"]),
     "out below a file": ([Q, "--out", "a_file/sub"], ["a_file/sub: can't write here", "another --out"]),
     "out in use": ([Q, "--out", "used"], ["used already holds a run", "--resume"]),
