@@ -35,7 +35,7 @@ class AsyncFedAvg(Weighted):
         idle, d = self.work(s, fleet)
         fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(count=1)
-        return replace(self.absorb(s, r, d[r.ids], self.rule(rng)), idle=r.ids, d=d), {}
+        return replace(self.absorb(s, r, d[r.ids], self.rule(rng, s.last)), idle=r.ids, d=d), {}
 
     def identical(self, p: Tensor) -> Tensor:
         return torch.ones_like(p)

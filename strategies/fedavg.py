@@ -45,12 +45,12 @@ class FedAvg(Synchronous):
         return State(x0, self.optimizer_state(x0), local=self.local.start(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cost, sent = self.rule(rng), self.local.cost, {"x": s.x}
+        rule, cost, sent = self.rule(rng, s.last), self.local.cost, {"x": s.x}
         if s.local is not None:
             cost, sent = replace(cost, bits_up=32 * (len(s.x) + len(s.local))), {"x": s.x, "state": s.local}
         r = fleet.ask(self.choose(fleet, rng), self.local_update, cost=cost, fold=linear(rule), **sent)
         s = self.step(s, r.mean("delta", rule))
-        return s if s.local is None else replace(s, local=s.local - r.mean("state", rule)), {}
+        return s if s.local is None else replace(s, local=s.local - r.mean("state", self.rule(rng))), {}
 
     def local_update(self, clients: Cohort, x: Tensor, state: Tensor | None = None) -> Reply:
         local = self.local(clients, x, state=state)

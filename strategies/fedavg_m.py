@@ -41,7 +41,7 @@ class FedAvgM(Momentum):
         return State(x0, self.optimizer_state(x0), g=torch.zeros_like(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cohort = self.rule(rng), self.choose(fleet, rng)
+        rule, cohort = self.rule(rng, s.last), self.choose(fleet, rng)
         r = fleet.ask(cohort, self.local_update, cost=self.local.cost, fold=linear(rule), x=s.x, g=s.g)
         g = r.mean("u", rule)
         return replace(self.step(s, g, self.step_size(r)), g=g), {}

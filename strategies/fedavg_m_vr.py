@@ -43,7 +43,7 @@ class FedAvgMVR(Momentum):
         return State(x0, self.optimizer_state(x0), x_prev=x0, g=torch.zeros_like(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cohort, cost = self.rule(rng), self.choose(fleet, rng), twice(self.local)
+        rule, cohort, cost = self.rule(rng, s.last), self.choose(fleet, rng), twice(self.local)
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(rule), x=s.x, x_prev=s.x_prev, g=s.g)
         g = r.mean("u", rule)
         return replace(self.step(s, g, self.step_size(r)), x_prev=s.x, g=g), {}

@@ -43,7 +43,7 @@ class FedBuff(Weighted):
         idle, d = self.work(s, fleet)
         fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(count=self.buffer_size)
-        return replace(self.absorb(s, r, d[r.ids], self.rule(rng)), idle=r.ids, d=d), {}
+        return replace(self.absorb(s, r, d[r.ids], self.rule(rng, s.last)), idle=r.ids, d=d), {}
 
     def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
         fitting("buffer_size", self.buffer_size, fleet)

@@ -56,7 +56,7 @@ class FedBuffStream(Asynchronous):
         return State(x0, self.optimizer_state(x0), busy=torch.zeros(0, dtype=torch.int64))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, idle, busy = self.rule(rng), torch.zeros(len(fleet.clients), dtype=torch.bool), s.busy
+        rule, idle, busy = self.rule(rng, s.last), torch.zeros(len(fleet.clients), dtype=torch.bool), s.busy
         idle[fitting("concurrency", self.concurrency, fleet)], idle[busy] = True, False
         total, rows, num_examples = torch.zeros_like(s.x), [], []
         for _ in range(self.buffer_size):

@@ -44,7 +44,7 @@ class FedFix(Weighted):
         fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(until=(s.round + 1) * self.interval)
         try:
-            after, metrics = self.absorb(s, r, d[r.ids], self.rule(rng)), {}
+            after, metrics = self.absorb(s, r, d[r.ids], self.rule(rng, s.last)), {}
         except TooFewRows:
             after, metrics = replace(s, round=s.round + 1), {"too_few": 1}
         return replace(after, idle=r.ids, d=d), metrics

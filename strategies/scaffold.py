@@ -48,10 +48,10 @@ class Scaffold(Synchronous):
         return State(x0, self.optimizer_state(x0), c=torch.zeros_like(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cost = self.rule(rng), replace(self.local.cost, vectors_up=2, exact_up=1)
+        rule, cost = self.rule(rng, s.last), replace(self.local.cost, vectors_up=2, exact_up=1)
         r = fleet.ask(self.choose(fleet, rng), self.local_update, cost=cost, fold=linear(rule), x=s.x, c=s.c)
         s = self.step(s, r.mean("delta", rule))
-        return replace(s, c=followed(s.c, r, rule, len(fleet.clients))), {}
+        return replace(s, c=followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))), {}
 
     def local_update(self, clients: Cohort, x: Tensor, c: Tensor) -> Reply:
         c_i = clients.memory["c"]

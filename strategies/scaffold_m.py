@@ -42,11 +42,11 @@ class ScaffoldM(Momentum):
         return State(x0, self.optimizer_state(x0), g=zero, c=zero)
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cost = self.rule(rng), replace(self.local.cost, vectors_up=2, exact_up=1)
+        rule, cost = self.rule(rng, s.last), replace(self.local.cost, vectors_up=2, exact_up=1)
         cohort = self.choose(fleet, rng)
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(rule), x=s.x, g=s.g, c=s.c)
         g = r.mean("u", rule)
-        c = followed(s.c, r, rule, len(fleet.clients))
+        c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
         return replace(self.step(s, g, self.step_size(r)), g=g, c=c), {}
 
     def local_update(self, clients: Cohort, x: Tensor, g: Tensor, c: Tensor) -> Reply:

@@ -46,11 +46,11 @@ class ScaffoldMVR(Momentum):
         return State(x0, self.optimizer_state(x0), x_prev=x0, g=zero, c=zero)
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cost = self.rule(rng), replace(twice(self.local), vectors_up=2, exact_up=1)
+        rule, cost = self.rule(rng, s.last), replace(twice(self.local), vectors_up=2, exact_up=1)
         cohort, sent = self.choose(fleet, rng), {"x": s.x, "x_prev": s.x_prev, "g": s.g, "c": s.c}
         r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(rule), **sent)
         g = r.mean("u", rule)
-        c = followed(s.c, r, rule, len(fleet.clients))
+        c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
         return replace(self.step(s, g, self.step_size(r)), x_prev=s.x, g=g, c=c), {}
 
     def local_update(self, clients: Cohort, x: Tensor, x_prev: Tensor, g: Tensor, c: Tensor) -> Reply:

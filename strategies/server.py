@@ -1,8 +1,7 @@
 """Servers: whom they ask, how they aggregate, and their step, the same for every strategy that has one.
 
 With a server optimizer, FedAdam, FedYogi, FedAdagrad and FedAvgM (Reddi et al., arXiv:2003.00295; Hsu et al.,
-arXiv:1909.06335) need no code of their own. They then have the core's form: bias-corrected where the rule is, which
-FedAdam is not.
+arXiv:1909.06335) need no code of their own. They then have the core's form, bias-corrected where the rule is.
 
 Letters: S clients in a round, R replies, P entries of a model; x the server's model, d the pseudo-gradient (received
 minus local, aggregated).
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate import Aggregator, Mean, PreAggregator, prepared
+from fedsim.aggregate import Aggregator, CenteredClipping, Mean, PreAggregator, prepared, started
 from fedsim.clients.local_training import LocalTraining
 from fedsim.config import FromTable
 from fedsim.fleet import Fleet, choose
@@ -38,12 +37,14 @@ class ServerState:
         optimizer: the server optimizer's state, None without one.
         own: [P], where that optimizer stands, which is not x if it averages weights or looks ahead; None at first.
         round: steps so far.
+        last: [P], what the last step was taken along, where the aggregator begins there (centred clipping).
     """
 
     x: Tensor
     optimizer: OptState | None = None
     own: Tensor | None = None
     round: int = 0
+    last: Tensor | None = None
 
 
 S = TypeVar("S", bound=ServerState)
@@ -70,9 +71,9 @@ class Aggregating(Strategy):
         """Replies that are aggregated at a time, at most, of N clients with data."""
         return self.at_work(num_clients)
 
-    def rule(self, rng: np.random.Generator) -> Aggregator:
-        """What to aggregate a round's replies by; it folds where it is linear."""
-        return prepared(self.pre_aggregators, self.aggregator, rng)
+    def rule(self, rng: np.random.Generator, last: Tensor | None = None) -> Aggregator:
+        """What to aggregate a round's replies by; it folds where it is linear, and may begin at its last result [P]."""
+        return prepared(self.pre_aggregators, started(self.aggregator, last), rng)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +112,17 @@ class Server(Aggregating):
             lr: of the parameters; None is server_lr.
             weight: what the weights in d sum to; buffers move by at most a mean.
         """
-        lr, rule, n = self.server_lr if lr is None else lr, self.server_optimizer, self.local.num_trainable
+        lr, rule, n, k = self.server_lr if lr is None else lr, self.server_optimizer, self.local.num_trainable, s.round
+        s = replace(s, round=k + 1, last=d if isinstance(self.aggregator, CenteredClipping) else None)
         if rule is None or s.optimizer is None:
-            return replace(s, x=step_along(s.x, d, lr, n, weight), round=s.round + 1)
+            return replace(s, x=step_along(s.x, d, lr, n, weight))
         before = s.x if s.own is None else s.own
         own, state = step_along(before, d, lr, n, weight), s.optimizer.gather([0])
         own[:n] = before[:n]
-        factor = 1.0 if rule.schedule is None else rule.schedule.at_step(rounds=s.round, steps=s.round)
+        factor = 1.0 if rule.schedule is None else rule.schedule.at_step(rounds=k, steps=k)
         rule.step_(own[None, :n], lr * d[None, :n], state, lr_scale=factor)
         x = torch.cat([rule.final(own[None, :n], state)[0], own[n:]])
-        return replace(s, x=x, optimizer=state, own=own, round=s.round + 1)
+        return replace(s, x=x, optimizer=state, own=own)
 
 
 @dataclass(frozen=True, kw_only=True)
