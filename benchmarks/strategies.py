@@ -53,8 +53,8 @@ class Running:
         experiment = self.composition.experiment
         start = time.perf_counter()
         for _ in range(100 // self.updates):
-            experiment.fleet.round = self.r
             self.state, _ = experiment.strategy.round(self.state, experiment.fleet, server_rng(0, "server", self.r))
+            experiment.fleet.end_round()
             self.r += 1
         return (time.perf_counter() - start) / 100
 

@@ -4,13 +4,13 @@ The same client halves that a simulator runs on hundreds of clients at once run 
 Every message starts a process, so nothing lives between two messages but the client's memory, which is kept in
 Flower's `Context.state`: it never leaves the device.
 
-Letters: C = 1 client of the stack, P entries, M vectors that were sent to a client's inbox.
+Letters: C = 1 client of the stack, P entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +18,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedsim.compress.packet import Packet
 from fedsim.flower import wire
-from fedsim.flower.downlink import Notebook, receive_copies
-from fedsim.flower.wire import ABOUT, INBOX, LOGGED
-from fedsim.memory import MemoryRows
-from fedsim.sim.executor import Jobs, Results, StackRunner
-from fedsim.sim.links import Uplink
-from fedsim.streams import Streams
+from fedsim.flower.downlink import receive_copies
+from fedsim.flower.wire import ABOUT, LOGGED
+from fedsim.sim.executor import Jobs, StackRunner
+from fedsim.sim.links import step_of
+from fedsim.terms import Terms
 
 MEMORY, VERSION, COPIES = "fedsim.memory", "fedsim.version", "fedsim.copies"
 
@@ -96,109 +94,38 @@ def work(runner: StackRunner, book: wire.Book, content: RecordDict, context: Con
             "started anew and its memory is gone, or the run was resumed. This strategy can't go on without it; start "
             "the run anew"
         )
+    check_half(runner.strategy, head.work)
     copies, broadcast = receive_copies(wire.read(content, book), recall(context.state, COPIES))
-    results, reply = run(runner, head, broadcast, memory, inbox(content, broadcast))
-    remember(context.state, COPIES, copies)
-    if results.memory:
-        version += 1
-        remember(context.state, MEMORY, results.memory)
-        context.state[VERSION] = ConfigRecord({"version": version})
-    keys = [(runner.seed, client, head.number, 0), *reply.keys]
-    out = wire.write(reply.values, book, keys)
-    replace(head, version=version).write(out)
-    out[LOGGED] = MetricRecord({k: float(v[0]) for k, v in results.metrics.items()})
-    return out
-
-
-@dataclass
-class Reply:
-    """What leaves the device: tensors, and packets before anybody decodes them.
-
-    Args:
-        values: by field.
-        keys: of random numbers behind the uplink's packets.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    keys: list[wire.Key] = field(default_factory=list)
-
-
-def run(
-    runner: StackRunner,
-    head: wire.Head,
-    broadcast: Mapping[str, Any],
-    memory: Mapping[str, Tensor],
-    heard: Mapping[str, Tensor],
-) -> tuple[Results, Reply]:
-    """One job through the runner that the simulator uses, and its reply as it travels."""
-    tap = Tap(runner.strategy, head.work, runner.uplink)
-    here = replace(runner, strategy=tap, uplink=None if runner.uplink is None else tap)  # type: ignore[arg-type]
     jobs = Jobs(
         head.work,
         torch.tensor([head.client]),
         torch.tensor([head.number]),
         [broadcast],
         torch.zeros(1, dtype=torch.int64),
-        {**memory, **heard},
+        memory,
         round=head.round,
+        inbox=wire.read_inbox(content),
     )
-    results = here.run(jobs)
-    return results, Reply({k: tap.packets.get(k, v) for k, v in results.fields.items()}, tap.keys)
+    answer = runner.answer(jobs)
+    remember(context.state, COPIES, copies)
+    if answer.memory:
+        version += 1
+        remember(context.state, MEMORY, answer.memory)
+        context.state[VERSION] = ConfigRecord({"version": version})
+    values = {k: v.dense() if isinstance(v, Terms) else v for k, v in answer.values.items()}
+    keys = [(runner.seed, client, head.number, step) for step in (0, *map(step_of, values))]
+    out = wire.write(values, book, keys)
+    replace(head, version=version).write(out)
+    out[LOGGED] = MetricRecord({k: float(v[0]) for k, v in answer.metrics.items()})
+    return out
 
 
-class Tap:
-    """Stands before a strategy and its uplink, and keeps the packets that the runner is about to decode.
-
-    Args:
-        strategy: the strategy.
-        half: the method to be called.
-        uplink: the uplink, or None.
-    """
-
-    def __init__(self, strategy: Any, half: str, uplink: Uplink | None) -> None:
-        method = None if half.startswith("_") else getattr(strategy, half, None)
-        if not callable(method):
-            raise ValueError(
-                f"{type(strategy).__name__} has no client half {half!r}; both ends need the same experiment file"
-            )
-        self.packets: dict[str, Packet] = {}
-        self.keys: list[wire.Key] = []
-        self._uplink, self._method = uplink, method
-        setattr(self, half, self._call)
-
-    def _call(self, *arguments: Any, **broadcast: Any) -> Mapping[str, Any]:
-        reply: Mapping[str, Any] = self._method(*arguments, **broadcast)
-        self.packets |= {k: v for k, v in reply.items() if isinstance(v, Packet)}
-        return reply
-
-    def encode(self, name: str, v: Tensor, memory: MemoryRows, streams: Streams) -> Packet:
-        """As `Uplink.encode`."""
-        assert self._uplink is not None
-        book = Notebook(self._uplink.compressor)
-        packet = replace(self._uplink, compressor=book).encode(name, v, memory, streams)  # type: ignore[arg-type]
-        self.packets[name] = packet
-        self.keys += [note.key for note in book.notes]
-        return packet
-
-
-def inbox(content: RecordDict, broadcast: dict[str, Any]) -> dict[str, Tensor]:
-    """What peers sent, in the form that the runner takes; {} for work that is no exchange.
-
-    Only vectors that reached this client travel. The others' rows are zero, so that all clients compute on arrays of
-    one shape, as they do in a simulation, and get the same last bits.
-    """
-    if INBOX not in content:
-        return {}
-    record = content[INBOX]
-    rows, total, own = torch.tensor(record["rows"], dtype=torch.int64), int(record["total"]), int(record["own"])
-    for name in [k for k in broadcast if k.startswith("inbox/")]:
-        vectors = broadcast[name]
-        whole = vectors.new_zeros(total, *vectors.shape[1:])
-        whole[rows] = vectors
-        broadcast[name] = whole
-    heard = torch.zeros(1, total, dtype=torch.bool)
-    heard[0, rows] = True
-    return {"inbox/heard": heard, "inbox/own": torch.tensor([own])}
+def check_half(strategy: Any, name: str) -> None:
+    """Refuse to run what is no client half: the name came over the network."""
+    if name.startswith("_") or not callable(getattr(strategy, name, None)):
+        raise ValueError(
+            f"{type(strategy).__name__} has no client half {name!r}; both ends need the same experiment file"
+        )
 
 
 def recall(state: RecordDict, kind: str) -> dict[str, Tensor]:

@@ -48,7 +48,15 @@ class Cohort:
         return self.task.num_examples[self.ids]
 
     def log(self, **values: Tensor) -> None:
-        """Diagnostics [C], averaged over clients by their number of samples; they are not counted as traffic."""
+        """Diagnostics [C], averaged over clients by their number of samples; they are not counted as traffic.
+
+        Raises:
+            ValueError: for a metric that is not one number for each client.
+        """
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or value.shape != (len(self),):
+                found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"metric {name!r} needs one number for each client, [{len(self)}], got {found}")
         self.metrics.update(values)
 
     def scratch(self, name: str, like: Tensor) -> Tensor:

@@ -141,6 +141,10 @@ class Inbox:
     def __getitem__(self, name: str) -> Tensor:
         return self.fields[name]
 
+    def rows(self, index: Tensor) -> Inbox:
+        """That of some of these clients."""
+        return Inbox(self.fields, self.heard[index], self.own[index])
+
 
 class Fleet(Protocol):
     """Clients that can be given work and asked for replies."""
@@ -183,18 +187,25 @@ class Fleet(Protocol):
         """[R] bool: which of these clients are honest; all of them where nobody knows better. For metrics only."""
         ...
 
-    def job_seconds(self, cost: Cost, samples: int = 1, **broadcast: Any) -> Tensor:
+    def job_seconds(self, cost: Cost, samples: int = 1, messages: Tensor | None = None, **broadcast: Any) -> Tensor:
         """[N, samples] float64: how long such a job takes each client, for weights that depend on it.
 
         The simulator draws them, keyed; one column where durations do not vary. A deployed fleet returns what it has
         measured, or NaN for clients that it has not.
+
+        Args:
+            cost: of the job.
+            samples: how many to draw for each client.
+            messages: [N] how many broadcasts each client is sent with a job, those that it missed included, where a
+                compressed downlink makes that matter; one if left out.
+            broadcast: what it downloads.
         """
         ...
 
-    def job_law(self, cost: Cost, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
+    def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
         """([N] seconds that such a job takes at least, [N] mean of an exponential time on top), float64.
 
-        None where durations vary by another law, so that they must be drawn.
+        None where durations vary by another law, so that they must be drawn; arguments are those of `job_seconds`.
         """
         ...
 
@@ -215,8 +226,8 @@ class DrivenFleet(Fleet, Protocol):
     @property
     def ledger(self) -> Traffic: ...
 
-    def observations(self) -> Metrics:
-        """What clients logged and how many replied since the last call."""
+    def end_round(self) -> Metrics:
+        """What clients logged and how many replied since the last call; the next round begins."""
         ...
 
     def state(self) -> dict[str, Any]:

@@ -215,7 +215,6 @@ class _Run:
     def step(self) -> dict[str, Any]:
         """One round, and its row."""
         e, fleet = self.experiment, self.experiment.fleet
-        fleet.round = self.round
         rng = server_rng(e.seed, "server", self.round)
         self.state, own = self._server_half(rng)
         self.round += 1
@@ -225,7 +224,7 @@ class _Run:
             "wall_seconds": self._before + time.perf_counter() - self._started,
             "bits_up": fleet.ledger.bits_up,
             "bits_down": fleet.ledger.bits_down,
-            **fleet.observations().values(),
+            **fleet.end_round().values(),
             **own,
         }
         if self.round % e.evaluate.every == 0 or self.round == e.rounds:

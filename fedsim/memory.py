@@ -106,7 +106,11 @@ class Memory:
                     path = self.folder / f"{name.replace('/', '_')}.rows"
                     path.unlink(missing_ok=True)
                 self.tables[name] = _Table(self.num_clients, tuple(value.shape[1:]), value.dtype, path)
-            self.tables[name].write(ids.cpu(), value)
+            table = self.tables[name]
+            if value.shape[1:] != table.rows.shape[1:]:
+                found, kept = list(value.shape[1:]), list(table.rows.shape[1:])
+                raise ValueError(f"memory[{name!r}] holds rows of shape {kept}, and one of shape {found} was written")
+            table.write(ids.cpu(), value)
 
     def mean(self, name: str, size: int) -> Tensor:
         """[size]: the mean of one row over all N clients, those that never wrote one counting as zero."""
@@ -167,7 +171,7 @@ class MemoryRows:
 
     def __init__(self, stored: Mapping[str, Tensor], num_rows: int, width: int, device: torch.device) -> None:
         self._stored = stored
-        self._read: dict[str, Tensor] = {}
+        self._read: dict[str, tuple[Tensor, int]] = {}  # rows that were handed out, and their versions by then
         self._num_rows = num_rows
         self._width = width
         self._device = device
@@ -180,18 +184,36 @@ class MemoryRows:
         """[C, *shape]: the clients' rows, zeros for those that never wrote one."""
         if name in self.written:
             return self.written[name]
-        if name in self._read:
-            return self._read[name]
-        if name in self._stored:
-            self._read[name] = rows = self._stored[name].to(self._device)
-            return rows
-        return torch.zeros(self._num_rows, *shape, dtype=dtype, device=self._device)
+        if name not in self._read:
+            if name in self._stored:
+                rows = self._stored[name].to(self._device)
+            else:
+                rows = torch.zeros(self._num_rows, *shape, dtype=dtype, device=self._device)
+            self._read[name] = rows, rows._version
+        return self._read[name][0]
 
     def __setitem__(self, name: str, rows: Tensor | Terms) -> None:
         rows = rows.dense() if isinstance(rows, Terms) else rows
-        if rows.shape[0] != self._num_rows:
-            raise ValueError(f"memory[{name!r}] needs one row per client ({self._num_rows}), got {tuple(rows.shape)}")
+        if not isinstance(rows, Tensor) or rows.ndim == 0 or rows.shape[0] != self._num_rows:
+            found = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"memory[{name!r}] needs one row per client ({self._num_rows}), got {found}")
         self.written[name] = rows
+
+    def handed_out(self) -> list[Tensor]:
+        """Rows that were read."""
+        return [rows for rows, _ in self._read.values()]
+
+    def check_unwritten(self) -> None:
+        """Refuse rows that were changed in place and not kept, as if the store itself had been at hand.
+
+        Raises:
+            ValueError: if there are any.
+        """
+        for name, (rows, version) in self._read.items():
+            if rows._version != version and name not in self.written:
+                raise ValueError(
+                    f"memory[{name!r}] was changed in place, which keeps nothing; assign the new rows to it"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self.written or name in self._stored

@@ -23,6 +23,7 @@ from fedsim.strategies.clocks import Importance, Times, able, given_seconds, imp
 from fedsim.strategies.server import UNIFORM, S, Server, ServerState
 from fedsim.strategy import Traits
 
+ROUNDS = 10  # of looking for weights whose messages give the times that give the weights
 ALL_WORK = "in this scheme every client with data is at work at all times; lower clients.count for fewer"
 
 
@@ -81,7 +82,16 @@ class Weighted(Asynchronous):
             return self.identical(p)
         if self.job_seconds is not None:
             return self.unbiased(p, given_seconds(self.job_seconds, p))
-        return self.unbiased(p, known_times(fleet, self.local.cost, x))
+        messages = torch.ones_like(fleet.clients)
+        times = known_times(fleet, self.local.cost, x, messages)
+        for _ in range(ROUNDS):
+            d = self.unbiased(p, times)
+            # a client is sent what it missed as well, as many messages as aggregations its job lasts
+            messages = torch.where(p > 0, d / p, 1.0).round().long()
+            before, times = times, known_times(fleet, self.local.cost, x, messages)
+            if torch.equal(times.least, before.least):
+                break
+        return d
 
     @abstractmethod
     def identical(self, p: Tensor) -> Tensor:

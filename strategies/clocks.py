@@ -95,15 +95,16 @@ def given_seconds(job_seconds: tuple[float, ...], p: Tensor) -> Times:
     return Times(torch.tensor(job_seconds, dtype=torch.float64), torch.zeros_like(p))
 
 
-def known_times(fleet: Fleet, cost: Cost, x: Tensor) -> Times:
-    """Times of jobs that download x [P]: their law where the fleet knows it, else drawn.
+def known_times(fleet: Fleet, cost: Cost, x: Tensor, messages: Tensor) -> Times:
+    """Times of jobs that download x [P] after so many messages [N]: their law where the fleet knows it, else drawn.
 
     Raises:
         ValueError: if the fleet does not know them.
     """
-    law = fleet.job_law(cost, x=x)
+    law = fleet.job_law(cost, messages, x=x)
     if law is None:
-        tau = fleet.job_seconds(cost, max(1, SAMPLES * 1000 // max(len(fleet.clients), 1000)), x=x)
+        samples = max(1, SAMPLES * 1000 // max(len(fleet.clients), 1000))
+        tau = fleet.job_seconds(cost, samples, messages, x=x)
         return Times(tau.mean(1), torch.zeros(len(tau), dtype=torch.float64), tau)
     if not bool(torch.isfinite(law[0]).all()):
         raise ValueError(

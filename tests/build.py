@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
@@ -91,6 +91,7 @@ def build_fleet(
     uplink: Uplink | None = None,
     downlink: Downlink | None = None,
     byzantine: Byzantine | None = None,
+    reply_bits: int | None = None,
 ) -> SimFleet:
     """A simulated fleet whose clients run the strategy's halves in this process."""
     runner = StackRunner(task, strategy, seed, torch.device("cpu"), uplink)
@@ -101,7 +102,7 @@ def build_fleet(
         devices=devices or Constant(seconds_per_step=0.01),
         memory=Memory(len(task.num_examples)),
         seed=seed,
-        reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
+        reply_bits=reply_bits if uplink is None else uplink.compressor.bits(task.layout.size),
         downlink=downlink,
         byzantine=byzantine,
     )
@@ -116,6 +117,7 @@ class Play:
     state: Any
     seed: int = 0
     round: int = 0
+    seen: Mapping[str, Any] = field(default_factory=dict)  # what clients logged in the last round
 
     @classmethod
     def start(cls, task: Task, strategy: Any, *, x0: Tensor | None = None, seed: int = 0, **fleet: Any) -> Play:
@@ -123,10 +125,10 @@ class Play:
         return cls(strategy, build_fleet(task, strategy, seed=seed, **fleet), strategy.init(x0), seed)
 
     def step(self) -> dict[str, Any]:
-        self.fleet.round = self.round
         rng = server_rng(self.seed, "server", self.round)
         self.state, own = self.strategy.round(self.state, self.fleet, rng)
         self.round += 1
+        self.seen = self.fleet.end_round().values()
         return own
 
     def path(self, rounds: int, of: Callable[[Any], Tensor] = lambda state: state.x) -> Tensor:

@@ -1,7 +1,7 @@
 """Error feedback: what compression leaves out of one message enters a later one.
 
 EF14: Seide et al. 1-bit stochastic gradient descent. Interspeech 2014. EF21: Richtarik, Sokolov, Fatkhullin.
-arXiv:2106.05203. DIANA: Mishchenko et al. arXiv:1901.09269. Pure functions: the caller keeps the rows.
+arXiv:2106.05203. Pure functions: the caller keeps the rows. Both need a contraction, and make one of any compressor.
 
 Letters: C clients in the stack, P entries of a vector.
 """
@@ -25,40 +25,45 @@ def compress_with_error(
     Args:
         v: [C, P], this round's vectors, step sizes included.
         error: [C, P], zeros at first.
+        compressor: as the user named it; see `contractive`.
 
     Returns:
         (packet of v + error, the new error [C, P]); sum of all decoded packets + last error = sum of all v.
     """
     u = v + error
-    packet = compressor.encode(u, streams, step)
+    packet = contractive(compressor, v.shape[1]).encode(u, streams, step)
     return packet, u - packet.decode()
 
 
 def compress_difference(
-    v: Tensor, reference: Tensor, compressor: Compressor, streams: Streams, step: int = 0, rate: float = 1.0
+    v: Tensor, reference: Tensor, compressor: Compressor, streams: Streams, step: int = 0
 ) -> tuple[Packet, Tensor]:
-    """Send v minus a reference that both sides keep: EF21 with rate 1, DIANA with rate 1 / (1 + omega).
-
-    The receiver's estimate of v is reference + packet.decode(), and its copy of the reference moves as ours does.
+    """Send v minus a reference that both sides keep, which moves by what was sent (EF21).
 
     Args:
         v: [C, P].
         reference: [C, P], the same on both sides.
-        rate: how far the reference moves towards v, in (0, 1].
+        compressor: as the user named it; see `contractive`.
 
     Returns:
-        (packet of v - reference, reference + rate * decoded packet [C, P]).
+        (packet of v - reference, the new reference [C, P], which is the receiver's estimate of v).
     """
-    packet = compressor.encode(v - reference, streams, step)
-    return packet, reference + rate * packet.decode()
+    packet = contractive(compressor, v.shape[1]).encode(v - reference, streams, step)
+    return packet, reference + packet.decode()
+
+
+def contractive(compressor: Compressor, num_entries: int) -> Compressor:
+    """The compressor as it stands where it contracts vectors of P entries, else scaled so that it does.
+
+    Rand-k, Bernoulli and coarse QSGD are unbiased and send vectors longer than they were given (omega >= 1): what error
+    feedback or a running copy left out would grow from message to message.
+    """
+    return compressor if compressor.delta(num_entries) is not None else Contractive(of=compressor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contractive:
-    """An unbiased compressor divided by 1 + omega: biased, and contractive with delta = 1 + omega.
-
-    Error feedback needs a contraction, which Rand-k or QSGD as they stand may not be.
-    """
+    """An unbiased compressor divided by 1 + omega: biased, and contractive with delta = 1 + omega."""
 
     of: Compressor
 

@@ -115,10 +115,6 @@ class Packet:
         """The stack [C, P] that the packet stands for."""
         return self.compressor.decode(self.payload, self.num_entries)
 
-    def rows(self, which: slice | list[int] | Tensor) -> Packet:
-        """The packet of some rows of the stack."""
-        return self._with({k: t[which] for k, t in self.payload.items()})
-
     def encode_row(self, i: int) -> bytes:
         """The bytes of row i on the wire; their number is ceil(bits[i] / 8), the last padded with zero bits."""
         sent = "sent" not in self.payload or bool(self.payload["sent"][i, 0])
@@ -157,31 +153,6 @@ class Packet:
                 payload[f.name] = _zeros(f) if absent or not f.bits else torch.from_numpy(reader.take(f))[None]
         reader.close()
         return cls(compressor=compressor, num_entries=num_entries, payload=payload)
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The payload as named numpy arrays (views where the payload lies in main memory)."""
-        return {k: t.detach().cpu().numpy() for k, t in self.payload.items()}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray], compressor: Compressor, num_entries: int) -> Packet:
-        """The inverse of `to_arrays`."""
-        payload = {k: torch.as_tensor(a) for k, a in arrays.items()}
-        return cls(compressor=compressor, num_entries=num_entries, payload=payload)
-
-    @classmethod
-    def cat(cls, packets: Sequence[Packet]) -> Packet:
-        """One packet of all rows, in order; the packets must come from equal compressors and equal P."""
-        first = packets[0]
-        for p in packets[1:]:
-            if (p.compressor, p.num_entries) != (first.compressor, first.num_entries):
-                raise ValueError(
-                    f"packets of {p.compressor} over {p.num_entries} entries and of {first.compressor} over "
-                    f"{first.num_entries} cannot be joined; decode them first"
-                )
-        return first._with({k: torch.cat([p.payload[k] for p in packets]) for k in first.payload})
-
-    def _with(self, payload: Mapping[str, Tensor]) -> Packet:
-        return Packet(compressor=self.compressor, num_entries=self.num_entries, payload=payload)
 
 
 def row_bits(fields: Sequence[Field]) -> int:

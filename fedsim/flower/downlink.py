@@ -10,40 +10,17 @@ Letters: N clients, P entries.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Compressor, Packet
+from fedsim.compress.packet import Packet
 from fedsim.flower.wire import Key
-from fedsim.sim.links import FLOAT_BITS, Copy, Downlink
-from fedsim.streams import Streams
+from fedsim.sim.links import FLOAT_BITS, Change, Downlink
 
 WHOLE, CHANGE = "whole/", "change/"  # how a name in a message begins
-
-
-@dataclass
-class Note:
-    """A packet that was made, and the key of its random numbers."""
-
-    packet: Packet
-    key: Key
-
-
-@dataclass
-class Notebook:
-    """A compressor that notes what it makes."""
-
-    compressor: Compressor
-    notes: list[Note] = field(default_factory=list)
-
-    def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
-        """As the compressor's own."""
-        packet = self.compressor.encode(v, streams, step)
-        self.notes.append(Note(packet, (streams.seed, int(streams.clients[0]), int(streams.jobs[0]), step)))
-        return packet
 
 
 @dataclass
@@ -52,45 +29,45 @@ class Copies:
 
     Args:
         downlink: the rule, and what every client knows.
-        notes: {name: the newest packets, the last one last}.
+        changes: {name: the newest messages, the last one last}.
     """
 
     downlink: Downlink
-    notes: dict[str, list[Note]] = field(default_factory=dict)
+    changes: dict[str, list[Change]] = field(default_factory=dict)
 
     def send(
         self, name: str, v: Tensor, ids: Tensor, num_clients: int
     ) -> tuple[Tensor, list[dict[str, Any]], list[Key]]:
         """(what clients end up with [P], the values to send to each of them, keys of the packets)."""
         known = self.downlink.copies.get(name)
-        seen = torch.zeros(num_clients, dtype=torch.int64) if known is None else known.seen.clone()
-        book = Notebook(self.downlink.compressor)
-        value, _ = replace(self.downlink, compressor=book).send(name, v, ids, num_clients)  # type: ignore[arg-type]
-        copy = self.downlink.copies[name]
-        notes = self.notes.setdefault(name, [])
-        if book.notes:
-            notes += book.notes
-            del notes[: -self._useful(notes)]
-        each = [self._to(name, copy, copy.version - int(seen[i]), bool(seen[i] > 0), notes) for i in ids.tolist()]
-        return value, each, [n.key for n in notes]
+        seen = torch.zeros(len(ids), dtype=torch.int64) if known is None else known.seen[ids]
+        value, _, change = self.downlink.send(name, v, ids, num_clients)
+        changes = self.changes.setdefault(name, [])
+        if change is not None:
+            changes.append(change)
+        while len(changes) > 1 and _length(changes) > FLOAT_BITS * v.numel():
+            del changes[0]  # whoever missed that many is sent the vector itself, which is shorter
+        version = self.downlink.copies[name].version
+        each = [self._to(name, value, version - last if last else None, changes) for last in seen.tolist()]
+        return value, each, [c.key for c in changes]
 
     def forget(self) -> None:
         """Send everybody whole vectors next: clients of a new run have no copies."""
-        self.notes.clear()
+        self.changes.clear()
         for copy in self.downlink.copies.values():
             copy.seen[:] = 0
 
-    def _useful(self, notes: list[Note]) -> int:
-        """How many packets together are no longer than the vector itself."""
-        shortest = min(int(n.packet.bits[0]) for n in notes)
-        return max(1, FLOAT_BITS * notes[-1].packet.num_entries // max(shortest, 1))
+    def _to(self, name: str, value: Tensor, missed: int | None, changes: list[Change]) -> dict[str, Any]:
+        if missed is None or missed > len(changes):
+            return {WHOLE + name: value}
+        last = changes[len(changes) - missed :]
+        if _length(last) > FLOAT_BITS * value.numel():
+            return {WHOLE + name: value}
+        return {f"{CHANGE}{name}/{k}": change.packet for k, change in enumerate(last)}
 
-    def _to(self, name: str, copy: Copy, missed: int, has_copy: bool, notes: list[Note]) -> dict[str, Any]:
-        last = notes[len(notes) - missed :] if missed <= len(notes) else []
-        length = sum(int(n.packet.bits[0]) for n in last)
-        if not has_copy or len(last) < missed or length > FLOAT_BITS * copy.value.numel():
-            return {WHOLE + name: copy.value}
-        return {f"{CHANGE}{name}/{k}": note.packet for k, note in enumerate(last)}
+
+def _length(changes: list[Change]) -> int:
+    return sum(int(c.packet.bits[0]) for c in changes)
 
 
 def receive_copies(values: Mapping[str, Any], copies: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

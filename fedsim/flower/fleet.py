@@ -14,25 +14,24 @@ from math import inf
 from typing import Any, ClassVar
 
 import torch
-from flwr.app import ConfigRecord
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Replies, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
-from fedsim.metrics import Metrics
+from fedsim.sim.account import TOLERANCE, Account, check_foldable
 from fedsim.sim.byzantine import who_hears
 from fedsim.sim.executor import Gather, Results, cut, grouped
-from fedsim.sim.fleet import ONE_STEP, TIMELINE, TOLERANCE, Ledger, Sent
-from fedsim.sim.links import Copy, Downlink
+from fedsim.sim.fleet import ONE_STEP
+from fedsim.sim.links import Downlink
 from fedsim.streams import Streams
 
 SERVER = -1  # the server's place among client ids, for random numbers behind its own packets
 
 
-class FlowerFleet:
+class FlowerFleet(Account):
     """See the module's head.
 
     Args:
@@ -43,17 +42,9 @@ class FlowerFleet:
     """
 
     def __init__(self, mail: Mail, *, seed: int, model_size: int, downlink: Downlink | None = None) -> None:
+        super().__init__(mail.nodes.num_examples, model_size, seed, downlink)
         self.mail = mail
-        self.num_examples = mail.nodes.num_examples
-        self.clients = torch.arange(len(self.num_examples))
-        self.round = 0
-        self.ledger = Ledger()
-        self.job_counts = torch.zeros_like(self.num_examples)
-        self._seed, self._model_size = seed, model_size
         self._copies = None if downlink is None else Copies(downlink)
-        self.timeline: list[tuple[int, float, float, int]] = []
-        self._calls = 0
-        self._observed = Metrics()
 
     @property
     def now(self) -> float:
@@ -89,8 +80,7 @@ class FlowerFleet:
         self, ids: Tensor, work: Work, *, cost: Cost = ONE_STEP, fold: Fold | None = None, **broadcast: Any
     ) -> Replies:
         """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
-        if fold is not None and not fold.foldable:
-            raise ValueError(f"{type(fold).__name__} is not linear, so replies can't be folded; leave out fold=")
+        check_foldable(fold)
         self._dispatch(ids, work, self._number(ids), broadcast)
         return self._collect(ids, fold)
 
@@ -102,49 +92,29 @@ class FlowerFleet:
         numbers = self.job_counts[ids] - 1  # the second half of the job whose reply is exchanged
         lost = missing if arrival == "adversarial" else 0
         heard = who_hears(Streams(self._seed, ids, numbers), torch.arange(n), self.honest(ids), lost)
-        inboxes = []
-        for own in range(n):
-            rows = torch.nonzero(heard[own]).flatten()
-            vectors = {f"inbox/{k}": v[rows] for k, v in replies.fields.items()}
-            inboxes.append((vectors, ConfigRecord({"rows": rows.tolist(), "total": n, "own": own})))
-        self._dispatch(ids, work, numbers, broadcast, inboxes)
+        self._dispatch(ids, work, numbers, broadcast, Inbox(replies.fields, heard, torch.arange(n)))
         return self._collect(ids, None, count=False)
 
-    def honest(self, ids: Tensor) -> Tensor:
-        """[R] bool: all of them, as far as anybody knows."""
-        return torch.ones(len(ids), dtype=torch.bool)
-
-    def job_seconds(self, cost: Cost, samples: int = 1, **broadcast: Any) -> Tensor:
+    def job_seconds(self, cost: Cost, samples: int = 1, messages: Tensor | None = None, **broadcast: Any) -> Tensor:
         """[N, 1] float64: the mean of what jobs took so far, NaN for clients that have done none."""
         return (self.mail.took[0] / self.mail.took[1])[:, None]
 
-    def job_law(self, cost: Cost, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
+    def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
         """([N], [N]) float64: the mean of what jobs took so far, and nothing on top."""
         mean = self.job_seconds(cost)[:, 0]
         return mean, torch.zeros_like(mean)
 
     # The loop's side --------------------------------------------------------------------------------------------
 
-    def observations(self) -> Metrics:
-        """What clients logged and how many replied since the last call."""
-        seen, self._observed = self._observed, Metrics()
-        return seen
-
-    state_classes: ClassVar[dict[str, type]] = {"Flight": Flight, "Sent": Sent, "Ledger": Ledger, "Copy": Copy}
+    state_classes: ClassVar[dict[str, type]] = {**Account.state_classes, "Flight": Flight}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs. Jobs in flight are kept with their broadcasts, to be sent again."""
-        return {
+        return super().state() | {
             "now": self.now,
-            "ledger": self.ledger,
-            "job_counts": self.job_counts,
             "versions": self.mail.versions,
             "took": self.mail.took,
-            "calls": self._calls,
             "open": self.mail.open_jobs(),
-            "sent": dict(self.mail.calls),
-            "timeline": torch.tensor(self.timeline, dtype=torch.float64).view(-1, 4),
-            "copies": {} if self._copies is None else self._copies.downlink.copies,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -152,30 +122,19 @@ class FlowerFleet:
 
         Clients of a new run remember nothing; where a strategy needs what they remembered, they say so.
         """
+        super().load(state)
         mail = self.mail
         mail.start = mail.clock.now() - state["now"]
-        mail.versions, mail.took, mail.calls = state["versions"], state["took"], dict(state["sent"])
-        self.ledger, self.job_counts, self._calls = state["ledger"], state["job_counts"], state["calls"]
-        self.timeline = [(int(c), a, b, int(r)) for c, a, b, r in state["timeline"].tolist()]
+        mail.versions, mail.took = state["versions"], state["took"]
         if self._copies is not None:
-            self._copies.downlink.copies = dict(state["copies"])
             self._copies.forget()
+        self._busy[:] = False
         for flight in state["open"]:
-            mail.post(flight.call, [Letter(flight.client, flight.number, mail.calls[flight.call].broadcast)])
+            self._busy[flight.client] = True
+            sent = self.sent[flight.key]
+            mail.post(sent, flight.key, [Letter(flight.client, flight.number, sent.broadcast)])
 
     # Inside -----------------------------------------------------------------------------------------------------
-
-    def _number(self, ids: Tensor) -> Tensor:
-        """[R] numbers of new jobs, for clients that are idle."""
-        n = len(self.clients)
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= n):
-            raise ValueError(f"client ids must lie in 0..{n - 1}, got {ids.min()}..{ids.max()}")
-        if busy := {flight.client for flight in self.mail.open_jobs()}.intersection(ids.tolist()):
-            raise ValueError(f"client {min(busy)} is still working; receive its reply before sending it more")
-        if len(torch.unique(ids)) != len(ids):
-            raise ValueError("a client was named twice in one call")
-        self.job_counts[ids] += 1
-        return self.job_counts[ids] - 1
 
     def _dispatch(
         self,
@@ -183,17 +142,14 @@ class FlowerFleet:
         work: Work,
         numbers: Tensor,
         broadcast: Mapping[str, Any],
-        inboxes: Sequence[tuple[Mapping[str, Tensor], ConfigRecord]] = (),
+        inbox: Inbox | None = None,
     ) -> None:
         """Send one call's jobs, and count what clients download."""
         received, each, keys = self._encode(ids, broadcast)
-        self.mail.calls[self._calls] = Sent(work.__name__, received, self.round)
-        letters = [Letter(i, k, v) for i, k, v in zip(ids.tolist(), numbers.tolist(), each, strict=True)]
-        if inboxes:
-            pairs = zip(letters, inboxes, strict=True)
-            letters = [Letter(m.client, m.number, {**m.values, **vectors}, inbox) for m, (vectors, inbox) in pairs]
-        self.ledger.bits_down += self.mail.post(self._calls, letters, keys)
-        self._calls += 1
+        key = self._begin(ids, work, received)
+        boxes = [inbox and inbox.rows(torch.tensor([row])) for row in range(len(ids))]
+        letters = [Letter(*to) for to in zip(ids.tolist(), numbers.tolist(), each, boxes, strict=True)]
+        self.ledger.bits_down += self.mail.post(self.sent[key], key, letters, keys)
 
     def _encode(
         self, ids: Tensor, broadcast: Mapping[str, Any]
@@ -203,7 +159,7 @@ class FlowerFleet:
         each: list[dict[str, Any]] = [{} for _ in ids]
         keys: list[wire.Key] = [(self._seed, SERVER, self.round, 0)]
         for name, value in broadcast.items():
-            if self._copies is not None and isinstance(value, Tensor) and value.numel() == self._model_size:
+            if self._copies is not None and self._compresses(value):
                 received[name], parts, more = self._copies.send(name, value, ids, len(self.clients))
                 keys += more
             else:
@@ -218,41 +174,29 @@ class FlowerFleet:
         num_examples = self.num_examples[ids]
         weights = None if fold is None else weigh(fold, num_examples)
         gather = Gather(len(ids))
-        arrived = torch.zeros(len(ids), dtype=torch.float64)
+        landed: list[Landed | None] = [None] * len(ids)
         for group in grouped(cut(num_examples, 1)):
             for index in group:
-                landed = self.mail.take(int(ids[index]))
-                arrived[index] = landed.at
-                gather.add(index, landed.results if weights is None else _folded(landed.results, weights[index]))
+                landed[int(index)] = reply = self.mail.take(int(ids[index]))
+                gather.add(index, reply.results if weights is None else _folded(reply.results, weights[index]))
             gather.end_group()
-        self.mail.forget_calls()
-        results, fresh = gather.results, torch.zeros(len(ids), dtype=torch.int64)
-        self._observe(ids, results, None, count)
+        _, arrived, fresh = self._close([reply for reply in landed if reply is not None])
+        results = gather.results
+        self._observe(ids, torch.ones_like(ids, dtype=torch.bool), results.metrics, results.bits_up, count=count)
         return Replies(ids, num_examples, arrived, {**results.fields, **results.sums}, fresh)
 
     def _deliver(self, due: Sequence[Landed]) -> Replies:
         """Replies in order of arrival."""
-        ids = torch.tensor([landed.flight.client for landed in due], dtype=torch.int64)
-        rounds = torch.tensor([self.mail.calls[landed.flight.call].round for landed in due], dtype=torch.int64)
-        at = torch.tensor([landed.at for landed in due], dtype=torch.float64)
+        ids, at, staleness = self._close(due)
         gather = Gather(len(due))
         for row, landed in enumerate(due):
             gather.add(torch.tensor([row]), landed.results)
-            if len(self.timeline) < TIMELINE:
-                self.timeline.append((landed.flight.client, landed.flight.started, landed.at, self.round + 1))
-        self.mail.forget_calls()
-        self._observe(ids, gather.results, self.round - rounds)
-        return Replies(ids, self.num_examples[ids], at, dict(gather.results.fields), self.round - rounds)
+        results = gather.results
+        self._observe(ids, torch.ones_like(ids, dtype=torch.bool), results.metrics, results.bits_up, staleness)
+        return Replies(ids, self.num_examples[ids], at, dict(results.fields), staleness)
 
-    def _observe(self, ids: Tensor, results: Results, staleness: Tensor | None, count: bool = True) -> None:
-        """Note what replies cost and say."""
-        self.ledger.bits_up += int(results.bits_up.sum())
-        seen = Metrics.count(num_clients=len(ids) if count else 0)
-        for name, values in results.metrics.items():
-            seen += Metrics.mean_over(values, self.num_examples[ids], name=name)
-        if staleness is not None and len(ids):
-            seen += Metrics.mean_over(staleness, torch.ones(len(ids)), name="staleness_mean")
-        self._observed += seen
+    def _close(self, due: Sequence[Landed]) -> tuple[Tensor, Tensor, Tensor]:
+        return self._end((d.flight.client, d.flight.key, d.flight.started, d.at) for d in due)
 
 
 def _folded(results: Results, weight: Tensor) -> Results:

@@ -19,7 +19,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.flower.clock import Clock, VirtualClock
-from fedsim.sim.fleet import TOLERANCE
+from fedsim.sim.account import TOLERANCE
 
 RAISED = 2  # Flower's code for an exception in a client app
 SERVER_NODE = 1

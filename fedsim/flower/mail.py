@@ -13,15 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
+from fedsim.fleet import Inbox
 from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
+from fedsim.sim.account import bits_of
+from fedsim.sim.events import Sent
 from fedsim.sim.executor import ClientError, Results
-from fedsim.sim.fleet import Sent
 
 CPU = torch.device("cpu")
 
@@ -45,14 +47,14 @@ class Flight:
 
     Args:
         client: its client's id.
-        number: the how-manieth job of that client.
-        call: which call it belongs to.
+        number: job index: how many jobs that client had before.
+        key: where the fleet finds what it was sent.
         started: seconds at which it was sent.
     """
 
     client: int
     number: int
-    call: int
+    key: int
     started: float
 
 
@@ -72,13 +74,13 @@ class Letter:
     Args:
         client, number: see `Flight`.
         values: by name.
-        inbox: which rows of the peers' vectors are among the values; None for work that is no exchange.
+        inbox: of an exchange, what its peers sent to this client alone.
     """
 
     client: int
     number: int
     values: Mapping[str, Any]
-    inbox: ConfigRecord | None = None
+    inbox: Inbox | None = None
 
 
 @dataclass
@@ -92,8 +94,7 @@ class Mail:
         clock: where seconds come from.
         patience: how long to wait for replies.
         device: where the server's tensors live.
-        calls: what open jobs were sent, by number of the call.
-        flights: jobs that have not been answered, by message.
+        flights: jobs that have not been answered, and what they were sent, by message.
         landed: replies that nobody has taken yet, by client, in order of arrival.
         versions: [N] how often each client has written its memory.
         took: [2, N] float64: seconds of all jobs of each client, and how many these were.
@@ -105,8 +106,7 @@ class Mail:
     clock: Clock = WALL
     patience: Patience = field(default_factory=Patience)
     device: torch.device = CPU
-    calls: dict[int, Sent] = field(default_factory=dict)
-    flights: dict[str, Flight] = field(default_factory=dict)
+    flights: dict[str, tuple[Flight, Sent]] = field(default_factory=dict)
     landed: dict[int, Landed] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -122,12 +122,12 @@ class Mail:
 
     def open_jobs(self) -> list[Flight]:
         """Jobs whose replies nobody has taken yet, in the order in which they were sent."""
-        jobs = [*self.flights.values(), *(reply.flight for reply in self.landed.values())]
-        return sorted(jobs, key=lambda flight: (flight.call, flight.client))
+        jobs = [*(flight for flight, _ in self.flights.values()), *(reply.flight for reply in self.landed.values())]
+        return sorted(jobs, key=lambda flight: (flight.key, flight.client))
 
-    def post(self, call: int, letters: Sequence[Letter], keys: Sequence[wire.Key] = ()) -> int:
+    def post(self, sent: Sent, key: int, letters: Sequence[Letter], keys: Sequence[wire.Key] = ()) -> int:
         """Send the letters of one call; the bits of their values."""
-        sent, bits = self.calls[call], 0
+        bits = 0
         contents, flights = [], []
         for letter in letters:
             content = wire.write(letter.values, self.book, keys)
@@ -137,10 +137,10 @@ class Mail:
             )
             head.write(content)
             if letter.inbox is not None:
-                content[wire.INBOX] = letter.inbox
-            bits += sum(wire.bits(v) for v in letter.values.values())
+                bits += wire.write_inbox(content, letter.inbox)
+            bits += sum(map(bits_of, letter.values.values()))
             contents.append((self.nodes.node_ids[letter.client], content))
-            flights.append(Flight(letter.client, letter.number, call, self.now))
+            flights.append((Flight(letter.client, letter.number, key, self.now), sent))
         posted = push(self.grid, contents, MessageType.TRAIN, str(sent.round), self.patience.reply_seconds)
         self.flights |= dict(zip(posted, flights, strict=True))
         return bits
@@ -150,8 +150,8 @@ class Mail:
         messages = list(self.grid.pull_messages(list(self.flights))) if self.flights else []
         came = {m.metadata.reply_to_message_id: m for m in messages}
         for number in [n for n in self.flights if n in came]:
-            flight = self.flights.pop(number)
-            self.landed[flight.client] = Landed(flight, self.now, self._open(flight, came[number]))
+            flight, sent = self.flights.pop(number)
+            self.landed[flight.client] = Landed(flight, self.now, self._open(flight, sent, came[number]))
             self.took[:, flight.client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
         return bool(messages)
 
@@ -172,19 +172,11 @@ class Mail:
     def check_patience(self, last: float) -> None:
         """Refuse to wait any longer if the last reply came in at `last`."""
         if self.now - last > self.patience.reply_seconds:
-            missing = sorted(self.flights.values(), key=lambda flight: flight.client)
-            shown = ", ".join(
-                f"{f.client} ({self.calls[f.call].work}, round {self.calls[f.call].round + 1})" for f in missing
-            )
+            missing = sorted(self.flights.values(), key=lambda job: job[0].client)
+            shown = ", ".join(f"{f.client} ({sent.work}, round {sent.round + 1})" for f, sent in missing)
             raise ClientError(f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}")
 
-    def forget_calls(self) -> None:
-        """Drop what nobody is working on any more."""
-        in_use = {flight.call for flight in self.open_jobs()}
-        self.calls = {k: v for k, v in self.calls.items() if k in in_use}
-
-    def _open(self, flight: Flight, message: Message) -> Results:
-        sent = self.calls[flight.call]
+    def _open(self, flight: Flight, sent: Sent, message: Message) -> Results:
         content = content_of(message, f"client {flight.client}, {sent.work} of round {sent.round + 1}")
         head = wire.Head.read(content)
         if (head.client, head.number, head.work) != (flight.client, flight.number, sent.work):
@@ -194,7 +186,7 @@ class Mail:
             )
         self.versions[flight.client] = head.version
         values = wire.read(content, self.book)
-        bits = sum(wire.bits(v) for v in values.values())
+        bits = sum(map(bits_of, values.values()))
         fields = {k: (v.decode() if isinstance(v, Packet) else v).to(self.device) for k, v in values.items()}
         logged = {k: torch.tensor([v], dtype=torch.float64) for k, v in content[wire.LOGGED].items()}
         return Results(fields, {}, {}, logged, torch.tensor([bits]))

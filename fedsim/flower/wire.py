@@ -22,15 +22,16 @@ from torch import Tensor
 from fedsim.compress import bind
 from fedsim.compress.error_feedback import Contractive
 from fedsim.compress.packet import Compressor, Packet
+from fedsim.fleet import Inbox
 from fedsim.params import Layout
+from fedsim.sim.account import bits_of
 from fedsim.strategy import Strategy, compressors
 from fedsim.streams import Streams
 
 RAW = "fedsim.raw"
 PACKET = "fedsim.packet"
 HEAD, TENSORS, NUMBERS, NOTHING = "fedsim.head", "fedsim.tensors", "fedsim.numbers", "fedsim.nothing"
-INBOX, LOGGED, ABOUT = "fedsim.inbox", "fedsim.logged", "fedsim.about"
-BITS_PER_NUMBER = 32
+INBOX, HEARD, LOGGED, ABOUT = "fedsim.inbox", "fedsim.heard", "fedsim.logged", "fedsim.about"
 
 Key = tuple[int, int, int, int]
 """(seed, client, job, step) of the random numbers behind a packet."""
@@ -43,7 +44,7 @@ class Head:
     Args:
         work: name of the strategy's method.
         client: whose job it is, or whose reply.
-        number: the how-manieth job of that client, part of its random keys.
+        number: job index of that client, part of its random keys.
         round: the server step at which the job was sent.
         version: how often the client has written its memory; both ends must agree on it.
     """
@@ -153,13 +154,32 @@ def read(content: RecordDict, book: Book) -> dict[str, Any]:
     return out | {name: of_array(array, book) for name, array in content[TENSORS].items()}
 
 
-def bits(value: Any) -> int:
-    """Bits of one value: 32 a number or an entry, 1 a yes or no, 0 None, and of a packet of one row its encoding's."""
-    if value is None or isinstance(value, bool):
-        return int(value is not None)
-    if isinstance(value, Packet):
-        return int(value.bits[0])
-    return BITS_PER_NUMBER * (value.numel() if isinstance(value, Tensor) else 1)
+def write_inbox(content: RecordDict, inbox: Inbox) -> int:
+    """Add one client's inbox to its message: only the vectors that reach it travel; their bits."""
+    rows = torch.nonzero(inbox.heard[0]).flatten()
+    vectors = {k: v[rows] for k, v in inbox.fields.items()}
+    content[INBOX] = ArrayRecord({k: raw_array(v) for k, v in vectors.items()})
+    content[HEARD] = ConfigRecord({"rows": rows.tolist(), "total": inbox.heard.shape[1], "own": int(inbox.own)})
+    return sum(map(bits_of, vectors.values()))
+
+
+def read_inbox(content: RecordDict) -> Inbox | None:
+    """The inbox of a message, None for work that is no exchange.
+
+    Rows of vectors that did not reach this client are zero, so that all clients compute on arrays of one shape, as they
+    do in a simulation, and get the same last bits.
+    """
+    if INBOX not in content:
+        return None
+    about = content[HEARD]
+    rows, total = torch.tensor(about["rows"], dtype=torch.int64), int(about["total"])
+    fields = {}
+    for name, array in content[INBOX].items():
+        vectors = _tensor(array)
+        fields[name] = vectors.new_zeros(total, *vectors.shape[1:]).index_copy_(0, rows, vectors)
+    heard = torch.zeros(1, total, dtype=torch.bool)
+    heard[0, rows] = True
+    return Inbox(fields, heard, torch.tensor([int(about["own"])]))
 
 
 def raw_array(value: Tensor) -> Array:

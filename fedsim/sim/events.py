@@ -23,7 +23,7 @@ class Event:
         finish: seconds at which its reply reaches the server.
         sequence: number of the job in the order of sending; breaks ties.
         client: its client's id.
-        number: the how-manieth job of that client.
+        number: job index: how many jobs that client had before.
         sent: which call of `send` it belongs to.
         started: seconds at which it was sent.
         result: this job's row of every reply field, once computed; None until then.

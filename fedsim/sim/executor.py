@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from fedsim.cohort import Cohort
+from fedsim.compress.packet import Packet
 from fedsim.fleet import Exact, Inbox
 from fedsim.memory import Kept, MemoryRows
 from fedsim.parts import Parts
 from fedsim.sim.links import FLOAT_BITS, Uplink
+from fedsim.sim.seam import Lent, check_reply
 from fedsim.streams import Streams
 from fedsim.task import Task
 from fedsim.terms import Terms
@@ -49,12 +51,11 @@ class Jobs:
         numbers: [R] each client's job number, part of its random keys.
         models: the distinct broadcasts.
         which: [R] index into `models`.
-        memory: {name: [R, ...]} rows that the clients kept, to be read in the store by whoever needs them. For an
-            exchange `inbox/heard` [R, M] and `inbox/own` [R] travel with them, and the vectors sent are
-            `inbox/<name>` [M, P] of the only model.
+        memory: {name: [R, ...]} rows that the clients kept, to be read in the store by whoever needs them.
         weights: [R] to fold replies by, or None to keep them apart.
         round: the server step at which they run, from 0; messages count from 1, as metrics do.
         rounds: [R] the server step at which each was sent; `round` for all if left out.
+        inbox: of an exchange, what peers sent; heard is [R, M].
     """
 
     work: str
@@ -66,6 +67,7 @@ class Jobs:
     weights: Tensor | None = None
     round: int = 0
     rounds: Tensor | None = None
+    inbox: Inbox | None = None
 
     def rows(self, index: Tensor) -> Jobs:
         """Some of these jobs, with the broadcasts they need."""
@@ -82,6 +84,7 @@ class Jobs:
             None if self.weights is None else self.weights[index],
             self.round,
             None if self.rounds is None else self.rounds[index],
+            None if self.inbox is None else self.inbox.rows(index),
         )
 
 
@@ -154,6 +157,23 @@ def grouped(stacks: list[Tensor]) -> list[list[Tensor]]:
 
 
 @dataclass
+class Answer:
+    """What one stack gave, as it would travel.
+
+    Args:
+        values: {field: [C, ...], terms of it, or a packet that nobody has decoded yet}.
+        memory: {name: [C, ...]} rows to keep.
+        metrics: {name: [C]} diagnostics.
+        lent: what the stack was handed.
+    """
+
+    values: dict[str, Tensor | Terms | Packet]
+    memory: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+    lent: Lent
+
+
+@dataclass
 class StackRunner:
     """Runs one stack: the part that every executor shares.
 
@@ -174,88 +194,111 @@ class StackRunner:
 
     def run(self, jobs: Jobs) -> Results:
         """Run one stack; with weights, fields of two or more dimensions come back summed over the stack."""
+        answer = self.answer(jobs)
+        own, num_clients = answer.lent.own, len(jobs.ids)
+        bits = torch.zeros(num_clients, dtype=torch.int64)
+        fields, sums = {}, {}
+        for name, value in answer.values.items():
+            if isinstance(value, Packet):
+                bits += value.bits.cpu()
+                value = value.decode()
+            elif isinstance(value, Terms):
+                bits += FLOAT_BITS * self.task.layout.size
+                if jobs.weights is not None:
+                    sums[name] = value.weighted_sum(jobs.weights)
+                    continue
+                value = value.dense()
+            elif value.ndim:
+                bits += FLOAT_BITS * (value.numel() // num_clients)
+            if jobs.weights is not None and value.ndim > 1:
+                sums[name] = torch.tensordot(jobs.weights.to(value), value, dims=1)
+            else:
+                fields[name] = own(value if value.ndim else value.expand(num_clients))
+        metrics = {k: own(v).cpu().to(torch.float64) for k, v in answer.metrics.items()}
+        return Results(fields, sums, {k: own(v).cpu() for k, v in answer.memory.items()}, metrics, bits)
+
+    def answer(self, jobs: Jobs) -> Answer:
+        """What the client half of one stack replies, checked, and compressed by the uplink.
+
+        Raises:
+            ClientError: if the client half raised, or broke the rules of the seam (see `fedsim.sim.seam`).
+        """
         ids = jobs.ids.to(self.device)
-        broadcast = _broadcast(jobs, self.device)
-        inbox = _inbox(jobs, broadcast, self.device)
+        broadcast, inbox = _broadcast(jobs, self.device), _inbox(jobs, self.device)
         cohort = Cohort(
             ids=ids,
             task=self.task,
-            memory=MemoryRows(_rows(jobs.memory), len(ids), self.task.layout.size, self.device),
+            memory=MemoryRows(jobs.memory, len(ids), self.task.layout.size, self.device),
             streams=Streams(self.seed, ids, jobs.numbers.to(self.device)),
             device=self.device,
             rounds=jobs.rounds if jobs.rounds is not None else torch.full((len(ids),), jobs.round),
             pool=self._local.__dict__.setdefault("pool", {}),
         )
+        heard = {} if inbox is None else {f"inbox[{k!r}]": v for k, v in inbox.fields.items()}
+        lent = Lent({**broadcast, **heard}, cohort.memory, cohort.pool)
         try:
-            reply = getattr(self.strategy, jobs.work)(cohort, *inbox, **broadcast)
+            arguments = (cohort,) if inbox is None else (cohort, inbox)
+            reply = getattr(self.strategy, jobs.work)(*arguments, **broadcast)
+            check_reply(reply, len(ids))
+            lent.check_unwritten()
         except Exception as error:
             shown = ", ".join(str(i) for i in jobs.ids[:8].tolist()) + (", ..." if len(jobs.ids) > 8 else "")
             raise ClientError(
-                f"{jobs.work} failed in round {jobs.round + 1} for client(s) {shown}: {type(error).__name__}: {error}"
+                f"{self.name_of(jobs.work)} failed in round {jobs.round + 1} for client(s) {shown}: "
+                f"{type(error).__name__}: {error}"
             ) from error
-        return self._collect(jobs, cohort, reply)
+        values = {name: self._sent(name, value, cohort) for name, value in reply.items()}
+        return Answer(values, cohort.memory.written, cohort.metrics, lent)
 
-    def _collect(self, jobs: Jobs, cohort: Cohort, reply: Mapping[str, Any]) -> Results:
-        bits = torch.zeros(len(cohort), dtype=torch.int64)
-        fields, sums = {}, {}
-        for name, value in reply.items():
-            exact = isinstance(value, Exact)
-            value = value.value if isinstance(value, Exact) else value
-            if isinstance(value, Terms):
-                if jobs.weights is not None and (self.uplink is None or exact):
-                    sums[name] = value.weighted_sum(jobs.weights)
-                    bits += FLOAT_BITS * self.task.layout.size
-                    continue
-                value = value.dense()
-            if self.uplink is not None and isinstance(value, Tensor) and value.ndim > 1 and not exact:
-                value = self.uplink.encode(name, value, cohort.memory, cohort.streams)
-            if not isinstance(value, Tensor):  # a Packet knows its own size
-                bits += value.bits.cpu()
-                value = value.decode()
-            elif value.ndim:
-                bits += FLOAT_BITS * (value.numel() // max(len(cohort), 1))
-            if jobs.weights is not None and value.ndim > 1:
-                sums[name] = torch.tensordot(jobs.weights.to(value), value, dims=1)
-            else:
-                fields[name] = value if value.ndim else value.expand(len(cohort))
-        metrics = {k: v.detach().cpu().to(torch.float64) for k, v in cohort.metrics.items()}
-        memory = {k: v.detach().cpu() for k, v in cohort.memory.written.items()}
-        return Results(fields, sums, memory, metrics, bits)
+    def name_of(self, work: str) -> str:
+        """A client half's name in messages."""
+        return f"{type(self.strategy).__name__}.{work}"
+
+    def _sent(self, name: str, value: Tensor | Terms | Exact | Packet, cohort: Cohort) -> Tensor | Terms | Packet:
+        """A field as it travels: only the uplink compresses, and only vectors that are not exact."""
+        if isinstance(value, Exact):
+            return value.value
+        if self.uplink is None or isinstance(value, Packet) or (isinstance(value, Tensor) and value.ndim < 2):
+            return value
+        return self.uplink.encode(name, value.dense() if isinstance(value, Terms) else value, cohort)
 
 
 def _broadcast(jobs: Jobs, device: torch.device) -> dict[str, Any]:
-    """The broadcast of a stack: [P] when all clients start from one model, [C, P] otherwise."""
+    """The stack's own copy of the broadcast: [P] when all clients start from one model, [C, P] otherwise."""
     if len(jobs.models) == 1:
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in jobs.models[0].items()}
+        return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in jobs.models[0].items()}
     return {
         k: torch.stack([torch.as_tensor(jobs.models[m][k]) for m in jobs.which.tolist()]).to(device)
         for k in jobs.models[0]
     }
 
 
-def _rows(memory: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return memory if isinstance(memory, Kept) else {k: v for k, v in memory.items() if not k.startswith("inbox/")}
-
-
-def _inbox(jobs: Jobs, broadcast: dict[str, Any], device: torch.device) -> tuple[Inbox, ...]:
-    """The inbox of an exchange, taken out of the broadcast; empty for other work."""
-    if "inbox/heard" not in jobs.memory:
-        return ()
-    sent = {k.removeprefix("inbox/"): broadcast.pop(k) for k in list(broadcast) if k.startswith("inbox/")}
-    return (Inbox(sent, jobs.memory["inbox/heard"].to(device), jobs.memory["inbox/own"].to(device)),)
+def _inbox(jobs: Jobs, device: torch.device) -> Inbox | None:
+    """The inbox with the vectors themselves, which may take much room, but so that writing to them is noticed."""
+    if jobs.inbox is None:
+        return None
+    box = jobs.inbox
+    return Inbox({k: v.to(device).data for k, v in box.fields.items()}, box.heard.to(device), box.own.to(device))
 
 
 class Gather:
     """The results of stacks together again, in the order of the stacks, whoever computed them."""
 
-    def __init__(self, num_jobs: int) -> None:
+    def __init__(self, num_jobs: int, work: str = "") -> None:
+        self._work = work
+        self._rows: dict[str, tuple[int, ...]] = {}  # what one client's row of each field looks like
         self._open: dict[str, Tensor] = {}  # sums of the group at hand
         self._fields, self._memory, self._metrics = Parts(num_jobs), Parts(num_jobs), Parts(num_jobs)
         bits = torch.zeros(num_jobs, dtype=torch.int64)
         self.results = Results(self._fields, {}, self._memory, self._metrics, bits)
 
     def add(self, index: Tensor, part: Results) -> None:
-        """Take the results of one stack (or of all stacks of a group), whose jobs were `index` [C] of the whole."""
+        """Take the results of one stack (or of all stacks of a group), whose jobs were `index` [C] of the whole.
+
+        Raises:
+            ClientError: if it has not the fields of the other stacks.
+        """
+        self._check(part)
         _add_(self._open, part.sums)
         self._fields.add(index, part.fields)
         self._memory.add(index, part.memory)
@@ -266,6 +309,23 @@ class Gather:
         """Fold the sums of the group at hand into those of the groups before it."""
         _add_(self.results.sums, self._open)
         self._open = {}
+
+    def _check(self, part: Results) -> None:
+        if not self._work:
+            return  # jobs of several kinds of work
+        rows = {k: tuple(v.shape) for k, v in part.sums.items()} | {
+            k: tuple(v.shape[1:]) for k, v in part.fields.items()
+        }
+        self._rows = self._rows or rows
+        if rows != self._rows:
+            raise ClientError(
+                f"{self._work}: one stack replied {_named(self._rows)} and another {_named(rows)}; every stack must "
+                "reply the same fields, of one shape a client"
+            )
+
+
+def _named(rows: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in rows.items()) or "nothing"
 
 
 def _add_(into: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
@@ -294,7 +354,7 @@ class InProcess:
         )
 
     def run(self, jobs: Jobs) -> Results:
-        gather = Gather(len(jobs.ids))
+        gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work))
         stacks = cut(self.runner.task.num_examples[jobs.ids], self.width)
         parts = self._in_order(stacks, jobs)
         for group in grouped(stacks):

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedsim.compress.error_feedback import compress_with_error
+from fedsim.cohort import Cohort
+from fedsim.compress.error_feedback import compress_difference, compress_with_error
 from fedsim.compress.packet import Compressor, Packet
-from fedsim.memory import MemoryRows
 from fedsim.streams import Streams
 
 FLOAT_BITS = 32
@@ -36,13 +36,14 @@ class Uplink:
     compressor: Compressor
     error_feedback: bool = False
 
-    def encode(self, name: str, v: Tensor, memory: MemoryRows, streams: Streams) -> Packet:
+    def encode(self, name: str, v: Tensor, clients: Cohort) -> Packet:
         """The packet of one field v [C, P] of a stack's replies."""
-        step = _key(name)
         if not self.error_feedback:
-            return self.compressor.encode(v, streams, step)
-        error = memory.read(ERROR + name, tuple(v.shape[1:])).to(v)
-        packet, memory[ERROR + name] = compress_with_error(v, error, self.compressor, streams, step)
+            return self.compressor.encode(v, clients.streams, step_of(name))
+        error = clients.memory.read(ERROR + name, tuple(v.shape[1:])).to(v)
+        packet, clients.memory[ERROR + name] = compress_with_error(
+            v, error, self.compressor, clients.streams, step_of(name)
+        )
         return packet
 
 
@@ -53,12 +54,24 @@ class Copy:
     Args:
         value: [P], the running copy after the newest message.
         version: number of the newest message.
+        length: bits of all messages that were compressed.
         seen: [N] number of the last message each client got; 0 for none.
+        known: [N] `length` by then.
     """
 
     value: Tensor
     version: int
+    length: int
     seen: Tensor
+    known: Tensor
+
+
+@dataclass(frozen=True)
+class Change:
+    """A message about a broadcast vector: the packet of its change, and the key of the packet's random numbers."""
+
+    packet: Packet
+    key: tuple[int, int, int, int]
 
 
 @dataclass(kw_only=True)
@@ -75,26 +88,30 @@ class Downlink:
     seed: int
     copies: dict[str, Copy] = field(default_factory=dict)
 
-    def send(self, name: str, v: Tensor, ids: Tensor, num_clients: int) -> tuple[Tensor, Tensor]:
-        """(what clients get [P], bits to each recipient [R]) of a broadcast vector v [P]."""
-        whole = FLOAT_BITS * v.numel()
+    def send(self, name: str, v: Tensor, ids: Tensor, num_clients: int) -> tuple[Tensor, Tensor, Change | None]:
+        """(what clients get [P], bits to each recipient [R], the message or None for the first) of a vector v [P]."""
+        change = None
         if name not in self.copies:
-            self.copies[name] = Copy(v.clone(), 1, torch.zeros(num_clients, dtype=torch.int64))
-            bits = torch.full((len(ids),), whole)
+            never = torch.zeros(num_clients, dtype=torch.int64)
+            self.copies[name] = Copy(v.clone(), 1, 0, never, never.clone())
         else:
             copy = self.copies[name]
-            key = torch.tensor([_key(name)])
-            streams = Streams(self.seed, key.to(v.device), torch.tensor([copy.version]).to(v.device))
-            packet = self.compressor.encode((v - copy.value)[None], streams)
-            copy.value = copy.value + packet.decode()[0]
-            copy.version += 1
-            missed = copy.version - copy.seen[ids]
-            bits = torch.where(copy.seen[ids] == 0, whole, (missed * int(packet.bits[0])).clamp(max=whole))
-        copy = self.copies[name]
-        copy.seen[ids] = copy.version
-        return copy.value, bits
+            key = self.seed, step_of(name), copy.version, 0
+            streams = Streams(self.seed, *(torch.tensor([part]).to(v.device) for part in key[1:3]))
+            packet, value = compress_difference(v[None], copy.value[None], self.compressor, streams)
+            copy.value, copy.version, copy.length = value[0], copy.version + 1, copy.length + int(packet.bits[0])
+            change = Change(packet, key)
+        copy, whole = self.copies[name], FLOAT_BITS * v.numel()
+        missed = (copy.length - copy.known[ids]).clamp(max=whole)
+        bits = torch.where(copy.seen[ids] == 0, whole, missed)
+        copy.seen[ids], copy.known[ids] = copy.version, copy.length
+        return copy.value, bits, change
+
+    def bits(self, num_entries: int, messages: Tensor) -> Tensor:
+        """[R] bits to clients that are sent so many messages [R] at once, the whole vector if that is shorter."""
+        return (messages * self.compressor.bits(num_entries)).clamp(max=FLOAT_BITS * num_entries)
 
 
-def _key(name: str) -> int:
-    """A small number for a field's name, so that two fields of one reply draw different numbers."""
+def step_of(name: str) -> int:
+    """The step under which the packets of a field draw their numbers: two fields of one reply draw different ones."""
     return sum((i + 1) * ord(c) for i, c in enumerate(name))

@@ -114,7 +114,7 @@ class RayExecutor:
             ClientError: a client half raised; its own exception is the cause.
             RuntimeError: one group, or every worker, was lost `ATTEMPTS` times in a row.
         """
-        gather = Gather(len(jobs.ids))
+        gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work))
         groups = grouped(cut(self.runner.task.num_examples[jobs.ids], self.width))
         for group, part in zip(groups, self._in_order(groups, jobs), strict=True):
             gather.add(torch.cat(group), part)
@@ -136,13 +136,15 @@ class RayExecutor:
         """Results in the order of the groups, each computed by whichever worker was free."""
         self._runs += 1
         models = [self._ray.put(pack(m, share=True, pickler=self._pickler)) for m in jobs.models]
+        # not shared: what nobody may write to would end the worker whose client half tries
+        inbox = self._ray.put(pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler))
         todo, lost = deque(range(len(groups))), [0] * len(groups)
         done: dict[int, Results] = {}
         for following in range(len(groups)):
             while following not in done:
                 for worker in self._workers:
                     if worker.ref is None and todo:
-                        self._submit(worker, todo.popleft(), groups, jobs, models)
+                        self._submit(worker, todo.popleft(), groups, jobs, inbox, models)
                 group, outcome = self._next_outcome()
                 if group is None or group[0] != self._runs:
                     continue  # a worker got ready, or finished what a call that failed had left behind
@@ -160,12 +162,16 @@ class RayExecutor:
                 todo.appendleft(index)
             yield done.pop(following)
 
-    def _submit(self, worker: _Worker, index: int, groups: list[list[Tensor]], jobs: Jobs, models: list[Any]) -> None:
+    def _submit(
+        self, worker: _Worker, index: int, groups: list[list[Tensor]], jobs: Jobs, inbox: Any, models: list[Any]
+    ) -> None:
         group = groups[index]
         part = jobs.rows(torch.cat(group))
+        if part.inbox is not None:
+            part.inbox.fields = {}
         needed = torch.unique(jobs.which[torch.cat(group)]).tolist()  # in the order that `rows` numbers them
         parcel = pack((replace(part, models=[]), [len(stack) for stack in group]), pickler=self._pickler)
-        worker.ref = worker.actor.run.remote(self._setting, parcel, *[models[m] for m in needed])
+        worker.ref = worker.actor.run.remote(self._setting, parcel, inbox, *[models[m] for m in needed])
         worker.group, worker.deadline = (self._runs, index), time.monotonic() + self.timeout_seconds
 
     def _next_outcome(self) -> tuple[tuple[int, int] | None, Any]:

@@ -57,13 +57,15 @@ class Actor:
             return pack(Failure.of(RuntimeError(f"a Ray worker cannot import what the run needs: {error}")))
         return pack(None)
 
-    def run(self, setting: Parcel, parcel: Parcel, *models: Parcel) -> Parcel:
+    def run(self, setting: Parcel, parcel: Parcel, inbox: Parcel, *models: Parcel) -> Parcel:
         """Run the stacks of one group in their order and fold their sums in that order."""
         jobs, sizes = unpack(parcel)
         jobs.models = [unpack(model) for model in models]
-        gather = Gather(len(jobs.ids))
+        if jobs.inbox is not None:
+            jobs.inbox.fields = unpack(inbox)
         try:
             runner = self._open(setting)
+            gather = Gather(len(jobs.ids), runner.name_of(jobs.work))
             for index in torch.arange(len(jobs.ids)).split(sizes):
                 gather.add(index, runner.run(jobs.rows(index)))
         except Exception as error:

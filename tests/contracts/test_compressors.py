@@ -75,7 +75,6 @@ def test_a_row_does_not_depend_on_its_stack(compressor: Compressor) -> None:
     whole = compressor.encode(v, streams(5), step=3)
     alone = compressor.encode(v[3:4], streams(5).rows([3]), step=3)
     assert torch.allclose(alone.decode()[0], whole.decode()[3], atol=1e-6)
-    assert torch.equal(whole.rows([3]).decode(), whole.decode()[3:4])
 
 
 @every
@@ -89,10 +88,9 @@ def test_the_input_is_left_alone_and_may_have_any_stride(compressor: Compressor)
 
 
 @every
-def test_packets_pickle_and_turn_into_arrays(compressor: Compressor) -> None:
+def test_packets_pickle(compressor: Compressor) -> None:
     packet = compressor.encode(stack(3), streams(3))
     assert torch.equal(pickle.loads(pickle.dumps(packet)).decode(), packet.decode())
-    assert torch.equal(Packet.from_arrays(packet.to_arrays(), compressor, P).decode(), packet.decode())
 
 
 @every

@@ -69,10 +69,10 @@ class Killer:
         self.submit, close = RayExecutor._submit, RayExecutor.close
         killer = self
 
-        def submit(executor: RayExecutor, worker: Any, index: int, groups: Any, jobs: Jobs, models: Any) -> None:
+        def submit(executor: RayExecutor, worker: Any, index: int, groups: Any, jobs: Jobs, *sent: Any) -> None:
             if jobs.round >= 1 and jobs.work not in killer.marks:
                 killer.arm(executor, worker, jobs.work)
-            killer.submit(executor, worker, index, groups, jobs, models)
+            killer.submit(executor, worker, index, groups, jobs, *sent)
 
         def note_and_close(executor: RayExecutor) -> None:
             killer.resubmitted = max(killer.resubmitted, executor.resubmitted)

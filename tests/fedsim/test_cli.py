@@ -184,7 +184,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "cohort too large": ([D, "strategy.cohort_size=11"], ["strategy.cohort_size: 11 exceeds the 10 clients", "lower"]),
     "f too large": (
         [D, "strategy.aggregator={name: krum, f: 1}"],
-        ["strategy.aggregator:", "cohort of 2", "f=1", "lower f"],
+        ["strategy.aggregator:", "2 replies at a time", "f=1", "lower f"],
     ),
     "no interval": ([Q, "strategy={name: fedfix, interval: 0}"], ["strategy: interval must be positive", "got 0"]),
     "key left out": ([Q, "strategy=fedfix"], ["strategy.interval: missing"]),
@@ -300,7 +300,11 @@ def test_a_failing_client_half_is_shown_with_client_round_and_its_own_exception(
     assert found.code == 1
     assert "cli_mine.py" in found.err and 'ZeroDivisionError("this client\'s own trouble")' in found.err
     last = found.err.splitlines()[-1]
-    assert last.startswith("fedsim: work failed in round ") and "client(s) 1:" in last and "ZeroDivisionError" in last
+    assert (
+        last.startswith("fedsim: ClientFails.work failed in round ")
+        and "client(s) 1:" in last
+        and "ZeroDivisionError" in last
+    )
 
 
 def test_a_failing_server_half_is_shown_with_its_round_and_its_own_exception(tmp_path: Path) -> None:

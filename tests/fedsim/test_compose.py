@@ -232,6 +232,6 @@ def test_one_million_clients_are_composed_with_100_in_a_round() -> None:
         e = composition.experiment
         state = e.strategy.init(e.task.init(0))
         state, _ = e.strategy.round(state, e.fleet, fedsim.streams.server_rng(0, "server", 0))
-        assert torch.isfinite(state.x).all() and e.fleet.observations().values()["num_clients"] == 100
+        assert torch.isfinite(state.x).all() and e.fleet.end_round().values()["num_clients"] == 100
     finally:
         composition.close()

@@ -36,9 +36,8 @@ def test_memory_is_flat_over_200_rounds_of_the_quickstart() -> None:
     seen = []
     try:
         for number in range(240):
-            e.fleet.round = number
             state, _ = e.strategy.round(state, e.fleet, server_rng(0, "server", number))
-            e.fleet.observations()
+            e.fleet.end_round()
             if number % 5 == 0:
                 e.task.evaluate(state.x, e.pool)
                 e.task.evaluate_clients(state.x, e.pool)
@@ -72,9 +71,8 @@ e = composition.experiment
 state = e.strategy.init(e.task.init(0))
 ready = memory()
 for number in range(12):
-    e.fleet.round = number
     state, _ = e.strategy.round(state, e.fleet, server_rng(0, "server", number))
-    e.fleet.observations()
+    e.fleet.end_round()
     if number == 1:
         warm = memory()
 composition.close()

@@ -11,8 +11,10 @@ from torch.testing import assert_close
 
 from fedsim.aggregate.coordinatewise import TrimmedMean
 from fedsim.aggregate.prepare import Clipping
+from fedsim.compress.quantize import Natural
 from fedsim.optim import build
 from fedsim.sim.devices import Exponential
+from fedsim.sim.links import Downlink
 from fedsim.strategies.async_fedavg import AsyncFedAvg
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedbuff import FedBuff
@@ -20,7 +22,7 @@ from fedsim.strategies.fedbuff_stream import FedBuffStream
 from fedsim.strategies.fedfix import FedFix
 from fedsim.tasks.models import mlp
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.build import Clocks, Play, digits_task, f_80, local_sgd, play, quadratic
+from tests.build import Clocks, Play, digits_task, drawn, f_80, local_sgd, play, quadratic
 from tests.reference import asynchronous as twin
 from tests.reference.clients import Formulas, stream
 from tests.strategies.tasks import noisy
@@ -50,7 +52,7 @@ def _simulated(strategy: Any, task: QuadraticTask, devices: Any, rounds: int) ->
     models, rest = [], []
     for _ in range(rounds):
         models.append(play.path(1)[0])
-        seen = play.fleet.observations().values()
+        seen = play.seen
         rest.append((seen["num_clients"], seen.get("staleness_mean", 0.0), play.fleet.now))
     replies, staleness, time = torch.tensor(rest, dtype=torch.float64).T
     return {"x": torch.stack(models), "replies": replies, "staleness": staleness, "time": time}
@@ -157,7 +159,7 @@ def test_equal_clocks_make_async_contributions_cycle() -> None:
     for _ in range(20):
         play.step()
         order.append(int(play.state.idle[0]))
-        staleness.append(play.fleet.observations().values().get("staleness_mean", 0.0))
+        staleness.append(play.seen.get("staleness_mean", 0.0))
     assert order == [0, 1, 2, 3, 4] * 4
     assert staleness[:5] == [0, 1, 2, 3, 4] and set(staleness[5:]) == {4}
 
@@ -381,3 +383,25 @@ def test_a_buffer_larger_than_the_federation_is_refused(make: Callable[..., Any]
     task = quadratic([1, 1], [0, 1], 0)
     with pytest.raises(ValueError, match=message):
         play(task, make(local_sgd(task)), 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda local: FedFix(interval=0.5, local=local), lambda local: AsyncFedAvg(local=local)],
+    ids=["fedfix", "async"],
+)
+def test_unbiased_weights_count_the_bits_that_jobs_are_timed_with(make: Callable[..., Any]) -> None:
+    # a client is sent the compressed messages that it missed as well, so that slow ones wait for more bits
+    task = drawn(5, 40)
+    game = Play.start(
+        task,
+        make(local_sgd(task, 1e-4, steps=1)),
+        devices=Clocks(f_80(), downlink=2000.0),
+        downlink=Downlink(compressor=Natural(), seed=0),
+    )
+    taken = torch.zeros(5).double()
+    game.path(40)
+    for _ in range(400):
+        game.step()
+        taken[game.state.idle] += 1
+    assert (game.state.d * taken / 400).tolist() == pytest.approx([0.2] * 5, rel=0.03)

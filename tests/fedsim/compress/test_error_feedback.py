@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fedsim.compress.error_feedback import Contractive, compress_difference, compress_with_error
-from fedsim.compress.quantize import QSGD
-from fedsim.compress.sparsify import RandK, TopK
+from fedsim.compress.error_feedback import Contractive, compress_difference, compress_with_error, contractive
+from fedsim.compress.quantize import QSGD, Natural
+from fedsim.compress.sparsify import Bernoulli, RandK, TopK
 from fedsim.streams import Streams
 
 
@@ -36,7 +36,7 @@ def heterogeneous(n: int = 4, d: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
     return 0.5 + torch.rand(n, d, generator=g, dtype=torch.float64), torch.randn(n, d, generator=g, dtype=torch.float64)
 
 
-def test_ef21_and_diana_are_exact_where_plain_compression_is_not() -> None:
+def test_ef21_is_exact_where_plain_compression_is_not() -> None:
     a, b = heterogeneous()
     best = (a * b).sum(0) / a.sum(0)
     own, lr = streams(4), 0.1
@@ -47,24 +47,40 @@ def test_ef21_and_diana_are_exact_where_plain_compression_is_not() -> None:
             x = x - lr * estimate(a * (x - b), step)
         return float((x - best).norm())
 
-    def keeping_reference(compressor, rate: float, moved: bool):  # type: ignore[no-untyped-def]
+    def ef21(compressor):  # type: ignore[no-untyped-def]
         reference = torch.zeros(4, 10, dtype=torch.float64)
 
         def estimate(gradients: torch.Tensor, step: int) -> torch.Tensor:
             nonlocal reference
-            before = reference
-            packet, reference = compress_difference(gradients, reference, compressor, own, step, rate)
-            return reference.mean(0) if moved else (before + packet.decode()).mean(0)
+            _, reference = compress_difference(gradients, reference, compressor, own, step)
+            return reference.mean(0)
 
         return estimate
 
     rand = RandK(k=2)
-    omega = rand.omega(10)
-    assert omega == 4.0
-    assert distance(keeping_reference(TopK(k=2), 1.0, True)) < 1e-12  # EF21
-    assert distance(keeping_reference(rand, 1.0 / (1.0 + omega), False)) < 1e-8  # DIANA
+    assert distance(ef21(TopK(k=2))) < 1e-12
+    assert distance(ef21(rand)) < 1e-8  # expands as it stands, omega = 4
     assert distance(lambda g, step: rand.encode(g, own, step).decode().mean(0)) > 0.05  # DCGD
     assert distance(lambda g, step: TopK(k=2).encode(g, own, step).decode().mean(0)) > 0.05
+
+
+@pytest.mark.parametrize("compressor", [RandK(k=2), QSGD(levels=1), Bernoulli(p=0.2)])
+def test_what_an_expanding_compressor_leaves_out_stays_bounded(compressor) -> None:  # type: ignore[no-untyped-def]
+    v, error = torch.randn(50, 20, dtype=torch.float64), torch.zeros(50, 20, dtype=torch.float64)
+    reference = error
+    delta = 1 + compressor.omega(20)
+    for step in range(200):
+        _, error = compress_with_error(v, error, compressor, streams(50), step)
+        _, reference = compress_difference(v, reference, compressor, streams(50), step)
+    # e <- (1 - 1/delta) |v + e|^2 in the mean: its fixed point is below (2 delta)^2 |v|^2 (Karimireddy et al. 2019)
+    assert float(error.square().sum(1).mean()) < 4 * delta**2 * float(v.square().sum(1).mean())
+    assert float((reference - v).square().sum(1).mean()) < 1e-3 * float(v.square().sum(1).mean())
+
+
+def test_a_compressor_that_contracts_as_it_stands_is_left_as_it_is() -> None:
+    for compressor in (TopK(k=2), Natural(), QSGD(levels=16)):
+        assert contractive(compressor, 20) is compressor
+    assert contractive(RandK(k=2), 20).delta(20) == 10.0
 
 
 def test_ef14_comes_nearer_with_a_smaller_step() -> None:

@@ -46,7 +46,7 @@ def test_a_shared_seed_saves_the_indices_and_the_receiver_draws_them_itself() ->
     again = Packet.decode_row(
         packet.encode_row(1), packet.compressor, 100, packet.compressor.shared(own.rows([1]), 100, step=2)
     )
-    assert torch.equal(again.decode(), packet.rows([1]).decode())
+    assert torch.equal(again.decode(), packet.decode()[1:2])
     with pytest.raises(ValueError, match="shared by seed"):
         Packet.decode_row(packet.encode_row(1), packet.compressor, 100)
 
@@ -72,16 +72,10 @@ def test_other_types_and_shapes_are_refused() -> None:
             TopK(k=1).encode(bad, streams(2))
 
 
-def test_packets_pickle_split_join_and_turn_into_arrays() -> None:
+def test_packets_pickle() -> None:
     packet = QSGD(levels=3).encode(torch.randn(4, 11), streams(4))
     decoded = packet.decode()
     assert torch.equal(pickle.loads(pickle.dumps(packet)).decode(), decoded)
-    assert torch.equal(Packet.cat([packet.rows([0]), packet.rows(slice(1, 4))]).decode(), decoded)
-    arrays = packet.to_arrays()
-    assert all(isinstance(a, np.ndarray) for a in arrays.values())
-    assert torch.equal(Packet.from_arrays(arrays, QSGD(levels=3), 11).decode(), decoded)
-    with pytest.raises(ValueError, match="cannot be joined"):
-        Packet.cat([packet, QSGD(levels=2).encode(torch.randn(1, 11), streams(1))])
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,11 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedsim.compress.error_feedback import contractive
 from fedsim.compress.packet import Compressor
 from fedsim.compress.sparsify import Bernoulli, RandK, TopK
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies, receive_copies
 from fedsim.flower.local_grid import through_bytes
+from fedsim.sim.account import bits_of
 from fedsim.sim.links import Downlink
 
 N, P = 3, 20
@@ -23,7 +25,7 @@ class Wired:
             Copies(Downlink(compressor=compressor, seed=4)),
             Downlink(compressor=compressor, seed=4),
         )
-        self.book = wire.Book({"downlink": compressor})
+        self.book = wire.Book({"downlink": compressor, "scaled": contractive(compressor, P)})
         self.clients: list[dict[str, Tensor]] = [{} for _ in range(N)]
         self.step = 0
 
@@ -33,7 +35,7 @@ class Wired:
         v = torch.sin(torch.arange(float(P)) + self.step)
         to = torch.tensor(ids)
         value, each, keys = self.copies.send("x", v, to, N)
-        expected, counted = self.simulated.send("x", v, to, N)
+        expected, counted, _ = self.simulated.send("x", v, to, N)
         assert torch.equal(value, expected)
         sent = []
         for i, values in zip(ids, each, strict=True):
@@ -41,7 +43,7 @@ class Wired:
             new, broadcast = receive_copies(wire.read(content, self.book), self.clients[i])
             self.clients[i] |= new
             assert torch.equal(broadcast["x"], expected)
-            sent.append(sum(wire.bits(v) for v in values.values()))
+            sent.append(sum(map(bits_of, values.values())))
         return sent, counted.tolist()
 
 

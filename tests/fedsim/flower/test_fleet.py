@@ -91,7 +91,7 @@ def test_jobs_are_numbered_for_each_client_on_its_own() -> None:
     fleet, _ = build()
     fleet.ask(torch.tensor([1, 3]), HALVES.tell, x=X)
     assert fleet.ask(ALL, HALVES.tell, x=X)["job"].tolist() == [0, 1, 0, 1]
-    assert fleet.observations().values() == {"asked": pytest.approx(4 / 14), "num_clients": 6}
+    assert fleet.end_round().values() == {"asked": pytest.approx(4 / 14), "num_clients": 6}
 
 
 def test_a_window_ends_when_it_ends_and_late_replies_wait_for_the_next() -> None:

@@ -13,6 +13,7 @@ from fedsim.compress.sparsify import RandK, TopK
 from fedsim.flower import wire
 from fedsim.flower.local_grid import through_bytes
 from fedsim.params import Layout
+from fedsim.sim.account import bits_of
 from fedsim.streams import Streams
 
 P = 40
@@ -78,7 +79,7 @@ def test_a_packet_travels_as_its_own_bytes_and_decodes_to_the_same_numbers(name:
     got = trip({"d": packet}, wire.Book({"uplink": compressor}))["d"]
     assert isinstance(got, Packet)
     assert torch.equal(got.decode(), packet.decode())
-    assert int(got.bits[0]) == int(packet.bits[0]) == wire.bits(got)
+    assert int(got.bits[0]) == int(packet.bits[0]) == bits_of(got)
 
 
 def test_fields_that_follow_from_the_seed_are_drawn_again_by_the_receiver() -> None:
@@ -128,7 +129,7 @@ def test_bytes_cut_short_are_noticed() -> None:
 
 
 def test_bits_count_numbers_entries_and_yes_or_no() -> None:
-    assert [wire.bits(v) for v in (None, True, 7, 0.5, torch.zeros(2, 5))] == [0, 1, 32, 32, 320]
+    assert [bits_of(v) for v in (None, True, 7, 0.5, torch.zeros(2, 5))] == [0, 1, 32, 32, 320]
 
 
 def test_a_message_of_another_app_is_refused() -> None:

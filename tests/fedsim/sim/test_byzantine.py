@@ -76,7 +76,7 @@ def test_the_silent_neither_reply_nor_cost_bits_nor_count() -> None:
     r = fleet.ask(torch.arange(4), HALVES.send, x=X)
     assert r.ids.tolist() == [1, 2] and r["v"][:, 0].tolist() == [2, 3] and r["n"].tolist() == [1, 2]
     assert len(r.arrived_at) == len(r.num_examples) == 2
-    assert fleet.observations().values()["num_clients"] == 2
+    assert fleet.end_round().values()["num_clients"] == 2
     assert fleet.ledger.bits_up == 2 * (64 + 32) and fleet.ledger.bits_down == 4 * 64
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsim.aggregate import Mean
 from fedsim.aggregate.coordinatewise import Median
 from fedsim.cohort import Cohort
+from fedsim.compress.quantize import Natural
 from fedsim.compress.sparsify import TopK
 from fedsim.fleet import Cost, Inbox
 from fedsim.sim.devices import Constant, LogNormal
@@ -28,7 +29,7 @@ X = torch.tensor([1.0, 2.0], dtype=torch.float64)
 class Halves:
     """Client halves whose replies are known."""
 
-    def plus(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
+    def plus(self, clients: Cohort, x: Tensor, rate: float = 0.0) -> dict[str, Tensor]:
         """x plus the client's id."""
         return {"y": x + clients.ids[:, None]}
 
@@ -293,17 +294,17 @@ def test_staleness_counts_server_steps_since_the_work_was_sent() -> None:
     fleet = _fleet((1.0, 3.0))
     fleet.send(fleet.clients, HALVES.plus, x=X)
     assert fleet.receive(count=1).staleness.tolist() == [0]
-    assert fleet.observations().values()["staleness_mean"] == 0
+    assert fleet.end_round().values()["staleness_mean"] == 0
     fleet.round = 4
     assert fleet.receive().staleness.tolist() == [4]
-    assert fleet.observations().values() == {"num_clients": 1, "staleness_mean": 4.0}
+    assert fleet.end_round().values() == {"num_clients": 1, "staleness_mean": 4.0}
 
 
 def test_what_clients_log_is_averaged_by_samples_and_handed_over_once() -> None:
     fleet = _fleet((1.0, 1.0, 1.0), [1, 3, 0])
     fleet.ask(fleet.clients, HALVES.log, x=X)
-    assert fleet.observations().values() == {"seen": 0.75, "num_clients": 3}
-    assert "seen" not in fleet.observations().values()
+    assert fleet.end_round().values() == {"seen": 0.75, "num_clients": 3}
+    assert "seen" not in fleet.end_round().values()
 
 
 def test_the_exception_of_a_client_names_work_round_and_clients() -> None:
@@ -394,6 +395,21 @@ def test_job_seconds_are_those_of_real_jobs_and_draw_nothing_from_them() -> None
     assert fleet.job_seconds(Cost(), 7, x=X).tolist() == [[1 + 1 + 4], [2 + 1 + 4]]
     assert fleet.ask(fleet.clients, HALVES.plus, x=X).arrived_at.tolist() == [6.0, 7.0]
     assert fleet.job_counts.tolist() == [1, 1]
+
+
+def test_job_seconds_count_the_bits_that_compressed_jobs_do() -> None:
+    devices = Clocks((1.0, 2.0, 0.5), downlink=32.0, uplink=8.0)
+    fleet = _fleet((1.0, 2.0, 0.5), devices=devices, downlink=Downlink(compressor=Natural(), seed=0), reply_bits=11)
+    fleet.ask(fleet.clients, HALVES.plus, x=X, rate=1.0)  # from now on everybody has a copy
+    for missed in range(1, 6):  # client 2 misses more and more
+        start = fleet.now
+        for _ in range(missed - 1):
+            fleet.ask(_ids(0, 1), HALVES.plus, x=X, rate=1.0)
+        start, messages = fleet.now, torch.tensor([1, 1, missed])
+        took = fleet.ask(fleet.clients, HALVES.plus, x=X, rate=1.0).arrived_at - start
+        expected = fleet.job_seconds(Cost(), messages=messages, x=X, rate=1.0)[:, 0]
+        torch.testing.assert_close(took, expected, rtol=0, atol=1e-9)
+    assert float(fleet.job_seconds(Cost(), x=X, rate=1.0)[0, 0]) == (2 * 9 + 32) / 32 + 1.0 + 11 / 8
 
 
 def test_what_is_in_flight_survives_a_stop() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.compress.quantize import QSGD
-from fedsim.compress.sparsify import RandK, TopK
+from fedsim.compress.sparsify import Bernoulli, RandK, TopK
 from fedsim.fleet import Cost
 from fedsim.sim.devices import Constant
 from fedsim.sim.links import Downlink, Uplink
@@ -36,9 +36,9 @@ def _ids(*clients: int) -> Tensor:
 
 def test_the_first_message_is_whole_and_later_ones_are_compressed_changes() -> None:
     down = Downlink(compressor=TopK(k=1), seed=0)
-    got, bits = down.send("x", _v(1, 2, 3, 4), _ids(0, 1), 3)
+    got, bits, _ = down.send("x", _v(1, 2, 3, 4), _ids(0, 1), 3)
     assert got.tolist() == [1, 2, 3, 4] and bits.tolist() == [WHOLE, WHOLE]
-    got, bits = down.send("x", _v(1, 5, 3, 2), _ids(0, 1), 3)
+    got, bits, _ = down.send("x", _v(1, 5, 3, 2), _ids(0, 1), 3)
     assert got.tolist() == [1, 5, 3, 4] and bits.tolist() == [PACKET, PACKET]  # the change of 3 goes first
 
 
@@ -47,7 +47,7 @@ def test_what_a_message_leaves_out_is_in_the_next_change() -> None:
     target = _v(1, 5, 3, 2)
     down.send("x", _v(1, 2, 3, 4), _ids(0), 1)
     down.send("x", target, _ids(0), 1)
-    got, _ = down.send("x", target, _ids(0), 1)
+    got, *_ = down.send("x", target, _ids(0), 1)
     assert got.tolist() == target.tolist()
 
 
@@ -60,6 +60,20 @@ def test_a_client_that_missed_messages_is_sent_those_or_the_whole_if_that_is_sho
     down.send("x", _v(8, 8, 8, 8), _ids(0), 4)
     bits = down.send("x", _v(7, 7, 7, 7), _ids(0, 1, 2, 3), 4)[1]
     assert bits.tolist() == [PACKET, 2 * PACKET, WHOLE, WHOLE]  # 2 missed five (170 bits), 3 never heard of x
+
+
+def test_missed_messages_count_as_long_as_they_were() -> None:
+    down, size = Downlink(compressor=Bernoulli(p=0.5), seed=0), 100
+    down.send("x", torch.zeros(size), _ids(0, 1), 2)
+    lengths = [int(down.send("x", torch.full((size,), float(k)), _ids(0), 2)[1]) for k in range(1, 9)]
+    assert set(lengths) == {1, 32 * size}, "a flag, or a whole vector, which needs none"
+    bits = down.send("x", torch.full((size,), 9.0), _ids(0, 1), 2)[1]
+    assert bits.tolist()[1] == 32 * size, "one of those that it missed was whole, whatever the newest is"
+    quiet = Downlink(compressor=Bernoulli(p=1e-9), seed=0)
+    quiet.send("x", torch.zeros(size), _ids(0, 1), 2)
+    for k in range(7):
+        quiet.send("x", torch.full((size,), float(k)), _ids(0), 2)
+    assert quiet.send("x", torch.zeros(size), _ids(0, 1), 2)[1].tolist() == [1, 8]
 
 
 def test_every_broadcast_vector_has_a_copy_of_its_own() -> None:
@@ -75,7 +89,7 @@ def test_messages_of_different_vectors_steps_and_seeds_draw_different_entries() 
         down.send(name, torch.zeros(64), _ids(0), 1)
         for _ in range(3):
             before = down.copies[name].value
-            got, _ = down.send(name, before + 1, _ids(0), 1)
+            got, *_ = down.send(name, before + 1, _ids(0), 1)
             out.append(torch.nonzero(got - before).flatten().tolist())
         return out
 
@@ -149,6 +163,17 @@ def test_without_error_feedback_nothing_is_kept() -> None:
     r = fleet.ask(fleet.clients, send.vector, v=_v(1, -3, 2, 0))
     assert r["v"].tolist() == [[0, -3.0 * k, 0, 0] for k in (1, 2, 3)]
     assert fleet.memory.names() == () and fleet.ledger.bits_up == 3 * PACKET
+
+
+@pytest.mark.parametrize("compressor", [RandK(k=2), QSGD(levels=1)])
+@pytest.mark.parametrize("link", ["uplink", "downlink"])
+def test_compressors_that_expand_are_scaled_where_they_have_to_contract(compressor: Any, link: str) -> None:
+    task = drawn(4, 10)
+    assert compressor.omega(10) > 1
+    up = {"uplink": Uplink(compressor=compressor, error_feedback=True)}
+    links: Any = up if link == "uplink" else {"downlink": Downlink(compressor=compressor, seed=0)}
+    x = play(task, FedAvg(local=local_sgd(task, 0.02, steps=1)), 600, **links)[-50:].mean(0)
+    assert float((x - task.solution()).norm()) < 0.1  # 1e20 and more as they stand
 
 
 def test_an_error_is_kept_only_when_the_reply_is_received() -> None:

@@ -130,7 +130,7 @@ def test_the_clients_own_exception_names_clients_work_and_round(executors: dict[
     executor = executors[3]
     before = executor.resubmitted
     with pytest.raises(
-        ClientError, match=r"^fail failed in round 5 for client\(s\) 7: ZeroDivisionError: client seven"
+        ClientError, match=r"^Toy.fail failed in round 5 for client\(s\) 7: ZeroDivisionError: client seven"
     ) as e:
         executor.run(some_jobs("fail"))
     assert isinstance(e.value.__cause__, ZeroDivisionError)
