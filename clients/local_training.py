@@ -21,6 +21,7 @@ from fedsim.clients.stepwise import Stepwise
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Exact
 from fedsim.optim import Optimizer
+from fedsim.strategy import Traits
 from fedsim.task import Schedule
 from fedsim.terms import Terms
 
@@ -89,6 +90,39 @@ class LocalTraining:
         """Whether every step is x <- x - lr * u with one and the same number lr."""
         optimizer = self.optimizer
         return optimizer.is_plain_sgd and isinstance(optimizer.lr, float | int) and optimizer.schedule is None
+
+    def rate_at(self, round: int) -> float:
+        """The learning rate of a step that a strategy takes itself in a round."""
+        schedule, lr = self.optimizer.schedule, self.optimizer.lr
+        assert isinstance(lr, float | int), "checked by `check`"
+        fraction = round / self.rounds
+        return lr * (1.0 if schedule is None else schedule.at_step(rounds=round, steps=round, fraction=fraction))
+
+    def check(self, traits: Traits) -> None:
+        """Refuse a rule that a strategy does not bear.
+
+        Raises:
+            ValueError: if it would act on a corrected direction or in a step of the strategy's own, or has no one rate.
+        """
+        plain, bears = self.optimizer.is_plain_sgd, traits.local_rules
+        if bears == "plain_sgd" and not plain:
+            raise ValueError(
+                "this strategy corrects the direction of every local step, and local.optimizer would clip, decay or "
+                "precondition the correction too; use local.optimizer {name: sgd} without momentum, weight_decay and "
+                "clip"
+            )
+        if bears == "plain_sgd":
+            _ = self.lr
+        if bears == "rate" and not (plain and isinstance(self.optimizer.lr, float | int)):
+            raise ValueError(
+                "this strategy takes its own step: local.optimizer gives it a learning rate and a schedule only; use "
+                "{name: sgd} without momentum, weight_decay and clip"
+            )
+        if self.optimizer.state_scope == "server" and not traits.averages_state:
+            raise ValueError(
+                "local.optimizer.state_scope: server is not for this strategy, which averages no states; take round or "
+                "client, or fedavg"
+            )
 
     def start(self, x: Tensor) -> Tensor | None:
         """[S], the state that the server sends along with the model x [P] at first; None unless it is to send one."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from fedsim.history import History as History
     from fedsim.runs import run as run
     from fedsim.sim.fleet import SimFleet as SimFleet
+    from fedsim.strategy import Strategy as Strategy
+    from fedsim.strategy import Traits as Traits
     from fedsim.task import Task as Task
     from fedsim.tasks.quadratic import QuadraticTask as QuadraticTask
 
@@ -41,6 +43,8 @@ _PLACES = {
     "QuadraticTask": "fedsim.tasks.quadratic",
     "Replies": "fedsim.fleet",
     "SimFleet": "fedsim.sim.fleet",
+    "Strategy": "fedsim.strategy",
+    "Traits": "fedsim.strategy",
     "Task": "fedsim.task",
     "choose": "fedsim.fleet",
     "run": "fedsim.runs",

@@ -202,6 +202,13 @@ class Fleet(Protocol):
         """
         ...
 
+    def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
+        """([N] seconds that such a job takes at least, [N] mean of an exponential time on top), float64.
+
+        None where durations vary by another law, so that they must be drawn; arguments are those of `job_seconds`.
+        """
+        ...
+
 
 class Traffic(Protocol):
     """Bits sent so far by all clients, and to them."""

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,24 +26,13 @@ from torch import Tensor
 from fedsim import checkpoint
 from fedsim.config import ConfigError, place
 from fedsim.files import sync
-from fedsim.fleet import DrivenFleet, Fleet
+from fedsim.fleet import DrivenFleet
 from fedsim.metrics import check_names, spread
 from fedsim.sim.executor import ClientError
 from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
+from fedsim.strategy import Strategy
 from fedsim.streams import server_rng
 from fedsim.task import Pool, Task
-
-
-class Strategy(Protocol):
-    """One algorithm: hyper-parameters as fields, client halves as methods."""
-
-    def init(self, x0: Tensor) -> Any:
-        """The state before the first round; its field `x` is the server's model [P]."""
-        ...
-
-    def round(self, state: Any, fleet: Fleet, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
-        """One server step: (new state, metrics of its own)."""
-        ...
 
 
 class Diverged(RuntimeError):

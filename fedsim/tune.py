@@ -27,6 +27,7 @@ from fedsim.engine import build_engine
 from fedsim.engine.native import suits
 from fedsim.fleet import choose
 from fedsim.sim.executor import ClientError, InProcess, Jobs, StackRunner
+from fedsim.strategy import parts
 from fedsim.streams import server_rng
 from fedsim.tasks.classification import ClassificationTask
 
@@ -73,12 +74,13 @@ class Bench:
     def __init__(self, composition: Composition) -> None:
         self.composition, self.experiment = composition, composition.experiment
         task, strategy = self.experiment.task, self.experiment.strategy
-        local = getattr(strategy, "local", None)
-        if not isinstance(task, ClassificationTask) or not isinstance(local, LocalTraining):
+        trained = parts(strategy, LocalTraining)
+        if not isinstance(task, ClassificationTask) or not trained:
             raise ConfigError("fedsim tune: nothing to choose; only local steps on a classification task use an engine")
+        (local,) = trained.values()
         self.task, self.local = task, local
         clients = torch.arange(len(task.num_examples))
-        size = min(getattr(strategy, "cohort_size", None) or len(clients), MAX_COHORT)
+        size = min(strategy.at_work(len(clients)), MAX_COHORT)
         ids = choose(clients, size, server_rng(self.experiment.seed, "server", 0))
         self.ids = ids[task.num_examples[ids].cpu() > 0]
         if not len(self.ids):

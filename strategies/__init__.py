@@ -17,8 +17,9 @@ from fedsim.strategies.monna import Monna
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
 from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
+from fedsim.strategy import Strategy
 
-STRATEGIES: dict[str, type] = {
+STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
     "scaffold": Scaffold,
     "fedavg_m": FedAvgM,

@@ -2,14 +2,15 @@
 
 Fraboni, Vidal, Kameni, Lorenzi. A General Theory for Federated Optimization with Asynchronous and Heterogeneous
 Clients Updates. arXiv:2206.10189, table 1: d_i = p_i / P(i is among an aggregation's contributors). With random clocks
-the probability is the long-run frequency 1 / E[aggregations that a job of i lasts], taken from sampled durations.
+the probability is the long-run frequency 1 / E[aggregations that a job of i lasts].
 
-Letters: N clients, tau_i seconds of a job of client i, p_i importances (they sum to one), d_i weights.
+Letters: N clients, T_i seconds of a job of client i, tau_i their mean, p_i importances (they sum to one), d_i weights.
 """
 
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
@@ -19,10 +20,32 @@ from torch import Tensor
 
 from fedsim.fleet import Cost, Fleet
 
-Weights = Literal["unbiased", "identical"]
 Importance = Literal["uniform", "num_examples"]
-SAMPLES = 4096  # drawn durations of each client, where they vary
-TOLERANCE = 1e-9  # ceil(tau / interval) must not see the rounding of the division
+SAMPLES = 4096  # drawn durations of each client, where nothing better is known
+JOBS, MOST_JOBS = 200, 2_000_000  # of each client and of all of them that a schedule is followed for
+STEPS = 4000  # aggregations that it is followed for at least
+DRAWS = 4_000_000  # numbers drawn for the chances of memoryless clocks
+TOLERANCE = 1e-9  # ceil(T / interval) must not see the rounding of the division
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long jobs take: T_i = least_i + an exponential time of mean rest_i; or as drawn.
+
+    Args:
+        least, rest: [N] seconds.
+        drawn: [N, samples] seconds of clients whose clocks have another law, in which case `least` and `rest` are not
+            used.
+    """
+
+    least: Tensor
+    rest: Tensor
+    drawn: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """tau [N]."""
+        return self.least + self.rest if self.drawn is None else self.drawn.mean(1)
 
 
 def able(fleet: Fleet) -> Tensor:
@@ -37,55 +60,86 @@ def able(fleet: Fleet) -> Tensor:
     return clients
 
 
+def fitting(key: str, size: int, fleet: Fleet) -> Tensor:
+    """The clients that have data [W], of which `size` are wanted at a time.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    clients = able(fleet)
+    if size > len(clients):
+        raise ValueError(f"strategy.{key}={size} exceeds the {len(clients)} clients with data; lower it")
+    return clients
+
+
+def positive(key: str, size: int) -> None:
+    """Refuse a number of clients below one."""
+    if size < 1:
+        raise ValueError(f"{key} must be at least 1, got {size}")
+
+
 def importances(kind: Importance, num_examples: Tensor) -> Tensor:
     """p [N] float64: the same for all that have data, or the share of samples."""
     n = num_examples if kind == "num_examples" else num_examples > 0
     return n.to(torch.float64) / n.sum()
 
 
-def given_seconds(job_seconds: tuple[float, ...], p: Tensor) -> Tensor:
-    """tau [N, 1] as the file gives it.
+def given_seconds(job_seconds: tuple[float, ...], p: Tensor) -> Times:
+    """Times as the file gives them.
 
     Raises:
         ValueError: if there is not one positive number a client.
     """
     if len(job_seconds) != len(p) or not all(0 < t < inf for t in job_seconds):
         raise ValueError(f"strategy.job_seconds needs one positive number for each of the {len(p)} clients")
-    return torch.tensor(job_seconds, dtype=torch.float64)[:, None]
+    return Times(torch.tensor(job_seconds, dtype=torch.float64), torch.zeros_like(p))
 
 
-def durations(fleet: Fleet, cost: Cost, x: Tensor) -> Tensor:
-    """tau [N, samples] of a job that downloads x.
+def known_times(fleet: Fleet, cost: Cost, x: Tensor, messages: Tensor) -> Times:
+    """Times of jobs that download x [P] after so many messages [N]: their law where the fleet knows it, else drawn.
 
     Raises:
         ValueError: if the fleet does not know them.
     """
-    samples = max(1, SAMPLES * 1000 // max(len(fleet.clients), 1000))
-    tau = fleet.job_seconds(cost, samples, x=x)
-    if not bool(torch.isfinite(tau).all()):
+    law = fleet.job_law(cost, messages, x=x)
+    if law is None:
+        samples = max(1, SAMPLES * 1000 // max(len(fleet.clients), 1000))
+        tau = fleet.job_seconds(cost, samples, messages, x=x)
+        return Times(tau.mean(1), torch.zeros(len(tau), dtype=torch.float64), tau)
+    if not bool(torch.isfinite(law[0]).all()):
         raise ValueError(
             "weights=unbiased needs every client's job time, which this fleet does not know; give "
             "strategy.job_seconds, one number a client, or weights: identical"
         )
-    return tau
+    return Times(*law)
 
 
-def window_weights(p: Tensor, tau: Tensor, interval: float) -> Tensor:
-    """d [N] of FedFix: p_i * E[ceil(tau_i / interval)], the windows that a job of i spans.
+def window_weights(p: Tensor, times: Times, interval: float) -> Tensor:
+    """d [N] of FedFix: p_i * E[ceil(T_i / interval)], the windows that a job of i spans.
 
-    >>> window_weights(torch.full((5,), 0.2), torch.tensor([[1.0], [0.8], [0.6], [0.4], [0.2]]), 0.5).tolist()
+    With T = k * interval + r + an exponential time of mean rest, that is k + 1 windows and another one for each
+    further end of a window that the job outlives: k + 1 + exp(-(interval - r) / rest) / (1 - exp(-interval / rest)).
+
+    >>> tau = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2])
+    >>> window_weights(torch.full((5,), 0.2), Times(tau, torch.zeros(5)), 0.5).tolist()
     [0.4000..., 0.4000..., 0.4000..., 0.2000..., 0.2000...]
     """
-    return p * torch.ceil(tau / interval - TOLERANCE).clamp(min=1).mean(1)
+    if times.drawn is not None:
+        return p * torch.ceil(times.drawn / interval - TOLERANCE).clamp(min=1).mean(1)
+    whole = torch.ceil(times.least / interval - TOLERANCE).clamp(min=1)
+    k = torch.floor(times.least / interval + TOLERANCE)
+    left = ((k + 1) - times.least / interval).clamp(max=1.0) * interval / times.rest
+    outlived = k + 1 + torch.exp(-left) / -torch.expm1(-interval / times.rest)
+    return p * torch.where(times.rest > 0, outlived, whole)
 
 
-def first_weights(p: Tensor, tau: Tensor) -> Tensor:
+def first_weights(p: Tensor, times: Times) -> Tensor:
     """d [N] of asynchronous FedAvg: H * tau_i * p_i with H = sum of 1 / tau_j over clients with data.
 
     Raises:
         ValueError: if a client's jobs take no time.
     """
-    mean = tau.mean(1)
+    mean = times.mean
     if bool((mean[p > 0] <= 0).any()):
         raise ValueError(
             "weights=unbiased follow from how long jobs take, and some take no time; give clients.devices seconds, or "
@@ -94,19 +148,66 @@ def first_weights(p: Tensor, tau: Tensor) -> Tensor:
     return (1 / mean[p > 0]).sum() * mean * p
 
 
-def buffer_weights(p: Tensor, tau: Tensor, size: int, steps: int = 4000) -> Tensor:
-    """d [N] of FedBuff: p_i over the share of aggregations that contain i, counted on the schedule itself."""
-    drawn = tau.numpy()
-    taken = np.zeros(len(drawn), dtype=np.int64)
-    count = np.zeros(len(drawn))
-    heap = [(float(drawn[i, 0]), i) for i in torch.nonzero(p).flatten().tolist()]
+def buffer_weights(p: Tensor, times: Times, size: int) -> Tensor:
+    """d [N] of FedBuff: p_i over the share of aggregations that contain i."""
+    with_data = torch.nonzero(p).flatten()
+    share = torch.ones_like(p)
+    if bool((times.rest[with_data] > 0).all()) and not bool((times.least[with_data] > 0).any()):
+        share[with_data] = memoryless_shares(1 / times.rest[with_data], size)
+    else:
+        if times.drawn is not None:
+            drawn = times.drawn
+        elif bool((times.rest > 0).any()):
+            noise = torch.from_numpy(np.random.default_rng(0).exponential(size=(len(p), SAMPLES)))
+            drawn = times.least[:, None] + times.rest[:, None] * noise
+        else:
+            drawn = times.least[:, None]
+        share[with_data] = schedule_shares(drawn[with_data], size)
+    return p / share
+
+
+def schedule_shares(drawn: Tensor, size: int) -> Tensor:
+    """[W] share of aggregations that contain each client, counted on the schedule that a fleet runs.
+
+    Jobs that end at the same time arrive in the order in which they were sent, and all of an aggregation start again
+    together, in the order of their arrival.
+
+    Args:
+        drawn: [W, samples] seconds of each client's jobs, taken in turn.
+        size: replies of an aggregation.
+    """
+    clients, samples = drawn.shape
+    seconds = drawn.numpy()
+    steps = max(STEPS, min(JOBS * clients, MOST_JOBS) // size)
+    count = np.zeros(clients, dtype=np.int64)
+    heap = [(float(seconds[i, 0]), i, i) for i in range(clients)]  # (finish, place in the order of sending, client)
     heapq.heapify(heap)
+    sent = clients
     for _ in range(steps):
         group = [heapq.heappop(heap) for _ in range(size)]
         now = group[-1][0]
-        for _, i in group:
+        for _, _, i in group:
             count[i] += 1
-            taken[i] += 1
-            heapq.heappush(heap, (now + float(drawn[i, taken[i] % drawn.shape[1]]), i))
-    share = torch.from_numpy(count / steps)
-    return p / share.clamp(min=1 / steps)
+            heapq.heappush(heap, (now + float(seconds[i, count[i] % samples]), sent, i))
+            sent += 1
+    return torch.from_numpy(count.clip(min=1) / steps)
+
+
+def memoryless_shares(rates: Tensor, size: int) -> Tensor:
+    """[W] chance of each client to be among the first `size`, for exponential clocks with these rates [W].
+
+    Whoever is next is i with the chance rate_i / (rates of those not yet in): added up along some drawn orders, these
+    chances are right on average and vary little, since no draw decides on a client before it is in.
+    """
+    clients = len(rates)
+    if size >= clients:
+        return torch.ones_like(rates)
+    orders = 1 if size == 1 else max(16, min(SAMPLES, DRAWS // (size * clients)))
+    left, share = rates.expand(orders, -1).clone(), torch.zeros_like(rates)
+    generator = torch.Generator().manual_seed(0)
+    for k in range(size):
+        chance = left / left.sum(1, keepdim=True)
+        share += chance.mean(0)
+        if k + 1 < size:
+            left.scatter_(1, torch.multinomial(chance, 1, generator=generator), 0.0)
+    return share

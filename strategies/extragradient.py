@@ -8,18 +8,17 @@ Letters: M clients, P entries; z the iterate, F the mean of the clients' operato
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from fedsim.aggregate import Mean
 from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet
-from fedsim.strategies.checks import check_lr
-
-UNIFORM = Mean(weights="uniform")
+from fedsim.fleet import Fleet, linear
+from fedsim.strategies.reference import OWN_STEP, check_lr
+from fedsim.strategies.server import Aggregating
+from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extragradient:
+class Extragradient(Aggregating):
     """Two uncompressed operator evaluations a step; the yardstick of compressed saddle-point methods.
 
     Args:
@@ -38,6 +37,7 @@ class Extragradient:
     """
 
     lr: float
+    traits: ClassVar[Traits] = Traits(refused=OWN_STEP)
 
     def __post_init__(self) -> None:
         check_lr(self.lr)
@@ -46,8 +46,13 @@ class Extragradient:
         return State(x0)
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        z_half = s.x - self.lr * fleet.ask(fleet.clients, self.operator, fold=UNIFORM, z=s.x)["f"]
-        return State(s.x - self.lr * fleet.ask(fleet.clients, self.operator, fold=UNIFORM, z=z_half)["f"]), {}
+        z_half = s.x - self.lr * self.mean_operator(fleet, s.x, rng)
+        return State(s.x - self.lr * self.mean_operator(fleet, z_half, rng)), {}
+
+    def mean_operator(self, fleet: Fleet, z: Tensor, rng: np.random.Generator) -> Tensor:
+        """F(z) [P]."""
+        rule = self.rule(rng)
+        return fleet.ask(fleet.clients, self.operator, fold=linear(rule), z=z).mean("f", rule)
 
     def operator(self, clients: Cohort, z: Tensor) -> dict[str, Tensor]:
         return {"f": full_gradient(clients, z)}

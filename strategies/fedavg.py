@@ -9,70 +9,48 @@ Letters: P parameters; x the server's model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from fedsim.aggregate import Mean, PreAggregator, prepared
-from fedsim.clients.local_training import LocalTraining, Reply
+from fedsim.aggregate import Mean
+from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.config import FromTable
-from fedsim.fleet import Aggregator, Fleet, choose, linear
-from fedsim.optim import Optimizer
-from fedsim.strategies.checks import check_cohort
-from fedsim.strategies.server import Server
-
-
-@dataclass(frozen=True)
-class State:
-    """x: [P], the server's model; server: the same and its optimizer's state; local: [S], mean of the clients'."""
-
-    x: Tensor
-    server: Server
-    round: int = 0
-    local: Tensor | None = None
+from fedsim.fleet import Fleet, linear
+from fedsim.strategies.server import Rule, ServerState, Synchronous
+from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvg:
+class State(ServerState):
+    """local: [E], the mean of the clients' optimizer states, if the server is to send it (state_scope: server)."""
+
+    local: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg(Synchronous):
     """Average local models over a uniformly drawn cohort.
 
     Args:
-        cohort_size: clients in a round; null means every client.
-        server_lr: step along the mean pseudo-gradient.
         aggregator: how updates become one; the mean weighs clients by their samples unless told otherwise.
-        pre_aggregators: what prepares the updates for it, one after the other.
-        server_optimizer: a rule of the optimizer core for the server's step.
-        local: local training.
     """
 
-    cohort_size: int | None = None
-    server_lr: float = 1.0
-    aggregator: Annotated[Aggregator, FromTable("aggregator", "mean")] = field(default_factory=Mean)
-    pre_aggregators: Annotated[tuple[PreAggregator, ...] | None, FromTable("pre_aggregators")] = None
-    server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
-    local: LocalTraining
-    averages_state: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_cohort(self.cohort_size, self.server_lr)
+    aggregator: Rule = Mean()
+    traits: ClassVar[Traits] = Traits(averages_state=True)
 
     def init(self, x0: Tensor) -> State:
-        return State(x0, Server.start(x0, self.server_optimizer), local=self.local.start(x0))
+        return State(x0, self.optimizer_state(x0), local=self.local.start(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        cohort = choose(fleet.clients, self.cohort_size, rng)
-        cost, sent = self.local.cost, {"x": s.x}
-        if s.local is not None:  # state_scope: server
+        rule, cost, sent = self.rule(rng, s.last), self.local.cost, {"x": s.x}
+        if s.local is not None:
             cost, sent = replace(cost, bits_up=32 * (len(s.x) + len(s.local))), {"x": s.x, "state": s.local}
-        aggregator = prepared(self.pre_aggregators, self.aggregator, rng)
-        r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(aggregator), **sent)
-        delta = r.mean("delta", aggregator)
-        local = None if s.local is None else s.local - r.mean("state", aggregator)
-        server = s.server.step(delta, self.server_lr, self.local.num_trainable, self.server_optimizer, s.round)
-        return State(server.point(self.server_optimizer), server, s.round + 1, local), {}
+        r = fleet.ask(self.choose(fleet, rng), self.local_update, cost=cost, fold=linear(rule), **sent)
+        s = self.step(s, r.mean("delta", rule))
+        return s if s.local is None else replace(s, local=s.local - r.mean("state", self.rule(rng))), {}
 
     def local_update(self, clients: Cohort, x: Tensor, state: Tensor | None = None) -> Reply:
         local = self.local(clients, x, state=state)

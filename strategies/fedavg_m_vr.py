@@ -9,68 +9,45 @@ g its momentum, eta the local step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate import Mean
 from fedsim.clients.direction import GRADIENT, gradient_at
-from fedsim.clients.local_training import LocalTraining, Reply
+from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, choose
-from fedsim.strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
-from fedsim.strategies.momentum import along, step_size, twice
-from fedsim.strategies.server import step_along
+from fedsim.fleet import Fleet, linear
+from fedsim.strategies.momentum import Momentum, twice
+from fedsim.strategies.server import ServerState
+from fedsim.strategy import Traits
 
 
-@dataclass(frozen=True)
-class State:
-    """x: [P], the server's model; x_prev: [P], the one before; g: [P], momentum."""
+@dataclass(frozen=True, kw_only=True)
+class State(ServerState):
+    """x_prev: [P], the model before x; g: [P], momentum."""
 
-    x: Tensor
     x_prev: Tensor
     g: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvgMVR:
-    """FedAvg-M with variance reduction: two gradients of one minibatch in every local step.
+class FedAvgMVR(Momentum):
+    """FedAvg-M with variance reduction: two gradients of one minibatch in every local step."""
 
-    Args:
-        cohort_size: S; null means every client.
-        beta: in (0, 1]; 1 is FedAvg.
-        gamma: the server's step; null is eta * K * server_lr.
-        server_lr: scales the default gamma.
-        local: local training.
-    """
-
-    cohort_size: int | None = None
-    beta: float = 0.1
-    gamma: float | None = None
-    server_lr: float = 1.0
-    local: LocalTraining
-    two_points: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_cohort(self.cohort_size, self.server_lr)
-        check_beta(self.beta)
-        check_gamma(self.gamma)
-        check_plain_sgd("fedavg_m_vr", self.local)
+    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", two_points=True)
 
     def init(self, x0: Tensor) -> State:
-        return State(x0, x0, torch.zeros_like(x0))
+        return State(x0, self.optimizer_state(x0), x_prev=x0, g=torch.zeros_like(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        cohort = choose(fleet.clients, self.cohort_size, rng)
-        cost, fold = twice(self.local), Mean(weights="uniform")
-        r = fleet.ask(cohort, self.local_update, cost=cost, fold=fold, x=s.x, x_prev=s.x_prev, g=s.g)
-        g = r["u"]
-        gamma = step_size(self.gamma, self.server_lr, self.local, r)
-        return State(step_along(s.x, g, gamma, self.local.num_trainable), s.x, g), {}
+        rule, cohort, cost = self.rule(rng, s.last), self.choose(fleet, rng), twice(self.local)
+        r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(rule), x=s.x, x_prev=s.x_prev, g=s.g)
+        g = r.mean("u", rule)
+        return replace(self.step(s, g, self.step_size(r)), x_prev=s.x, g=g), {}
 
     def local_update(self, clients: Cohort, x: Tensor, x_prev: Tensor, g: Tensor) -> Reply:
         u = GRADIENT + (1 - self.beta) * (g - gradient_at(x_prev))
-        return {"u": along(clients, self.local(clients, x, u), self.local.lr)}
+        return {"u": self.along(clients, self.local(clients, x, u))}

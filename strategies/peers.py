@@ -5,10 +5,59 @@ Letters: n clients, P parameters.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 from torch import Tensor
 
 from fedsim.clients.local_training import LocalTraining
-from fedsim.fleet import Fleet, Replies
+from fedsim.cohort import Cohort
+from fedsim.fleet import Cost, Fleet, Replies
+from fedsim.strategy import Strategy, Traits
+
+NO_SERVER = "peers average among themselves, and no server aggregates or steps"
+
+
+@dataclass(frozen=True)
+class State:
+    """x: [P], the mean of the honest clients' models, for evaluation only; round: steps so far."""
+
+    x: Tensor
+    round: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peers(Strategy):
+    """A strategy without a server: clients take a step of their own and mix their models.
+
+    Args:
+        local: gives the batch size and the learning rate (and its schedule).
+    """
+
+    local: LocalTraining
+    traits: ClassVar[Traits] = Traits(
+        local_rules="rate",
+        bears_buffers=False,
+        no_links="peers exchange whole vectors; links compress what goes to and from a server",
+        refused=dict.fromkeys(
+            ("cohort_size", "server_lr", "server_optimizer", "aggregator", "pre_aggregators"), NO_SERVER
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        self.local.check(self.traits)
+
+    @property
+    def cost(self) -> Cost:
+        """Of a step whose result stays with the client until it is exchanged."""
+        return replace(self.local.cost, steps=1, vectors_up=0)
+
+    def init(self, x0: Tensor) -> State:
+        return State(x0)
+
+    def rate(self, clients: Cohort) -> float:
+        """The learning rate of this round, which every client knows from the experiment file."""
+        return self.local.rate_at(int(clients.rounds[0]))
 
 
 def honest_mean(fleet: Fleet, replies: Replies) -> tuple[Tensor, float]:
@@ -17,23 +66,3 @@ def honest_mean(fleet: Fleet, replies: Replies) -> tuple[Tensor, float]:
     models = models[fleet.honest(replies.ids).to(models.device)]
     mean = models.mean(0)
     return mean, float((models - mean).square().sum(1).mean())
-
-
-def local_rate(name: str, local: LocalTraining, round: int = 0) -> float:
-    """The learning rate of a step that the strategy takes itself.
-
-    Raises:
-        ValueError: if the local optimizer is more than a learning rate.
-    """
-    optimizer = local.optimizer
-    if not optimizer.is_plain_sgd or not isinstance(optimizer.lr, float | int):
-        raise ValueError(
-            f"{name} takes its own step: local.optimizer gives it a learning rate and a schedule only; use "
-            "{name: sgd} without momentum, weight_decay and clip"
-        )
-    factor = (
-        1.0
-        if optimizer.schedule is None
-        else optimizer.schedule.at_step(rounds=round, steps=round, fraction=round / local.rounds)
-    )
-    return float(optimizer.lr) * factor

@@ -5,39 +5,121 @@ Letters: C clients of a stack, P entries; z the iterate, F the mean of the clien
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, TypeVar
+
+import numpy as np
+import torch
 from torch import Tensor
 
-from fedsim.aggregate import Mean
 from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
-from fedsim.fleet import Cost, Fleet, Work
+from fedsim.compress.packet import Compressor
+from fedsim.compress.sparsify import Identity
+from fedsim.config import FromTable
+from fedsim.fleet import Cost, Fleet
+from fedsim.strategies.server import UNIFORM
+from fedsim.strategy import Strategy, Traits
+from fedsim.streams import Streams
 
-UNIFORM = Mean(weights="uniform")
+SERVER = -1  # the server's place among client ids, for its compressor's random numbers
+NOTHING_UP = Cost(steps=0, bits_up=0)
+OWN_STEP = {
+    "cohort_size": "every step needs the operators of all clients",
+    "server_lr": "it has a step of its own; set strategy.lr",
+    "server_optimizer": "it steps by strategy.lr from a point that it left to look ahead, which no other rule does",
+}
+"""Why a method for saddle points has not these keys of a server."""
+ONE_MEAN = dict.fromkeys(
+    ("aggregator", "pre_aggregators"),
+    "it adds a mean of differences to the mean at the reference, which gives the mean operator; what a robust rule "
+    "makes of the differences and of the operators at the reference does not add up",
+)
 
 
-def refresh(fleet: Fleet, full: Work, keep: Work, z: Tensor | None = None) -> Tensor:
-    """F(w) [P], after w moved to z: clients send F_m(w) in full, and get F(w) in full.
+@dataclass(frozen=True)
+class State:
+    """x: [P], the iterate z; w: [P], the reference; fw: [P], F(w); round: iterations so far."""
+
+    x: Tensor
+    w: Tensor
+    fw: Tensor
+    round: int = 0
+
+
+S = TypeVar("S", bound=State)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Referring(Strategy):
+    """Extragradient on compressed differences to a reference point, which is refreshed at random.
 
     Args:
-        full: the client half that calls `move_reference`.
-        keep: the client half that calls `keep_mean`.
-        z: [P], the common start; None once every client has its z.
+        lr: gamma.
+        p: probability of a refresh, about the compression ratio; 1 with no compression is extragradient.
+        compressor: of every client.
+        server_compressor: of the server.
     """
-    fw = fleet.ask(fleet.clients, full, fold=UNIFORM, z=z)["f"]
-    fleet.ask(fleet.clients, keep, cost=Cost(steps=0, bits_up=0), fw=fw)
-    return fw
+
+    lr: float
+    p: float = 0.1
+    compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
+    server_compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
+    traits: ClassVar[Traits] = Traits(refused=OWN_STEP | ONE_MEAN)
+
+    def __post_init__(self) -> None:
+        check_lr(self.lr)
+        if not 0 < self.p <= 1:
+            raise ValueError(f"p, the chance of a refresh, must lie in (0, 1], got {self.p}")
+
+    def begun(self, s: S, fleet: Fleet) -> S:
+        """The state with the common start as the reference, at first."""
+        return s if s.round else replace(s, w=s.x, fw=self.refresh(fleet, s.x))
+
+    def moved(self, s: S, z: Tensor, b: bool, fleet: Fleet) -> S:
+        """The state at the new iterate z [P], which is the new reference if b."""
+        s = replace(s, x=z, round=s.round + 1)
+        return replace(s, w=z, fw=self.refresh(fleet)) if b else s
+
+    def refresh(self, fleet: Fleet, z: Tensor | None = None) -> Tensor:
+        """F(w) [P], after w moved to z: clients send F_m(w) in full, and get F(w) in full.
+
+        Args:
+            fleet: the clients.
+            z: [P], the common start; None once every client has its z.
+        """
+        fw = fleet.ask(fleet.clients, self.full, fold=UNIFORM, z=z)["f"]
+        fleet.ask(fleet.clients, self.keep, cost=NOTHING_UP, fw=fw)
+        return fw
+
+    # Client halves
+
+    def full(self, clients: Cohort, z: Tensor | None) -> dict[str, Tensor]:
+        """w <- z at every client, and F_m(w) [C, P] there, kept and sent."""
+        if z is not None:  # the common start
+            clients.memory["z"] = z.expand(len(clients), -1)
+        clients.memory["w"] = w = clients.memory["z"]
+        clients.memory["f_m"] = f = full_gradient(clients, w)
+        return {"f": f}
+
+    def keep(self, clients: Cohort, fw: Tensor) -> dict[str, Tensor]:
+        """F(w) [P] at every client."""
+        clients.memory["fw"] = fw.expand(len(clients), -1)
+        return {}
+
+    def half_point(self, clients: Cohort) -> Tensor:
+        """[C, P]: z_bar - gamma * F(w), from what every client keeps."""
+        z, w, fw = clients.memory["z"], clients.memory["w"], clients.memory["fw"]
+        return (1 - self.p) * z + self.p * w - self.lr * fw
 
 
-def move_reference(clients: Cohort, z: Tensor | None) -> dict[str, Tensor]:
-    """w <- z at every client, and F_m(w) [C, P] there, kept and sent."""
-    if z is not None:  # the common start
-        clients.memory["z"] = z.expand(len(clients), -1)
-    clients.memory["w"] = w = clients.memory["z"]
-    clients.memory["f_m"] = f = full_gradient(clients, w)
-    return {"f": f}
+def server_streams(like: Tensor, round: int, rng: np.random.Generator) -> Streams:
+    """Streams of one row for what the server compresses in a round, on the device of `like`; takes one draw of rng."""
+    seed = int(rng.integers(1 << 62))
+    return Streams(seed, torch.tensor([SERVER], device=like.device), torch.tensor([round], device=like.device))
 
 
-def keep_mean(clients: Cohort, fw: Tensor) -> dict[str, Tensor]:
-    """F(w) [P] at every client."""
-    clients.memory["fw"] = fw.expand(len(clients), -1)
-    return {}
+def check_lr(lr: float) -> None:
+    """lr is the step that a strategy takes itself."""
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")

@@ -10,65 +10,52 @@ Letters: N clients, S of them in a round, K local steps, P parameters; x the ser
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate import Mean
 from fedsim.clients.direction import GRADIENT
-from fedsim.clients.local_training import LocalTraining, Reply
+from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
-from fedsim.fleet import Exact, Fleet, choose
-from fedsim.strategies.checks import check_cohort, check_plain_sgd
-from fedsim.strategies.server import step_along
-from fedsim.terms import Terms
+from fedsim.fleet import Fleet, linear
+from fedsim.strategies.control import followed, report
+from fedsim.strategies.server import ServerState, Synchronous
+from fedsim.strategy import Traits
 
 
-@dataclass(frozen=True)
-class State:
-    """x: [P], the server's model; c: [P], the mean of all clients' control variates."""
+@dataclass(frozen=True, kw_only=True)
+class State(ServerState):
+    """c: [P], the mean of all clients' control variates."""
 
-    x: Tensor
     c: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaffold:
+class Scaffold(Synchronous):
     """Local steps corrected by control variates.
 
     Args:
-        cohort_size: S; null means every client.
-        server_lr: eta_g, the server's step.
         option: how c_i is renewed: I, the full gradient at x; II, the mean of the minibatch gradients used.
-        local: local training.
     """
 
-    cohort_size: int | None = None
-    server_lr: float = 1.0
     option: Literal["I", "II"] = "II"
-    local: LocalTraining
-
-    def __post_init__(self) -> None:
-        check_cohort(self.cohort_size, self.server_lr)
-        check_plain_sgd("scaffold", self.local)
+    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd")
 
     def init(self, x0: Tensor) -> State:
-        return State(x0, torch.zeros_like(x0))
+        return State(x0, self.optimizer_state(x0), c=torch.zeros_like(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        cohort = choose(fleet.clients, self.cohort_size, rng)
-        cost = replace(self.local.cost, vectors_up=2, exact_up=1)
-        r = fleet.ask(cohort, self.local_update, cost=cost, fold=Mean(weights="uniform"), x=s.x, c=s.c)
-        x = step_along(s.x, r["delta"], self.server_lr, self.local.num_trainable)
-        c = s.c + len(r) / len(fleet.clients) * r["dc"]
-        return State(x, c), {}
+        rule, cost = self.rule(rng, s.last), replace(self.local.cost, vectors_up=2, exact_up=1)
+        r = fleet.ask(self.choose(fleet, rng), self.local_update, cost=cost, fold=linear(rule), x=s.x, c=s.c)
+        s = self.step(s, r.mean("delta", rule))
+        return replace(s, c=followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))), {}
 
     def local_update(self, clients: Cohort, x: Tensor, c: Tensor) -> Reply:
         c_i = clients.memory["c"]
         local = self.local(clients, x, GRADIENT - c_i + c, mean_grad=self.option == "II")
         new = full_gradient(clients, x) if local.mean_grad is None else local.mean_grad
         clients.memory["c"] = new = local.where_stepped(new, c_i)
-        return {"delta": local.delta, "dc": Exact(Terms.of(new) - c_i)}
+        return {"delta": local.delta, "c": report(self, new, c_i)}

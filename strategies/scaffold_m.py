@@ -10,75 +10,44 @@ c the mean of the control variates c_i, eta the local step.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate import Mean
 from fedsim.clients.direction import GRADIENT
-from fedsim.clients.local_training import LocalTraining, Reply
+from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.config import FromTable
-from fedsim.fleet import Exact, Fleet, choose
-from fedsim.optim import Optimizer
-from fedsim.strategies.checks import check_beta, check_cohort, check_gamma, check_plain_sgd
-from fedsim.strategies.momentum import along, step_size
-from fedsim.strategies.server import Server
-from fedsim.terms import Terms
-
-
-@dataclass(frozen=True)
-class State:
-    """x: [P], the server's model; g: [P], momentum; c: [P], mean control variate; server: the optimizer's side."""
-
-    x: Tensor
-    g: Tensor
-    c: Tensor
-    server: Server
-    round: int = 0
+from fedsim.fleet import Fleet, linear
+from fedsim.strategies.control import followed, report
+from fedsim.strategies.momentum import Momentum
+from fedsim.strategies.server import ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaffoldM:
-    """SCAFFOLD with momentum in the local steps; beta is the weight of the fresh gradient.
+class State(ServerState):
+    """g: [P], momentum; c: [P], mean control variate."""
 
-    Args:
-        cohort_size: S; null means every client.
-        beta: in (0, 1]; small is heavy momentum, 1 is SCAFFOLD.
-        gamma: the server's step; null is eta * K * server_lr.
-        server_lr: scales the default gamma.
-        server_optimizer: a rule of the optimizer core for the server's step along gamma * g.
-        local: local training.
-    """
+    g: Tensor
+    c: Tensor
 
-    cohort_size: int | None = None
-    beta: float = 0.1
-    gamma: float | None = None
-    server_lr: float = 1.0
-    server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
-    local: LocalTraining
 
-    def __post_init__(self) -> None:
-        check_cohort(self.cohort_size, self.server_lr)
-        check_beta(self.beta)
-        check_gamma(self.gamma)
-        check_plain_sgd("scaffold_m", self.local)
+@dataclass(frozen=True, kw_only=True)
+class ScaffoldM(Momentum):
+    """SCAFFOLD with momentum in the local steps; beta is the weight of the fresh gradient."""
 
     def init(self, x0: Tensor) -> State:
         zero = torch.zeros_like(x0)
-        return State(x0, zero, zero, Server.start(x0, self.server_optimizer))
+        return State(x0, self.optimizer_state(x0), g=zero, c=zero)
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        cohort = choose(fleet.clients, self.cohort_size, rng)
-        cost, fold = replace(self.local.cost, vectors_up=2, exact_up=1), Mean(weights="uniform")
-        r = fleet.ask(cohort, self.local_update, cost=cost, fold=fold, x=s.x, g=s.g, c=s.c)
-        g = r["u"]
-        c = s.c + len(r) / len(fleet.clients) * r["dc"]  # 1/N, not 1/S: c is the mean over all clients
-        gamma = step_size(self.gamma, self.server_lr, self.local, r)
-        server = s.server.step(g, gamma, self.local.num_trainable, self.server_optimizer, s.round)
-        return State(server.point(self.server_optimizer), g, c, server, s.round + 1), {}
+        rule, cost = self.rule(rng, s.last), replace(self.local.cost, vectors_up=2, exact_up=1)
+        cohort = self.choose(fleet, rng)
+        r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(rule), x=s.x, g=s.g, c=s.c)
+        g = r.mean("u", rule)
+        c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
+        return replace(self.step(s, g, self.step_size(r)), g=g, c=c), {}
 
     def local_update(self, clients: Cohort, x: Tensor, g: Tensor, c: Tensor) -> Reply:
         c_i = clients.memory["c"]
@@ -86,4 +55,4 @@ class ScaffoldM:
         local = self.local(clients, x, u, mean_grad=True)
         assert local.mean_grad is not None
         clients.memory["c"] = new = local.where_stepped(local.mean_grad, c_i)
-        return {"u": along(clients, local, self.local.lr), "dc": Exact(Terms.of(new) - c_i)}
+        return {"u": self.along(clients, local), "c": report(self, new, c_i)}

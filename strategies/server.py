@@ -1,59 +1,151 @@
-"""The server's step along an aggregated pseudo-gradient, plain or by any rule of the shared optimizer core.
+"""Servers: whom they ask, how they aggregate, and their step, the same for every strategy that has one.
 
-With a rule, FedAdam, FedYogi, FedAdagrad and FedAvgM (Reddi et al., arXiv:2003.00295; Hsu et al., arXiv:1909.06335)
-need no code of their own. They then have the core's form: bias-corrected where the rule is, which FedAdam is not.
+With a server optimizer, FedAdam, FedYogi, FedAdagrad and FedAvgM (Reddi et al., arXiv:2003.00295; Hsu et al.,
+arXiv:1909.06335) need no code of their own. They then have the core's form, bias-corrected where the rule is.
 
-Letters: P entries of a model; x the server's model, d the pseudo-gradient (received minus local, averaged).
+Letters: S clients in a round, R replies, P entries of a model; x the server's model, d the pseudo-gradient (received
+minus local, aggregated).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.aggregate import Aggregator, CenteredClipping, Mean, PreAggregator, prepared, started
+from fedsim.clients.local_training import LocalTraining
+from fedsim.config import FromTable
+from fedsim.fleet import Fleet, choose
 from fedsim.optim import Optimizer, OptState
+from fedsim.strategy import Strategy
+
+Rule = Annotated[Aggregator, FromTable("aggregator", "mean")]
+UniformRule = Annotated[Aggregator, FromTable("aggregator", {"name": "mean", "weights": "uniform"})]
+UNIFORM = Mean(weights="uniform")
 
 
 @dataclass(frozen=True)
-class Server:
-    """x <- x - lr * d, or one step of a rule on d.
+class ServerState:
+    """What a server keeps.
 
     Args:
-        x: [P].
-        state: of the rule, or None.
+        x: [P], the model to send and to evaluate.
+        optimizer: the server optimizer's state, None without one.
+        own: [P], where that optimizer stands, which is not x if it averages weights or looks ahead; None at first.
+        round: steps so far.
+        last: [P], what the last step was taken along, where the aggregator begins there (centred clipping).
     """
 
     x: Tensor
-    state: OptState | None = None
+    optimizer: OptState | None = None
+    own: Tensor | None = None
+    round: int = 0
+    last: Tensor | None = None
 
-    @classmethod
-    def start(cls, x0: Tensor, optimizer: Optimizer | None) -> Server:
-        """The server before its first step."""
-        if optimizer is None:
-            return cls(x0)
-        return cls(x0, optimizer.init(x0[None, : optimizer.layout.size]))
 
-    def step(self, d: Tensor, lr: float, num_trainable: int, optimizer: Optimizer | None, round: int) -> Server:
-        """The server after one step; entries of buffers follow the clients' mean whatever the rule."""
-        if optimizer is None or self.state is None:
-            return Server(step_along(self.x, d, lr, num_trainable))
-        n = optimizer.layout.size
-        x, state = (self.x - d)[None], self.state.gather([0])
-        x[:, :n] = self.x[:n]
-        schedule = optimizer.schedule
-        factor = 1.0 if schedule is None else schedule.at_step(rounds=round, steps=round)
-        optimizer.step_(x[:, :n], lr * d[None, :n], state, lr_scale=factor)
-        return Server(x[0], state)
+S = TypeVar("S", bound=ServerState)
 
-    def point(self, optimizer: Optimizer | None) -> Tensor:
-        """[P]: the model to send and to evaluate (weight averages and shifted rules keep another one inside)."""
-        if optimizer is None or self.state is None:
-            return self.x
-        n = optimizer.layout.size
-        final = optimizer.final(self.x[None, :n], self.state)[0]
-        return torch.cat([final, self.x[n:]])
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregating(Strategy):
+    """A strategy whose server makes one vector of many.
+
+    Args:
+        aggregator: how replies become one.
+        pre_aggregators: what prepares the replies for it, one after the other.
+    """
+
+    aggregator: UniformRule = UNIFORM
+    pre_aggregators: Annotated[tuple[PreAggregator, ...] | None, FromTable("pre_aggregators")] = None
+
+    @property
+    def folds(self) -> bool:
+        """Whether replies are added up as they come."""
+        return not self.pre_aggregators and self.aggregator.foldable
+
+    def replies(self, num_clients: int) -> int:
+        """Replies that are aggregated at a time, at most, of N clients with data."""
+        return self.at_work(num_clients)
+
+    def rule(self, rng: np.random.Generator, last: Tensor | None = None) -> Aggregator:
+        """What to aggregate a round's replies by; it folds where it is linear, and may begin at its last result [P]."""
+        return prepared(self.pre_aggregators, started(self.aggregator, last), rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server(Aggregating):
+    """A strategy whose clients train and whose server steps along the aggregate of their changes.
+
+    Args:
+        server_lr: the server's step along the pseudo-gradient.
+        server_optimizer: a rule of the optimizer core for that step.
+        local: local training.
+    """
+
+    server_lr: float = 1.0
+    server_optimizer: Annotated[Optimizer | None, FromTable("server_optimizer")] = None
+    local: LocalTraining
+
+    def __post_init__(self) -> None:
+        if not self.server_lr > 0:
+            raise ValueError(f"server_lr must be positive, got {self.server_lr}")
+        self.local.check(self.traits)
+
+    def init(self, x0: Tensor, /) -> Any:
+        return ServerState(x0, self.optimizer_state(x0))
+
+    def optimizer_state(self, x0: Tensor) -> OptState | None:
+        """The server optimizer's state before its first step."""
+        rule = self.server_optimizer
+        return None if rule is None else rule.init(x0[None, : rule.layout.size])
+
+    def step(self, s: S, d: Tensor, lr: float | None = None, weight: float = 1.0) -> S:
+        """The state after one step along d.
+
+        Args:
+            s: the state before.
+            d: [P].
+            lr: of the parameters; None is server_lr.
+            weight: what the weights in d sum to; buffers move by at most a mean.
+        """
+        lr, rule, n, k = self.server_lr if lr is None else lr, self.server_optimizer, self.local.num_trainable, s.round
+        s = replace(s, round=k + 1, last=d if isinstance(self.aggregator, CenteredClipping) else None)
+        if rule is None or s.optimizer is None:
+            return replace(s, x=step_along(s.x, d, lr, n, weight))
+        before = s.x if s.own is None else s.own
+        own, state = step_along(before, d, lr, n, weight), s.optimizer.gather([0])
+        own[:n] = before[:n]
+        factor = 1.0 if rule.schedule is None else rule.schedule.at_step(rounds=k, steps=k)
+        rule.step_(own[None, :n], lr * d[None, :n], state, lr_scale=factor)
+        x = torch.cat([rule.final(own[None, :n], state)[0], own[n:]])
+        return replace(s, x=x, optimizer=state, own=own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synchronous(Server):
+    """A server that asks a cohort and waits for all of it.
+
+    Args:
+        cohort_size: S; null means every client.
+    """
+
+    cohort_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cohort_size is not None and self.cohort_size < 1:
+            raise ValueError(f"cohort_size must be at least 1, got {self.cohort_size}; null means every client")
+
+    def at_work(self, num_clients: int) -> int:
+        return num_clients if self.cohort_size is None else self.cohort_size
+
+    def choose(self, fleet: Fleet, rng: np.random.Generator) -> Tensor:
+        """[S] clients of a round, drawn uniformly."""
+        return choose(fleet.clients, self.cohort_size, rng)
 
 
 def step_along(x: Tensor, d: Tensor, lr: float, num_trainable: int, weight: float = 1.0) -> Tensor:

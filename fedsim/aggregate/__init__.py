@@ -6,8 +6,8 @@ The contract suite then checks that it ignores the order of the rows, leaves its
 
 from __future__ import annotations
 
-from fedsim.aggregate.base import Aggregator, PreAggregator
-from fedsim.aggregate.centres import CenteredClipping, GeometricMedian
+from fedsim.aggregate.base import Aggregator, PreAggregator, TooFewRows
+from fedsim.aggregate.centres import CenteredClipping, GeometricMedian, started
 from fedsim.aggregate.coordinatewise import Bulyan, MeaMed, Median, Phocas, TrimmedMean
 from fedsim.aggregate.mean import Mean
 from fedsim.aggregate.neighbours import NNA, Krum, MultiKrum, nearest_neighbour_average
@@ -38,8 +38,11 @@ __all__ = [
     "AGGREGATORS",
     "PRE_AGGREGATORS",
     "Aggregator",
+    "CenteredClipping",
     "Mean",
     "PreAggregator",
+    "TooFewRows",
     "nearest_neighbour_average",
     "prepared",
+    "started",
 ]

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 
+class TooFewRows(ValueError):
+    """A rule got fewer rows than it can judge."""
+
+
 class Aggregator(Protocol):
     """Frozen settings of an aggregation rule. Rules never change their input.
 
@@ -45,7 +49,7 @@ def check_f(rule: str, f: int) -> None:
 def check_majority(rule: str, n: int, f: int) -> None:
     """Refuse n rows of which half or more may be faulty."""
     if n <= 2 * f:
-        raise ValueError(
+        raise TooFewRows(
             f"{rule} needs more than 2f = {2 * f} rows for f={f}, got n={n}; lower f or wait for more rows"
         )
 

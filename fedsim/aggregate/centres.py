@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import finite_rows, lengths, without_bad
+from fedsim.aggregate.base import Aggregator, finite_rows, lengths, without_bad
 from fedsim.aggregate.distances import centred_products
 
 
@@ -74,8 +74,8 @@ class GeometricMedian:
 class CenteredClipping:
     """Moves a start point by the mean of the rows' differences to it, each cut to length tau. Weights do not count.
 
-    The start is the last round's result: a strategy keeps it and passes it on. A row that is not finite does not move
-    the point.
+    The start is the last round's result, which a server keeps (`started`). A row that is not finite does not move the
+    point.
 
     Args:
         tau: greatest length of a difference.
@@ -102,3 +102,20 @@ class CenteredClipping:
             factor = torch.where(ok, (self.tau / lengths(difference)).clamp(max=1.0), 0.0).to(v.dtype)
             z = z + factor @ difference / v.shape[0]
         return z
+
+
+@dataclass(frozen=True)
+class Started:
+    """Centred clipping from a start point [P]."""
+
+    rule: CenteredClipping
+    start: Tensor
+    foldable: ClassVar[bool] = False
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        return self.rule(v, weights, self.start)
+
+
+def started(rule: Aggregator, start: Tensor | None) -> Aggregator:
+    """A rule that begins at the last round's result, if it is one that begins anywhere."""
+    return Started(rule, start) if isinstance(rule, CenteredClipping) and start is not None else rule

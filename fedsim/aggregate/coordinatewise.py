@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import check_f, check_majority
+from fedsim.aggregate.base import TooFewRows, check_f, check_majority
 from fedsim.aggregate.distances import FAR, squared_distances
 from fedsim.aggregate.neighbours import krum_scores
 
@@ -109,7 +109,7 @@ class Bulyan:
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
         n = v.shape[0]
         if n < 4 * self.f + 3:
-            raise ValueError(f"bulyan needs 4f + 3 = {4 * self.f + 3} rows for f={self.f}, got n={n}; lower f")
+            raise TooFewRows(f"bulyan needs 4f + 3 = {4 * self.f + 3} rows for f={self.f}, got n={n}; lower f")
         distances, left, chosen = squared_distances(v, v).cpu(), list(range(n)), []
         to_all = distances.clamp(max=FAR / n).sum(dim=1).tolist()
         for _ in range(n - 2 * self.f):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import Aggregator, PreAggregator, check_f, finite_rows, lengths, without_bad
+from fedsim.aggregate.base import Aggregator, PreAggregator, TooFewRows, check_f, finite_rows, lengths, without_bad
 from fedsim.aggregate.neighbours import mix_with_neighbours
 
 
@@ -37,7 +37,7 @@ class NNM:
 
     def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         if self.f >= v.shape[0]:
-            raise ValueError(f"nnm needs more rows than f={self.f}, got n={v.shape[0]}; lower f or wait for more rows")
+            raise TooFewRows(f"nnm needs more rows than f={self.f}, got n={v.shape[0]}; lower f or wait for more rows")
         return mix_with_neighbours(v, self.f), torch.ones_like(weights)
 
 
@@ -96,7 +96,7 @@ class ARC:
     def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         n = v.shape[0]
         if self.f > n:
-            raise ValueError(f"arc needs at least f={self.f} rows, got n={n}; lower f or wait for more rows")
+            raise TooFewRows(f"arc needs at least f={self.f} rows, got n={n}; lower f or wait for more rows")
         length = lengths(v).nan_to_num_(nan=torch.inf, posinf=torch.inf)
         num_longest = 2 * self.f * (n - self.f) // n
         return _shorten(v, length, length.sort().values[n - num_longest - 1]), weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.links import Downlink, Uplink
+from fedsim.strategy import Strategy, compressors
 from fedsim.task import Task
 
 
@@ -36,21 +36,21 @@ def compute_device(name: str) -> torch.device:
     return device
 
 
-def build_links(file: File, strategy: Any, layout: Layout) -> tuple[Uplink | None, Downlink | None]:
+def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink | None, Downlink | None]:
     """The compressed links of the sections `uplink` and `downlink`, None where nothing is compressed.
 
     Raises:
         ConfigError: for a compressor that does not fit the model or the strategy.
     """
     up, down = file.uplink, file.downlink
-    own = [name for name, value in vars(strategy).items() if hasattr(value, "omega")]
-    for name in own:
-        check_compressor(f"strategy.{name}", getattr(strategy, name), layout)
+    own = compressors(strategy)
+    for name, compressor in own.items():
+        check_compressor(f"strategy.{name}", compressor, layout)
     made = []
     for key, compressor in (("uplink", up.compressor), ("downlink", down.compressor)):
         plain = isinstance(compressor, Identity)
         if not plain:
-            check_link(key, strategy, own)
+            check_link(key, strategy.traits, list(own))
         check_compressor(f"{key}.compressor", compressor, layout)
         made.append(None if plain else bind(compressor, layout))
     if made[0] is None and up.error_feedback:

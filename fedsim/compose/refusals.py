@@ -6,6 +6,7 @@ be seen with two of them in hand.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsim.clients.local_training import LocalTraining
 from fedsim.compress import bind
 from fedsim.config import ConfigError, at
 from fedsim.data.federated import FederatedData
@@ -22,8 +24,11 @@ from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
 from fedsim.params import Layout
 from fedsim.sim.links import Uplink
+from fedsim.strategies.server import Aggregating
+from fedsim.strategy import Strategy, Traits, parts
 from fedsim.task import Task
 
+NO_STRATEGY = "{0} is no strategy; write `class {0}(fedsim.Strategy)` with methods init and round, see docs/tutorial.md"
 MAX_TRIED = 1000  # clients of a cohort up to which its aggregation rule is tried before the run starts
 
 
@@ -44,57 +49,71 @@ def check_model(module: nn.Module, data: FederatedData, loss: str) -> None:
         raise ConfigError(f"task.model: gives {found} for 2 samples where {expected} is needed: a logit per class")
 
 
-def check_methods(strategy: Any) -> None:
-    """Refuse what is no strategy, a class or an object of one."""
-    for method in ("init", "round"):
-        if not callable(getattr(strategy, method, None)):
-            name = (strategy if isinstance(strategy, type) else type(strategy)).__name__
-            raise ConfigError(f"strategy.name: {name} has no method {method}(); docs/tutorial.md shows what it needs")
+def check_keys(target: Any, keys: Iterable[str]) -> None:
+    """Refuse what is no strategy, and keys of the section that it says it can't have.
+
+    Args:
+        target: the class, or a function that makes the strategy and is looked at later.
+        keys: of the section.
+    """
+    if not isinstance(target, type):
+        return
+    if not issubclass(target, Strategy):
+        raise ConfigError(f"strategy.name: {NO_STRATEGY.format(target.__name__)}")
+    for key in keys:
+        if key in target.traits.refused:
+            raise ConfigError(f"strategy.{key}: does not go with this strategy: {target.traits.refused[key]}")
 
 
-def check_strategy(strategy: Any, num_clients: int) -> None:
-    """Refuse what is no strategy, a cohort larger than the federation, and a rule that can't take such a cohort."""
-    check_methods(strategy)
+def check_strategy(strategy: object, num_examples: Tensor) -> Strategy:
+    """Refuse what is no strategy, a cohort larger than the federation, and a rule that can't take its replies."""
+    name = type(strategy).__name__
+    if not isinstance(strategy, Strategy):
+        raise ConfigError(f"strategy.name: {NO_STRATEGY.format(name)}")
     if not (is_dataclass(strategy) and "__setattr__" in vars(type(strategy))):  # a plain subclass is not frozen either
         raise ConfigError(
-            f"strategy.name: {type(strategy).__name__} is not a frozen dataclass, and what it kept on itself would be "
-            "lost on resume and by workers; write @dataclass(frozen=True) above it and keep what changes in the state"
+            f"strategy.name: {name} is not a frozen dataclass, and what it kept on itself would be lost on resume and "
+            "by workers; write @dataclass(frozen=True) above it and keep what changes in the state"
         )
-    size = getattr(strategy, "cohort_size", None)
-    if size is not None and size > num_clients:
+    num_clients = len(num_examples)
+    if (size := strategy.at_work(num_clients)) > num_clients:
         raise ConfigError(
             f"strategy.cohort_size: {size} exceeds the {num_clients} clients; lower it or raise clients.count"
         )
-    if hasattr(strategy, "cohort_size") and hasattr(strategy, "aggregator"):
-        _check_aggregation(strategy, size or num_clients)
+    if isinstance(strategy, Aggregating):
+        _check_aggregation(strategy, strategy.replies(num_clients))
+    return strategy
 
 
-def _check_aggregation(strategy: Any, n: int) -> None:
+def _check_aggregation(strategy: Aggregating, n: int) -> None:
     """Refuse rules that can't take n replies, by trying them."""
     if n > MAX_TRIED:
         return
+    replies = f"{n} replies at a time" if n > 1 else "one reply at a time"
     v, weights, rng = torch.arange(n, dtype=torch.float32)[:, None], torch.ones(n), np.random.default_rng(0)
-    for i, prepare in enumerate(getattr(strategy, "pre_aggregators", None) or ()):
-        with at(f"strategy.pre_aggregators[{i}]: does not fit a cohort of {n}"):
+    for i, prepare in enumerate(strategy.pre_aggregators or ()):
+        with at(f"strategy.pre_aggregators[{i}]: does not fit {replies}"):
             v, weights = prepare(v, weights, rng)
     left = "" if len(v) == n else f", of which pre_aggregators leave {len(v)} rows"
-    with at(f"strategy.aggregator: does not fit a cohort of {n}{left}"):
+    with at(f"strategy.aggregator: does not fit {replies}{left}"):
         strategy.aggregator(v, weights)
 
 
-def check_local(name: str, strategy: Any, task: Task) -> None:
-    """Refuse local steps on a task where they cannot work, and an optimizer that needs what the task does not have."""
-    if hasattr(strategy, "no_links") and task.layout.num_buffers:
+def check_local(name: str, strategy: Strategy, task: Task) -> None:
+    """Refuse local steps on a task where they cannot work, and optimizers that strategy or task can't bear."""
+    traits = strategy.traits
+    if not traits.bears_buffers and task.layout.num_buffers:
         raise ConfigError(
             f"strategy: {name} steps on parameters only, and this model has buffers (BatchNorm or frozen parameters); "
             "use a model without, such as resnet with GroupNorm"
         )
-    if not hasattr(strategy, "local"):
-        return
-    if task.no_local_steps is not None:
-        raise ConfigError(f"strategy: {task.no_local_steps}")
-    with at("local.optimizer"):
-        check_needs(strategy.local.optimizer, task)
+    for local in parts(strategy, LocalTraining).values():
+        with at("strategy"):
+            local.check(traits)
+        if task.no_local_steps is not None:
+            raise ConfigError(f"strategy: {task.no_local_steps}")
+        with at("local.optimizer"):
+            check_needs(local.optimizer, task)
 
 
 def check_compressor(key: str, compressor: Any, layout: Layout) -> None:
@@ -103,23 +122,21 @@ def check_compressor(key: str, compressor: Any, layout: Layout) -> None:
         bind(compressor, layout).bits(layout.size)
 
 
-def check_link(key: str, strategy: Any, own: list[str]) -> None:
+def check_link(key: str, traits: Traits, own: list[str]) -> None:
     """Refuse to compress a link for a strategy that does not bear it, or compresses with fields `own` of its own."""
-    if hasattr(strategy, "no_links"):
-        raise ConfigError(f"{key}.compressor: does not go with this strategy: {strategy.no_links}")
+    if traits.no_links is not None:
+        raise ConfigError(f"{key}.compressor: does not go with this strategy: {traits.no_links}")
     if own:
         raise ConfigError(f"{key}.compressor: this strategy compresses by itself; set strategy.{own[0]} instead")
 
 
-def check_state_scope(name: str, strategy: Any, uplink: Uplink | None) -> None:
-    """Refuse to average states where a strategy does not do it, or a compressor made for the model would meet them."""
-    if not hasattr(strategy, "local") or strategy.local.optimizer.state_scope != "server":
-        return
-    key = "local.optimizer.state_scope"
-    if not getattr(strategy, "averages_state", False):
-        raise ConfigError(f"{key}: server is not available for strategy {name}; take round or client, or fedavg")
-    if uplink is not None:
-        raise ConfigError(f"{key}: server sends states that uplink.compressor does not fit; take round or client")
+def check_state_scope(strategy: Strategy, uplink: Uplink | None) -> None:
+    """Refuse to send states where a compressor made for the model would meet them."""
+    sent = any(local.optimizer.state_scope == "server" for local in parts(strategy, LocalTraining).values())
+    if sent and uplink is not None:
+        raise ConfigError(
+            "local.optimizer.state_scope: server sends states that uplink.compressor does not fit; take round or client"
+        )
 
 
 def check_server_optimizer(optimizer: Optimizer | ForeignOptimizer, name: str) -> Optimizer:

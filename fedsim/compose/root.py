@@ -17,10 +17,10 @@ from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
 from fedsim.compose.problems import TASKS, Formula, Samples, problem_of
-from fedsim.compose.refusals import check_local, check_methods, check_state_scope, check_strategy
+from fedsim.compose.refusals import check_keys, check_local, check_state_scope, check_strategy
 from fedsim.compose.sections import Clients, Data, Down, File, Local, Log, Runtime, Up
 from fedsim.compose.work import in_words, work_of
-from fedsim.config import ConfigError, Reader, at, naming
+from fedsim.config import ConfigError, Reader, at, named, naming
 from fedsim.data import PARTITIONS
 from fedsim.data.federated import FederatedData
 from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
@@ -29,6 +29,7 @@ from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategies import STRATEGIES
+from fedsim.strategy import Strategy
 from fedsim.task import Task
 
 
@@ -85,9 +86,9 @@ def read_sections(raw: Mapping[str, Any]) -> File:
     """
     reader = Reader(raw, KINDS)
     task = reader.entry("task", TASKS, "classification", needs=("seed", "count", "clients", "device", "partition"))
+    target, _, keys = named(STRATEGIES, raw.get("strategy") or "fedavg", "strategy")
+    check_keys(target, keys)
     strategy = reader.entry("strategy", STRATEGIES, "fedavg", needs=("local",))
-    if isinstance(strategy.target, type):
-        check_methods(strategy.target)
     if not (divides := task.takes("partition")):
         reader.unused("partition", f"{task.name} has no data to divide")
     if not (trains := strategy.takes("local")):
@@ -158,7 +159,7 @@ def _build(file: File) -> Composition:
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
 
 
-def _strategy(file: File, problem: Formula | Samples) -> Any:
+def _strategy(file: File, problem: Formula | Samples) -> Strategy:
     """The strategy, with the local training that it is to use and optimizers for vectors of this layout."""
     given: dict[str, Any] = {"layout": problem.layout}
     if file.local is not None:
@@ -166,16 +167,16 @@ def _strategy(file: File, problem: Formula | Samples) -> Any:
             schedule = file.local.schedule()
         optimizer = file.local.optimizer(layout=problem.layout)
         given["local"] = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds)
-    strategy = file.strategy(**given)
-    check_strategy(strategy, len(problem.num_examples))
-    return strategy
+    return check_strategy(file.strategy(**given), problem.num_examples)
 
 
-def _fleet(file: File, task: Task, strategy: Any, width: int, device: torch.device) -> tuple[SimFleet, InProcess, str]:
+def _fleet(
+    file: File, task: Task, strategy: Strategy, width: int, device: torch.device
+) -> tuple[SimFleet, InProcess, str]:
     """(simulated fleet, threads for evaluation, what runs the clients in words)."""
     n, runtime = len(task.num_examples), file.runtime
     uplink, downlink = build_links(file, strategy, task.layout)
-    check_state_scope(file.strategy.name, strategy, uplink)
+    check_state_scope(strategy, uplink)
     byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
     devices = file.clients.devices(count=n)
     runner = StackRunner(task, strategy, file.seed, device, uplink)

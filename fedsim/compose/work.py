@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from fedsim.clients.local_training import LocalTraining
 from fedsim.engine import Plan
 from fedsim.params import Layout
+from fedsim.strategy import Strategy, parts
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,18 @@ class Work:
     in_factors: bool
 
 
-def work_of(strategy: Any, num_examples: Tensor) -> Work:
+def work_of(strategy: Strategy, num_examples: Tensor) -> Work:
     """The work of clients with these samples [N]; of a strategy without local training one step on all of them."""
-    n, most = num_examples.cpu(), int(num_examples.max())
-    cohort_size = min(getattr(strategy, "cohort_size", None) or len(n), len(n))
-    local = getattr(strategy, "local", None)
-    if not isinstance(local, LocalTraining):
-        return Work(cohort_size, torch.ones_like(n), most, False)
-    single, two_points = getattr(strategy, "single_step", False), getattr(strategy, "two_points", False)
-    return Work(
-        cohort_size,
-        torch.ones_like(n) if single else local.schedule.num_steps(n),
-        min(local.schedule.batch_size or most, most),
-        local.constant_rate and not (single or two_points),
-    )
+    n, most, traits = num_examples.cpu(), int(num_examples.max()), strategy.traits
+    cohort_size, single = strategy.at_work(len(n)), traits.local_rules == "rate"
+    for local in parts(strategy, LocalTraining).values():
+        return Work(
+            cohort_size,
+            torch.ones_like(n) if single else local.schedule.num_steps(n),
+            min(local.schedule.batch_size or most, most),
+            local.constant_rate and not (single or traits.two_points),
+        )
+    return Work(cohort_size, torch.ones_like(n), most, False)
 
 
 def in_words(work: Work, plan: Plan, layout: Layout, num_examples: Tensor) -> dict[str, str]:

@@ -99,6 +99,11 @@ class FlowerFleet(Account):
         """[N, 1] float64: the mean of what jobs took so far, NaN for clients that have done none."""
         return (self.mail.took[0] / self.mail.took[1])[:, None]
 
+    def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
+        """([N], [N]) float64: the mean of what jobs took so far, and nothing on top."""
+        mean = self.job_seconds(cost)[:, 0]
+        return mean, torch.zeros_like(mean)
+
     # The loop's side --------------------------------------------------------------------------------------------
 
     state_classes: ClassVar[dict[str, type]] = {**Account.state_classes, "Flight": Flight}

@@ -25,6 +25,7 @@ from fedsim.compress.packet import Compressor, Packet
 from fedsim.fleet import Inbox
 from fedsim.params import Layout
 from fedsim.sim.account import bits_of
+from fedsim.strategy import Strategy, compressors
 from fedsim.streams import Streams
 
 RAW = "fedsim.raw"
@@ -80,10 +81,10 @@ class Book:
     compressors: Mapping[str, Compressor]
 
     @classmethod
-    def of(cls, strategy: Any, links: Mapping[str, Compressor | None], layout: Layout) -> Book:
+    def of(cls, strategy: Strategy, links: Mapping[str, Compressor | None], layout: Layout) -> Book:
         """Those of an experiment: the strategy's fields and the two links, as they are, bound to the model, scaled."""
         found = {k: c for k, c in links.items() if c is not None}
-        found |= {f"strategy.{k}": v for k, v in vars(strategy).items() if isinstance(v, Compressor)}
+        found |= {f"strategy.{name}": c for name, c in compressors(strategy).items()}
         out: dict[str, Compressor] = {}
         for name, compressor in found.items():
             out |= {name: compressor, f"{name}/bound": bind(compressor, layout)}

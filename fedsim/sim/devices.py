@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,27 @@ class Devices(Protocol):
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
         """[R] float64 durations of jobs that take `steps` local steps and carry so many bits."""
         ...
+
+
+@runtime_checkable
+class Memoryless(Devices, Protocol):
+    """Random clocks whose jobs take a known time at least, and an exponential one on top."""
+
+    def law(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> tuple[Tensor, Tensor]:
+        """([R] seconds at least, [R] mean of the rest) of such jobs."""
+        ...
+
+
+def law(
+    devices: Devices, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """([R] seconds at least, [R] mean of an exponential rest) of such jobs; None where they must be drawn."""
+    if isinstance(devices, Memoryless):
+        return devices.law(streams, steps, bits_down, bits_up)
+    if devices.random:
+        return None
+    least = devices.seconds(streams, steps, bits_down, bits_up)
+    return least, torch.zeros_like(least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +210,18 @@ class Exponential:
         return True
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
-        place = streams.clients.double() / max(self.count - 1, 1)
-        mean = self.mean * (1 - self.x / 100 * place)
         u = streams.uniform("job", 1, dtype=torch.float64)[:, 0]
-        work = torch.where(steps > 0, self.shift - mean * torch.log1p(-u), 0.0)
+        work = torch.where(steps > 0, self.shift - self._mean(streams) * torch.log1p(-u), 0.0)
         return bits_down / self.downlink + work + bits_up / self.uplink
+
+    def law(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> tuple[Tensor, Tensor]:
+        works = steps > 0
+        least = bits_down / self.downlink + torch.where(works, self.shift, 0.0) + bits_up / self.uplink
+        return least, torch.where(works, self._mean(streams), 0.0)
+
+    def _mean(self, streams: Streams) -> Tensor:
+        place = streams.clients.double() / max(self.count - 1, 1)
+        return self.mean * (1 - self.x / 100 * place)
 
 
 def shifted_exponential(

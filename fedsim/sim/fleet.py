@@ -22,7 +22,7 @@ from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Work, weigh
 from fedsim.memory import Memory
 from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
-from fedsim.sim.devices import Devices
+from fedsim.sim.devices import Devices, law
 from fedsim.sim.events import Event, EventQueue
 from fedsim.sim.executor import Executor, Jobs, Results
 from fedsim.sim.links import FLOAT_BITS, Downlink
@@ -158,6 +158,11 @@ class SimFleet(Account):
             streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1 - k))
             columns.append(self._devices.seconds(streams, *self._work(cost, messages, broadcast)))
         return torch.stack(columns, dim=1)
+
+    def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
+        """([N] seconds at least, [N] mean of an exponential rest) of such a job; None where it must be drawn."""
+        streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1))
+        return law(self._devices, streams, *self._work(cost, messages, broadcast))
 
     def _work(self, cost: Cost, messages: Tensor | None, broadcast: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """(steps, bits down, bits up), [N] each, of a job once clients have a copy: what `_book` will count."""

@@ -150,7 +150,9 @@ def refusal(**changes: Any) -> str:
 
 def test_a_strategy_that_does_not_average_states_refuses_the_servers_scope() -> None:
     message = refusal(strategy={"name": "fedbuff", "buffer_size": 2})
-    assert "local.optimizer.state_scope: server is not available for strategy fedbuff; take round or client" in message
+    assert (
+        "local.optimizer.state_scope: server is not for this strategy, which averages no states; take round" in message
+    )
 
 
 def test_states_do_not_go_through_a_compressor() -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedsim.aggregate import AGGREGATORS
 from fedsim.clients.byzantine import InnerProduct
 from fedsim.compose import compose
 from fedsim.fleet import Fleet
 from fedsim.loop import train
+from fedsim.optim import build
 from fedsim.sim.byzantine import Byzantine
 from fedsim.strategies import STRATEGIES
 from tests.build import Clocks, Play, drawn, f_80, local_sgd, quadratic, watched
 
+ROBUST = {"aggregator": "median", "server_optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.5}}
 ROWS: dict[str, dict[str, Any]] = {
     "fedavg": {"cohort_size": 4},
     "scaffold": {"cohort_size": 4},
@@ -35,8 +38,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "extragradient": {"lr": 0.1},
     "masha1": {"lr": 0.1, "p": 0.4},
     "masha2": {"lr": 0.1, "p": 0.4},
+    "scaffold, robust": {"cohort_size": 4, **ROBUST},
+    "scaffold_m, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
+    "fedavg_m_vr, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
+    "fedfix, robust": {"interval": 0.35, **ROBUST},
+    "fedbuff, robust": {"buffer_size": 3, "weights": "unbiased", **ROBUST},
+    "fedbuff_stream, robust": {"buffer_size": 3, "concurrency": 4, **ROBUST},
+    "extragradient, robust": {"lr": 0.1, "aggregator": "median"},
 }
-"""Hyper-parameters for six clients."""
+"""Hyper-parameters for six clients; a strategy's name may be followed by what is special."""
 
 OWN_LINKS = {"masha1": "rand_k", "masha2": "top_k"}  # these compress by themselves
 PEERS = {"dsgd", "monna"}
@@ -47,21 +57,31 @@ every_strategy = pytest.mark.parametrize("name", ROWS)
 
 
 def test_every_strategy_has_a_row_and_every_row_a_strategy() -> None:
-    missing, unknown = sorted(set(STRATEGIES) - set(ROWS)), sorted(set(ROWS) - set(STRATEGIES))
+    named = {_kind(name) for name in ROWS}
+    missing, unknown = sorted(set(STRATEGIES) - named), sorted(named - set(STRATEGIES))
     assert not missing, f"{missing}: add a row of parameters to ROWS in {__file__}"
     assert not unknown, f"{unknown}: no such strategy; take the row out of ROWS in {__file__}"
 
 
+def _kind(name: str) -> str:
+    """Which strategy a row is of."""
+    return name.partition(",")[0]
+
+
 def _make(name: str, task: Any, **changes: Any) -> Any:
     """The strategy by hand, with five local steps of noisy gradients."""
-    kind = STRATEGIES[name]
-    local = {"local": local_sgd(task, 0.05, steps=5)} if "local" in {f.name for f in fields(kind)} else {}
-    return kind(**{**ROWS[name], **local, **changes})
+    kind = STRATEGIES[_kind(name)]
+    given = {"local": local_sgd(task, 0.05, steps=5)} if "local" in signature(kind).parameters else {}
+    if "aggregator" in ROWS[name]:
+        given["aggregator"] = AGGREGATORS[ROWS[name]["aggregator"]]()
+    if "server_optimizer" in ROWS[name]:
+        given["server_optimizer"] = build(ROWS[name]["server_optimizer"], task.layout)
+    return kind(**{**ROWS[name], **given, **changes})
 
 
 def _config(name: str, **changes: Any) -> dict[str, Any]:
     """A small real problem: uneven clients, two stacks at least, some of the links compressed."""
-    strategy: dict[str, Any] = {"name": name, **ROWS[name]}
+    strategy: dict[str, Any] = {"name": _kind(name), **ROWS[name]}
     config: dict[str, Any] = {
         "rounds": 6,
         "task": {"name": "classification", "dataset": "digits", "model": "logistic"},
@@ -72,15 +92,15 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
         "evaluate": {"every": 3},
         "runtime": {"workers": 1, "stack": 2},
     }
-    if name in OWN_LINKS:
-        strategy["compressor"] = {"name": OWN_LINKS[name], "fraction": 0.2}
-        strategy["server_compressor"] = {"name": OWN_LINKS[name], "fraction": 0.5}
-    elif name not in PEERS:
+    if _kind(name) in OWN_LINKS:
+        strategy["compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.2}
+        strategy["server_compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.5}
+    elif _kind(name) not in PEERS:
         config["uplink"] = {"compressor": {"name": "top_k", "fraction": 0.2}, "error_feedback": True}
         config["downlink"] = {"compressor": "natural"}
-    if name in OPERATORS:
+    if _kind(name) in OPERATORS:
         del config["local"]
-    if name in PEERS:
+    if _kind(name) in PEERS:
         config["clients"]["byzantine"] = {"attack": {"name": "mimic", "warmup": 2}, "count": 1}
     return config | changes
 
@@ -143,7 +163,7 @@ def test_a_strategy_travels_by_pickle(name: str) -> None:
 # Same samples ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(ROWS) - PEERS - OPERATORS - ASYNCHRONOUS))
+@pytest.mark.parametrize("name", sorted(k for k in ROWS if "cohort_size" in ROWS[k]))
 @pytest.mark.parametrize("size", [None, 4])
 def test_changing_the_algorithm_keeps_cohorts_and_minibatches(name: str, size: int | None) -> None:
     keys = []
@@ -173,14 +193,18 @@ def test_peers_see_the_minibatches_that_fedavg_with_one_step_would(name: str) ->
 @every_strategy
 def test_clients_that_agree_on_the_solution_are_taken_there(name: str) -> None:
     task = quadratic([0.5, 0.8, 1.0, 1.2, 1.5, 2.0], [3.0] * 6, 0.0)
-    rate = {"local": local_sgd(task, 0.05 if name in PEERS else 0.02, steps=5)} if name not in OPERATORS else {}
+    rate = (
+        {"local": local_sgd(task, 0.05 if _kind(name) in PEERS else 0.02, steps=5)}
+        if _kind(name) not in OPERATORS
+        else {}
+    )
     play = Play.start(task, _make(name, task, **rate), devices=Clocks((1.0,) * 6))
     assert float(play.path(180)[-1]) == pytest.approx(3.0, abs=1e-3)
 
 
 @every_strategy
 def test_a_model_learns_digits(name: str) -> None:
-    fresh: dict[str, Any] = {"uplink": {}, "downlink": {}} if name in ASYNCHRONOUS else {}
+    fresh: dict[str, Any] = {"uplink": {}, "downlink": {}} if _kind(name) in ASYNCHRONOUS else {}
     rows = _rows(_config(name, rounds=16, evaluate={"every": 8}, **fresh))
     losses = [row["test_loss"] for row in rows if "test_loss" in row]
     assert losses[-1] < math.log(10) - 0.03 and losses[-1] < losses[0]

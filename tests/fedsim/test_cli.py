@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import fedsim
 from fedsim.clients.local_training import LocalTraining
 from fedsim import FederatedData
 
@@ -105,7 +106,7 @@ class State:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientFails:
+class ClientFails(fedsim.Strategy):
     local: LocalTraining
 
     def init(self, x0):
@@ -222,7 +223,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "cohort too large": ([D, "strategy.cohort_size=11"], ["strategy.cohort_size: 11 exceeds the 10 clients", "lower"]),
     "f too large": (
         [D, "strategy.aggregator={name: krum, f: 1}"],
-        ["strategy.aggregator:", "cohort of 2", "f=1", "lower f"],
+        ["strategy.aggregator:", "2 replies at a time", "f=1", "lower f"],
     ),
     "no interval": ([Q, "strategy={name: fedfix, interval: 0}"], ["strategy: interval must be positive", "got 0"]),
     "key left out": ([Q, "strategy=fedfix"], ["strategy.interval: missing"]),
@@ -271,7 +272,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "factory that raises": ([D, "task.model=cli_mine:raising"], ["task.model: KeyError", "cli_mine.py, line"]),
     "too few logits": ([D, "task.model=cli_mine:too_few_classes"], ["task.model:", "(2, 3)", "(2, 10)"]),
     "model of other inputs": ([D, "task.model=cli_mine:wrong_shape"], ["task.model: can't take samples of", "8, 8"]),
-    "no strategy": ([Q, "strategy=cli_mine:NotAStrategy"], ["strategy.name:", "no method init()"]),
+    "no strategy": ([Q, "strategy=cli_mine:NotAStrategy"], ["strategy.name:", "no strategy", "(fedsim.Strategy)"]),
     "counts on itself": ([Q, "strategy=cli_mine:Plain"], ["strategy.name: Plain is not a frozen dataclass"]),
     "thawed": ([Q, "strategy=cli_mine:Thawed"], ["strategy.name: Thawed is not a frozen dataclass", "frozen=True"]),
     "subclass": ([Q, "strategy=cli_mine:Subclass"], ["strategy.name: Subclass is not a frozen dataclass"]),

@@ -293,7 +293,10 @@ def test_pre_aggregators_come_as_a_list_and_read_back() -> None:
         ("nnm", r"strategy.pre_aggregators: expected a list such as \[nnm, .*got 'nnm'"),
         (["nmm"], r"strategy.pre_aggregators\[0\].name: unknown name 'nmm'; did you mean 'nnm'"),
         (["bucketing", {"name": "nnm"}], r"strategy.pre_aggregators\[1\].f: missing"),
-        ([{"name": "nnm", "f": 5}], r"strategy.pre_aggregators\[0\]: does not fit a cohort of 5: nnm needs more rows"),
+        (
+            [{"name": "nnm", "f": 5}],
+            r"strategy.pre_aggregators\[0\]: does not fit 5 replies at a time: nnm needs more rows",
+        ),
         ([{"name": "bucketing", "size": 3}], r"strategy.aggregator: does not fit .* leave 2 rows: .*lower f"),
     ],
 )

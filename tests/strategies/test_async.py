@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from fedsim.aggregate.coordinatewise import TrimmedMean
+from fedsim.aggregate.prepare import Clipping
+from fedsim.compress.quantize import Natural
+from fedsim.optim import build
 from fedsim.sim.devices import Exponential
+from fedsim.sim.links import Downlink
 from fedsim.strategies.async_fedavg import AsyncFedAvg
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedbuff import FedBuff
@@ -17,7 +22,7 @@ from fedsim.strategies.fedbuff_stream import FedBuffStream
 from fedsim.strategies.fedfix import FedFix
 from fedsim.tasks.models import mlp
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.build import Clocks, Play, digits_task, f_80, local_sgd, play, quadratic
+from tests.build import Clocks, Play, digits_task, drawn, f_80, local_sgd, play, quadratic
 from tests.reference import asynchronous as twin
 from tests.reference.clients import Formulas, stream
 from tests.strategies.tasks import noisy
@@ -171,6 +176,55 @@ def test_one_client_is_local_sgd_restarted_whatever_the_scheme() -> None:
         FedBuffStream(buffer_size=1, concurrency=1, local=local),
     ):
         assert_close(play(task, strategy, 6, devices=devices), expected, rtol=0, atol=1e-12)
+
+
+def test_a_buffer_of_tied_clocks_solves_the_problem_with_unbiased_weights() -> None:
+    task = quadratic([1.0] * 5, [0.0, 1, 2, 3, 4], 2.0)
+    strategy = FedBuff(buffer_size=2, weights="unbiased", local=local_sgd(task, 1e-3, steps=1))
+    x = play(task, strategy, 6000, devices=Clocks((1.0,) * 5))[4000:]
+    assert float(x.mean()) == pytest.approx(2.0, abs=2e-3)
+
+
+@pytest.mark.parametrize("pre", [None, (Clipping(norm=1e9),)], ids=["rule", "rule behind another"])
+def test_rules_that_are_means_in_disguise_change_nothing(pre: Any) -> None:
+    # a trimmed mean that trims nothing gets the rows R d_i v_i, whose mean is the sum of d_i v_i
+    task, _ = noisy(steps=3)
+    local = local_sgd(task, ETA, steps=3)
+    schemes: list[Callable[..., Any]] = [
+        lambda **rule: AsyncFedAvg(local=local, **rule),
+        lambda **rule: FedFix(interval=0.5, local=local, **rule),
+        lambda **rule: FedBuff(buffer_size=3, weights="unbiased", local=local, **rule),
+        lambda **rule: FedBuffStream(buffer_size=3, concurrency=4, local=local, **rule),
+    ]
+    for make in schemes:
+        plain = play(task, make(), 12, devices=Clocks(TAU))
+        rule = make(aggregator=TrimmedMean(f=0), pre_aggregators=pre)
+        assert_close(play(task, rule, 12, devices=Clocks(TAU)), plain, rtol=0, atol=1e-12)
+
+
+def test_a_window_that_a_robust_rule_cannot_judge_changes_nothing() -> None:
+    task, _ = noisy(steps=3)
+    strategy = FedFix(interval=0.3, aggregator=TrimmedMean(f=1), local=local_sgd(task, ETA, steps=3))
+    game = Play.start(task, strategy, devices=Clocks(TAU))
+    before, few = game.state.x, []
+    for _ in range(8):
+        few.append("too_few" in game.step())
+        assert torch.equal(game.state.x, before) is (few[-1] or len(game.state.idle) == 0)
+        before = game.state.x
+    assert True in few and False in few
+
+
+@pytest.mark.parametrize("scheme", ["fedfix", "fedbuff"])
+def test_a_servers_rule_steps_alike_under_synchronous_and_buffered_schemes(scheme: str) -> None:
+    # everybody is in every aggregation, so that the scheme is FedAvg; the rule is FedAvg's
+    task, _ = noisy(steps=3)
+    local = local_sgd(task, ETA, steps=3)
+    rule = build({"name": "adam", "lr": 0.1}, task.layout)
+    ours = FedFix(interval=1.0, server_optimizer=rule, local=local)
+    buffered = FedBuff(buffer_size=5, server_optimizer=rule, local=local)
+    x = play(task, ours if scheme == "fedfix" else buffered, 12, devices=Clocks(TAU))
+    assert_close(x, play(task, FedAvg(server_optimizer=rule, local=local), 12), rtol=0, atol=1e-12)
+    assert not torch.allclose(x, _sync(task))
 
 
 # What they converge to -------------------------------------------------------------------------------------------
@@ -329,3 +383,25 @@ def test_a_buffer_larger_than_the_federation_is_refused(make: Callable[..., Any]
     task = quadratic([1, 1], [0, 1], 0)
     with pytest.raises(ValueError, match=message):
         play(task, make(local_sgd(task)), 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda local: FedFix(interval=0.5, local=local), lambda local: AsyncFedAvg(local=local)],
+    ids=["fedfix", "async"],
+)
+def test_unbiased_weights_count_the_bits_that_jobs_are_timed_with(make: Callable[..., Any]) -> None:
+    # a client is sent the compressed messages that it missed as well, so that slow ones wait for more bits
+    task = drawn(5, 40)
+    game = Play.start(
+        task,
+        make(local_sgd(task, 1e-4, steps=1)),
+        devices=Clocks(f_80(), downlink=2000.0),
+        downlink=Downlink(compressor=Natural(), seed=0),
+    )
+    taken = torch.zeros(5).double()
+    game.path(40)
+    for _ in range(400):
+        game.step()
+        taken[game.state.idle] += 1
+    assert (game.state.d * taken / 400).tolist() == pytest.approx([0.2] * 5, rel=0.03)

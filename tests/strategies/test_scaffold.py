@@ -71,5 +71,5 @@ def test_a_client_without_data_keeps_its_control_variate_at_zero() -> None:
 
 
 def test_momentum_in_the_local_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match="scaffold corrects the direction"):
+    with pytest.raises(ValueError, match="corrects the direction"):
         Scaffold(local=local_sgd(two_clients(), optimizer={"name": "sgd", "lr": 0.1, "momentum": 0.9}))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.aggregate import CenteredClipping
 from fedsim.optim import build
 from fedsim.strategies.async_fedavg import AsyncFedAvg
 from fedsim.strategies.fedavg import FedAvg
@@ -19,7 +20,7 @@ from fedsim.strategies.scaffold_m import ScaffoldM
 from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
 from fedsim.strategies.server import step_along
 from fedsim.tasks.models import resnet_bn
-from tests.build import Clocks, Play, digits_task, local_sgd
+from tests.build import Clocks, Play, digits_task, local_sgd, play, quadratic
 
 X, D = torch.tensor([1.0, 1.0, 5.0]), torch.tensor([1.0, -1.0, 2.0])
 
@@ -68,3 +69,15 @@ def test_a_contribution_that_weighs_more_than_one_moves_buffers_by_its_mean() ->
     views = task.layout.views(play.path(1)[-1])
     assert play.state.d.tolist() == pytest.approx([2.0, 2 / 3])
     assert {float(v) for k, v in views.items() if "num_batches_tracked" in k} == {2.0}
+
+
+def test_centred_clipping_begins_where_it_ended_in_the_round_before() -> None:
+    # one step of rate 1 on a = 1 takes client i to b_i, so that v_i = x - b_i; v <- v + mean of the cut v_i - v
+    task = quadratic([1.0] * 3, [0.0, 0.0, 30.0], 10.0)
+    strategy = FedAvg(server_lr=0.5, aggregator=CenteredClipping(tau=4.0), local=local_sgd(task, 1.0, steps=1))
+    x, v, expected = 10.0, 0.0, []
+    for _ in range(6):
+        v += sum(max(-4.0, min(4.0, x - b - v)) for b in (0.0, 0.0, 30.0)) / 3
+        x -= 0.5 * v
+        expected.append(x)
+    assert play(task, strategy, 6)[:, 0].tolist() == pytest.approx(expected, rel=1e-12)

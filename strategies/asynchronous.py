@@ -1,0 +1,114 @@
+"""What asynchronous schemes share: a server that steps along a weighted sum of changes, and clients' weights d_i.
+
+Fraboni, Vidal, Kameni, Lorenzi. A General Theory for Federated Optimization with Asynchronous and Heterogeneous
+Clients Updates. arXiv:2206.10189.
+
+Letters: N clients, R replies of an aggregation, P parameters; d_i the weight of a contribution, p_i a client's
+importance, tau_i its job's time, v_i its change.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedsim.clients.local_training import Reply
+from fedsim.cohort import Cohort
+from fedsim.fleet import Aggregator, Fleet, Replies
+from fedsim.strategies.clocks import Importance, Times, able, given_seconds, importances, known_times
+from fedsim.strategies.server import UNIFORM, S, Server, ServerState
+from fedsim.strategy import Traits
+
+ROUNDS = 10  # of looking for weights whose messages give the times that give the weights
+ALL_WORK = "in this scheme every client with data is at work at all times; lower clients.count for fewer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class State(ServerState):
+    """idle: [I] clients to be sent work; d: [N] weights, known from the first round on."""
+
+    idle: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    d: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+class Asynchronous(Server):
+    """A server that aggregates what has arrived while others are still at work."""
+
+    traits: ClassVar[Traits] = Traits(refused={"cohort_size": ALL_WORK})
+
+    def absorb(self, s: S, r: Replies, d: Tensor, rule: Aggregator) -> S:
+        """The state after one step along the sum of d_i v_i, d [R]; where nothing arrived, nothing moves."""
+        if not len(r):
+            return replace(s, round=s.round + 1)
+        if rule == UNIFORM:
+            delta = r.weighted("delta", d, like=s.x)
+        else:
+            delta = aggregated(r["delta"] * d.to(r["delta"])[:, None], r.num_examples, rule)
+        return self.step(s, delta, weight=float(d.sum()))
+
+    def local_update(self, clients: Cohort, x: Tensor) -> Reply:
+        return {"delta": self.local(clients, x).delta}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Asynchronous):
+    """A scheme whose weights d_i may follow from how long clients' jobs take.
+
+    Args:
+        weights: unbiased, so that in the long run every client moves the model by its importance; or identical.
+        importance: p_i, by samples or uniform.
+        job_seconds: tau_i, where the fleet can't know; one number a client.
+    """
+
+    weights: Literal["unbiased", "identical"] = "unbiased"
+    importance: Importance = "uniform"
+    job_seconds: tuple[float, ...] | None = None
+
+    def init(self, x0: Tensor) -> State:
+        return State(x0, self.optimizer_state(x0))
+
+    def work(self, s: State, fleet: Fleet) -> tuple[Tensor, Tensor]:
+        """(clients to be sent work [I], d [N]); at first all that have data."""
+        return (s.idle, s.d) if s.round else (able(fleet), self.client_weights(fleet, s.x))
+
+    def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
+        """d [N] for jobs that download x."""
+        p = importances(self.importance, fleet.num_examples)
+        if self.weights == "identical":
+            return self.identical(p)
+        if self.job_seconds is not None:
+            return self.unbiased(p, given_seconds(self.job_seconds, p))
+        messages = torch.ones_like(fleet.clients)
+        times = known_times(fleet, self.local.cost, x, messages)
+        for _ in range(ROUNDS):
+            d = self.unbiased(p, times)
+            # a client is sent what it missed as well, as many messages as aggregations its job lasts
+            messages = torch.where(p > 0, d / p, 1.0).round().long()
+            before, times = times, known_times(fleet, self.local.cost, x, messages)
+            if torch.equal(times.least, before.least):
+                break
+        return d
+
+    @abstractmethod
+    def identical(self, p: Tensor) -> Tensor:
+        """d [N] that looks at no clock."""
+
+    @abstractmethod
+    def unbiased(self, p: Tensor, times: Times) -> Tensor:
+        """d [N]: p_i over the share of aggregations that contain i."""
+
+
+def aggregated(rows: Tensor, num_examples: Tensor, rule: Aggregator) -> Tensor:
+    """[P] from the rows d_i v_i [R, P] by a rule that is more than their sum.
+
+    It gets R d_i v_i, each counted once: the mean of these is the sum of d_i v_i, so that by the uniform mean every
+    scheme is what its paper says.
+
+    >>> aggregated(torch.tensor([[0.5], [0.25]]), torch.ones(2), UNIFORM)
+    tensor([0.7500])
+    """
+    return rule(len(rows) * rows, num_examples)
