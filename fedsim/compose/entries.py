@@ -20,6 +20,7 @@ from fedsim.config import Call, ConfigError, Kinds, decode_entry, named
 from fedsim.data.sources import entry as dataset
 from fedsim.optim import build
 from fedsim.optim.foreign import ForeignOptimizer
+from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
 from fedsim.sim.devices import DEVICES
 from fedsim.tasks.models import MODELS
@@ -33,12 +34,12 @@ def _from(table: Table, needs: Collection[str] = (), check: Check | None = None)
 
 
 def _optimizer(check: Check | None = None) -> Callable[[Any, str, Kinds], Call]:
-    """A rule of the table with its settings, or any class of torch optimizers by import path, for a layout."""
+    """A rule, of the table or the user's own, with its settings, or any class of torch optimizers, for a layout."""
 
     def decode_optimizer(value: Any, key: str, kinds: Kinds) -> Call:
         target, name, rest = named(RULES, value, key)
         section, needs = {"name": name, **rest}, frozenset({"layout"})
-        if ":" not in name:
+        if name in RULES or is_rule(target):
             return Call(build, {"spec": section, "key": key}, section, key, needs, check)
 
         def say(made: ForeignOptimizer, name: str) -> ForeignOptimizer:

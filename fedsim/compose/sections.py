@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.config import Call, FromTable
+from fedsim.config import Call, FromTable, did_you_mean
+from fedsim.engine import ENGINES
 from fedsim.loop import Checkpoint, Evaluate, Stop
 from fedsim.streams import server_rng
 from fedsim.task import Schedule
@@ -130,7 +131,7 @@ class Runtime:
         address: of a Ray cluster: "auto", "host:port", or null.
         device: cpu, cuda, cuda:1, or auto.
         stack: clients of a stack, or auto: a rule on model, sizes and device (`fedsim tune` measures).
-        engine: loop, stacked, compiled, or auto.
+        engine: loop, stacked, compiled, pkg.module:name, or auto.
         native: whether the stacked engine takes a classifier's last layer and loss in C++ (on a CPU), or auto.
         precision: of products; storage is float32.
         memory: where clients' rows are kept between rounds: ram, or disk (memory-mapped in the run's folder).
@@ -142,7 +143,7 @@ class Runtime:
     address: str | None = None
     device: str = "auto"
     stack: int | Literal["auto"] = "auto"
-    engine: Literal["auto", "loop", "stacked", "compiled"] = "auto"
+    engine: str = "auto"
     native: bool | Literal["auto"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     memory: Literal["ram", "disk"] = "ram"
@@ -152,6 +153,8 @@ class Runtime:
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1 or auto, got {value}")
+        if self.engine not in ("auto", *ENGINES) and ":" not in self.engine:
+            raise ValueError(f"engine: unknown name {self.engine!r}{did_you_mean(self.engine, ('auto', *ENGINES))}")
 
 
 @dataclass(frozen=True, kw_only=True)

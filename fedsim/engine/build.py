@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from fedsim.config import imported
 from fedsim.engine.compiled import CompiledEngine
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import LOSSES, Loss
@@ -15,11 +17,7 @@ from fedsim.engine.protocol import Engine
 from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
 
-ENGINES = {
-    "loop": "plain autograd, one client after another: any module",
-    "stacked": "one batched forward and backward pass for all clients of a stack, plain SGD fused into it",
-    "compiled": "torch.compile of the vmapped gradient: for long runs of few shapes",
-}
+ENGINES: dict[str, Callable[..., Engine]] = {"loop": LoopEngine, "stacked": StackedEngine, "compiled": CompiledEngine}
 
 
 def build_engine(
@@ -34,7 +32,7 @@ def build_engine(
     """An engine by name, for a module on a device.
 
     Args:
-        name: one of `ENGINES`.
+        name: one of `ENGINES`, or the import path of the user's own, called as those are.
         module: any `nn.Module` of inputs [B, ...]; it is copied, and its own parameters are not used.
         layout: `Layout.of_module(module)`.
         loss: a name of `LOSSES`, or a function (logits, targets) -> [B].
@@ -43,18 +41,15 @@ def build_engine(
         native: in the stacked engine on a CPU, a classifier's last layer and loss are compiled C++.
 
     Raises:
-        ValueError: for an unknown name, or a layer whose noise cannot be keyed.
+        ValueError: for an unknown name, C++ in another engine than stacked, or a layer whose noise cannot be keyed.
     """
     check_precision(precision)
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a function, got {loss!r}")
         loss = LOSSES[loss]
-    module = copy.deepcopy(module).to(device)
-    if name == "loop":
-        return LoopEngine(module, layout, loss, precision)
-    if name == "stacked":
-        return StackedEngine(module, layout, loss, precision, native)
-    if name == "compiled":
-        return CompiledEngine(module, layout, loss, precision)
-    raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    if name not in ENGINES and ":" not in name:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, or pkg.module:name, got {name!r}")
+    make = ENGINES[name] if name in ENGINES else imported(name, "runtime.engine")
+    options = {"native": True} if native else {}
+    return make(copy.deepcopy(module).to(device), layout, loss, precision, **options)

@@ -22,7 +22,10 @@ from fedsim.task import PlainSession, Session
 
 
 class CompiledEngine(Engine):
-    """See `Engine`. Where compilation fails the stacked engine takes over, with one warning."""
+    """torch.compile of the vmapped gradient, for long runs of few shapes.
+
+    Where compilation fails the stacked engine takes over, with one warning.
+    """
 
     name = "compiled"
 

@@ -22,7 +22,10 @@ from fedsim.task import PlainSession, Session
 
 
 class LoopEngine(Engine):
-    """See `Engine`. Padded rows are cut off, so each client's module sees its own samples and nothing else."""
+    """Plain autograd, one client after another: any module.
+
+    Padded rows are cut off, so each client's module sees its own samples and nothing else.
+    """
 
     name = "loop"
 

@@ -34,7 +34,9 @@ from fedsim.params import Layout
 
 
 class StackedEngine(Engine):
-    """See `Engine`. `path` says how the module is carried once a batch was seen: tape, vmap or loop.
+    """One batched forward and backward pass for all clients of a stack, plain SGD fused into it.
+
+    `path` says how the module is carried once a batch was seen: tape, vmap or loop.
 
     Args:
         module, layout, loss, precision: as for `build_engine`.

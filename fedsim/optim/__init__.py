@@ -24,7 +24,8 @@ How to add a back end: a class with `suits` and `step` in `backends/`, and its p
 """
 
 from fedsim.optim.core import Optimizer, build
+from fedsim.optim.rule import Rule
 from fedsim.optim.state import OptState
 from fedsim.optim.torch_adapter import torch_optimizer
 
-__all__ = ["OptState", "Optimizer", "build", "torch_optimizer"]
+__all__ = ["OptState", "Optimizer", "Rule", "build", "torch_optimizer"]

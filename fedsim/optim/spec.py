@@ -59,13 +59,20 @@ def parse(spec: Mapping[str, Any], key: str) -> Parsed:
     )
 
 
+def is_rule(made: object) -> bool:
+    """Whether this is a rule's class, the user's own among them."""
+    return isinstance(made, type) and Rule in made.__mro__
+
+
 def parse_rule(spec: Any, key: str, also: tuple[str, ...] = ()) -> Ruled:
     """A rule with its hyper-parameters, and its `RuleSettings`."""
     cls: Any
     cls, name, given = named({n: entry.rule for n, entry in RULES.items()}, spec, key)
-    if name not in RULES:
-        raise ConfigError(f"{key}.name: {name!r} is an import path; here a rule of `fedsim list optimizers` is needed")
-    values = {**(RULES[name].preset or {}), **given}
+    if not is_rule(cls):
+        raise ConfigError(
+            f"{key}.name: {name!r} is no rule of the core; derive from fedsim.optim.Rule, or take another"
+        )
+    values = {**((RULES[name].preset or {}) if name in RULES else {}), **given}
     own = [f.name for f in fields(RuleSettings)]
     hyper = [f.name for f in fields(cls)]
     for k in values:

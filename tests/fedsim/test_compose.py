@@ -111,6 +111,7 @@ from typing import ClassVar
 
 from fedsim.clients.direction import gradient_at
 from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ class Mine(FedAvg):
 class Elsewhere(FedAvg):
     """Local steps along gradients at the model received."""
 
-    two_points: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(two_points=True)
 
     def local_update(self, clients, x):
         return {"delta": self.local(clients, x, gradient_at(x)).delta}
@@ -316,9 +317,8 @@ def test_every_schedule_of_the_optimizers_is_listed() -> None:
     assert tuple(TABLES["schedules"]) == schedules.NAMES
 
 
-def test_the_engines_and_executors_that_are_listed_are_those_that_the_file_takes() -> None:
+def test_the_executors_that_are_listed_are_those_that_the_file_takes() -> None:
     hints = get_type_hints(Runtime)
-    assert {"auto", *TABLES["engines"]} == set(get_args(hints["engine"]))
     assert {"auto", *TABLES["executors"]} == set(get_args(hints["executor"]))
 
 

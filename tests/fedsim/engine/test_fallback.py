@@ -101,7 +101,9 @@ def test_an_engine_travels_by_pickle(name: str) -> None:
 
 def test_bad_names_are_answered_with_the_known_ones() -> None:
     module, layout, _ = model("logistic")
-    with pytest.raises(ValueError, match="engine must be one of loop, stacked, compiled, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="engine must be one of loop, stacked, compiled, or pkg.module:name, got 'fast'"
+    ):
         build_engine("fast", module, layout)
     with pytest.raises(ValueError, match="precision must be one of fp32, tf32, bf16, got 'fp64'"):
         build_engine("loop", module, layout, precision="fp64")

@@ -1,0 +1,171 @@
+"""One of every kind, as a user would write it outside of fedsim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fedsim
+from fedsim.aggregate import Mean
+from fedsim.clients.local_training import LocalTraining, Reply
+from fedsim.compress.packet import Compressor, Field, Packet
+from fedsim.data import Dataset
+from fedsim.data.dataset import from_arrays
+from fedsim.engine.loop import LoopEngine
+from fedsim.optim import Rule
+from fedsim.params import Layout
+from fedsim.sim.byzantine import Knowledge
+from fedsim.streams import Streams
+from fedsim.task import Pool, Schedule
+from fedsim.tasks.batches import BatchPlan, Samples
+
+
+@dataclass(frozen=True)
+class State:
+    x: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(fedsim.Strategy):
+    """FedAvg of all clients with half a step."""
+
+    local: LocalTraining
+
+    def init(self, x0: Tensor) -> State:
+        return State(x0)
+
+    def round(self, s: State, fleet: fedsim.Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
+        r = fleet.ask(fleet.clients, self.train, cost=self.local.cost, fold=Mean(), x=s.x)
+        return State(s.x - 0.5 * r["delta"]), {}
+
+    def train(self, clients: fedsim.Cohort, x: Tensor) -> Reply:
+        return {"delta": self.local(clients, x).delta}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signs(Rule):
+    """Steps of one length along the signs of a slow mean of gradients."""
+
+    rho: float = 0.9
+    states: ClassVar = (fedsim.optim.rule.State("m"),)
+    default_lr: ClassVar = 0.01
+
+    def coefficients(self, t: Any, lr: Any, host: Any) -> Mapping[str, Any]:
+        return {"fresh": 1 - self.rho}
+
+    def direction(self, x: Tensor, g: Tensor, s: Any, c: Any, seg: Any) -> Tensor:
+        s.m.lerp_(g, c.fresh)
+        return s.m.sign()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstHalf(Compressor):
+    """Sends the first half of a vector."""
+
+    unbiased: ClassVar = False
+
+    def fields(self, num_entries: int) -> tuple[Field, ...]:
+        return (Field("head", num_entries // 2),)
+
+    def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
+        return Packet(compressor=self, num_entries=v.shape[1], payload={"head": v[:, : v.shape[1] // 2].clone()})
+
+    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+        head = payload["head"]
+        return torch.cat([head, head.new_zeros(len(head), num_entries - head.shape[1])], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Midrange:
+    """Halfway between the least and the largest of each entry."""
+
+    foldable: ClassVar = False
+
+    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        return (v.amin(0) + v.amax(0)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutTheLongest:
+    """Leaves out the row of the largest norm."""
+
+    def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        keep = torch.arange(len(v)) != int(v.norm(dim=1).argmax())
+        return v[keep], weights[keep]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing:
+    """Sends zeros."""
+
+    on_data: ClassVar = False
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor:
+        return honest.new_zeros(b, honest.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class InTurn:
+    """Rows dealt out in turn."""
+
+    def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        owners = np.arange(len(data.targets)) % num_clients
+        sizes = np.bincount(owners, minlength=num_clients)
+        return np.argsort(owners, kind="stable"), np.concatenate([[0], sizes.cumsum()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OddAreSlow:
+    """Clients with odd numbers take twice as long."""
+
+    random: ClassVar = False
+
+    def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
+        return steps.double() * (1 + streams.clients.cpu() % 2)
+
+
+def two_moons(num_examples: int = 200) -> Dataset:
+    """Two half circles."""
+    angle = torch.linspace(0, torch.pi, num_examples // 2)
+    up, down = torch.stack([angle.cos(), angle.sin()], 1), torch.stack([1 - angle.cos(), 0.5 - angle.sin()], 1)
+    targets = torch.arange(2).repeat_interleave(len(angle))
+    return from_arrays(torch.cat([up, down]), targets)
+
+
+def perceptron(input_shape: tuple[int, ...], num_classes: int, width: int = 8) -> nn.Module:
+    """One hidden layer of tanh."""
+    return nn.Sequential(nn.Linear(input_shape[0], width), nn.Tanh(), nn.Linear(width, num_classes))
+
+
+class OneByOne(LoopEngine):
+    """The loop engine by another name."""
+
+    name = "tests.contracts.outside:OneByOne"
+
+
+class Slope(fedsim.Task):
+    """Each client knows points of one line through the origin; the slope is sought."""
+
+    def __init__(self, count: int, slope: float = 2.0) -> None:
+        self.layout = Layout.of({"slope": (1,)})
+        self.num_examples = torch.arange(1, count + 1)
+        self.slope = slope
+
+    def init(self, seed: int) -> Tensor:
+        return torch.zeros(1)
+
+    def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> BatchPlan:
+        return BatchPlan(self.num_examples[ids], schedule, streams)
+
+    def field(self, x: Tensor, batch: Samples) -> tuple[Tensor, Tensor]:
+        at = 1.0 + batch.rows
+        away = at * (x - self.slope)
+        return (batch.shares * at * away).sum(1, keepdim=True), (batch.shares * away**2).sum(1) / 2
+
+    def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
+        return {"distance": abs(float(x) - self.slope)}
