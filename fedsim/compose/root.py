@@ -6,6 +6,7 @@ optimizers, the strategy; from these the plan; from the plan engine and task; la
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +24,15 @@ from fedsim.compose.work import in_words, work_of
 from fedsim.config import ConfigError, Reader, at, named, naming
 from fedsim.data import PARTITIONS
 from fedsim.data.federated import FederatedData
+from fedsim.engine import Plan
 from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
 from fedsim.memory import Memory
+from fedsim.optim import Optimizer
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategies import STRATEGIES
-from fedsim.strategy import Strategy
+from fedsim.strategy import Strategy, parts
 from fedsim.task import Task
 
 
@@ -129,14 +132,7 @@ def _build(file: File) -> Composition:
     check_local(file.strategy.name, strategy, task)
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
-    chosen: dict[str, Any] = {"stack": plan.width, "device": str(device)}
-    if isinstance(problem, Samples):
-        chosen |= {"engine": plan.engine, "native": plan.native}
-    resolved = {
-        **file.resolved,
-        "clients": {**file.resolved["clients"], "count": len(task.num_examples)},
-        "runtime": {**file.resolved["runtime"], **chosen},
-    }
+    resolved = _resolved(file, problem, strategy, plan, device)
     fleet, pool, workers = _fleet(file, task, strategy, plan.width, device)
     experiment = Experiment(
         task=task,
@@ -157,6 +153,23 @@ def _build(file: File) -> Composition:
     data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
+
+
+def _resolved(
+    file: File, problem: Formula | Samples, strategy: Strategy, plan: Plan, device: torch.device
+) -> dict[str, Any]:
+    """The file with every default, and with what `auto` chose: all that fixes the run's bits has its key."""
+    out = copy.deepcopy(dict(file.resolved))
+    out["clients"]["count"] = len(problem.num_examples)
+    out["runtime"] |= {"stack": plan.width, "device": str(device)}
+    if isinstance(problem, Samples):
+        out["runtime"] |= {"engine": plan.engine, "native": plan.native}
+    rules = [(rule, out["strategy"][name]) for name, rule in parts(strategy, Optimizer).items()]
+    rules += [(local.optimizer, out["local"]["optimizer"]) for local in parts(strategy, LocalTraining).values()]
+    for rule, section in rules:
+        if isinstance(rule, Optimizer) and not rule.is_plain_sgd and rule.settings.backend == "auto":
+            section["backend"] = rule.backend_on(device)
+    return out
 
 
 def _strategy(file: File, problem: Formula | Samples) -> Strategy:
