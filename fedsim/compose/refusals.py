@@ -58,23 +58,26 @@ def check_keys(target: Any, keys: Iterable[str]) -> None:
     """
     if not isinstance(target, type):
         return
-    if not issubclass(target, Strategy):
-        raise ConfigError(f"strategy.name: {NO_STRATEGY.format(target.__name__)}")
+    _check_class(target)
     for key in keys:
         if key in target.traits.refused:
             raise ConfigError(f"strategy.{key}: does not go with this strategy: {target.traits.refused[key]}")
 
 
+def _check_class(made: type) -> None:
+    if not issubclass(made, Strategy):
+        raise ConfigError(f"strategy.name: {NO_STRATEGY.format(made.__name__)}")
+    if not (is_dataclass(made) and "__setattr__" in vars(made)):  # a plain subclass is not frozen either
+        raise ConfigError(
+            f"strategy.name: {made.__name__} is not a frozen dataclass, and what it kept on itself would be lost on "
+            "resume and by workers; write @dataclass(frozen=True) above it and keep what changes in the state"
+        )
+
+
 def check_strategy(strategy: object, num_examples: Tensor) -> Strategy:
     """Refuse what is no strategy, a cohort larger than the federation, and a rule that can't take its replies."""
-    name = type(strategy).__name__
-    if not isinstance(strategy, Strategy):
-        raise ConfigError(f"strategy.name: {NO_STRATEGY.format(name)}")
-    if not (is_dataclass(strategy) and "__setattr__" in vars(type(strategy))):  # a plain subclass is not frozen either
-        raise ConfigError(
-            f"strategy.name: {name} is not a frozen dataclass, and what it kept on itself would be lost on resume and "
-            "by workers; write @dataclass(frozen=True) above it and keep what changes in the state"
-        )
+    _check_class(type(strategy))
+    assert isinstance(strategy, Strategy)
     num_clients = len(num_examples)
     if (size := strategy.at_work(num_clients)) > num_clients:
         raise ConfigError(

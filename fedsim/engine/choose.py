@@ -102,17 +102,24 @@ def choose(
     width, reason = _width(module, layout, device, batch_size, name, sample)
     if precision == "bf16" and on_cpu:
         reason += "; bf16 products are seldom faster than fp32 ones on a CPU"
-    chain = chain_of(module) if plain and name == "stacked" and on_cpu else None
-    if chain is not None and chain.worthwhile(batch_size * steps):
-        each = 4 * batch_size * steps * sum(i + o for o, i in chain.shapes)
-        width = min(max(1, LOW_RANK_BYTES // each), MAX_WIDTH_LOW_RANK)
-        reason = f"clients see fewer samples than layers are wide, so {width} of them are kept as low-rank changes"
-        if precision != "fp32":
-            reason += f", whose products stay fp32: faster here than {precision} steps"
+    if plain and name == "stacked" and on_cpu:
+        width, reason = _in_factors(module, batch_size * steps, precision) or (width, reason)
     even = _even(num_clients, width)
     if even < width:
         return Plan(name, even, f"{why}{num_clients} clients in equal stacks, at most {width}: {reason}", in_cpp)
     return Plan(name, width, why + reason, in_cpp)
+
+
+def _in_factors(module: nn.Module, samples: int, precision: str) -> tuple[int, str] | None:
+    """(width, reason) where local runs of so many samples cost less in factors (`low_rank_run`)."""
+    chain = chain_of(module)
+    if chain is None or not chain.worthwhile(samples):
+        return None
+    each = 4 * samples * sum(i + o for o, i in chain.shapes)
+    width = min(max(1, LOW_RANK_BYTES // each), MAX_WIDTH_LOW_RANK)
+    reason = f"clients see fewer samples than layers are wide, so {width} of them are kept as low-rank changes"
+    kept = "" if precision == "fp32" else f", whose products stay fp32: faster here than {precision} steps"
+    return width, reason + kept
 
 
 def memory_bytes(layout: Layout, width: int, batch_size: int) -> int:

@@ -86,7 +86,7 @@ class NotAStrategy:
     pass
 
 
-class Plain:
+class Plain(fedsim.Strategy):
     def init(self, x0):
         return State(x0)
 
@@ -137,7 +137,7 @@ class Subclass(NoModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Says:
+class Says(fedsim.Strategy):
     server: str = "fine"
     client: str = "fine"
 

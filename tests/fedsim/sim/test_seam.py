@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fedsim.composition import pair
 from torch import Tensor
 
 from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.compose import compose
+from fedsim.compose.matrix import pair
 from fedsim.fleet import Cost
 from fedsim.loop import train
 from fedsim.sim.executor import ClientError, InProcess, StackRunner
