@@ -58,13 +58,13 @@ def check_keys(target: Any, keys: Iterable[str]) -> None:
     """
     if not isinstance(target, type):
         return
-    _check_class(target)
+    refused = _checked(target).traits.refused
     for key in keys:
-        if key in target.traits.refused:
-            raise ConfigError(f"strategy.{key}: does not go with this strategy: {target.traits.refused[key]}")
+        if key in refused:
+            raise ConfigError(f"strategy.{key}: does not go with this strategy: {refused[key]}")
 
 
-def _check_class(made: type) -> None:
+def _checked(made: type) -> type[Strategy]:
     if not issubclass(made, Strategy):
         raise ConfigError(f"strategy.name: {NO_STRATEGY.format(made.__name__)}")
     if not (is_dataclass(made) and "__setattr__" in vars(made)):  # a plain subclass is not frozen either
@@ -72,11 +72,12 @@ def _check_class(made: type) -> None:
             f"strategy.name: {made.__name__} is not a frozen dataclass, and what it kept on itself would be lost on "
             "resume and by workers; write @dataclass(frozen=True) above it and keep what changes in the state"
         )
+    return made
 
 
 def check_strategy(strategy: object, num_examples: Tensor) -> Strategy:
     """Refuse what is no strategy, a cohort larger than the federation, and a rule that can't take its replies."""
-    _check_class(type(strategy))
+    _checked(type(strategy))
     assert isinstance(strategy, Strategy)
     num_clients = len(num_examples)
     if (size := strategy.at_work(num_clients)) > num_clients:

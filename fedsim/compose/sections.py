@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.config import Call, FromTable, did_you_mean
+from fedsim.config import Call, ConfigError, FromTable
 from fedsim.engine import ENGINES
 from fedsim.loop import Checkpoint, Evaluate, Stop
 from fedsim.streams import server_rng
@@ -154,7 +154,9 @@ class Runtime:
             if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1 or auto, got {value}")
         if self.engine not in ("auto", *ENGINES) and ":" not in self.engine:
-            raise ValueError(f"engine: unknown name {self.engine!r}{did_you_mean(self.engine, ('auto', *ENGINES))}")
+            raise ConfigError(
+                f"runtime.engine: must be one of auto, {', '.join(ENGINES)}, or pkg.module:name, got {self.engine!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
