@@ -97,8 +97,9 @@ class Terms:
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """[P]: the sum of weights [C] times the rows; one client's is formed first, to the bits that a device sends."""
         if len(self) == 1:
-            vector = self.dense()
-            return torch.tensordot(weights.to(vector), vector, dims=1)
+            (weight, vector), *rest = self.terms
+            vector = vector if not rest and weight == 1.0 and isinstance(vector, Tensor) else self.dense()
+            return vector[0] * weights.to(vector)
         out = None
         for weight, term in self.terms:
             total = weights * (weight.to(weights) if isinstance(weight, Tensor) else weight)
