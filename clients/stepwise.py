@@ -17,7 +17,7 @@ from fedsim.cohort import Cohort
 from fedsim.optim import Optimizer, OptState
 from fedsim.optim.needs import supply
 from fedsim.streams import Streams
-from fedsim.task import Batches, Schedule
+from fedsim.task import Batches, Schedule, Session
 
 MEMORY = "optimizer/"  # names of the optimizer's rows in a client's memory
 
@@ -90,15 +90,14 @@ class Stepwise:
         gradient = cohort.scratch("gradient", y)
         losses = torch.zeros(len(cohort), device=y.device)
         state = self._recall(y[:, :n], sent)
+        session, k = None, -1
         for step in range(len(batches)):
-            k = batches.active(step)
+            if batches.active(step) != k:
+                k = batches.active(step)
+                session, streams = cohort.task.session(y[:k]), cohort.streams.rows(slice(k))
+            assert session is not None
             batch = batches[step]
-            point = self.optimizer.eval_point(y[:k, :n], state)
-            at = y[:k] if point.data_ptr() == y.data_ptr() else torch.cat([point, y[:k, n:]], dim=1)
-            streams = cohort.streams.rows(slice(k))
-            g, loss, aux = self._gradient(at, batch, state, gradient[:k], streams)
-            if at.data_ptr() != y.data_ptr():
-                y[:k, n:] = at[:, n:]  # the training pass moved the copy's buffers
+            g, loss, aux = self._gradient(session, y[:k], batch, state, gradient[:k], streams)
             if total is not None:
                 total[:k] += g
             g, factor = self._along(g, batch), self._lr_factor(step, k)
@@ -113,18 +112,18 @@ class Stepwise:
         return losses, None if sent is None else sent - state.pack(sent)
 
     def _gradient(
-        self, at: Tensor, batch: Any, state: OptState, out: Tensor, streams: Streams
+        self, session: Session, y: Tensor, batch: Any, state: OptState, out: Tensor, streams: Streams
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(g [k, P], loss [k], what else the rule needs) at `at` [k, P]; buffers of `at` follow the training pass."""
+        """(g [k, P], loss [k], what else the rule needs) at y [k, P], whose buffers follow the training pass."""
         optimizer, task = self.optimizer, self.cohort.task
         n = task.layout.num_trainable
-        if not optimizer.needs - {"grad"} or optimizer.wanted(state, len(at)) == {"grad"}:
-            return *task.session(at).gradient(batch, out), {}
+        if not optimizer.needs - {"grad"} or optimizer.wanted(state, len(y)) == {"grad"}:
+            return *session.gradient(batch, out), {}
         # before the training pass, which may move the buffers
-        needed = task.oracle(batch, at[:, n:])
-        g, aux = supply(optimizer, at[:, :n], state, needed, streams=streams)
+        needed = task.oracle(batch, y[:, n:])
+        g, aux = supply(optimizer, y[:, :n], state, needed, streams=streams)
         if g is None:
-            return *task.session(at).gradient(batch, out), aux
+            return *session.gradient(batch, out), aux
         assert needed.loss is not None
         out[:, :n], out[:, n:] = g, 0
         return out, needed.loss, aux

@@ -231,11 +231,6 @@ class Optimizer:
         block, _ = assemble(self.recipe, x, state, lr_scale=1.0, aux={}, streams=Streams(0, one, one))
         return choose(self.recipe, x, block).name
 
-    def eval_point(self, x: Tensor, state: OptState) -> Tensor:
-        """Where the next gradient is to be taken, [k, P]; x itself for all but shifted rules."""
-        group, k = self.recipe.groups[0], len(x)
-        return rule_of(group, k).eval_point(x, named_states(group, state, x), state.t[:k].numpy() + 1)
-
     def final(self, x: Tensor, state: OptState) -> Tensor:
         """What to evaluate and send, [k, P]: the averaged weights where there are any, else x itself."""
         group, k = self.recipe.groups[0], len(x)

@@ -110,10 +110,6 @@ class ForeignOptimizer:
             for name, parameter in state.parameters[i].items():
                 rows[name].copy_(parameter.detach())
 
-    def eval_point(self, x: Tensor, state: ForeignState) -> Tensor:
-        """x: gradients are taken where the clients are."""
-        return x
-
     def final(self, x: Tensor, state: ForeignState) -> Tensor:
         """x."""
         return x

@@ -7,8 +7,7 @@
     optimizer.step_(x, gradient, state, aux=aux, streams=streams)
 
 A need has one name, the same in `Rule.needs`, in `Task.lacks` and, where it is a tensor for the rule, in `aux`. So a
-later need (layer inputs and outputs, gradients of half batches) is one method of the oracle and one line of `supply`. A
-shifted evaluation point is `Optimizer.eval_point`, at which the oracle is then asked.
+later need (layer inputs and outputs, gradients of half batches) is one method of the oracle and one line of `supply`.
 
 Letters: k clients that step, P trainable coordinates, B samples, L tensors, q points per client.
 """

@@ -187,10 +187,6 @@ class Rule(Protocol):
         """The point to send and evaluate, [k, P]; x itself unless the rule trains somewhere else."""
         return x
 
-    def eval_point(self, x: Tensor, s: Named, t: np.ndarray) -> Tensor:
-        """Where the next gradient is to be taken, [k, P]."""
-        return x
-
 
 def per_client(name: str, value: Hyper, k: int) -> Any:
     """A number, or [k] float64 of numbers given one per client."""
