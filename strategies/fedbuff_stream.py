@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fedsim.fleet import Fleet, choose
-from fedsim.strategies.asynchronous import Asynchronous, aggregated
+from fedsim.strategies.asynchronous import Asynchronous
 from fedsim.strategies.clocks import fitting, positive
-from fedsim.strategies.server import UNIFORM, ServerState
+from fedsim.strategies.server import ServerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +58,14 @@ class FedBuffStream(Asynchronous):
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule, idle, busy = self.rule(rng, s.last), torch.zeros(len(fleet.clients), dtype=torch.bool), s.busy
         idle[fitting("concurrency", self.concurrency, fleet)], idle[busy] = True, False
-        total, rows, num_examples = torch.zeros_like(s.x), [], []
+        rows, num_examples = [], []
         for _ in range(self.buffer_size):
             fresh = choose(torch.nonzero(idle).flatten(), self.concurrency - len(busy), rng)
             fleet.send(fresh, self.local_update, cost=self.local.cost, x=s.x)
             r = fleet.receive(count=1)
-            row = r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x)
-            if rule == UNIFORM:
-                total += row
-            else:
-                rows.append(row)
-                num_examples.append(r.num_examples.sum())
+            rows.append(r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x))
+            num_examples.append(r.num_examples.sum())
             idle[fresh], idle[r.ids] = False, True
             busy = torch.cat([busy, fresh])
             busy = busy[~idle[busy]]
-        if rows:
-            total = aggregated(torch.stack(rows), torch.stack(num_examples), rule)
-        return replace(self.step(s, total / self.buffer_size), busy=busy), {}
+        return replace(self.step(s, rule(torch.stack(rows), torch.stack(num_examples))), busy=busy), {}
