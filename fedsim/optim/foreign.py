@@ -78,9 +78,6 @@ class ForeignOptimizer:
     def constant_rate(self) -> None:
         """None: its steps are its own."""
 
-    def check_needs(self, available: Any) -> None:
-        """A gradient is all it gets."""
-
     def init(self, x: Tensor) -> ForeignState:
         """Fresh optimizers of C clients at x [C, P]."""
         parameters = [{k: v.clone().requires_grad_() for k, v in self.layout.views(row).items()} for row in x.detach()]
