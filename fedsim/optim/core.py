@@ -145,9 +145,7 @@ class Optimizer:
     def init(self, x: Tensor) -> OptState:
         """The state of clients that have not stepped; x [C, P] gives their number, device and type of number."""
         clients, width = x.shape
-        assert width == sum(self.recipe.segments.sizes), (
-            f"optimizer of {sum(self.recipe.segments.sizes)} entries got {width}"
-        )
+        assert width == self.layout.size, f"optimizer of {self.layout.size} entries got {width}"
         buffers: dict[str, Tensor] = {}
         for group in self.recipe.groups:
             for state, n in zip(group.states, group.widths, strict=True):
@@ -194,12 +192,11 @@ class Optimizer:
 
     def backend_on(self, device: torch.device) -> str:
         """The name of the back end that an ordinary step of float32 parameters takes on a device; may compile it."""
-        x = torch.zeros(1, sum(self.recipe.segments.sizes), device=device)
+        x = torch.zeros(1, self.layout.size, device=device)
         state, one = self.init(x), torch.zeros(1, dtype=torch.int64)
         state.t += 1  # what a first step has of its own is over
-        if any(self.wanted(state) - {self.settings.gradient_need}):
-            return "eager"
-        block, _ = assemble(self.recipe, x, state, lr_scale=1.0, aux={}, streams=Streams(0, one, one))
+        aux = {name: x for group in self.recipe.groups for name in group.rule.inputs}
+        block, _ = assemble(self.recipe, x, state, lr_scale=1.0, aux=aux, streams=Streams(0, one, one))
         return choose(self.recipe, x, block).name
 
     def final(self, x: Tensor, state: OptState) -> Tensor:

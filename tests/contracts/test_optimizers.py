@@ -223,7 +223,7 @@ VIEWS = {
 } | {torch.ops.aten.slice.Tensor, torch.ops.aten.unbind.int, torch.ops.aten.select.int, torch.ops.aten.split.Tensor}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not set(RULES[n].kind) & set("MX")])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_gpus_launches_grow_with_neither_clients_nor_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "_many_launches_hurt", lambda p: True)  # the form that a GPU takes, counted on a CPU
     monkeypatch.setattr(row_blocks, "row_blocks", lambda x, *how: [slice(0, len(x))])

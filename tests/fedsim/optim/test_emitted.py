@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from fedsim.optim import OptState, build
-from fedsim.optim.backends import INDUCTOR, emit, emitted
+from fedsim.optim.assemble import assemble
+from fedsim.optim.backends import INDUCTOR, choose, emit, emitted
+from fedsim.optim.rule import Named, Rule
+from fedsim.optim.segments import Segments
 from fedsim.params import Layout
 from tests.fedsim.optim.oracles import LAYOUT, problem
 
@@ -146,6 +150,25 @@ def test_auto_names_what_it_takes() -> None:
     names = ("adan", "lamb", "muon", "sophia_g")
     found = {n: build({"name": n}, LAYOUT).backend_on(torch.device("cpu")) for n in names}
     assert found == {"adan": "compiled", "lamb": "eager", "muon": "eager", "sophia_g": "compiled"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damped(Rule):
+    """An elementwise rule that takes curvature at every step."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grad", "hvp"})
+    inputs: ClassVar[tuple[str, ...]] = ("hvp",)
+
+    def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
+        return g / (s.hvp * s.hvp + 1)
+
+
+def test_auto_names_what_it_takes_with_curvature_at_every_step() -> None:
+    optimizer = build({"name": f"{__name__}:Damped", "lr": 0.1}, LAYOUT)
+    x = torch.zeros(2, LAYOUT.size)
+    block, _ = assemble(optimizer.recipe, x, optimizer.init(x), lr_scale=1.0, aux={"hvp": x}, streams=None)
+    assert choose(optimizer.recipe, x, block).name == "compiled" == optimizer.backend_on(torch.device("cpu"))
+    assert build({"name": "sophia_g", "every": 1}, LAYOUT).backend_on(torch.device("cpu")) == "eager"
 
 
 def test_a_damaged_state_is_refused_before_memory_behind_it_is_touched() -> None:
