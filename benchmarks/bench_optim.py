@@ -9,6 +9,10 @@ what a run takes; the verdict is on the fastest of `--backends`. The first step 
 compiled step in the user's cache) is shown in seconds. Last, C separate torch.optim.AdamW(foreach=True) over our
 stacked AdamW step, at least 5.
 
+    python -m benchmarks.bench_optim --rules adamw,adan --backends auto,inductor
+
+sets torch.compile beside the back end that a run takes, on a CPU too, where no run takes it.
+
 Ours and theirs take turns; the ratio is that of the best rounds, and the brackets hold the ratios of single rounds.
 """
 
@@ -24,7 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import pages
-from fedsim.optim import build
+from fedsim.optim import Optimizer, OptState, build
+from fedsim.optim.assemble import assemble
+from fedsim.optim.backends import INDUCTOR
 from fedsim.params import Layout
 
 # Bytes per parameter that one pass must move in float32: x and each changed state read and written, g read.
@@ -98,10 +104,20 @@ def compare(steps: dict[str, Callable[[], object]], theirs: Callable[[], object]
 
 def our_step(rule: str, x: Tensor, g: Tensor, layout: Layout, backend: str) -> Callable[[], None]:
     decay = 0.0 if rule in SGD else 0.01
-    spec = {"name": rule, **SPECS.get(rule, {}), "lr": LR, "weight_decay": decay, "backend": backend}
-    optimizer = build(spec, layout)
+    spec = {"name": rule, **SPECS.get(rule, {}), "lr": LR, "weight_decay": decay}
+    if backend == "inductor":
+        optimizer = build(spec, layout)
+        state = optimizer.init(x)
+        return lambda: inductor_step(optimizer, x, g, state)
+    optimizer = build({**spec, "backend": backend}, layout)
     state = optimizer.init(x)
     return lambda: optimizer.step_(x, g, state)
+
+
+def inductor_step(optimizer: Optimizer, x: Tensor, g: Tensor, state: OptState) -> None:
+    """`Optimizer.step_` by torch.compile, which no optimizer takes on a CPU."""
+    block, after = assemble(optimizer.recipe, x, state, lr_scale=1.0, aux={}, streams=None)
+    state.advance(len(x), INDUCTOR.step(optimizer.recipe, x, g, block), after)
 
 
 def fused(rule: str, x: Tensor, g: Tensor) -> Callable[[], object]:

@@ -8,7 +8,7 @@ Letters: k clients that step, P coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -143,10 +143,25 @@ def _noise(group: ParamGroup, x: Tensor, t: np.ndarray, streams: Streams | None)
     """[k, p] standard normal, keyed by client, job and the client's own step."""
     if streams is None:
         raise ValueError(f"{group.label} draws noise: pass streams=... to step_")
-    noise = x.new_empty(x.shape[0], sum(group.segments.sizes))
+    return by_step(streams, t, x[:, : sum(group.segments.sizes)], f"{group.name}noise")
+
+
+def by_step(
+    streams: Streams, t: np.ndarray, like: Tensor, name: str, draw: Callable[..., Tensor] = Streams.normal
+) -> Tensor:
+    """Keyed numbers [k, p] for clients whose step numbers t [k] differ: one draw per different number.
+
+    Args:
+        streams: of the k clients.
+        t: part of the key.
+        like: [k, p] on the device and in the type that is wanted.
+        name: the rest of the key.
+        draw: a method of `Streams`.
+    """
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
     for step in np.unique(t):
-        rows = torch.from_numpy(np.flatnonzero(t == step)).to(x.device)
+        rows = torch.from_numpy(np.flatnonzero(t == step))
         own = streams.rows(rows.to(streams.clients.device))
-        drawn = own.normal(f"optimizer {group.name}noise", noise.shape[1], step=int(step), dtype=x.dtype)
-        noise[rows] = drawn.to(x.device)
-    return noise
+        drawn = draw(own, f"optimizer {name}", like.shape[1], step=int(step), dtype=like.dtype)
+        out[rows.to(like.device)] = drawn.to(like.device)
+    return out

@@ -145,9 +145,7 @@ class Optimizer:
     def init(self, x: Tensor) -> OptState:
         """The state of clients that have not stepped; x [C, P] gives their number, device and type of number."""
         clients, width = x.shape
-        assert width == sum(self.recipe.segments.sizes), (
-            f"optimizer of {sum(self.recipe.segments.sizes)} entries got {width}"
-        )
+        assert width == self.layout.size, f"optimizer of {self.layout.size} entries got {width}"
         buffers: dict[str, Tensor] = {}
         for group in self.recipe.groups:
             for state, n in zip(group.states, group.widths, strict=True):
@@ -158,36 +156,7 @@ class Optimizer:
         names = [group.name + name for group in self.recipe.groups for name in group.rule.host]
         host = {name: torch.zeros(clients, dtype=torch.float64) for name in names}
         zero = torch.zeros(clients, dtype=torch.int64)
-        return OptState(t=zero, skipped=zero.clone(), buffers=buffers, host=host, initial=self._initial)
-
-    @cached_property
-    def _initial(self) -> dict[str, float]:
-        """{buffer name: number} of a client that has not stepped."""
-        return {group.name + state.name: state.init for group in self.recipe.groups for state in group.states}
-
-    def load(self, rows: Mapping[str, Tensor]) -> OptState:
-        """The state saved by `OptState.to_rows`.
-
-        Raises:
-            ValueError: if these are not the rows of a state of this optimizer.
-        """
-        clients, width = len(rows["t"]), sum(self.recipe.segments.sizes)
-        floats = [v.dtype for v in rows.values() if v.is_floating_point() and v.ndim == 2]
-        like = torch.empty(clients, width, device="meta", dtype=floats[0] if floats else torch.float32)
-        fresh = self.init(like).to_rows()
-        for name in sorted(rows.keys() | fresh.keys()):
-            found, known = rows.get(name), fresh.get(name)
-            if found is None or known is None or found.shape != known.shape:
-                shapes = ["nothing" if v is None else str(list(v.shape)) for v in (known, found)]
-                raise ValueError(f"the optimizer's state {name!r} should be {shapes[0]}, got {shapes[1]}")
-            if not (found.dtype is known.dtype or found.is_floating_point() and known.is_floating_point()):
-                raise ValueError(f"the optimizer's state {name!r} should be of {known.dtype}, got {found.dtype}")
-        return OptState.from_rows(rows, self._initial)
-
-    def memory_bytes(self, clients: int = 1) -> int:
-        """Bytes of state that C clients take, with parameters in float32."""
-        like = torch.zeros(1, sum(self.recipe.segments.sizes), device="meta")
-        return clients * self.init(like).memory_bytes()
+        return OptState(t=zero, skipped=zero.clone(), buffers=buffers, host=host)
 
     def step_(
         self,
@@ -223,12 +192,11 @@ class Optimizer:
 
     def backend_on(self, device: torch.device) -> str:
         """The name of the back end that an ordinary step of float32 parameters takes on a device; may compile it."""
-        x = torch.zeros(1, sum(self.recipe.segments.sizes), device=device)
+        x = torch.zeros(1, self.layout.size, device=device)
         state, one = self.init(x), torch.zeros(1, dtype=torch.int64)
         state.t += 1  # what a first step has of its own is over
-        if any(self.wanted(state) - {self.settings.gradient_need}):
-            return "eager"
-        block, _ = assemble(self.recipe, x, state, lr_scale=1.0, aux={}, streams=Streams(0, one, one))
+        aux = {name: x for group in self.recipe.groups for name in group.rule.inputs}
+        block, _ = assemble(self.recipe, x, state, lr_scale=1.0, aux=aux, streams=Streams(0, one, one))
         return choose(self.recipe, x, block).name
 
     def final(self, x: Tensor, state: OptState) -> Tensor:

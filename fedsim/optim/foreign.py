@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,10 +51,11 @@ class ForeignOptimizer:
     make: Callable[..., torch.optim.Optimizer]
     arguments: Mapping[str, Any]
     layout: Layout
-    schedule: Schedule | None = None
-    state_scope: str = "round"
-    is_plain_sgd: bool = False
-    needs: frozenset[str] = field(default_factory=frozenset)
+    schedule: ClassVar[Schedule | None] = None
+    state_scope: ClassVar[str] = "round"
+    is_plain_sgd: ClassVar[bool] = False
+    constant_rate: ClassVar[None] = None  # its steps are its own
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", self.layout.trainable)
@@ -73,13 +74,6 @@ class ForeignOptimizer:
     def lr(self) -> Any:
         """The learning rate, where there is one."""
         return self.arguments.get("lr", 1.0)
-
-    @property
-    def constant_rate(self) -> None:
-        """None: its steps are its own."""
-
-    def check_needs(self, available: Any) -> None:
-        """A gradient is all it gets."""
 
     def init(self, x: Tensor) -> ForeignState:
         """Fresh optimizers of C clients at x [C, P]."""

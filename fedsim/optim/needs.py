@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.optim.assemble import by_step
 from fedsim.optim.core import Optimizer
 from fedsim.optim.segments import Segments
 from fedsim.optim.settings import Private, ZerothOrder
@@ -80,9 +81,7 @@ def supply(
         )
         aux["batch_size"] = oracle.num_labels().to(x)[:, None]
     if "hvp" in wanted:
-        z = by_step(
-            streams, t, x, lambda own, step: own.rademacher("optimizer hvp", x.shape[1], step=step, dtype=x.dtype)
-        )
+        z = by_step(streams, t, x, "hvp", Streams.rademacher)
         aux["hvp"] = z * oracle.hvp(x, z)
     return gradient, aux
 
@@ -105,8 +104,7 @@ def zeroth_order_gradient(
     """
     gradient, slopes = torch.zeros_like(x, memory_format=torch.contiguous_format), []
     for i in range(how.directions):
-        name = f"optimizer direction {i}"
-        z = by_step(streams, t, x, lambda own, step: own.normal(name, x.shape[1], step=step, dtype=x.dtype))  # noqa: B023
+        z = by_step(streams, t, x, f"direction {i}")
         ahead, behind = losses(torch.stack([x + how.eps * z, x - how.eps * z]))
         slopes.append((ahead - behind) / (2 * how.eps))
         gradient += slopes[-1][:, None] * z
@@ -133,7 +131,7 @@ def private_gradient(
     """
     total = oracle.clipped_sum(x, bounds)
     if how.noise > 0:
-        z = by_step(streams, t, x, lambda own, step: own.normal("optimizer dp", x.shape[1], step=step, dtype=x.dtype))
+        z = by_step(streams, t, x, "dp")
         total = total + z * (torch.linalg.vector_norm(bounds) * how.noise)
     if how.batch_size is not None:
         return total / how.batch_size
@@ -155,12 +153,3 @@ def clip_and_sum(per_sample: Tensor, bounds: Tensor, seg: Segments) -> Tensor:
     flat = per_sample.flatten(0, 1)
     factors = sample_factors(seg.sums(flat * flat).unflatten(0, per_sample.shape[:2]), bounds)
     return (per_sample * seg.expand(factors.flatten(0, 1)).view_as(per_sample)).sum(1)
-
-
-def by_step(streams: Streams, t: np.ndarray, like: Tensor, draw: Callable[[Streams, int], Tensor]) -> Tensor:
-    """Keyed numbers [k, P] for clients whose step numbers t [k] differ: one draw per different number."""
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    for step in np.unique(t):
-        rows = torch.from_numpy(np.flatnonzero(t == step))
-        out[rows.to(like.device)] = draw(streams.rows(rows.to(streams.clients.device)), int(step)).to(like)
-    return out

@@ -115,7 +115,7 @@ class Rule(Protocol):
     Attributes:
         states: what is kept per client on the device.
         host: names of numbers kept per client on the host in float64, zero at first.
-        needs: what the training loop must supply (`needs.py`), `grad` among it.
+        needs: what the training loop must supply (`needs.py`): `grad`, and names among `inputs`.
         inputs: extra tensors in `s`: `noise` (standard normal, keyed by client), or names of `aux` entries.
         reach: what decides u at a coordinate. The `coordinate` alone: the core may cut the stack anywhere, and compile
             the step into one loop. Its whole `tensor` or client: whole rows come. `matrix` products or the host: the
@@ -173,7 +173,7 @@ class Rule(Protocol):
 
     def wanted(self, t: np.ndarray) -> frozenset[str]:
         """Which of `needs` the step numbered t (per client, [k]) will use."""
-        return self.needs
+        return self.needs & {"grad", *self.active_inputs(t)}
 
     def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
         """Coefficients of this step, floats or [k] arrays, from hyper-parameters, counter and host numbers."""

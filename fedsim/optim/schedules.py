@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import cos, pi, sqrt
-from typing import Literal, get_args
+from typing import Literal
 
 Name = Literal[
     "constant", "step", "multi_step", "exponential", "cosine", "polynomial", "inverse_sqrt", "warmup_stable_decay"
 ]
-NAMES: tuple[str, ...] = get_args(Name)
 _THOUSAND = 1000
 
 

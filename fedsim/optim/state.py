@@ -26,14 +26,12 @@ class OptState:
         skipped: [C] int64 on the CPU, how many steps were left out for a gradient that was not finite.
         buffers: {name: [C, width]} on the device of the parameters.
         host: {name: [C]} float64 on the CPU.
-        initial: {buffer name: number} of a client that has not stepped yet.
     """
 
     t: Tensor
     skipped: Tensor
     buffers: dict[str, Tensor]
     host: dict[str, Tensor] = field(default_factory=dict)
-    initial: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_clients(self) -> int:
@@ -55,26 +53,10 @@ class OptState:
             kept = self.host[name][:k]
             kept[stepped] = torch.as_tensor(value, dtype=kept.dtype).expand(k)[stepped]
 
-    def rows(self, which: slice) -> OptState:
-        """Views of some rows: writing to one writes to the other."""
-        return self._map(lambda v: v[which])
-
     def gather(self, which: Tensor | list[int]) -> OptState:
         """A copy of some rows, in the order asked for."""
         index = torch.as_tensor(which)
-        return self._map(lambda v: v.index_select(0, index.to(v.device)))
-
-    def scatter(self, which: Tensor | list[int], rows: OptState) -> None:
-        """Write the rows of another state to the rows `which` of this one."""
-        index = torch.as_tensor(which)
-        other = rows.to_rows()
-        for name, value in self.to_rows().items():
-            value.index_copy_(0, index.to(value.device), other[name].to(value))
-
-    def reset(self, which: slice | Tensor | list[int] = slice(None)) -> None:
-        """Make some rows those of clients that never stepped."""
-        for name, value in self.to_rows().items():
-            value[which] = self.initial.get(name, 0)
+        return OptState.from_rows({n: v.index_select(0, index.to(v.device)) for n, v in self.to_rows().items()})
 
     def to_rows(self) -> dict[str, Tensor]:
         """Flat named rows {name: [C, ...]}; the tensors are the state's own, not copies."""
@@ -82,14 +64,13 @@ class OptState:
         return {"t": self.t, "skipped": self.skipped} | host | self.buffers
 
     @classmethod
-    def from_rows(cls, rows: Mapping[str, Tensor], initial: Mapping[str, float] | None = None) -> OptState:
+    def from_rows(cls, rows: Mapping[str, Tensor]) -> OptState:
         """The inverse of `to_rows`."""
         return cls(
             t=rows["t"].to("cpu", torch.int64),
             skipped=rows["skipped"].to("cpu", torch.int64),
             host={k[len(_HOST) :]: v.to("cpu", torch.float64) for k, v in rows.items() if k.startswith(_HOST)},
             buffers={k: v for k, v in rows.items() if k not in _COUNTERS and not k.startswith(_HOST)},
-            initial=dict(initial or {}),
         )
 
     def pack(self, like: Tensor) -> Tensor:
@@ -114,11 +95,3 @@ class OptState:
 
     def _averaged(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.to_rows().items() if name != "skipped"}
-
-    def memory_bytes(self) -> int:
-        """Bytes of all buffers, the counters not counted."""
-        return sum(b.numel() * b.element_size() for b in self.buffers.values())
-
-    def _map(self, f) -> OptState:  # type: ignore[no-untyped-def]
-        rows = {k: f(v) for k, v in self.to_rows().items()}
-        return OptState.from_rows(rows, self.initial)

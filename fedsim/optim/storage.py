@@ -27,7 +27,6 @@ from torch import Tensor
 from fedsim.optim.rule import Named, State
 from fedsim.optim.segments import Segments
 
-STATE_DTYPES = ("fp32", "bf16", "dyn8")
 BLOCK = 256
 SMALLEST = 4096  # entries of a tensor worth coding
 NEVER_NEGATIVE = ("v", "v_max", "a", "n")  # by custom, the names of second moments
@@ -54,7 +53,7 @@ def make_storage(name: str, states: Sequence[State], seg: Segments, roles: Seque
     """How a part's states are kept; None if as they are.
 
     Args:
-        name: one of `STATE_DTYPES`.
+        name: `fp32`, `bf16` or `dyn8`.
         states: of the part's rule.
         seg: the part's tensors.
         roles: of these tensors.

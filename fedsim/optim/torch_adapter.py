@@ -103,7 +103,7 @@ class StackOptimizer(torch.optim.Optimizer):
         # load_state_dict casts floating tensors to the parameter's type, so float64 numbers are kept as lists
         rows = {n: torch.tensor(v, dtype=torch.float64) if isinstance(v, list) else v for n, v in saved.items()}
         buffers = {n: rows[n].to(b.dtype) for n, b in fresh.buffers.items()}
-        return OptState.from_rows(rows | buffers, fresh.initial)
+        return OptState.from_rows(rows | buffers)
 
     def _optimizer(self, index: int) -> tuple[Optimizer, float]:
         """A group's optimizer and the factor on its learning rate.

@@ -63,7 +63,7 @@ def adam_coefficients(
     root = bc1 / np.sqrt(bc2)
     shift = root * eps if raw else bc1 * eps
     own = {"a1": 1 - beta1, "a2": 1 - beta2, "root": root, "shift": shift}
-    return own | {"t": t, "beta1": beta1, "beta2": beta2, "eps": eps, "bc1": bc1, "bc2": bc2}
+    return own | {"t": t, "beta1": beta1, "beta2": beta2, "eps": eps}
 
 
 def denominator(v: Tensor, c: Named) -> Tensor:

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from fedsim.config import FromTable
-from fedsim.optim.rule import Count, Decay, Named, Reach, Rule, RuleSettings, State
+from fedsim.optim.rule import Count, Decay, Named, Rule, State
 from fedsim.optim.rules.adaptive import Adam
-from fedsim.optim.rules.matrix import groups_of, tall, untall
-from fedsim.optim.rules.subspace import flat_of, like_parts, refresh_, sized, slots
+from fedsim.optim.rules.matrix import groups_of, tall
+from fedsim.optim.rules.subspace import LowRank, back, flat_of, like_parts, refresh_, sized, slots
 from fedsim.optim.segments import Segments
 
 
 @dataclass(frozen=True, kw_only=True)
-class DctLowRank(Rule):
+class DctLowRank(LowRank):
     """DCT low rank: B = the r columns of the cosine basis Q [s, s] on which M weighs most; u = inner(M B) B^T.
 
     Modoranu et al. SVD-free low-rank adaptive gradient optimization. arXiv:2505.17967. A column's weight is the l1 norm
@@ -50,14 +50,9 @@ class DctLowRank(Rule):
     max_side: Count = 32_000
     inner: Annotated[Rule, FromTable("inner_rule", "adam")] = Adam()
 
-    reach: ClassVar[Reach] = "matrix"
-    roles: ClassVar[tuple[str, ...]] = ("matrix",)
     decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-3
     default_weight_decay: ClassVar[float] = 0.01
-
-    def other(self, base: RuleSettings) -> tuple[Rule, RuleSettings]:
-        return self.inner, base
 
     def acts_on(self, role: str, shape: tuple[int, ...]) -> bool:
         return role in self.roles and max(shape, default=0) < self.max_side
@@ -88,8 +83,8 @@ class DctLowRank(Rule):
             bases.append(basis)
         flat = flat_of(low)
         if self.error_feedback:
-            s.error.copy_(g).sub_(self._back(low, bases, seg, g))
-        return self._back(like_parts(self.inner.direction(flat, flat, s, c, seg), low), bases, seg, g)
+            s.error.copy_(g).sub_(back(low, bases, seg, g))
+        return back(like_parts(self.inner.direction(flat, flat, s, c, seg), low), bases, seg, g)
 
     def _rotate_(self, s: Named, place: int, old: Tensor, new: Tensor, short: int, seg: Segments) -> None:
         """Each state's columns move to where their cosine went; those whose cosine is not kept any more are zero."""
@@ -98,12 +93,6 @@ class DctLowRank(Rule):
             full = view.new_zeros(*view.shape[:-1], short)
             full.scatter_(-1, old.long()[..., None, :].expand_as(view), view)
             view.copy_(full.gather(-1, new.long()[..., None, :].expand_as(view)))
-
-    def _back(self, low: list[Tensor], bases: list[Tensor], seg: Segments, like: Tensor) -> Tensor:
-        u = torch.empty_like(like, memory_format=torch.contiguous_format)
-        for group, part, basis in zip(groups_of(seg), low, bases, strict=True):
-            group.put_(u, untall(part @ basis.mT, group.shape))
-        return u
 
 
 @lru_cache(maxsize=64)

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from fedsim.config import FromTable
-from fedsim.optim.rule import Count, Decay, Named, Reach, Rule, RuleSettings, Size, State, Within
+from fedsim.optim.rule import Count, Decay, Named, Rule, Size, State, Within
 from fedsim.optim.rules.adaptive import Adam
 from fedsim.optim.rules.galore import COLUMNS
 from fedsim.optim.rules.matrix import Group, groups_of, tall, untall
-from fedsim.optim.rules.subspace import Slots, flat_of, like_parts, refresh_, sized
+from fedsim.optim.rules.subspace import LowRank, Slots, back, flat_of, like_parts, refresh_, sized
 from fedsim.optim.segments import Segments
 
 _ROUNDING = 1e-6  # of the largest gradient entry: a rest below it is no gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frugal(Rule):
+class Frugal(LowRank):
     """FRUGAL: u = inner(part of g) + rest_scale * sign(the rest of g).
 
     Every `gap` steps each client draws its part anew, keyed by client and step, and the inner rule starts again.
@@ -58,14 +58,9 @@ class Frugal(Rule):
     inner: Annotated[Rule, FromTable("inner_rule", "adam")] = Adam()
 
     inputs: ClassVar[tuple[str, ...]] = ("noise",)
-    reach: ClassVar[Reach] = "matrix"
-    roles: ClassVar[tuple[str, ...]] = ("matrix",)
     decay: ClassVar[Decay] = "decoupled"
     default_lr: ClassVar[float | None] = 1e-3
     default_weight_decay: ClassVar[float] = 0.01
-
-    def other(self, base: RuleSettings) -> tuple[Rule, RuleSettings]:
-        return self.inner, base
 
     def sized_states(self, seg: Segments) -> tuple[State, ...]:
         own = self.inner.active_states()
@@ -139,12 +134,8 @@ class Frugal(Rule):
             left.masked_fill_(left.abs() <= _ROUNDING * m.abs().amax((-2, -1), keepdim=True), 0.0)
             group.put_(rest, untall(left, group.shape))
         flat = flat_of(low)
-        u = torch.empty_like(rest)
-        for group, basis, part in zip(
-            groups_of(seg), bases, like_parts(self.inner.direction(flat, flat, s, c, seg), low), strict=True
-        ):
-            group.put_(u, untall(part @ basis.mT, group.shape))
-        return u.add_(self._rest(rest, c))
+        parts = like_parts(self.inner.direction(flat, flat, s, c, seg), low)
+        return back(parts, bases, seg, g).add_(self._rest(rest, c))
 
     def _num_active(self, num_tensors: int) -> int:
         """How many tensors the inner rule works on at a time."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fedsim.config import FromTable
-from fedsim.optim.rule import Count, Decay, Named, Reach, Rule, RuleSettings, Size, State
+from fedsim.optim.rule import Count, Decay, Named, Rule, Size, State
 from fedsim.optim.rules.adaptive import Adam
-from fedsim.optim.rules.matrix import groups_of, tall, untall
-from fedsim.optim.rules.subspace import flat_of, like_parts, refresh_, sized, slots
+from fedsim.optim.rules.matrix import groups_of, tall
+from fedsim.optim.rules.subspace import LowRank, back, flat_of, like_parts, refresh_, sized, slots
 from fedsim.optim.segments import Segments
 from fedsim.streams import Streams
 
@@ -25,7 +25,7 @@ OVERSAMPLING = 8  # columns of a sketch beyond the rank
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaLore(Rule):
+class GaLore(LowRank):
     """GaLore: every `gap` steps B = the leading right singular vectors of M; u = scale * inner(M B) B^T.
 
     Zhao et al. GaLore: memory-efficient LLM training by gradient low-rank projection. arXiv:2403.03507. The inner
@@ -50,13 +50,8 @@ class GaLore(Rule):
     align: bool = False
     inner: Annotated[Rule, FromTable("inner_rule", "adamw_hf")] = Adam(eps_mode="raw", eps=1e-6)
 
-    reach: ClassVar[Reach] = "matrix"
-    roles: ClassVar[tuple[str, ...]] = ("matrix",)
     decay: ClassVar[Decay] = "decoupled_after"
     default_lr: ClassVar[float | None] = 0.01
-
-    def other(self, base: RuleSettings) -> tuple[Rule, RuleSettings]:
-        return self.inner, base
 
     def sized_states(self, seg: Segments) -> tuple[State, ...]:
         basis = State("basis", per=slots(seg, self.rank, "basis").sizes, code="exact")
@@ -74,10 +69,7 @@ class GaLore(Rule):
             low.append(m @ basis)
         flat = flat_of(low)
         u_low = self.inner.direction(flat, flat, s, c, seg) * c.scale
-        u = torch.empty_like(g, memory_format=torch.contiguous_format)
-        for group, basis, part in zip(groups_of(seg), bases, like_parts(u_low, low), strict=True):
-            group.put_(u, untall(part @ basis.mT, group.shape))
-        return u
+        return back(like_parts(u_low, low), bases, seg, g)
 
     def _basis(self, m: Tensor, old: Tensor) -> Tensor:
         new = COLUMNS[self.basis](m, self.rank)

@@ -43,9 +43,6 @@ class SophiaG(Rule):
     def active_inputs(self, t: np.ndarray) -> tuple[str, ...]:
         return self.inputs if bool(_due(t, self.every).any()) else ()
 
-    def wanted(self, t: np.ndarray) -> frozenset[str]:
-        return self.needs if bool(_due(t, self.every).any()) else frozenset({"grad"})
-
     def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
         return {"a1": 1 - self.beta1, "a2": (1 - self.beta2) * _due(t, self.every), "rho": self.rho}
 
@@ -81,9 +78,6 @@ class SophiaH(Rule):
 
     def active_inputs(self, t: np.ndarray) -> tuple[str, ...]:
         return self.inputs if bool(_due(t, self.every).any()) else ()
-
-    def wanted(self, t: np.ndarray) -> frozenset[str]:
-        return self.needs if bool(_due(t, self.every).any()) else frozenset({"grad"})
 
     def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
         return {"a1": 1 - self.beta1, "a2": (1 - self.beta2) * _due(t, self.every), "rho": self.rho, "eps": self.eps}

@@ -9,16 +9,28 @@ Letters: k clients, G matrices of one shape, l >= s their sides, r rank (at most
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedsim.optim.rule import State
-from fedsim.optim.rules.matrix import Group, groups_of
+from fedsim.optim.rule import Reach, Rule, RuleSettings, State
+from fedsim.optim.rules.matrix import Group, groups_of, untall
 from fedsim.optim.segments import Segments
+
+
+class LowRank(Rule):
+    """Base of the low-rank rules: they are for matrices, and all else gets the inner rule at the same rate."""
+
+    inner: Rule
+    reach: ClassVar[Reach] = "matrix"
+    roles: ClassVar[tuple[str, ...]] = ("matrix",)
+
+    def other(self, base: RuleSettings) -> tuple[Rule, RuleSettings]:
+        return self.inner, base
 
 
 def sized(states: tuple[State, ...], sizes: tuple[int, ...]) -> tuple[State, ...]:
@@ -89,6 +101,14 @@ def slots(seg: Segments, rank: int, kind: str) -> Slots:
 def flat_of(parts: list[Tensor]) -> Tensor:
     """[k, W] from tensors [k, G, ...], one per group."""
     return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def back(parts: list[Tensor], bases: Sequence[Tensor], seg: Segments, like: Tensor) -> Tensor:
+    """[k, P] as `like`: each group's part B^T, from its parts [k, G, l, r] and columns B [k, G, s, r]."""
+    u = torch.empty_like(like, memory_format=torch.contiguous_format)
+    for group, part, basis in zip(groups_of(seg), parts, bases, strict=True):
+        group.put_(u, untall(part @ basis.mT, group.shape))
+    return u
 
 
 def like_parts(flat: Tensor, parts: list[Tensor]) -> list[Tensor]:

@@ -34,6 +34,12 @@ def stack_run(
     return optimizer.final(x, state) if final else x
 
 
+def state_bytes(spec: Mapping[str, Any], layout: Layout = LAYOUT) -> int:
+    """Bytes of one client's state, with parameters in float32."""
+    state = build(spec, layout).init(torch.zeros(1, layout.size, device="meta"))
+    return sum(b.numel() * b.element_size() for b in state.buffers.values())
+
+
 def client_runs(make: Maker, x: Tensor, grads: Tensor, layout: Layout = LAYOUT) -> Tensor:
     """The same by C separate ordinary optimizers."""
     rows = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsim.optim import build
 from fedsim.optim.rules.dct import cosine_basis
 from fedsim.params import Layout
-from tests.fedsim.optim.oracles import problem, stack_run
+from tests.fedsim.optim.oracles import problem, stack_run, state_bytes
 
 LAYOUT = Layout.of({"tall": (10, 6), "bias": (5,), "wide": (6, 13), "again": (10, 6), "square": (7, 7)})
 SPEC = {"name": "dct_lowrank", "lr": 0.01, "rank": 3, "weight_decay": 0.1}
@@ -119,6 +119,6 @@ def test_a_matrix_with_a_long_side_gets_the_other_rule() -> None:
 def test_clients_keep_indices_and_not_a_basis() -> None:
     layout = Layout.of({"w": (10, 6), "v": (6, 13)})
     moments = 2 * (10 * 3 + 13 * 3)
-    assert build(SPEC, layout).memory_bytes() == 4 * (moments + 2 * 3)
-    assert build({**SPEC, "error_feedback": True}, layout).memory_bytes() == 4 * (moments + 2 * 3 + layout.size)
+    assert state_bytes(SPEC, layout) == 4 * (moments + 2 * 3)
+    assert state_bytes({**SPEC, "error_feedback": True}, layout) == 4 * (moments + 2 * 3 + layout.size)
     assert build(SPEC, layout).init(torch.zeros(2, layout.size)).buffers["index"].dtype == torch.int32

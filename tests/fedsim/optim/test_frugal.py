@@ -12,7 +12,7 @@ from torch import Tensor, optim
 from fedsim.optim import Optimizer, OptState, build
 from fedsim.params import Layout
 from fedsim.streams import Streams
-from tests.fedsim.optim.oracles import client_runs, problem
+from tests.fedsim.optim.oracles import client_runs, problem, state_bytes
 
 LAYOUT = Layout.of({"tall": (10, 6), "bias": (5,), "wide": (6, 14), "again": (10, 6), "square": (8, 8)})
 SPEC = {"name": "frugal", "lr": 0.01, "gap": 3, "weight_decay": 0.1}
@@ -213,7 +213,7 @@ def test_moments_have_the_size_of_the_part() -> None:
     layout = Layout.of({"w": (16, 8), "v": (4, 12)})
 
     def memory(kind: str) -> int:
-        return build({**SPEC, "kind": kind}, layout).memory_bytes()
+        return state_bytes({**SPEC, "kind": kind}, layout)
 
     assert memory("columns") == 4 * (2 * (16 * 2 + 4 * 3) + 2 + 3)
     assert memory("rows") == 4 * (2 * (4 * 8 + 1 * 12) + 4 + 1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn, optim
 from fedsim.optim import build
 from fedsim.optim.rules.galore import leading_columns, sketched_columns
 from fedsim.params import Layout
-from tests.fedsim.optim.oracles import client_runs, error, problem, stack_run
+from tests.fedsim.optim.oracles import client_runs, error, problem, stack_run, state_bytes
 
 LAYOUT = Layout.of({"tall": (16, 6), "bias": (5,), "wide": (6, 16), "again": (16, 6), "square": (7, 7)})
 SPEC = {"name": "galore", "lr": 0.01, "rank": 3, "gap": 3}
@@ -141,8 +141,8 @@ def test_a_client_refreshes_at_its_own_steps() -> None:
 def test_state_is_two_low_rank_moments_and_a_basis() -> None:
     layout = Layout.of({"w": (16, 6), "v": (6, 20)})
     low = 16 * 3 + 20 * 3
-    assert build(SPEC, layout).memory_bytes() == 4 * (2 * low + 2 * 6 * 3)
-    assert build({**SPEC, "rank": 100}, layout).memory_bytes() == 4 * (2 * (16 * 6 + 20 * 6) + 2 * 6 * 6)
+    assert state_bytes(SPEC, layout) == 4 * (2 * low + 2 * 6 * 3)
+    assert state_bytes({**SPEC, "rank": 100}, layout) == 4 * (2 * (16 * 6 + 20 * 6) + 2 * 6 * 6)
 
 
 # The randomized basis ---------------------------------------------------------------------------------------------

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from math import cosh
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn, optim
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.optim import build
 from fedsim.optim.rules.matrix import NEWTON_SCHULZ, groups_of, newton_schulz
 from fedsim.optim.segments import Segments
 from fedsim.params import Layout
-from fedsim.streams import Streams
 from tests.fedsim.optim.oracles import client_runs, problem, stack_run
 
 # Equal shapes apart and side by side, wide and tall.
@@ -162,44 +159,6 @@ def test_matrices_of_one_shape_are_one_group_and_come_back_to_their_places() -> 
     assert torch.equal(back, flat)
     third = groups_of(seg)[0].take(flat)[1, 1]
     assert torch.equal(third, MATRICES.views(flat)["c"][1])
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operations that reach a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        {"name": "muon"},
-        {"name": "hybrid_auon"},
-        {"name": "galore", "rank": 2},
-        {"name": "dct_lowrank", "rank": 2},
-        {"name": "dct_lowrank", "rank": 2, "rotate": True, "error_feedback": True},
-        {"name": "frugal", "rest": "sign"},
-    ],
-)
-def test_the_number_of_operations_grows_neither_with_clients_nor_with_layers(spec: dict[str, Any]) -> None:
-    def count(clients: int, layers: int) -> int:
-        layout = Layout.of({f"w{i}": (4, 6) for i in range(layers)})
-        x = torch.randn(clients, layout.size, generator=torch.Generator().manual_seed(0))
-        optimizer, ids = build(spec, layout), torch.arange(clients)
-        state = optimizer.init(x)
-        streams = Streams(0, ids, torch.zeros_like(ids))
-        optimizer.step_(x, x.clone(), state, streams=streams)
-        with Counting() as counting:
-            optimizer.step_(x, x.clone(), state, streams=streams)
-        return counting.calls.total()
-
-    assert count(2, 1) == count(9, 1) == count(2, 7)
 
 
 def test_a_matrix_rule_has_no_compiled_form_and_says_so() -> None:

@@ -230,8 +230,8 @@ def test_sgd_sai_gain_is_the_root_of_the_size_for_centred_gradients_and_one_for_
 
 
 def test_sgd_sai_without_momentum_uses_the_gradient() -> None:
-    x, grads = problem(steps=3)
-    assert torch.isfinite(stack_run({"name": "sgd_sai", "momentum": 0.0}, x, grads)).all()
+    moved = scalar({"name": "sgd_sai", "lr": 0.1, "momentum": 0.0}, 0.0, [1.0, -2.0, 0.5])
+    assert moved == pytest.approx(-0.1 * (1 - 2 + 0.5))  # the gain of a single entry is one
 
 
 def test_adamp_keeps_the_norm_of_scale_invariant_rows_to_second_order() -> None:

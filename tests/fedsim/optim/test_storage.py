@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fedsim.optim import OptState, build
 from fedsim.optim import storage as storage_module
+from fedsim.optim.backends import INDUCTOR
 from fedsim.optim.rule import Named, State
 from fedsim.optim.segments import Segments
 from fedsim.optim.storage import Coded, code_table, make_storage
 from fedsim.optim.table import RULES
 from fedsim.params import Layout
 from fedsim.streams import Streams
-from tests.fedsim.optim.oracles import problem, stack_run
+from tests.fedsim.optim.oracles import problem, stack_run, state_bytes
 
 # One whole number of blocks, one short last block, one tensor too small to code, one embedding.
 LAYOUT = Layout(
@@ -211,10 +212,10 @@ def test_a_positive_second_moment_is_never_coded_as_zero(
 
 def test_memory_is_two_bytes_and_a_thirtysecond_for_adam() -> None:
     layout = Layout.of({"w": (64, 64), "u": (128, 64)})
-    assert build({**ADAM, "state_dtype": "dyn8"}, layout).memory_bytes() == layout.size * 2 + layout.size // 256 * 8
-    assert build({**ADAM, "state_dtype": "bf16"}, layout).memory_bytes() == layout.size * 4
-    assert build(ADAM, layout).memory_bytes() == layout.size * 8
-    assert build({"name": "lion", "state_dtype": "dyn8"}, layout).memory_bytes() == layout.size + layout.size // 64
+    assert state_bytes({**ADAM, "state_dtype": "dyn8"}, layout) == layout.size * 2 + layout.size // 256 * 8
+    assert state_bytes({**ADAM, "state_dtype": "bf16"}, layout) == layout.size * 4
+    assert state_bytes(ADAM, layout) == layout.size * 8
+    assert state_bytes({"name": "lion", "state_dtype": "dyn8"}, layout) == layout.size + layout.size // 64
 
 
 def test_8_bit_galore_codes_its_moments_and_not_its_basis() -> None:
@@ -222,7 +223,7 @@ def test_8_bit_galore_codes_its_moments_and_not_its_basis() -> None:
     spec = {"name": "galore", "rank": 32, "gap": 2, "lr": 0.01}
     low = 128 * 32
     bytes_low, other = 2 * (low + low // 256 * 4), 4 * 2 * 128
-    assert build({**spec, "state_dtype": "dyn8"}, layout).memory_bytes() == bytes_low + 4 * 96 * 32 + other
+    assert state_bytes({**spec, "state_dtype": "dyn8"}, layout) == bytes_low + 4 * 96 * 32 + other
     x, grads = (t.float() for t in problem(5, 2, layout=layout))
     exact, ours = stack_run(spec, x, grads, layout), stack_run({**spec, "state_dtype": "dyn8"}, x, grads, layout)
     moved = (exact - x).norm()
@@ -247,20 +248,17 @@ def test_any_rule_runs_on_stored_states_and_no_client_sees_another(name: str, dt
     x, grads = (t.float() for t in problem(3, 3, layout=layout))
     optimizer = build({"name": name, "lr": 1e-3, "weight_decay": 0.1, "state_dtype": dtype}, layout)
 
-    def run(rows: list[int]) -> tuple[Tensor, OptState]:
+    def run(rows: list[int]) -> Tensor:
         y, ids = x[rows].clone(), torch.tensor(rows)
         state = optimizer.init(y)
         streams = Streams(0, ids, torch.zeros_like(ids))
         for g in grads:
             optimizer.step_(y, g[rows], state, streams=streams)
-        return optimizer.final(y, state), state
+        return optimizer.final(y, state)
 
-    whole, state = run([0, 1, 2])
+    whole = run([0, 1, 2])
     assert torch.isfinite(whole).all() and not torch.equal(whole, x)
-    assert torch.allclose(run([1])[0], whole[1:2], rtol=1e-4, atol=1e-5)
-    state.reset([1])
-    fresh = optimizer.init(x).to_rows()
-    assert all(torch.equal(v[1], fresh[n][1]) for n, v in state.to_rows().items())
+    assert torch.allclose(run([1]), whole[1:2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n, e in RULES.items() if e.needs == {"grad"}])
@@ -289,7 +287,7 @@ def test_stored_states_survive_saving_in_mid_run() -> None:
     state = optimizer.init(y)
     for g in grads[:2]:
         optimizer.step_(y, g, state)
-    resumed, z = optimizer.load({n: v.clone() for n, v in state.to_rows().items()}), y.clone()
+    resumed, z = OptState.from_rows({n: v.clone() for n, v in state.to_rows().items()}), y.clone()
     for g in grads[2:]:
         optimizer.step_(y, g, state)
         optimizer.step_(z, g, resumed)
@@ -323,9 +321,11 @@ def test_what_cannot_be_stored_is_refused(more: dict[str, Any], message: str) ->
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_a_compiled_8_bit_step_equals_an_eager_one() -> None:
+def test_a_compiled_8_bit_step_equals_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(INDUCTOR), "suits", lambda *of: True)  # so that it runs where there is no GPU
     x, grads = floats(3)
     spec = {**ADAM, "state_dtype": "dyn8"}
     compiled = stack_run({**spec, "backend": "compiled"}, x, grads, LAYOUT)
+    assert not torch.equal(compiled, x)
     error = (compiled - stack_run({**spec, "backend": "eager"}, x, grads, LAYOUT)).abs()
     assert error.median() < 2e-7 and (error > 5e-7).double().mean() < 1e-3
