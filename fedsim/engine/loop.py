@@ -52,12 +52,11 @@ class LoopEngine(Engine):
                 [evaluate(self.modules, self.tensors, row, inputs[i]).to(x.dtype) for i, row in enumerate(x)]
             )
 
-    def _gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _gradient(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         module = self.modules.get(training=True)
         keys = dropout_keys(module, batch.streams, batch.step)
         counts = _num_samples(batch)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        out.zero_()
+        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
         before = None if self._knows_noise else torch.get_rng_state()
         losses = [
             self._client(module, x[i], out[i], batch, i, counts[i], {name: k[i] for name, k in keys.items()})

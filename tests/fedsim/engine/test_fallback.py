@@ -16,19 +16,7 @@ from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.tape import trace
 from fedsim.engine.twins import PlainLSTM
 from fedsim.params import Layout
-from tests.fedsim.engine.zoo import batch, gradient, model, stack
-
-
-class Deciding(nn.Module):
-    """Looks at its data: no batched program can."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(64, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc(x.flatten(1))
-        return x if float(x.detach().sum()) > 0 else -x
+from tests.fedsim.engine.zoo import Deciding, batch, gradient, model, stack
 
 
 class Untraceable(Deciding):
