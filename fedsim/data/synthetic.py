@@ -40,12 +40,9 @@ def blobs(
     Returns:
         inputs [n, *shape].
     """
-    for name, value, least in (
-        ("num_examples", num_examples, 1),
-        ("num_classes", num_classes, 1),
-        ("spread", spread, 0),
-    ):
-        check_least(f"blobs: {name}", value, least)
+    check_least("blobs: num_examples", num_examples, 1)
+    check_least("blobs: num_classes", num_classes, 1)
+    check_least("blobs: spread", spread, 0)
     check_least("blobs: num_test", num_test, 0)
     if not shape or min(shape) < 1:
         raise ValueError(f"blobs: shape must be positive sizes such as [1, 28, 28], got {list(shape)}")
