@@ -107,9 +107,11 @@ from fedsim.engine import Batch, build_engine
 from fedsim.params import Layout
 module = nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.Flatten(), nn.Linear(128, 7))
 layout = Layout.of_module(module)
-session = build_engine("stacked", module, layout).session(torch.zeros(2, layout.size))
+x = torch.randn(2, layout.size)
+stacked, loop = (build_engine(name, module, layout).session(x) for name in ("stacked", "loop"))
 for _ in range(50):
-    session.gradient(Batch(torch.randn(2, 6, 4, 8, 8), torch.zeros(2, 6, dtype=torch.int64)))
+    b = Batch(torch.randn(2, 6, 4, 8, 8), torch.zeros(2, 6, dtype=torch.int64))
+    torch.testing.assert_close(stacked.gradient(b)[0], loop.gradient(b)[0], rtol=1e-4, atol=1e-5)
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "MALLOC_CHECK_": "3"})
 
