@@ -100,10 +100,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def made(name: str) -> tuple[nn.Module, Layout, Tensor, Batch]:
     """(module, layout, x [C, P], batch padded for all but the first client)."""
     if name not in CASES:
-        module, layout, x0 = zoo.model(name)
-        for layer in module.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.p = 0.0
+        module, layout, x0 = zoo.model(name, dropout=False)
         return module.double(), layout, zoo.stack(layout, x0, len(COUNTS)), zoo.batch(name, COUNTS)
     factory, shape = CASES[name]
     generator = torch.Generator().manual_seed(0)
@@ -114,7 +111,7 @@ def made(name: str) -> tuple[nn.Module, Layout, Tensor, Batch]:
         tokens = module.embed.num_embeddings if isinstance(module, Tokens) else 0
         one = torch.zeros(1, *shape, dtype=torch.int64 if tokens else torch.float64)
         shape_out = module(one).shape[1:-1]
-    layout = Layout.of_module(module)
+    layout, x0 = zoo.numbers_of(module)
     inputs = (
         torch.randint(tokens, (*rows, *shape), generator=generator)
         if tokens
@@ -122,8 +119,7 @@ def made(name: str) -> tuple[nn.Module, Layout, Tensor, Batch]:
     )
     targets = torch.randint(K, (*rows, *shape_out), generator=generator)
     weights = (torch.arange(rows[1]) < torch.tensor(COUNTS)[:, None]).double()
-    x0 = layout.flatten({k: v.detach() for k, v in module.named_parameters()})
-    return module, layout, zoo.stack(layout, x0.double(), len(COUNTS)), Batch(inputs, targets, weights)
+    return module, layout, zoo.stack(layout, x0, len(COUNTS)), Batch(inputs, targets, weights)
 
 
 def alone(b: Batch, client: int, sample: int) -> Batch:

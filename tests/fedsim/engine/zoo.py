@@ -36,11 +36,19 @@ class Deciding(nn.Module):
         return x if float(x.detach().sum()) > 0 else -x
 
 
-def model(name: str) -> tuple[nn.Module, Layout, Tensor]:
+def model(name: str, *, dropout: bool = True) -> tuple[nn.Module, Layout, Tensor]:
     """(module, layout, x0 [P] float64)."""
     shape = (T,) if name in SEQUENCES else (1, 8, 8)
     module, x0 = init_parameters(partial(MODELS[name], shape, K, **OPTIONS.get(name, {})), seed=1)
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout) and not dropout:
+            layer.p = 0.0
     return module, Layout.of_module(module), x0.double()
+
+
+def numbers_of(module: nn.Module) -> tuple[Layout, Tensor]:
+    """(layout, the module's own parameters and buffers [P] float64)."""
+    return Layout.of_module(module), init_parameters(lambda: module, seed=0)[1].double()
 
 
 def stack(layout: Layout, x0: Tensor, clients: int, seed: int = 0) -> Tensor:

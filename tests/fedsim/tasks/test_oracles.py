@@ -54,11 +54,7 @@ class Case:
     """A member of the zoo, three clients of it, and a batch whose last client is padded."""
 
     def __init__(self, name: str, *, dropout: bool = True) -> None:
-        module, self.layout, x0 = zoo.model(name)
-        if not dropout:
-            for layer in module.modules():
-                if isinstance(layer, nn.Dropout):
-                    layer.p = 0.0
+        module, self.layout, x0 = zoo.model(name, dropout=dropout)
         self.batch = zoo.batch(name, COUNTS)
         self.task = task_of(module.double(), x0, self.batch)
         self.x = zoo.stack(self.layout, x0, len(COUNTS)).clone()
