@@ -22,13 +22,12 @@ from pathlib import Path
 
 import torch
 
-from fedsim.data.federated import FederatedData
 from fedsim.engine import Batch
-from fedsim.engine.losses import LOSSES
+from fedsim.engine.losses import cross_entropy
 from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
-from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import MODELS, init_parameters
+from fedsim.tasks.samples import Program, SamplesOracle
 
 WAYS = ("layers", "samples", "plain")
 SHAPES = {"char_lstm": (80,), "transformer": (80,)}  # others see images of 28 x 28
@@ -39,7 +38,7 @@ def ways(model: str, clients: int, samples: int) -> dict[str, Callable[[], objec
     """One step of each way on the same stack and batch."""
     shape, classes = SHAPES.get(model, (1, 28, 28)), 80 if model in SHAPES else 10
     module, x0 = init_parameters(partial(MODELS[model], shape, classes, **OPTIONS.get(model, {})), seed=0)
-    layout, loss = Layout.of_module(module), LOSSES["cross_entropy"]
+    layout, loss = Layout.of_module(module), cross_entropy
     generator = torch.Generator().manual_seed(0)
     rows = (clients, samples)
     if model in SHAPES:
@@ -49,18 +48,8 @@ def ways(model: str, clients: int, samples: int) -> dict[str, Callable[[], objec
         inputs = torch.randn(*rows, *shape, generator=generator)
         targets = torch.randint(classes, rows, generator=generator)
     engine, batch = StackedEngine(module, layout, loss), Batch(inputs, targets)
-    flat = torch.arange(clients * samples)
-    data = FederatedData(
-        inputs=inputs.flatten(0, 1),
-        targets=targets.flatten(0, 1),
-        offsets=torch.tensor([0, len(flat)]),
-        order=flat,
-        test_inputs=inputs[0],
-        test_targets=targets[0],
-        num_classes=classes,
-    )
     x = x0.repeat(clients, 1)
-    oracle = ClassificationTask(data, module, x0, engine, loss).oracle(batch, x[:, layout.num_trainable :])
+    oracle = SamplesOracle(Program(module, layout, loss), batch, x[:, layout.num_trainable :])
     bounds = torch.ones(1)
     return {
         "layers": lambda: oracle._clipped_by_layers(x, bounds),

@@ -101,7 +101,6 @@ class Ways:
         """A call that steps the clients of one stack and says how many steps it took."""
         engine = build_engine(plan.engine, self.module, self.layout, native=plan.native)
         x = torch.empty(plan.width, self.layout.size)
-        n = self.layout.num_trainable
         batch = Batch(self.inputs[: plan.width], self.targets[: plan.width])
 
         def call() -> int:
@@ -109,7 +108,7 @@ class Ways:
             for _ in range(STEPS):
                 if session.sgd_step_(batch, LR) is None:
                     gradient, _ = session.gradient(batch)
-                    x[:, :n].sub_(gradient[:, :n], alpha=LR)
+                    x.sub_(gradient, alpha=LR)
             return STEPS * plan.width
 
         return call

@@ -72,7 +72,7 @@ class Bench:
     """
 
     def __init__(self, composition: Composition) -> None:
-        self.composition, self.experiment = composition, composition.experiment
+        self.experiment = composition.experiment
         task, strategy = self.experiment.task, self.experiment.strategy
         trained = parts(strategy, LocalTraining)
         if not isinstance(task, ClassificationTask) or not trained:
@@ -87,9 +87,8 @@ class Bench:
             raise ConfigError("fedsim tune: no client of the first cohort has a sample")
         self.most = int(local.schedule.num_steps(task.num_examples[self.ids]).max())
         self.steps = 1
-        precision = composition.resolved["runtime"]["precision"]
-        assert composition.module is not None
-        self.native = suits(composition.module, task.sample_loss, self.experiment.device, precision)
+        self.precision = composition.resolved["runtime"]["precision"]
+        self.native = suits(task.module, task.sample_loss, self.experiment.device, self.precision)
 
     def settle(self, candidate: Candidate) -> None:
         """Choose K so that a call takes about `SECONDS`, from a call of one step."""
@@ -105,12 +104,9 @@ class Bench:
             ClientError: if the candidate can't train this model.
         """
         experiment, task = self.experiment, self.task
-        module, precision = self.composition.module, self.composition.resolved["runtime"]["precision"]
-        assert module is not None
-        engine = build_engine(
-            candidate.engine, module, task.layout, task.sample_loss, experiment.device, precision, candidate.native
-        )
-        here = ClassificationTask(task.data, module, task.x0, engine, task.sample_loss)
+        made = task.module, task.layout, task.sample_loss, experiment.device, self.precision
+        engine = build_engine(candidate.engine, *made, native=candidate.native)
+        here = ClassificationTask(task.data, task.module, task.x0, engine, task.sample_loss)
         schedule = replace(self.local.schedule, epochs=None, steps=self.steps)
         runner = StackRunner(
             here, LocalWork(replace(self.local, schedule=schedule)), experiment.seed, experiment.device
@@ -210,4 +206,5 @@ def _measure(bench: Bench, candidates: list[Candidate], rates: dict[Candidate, f
                 rates[candidate] = bench.rate(candidate)
                 yield f"{candidate}{rates[candidate]:>12,.0f}"
             except (ClientError, RuntimeError, UserWarning) as e:
-                yield f"{candidate}{'–':>12}  {str(e).splitlines()[0][:60]}"
+                reason = str(e).partition("\n")[0]
+                yield f"{candidate}{'–':>12}  {reason[:60]}"

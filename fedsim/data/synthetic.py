@@ -40,12 +40,9 @@ def blobs(
     Returns:
         inputs [n, *shape].
     """
-    for name, value, least in (
-        ("num_examples", num_examples, 1),
-        ("num_classes", num_classes, 1),
-        ("spread", spread, 0),
-    ):
-        check_least(f"blobs: {name}", value, least)
+    check_least("blobs: num_examples", num_examples, 1)
+    check_least("blobs: num_classes", num_classes, 1)
+    check_least("blobs: spread", spread, 0)
     check_least("blobs: num_test", num_test, 0)
     if not shape or min(shape) < 1:
         raise ValueError(f"blobs: shape must be positive sizes such as [1, 28, 28], got {list(shape)}")
@@ -93,9 +90,11 @@ def synthetic(
     Returns:
         inputs [n, d], grouped by client.
     """
-    check_least("synthetic: the least of alpha and beta", min(alpha, beta), 0)
-    least = min(num_clients, num_features, num_classes)
-    check_least("synthetic: the least of num_clients, num_features and num_classes", least, 1)
+    check_least("synthetic: alpha", alpha, 0)
+    check_least("synthetic: beta", beta, 0)
+    check_least("synthetic: num_clients", num_clients, 1)
+    check_least("synthetic: num_features", num_features, 1)
+    check_least("synthetic: num_classes", num_classes, 1)
     check_fraction("synthetic: test_fraction", test_fraction)
     rng = server_rng(seed, "data.synthetic")
     d, sizes = num_features, 50 + rng.lognormal(4, 2, num_clients).astype(np.int64)

@@ -8,7 +8,6 @@ Letters: C clients in the stack, B samples of a minibatch, P entries of a client
 from __future__ import annotations
 
 import threading
-import warnings
 
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from fedsim.engine.base import Batch
 from fedsim.engine.losses import Loss
 from fedsim.engine.protocol import Engine
 from fedsim.engine.stacked import StackedEngine
-from fedsim.engine.vmapped import Vmapped
+from fedsim.engine.vmapped import Vmapped, warn_of_change
 from fedsim.params import Layout
 from fedsim.task import PlainSession, Session
 
@@ -46,27 +45,14 @@ class CompiledEngine(Engine):
     def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
         return self.stacked.logits(x, inputs)
 
-    def _gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _gradient(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.failed:
-            return self.stacked.session(x).gradient(batch, out)
-        tail = x[:, self.layout.num_trainable :]
-        before = tail.clone()
-        try:
-            return self.program.gradient(x, batch, out)
-        except Exception as error:  # the compiler may fail on a user's module in any way
-            tail.copy_(before)
-            result = self.stacked.session(x).gradient(batch, out)
+            return self.stacked.session(x).gradient(batch)
+        result, error = self.program.gradient_or(lambda: self.stacked.session(x).gradient(batch), x, batch)
+        if error is not None:
             with self._lock:
                 if not self.failed:
-                    self._warn(error)
+                    what = "cannot be compiled and runs in the stacked engine"
+                    warn_of_change(self.stacked.module, what, error)
                 self.failed = True
-            return result
-
-    def _warn(self, error: Exception) -> None:
-        module = type(self.stacked.module).__name__
-        reason = str(error).strip().splitlines()
-        warnings.warn(
-            f"{module} cannot be compiled and runs in the stacked engine: "
-            f"{type(error).__name__}: {reason[0] if reason else ''}",
-            stacklevel=4,
-        )
+        return result

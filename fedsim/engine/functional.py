@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedsim.engine.noise import keyed_copy
 from fedsim.params import Layout
@@ -55,14 +54,6 @@ class Tensors:
             if name in buffers and buffers[name].data_ptr() != view.data_ptr():
                 value = buffers[name].to(view.dtype)
                 view.copy_(value if active is None else torch.where(_like(active, value), value, view))
-
-
-def evaluate(modules: ThreadModules, tensors: Tensors, x: Tensor, inputs: Tensor) -> Tensor:
-    """Outputs in evaluation mode of one client's vector x [P] for inputs [B, ...]."""
-    module = modules.get(training=False)
-    trained, buffers = tensors.of(x)
-    with torch.no_grad():
-        return functional_call(module, trained | buffers, (inputs,))
 
 
 def _like(active: Tensor, value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.engine.base import Batch
-from fedsim.engine.functional import Tensors, ThreadModules, evaluate
+from fedsim.engine.functional import Tensors, ThreadModules
 from fedsim.engine.losses import Loss, sample_shares
 from fedsim.engine.noise import dropout_keys, start_calls
 from fedsim.engine.precision import products
@@ -45,19 +45,18 @@ class LoopEngine(Engine):
         return PlainSession(self._gradient, x)
 
     def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
-        with products(self.precision, x.device):
-            if x.ndim == 1:
-                return evaluate(self.modules, self.tensors, x, inputs).to(x.dtype)
-            return torch.stack(
-                [evaluate(self.modules, self.tensors, row, inputs[i]).to(x.dtype) for i, row in enumerate(x)]
-            )
+        if x.ndim > 1:
+            return torch.stack([self.logits(row, inputs[i]) for i, row in enumerate(x)])
+        module = self.modules.get(training=False)
+        trained, buffers = self.tensors.of(x)
+        with torch.no_grad(), products(self.precision, x.device):
+            return functional_call(module, trained | buffers, (inputs,)).to(x.dtype)
 
-    def _gradient(self, x: Tensor, batch: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _gradient(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         module = self.modules.get(training=True)
         keys = dropout_keys(module, batch.streams, batch.step)
         counts = _num_samples(batch)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        out.zero_()
+        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
         before = None if self._knows_noise else torch.get_rng_state()
         losses = [
             self._client(module, x[i], out[i], batch, i, counts[i], {name: k[i] for name, k in keys.items()})

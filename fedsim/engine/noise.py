@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,7 @@ def purpose(layer: str) -> str:
 
 def keep_mask(keys: Tensor, shape: tuple[int, ...], rate: float, dtype: torch.dtype) -> Tensor:
     """[*keys.shape, *shape] of 0 (dropped, with chance `rate`) and 1 / (1 - rate), from int64 keys."""
-    numel = 1
-    for n in shape:
-        numel *= n
-    index = torch.arange(1, numel + 1, device=keys.device)
+    index = torch.arange(1, prod(shape) + 1, device=keys.device)
     # Streams' keys + index * golden, with the key inside the product: torch.compile works out a product of plain
     # indices in advance, and it would not fit its 64 bits
     place = ((keys * _GOLDEN_INVERSE).unsqueeze(-1) + index) * _GOLDEN

@@ -27,11 +27,10 @@ def products(precision: str, device: torch.device) -> AbstractContextManager[obj
     return _Float32Products("high" if precision == "tf32" else "highest")
 
 
-def check_precision(precision: str) -> str:
-    """The name itself, or ValueError."""
+def check_precision(precision: str) -> None:
+    """Refuse an unknown precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    return precision
 
 
 class _Float32Products:

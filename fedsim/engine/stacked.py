@@ -29,7 +29,7 @@ from fedsim.engine.precision import products
 from fedsim.engine.protocol import Engine
 from fedsim.engine.sinks import GradientSink, SampleSink, SgdSink, Sink
 from fedsim.engine.tape import Tape, Unsupported, trace
-from fedsim.engine.vmapped import Vmapped
+from fedsim.engine.vmapped import Vmapped, warn_of_change
 from fedsim.params import Layout
 
 
@@ -54,7 +54,7 @@ class StackedEngine(Engine):
         self.native = native
         self.module = module
         self.loop = LoopEngine(module, layout, loss, precision)
-        self.vmapped = Vmapped(module, layout, loss, precision, compiled=False)
+        self.vmapped = Vmapped(module, layout, loss, precision)
         # on a CPU runs in factors and in fp32 are faster than steps in any precision
         exact = precision == "fp32" or all(p.device.type == "cpu" for p in module.parameters())
         self.chain = chain_of(module) if exact and loss is cross_entropy else None
@@ -80,11 +80,8 @@ class StackedEngine(Engine):
             return self.loop.logits(x, inputs)
         return self.vmapped.logits(x, inputs)
 
-    def tape(self, batch: Batch) -> Tape | None:
-        """The tape for batches of this kind, or None if the module has none."""
-        return self._tape_for(batch.inputs[0, 0])
-
-    def _tape_for(self, sample: Tensor) -> Tape | None:
+    def tape(self, sample: Tensor) -> Tape | None:
+        """The tape for samples like this one [...], or None if the module has none."""
         key = sample.shape, sample.dtype
         if key not in self._tapes:
             with self._lock:
@@ -93,7 +90,7 @@ class StackedEngine(Engine):
         return self._tapes[key]
 
     def reads_only(self, sample: Tensor) -> bool:
-        tape = self._tape_for(sample)
+        tape = self.tape(sample)
         return tape is not None and tape.reads_only
 
     def _trace(self, sample: Tensor) -> Tape | None:
@@ -111,18 +108,12 @@ class StackedEngine(Engine):
             return self.loop.session(x).gradient(batch, out)
         if self.path == "vmap":
             return self.vmapped.gradient(x, batch, out)
-        before = x[:, self.layout.num_trainable :].clone()
-        try:
-            result = self.vmapped.gradient(x, batch, out)
-        except Exception as error:  # a user's module may fail under vmap in any way
-            x[:, self.layout.num_trainable :] = before
-            result = self.loop.session(x).gradient(batch, out)  # if this fails too, batching is not the matter
-            with self._lock:
-                if self.path != "loop":
-                    warn_loop(self.module, error)
-                self.path = "loop"
-            return result
-        self.path = "vmap"
+        result, error = self.vmapped.gradient_or(lambda: self.loop.session(x).gradient(batch, out), x, batch, out)
+        with self._lock:
+            if error is not None and self.path != "loop":
+                what = "cannot be batched over clients and runs in the loop engine"
+                warn_of_change(self.module, what, error)
+            self.path = "vmap" if error is None else "loop"
         return result
 
 
@@ -197,7 +188,7 @@ class TapeSession:
         key = batch.inputs.shape[2:], batch.inputs.dtype, by_sample
         if key != self._key:
             self._key = key
-            self._tape = self.engine.tape(batch)
+            self._tape = self.engine.tape(batch.inputs[0, 0])
             if self._tape is not None:
                 self._bind(self._tape, by_sample)
         return self._tape is not None
@@ -241,13 +232,3 @@ class TapeSession:
                 if part is not None:
                     before = grads[slot]
                     grads[slot] = part if before is None else before + part
-
-
-def warn_loop(module: nn.Module, error: Exception) -> None:
-    """Says once that a module runs client by client, and why."""
-    reason = str(error).strip().splitlines()
-    warnings.warn(
-        f"{type(module).__name__} cannot be batched over clients and runs in the loop engine: "
-        f"{type(error).__name__}: {reason[0] if reason else ''}",
-        stacklevel=3,
-    )

@@ -6,6 +6,7 @@ Letters: C clients, B samples, P entries of a client's vector.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,18 @@ class Vmapped:
         self.tensors.write_back_(x, changed, None if batch.weights is None else shares.sum(1) > 0)
         return out, loss
 
+    def gradient_or(
+        self, instead: Callable[[], tuple[Tensor, Tensor]], x: Tensor, batch: Batch, out: Tensor | None = None
+    ) -> tuple[tuple[Tensor, Tensor], Exception | None]:
+        """(`gradient`, None), or where that fails (what `instead` gives for the same x, why it failed)."""
+        tail = x[:, self.layout.num_trainable :]
+        before = tail.clone()
+        try:
+            return self.gradient(x, batch, out), None
+        except Exception as error:  # a user's module may fail under vmap or the compiler in any way
+            tail.copy_(before)
+            return instead(), error  # if this fails too, it raises: then the way to compute is not the matter
+
     def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
         """x [C, P] and inputs [C, B, ...] -> outputs in evaluation mode."""
         module = self.modules.get(training=False)
@@ -90,3 +103,14 @@ class Vmapped:
             return (losses * shares).sum(), {name: tensors[name] for name in buffers}
 
         return client_loss
+
+
+def warn_of_change(module: nn.Module, what: str, error: Exception) -> None:
+    """Says what becomes of a module that could not be computed as asked, and why."""
+    warnings.warn(f"{type(module).__name__} {what}: {first_line(error)}", stacklevel=5)
+
+
+def first_line(error: Exception) -> str:
+    """An exception's kind and the first line of its text: compilers write pages."""
+    text, _, _ = str(error).strip().partition("\n")
+    return f"{type(error).__name__}: {text}"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedsim import pages
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Batch, Engine
+from fedsim.engine.losses import per_sample
 from fedsim.engine.low_rank import LowRank, low_rank_run
 from fedsim.params import Layout
 from fedsim.streams import Streams
@@ -154,7 +155,7 @@ class ClassificationTask(Task):
                 logits = self.engine.logits(x, samples)
                 loss = self.sample_loss(logits, classes).double()
                 hit = (logits.argmax(-1) == classes).double()
-            return torch.stack([_per_sample(loss), _per_sample(hit)]).cpu()
+            return torch.stack([per_sample(loss), per_sample(hit)]).cpu()
 
         pieces = pool.map(piece, list(range(0, total, EVALUATION_ROWS)))
         both = torch.cat(pieces, dim=1) if pieces else torch.zeros(2, 0, dtype=torch.float64)
@@ -183,8 +184,3 @@ def _view(pool: Tensor, shape: Sequence[int], first: int, gap: int) -> Tensor:
     sample, *inner = pool.stride()
     start = pool.storage_offset() + first * sample
     return pool.as_strided((*shape, *pool.shape[1:]), (gap * sample, sample, *inner), start)
-
-
-def _per_sample(values: Tensor) -> Tensor:
-    """[B] from [B] or [B, T]: a sequence counts as one sample."""
-    return values if values.ndim == 1 else values.flatten(1).mean(1)

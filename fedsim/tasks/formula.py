@@ -67,7 +67,6 @@ class OwnFunction:
         self._streams = streams if self._active == len(ids) else streams.rows(slice(self._active))
         steps = schedule.steps if schedule.steps is not None else schedule.epochs
         assert steps is not None
-        assert steps is not None
         self.num_steps = torch.where(has_data, steps, 0)
 
     def __len__(self) -> int:

@@ -108,11 +108,6 @@ MODELS: dict[str, Factory] = {
 }
 
 
-def describe() -> dict[str, str]:
-    """One line per model, for `fedsim list models`."""
-    return {name: (factory.__doc__ or "").strip().splitlines()[0] for name, factory in MODELS.items()}
-
-
 _rng_lock = threading.Lock()
 
 

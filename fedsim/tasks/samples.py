@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
 from fedsim.engine.base import Batch
-from fedsim.engine.functional import Tensors, ThreadModules
 from fedsim.engine.losses import Loss, cross_entropy, sample_shares
 from fedsim.engine.noise import dropout_keys, start_calls
 from fedsim.engine.stacked import StackedEngine
-from fedsim.engine.twins import batchable_copy, share_names
+from fedsim.engine.twins import share_names
+from fedsim.engine.vmapped import first_line
 from fedsim.optim.needs import sample_factors
 from fedsim.params import Layout
 from fedsim.streams import mix64
@@ -42,9 +42,8 @@ class Program:
 
     def __init__(self, module: nn.Module, layout: Layout, sample_loss: Loss) -> None:
         self.module, self.layout, self.sample_loss = module, layout, sample_loss
-        self.modules = ThreadModules(self.module, batchable_copy)
-        self.tensors = Tensors(self.module, layout)
-        self.engine = StackedEngine(self.module, layout, sample_loss)  # for its tape, in fp32
+        self.engine = StackedEngine(module, layout, sample_loss)  # for its tape, in fp32
+        self.modules, self.tensors = self.engine.vmapped.modules, self.engine.vmapped.tensors
 
     def __reduce__(self) -> tuple[object, ...]:
         return Program, (self.module, self.layout, self.sample_loss)
@@ -67,8 +66,7 @@ class Program:
         try:
             calls[need]()
         except Exception as error:  # a user's module may fail under vmap in any way
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return f"{type(self.module).__name__} cannot be batched for it ({type(error).__name__}: {reason})"
+            return f"{type(self.module).__name__} cannot be batched for it ({first_line(error)})"
         return None
 
 

@@ -93,6 +93,15 @@ def test_the_keys_to_set_are_keys_of_the_file(monkeypatch: pytest.MonkeyPatch) -
     assert made.resolved["runtime"]["engine"] == runtime["engine"]
 
 
+def test_a_candidate_that_fails_without_a_word_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Bench, candidate: Candidate) -> float:
+        raise RuntimeError
+
+    monkeypatch.setattr(Bench, "rate", fail)
+    (line,) = tuning._measure(Bench(compose(CONFIG, "x")), [Candidate("loop", 1, 1)], {})
+    assert line.split() == ["loop", "false", "1", "1", "–"]
+
+
 def test_measuring_trains_the_first_cohort_as_the_run_would() -> None:
     bench = Bench(compose({**CONFIG, "runtime": {"workers": 1}}, "x"))
     drawn = bench.experiment.fleet.num_examples[bench.ids]

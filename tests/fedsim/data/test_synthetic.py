@@ -61,8 +61,8 @@ def test_beta_moves_the_clients_inputs_apart():
         (lambda: blobs(num_examples=0), "blobs: num_examples must be 1 or more, got 0"),
         (lambda: blobs(shape=()), "blobs: shape must be positive sizes"),
         (lambda: blobs(spread=float("nan")), "blobs: spread must be 0 or more"),
-        (lambda: synthetic(alpha=-1), "the least of alpha and beta must be 0 or more, got -1"),
-        (lambda: synthetic(num_clients=0), "synthetic: the least of num_clients"),
+        (lambda: synthetic(alpha=-1), "synthetic: alpha must be 0 or more, got -1"),
+        (lambda: synthetic(num_clients=0), "synthetic: num_clients must be 1 or more, got 0"),
         (lambda: synthetic(test_fraction=1), "synthetic: test_fraction"),
     ],
 )

@@ -22,7 +22,7 @@ from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
 from fedsim.task import PlainSession, Session
 from fedsim.tasks.models import MODELS
-from tests.fedsim.engine.zoo import K, batch, copy_of, gradient, model, rows_of, stack
+from tests.fedsim.engine.zoo import K, batch, copy_of, gradient, model, numbers_of, rows_of, stack
 
 COUNTS = [4, 2, 0, 3]
 TAPED = [name for name in MODELS if name != "transformer"]
@@ -107,9 +107,11 @@ from fedsim.engine import Batch, build_engine
 from fedsim.params import Layout
 module = nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.Flatten(), nn.Linear(128, 7))
 layout = Layout.of_module(module)
-session = build_engine("stacked", module, layout).session(torch.zeros(2, layout.size))
+x = torch.randn(2, layout.size)
+stacked, loop = (build_engine(name, module, layout).session(x) for name in ("stacked", "loop"))
 for _ in range(50):
-    session.gradient(Batch(torch.randn(2, 6, 4, 8, 8), torch.zeros(2, 6, dtype=torch.int64)))
+    b = Batch(torch.randn(2, 6, 4, 8, 8), torch.zeros(2, 6, dtype=torch.int64))
+    torch.testing.assert_close(stacked.gradient(b)[0], loop.gradient(b)[0], rtol=1e-4, atol=1e-5)
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "MALLOC_CHECK_": "3"})
 
@@ -248,8 +250,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("make", [Functional, Shared])
 def test_a_users_module_runs_on_the_tape(make: type[nn.Module], clients: int) -> None:
     module = make()
-    layout = Layout.of_module(module)
-    x0 = layout.flatten(dict(module.named_parameters()) | dict(module.named_buffers())).detach().double()
+    layout, x0 = numbers_of(module)
     engine, oracle = StackedEngine(module, layout, cross_entropy), LoopEngine(module, layout, cross_entropy)
     x, b = stack(layout, x0, clients), batch("cnn", [4, 2, 3, 4][:clients])
     check(engine.session, oracle, x, b)
@@ -309,8 +310,7 @@ def test_compiled_equals_the_loop() -> None:
     module = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Dropout(0.4), nn.Linear(9, 7)
     )
-    layout = Layout.of_module(module)
-    x0 = layout.flatten({k: v.detach() for k, v in [*module.named_parameters(), *module.named_buffers()]}).double()
+    layout, x0 = numbers_of(module)
     x, b = stack(layout, x0, 4), batch("mlp", COUNTS)
     engine = CompiledEngine(module, layout, cross_entropy)
     x1, x2 = copy_of(x), copy_of(x)

@@ -100,10 +100,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def made(name: str) -> tuple[nn.Module, Layout, Tensor, Batch]:
     """(module, layout, x [C, P], batch padded for all but the first client)."""
     if name not in CASES:
-        module, layout, x0 = zoo.model(name)
-        for layer in module.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.p = 0.0
+        module, layout, x0 = zoo.model(name, dropout=False)
         return module.double(), layout, zoo.stack(layout, x0, len(COUNTS)), zoo.batch(name, COUNTS)
     factory, shape = CASES[name]
     generator = torch.Generator().manual_seed(0)
@@ -114,7 +111,7 @@ def made(name: str) -> tuple[nn.Module, Layout, Tensor, Batch]:
         tokens = module.embed.num_embeddings if isinstance(module, Tokens) else 0
         one = torch.zeros(1, *shape, dtype=torch.int64 if tokens else torch.float64)
         shape_out = module(one).shape[1:-1]
-    layout = Layout.of_module(module)
+    layout, x0 = zoo.numbers_of(module)
     inputs = (
         torch.randint(tokens, (*rows, *shape), generator=generator)
         if tokens
@@ -122,8 +119,7 @@ def made(name: str) -> tuple[nn.Module, Layout, Tensor, Batch]:
     )
     targets = torch.randint(K, (*rows, *shape_out), generator=generator)
     weights = (torch.arange(rows[1]) < torch.tensor(COUNTS)[:, None]).double()
-    x0 = layout.flatten({k: v.detach() for k, v in module.named_parameters()})
-    return module, layout, zoo.stack(layout, x0.double(), len(COUNTS)), Batch(inputs, targets, weights)
+    return module, layout, zoo.stack(layout, x0, len(COUNTS)), Batch(inputs, targets, weights)
 
 
 def alone(b: Batch, client: int, sample: int) -> Batch:
@@ -182,10 +178,8 @@ def test_equal_weights_give_the_gradient_of_the_sum_with_its_dropout(name: str) 
 def test_a_module_without_a_tape_or_with_batch_norm_has_no_such_sum() -> None:
     for name in ("transformer", "resnet_bn"):
         module, layout, x0 = zoo.model(name)
-        engine = StackedEngine(module.double(), layout, cross_entropy)
-        if engine.tape(zoo.batch(name, COUNTS)) is None or name == "resnet_bn":
-            x = zoo.stack(layout, x0, len(COUNTS))
-            assert engine.session(x).weighted_sum(zoo.batch(name, COUNTS), weigh) is None
+        session = StackedEngine(module.double(), layout, cross_entropy).session(zoo.stack(layout, x0, len(COUNTS)))
+        assert session.weighted_sum(zoo.batch(name, COUNTS), weigh) is None
 
 
 def test_both_ways_to_a_norm_agree() -> None:

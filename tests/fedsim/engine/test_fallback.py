@@ -16,19 +16,7 @@ from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.tape import trace
 from fedsim.engine.twins import PlainLSTM
 from fedsim.params import Layout
-from tests.fedsim.engine.zoo import batch, gradient, model, stack
-
-
-class Deciding(nn.Module):
-    """Looks at its data: no batched program can."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(64, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc(x.flatten(1))
-        return x if float(x.detach().sum()) > 0 else -x
+from tests.fedsim.engine.zoo import Deciding, batch, gradient, model, numbers_of, stack
 
 
 class Untraceable(Deciding):
@@ -38,14 +26,10 @@ class Untraceable(Deciding):
         return torch.stack([self.fc(row.flatten()) for row in x])
 
 
-def flat(module: nn.Module, layout: Layout) -> Tensor:
-    return layout.flatten({k: p.detach() for k, p in module.named_parameters()}).double()
-
-
 def test_a_module_that_cannot_be_batched_runs_in_the_loop_with_one_warning() -> None:
     module = Deciding()
-    layout = Layout.of_module(module)
-    x, b = stack(layout, flat(module, layout), 3), batch("cnn", [4, 2, 3])
+    layout, x0 = numbers_of(module)
+    x, b = stack(layout, x0, 3), batch("cnn", [4, 2, 3])
     engine = build_engine("stacked", module, layout)
     session = engine.session(x)
     assert session.sgd_step_(b, 0.1) is None
@@ -60,8 +44,8 @@ def test_a_module_that_cannot_be_batched_runs_in_the_loop_with_one_warning() -> 
 
 def test_an_untraceable_module_is_vmapped_without_a_warning() -> None:
     module = Untraceable()
-    layout = Layout.of_module(module)
-    x, b = stack(layout, flat(module, layout), 3), batch("cnn", [4, 2, 3])
+    layout, x0 = numbers_of(module)
+    x, b = stack(layout, x0, 3), batch("cnn", [4, 2, 3])
     engine = StackedEngine(module, layout, cross_entropy)
     g, _ = gradient(engine, x, b)
     assert engine.path == "vmap"

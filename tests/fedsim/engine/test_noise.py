@@ -9,7 +9,7 @@ from torch import nn
 from fedsim.engine import Batch, build_engine
 from fedsim.engine.noise import keep_mask, keyed_copy, purpose
 from fedsim.params import Layout
-from tests.fedsim.engine.zoo import batch, gradient, model, stack, streams
+from tests.fedsim.engine.zoo import batch, gradient, model, numbers_of, stack, streams
 
 
 def test_a_mask_is_what_the_streams_say() -> None:
@@ -48,8 +48,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("clients", [1, 3])
 def test_engines_drop_the_same_channels_and_calls_of_one_layer_differ(clients: int) -> None:
     module = Twice()
-    layout = Layout.of_module(module)
-    x0 = layout.flatten({k: p.detach() for k, p in module.named_parameters()}).double()
+    layout, x0 = numbers_of(module)
     x, b = stack(layout, x0, clients), batch("cnn", [4, 2, 3][:clients])
     expected, _ = gradient(build_engine("loop", module, layout), x, b)
     found, _ = gradient(build_engine("stacked", module, layout), x, b)
@@ -120,9 +119,8 @@ class ReadsItsLayers(nn.Module):
 @pytest.mark.parametrize("name", ["loop", "stacked"])
 def test_what_takes_a_layers_place_keeps_its_attributes(name: str) -> None:
     module = ReadsItsLayers()
-    layout = Layout.of_module(module)
-    tensors = {k: v.detach() for k, v in [*module.named_parameters(), *module.named_buffers()]}
-    x, b = layout.flatten(tensors).double().repeat(2, 1), batch("cnn", [4, 3])
+    layout, x0 = numbers_of(module)
+    x, b = x0.repeat(2, 1), batch("cnn", [4, 3])
     g, _ = gradient(build_engine(name, module, layout), x, b)
     mask = keep_mask(streams(2).keys(purpose("dropout"))[0], (4, 4), 0.25, g.dtype)
     module.double().dropout.register_forward_hook(lambda layer, args, out: args[0] * mask)

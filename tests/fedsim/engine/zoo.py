@@ -24,11 +24,31 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
-def model(name: str) -> tuple[nn.Module, Layout, Tensor]:
+class Deciding(nn.Module):
+    """Looks at its data: no batched program can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x.flatten(1))
+        return x if float(x.detach().sum()) > 0 else -x
+
+
+def model(name: str, *, dropout: bool = True) -> tuple[nn.Module, Layout, Tensor]:
     """(module, layout, x0 [P] float64)."""
     shape = (T,) if name in SEQUENCES else (1, 8, 8)
     module, x0 = init_parameters(partial(MODELS[name], shape, K, **OPTIONS.get(name, {})), seed=1)
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout) and not dropout:
+            layer.p = 0.0
     return module, Layout.of_module(module), x0.double()
+
+
+def numbers_of(module: nn.Module) -> tuple[Layout, Tensor]:
+    """(layout, the module's own parameters and buffers [P] float64)."""
+    return Layout.of_module(module), init_parameters(lambda: module, seed=0)[1].double()
 
 
 def stack(layout: Layout, x0: Tensor, clients: int, seed: int = 0) -> Tensor:
@@ -72,6 +92,6 @@ def rows_of(b: Batch, i: int, n: int) -> Batch:
     return Batch(b.inputs[i : i + 1, :n], b.targets[i : i + 1, :n], None, streams_i, b.step)
 
 
-def gradient(engine: Engine, x: Tensor, b: Batch, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def gradient(engine: Engine, x: Tensor, b: Batch) -> tuple[Tensor, Tensor]:
     """(gradient [C, P], loss [C]) of a fresh session."""
-    return engine.session(x).gradient(b, out)
+    return engine.session(x).gradient(b)

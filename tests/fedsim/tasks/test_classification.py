@@ -10,25 +10,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedsim.clients.oracle import full_gradient, gradient
-from fedsim.cohort import Cohort
-from fedsim.memory import MemoryRows
 from fedsim.sim.executor import InProcess, StackRunner
 from fedsim.streams import Streams
 from fedsim.task import Schedule
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import logistic, mlp
-from tests.build import digits_task
+from tests.build import cohort, digits_task
 from tests.strategies.tasks import images
 
 COUNTS = [30, 7, 0, 1]
-
-
-def _cohort(task: ClassificationTask, ids: list[int], job: int = 0) -> Cohort:
-    """The stack of these clients, given in the order of their samples."""
-    clients = torch.tensor(ids)
-    streams = Streams(0, clients, torch.full_like(clients, job))
-    memory = MemoryRows({}, len(ids), task.layout.size, torch.device("cpu"))
-    return Cohort(clients, task, memory, streams, torch.device("cpu"), torch.zeros(len(ids), dtype=torch.int64))
 
 
 def _pool(workers: int = 1) -> Any:
@@ -37,8 +27,8 @@ def _pool(workers: int = 1) -> Any:
 
 def test_batches_hold_the_clients_own_samples_in_the_keyed_order() -> None:
     task, twin = images(logistic, COUNTS, 8, epochs=2)
-    cohort = _cohort(task, [0, 1, 3, 2], job=5)
-    batches = task.batches(cohort.ids, cohort.streams, Schedule(epochs=2, batch_size=8))
+    clients = cohort(task, [0, 1, 3, 2], jobs=[5] * 4)
+    batches = task.batches(clients.ids, clients.streams, Schedule(epochs=2, batch_size=8))
     assert batches.num_steps.tolist() == [8, 2, 2, 0]
     for step in range(len(batches)):
         batch = batches[step]
@@ -49,7 +39,7 @@ def test_batches_hold_the_clients_own_samples_in_the_keyed_order() -> None:
             )[0]
             at = 8 * (step % twin.batches_in_an_epoch(client))
             mine = order[at : at + 8]
-            size = int(task.oracle(batch, cohort.ids).batch_sizes()[row])
+            size = int(task.oracle(batch, clients.ids).batch_sizes()[row])
             assert size == len(mine)
             assert torch.equal(batch.inputs[row, :size], twin.inputs[client][mine])
             assert torch.equal(batch.targets[row, :size], twin.targets[client][mine])
@@ -76,8 +66,8 @@ def test_a_fixed_order_reads_the_data_where_it_lies_unless_the_module_writes_the
 
     task, twin = images(make, counts, 4)
     before, held_out = task.data.inputs.clone(), task.data.test_inputs.clone()
-    cohort = _cohort(task, [0, 1, 2])
-    batches = task.batches(cohort.ids, cohort.streams, Schedule(epochs=1, batch_size=4, shuffle=False))
+    clients = cohort(task, [0, 1, 2])
+    batches = task.batches(clients.ids, clients.streams, Schedule(epochs=1, batch_size=4, shuffle=False))
     for step in range(len(batches)):
         batch = batches[step]
         lies = batch.inputs.untyped_storage().data_ptr() == task.data.inputs.untyped_storage().data_ptr()
@@ -96,16 +86,16 @@ def test_the_full_gradient_is_that_of_autograd_over_all_samples(chunked: bool) -
     counts = [1100, 30, 0] if chunked else [30, 7, 0]  # more than the 512 of a piece, or fewer
     task, twin = images(mlp, counts, None)
     stack = torch.stack([task.x0, 0.5 * task.x0, task.x0])
-    got = full_gradient(_cohort(task, [0, 1, 2]), stack)
+    got = full_gradient(cohort(task, [0, 1, 2]), stack)
     expected = torch.stack([twin.full(i, stack[i]) for i in range(3)])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_gradient_at_two_points_uses_one_minibatch_and_the_step_says_which() -> None:
     task, twin = images(mlp, [30, 7, 0], 8)
-    cohort = _cohort(task, [0, 1, 2], job=3)
+    clients = cohort(task, [0, 1, 2], jobs=[3] * 3)
     for step in (0, 2):
-        at_x, at_half = gradient(cohort, task.x0, 0.5 * task.x0, batch_size=8, step=step)
+        at_x, at_half = gradient(clients, task.x0, 0.5 * task.x0, batch_size=8, step=step)
         for i in (0, 1):
             torch.testing.assert_close(at_x[i], twin.gradient(i, task.x0, 3, step), rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(at_half[i], twin.gradient(i, 0.5 * task.x0, 3, step), rtol=1e-4, atol=1e-6)
@@ -153,7 +143,7 @@ def test_without_held_out_samples_there_is_nothing_to_report() -> None:
 def test_poison_changes_the_targets_of_the_chosen_clients_only() -> None:
     task, twin = images(logistic, [5, 5], None)
     task.poison(torch.tensor([1]), lambda y, k: (y + 1) % k)
-    cohort = _cohort(task, [0, 1])
-    batch = task.batches(cohort.ids, cohort.streams, Schedule(epochs=1, batch_size=None, shuffle=False))[0]
+    clients = cohort(task, [0, 1])
+    batch = task.batches(clients.ids, clients.streams, Schedule(epochs=1, batch_size=None, shuffle=False))[0]
     assert torch.equal(batch.targets[0], twin.targets[0])
     assert torch.equal(batch.targets[1], (twin.targets[1] + 1) % 10)

@@ -54,11 +54,7 @@ class Case:
     """A member of the zoo, three clients of it, and a batch whose last client is padded."""
 
     def __init__(self, name: str, *, dropout: bool = True) -> None:
-        module, self.layout, x0 = zoo.model(name)
-        if not dropout:
-            for layer in module.modules():
-                if isinstance(layer, nn.Dropout):
-                    layer.p = 0.0
+        module, self.layout, x0 = zoo.model(name, dropout=dropout)
         self.batch = zoo.batch(name, COUNTS)
         self.task = task_of(module.double(), x0, self.batch)
         self.x = zoo.stack(self.layout, x0, len(COUNTS)).clone()
@@ -292,23 +288,11 @@ def test_labels_can_be_drawn_for_cross_entropy_alone() -> None:
     check_needs(build(RULES["hvp"], case.layout), task)
 
 
-class Branching(nn.Module):
-    """Looks at its numbers, which a batched program cannot."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(64, zoo.K)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x.flatten(1))
-        return y if float(y.sum()) > 0 else -y
-
-
 def test_a_module_that_cannot_be_batched_is_refused_with_the_reason() -> None:
-    module = Branching().double()
+    module = zoo.Deciding().double()
     layout = zoo.Layout.of_module(module)
     task = task_of(module, torch.zeros(layout.size, dtype=torch.float64), zoo.batch("mlp", COUNTS))
-    with pytest.raises(ValueError, match="'mezo' needs loss_eval, but Branching cannot be batched for it"):
+    with pytest.raises(ValueError, match="'mezo' needs loss_eval, but Deciding cannot be batched for it"):
         check_needs(build(RULES["loss_eval"], layout), task)
     check_needs(build({"name": "adam"}, layout), task)
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from fedsim.clients.oracle import full_gradient
-from fedsim.cohort import Cohort
-from fedsim.memory import MemoryRows
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.streams import Streams
 from fedsim.tasks.formula import FormulaBatch
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.build import Play, drawn, local_sgd, quadratic
+from tests.build import Play, cohort, drawn, local_sgd, quadratic
 
 POOL: Any = ThreadPoolExecutor(1)
 
@@ -109,13 +107,11 @@ def test_epochs_are_steps_and_the_batch_size_changes_nothing() -> None:
 
 def test_a_client_without_examples_takes_no_step() -> None:
     task = quadratic([1, 1, 1], [4, 9, 1], 0, num_examples=[0, 3, 1])
-    start, ids = torch.zeros(1, dtype=torch.float64), torch.tensor([1, 2, 0])
-    memory = MemoryRows({}, 3, 1, torch.device("cpu"))
-    cohort = Cohort(ids, task, memory, Streams(0, ids, torch.zeros(3).long()), torch.device("cpu"), torch.zeros(3))
-    run = local_sgd(task, lr=0.5, steps=1)(cohort, start)
+    start, clients = torch.zeros(1, dtype=torch.float64), cohort(task, [1, 2, 0])
+    run = local_sgd(task, lr=0.5, steps=1)(clients, start)
     # half of the way to its minimiser for each that has data
     assert run.steps.tolist() == [1, 1, 0] and run.delta.dense()[:, 0].tolist() == [-4.5, -0.5, 0]
-    assert full_gradient(cohort, start)[:, 0].tolist() == [-9, -1, 0]
+    assert full_gradient(clients, start)[:, 0].tolist() == [-9, -1, 0]
     loss = task.evaluate_clients(start, POOL)["loss"]
     assert torch.isnan(loss[0]) and loss[1:].tolist() == [40.5, 0.5]
     assert task.evaluate(start, POOL)["test_loss"] == (3 * 40.5 + 0.5) / 4
