@@ -62,7 +62,7 @@ def load(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -
     """(content after overrides, name for messages) of a config given as a file or as mappings."""
     if isinstance(config, Mapping):
         return apply_overrides(config, overrides, "config"), "config"
-    return apply_overrides(read_file(config), overrides, str(config)), str(config)
+    return read_file(config, overrides), str(config)
 
 
 def execute(
