@@ -266,7 +266,7 @@ class _Run:
         if e.evaluate.per_client:
             for name, values in e.task.evaluate_clients(x, e.pool).items():
                 has_data = torch.isfinite(values) | (e.task.num_examples > 0)
-                found = spread(values, has_data.to(torch.float64), higher_is_better=name != "loss")
+                found = spread(values[has_data], higher_is_better=name != "loss")
                 out |= {f"client_{name}_{k}": v for k, v in found.items()}
         return out
 
