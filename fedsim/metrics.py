@@ -44,8 +44,8 @@ class Metrics:
         means: name -> (sum of weight x value, sum of weights).
         counts: name -> a number that sums.
 
-    >>> a = Metrics.mean_over(torch.tensor([1.0, 5.0]), torch.tensor([3, 1]), name="loss") + Metrics.count(num_clients=2)
-    >>> a.values()
+    >>> loss = Metrics.mean_over(torch.tensor([1.0, 5.0]), torch.tensor([3, 1]), name="loss")
+    >>> (loss + Metrics.count(num_clients=2)).values()
     {'loss': 2.0, 'num_clients': 2}
     """
 
