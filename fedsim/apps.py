@@ -32,7 +32,7 @@ from fedsim.flower.export import write_app
 from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail, connect
 from fedsim.flower.wire import Book
-from fedsim.overrides import apply_overrides, parse_overrides, read_file
+from fedsim.overrides import apply_overrides, parse_overrides
 from fedsim.progress import Progress
 from fedsim.sim.executor import InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
@@ -146,13 +146,10 @@ def experiment_of(
     if not config:
         raise ConfigError("no experiment: give its path or text, flwr run -c \"fedsim-config='...'\"")
     texts = [text for place in (settings, node or {}) for text in shlex.split(str(place.get("fedsim-overrides", "")))]
-    if isinstance(config, Mapping):
-        raw, source = dict(config), "config"
-    elif isinstance(config, str) and (config.lstrip().startswith("{") or "\n" in config):
-        raw, source = _parsed(config), "fedsim-config"
-    else:
-        raw, source = read_file(config), str(config)
-    return apply_overrides(raw, parse_overrides(texts, source), source), source
+    overrides = parse_overrides(texts, "fedsim-overrides")
+    if isinstance(config, str) and (config.lstrip().startswith("{") or "\n" in config):
+        return apply_overrides(config, overrides, "fedsim-config"), "fedsim-config"
+    return runs.load(config, overrides)
 
 
 def export(config: Source, folder: str | Path, overrides: tuple[str, ...] = ()) -> Path:
@@ -202,18 +199,6 @@ def _patience(settings: Mapping[str, Any]) -> Patience:
         return Patience(reply_seconds=float(settings.get("fedsim-reply-seconds", Patience().reply_seconds)))
     except ValueError as e:
         raise ConfigError(f"fedsim-reply-seconds: {e}") from e
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    """The content of an experiment given as text."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        return apply_overrides(OmegaConf.create(text), {}, "fedsim-config")
-    except (YAMLError, OmegaConfBaseException) as e:
-        raise ConfigError(f"fedsim-config: not readable: {' '.join(str(e).split())}") from e
 
 
 server = server_app()

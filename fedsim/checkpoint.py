@@ -61,22 +61,27 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     )
 
 
-def unpack(packed: Any, tensors: Mapping[str, Tensor], classes: Mapping[str, type]) -> Any:
-    """The inverse of `pack`; only the dataclasses given by name can come out."""
-    if not isinstance(packed, dict):
-        return packed
-    if "$tensor" in packed:
-        return tensors[packed["$tensor"]].clone()
-    if "$class" in packed:
-        made = {k: unpack(v, tensors, classes) for k, v in packed["fields"].items()}
-        return classes[packed["$class"]](**made)
-    if "$map" in packed:
-        return {k: unpack(v, tensors, classes) for k, v in packed["$map"]}
-    if "$tuple" in packed:
-        return tuple(unpack(v, tensors, classes) for v in packed["$tuple"])
-    if "$list" in packed:
-        return [unpack(v, tensors, classes) for v in packed["$list"]]
-    return float.fromhex(packed["$float"])
+def unpack(
+    packed: Any, tensors: Mapping[str, Tensor], classes: Mapping[str, type], device: str | torch.device = "cpu"
+) -> Any:
+    """The inverse of `pack`, with tensors of its own on a device; only the dataclasses given by name can come out."""
+
+    def made(p: Any) -> Any:
+        if not isinstance(p, dict):
+            return p
+        if "$tensor" in p:
+            return tensors[p["$tensor"]].to(device, copy=True)
+        if "$class" in p:
+            return classes[p["$class"]](**{k: made(v) for k, v in p["fields"].items()})
+        if "$map" in p:
+            return {k: made(v) for k, v in p["$map"]}
+        if "$tuple" in p:
+            return tuple(made(v) for v in p["$tuple"])
+        if "$list" in p:
+            return [made(v) for v in p["$list"]]
+        return float.fromhex(p["$float"])
+
+    return made(packed)
 
 
 def classes_of(value: Any) -> dict[str, type]:
@@ -158,14 +163,14 @@ class Saved:
     entries: dict[str, Any]
     tensors: dict[str, Tensor]
 
-    def take(self, key: str, classes: Mapping[str, type] | None = None) -> Any:
-        """One entry, its dataclasses made from those given by name.
+    def take(self, key: str, classes: Mapping[str, type] | None = None, device: str | torch.device = "cpu") -> Any:
+        """One entry on a device, its dataclasses made from those given by name.
 
         Raises:
             Damaged: if it does not hold the entry, or a dataclass of it has other fields by now.
         """
         try:
-            return unpack(self.entries[key], self.tensors, classes or {})
+            return unpack(self.entries[key], self.tensors, classes or {}, device)
         except Exception as e:
             raise _unreadable(self.path, e) from e
 
@@ -229,16 +234,3 @@ def misfit(saved: Any, fresh: Any, sizes: tuple[int, ...], path: str = "state") 
         return None
     wrong = (misfit(a, b, sizes, f"{path}.{name}") for name, a, b in pairs)
     return next(filter(None, wrong), None)
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """The same tree with its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{f.name: to_device(getattr(value, f.name), device) for f in fields(value) if f.init})
-    if isinstance(value, Mapping):
-        return {k: to_device(v, device) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(v, device) for v in value)
-    return value

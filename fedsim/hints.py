@@ -62,9 +62,7 @@ def plain_default(default: Any) -> Any:
 
 def _shown(value: Any) -> str:
     """A value as a file writes it."""
-    return (
-        {True: "true", False: "false"}[value] if isinstance(value, bool) else "null" if value is None else repr(value)
-    )
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _describe(hint: Any) -> str:

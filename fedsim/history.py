@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedsim.overrides import plain_errors
 from fedsim.sinks import METRICS_FILE, read_rows
 
 if TYPE_CHECKING:
@@ -212,11 +213,7 @@ def _config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     from omegaconf import OmegaConf  # reads 1e-3 as a number, as the run itself did
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    try:
+    with plain_errors(str(file), "; restore the file or start anew"):
         loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as e:
-        raise ValueError(f"{file}: not readable: {' '.join(str(e).split())}; restore the file or start anew") from e
     return {str(k): v for k, v in loaded.items()} if isinstance(loaded, dict) else {}

@@ -221,8 +221,7 @@ class _Run:
             raise ConfigError(f"{made}; return a dataclass whose field x is the server's model [P]")
         self.round = 0
         self.last: dict[str, Any] = {}
-        self._before = 0.0
-        self._started = time.perf_counter()
+        self._started = time.perf_counter()  # less the seconds of the calls that this one goes on from
 
     def step(self) -> dict[str, Any]:
         """One round, and its row."""
@@ -234,7 +233,7 @@ class _Run:
         row: dict[str, Any] = {
             "round": self.round,
             "virtual_seconds": fleet.now,
-            "wall_seconds": self._before + time.perf_counter() - self._started,
+            "wall_seconds": time.perf_counter() - self._started,
             "bits_up": fleet.ledger.bits_up,
             "bits_down": fleet.ledger.bits_down,
             **fleet.end_round().values(),
@@ -266,7 +265,7 @@ class _Run:
         if e.evaluate.per_client:
             for name, values in e.task.evaluate_clients(x, e.pool).items():
                 has_data = torch.isfinite(values) | (e.task.num_examples > 0)
-                found = spread(values, has_data.to(torch.float64), higher_is_better=name != "loss")
+                found = spread(values[has_data], higher_is_better=name != "loss")
                 out |= {f"client_{name}_{k}": v for k, v in found.items()}
         return out
 
@@ -288,7 +287,7 @@ class _Run:
             sync(rows)  # first, or after a power cut the checkpoint might know of rounds that the file does not
         parts = {
             "round": self.round,
-            "wall_seconds": self._before + time.perf_counter() - self._started,
+            "wall_seconds": time.perf_counter() - self._started,
             "strategy": self.state,
             "fleet": self.experiment.fleet.state(),
             "config": fingerprint(self.experiment.config),
@@ -322,7 +321,7 @@ class _Run:
         """
         e, path = self.experiment, found.path
         _check_same(path, fingerprint(e.config), found.take("config"))
-        saved = found.take("strategy", checkpoint.classes_of(self.state))
+        saved = found.take("strategy", checkpoint.classes_of(self.state), e.device)
         fleet = found.take("fleet", e.fleet.state_classes)
         round, before, last = found.take("round"), found.take("wall_seconds"), found.take("last")
         layout = e.task.layout
@@ -337,8 +336,8 @@ class _Run:
                 "or start anew in another folder"
             )
         e.fleet.load(fleet)
-        self.state = checkpoint.to_device(saved, e.device)
-        self.round, self._before, self.last = round, before, last
+        self.state, self.round, self.last = saved, round, last
+        self._started -= before
 
 
 def _check_same(path: Path, here: Mapping[str, str], there: Mapping[str, str]) -> None:

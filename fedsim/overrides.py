@@ -11,11 +11,11 @@ from typing import Any
 from fedsim.config import ConfigError
 
 
-def read_file(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """A YAML file with dotted overrides (`a.b=value`) applied, as plain dictionaries.
+def read_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A YAML file with dotted overrides applied, as plain dictionaries; what refers to an overridden key follows it.
 
     Raises:
-        ConfigError: if the file is missing, is not YAML, or an override has no `=`.
+        ConfigError: if the file is missing or is not YAML.
     """
     path = Path(path)
     if not path.is_file():
@@ -24,11 +24,11 @@ def read_file(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
         what = "is a folder" if path.is_dir() else "no such file"
         hint = f"did you mean {str(folder / near[0])!r}?" if near else "name an experiment file (YAML)"
         raise ConfigError(f"{path}: {what}; {hint}")
-    with _plain_errors(str(path)):
+    with plain_errors(str(path)):
         from omegaconf import OmegaConf
 
         loaded = OmegaConf.load(path)
-    return apply_overrides(loaded, parse_overrides(overrides, str(path)), str(path))
+    return apply_overrides(loaded, overrides or {}, str(path))
 
 
 def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:
         key, equals, _ = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"{source}: override {text!r} has no key and '='; write key.sub=value")
-        with _plain_errors(f"{source}: override {text!r}", BRACES if ":" in text else ""):
+        with plain_errors(f"{source}: override {text!r}", BRACES if ":" in text else ""):
             value = OmegaConf.select(OmegaConf.from_dotlist([text]), key)
         if OmegaConf.is_dict(value) and any(":" in str(k) and v is None for k, v in value.items()):
             raise ConfigError(f"{source}: override {text!r}: not readable{BRACES}")
@@ -53,18 +53,18 @@ def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:
 
 
 def apply_overrides(raw: Any, overrides: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Plain dictionaries from a mapping and dotted overrides.
+    """Plain dictionaries from a mapping, or YAML as text, and dotted overrides.
 
     A value with a name of its own (`strategy=fedavg`, `strategy={name: fedfix, interval: 3}`) replaces the entry that
     was there, since fields of one entry mean nothing to another; other sections are merged.
 
     Raises:
-        ConfigError: if a key leads into a value that is no section.
+        ConfigError: if a key leads into a value that is no section, or the text is not YAML.
     """
     from omegaconf import OmegaConf
 
-    with _plain_errors(source):
-        config = raw if OmegaConf.is_config(raw) else OmegaConf.create(dict(raw))
+    with plain_errors(source):
+        config = raw if OmegaConf.is_config(raw) else OmegaConf.create(raw if isinstance(raw, str) else dict(raw))
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"{source}: expected sections at the top, got a list or text")
         for key, value in overrides.items():
@@ -79,7 +79,7 @@ BRACES = "; in braces, put a space after each ':' and quote the whole, as in 'st
 
 
 @contextmanager
-def _plain_errors(source: str, hint: str = "") -> Iterator[None]:
+def plain_errors(source: str, hint: str = "") -> Iterator[None]:
     """The YAML and merging libraries' errors as one line."""
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError

@@ -12,6 +12,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -62,7 +63,7 @@ def load(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -
     """(content after overrides, name for messages) of a config given as a file or as mappings."""
     if isinstance(config, Mapping):
         return apply_overrides(config, overrides, "config"), "config"
-    return apply_overrides(read_file(config), overrides, str(config)), str(config)
+    return read_file(config, overrides), str(config)
 
 
 def execute(
@@ -164,6 +165,7 @@ def versions() -> dict[str, str]:
     return out | {name: _version(name) for name in PACKAGES}
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

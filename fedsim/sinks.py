@@ -7,7 +7,6 @@ the rows after its checkpoint again, to the same bits, so each sink forgets them
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import json
@@ -16,14 +15,15 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
+from fedsim.config import did_you_mean
 from fedsim.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
+PROJECT = "fedsim"  # what the viewers file runs under
 
 
 class Sink(Protocol):
@@ -48,11 +48,10 @@ class Sink(Protocol):
         ...
 
 
-@dataclass(kw_only=True)
 class JsonLines:
     """`metrics.jsonl`: one JSON object a line, flushed as it is written, so that a crash costs half a line at most."""
 
-    _file: TextIO | None = field(default=None, init=False, repr=False)
+    _file: TextIO | None = None
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. On resume the rows beyond the checkpoint are cut off, atomically.
@@ -60,7 +59,7 @@ class JsonLines:
         Raises:
             ValueError: if the folder holds rows and this is no resume, or lacks a row up to the checkpoint.
         """
-        path = Path(run_dir) / METRICS_FILE
+        path = run_dir / METRICS_FILE
         if resume_at is not None:
             kept = rows_in_order(path)[:resume_at]
             if len(kept) < resume_at:
@@ -83,17 +82,16 @@ class JsonLines:
                 os.fsync(file.fileno())
 
 
-@dataclass(kw_only=True)
 class TensorBoard:
     """TensorBoard event files in `tensorboard/`; steps are rounds."""
 
-    _writer: Any = field(default=None, init=False, repr=False)
+    _writer: Any = None
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. On resume TensorBoard is told to hide what it has beyond the checkpoint."""
         module = _need("torch.utils.tensorboard", "tensorboard", "pip install tensorboard")
         purge = None if resume_at is None else resume_at + 1
-        self._writer = module.SummaryWriter(log_dir=str(Path(run_dir) / "tensorboard"), purge_step=purge)
+        self._writer = module.SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge)
         if resume_at is None:
             text = json.dumps(config, indent=2, default=str).replace("\n", "\n    ")
             self._writer.add_text("config", "    " + text)
@@ -109,32 +107,10 @@ class TensorBoard:
             self._writer = None
 
 
-@dataclass(kw_only=True)
-class WandB:
-    """Weights & Biases; offline, in the run's folder, unless WANDB_MODE says online (extra: wandb).
+class _Logging:
+    """What the packages share whose runs have `log` and `finish`."""
 
-    Args:
-        project: the project's name.
-        mode: online, offline (files under the run folder, sent later by `wandb sync`) or disabled. None follows
-            the environment's WANDB_MODE, and is offline where that is not set.
-    """
-
-    project: str = "fedsim"
-    mode: Literal["online", "offline", "disabled"] | None = None
-    _run: Any = field(default=None, init=False, repr=False)
-
-    def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
-        """See `Sink.open`. W&B drops rows of steps it has seen; a resumed run repeats them to the same bits."""
-        wandb = _need("wandb", "wandb")
-        self._run = wandb.init(
-            project=self.project,
-            name=Path(run_dir).resolve().name,
-            dir=str(run_dir),
-            config=dict(config),
-            mode=self.mode or os.environ.get("WANDB_MODE") or "offline",
-            id=_remembered(Path(run_dir) / "wandb_run_id", resume_at) or _remember(Path(run_dir) / "wandb_run_id"),
-            resume="allow",
-        )
+    _run: Any = None
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._run.log(scalars(row), step=int(row["round"]))
@@ -145,59 +121,52 @@ class WandB:
             self._run = None
 
 
-@dataclass(kw_only=True)
-class Trackio:
-    """trackio: runs in a local database, shown by `trackio show` (extra: trackio)."""
+class WandB(_Logging):
+    """Weights & Biases; offline, in the run's folder, unless WANDB_MODE says online (extra: wandb)."""
 
-    project: str = "fedsim"
-    _run: Any = field(default=None, init=False, repr=False)
+    def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        """See `Sink.open`. W&B drops rows of steps it has seen; a resumed run repeats them to the same bits."""
+        self._run = _need("wandb", "wandb").init(
+            project=PROJECT,
+            name=run_dir.resolve().name,
+            dir=str(run_dir),
+            config=dict(config),
+            mode=os.environ.get("WANDB_MODE") or "offline",  # sent later by `wandb sync`
+            id=_known_as(run_dir / "wandb_run_id", resume_at),
+            resume="allow",
+        )
+
+
+class Trackio(_Logging):
+    """trackio: runs in a local database, shown by `trackio show` (extra: trackio)."""
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. Runs go by name; on resume the rows are added to the run of that name."""
         trackio = _need("trackio", "trackio")
         resume = "never" if resume_at is None else "allow"
-        known = _remembered(Path(run_dir) / "trackio_run_name", resume_at)
-        name = known or _remember(Path(run_dir) / "trackio_run_name", f"{Path(run_dir).resolve().name}-")
-        self._run = trackio.init(project=self.project, name=name, config=dict(config), resume=resume, embed=False)
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._run.log(scalars(row), step=int(row["round"]))
-
-    def close(self) -> None:
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        name = _known_as(run_dir / "trackio_run_name", resume_at, f"{run_dir.resolve().name}-")
+        self._run = trackio.init(project=PROJECT, name=name, config=dict(config), resume=resume, embed=False)
 
 
-@dataclass(kw_only=True)
 class MLflow:
-    """MLflow: parameters and metrics of a run, sent to where MLFLOW_TRACKING_URI says (extra: mlflow).
+    """MLflow: parameters and metrics of a run, sent to where MLFLOW_TRACKING_URI says (extra: mlflow)."""
 
-    Args:
-        experiment: its name; made if missing.
-        tracking_uri: where; None follows MLflow's own setting (the environment's MLFLOW_TRACKING_URI).
-    """
-
-    experiment: str = "fedsim"
-    tracking_uri: str | None = None
-    _client: Any = field(default=None, init=False, repr=False)
-    _run_id: str = field(default="", init=False, repr=False)
+    _client: Any = None
+    _run_id = ""
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. A resumed run writes on into the same MLflow run; repeated steps have equal values."""
-        mlflow = _need("mlflow", "mlflow")
-        self._client = mlflow.MlflowClient(tracking_uri=self.tracking_uri)
-        known = _remembered(Path(run_dir) / "mlflow_run_id", resume_at)
-        if known:
+        self._client = client = _need("mlflow", "mlflow").MlflowClient()
+        file = run_dir / "mlflow_run_id"
+        if known := _remembered(file, resume_at):
             self._run_id = known
             return
-        found = self._client.get_experiment_by_name(self.experiment)
-        experiment = found.experiment_id if found else self._client.create_experiment(self.experiment)
-        run = self._client.create_run(experiment, run_name=Path(run_dir).resolve().name)
-        self._run_id = run.info.run_id
-        write_whole(Path(run_dir) / "mlflow_run_id", self._run_id)
-        for key, value in _flat(config):
-            self._client.log_param(self._run_id, key, str(value)[:500])  # MLflow's oldest limit on a value
+        found = client.get_experiment_by_name(PROJECT)
+        experiment = found.experiment_id if found else client.create_experiment(PROJECT)
+        self._run_id = client.create_run(experiment, run_name=run_dir.resolve().name).info.run_id
+        write_whole(file, self._run_id)
+        for key, value in flat(config):
+            client.log_param(self._run_id, key, str(value)[:500])  # MLflow's oldest limit on a value
 
     def write(self, row: Mapping[str, Any]) -> None:
         entities = importlib.import_module("mlflow.entities")
@@ -234,9 +203,7 @@ def make_sinks(names: list[str]) -> list[Sink]:
     """
     for name in names:
         if name not in SINKS:
-            near = difflib.get_close_matches(name, SINKS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "choose among " + ", ".join(SINKS)
-            raise ValueError(f"unknown sink '{name}'; {hint}")
+            raise ValueError(f"unknown sink {name!r}{did_you_mean(name, SINKS)}")
         if name in EXTRAS and not _installed(name):
             raise ValueError(_missing(name))
     return [SINKS[name]() for name in dict.fromkeys(["jsonl", *names])]
@@ -341,16 +308,19 @@ def _remembered(file: Path, resume_at: int | None) -> str | None:
     return file.read_text(encoding="utf-8") if resume_at is not None and file.exists() else None
 
 
-def _remember(file: Path, prefix: str = "") -> str:
+def _known_as(file: Path, resume_at: int | None, prefix: str = "") -> str:
+    """That name, or a new one, which the file then remembers."""
+    if known := _remembered(file, resume_at):
+        return known
     name = prefix + uuid.uuid4().hex[:8]
     write_whole(file, name)
     return name
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested keys joined by dots."""
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(keys joined by dots, value) of nested mappings."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

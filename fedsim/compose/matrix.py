@@ -15,7 +15,7 @@ from typing import Any
 
 from fedsim.compose.root import compose
 from fedsim.config import ConfigError
-from fedsim.overrides import apply_overrides, read_file
+from fedsim.overrides import apply_overrides
 from fedsim.strategies import STRATEGIES
 
 SMALL: dict[str, Any] = {
@@ -68,12 +68,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def pair(strategy: str, option: str | None) -> dict[str, Any]:
     """The small experiment with one strategy and one option."""
     raw = {**SMALL, "strategy": {"name": strategy, **FIELDS.get(strategy, {})}}
-    changes = OPTIONS[option] if option else {}
     if "local" not in signature(STRATEGIES[strategy]).parameters:
         raw.pop("local")
-    dropped = [k for k, v in changes.items() if v is None]
-    raw = {k: v for k, v in raw.items() if k not in {*dropped, *changes}}
-    return apply_overrides(raw, {k: v for k, v in changes.items() if v is not None}, "pair")
+    return apply_overrides(raw, OPTIONS[option] if option else {}, "pair")
 
 
 def refusal(strategy: str, option: str | None) -> str | None:
@@ -124,7 +121,6 @@ def examples(folder: Path = Path("configs")) -> Mapping[str, str]:
     out = {}
     for name in names:
         path = folder / f"{name}.yaml"
-        read_file(path)
         out[str(path)] = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
     return out
 

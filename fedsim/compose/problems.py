@@ -1,8 +1,8 @@
 """What the section `task` describes: a task that computes its own field, or data and a module for an engine.
 
 An entry is called with its own fields and, where it has such parameters, with `seed`, `count` (of clients: a number
-in any case), `clients` (that section), `device`, and `partition` (the entry of that section, which otherwise may not
-stand in the file).
+in any case), `clients` (that section), `device`, `root` (`data.root`), and `partition` (the entry of that section,
+which otherwise may not stand in the file).
 """
 
 from __future__ import annotations

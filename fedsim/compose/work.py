@@ -34,14 +34,15 @@ def work_of(strategy: Strategy, num_examples: Tensor) -> Work:
     """The work of clients with these samples [N]; of a strategy without local training one step on all of them."""
     n, most, traits = num_examples.cpu(), int(num_examples.max()), strategy.traits
     cohort_size, single = strategy.at_work(len(n)), traits.local_rules == "rate"
-    for local in parts(strategy, LocalTraining).values():
-        return Work(
-            cohort_size,
-            torch.ones_like(n) if single else local.schedule.num_steps(n),
-            min(local.schedule.batch_size or most, most),
-            local.constant_rate and not (single or traits.two_points),
-        )
-    return Work(cohort_size, torch.ones_like(n), most, False)
+    local = next(iter(parts(strategy, LocalTraining).values()), None)
+    if local is None:
+        return Work(cohort_size, torch.ones_like(n), most, False)
+    return Work(
+        cohort_size,
+        torch.ones_like(n) if single else local.schedule.num_steps(n),
+        min(local.schedule.batch_size or most, most),
+        local.constant_rate and not (single or traits.two_points),
+    )
 
 
 def in_words(work: Work, plan: Plan, layout: Layout, num_examples: Tensor) -> dict[str, str]:

@@ -19,6 +19,7 @@ from fedsim.history import History, axis_scale, show
 from fedsim.report.curves import AXES, wants_log
 from fedsim.report.draw import NUM_COLOURS, Curve, line_panel
 from fedsim.report.page import Key, Page, Picture, Section, Table, shortened
+from fedsim.sinks import flat
 
 # The first of these that every run has is compared; True where higher is better.
 MEASURES = {"test_accuracy": True, "distance": False, "test_loss": False, "train_loss": False}
@@ -247,16 +248,9 @@ def _title(key: str) -> str:
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: json.dumps(value, default=str)
-        for key, value in _flat({k: v for k, v in config.items() if k not in _IRRELEVANT})
+        for key, value in flat({k: v for k, v in config.items() if k not in _IRRELEVANT})
         if key.rsplit(".", 1)[-1] != "seed"
     }
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    out = []
-    for key, value in config.items():
-        out += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return out
 
 
 def _differs(group: Group, groups: Sequence[Group]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 
@@ -314,8 +315,8 @@ def _svg(figure: Figure, alt: str) -> str:
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r'\bid="([^"]+)"', lambda m: m.group() if m.group(1) in used else "", text)
-    # Ids are hashes of what they name; a prefix per picture keeps those of two pictures apart on one page.
-    stamp = f"f{abs(hash_text(text)):x}"[:9]
+    # Ids are hashes of what they name; a prefix per picture, the same in every process, keeps those of two apart.
+    stamp = f"f{crc32(text.encode()):x}"
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{stamp}-", text)
     for name, hexed in _STAND_INS.items():
         text = text.replace(hexed, f"var(--{name})")
@@ -323,10 +324,3 @@ def _svg(figure: Figure, alt: str) -> str:
     head = f'<svg class="picture" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alt)}"'
     head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(r"^<svg[^>]*>", lambda _: head, text, count=1)
-
-
-def hash_text(text: str) -> int:
-    """The same number in every process (Python's own hash is salted)."""
-    from zlib import crc32
-
-    return crc32(text.encode())

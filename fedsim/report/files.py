@@ -9,7 +9,7 @@ import numpy as np
 
 
 def read_columns(folder: Path, stem: str, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Numeric columns of `stem`.parquet or `stem`.jsonl in a folder.
+    """Numeric columns of `stem`.jsonl in a folder.
 
     Returns:
         {name: [rows] float64, NaN for null} of those names that exist; empty if there is no such file, or no row.
@@ -17,16 +17,14 @@ def read_columns(folder: Path, stem: str, names: Sequence[str]) -> dict[str, np.
     Raises:
         ValueError: if the file is there and cannot be read.
     """
-    parquet, lines = folder / f"{stem}.parquet", folder / f"{stem}.jsonl"
-    file = parquet if parquet.is_file() else lines
+    file = folder / f"{stem}.jsonl"
     if not file.is_file() or not file.stat().st_size:
         return {}
     import pyarrow
     import pyarrow.json
-    import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(file) if file is parquet else pyarrow.json.read_json(file)
+        table = pyarrow.json.read_json(file)
         found = [name for name in names if name in table.column_names]
         return {name: table[name].cast(pyarrow.float64()).to_numpy() for name in found}
     except (pyarrow.ArrowException, OSError) as e:

@@ -1,7 +1,7 @@
 """`report.html` of one run: what it reached, over rounds, virtual time and bits, for whom, and how to get it again.
 
 The page is made from the run's folder alone: metrics.jsonl, and as far as they are there config.yaml, env.json,
-clients.jsonl or clients.parquet, split.npz and timeline.jsonl. What is missing is left out.
+clients.jsonl, split.npz and timeline.jsonl. What is missing is left out.
 """
 
 from __future__ import annotations

@@ -21,18 +21,13 @@ def timing_section(history: History, folder: Path) -> Section | None:
     rounds, mean = history.series("staleness_mean")
     if not len(rounds):
         return None
-    curves, keys = [Curve(x=rounds, y=mean.astype(float))], [Key(text="mean of a step's replies", colour="c1")]
-    max_rounds, largest = history.series("staleness_max")
-    if len(max_rounds):
-        curves.append(Curve(x=max_rounds, y=largest.astype(float), colour="c2"))
-        keys.append(Key(text="largest", colour="c2"))
-    svg = line_panel(curves, x_label="round", alt="staleness against rounds")
+    svg = line_panel([Curve(x=rounds, y=mean.astype(float))], x_label="round", alt="staleness against rounds")
     drawn = _timeline(history, folder)
     pictures = [drawn[1]] if drawn else []
     return Section(
         title="Asynchrony",
         text="Staleness: how many server steps a reply missed while its client worked." + (drawn[0] if drawn else ""),
-        keys=keys,
+        keys=[Key(text="mean of a step's replies", colour="c1")],
         pictures=[*pictures, Picture(title="Staleness by round", svg=svg)],
     )
 
@@ -62,11 +57,5 @@ def _timeline(history: History, folder: Path) -> tuple[str, Picture] | None:
     at = at if len(at) <= SHOWN_STEPS else np.zeros(0)
     text = f" The timeline shows the first {len(start):,} jobs of {len(shown):,} of {len(known):,} clients"
     text += "; its upright lines are server steps." if len(at) else "."
-    svg = timeline(
-        jobs,
-        at,
-        end=end,
-        x_label="virtual time (s)",
-        alt="timeline: when each shown client worked",
-    )
+    svg = timeline(jobs, at, end=end, x_label="virtual time (s)", alt="timeline: when each shown client worked")
     return text, Picture(title="Who worked when", svg=svg, wide=True)

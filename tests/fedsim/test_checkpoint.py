@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsim import checkpoint
-from fedsim.checkpoint import Damaged, checkpoints, classes_of, load, misfit, pack, save, to_device, unpack
+from fedsim.checkpoint import Damaged, checkpoints, classes_of, load, misfit, pack, save, unpack
 from fedsim.config import ConfigError
 from tests.fedsim.console import contents
 
@@ -229,6 +229,7 @@ def test_vectors_of_the_models_size_are_compared_by_name_and_others_may_change()
 
 def test_a_tree_moves_to_a_device_whole() -> None:
     tree = {"a": [torch.zeros(2), 3], "b": Outer(torch.zeros(1), {1: Inner(torch.zeros(1))}), "c": (None, "x")}
-    moved = to_device(tree, torch.device("meta"))
+    tensors: dict[str, Tensor] = {}
+    moved = unpack(pack(tree, tensors), tensors, classes_of(tree), torch.device("meta"))
     assert moved["a"][0].device.type == moved["b"].x.device.type == moved["b"].parts[1].row.device.type == "meta"
     assert moved["a"][1] == 3 and moved["c"] == (None, "x")

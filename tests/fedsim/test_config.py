@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from fedsim import runs
 from fedsim.config import ConfigError, FromTable, Reader, at, decode, decode_entry, did_you_mean, naming, place
 from fedsim.overrides import apply_overrides, parse_overrides, read_file
 
@@ -346,7 +347,7 @@ def test_an_override_needs_a_key_and_a_value(text: str) -> None:
 
 def test_values_may_refer_to_other_keys_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("n: 5\nclients: {count: '${n}'}\n")
-    assert read_file(tmp_path / "x.yaml", ["n=7"]) == {"n": 7, "clients": {"count": 7}}
+    assert runs.load(tmp_path / "x.yaml", {"n": 7})[0] == {"n": 7, "clients": {"count": 7}}
     (tmp_path / "y.yaml").write_text("clients: {count: '${m}'}\n")
     with pytest.raises(ConfigError, match=r"y.yaml: not readable: .*'m' not found"):
         read_file(tmp_path / "y.yaml")

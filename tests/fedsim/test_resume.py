@@ -58,41 +58,34 @@ def flip(file: Path, at: int) -> None:
 # One run to a folder ----------------------------------------------------------------------------------------------
 
 TOGETHER = """
-import os, time
+import json, os, time
 from pathlib import Path
 import fedsim.runs, fedsim.report, fedsim.loop
-from fedsim import cli
-Path(f"ready-{os.getpid()}").touch()
-while len(list(Path().glob("ready-*"))) < 3:
-    time.sleep(0.001)
-cli.main()
+from tests.fedsim.console import fedsim
+for number, more in enumerate(([], ["--out", "mine"])):
+    Path(f"ready-{number}-{os.getpid()}").touch()
+    while len(list(Path().glob(f"ready-{number}-*"))) < 3:
+        time.sleep(0.001)
+    found = fedsim("run", "quad.yaml", "-q", *more)
+    print(json.dumps([found.code, found.err]))
 """
 
 
-def together(folder: Path, *args: str) -> list[tuple[int, str]]:
-    """(exit code, errors) of three calls that start at the same moment."""
-    command = [sys.executable, "-c", TOGETHER, "run", "quad.yaml", "-q", *args]
-    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT, "cwd": folder}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
-
-
 @pytest.mark.timeout(300)
-def test_three_runs_that_start_at_once_get_a_folder_each(tmp_path: Path, whole: Path) -> None:
+def test_three_runs_that_start_at_once_get_a_folder_each_and_of_three_into_one_folder_one_gets_it(
+    tmp_path: Path, whole: Path
+) -> None:
     (tmp_path / "quad.yaml").write_text(json.dumps(QUADRATIC))
-    assert together(tmp_path) == [(0, "")] * 3
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": ENVIRONMENT, "cwd": tmp_path}
+    processes = [subprocess.Popen([sys.executable, "-c", TOGETHER], **pipes) for _ in range(3)]
+    outs = [process.communicate(timeout=200)[0].splitlines() for process in processes]
+    apart, into_one = (sorted(json.loads(out[call]) for out in outs) for call in (0, 1))
+    assert apart == [[0, ""]] * 3
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["quad-001", "quad-002", "quad-003"]
-    for folder in (tmp_path / "runs").iterdir():
+    assert [code for code, _ in into_one] == [0, 2, 2]
+    for folder in (*(tmp_path / "runs").iterdir(), tmp_path / "mine"):
         assert rows(folder) == rows(whole)
-
-
-@pytest.mark.timeout(300)
-def test_of_three_runs_into_one_folder_one_gets_it(tmp_path: Path, whole: Path) -> None:
-    (tmp_path / "quad.yaml").write_text(json.dumps(QUADRATIC))
-    found = sorted(together(tmp_path, "--out", "mine"))
-    assert [code for code, _ in found] == [0, 2, 2] and rows(tmp_path / "mine") == rows(whole)
-    for _, error in found[1:]:
+    for _, error in into_one[1:]:
         assert error.count("\n") == 1 and ("mine is in use by process" in error or "already holds a run" in error)
 
 

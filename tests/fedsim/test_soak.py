@@ -30,7 +30,7 @@ def resident() -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory_is_flat_over_200_rounds_of_the_quickstart() -> None:
-    composition = compose(read_file(ROOT / "configs" / "quickstart.yaml", ["local.epochs=1"]), "quickstart.yaml")
+    composition = compose(read_file(ROOT / "configs" / "quickstart.yaml", {"local.epochs": 1}), "quickstart.yaml")
     e = composition.experiment
     state = e.strategy.init(e.task.init(0))
     seen = []

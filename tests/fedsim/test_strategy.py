@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import fedsim
-from fedsim.clients.local_training import LocalTraining
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.fleet import linear
 from fedsim.strategies.server import ServerState, Synchronous
+from tests.contracts.outside import Halved
 
 HERE = __name__
 CONFIG: dict[str, Any] = {"rounds": 2, "task": "quadratic", "clients": {"count": 4}, "runtime": {"workers": 1}}
@@ -26,29 +26,13 @@ class NotOne:
     def round(self, s: Any, fleet: Any, rng: Any) -> None: ...
 
 
-@dataclass(frozen=True)
-class State:
-    x: Tensor
-
-
 @dataclass(frozen=True, kw_only=True)
-class Bare(fedsim.Strategy):
-    """The least that a strategy can be."""
+class Picky(Halved):
+    """A class of a user's own that bears little."""
 
-    local: LocalTraining
     traits: ClassVar[fedsim.Traits] = fedsim.Traits(
         local_rules="plain_sgd", no_links="its messages are secret", refused={"cohort_size": "it asks everybody"}
     )
-
-    def init(self, x0: Tensor) -> State:
-        return State(x0)
-
-    def round(self, s: State, fleet: Any, rng: Any) -> tuple[State, dict[str, Any]]:
-        r = fleet.ask(fleet.clients, self.change, x=s.x)
-        return State(s.x - r["d"].mean(0)), {}
-
-    def change(self, clients: Any, x: Tensor) -> dict[str, Any]:
-        return {"d": self.local(clients, x).delta}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +65,7 @@ def test_a_class_that_is_no_strategy_is_told_what_to_write() -> None:
         ({}, ""),
         ({"uplink": {"compressor": "natural"}}, "uplink.compressor: does not go with this strategy: its messages are"),
         (
-            {"strategy": {"name": f"{HERE}:Bare", "cohort_size": 2}},
+            {"strategy": {"name": f"{HERE}:Picky", "cohort_size": 2}},
             "cohort_size: does not go with this strategy: it asks",
         ),
         ({"local": {"optimizer": {"name": "adam", "lr": 0.1}}}, "corrects the direction of every local step"),
@@ -92,7 +76,7 @@ def test_a_class_that_is_no_strategy_is_told_what_to_write() -> None:
     ],
 )
 def test_traits_of_a_users_class_are_obeyed(changes: dict[str, Any], message: str) -> None:
-    raw = {"strategy": f"{HERE}:Bare", **changes}
+    raw = {"strategy": f"{HERE}:Picky", **changes}
     if message:
         assert message in _refusal(raw)
     else:

@@ -52,7 +52,7 @@ def full(folder: Path, *, name: str = "fedbuff") -> Path:
     for row in rows:
         row |= {"client_accuracy_mean": 0.5, "client_accuracy_std": 0.1, "client_accuracy_worst_decile": 0.3}
         row |= {"client_loss_mean": 1.0, "client_loss_std": 0.2, "client_loss_worst_decile": 1.5}
-        row |= {"staleness_mean": 1.5, "staleness_max": 4, "honest_spread": 1 / row["round"], "distance": 0.5}
+        row |= {"staleness_mean": 1.5, "honest_spread": 1 / row["round"], "distance": 0.5}
         row |= {"x": [1.0, 1 / row["round"]]}
     write_rows(folder, rows, CONFIG.format(seed=0, strategy=name))
     counts = np.arange(50).reshape(10, 5) % 7

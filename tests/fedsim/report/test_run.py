@@ -163,7 +163,6 @@ def test_a_long_run_of_many_clients_stays_small(tmp_path):
     [
         ("split.npz", b"no archive"),
         ("clients.jsonl", b"{oops"),
-        ("clients.parquet", b"no parquet"),
         ("env.json", b"{oops"),
     ],
 )
