@@ -56,9 +56,15 @@ class Exact:
 
 
 class Aggregator(Protocol):
-    """One vector from many: see fedsim.aggregate."""
+    """Frozen settings of an aggregation rule, one vector from many (see fedsim.aggregate); its input stays as it is.
+
+    A rule that is not linear counts every row once, whatever its weight: a weight is what a client says about itself,
+    and a robust rule that believed it would not be robust. Such a rule takes a row with a NaN or an infinity to be
+    farther away than any other row.
+    """
 
     foldable: ClassVar[bool]
+    """Whether the rule is linear, so that stacks can be folded as they finish."""
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
         """Rows [R, P] and sample counts [R] -> [P]."""
