@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Packet
+from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Work, weigh
 from fedsim.memory import Memory
 from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable
@@ -25,7 +25,7 @@ from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
 from fedsim.sim.devices import Devices, law
 from fedsim.sim.events import Event, EventQueue
 from fedsim.sim.executor import Executor, Jobs, Results
-from fedsim.sim.links import FLOAT_BITS, Downlink
+from fedsim.sim.links import Downlink
 from fedsim.streams import Streams
 
 ONE_STEP = Cost()
