@@ -10,7 +10,6 @@ from, so that asynchronous runs still work on stacks. Client memory is written w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import inf
 from typing import Any, ClassVar
 
@@ -104,9 +103,7 @@ class SimFleet(Account):
         num_examples = self.num_examples[ids]
         attacked = self.byzantine is not None and not bool(self.byzantine.honest(ids).all())
         early = None if fold is None or attacked else weigh(fold, num_examples)
-        kept = self.memory.of(ids)
-        results = self.executor.run(_jobs(work, ids, numbers, broadcast, kept, early, self.round))
-        self.memory.write(ids, results.memory)
+        results = self._run(work, ids, numbers, broadcast, early)
         if len(ids):
             self.now = max(self.now, float(finish.max()))
         fields: dict[str, Any] = {**results.fields, **results.sums}
@@ -136,9 +133,7 @@ class SimFleet(Account):
         streams = Streams(self._seed, ids, numbers)
         heard = who_hears(streams, present, self.honest(ids[present]), missing if arrival == "adversarial" else 0)
         vector = FLOAT_BITS * sum(v[0].numel() for v in sent.values() if v.ndim > 1)
-        jobs = _jobs(work, ids, numbers, broadcast, self.memory.of(ids), None, self.round)
-        results = self.executor.run(replace(jobs, inbox=Inbox(sent, heard, places(present, n))))
-        self.memory.write(ids, results.memory)
+        results = self._run(work, ids, numbers, broadcast, inbox=Inbox(sent, heard, places(present, n)))
         up, down = torch.full((n,), vector * (n - 1)), vector * (len(present) - arrive.long())
         self.ledger.bits_down += int(down.sum())
         self._observe(ids, arrive, results.metrics, up, count=False)
@@ -153,10 +148,10 @@ class SimFleet(Account):
 
     def job_seconds(self, cost: Cost, samples: int = 1, messages: Tensor | None = None, **broadcast: Any) -> Tensor:
         """[N, samples] float64 seconds of such a job, drawn with keys that no real job has."""
-        columns = []
+        columns, work = [], self._work(cost, messages, broadcast)
         for k in range(samples if self._devices.random else 1):
             streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1 - k))
-            columns.append(self._devices.seconds(streams, *self._work(cost, messages, broadcast)))
+            columns.append(self._devices.seconds(streams, *work))
         return torch.stack(columns, dim=1)
 
     def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
@@ -217,6 +212,22 @@ class SimFleet(Account):
         up = torch.full_like(steps, self._up(cost))
         return self.now + self._seconds(ids, numbers, steps, down.double(), up), received
 
+    def _run(
+        self,
+        work: Work,
+        ids: Tensor,
+        numbers: Tensor,
+        broadcast: Mapping[str, Any],
+        weights: Tensor | None = None,
+        inbox: Inbox | None = None,
+    ) -> Results:
+        """Jobs that all start from one broadcast, at once; what they keep is written."""
+        which, kept = torch.zeros(len(ids), dtype=torch.int64), self.memory.of(ids)
+        jobs = Jobs(work.__name__, ids, numbers, [broadcast], which, kept, weights, self.round, inbox=inbox)
+        results = self.executor.run(jobs)
+        self.memory.write(ids, results.memory)
+        return results
+
     def _seconds(self, ids: Tensor, numbers: Tensor, steps: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """[R] durations of jobs; those of clients that are sent work one by one are looked up where they never vary."""
         if self._devices.random or len(ids) > 1:
@@ -269,17 +280,3 @@ class SimFleet(Account):
         self._observe(ids, arrive, results.metrics, results.bits_up, staleness)
         ids, finish, staleness = ids[arrive], finish[arrive], staleness[arrive]
         return Replies(ids, self.num_examples[ids], finish, fields, staleness)
-
-
-def _jobs(
-    work: Work,
-    ids: Tensor,
-    numbers: Tensor,
-    model: Mapping[str, Any],
-    memory: Mapping[str, Tensor],
-    weights: Tensor | None,
-    round: int,
-) -> Jobs:
-    """Jobs that all start from one broadcast."""
-    which = torch.zeros(len(ids), dtype=torch.int64)
-    return Jobs(work.__name__, ids, numbers, [model], which, memory, weights, round)

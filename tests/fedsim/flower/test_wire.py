@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def trip(values: dict[str, Any], book: wire.Book = NOBODY, keys: tuple[wire.Key, ...] = ()) -> dict[str, Any]:
     """Values after a trip as Flower's bytes."""
-    content, _ = through_bytes(wire.write(values, book, keys))
+    content = through_bytes(wire.write(values, book, keys))
     return wire.read(content, book)
 
 

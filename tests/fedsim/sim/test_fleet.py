@@ -284,10 +284,10 @@ def test_memory_is_written_when_the_reply_is_received_and_not_before() -> None:
     fleet = _fleet((1.0, 5.0))
     fleet.send(fleet.clients, HALVES.count, x=X)
     fleet.receive(until=2.0)  # computes both, delivers one
-    assert fleet.memory.read(fleet.clients)["n"].tolist() == [[1, 1], [0, 0]]
+    assert fleet.memory.of(fleet.clients)["n"].tolist() == [[1, 1], [0, 0]]
     fleet.send(_ids(0), HALVES.count, x=X)
     r = fleet.receive()
-    assert r["n"].tolist() == [[2, 2], [1, 1]] and fleet.memory.read(fleet.clients)["n"].tolist() == [[2, 2], [1, 1]]
+    assert r["n"].tolist() == [[2, 2], [1, 1]] and fleet.memory.of(fleet.clients)["n"].tolist() == [[2, 2], [1, 1]]
 
 
 def test_staleness_counts_server_steps_since_the_work_was_sent() -> None:
