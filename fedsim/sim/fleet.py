@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import FLOAT_BITS, Packet
-from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Times, Work, weigh
 from fedsim.memory import Memory
 from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
@@ -146,18 +146,15 @@ class SimFleet(Account):
         """[R] bool: which of these clients are honest."""
         return torch.ones(len(ids), dtype=torch.bool) if self.byzantine is None else self.byzantine.honest(ids)
 
-    def job_seconds(self, cost: Cost, samples: int = 1, messages: Tensor | None = None, **broadcast: Any) -> Tensor:
-        """[N, samples] float64 seconds of such a job, drawn with keys that no real job has."""
-        columns, work = [], self._work(cost, messages, broadcast)
-        for k in range(samples if self._devices.random else 1):
-            streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1 - k))
-            columns.append(self._devices.seconds(streams, *work))
-        return torch.stack(columns, dim=1)
-
-    def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
-        """([N] seconds at least, [N] mean of an exponential rest) of such a job; None where it must be drawn."""
-        streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1))
-        return law(self._devices, streams, *self._work(cost, messages, broadcast))
+    def job_times(self, cost: Cost, samples: int, messages: Tensor | None = None, **broadcast: Any) -> Times:
+        """How long such a job takes (see `Fleet.job_times`); what must be drawn is, with keys that no real job has."""
+        work = self._work(cost, messages, broadcast)
+        jobs = torch.full_like(self.clients, -1)
+        if (known := law(self._devices, Streams(self._seed, self.clients, jobs), *work)) is not None:
+            return Times(*known)
+        streams = [Streams(self._seed, self.clients, jobs - k) for k in range(samples)]
+        drawn = torch.stack([self._devices.seconds(each, *work) for each in streams], dim=1)
+        return Times(drawn.mean(1), torch.zeros(len(drawn), dtype=torch.float64), drawn)
 
     def _work(self, cost: Cost, messages: Tensor | None, broadcast: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """(steps, bits down, bits up), [N] each, of a job once clients have a copy: what `_book` will count."""
