@@ -45,11 +45,6 @@ class Attack(Protocol):
         ...
 
 
-def flip_labels(targets: Tensor, num_classes: int) -> Tensor:
-    """Class y becomes num_classes - 1 - y."""
-    return num_classes - 1 - targets
-
-
 @dataclass(frozen=True, kw_only=True)
 class SignFlip:
     """Sends -mu; scaled, -mu H / b, which makes the mean of all zero."""
@@ -216,8 +211,8 @@ class LabelFlip:
     on_data: ClassVar[bool] = True
 
     def poison(self, targets: Tensor, num_classes: int) -> Tensor:
-        """The labels that the byzantine clients train on."""
-        return flip_labels(targets, num_classes)
+        """The labels that the byzantine clients train on, any shape of class numbers."""
+        return num_classes - 1 - targets
 
     def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         raise ValueError("label_flip poisons data, not vectors: let its clients train on poison(targets, num_classes)")

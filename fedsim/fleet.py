@@ -55,10 +55,35 @@ class Exact:
     value: Tensor | Terms
 
 
+@dataclass(frozen=True)
+class Times:
+    """How long jobs take: T_i = least_i + an exponential time of mean rest_i; or as drawn.
+
+    Args:
+        least, rest: [N] float64 seconds.
+        drawn: [N, samples] seconds of clients whose clocks have another law, in which case `least` is their mean.
+    """
+
+    least: Tensor
+    rest: Tensor
+    drawn: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """tau [N]."""
+        return self.least + self.rest
+
+
 class Aggregator(Protocol):
-    """One vector from many: see fedsim.aggregate."""
+    """Frozen settings of an aggregation rule, one vector from many (see fedsim.aggregate); its input stays as it is.
+
+    A rule that is not linear counts every row once, whatever its weight: a weight is what a client says about itself,
+    and a robust rule that believed it would not be robust. Such a rule takes a row with a NaN or an infinity to be
+    farther away than any other row.
+    """
 
     foldable: ClassVar[bool]
+    """Whether the rule is linear, so that stacks can be folded as they finish."""
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
         """Rows [R, P] and sample counts [R] -> [P]."""
@@ -187,25 +212,18 @@ class Fleet(Protocol):
         """[R] bool: which of these clients are honest; all of them where nobody knows better. For metrics only."""
         ...
 
-    def job_seconds(self, cost: Cost, samples: int = 1, messages: Tensor | None = None, **broadcast: Any) -> Tensor:
-        """[N, samples] float64: how long such a job takes each client, for weights that depend on it.
+    def job_times(self, cost: Cost, samples: int, messages: Tensor | None = None, **broadcast: Any) -> Times:
+        """How long such a job takes each of the N clients, for weights that depend on it.
 
-        The simulator draws them, keyed; one column where durations do not vary. A deployed fleet returns what it has
-        measured, or NaN for clients that it has not.
+        The simulator knows the law of its clocks, or draws from them; a deployed fleet gives the mean of what it has
+        measured, NaN for clients of which it has measured nothing.
 
         Args:
             cost: of the job.
-            samples: how many to draw for each client.
+            samples: how many to draw for each client, where their law is not known.
             messages: [N] how many broadcasts each client is sent with a job, those that it missed included, where a
                 compressed downlink makes that matter; one if left out.
             broadcast: what it downloads.
-        """
-        ...
-
-    def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
-        """([N] seconds that such a job takes at least, [N] mean of an exponential time on top), float64.
-
-        None where durations vary by another law, so that they must be drawn; arguments are those of `job_seconds`.
         """
         ...
 

@@ -90,16 +90,8 @@ class Memory:
         self.folder = folder
         self.tables: dict[str, _Table] = {}
 
-    def names(self) -> tuple[str, ...]:
-        """Names under which any client has written a row."""
-        return tuple(self.tables)
-
-    def read(self, ids: Tensor) -> dict[str, Tensor]:
-        """{name: [C, ...]} copies for some clients; zeros for those that never wrote one."""
-        return dict(self.of(ids))
-
     def of(self, ids: Tensor) -> Kept:
-        """The rows of some clients, to be read later."""
+        """{name: [C, ...]} for some clients, to be read later; zeros for those that never wrote one."""
         return Kept(self, ids)
 
     def write(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
@@ -118,13 +110,6 @@ class Memory:
                 found, kept = list(value.shape[1:]), list(table.rows.shape[1:])
                 raise ValueError(f"memory[{name!r}] holds rows of shape {kept}, and one of shape {found} was written")
             table.write(ids.cpu(), value)
-
-    def mean(self, name: str, size: int) -> Tensor:
-        """[size]: the mean of one row over all N clients, those that never wrote one counting as zero."""
-        if name not in self.tables:
-            return torch.zeros(size)
-        table = self.tables[name]
-        return table.rows[: len(table.owners)].sum(0) / self.num_clients
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint: the owners and the rows of each name."""

@@ -10,7 +10,6 @@ Letters: N clients, T_i seconds of a job of client i, tau_i their mean, p_i impo
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.fleet import Cost, Fleet
+from fedsim.fleet import Cost, Fleet, Times
 
 Importance = Literal["uniform", "num_examples"]
 SAMPLES = 4096  # drawn durations of each client, where nothing better is known
@@ -26,26 +25,6 @@ JOBS, MOST_JOBS = 200, 2_000_000  # of each client and of all of them that a sch
 STEPS = 4000  # aggregations that it is followed for at least
 DRAWS = 4_000_000  # numbers drawn for the chances of memoryless clocks
 TOLERANCE = 1e-9  # ceil(T / interval) must not see the rounding of the division
-
-
-@dataclass(frozen=True)
-class Times:
-    """How long jobs take: T_i = least_i + an exponential time of mean rest_i; or as drawn.
-
-    Args:
-        least, rest: [N] seconds.
-        drawn: [N, samples] seconds of clients whose clocks have another law, in which case `least` and `rest` are not
-            used.
-    """
-
-    least: Tensor
-    rest: Tensor
-    drawn: Tensor | None = None
-
-    @property
-    def mean(self) -> Tensor:
-        """tau [N]."""
-        return self.least + self.rest if self.drawn is None else self.drawn.mean(1)
 
 
 def able(fleet: Fleet) -> Tensor:
@@ -96,22 +75,19 @@ def given_seconds(job_seconds: tuple[float, ...], p: Tensor) -> Times:
 
 
 def known_times(fleet: Fleet, cost: Cost, x: Tensor, messages: Tensor) -> Times:
-    """Times of jobs that download x [P] after so many messages [N]: their law where the fleet knows it, else drawn.
+    """Times of jobs that download x [P] after so many messages [N].
 
     Raises:
         ValueError: if the fleet does not know them.
     """
-    law = fleet.job_law(cost, messages, x=x)
-    if law is None:
-        samples = max(1, SAMPLES * 1000 // max(len(fleet.clients), 1000))
-        tau = fleet.job_seconds(cost, samples, messages, x=x)
-        return Times(tau.mean(1), torch.zeros(len(tau), dtype=torch.float64), tau)
-    if not bool(torch.isfinite(law[0]).all()):
+    samples = max(1, SAMPLES * 1000 // max(len(fleet.clients), 1000))
+    times = fleet.job_times(cost, samples, messages, x=x)
+    if not bool(torch.isfinite(times.least).all()):
         raise ValueError(
             "weights=unbiased needs every client's job time, which this fleet does not know; give "
             "strategy.job_seconds, one number a client, or weights: identical"
         )
-    return Times(*law)
+    return times
 
 
 def window_weights(p: Tensor, times: Times, interval: float) -> Tensor:

@@ -1,10 +1,11 @@
-"""What an aggregator is: R rows and their weights in, one vector out.
+"""What aggregation rules share; a rule takes R rows and their weights and gives one vector (`fedsim.fleet.Aggregator`).
 
 Letters: R rows, P entries of a row, f rows that may be faulty.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -16,22 +17,6 @@ class TooFewRows(ValueError):
     """A rule got fewer rows than it can judge."""
 
 
-class Aggregator(Protocol):
-    """Frozen settings of an aggregation rule. Rules never change their input.
-
-    A rule that is not linear counts every row once, whatever its weight: a weight is what a client says about itself,
-    and a robust rule that believed it would not be robust. Such a rule takes a row with a NaN or an infinity to be
-    farther away than any other row.
-    """
-
-    foldable: ClassVar[bool]
-    """Whether the rule is linear, so that stacks can be folded as they finish."""
-
-    def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        """Rows [R, P] and weights [R] -> [P]."""
-        ...
-
-
 class PreAggregator(Protocol):
     """Frozen settings of a rule that prepares rows for an aggregator, without changing its input."""
 
@@ -40,18 +25,40 @@ class PreAggregator(Protocol):
         ...
 
 
-def check_f(rule: str, f: int) -> None:
-    """Refuse a negative number of faulty rows."""
-    if f < 0:
-        raise ValueError(f"{rule}.f must be a number of rows, at least 0, got {f}")
+@dataclass(frozen=True, kw_only=True)
+class Tolerant:
+    """A rule that takes some of its rows for faulty.
+
+    Args:
+        f: rows that may be faulty, at least 0.
+    """
+
+    f: int
+    name: ClassVar[str]
+    """What messages call it: its row of the table."""
+
+    def __post_init__(self) -> None:
+        if self.f < 0:
+            raise ValueError(f"{self.name}.f must be a number of rows, at least 0, got {self.f}")
 
 
-def check_majority(rule: str, n: int, f: int) -> None:
-    """Refuse n rows of which half or more may be faulty."""
-    if n <= 2 * f:
-        raise TooFewRows(
-            f"{rule} needs more than 2f = {2 * f} rows for f={f}, got n={n}; lower f or wait for more rows"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Robust(Tolerant):
+    """An aggregator of n rows, more than 2f unless it says otherwise, whose weights do not count."""
+
+    foldable: ClassVar[bool] = False
+
+    def check(self, n: int) -> None:
+        """Refuse n rows of which half or more may be faulty.
+
+        Raises:
+            TooFewRows: if n <= 2f.
+        """
+        if n <= 2 * self.f:
+            raise TooFewRows(
+                f"{self.name} needs more than 2f = {2 * self.f} rows for f={self.f}, got n={n}; lower f or wait for "
+                "more rows"
+            )
 
 
 def finite_rows(v: Tensor) -> Tensor:

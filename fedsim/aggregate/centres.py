@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import Aggregator, finite_rows, lengths, without_bad
+from fedsim.aggregate.base import finite_rows, lengths, without_bad
 from fedsim.aggregate.distances import centred_products
+from fedsim.fleet import Aggregator
 
 
 @dataclass(frozen=True, kw_only=True)

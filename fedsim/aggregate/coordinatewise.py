@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import TooFewRows, check_f, check_majority
+from fedsim.aggregate.base import Robust, TooFewRows
 from fedsim.aggregate.distances import FAR, squared_distances
 from fedsim.aggregate.neighbours import krum_scores
 
@@ -32,79 +32,49 @@ class Median:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrimmedMean:
-    """Mean of every coordinate without its f lowest and f highest values. Weights do not count.
+class TrimmedMean(Robust):
+    """Mean of every coordinate without its f lowest and f highest values. Weights do not count."""
 
-    Args:
-        f: rows that may be faulty; n > 2f is needed.
-    """
-
-    f: int
-    foldable: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_f("trimmed_mean", self.f)
+    name: ClassVar[str] = "trimmed_mean"
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        check_majority("trimmed_mean", v.shape[0], self.f)
+        self.check(v.shape[0])
         return _trimmed(sort_columns(v), self.f)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeaMed:
-    """Mean of the n - f values of every coordinate nearest to its median. Weights do not count.
+class MeaMed(Robust):
+    """Mean of the n - f values of every coordinate nearest to its median. Weights do not count."""
 
-    Args:
-        f: rows that may be faulty; n > 2f is needed.
-    """
-
-    f: int
-    foldable: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_f("meamed", self.f)
+    name: ClassVar[str] = "meamed"
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        check_majority("meamed", v.shape[0], self.f)
+        self.check(v.shape[0])
         columns = sort_columns(v)
         return _mean_around(columns, _median(columns), v.shape[0] - self.f)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phocas:
-    """Mean of the n - f values of every coordinate nearest to its trimmed mean. Weights do not count.
+class Phocas(Robust):
+    """Mean of the n - f values of every coordinate nearest to its trimmed mean. Weights do not count."""
 
-    Args:
-        f: rows that may be faulty; n > 2f is needed.
-    """
-
-    f: int
-    foldable: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_f("phocas", self.f)
+    name: ClassVar[str] = "phocas"
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        check_majority("phocas", v.shape[0], self.f)
+        self.check(v.shape[0])
         columns = sort_columns(v)
         return _mean_around(columns, _trimmed(columns, self.f), v.shape[0] - self.f)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bulyan:
+class Bulyan(Robust):
     """Krum's choice n - 2f times without replacement, then the n - 4f values nearest to the median. No weights.
 
     Two rows that are each other's nearest have the same score when few are left: the one nearer to all rows goes first.
-
-    Args:
-        f: rows that may be faulty; n >= 4f + 3 is needed.
+    n >= 4f + 3 is needed.
     """
 
-    f: int
-    foldable: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_f("bulyan", self.f)
+    name: ClassVar[str] = "bulyan"
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
         n = v.shape[0]

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import check_f, check_majority, finite_rows, without_bad
+from fedsim.aggregate.base import Robust, finite_rows, without_bad
 from fedsim.aggregate.distances import FAR, squared_distances
 
 
@@ -61,26 +61,24 @@ def _average(v: Tensor, chosen: Tensor, ok: Tensor | None = None) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NNA:
+class NNA(Robust):
     """Mean of the n - f rows nearest to one trusted row. The trusted row counts; weights do not.
 
     Args:
-        f: rows that may be faulty; n > 2f is needed.
         pivot: the trusted row.
     """
 
-    f: int
+    name: ClassVar[str] = "nna"
     pivot: int = 0
-    foldable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_f("nna", self.f)
+        super().__post_init__()
         if self.pivot < 0:
             raise ValueError(f"nna.pivot must be a row, at least 0, got {self.pivot}")
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
         n = v.shape[0]
-        check_majority("nna", n, self.f)
+        self.check(n)
         if self.pivot >= n:
             raise ValueError(f"nna.pivot={self.pivot} is not one of the {n} rows 0..{n - 1}")
         heard = torch.ones(1, n, dtype=torch.bool, device=v.device)
@@ -88,45 +86,35 @@ class NNA:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Krum:
+class Krum(Robust):
     """The row whose nearest others are nearest, the first of equal ones. Weights do not count.
 
     Args:
-        f: rows that may be faulty; n > 2f is needed.
         neighbours: how many others a row is scored by; the paper's n - f - 2 leaves out one more.
     """
 
-    f: int
+    name: ClassVar[str] = "krum"
     neighbours: Literal["n-f-1", "n-f-2"] = "n-f-1"
-    foldable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_f("krum", self.f)
+        super().__post_init__()
         if self.neighbours not in ("n-f-1", "n-f-2"):
             raise ValueError(f"krum.neighbours must be n-f-1 or n-f-2, got {self.neighbours!r}")
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        check_majority("krum", v.shape[0], self.f)
+        self.check(v.shape[0])
         spared = 1 if self.neighbours == "n-f-1" else 2
         return v[int(krum_scores(squared_distances(v, v), self.f, spared).argmin())].clone()
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiKrum:
-    """Mean of the n - f rows with the best Krum scores (n - f - 1 neighbours). Weights do not count.
+class MultiKrum(Robust):
+    """Mean of the n - f rows with the best Krum scores (n - f - 1 neighbours). Weights do not count."""
 
-    Args:
-        f: rows that may be faulty; n > 2f is needed.
-    """
-
-    f: int
-    foldable: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_f("multi_krum", self.f)
+    name: ClassVar[str] = "multi_krum"
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        check_majority("multi_krum", v.shape[0], self.f)
+        self.check(v.shape[0])
         scores = krum_scores(squared_distances(v, v), self.f, 1)
         return _average(v, scores.argsort(stable=True)[None, : v.shape[0] - self.f])[0]
 

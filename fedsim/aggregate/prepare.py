@@ -16,24 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import Aggregator, PreAggregator, TooFewRows, check_f, finite_rows, lengths, without_bad
+from fedsim.aggregate.base import PreAggregator, Tolerant, TooFewRows, finite_rows, lengths, without_bad
 from fedsim.aggregate.neighbours import mix_with_neighbours
+from fedsim.fleet import Aggregator
 
 
 @dataclass(frozen=True, kw_only=True)
-class NNM:
+class NNM(Tolerant):
     """Replaces every row by the mean of the n - f rows nearest to it; all rows then weigh the same.
 
-    A row that is not finite becomes NaN, which the rule that follows takes for the farthest.
-
-    Args:
-        f: rows that may be faulty, less than n.
+    A row that is not finite becomes NaN, which the rule that follows takes for the farthest. f < n is needed.
     """
 
-    f: int
-
-    def __post_init__(self) -> None:
-        check_f("nnm", self.f)
+    name: ClassVar[str] = "nnm"
 
     def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         if self.f >= v.shape[0]:
@@ -81,17 +76,13 @@ class Clipping:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ARC:
+class ARC(Tolerant):
     """Shortens the floor(2f (n - f) / n) longest rows to the length of the next one; a row not finite becomes zero.
 
-    Args:
-        f: rows that may be faulty, at most n.
+    f <= n is needed.
     """
 
-    f: int
-
-    def __post_init__(self) -> None:
-        check_f("arc", self.f)
+    name: ClassVar[str] = "arc"
 
     def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         n = v.shape[0]

@@ -11,7 +11,7 @@ Letters: n rows, P entries of a row, f rows that may be faulty, k = n - f rows k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, islice
 from math import comb, inf
@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import check_f, check_majority, finite_rows, without_bad
+from fedsim.aggregate.base import Robust, finite_rows, without_bad
 from fedsim.aggregate.distances import FAR, squared_distances
 
 _MOST_SUBSETS = {"mva": 5_000_000, "smea": 500_000}  # some ten seconds of work
@@ -28,21 +28,16 @@ _BATCH = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class MDA:
+class MDA(Robust):
     """Mean of the n - f rows of least diameter, the first such set in lexicographic order. Weights do not count.
 
-    Args:
-        f: rows that may be faulty; n > 2f is needed. Time grows as 2^f.
+    Time grows as 2^f.
     """
 
-    f: int
-    foldable: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_f("mda", self.f)
+    name: ClassVar[str] = "mda"
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        check_majority("mda", v.shape[0], self.f)
+        self.check(v.shape[0])
         distances = squared_distances(v, v).cpu().fill_diagonal_(0.0)
         radii = distances.unique().tolist()
         low, high = 0, len(radii) - 1
@@ -92,79 +87,48 @@ def _first_to_keep(far: list[int], f: int) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MVA:
-    """Mean of the n - f rows of least variance, found among all such sets. Weights do not count.
+class MVA(Robust):
+    """Mean of the n - f rows of least variance, found among all such sets. Weights do not count."""
 
-    Args:
-        f: rows that may be faulty; n > 2f is needed.
-    """
-
-    f: int
-    foldable: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_f("mva", self.f)
+    name: ClassVar[str] = "mva"
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        check_majority("mva", v.shape[0], self.f)
-        distances = _bounded(squared_distances(v, v).cpu())
-        best, chosen = inf, torch.arange(v.shape[0] - self.f)
-        for kept in _subsets("mva", v.shape[0], self.f):
-            # The sum of squared distances within a set is its variance, times a constant.
-            member = torch.zeros(len(kept), v.shape[0], dtype=torch.float64).scatter_(1, kept, 1.0)
-            spread = ((member @ distances) * member).sum(dim=1)
-            least = int(spread.argmin())
-            if float(spread[least]) < best:
-                best, chosen = float(spread[least]), kept[least]
-        return v[chosen.to(v.device)].mean(dim=0)
+        self.check(v.shape[0])
+        return _mean_of_least(self, v, self._spreads)
+
+    def _spreads(self, distances: Tensor, kept: Tensor) -> Tensor:
+        # The sum of squared distances within a set is its variance, times a constant.
+        member = torch.zeros(len(kept), len(distances), dtype=torch.float64).scatter_(1, kept, 1.0)
+        return ((member @ distances) * member).sum(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SMEA:
-    """Mean of the n - f rows whose covariance has the least top eigenvalue, among all such sets. No weights.
+class SMEA(Robust):
+    """Mean of the n - f rows whose covariance has the least top eigenvalue, among all such sets. No weights."""
 
-    Args:
-        f: rows that may be faulty; n > 2f is needed.
-    """
-
-    f: int
-    foldable: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_f("smea", self.f)
+    name: ClassVar[str] = "smea"
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        check_majority("smea", v.shape[0], self.f)
-        distances = _bounded(squared_distances(v, v).cpu())
-        best, chosen = inf, torch.arange(v.shape[0] - self.f)
-        for kept in _subsets("smea", v.shape[0], self.f):
-            within = distances[kept[:, :, None], kept[:, None, :]]
-            uniform = torch.full((kept.shape[1],), 1.0 / kept.shape[1], dtype=torch.float64)
-            top = torch.linalg.eigvalsh(_products(within, uniform))[:, -1]
-            least = int(top.argmin())
-            if float(top[least]) < best:
-                best, chosen = float(top[least]), kept[least]
-        return v[chosen.to(v.device)].mean(dim=0)
+        self.check(v.shape[0])
+        return _mean_of_least(self, v, self._spreads)
+
+    def _spreads(self, distances: Tensor, kept: Tensor) -> Tensor:
+        within = distances[kept[:, :, None], kept[:, None, :]]
+        uniform = torch.full((kept.shape[1],), 1.0 / kept.shape[1], dtype=torch.float64)
+        return torch.linalg.eigvalsh(_products(within, uniform))[:, -1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CAF:
+class CAF(Robust):
     """Weighs rows down along their greatest covariance and returns the best mean on the way. No weights from outside.
 
     It goes on until at most n - 2f of the weight is left; the best mean is that of the least top eigenvalue.
-
-    Args:
-        f: rows that may be faulty; n > 2f is needed.
     """
 
-    f: int
-    foldable: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_f("caf", self.f)
+    name: ClassVar[str] = "caf"
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
-        check_majority("caf", v.shape[0], self.f)
+        self.check(v.shape[0])
         ok = finite_rows(v)
         distances = squared_distances(v, v).cpu().masked_fill_(~(ok[:, None] & ok).cpu(), 0.0)
         c = ok.cpu().to(torch.float64)  # a row infinitely far away is weighed down to 0 first
@@ -190,6 +154,18 @@ def _products(distances: Tensor, share: Tensor) -> Tensor:
     to_mean = distances @ share
     centred = distances - to_mean[..., :, None] - to_mean[..., None, :] + (to_mean @ share)[..., None, None]
     return -0.5 * centred
+
+
+def _mean_of_least(rule: Robust, v: Tensor, spreads: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """[P]: mean of the n - f rows of v [n, P] of least spread, given distances [n, n] and sets [S, n - f] as [S]."""
+    distances = _bounded(squared_distances(v, v).cpu())
+    best, chosen = inf, torch.arange(v.shape[0] - rule.f)
+    for kept in _subsets(rule.name, v.shape[0], rule.f):
+        spread = spreads(distances, kept)
+        least = int(spread.argmin())
+        if float(spread[least]) < best:
+            best, chosen = float(spread[least]), kept[least]
+    return v[chosen.to(v.device)].mean(dim=0)
 
 
 def _bounded(distances: Tensor) -> Tensor:

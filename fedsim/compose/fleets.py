@@ -8,7 +8,6 @@ import torch
 
 from fedsim.compose.refusals import check_compressor, check_link
 from fedsim.compose.sections import ByzantineClients, File, Runtime
-from fedsim.compress import bind
 from fedsim.compress.sparsify import Identity
 from fedsim.config import ConfigError, at
 from fedsim.params import Layout
@@ -52,7 +51,7 @@ def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink 
         if not plain:
             check_link(key, strategy.traits, list(own))
         check_compressor(f"{key}.compressor", compressor, layout)
-        made.append(None if plain else bind(compressor, layout))
+        made.append(None if plain else compressor.bind(layout))
     if made[0] is None and up.error_feedback:
         raise ConfigError("uplink.error_feedback: needs an uplink.compressor that leaves something out")
     uplink = None if made[0] is None else Uplink(compressor=made[0], error_feedback=up.error_feedback)

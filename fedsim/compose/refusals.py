@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.clients.local_training import LocalTraining
-from fedsim.compress import bind
+from fedsim.compress.packet import Compressor
 from fedsim.config import ConfigError, at
 from fedsim.data.federated import FederatedData
 from fedsim.engine.losses import LOSSES
@@ -120,10 +120,10 @@ def check_local(name: str, strategy: Strategy, task: Task) -> None:
             check_needs(local.optimizer, task)
 
 
-def check_compressor(key: str, compressor: Any, layout: Layout) -> None:
+def check_compressor(key: str, compressor: Compressor, layout: Layout) -> None:
     """Refuse a compressor that does not fit the model."""
     with at(key):
-        bind(compressor, layout).bits(layout.size)
+        compressor.bind(layout).bits(layout.size)
 
 
 def check_link(key: str, traits: Traits, own: list[str]) -> None:

@@ -7,10 +7,8 @@ then checks its bits, its round trip and its constants.
 from __future__ import annotations
 
 from fedsim.compress.low_rank import PowerSGD
-from fedsim.compress.packet import Compressor
 from fedsim.compress.quantize import QSGD, Natural, NaturalDithering, ScaledSign, TernGrad
 from fedsim.compress.sparsify import Bernoulli, Identity, RandK, TopK
-from fedsim.params import Layout
 
 COMPRESSORS: dict[str, type] = {
     "identity": Identity,
@@ -24,8 +22,3 @@ COMPRESSORS: dict[str, type] = {
     "scaled_sign": ScaledSign,
     "powersgd": PowerSGD,
 }
-
-
-def bind(compressor: Compressor, layout: Layout) -> Compressor:
-    """The compressor for a model's layout; those that look at a flat vector only are returned as they are."""
-    return compressor.bind(layout) if isinstance(compressor, PowerSGD) else compressor

@@ -44,7 +44,6 @@ class PowerSGD(Compressor):
             raise ValueError(f"powersgd.rank must be at least 1, got {self.rank}")
 
     def bind(self, layout: Layout) -> PowerSGD:
-        """The same compressor for the matrices of a model."""
         return replace(self, layout=layout)
 
     @property

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.params import Layout
 from fedsim.streams import Streams
 
-FLOAT = 32  # bits of a number on the wire
+FLOAT_BITS = 32  # bits of a number on the wire
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Field:
 
     name: str
     count: int
-    bits: int = FLOAT
+    bits: int = FLOAT_BITS
     number: bool = True
     shared: bool = False
     optional: bool = False
@@ -69,6 +70,10 @@ class Compressor(Protocol):
     def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
         """The fields marked `shared`, derived from the streams of the packet's clients."""
         return {}
+
+    def bind(self, layout: Layout) -> Compressor:
+        """The same rule for the tensors of a model, where it matters which entries belong together."""
+        return self
 
     def bits(self, num_entries: int) -> int:
         """Bits of one row on the wire, known before the work runs (their mean, rounded up, where they are random)."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Compressor, Field, Packet, check_stack, code_dtype
+from fedsim.compress.packet import FLOAT_BITS, Compressor, Field, Packet, check_stack, code_dtype
 from fedsim.compress.words import sample, uniform, words64
 from fedsim.streams import Streams
 
@@ -43,24 +44,62 @@ class Identity(Compressor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandK(Compressor):
-    """Sends k random entries, scaled by P / k so that the mean is right: omega = P / k - 1.
+class Chosen(Compressor):
+    """Sends k entries and where they stand.
 
     Args:
         k: entries to send; or
         fraction: of the P entries, rounded, at least one.
-        shared_seed: the receiver draws the same indices from the run's seed, so that they cost nothing.
     """
 
     k: int | None = None
     fraction: float | None = None
-    shared_seed: bool = False
+    name: ClassVar[str]
+    """What messages call it: its row of the table."""
 
     def __post_init__(self) -> None:
-        _check_k("rand_k", self.k, self.fraction)
+        if (self.k is None) == (self.fraction is None):
+            raise ValueError(
+                f"{self.name} needs exactly one of k and fraction, got k={self.k} and fraction={self.fraction}"
+            )
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"{self.name}.k must be at least 1 entry, got {self.k}")
+        if self.fraction is not None and not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"{self.name}.fraction must be in (0, 1], got {self.fraction}")
+
+    def count(self, num_entries: int) -> int:
+        """k for vectors of P entries.
+
+        Raises:
+            ValueError: if they have fewer.
+        """
+        if self.k is None:
+            assert self.fraction is not None
+            return max(1, round(self.fraction * num_entries))
+        if self.k > num_entries:
+            raise ValueError(
+                f"{self.name}.k={self.k} exceeds the {num_entries} entries of a vector; lower k or give a fraction"
+            )
+        return self.k
+
+    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+        values, index = payload["values"], payload["index"]
+        return values.new_zeros(values.shape[0], num_entries).scatter_(1, index.long(), values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandK(Chosen):
+    """Sends k random entries, scaled by P / k so that the mean is right: omega = P / k - 1.
+
+    Args:
+        shared_seed: the receiver draws the same indices from the run's seed, so that they cost nothing.
+    """
+
+    name: ClassVar[str] = "rand_k"
+    shared_seed: bool = False
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        k = _resolve_k("rand_k", self.k, self.fraction, num_entries)
+        k = self.count(num_entries)
         index = Field("index", k, _index_bits(num_entries), number=False, shared=self.shared_seed)
         return Field("values", k), index
 
@@ -68,7 +107,7 @@ class RandK(Compressor):
         return {"index": self._index(streams, num_entries, step)} if self.shared_seed else {}
 
     def omega(self, num_entries: int) -> float | None:
-        return num_entries / _resolve_k("rand_k", self.k, self.fraction, num_entries) - 1.0
+        return num_entries / self.count(num_entries) - 1.0
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
@@ -76,51 +115,36 @@ class RandK(Compressor):
         values = v.gather(1, index.long()) * (v.shape[1] / index.shape[1])
         return Packet(compressor=self, num_entries=v.shape[1], payload={"values": values, "index": index})
 
-    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
-        return _scatter(payload, num_entries)
-
     def _index(self, streams: Streams, num_entries: int, step: int) -> Tensor:
-        k = _resolve_k("rand_k", self.k, self.fraction, num_entries)
-        chosen = sample(streams, num_entries, k, "compress.rand_k", step)
+        chosen = sample(streams, num_entries, self.count(num_entries), "compress.rand_k", step)
         return chosen.to(code_dtype(_index_bits(num_entries)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK(Compressor):
+class TopK(Chosen):
     """Sends the k entries of largest magnitude, unscaled; of equal ones the first. delta = P / k.
 
     NaN counts as the largest magnitude, then infinity.
-
-    Args:
-        k: entries to send; or
-        fraction: of the P entries, rounded, at least one.
     """
 
-    k: int | None = None
-    fraction: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_k("top_k", self.k, self.fraction)
+    name: ClassVar[str] = "top_k"
 
     @property
     def unbiased(self) -> bool:
         return False
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        k = _resolve_k("top_k", self.k, self.fraction, num_entries)
+        k = self.count(num_entries)
         return Field("values", k), Field("index", k, _index_bits(num_entries), number=False)
 
     def delta(self, num_entries: int) -> float | None:
-        return num_entries / _resolve_k("top_k", self.k, self.fraction, num_entries)
+        return num_entries / self.count(num_entries)
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
-        index = _largest(v, _resolve_k("top_k", self.k, self.fraction, v.shape[1]))
+        index = _largest(v, self.count(v.shape[1]))
         payload = {"values": v.gather(1, index), "index": index.to(code_dtype(_index_bits(v.shape[1])))}
         return Packet(compressor=self, num_entries=v.shape[1], payload=payload)
-
-    def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
-        return _scatter(payload, num_entries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +166,7 @@ class Bernoulli(Compressor):
 
     def bits(self, num_entries: int) -> int:
         """The mean: one bit for the flag and 32 P with probability p."""
-        return 1 + ceil(self.p * 32 * num_entries)
+        return 1 + ceil(self.p * FLOAT_BITS * num_entries)
 
     def omega(self, num_entries: int) -> float | None:
         return 1.0 / self.p - 1.0
@@ -159,32 +183,9 @@ class Bernoulli(Compressor):
         return payload["values"]
 
 
-def _check_k(name: str, k: int | None, fraction: float | None) -> None:
-    if (k is None) == (fraction is None):
-        raise ValueError(f"{name} needs exactly one of k and fraction, got k={k} and fraction={fraction}")
-    if k is not None and k < 1:
-        raise ValueError(f"{name}.k must be at least 1 entry, got {k}")
-    if fraction is not None and not 0.0 < fraction <= 1.0:
-        raise ValueError(f"{name}.fraction must be in (0, 1], got {fraction}")
-
-
-def _resolve_k(name: str, k: int | None, fraction: float | None, num_entries: int) -> int:
-    if k is None:
-        assert fraction is not None
-        return max(1, round(fraction * num_entries))
-    if k > num_entries:
-        raise ValueError(f"{name}.k={k} exceeds the {num_entries} entries of a vector; lower k or give a fraction")
-    return k
-
-
 def _index_bits(num_entries: int) -> int:
     """ceil(log2 P), exactly."""
     return (num_entries - 1).bit_length()
-
-
-def _scatter(payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
-    values, index = payload["values"], payload["index"]
-    return values.new_zeros(values.shape[0], num_entries).scatter_(1, index.long(), values)
 
 
 def _largest(v: Tensor, k: int) -> Tensor:

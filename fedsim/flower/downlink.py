@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Packet
+from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.flower.wire import Key
-from fedsim.sim.links import FLOAT_BITS, Change, Downlink
+from fedsim.sim.links import Change, Downlink
 
 WHOLE, CHANGE = "whole/", "change/"  # how a name in a message begins
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Times, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
@@ -95,14 +95,10 @@ class FlowerFleet(Account):
         self._dispatch(ids, work, numbers, broadcast, Inbox(replies.fields, heard, torch.arange(n)))
         return self._collect(ids, None, count=False)
 
-    def job_seconds(self, cost: Cost, samples: int = 1, messages: Tensor | None = None, **broadcast: Any) -> Tensor:
-        """[N, 1] float64: the mean of what jobs took so far, NaN for clients that have done none."""
-        return (self.mail.took[0] / self.mail.took[1])[:, None]
-
-    def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
-        """([N], [N]) float64: the mean of what jobs took so far, and nothing on top."""
-        mean = self.job_seconds(cost)[:, 0]
-        return mean, torch.zeros_like(mean)
+    def job_times(self, cost: Cost, samples: int, messages: Tensor | None = None, **broadcast: Any) -> Times:
+        """The mean of what jobs took so far, NaN for clients that have done none."""
+        mean = self.mail.took[0] / self.mail.took[1]
+        return Times(mean, torch.zeros_like(mean))
 
     # The loop's side --------------------------------------------------------------------------------------------
 

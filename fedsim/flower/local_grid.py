@@ -34,7 +34,6 @@ class LocalGrid(Grid):
         run_config: what all apps see.
         clock: when replies arrive.
         seconds: from sending a client its message to its reply, by client; at once if left out.
-        node_config: more settings of every node.
     """
 
     def __init__(
@@ -45,7 +44,6 @@ class LocalGrid(Grid):
         *,
         clock: Clock | None = None,
         seconds: Callable[[int], float] = lambda client: 0.0,
-        node_config: Mapping[str, Any] | None = None,
     ) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE  # a Message reads them
         self._run = Run.create_empty(1)
@@ -54,12 +52,11 @@ class LocalGrid(Grid):
         self._client_of: dict[int, int] = {}
         for client in range(num_clients):
             node = (client + 1) * 7919 % 104729 + SERVER_NODE  # distinct, and not in the clients' order
-            config = {"partition-id": client, "num-partitions": num_clients, **(node_config or {})}
+            config = {"partition-id": client, "num-partitions": num_clients}
             self._client_of[node] = client
             self.contexts[node] = Context(1, node, config, RecordDict(), dict(run_config or {}))
         self._replies: dict[str, tuple[float, Message]] = {}
         self._count = 0
-        self.bytes_down = self.bytes_up = 0
 
     def set_run(self, run: Run) -> None:
         self._run = run
@@ -105,9 +102,7 @@ class LocalGrid(Grid):
 
     def _answer(self, message: Message, context: Context) -> Message:
         """The client's reply; its context changes only if there is one, as on a SuperNode."""
-        content, sent = through_bytes(message.content)
-        self.bytes_down += sent
-        state, _ = through_bytes(context.state)
+        content, state = through_bytes(message.content), through_bytes(context.state)
         here = Context(1, context.node_id, dict(context.node_config), state, dict(context.run_config))
         arrived = Message(content, context.node_id, message.metadata.message_type, group_id=message.metadata.group_id)
         arrived.metadata.__dict__["_message_id"] = message.metadata.message_id
@@ -115,14 +110,12 @@ class LocalGrid(Grid):
             reply = self._app(arrived, here)
         except Exception as error:
             return Message(Error(code=RAISED, reason=f"{type(error)}:<'{error}'>"), reply_to=arrived)
-        reply.content, got = through_bytes(reply.content)
-        self.bytes_up += got
+        reply.content = through_bytes(reply.content)
         context.state = here.state
         return reply
 
 
-def through_bytes(record: RecordDict) -> tuple[RecordDict, int]:
-    """(a record after a trip as Flower's bytes, how many these were)."""
+def through_bytes(record: RecordDict) -> RecordDict:
+    """A record after a trip as Flower's bytes."""
     contents = {number: part.deflate() for number, part in get_all_nested_objects(record).items()}
-    size = sum(len(part) for part in contents.values())
-    return inflate_object_from_contents(record.object_id, contents), size
+    return inflate_object_from_contents(record.object_id, contents)

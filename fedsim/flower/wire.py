@@ -19,7 +19,6 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from fedsim.compress import bind
 from fedsim.compress.error_feedback import Contractive
 from fedsim.compress.packet import Compressor, Packet
 from fedsim.fleet import Inbox
@@ -87,7 +86,7 @@ class Book:
         found |= {f"strategy.{name}": c for name, c in compressors(strategy).items()}
         out: dict[str, Compressor] = {}
         for name, compressor in found.items():
-            out |= {name: compressor, f"{name}/bound": bind(compressor, layout)}
+            out |= {name: compressor, f"{name}/bound": compressor.bind(layout)}
             if compressor.unbiased:
                 out[f"{name}/contractive"] = Contractive(of=compressor)
         return cls(out)

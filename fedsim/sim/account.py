@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Packet
+from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.fleet import Fold, Work
 from fedsim.metrics import Metrics
 from fedsim.sim.events import Sent
-from fedsim.sim.links import FLOAT_BITS, Copy, Downlink
+from fedsim.sim.links import Copy, Downlink
 
 TIMELINE = 5000  # jobs that the report's timeline shows
 UNHEARD = 256  # replies whose metrics wait to be added up

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from fedsim import pages
 from fedsim.cohort import Cohort
-from fedsim.compress.packet import Packet
+from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.fleet import Exact, Inbox
 from fedsim.memory import Kept, MemoryRows
 from fedsim.metrics import check_names
 from fedsim.parts import Parts
-from fedsim.sim.links import FLOAT_BITS, Uplink
+from fedsim.sim.links import Uplink
 from fedsim.sim.seam import Lent, check_reply
 from fedsim.streams import Streams
 from fedsim.task import Task

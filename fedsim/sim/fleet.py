@@ -10,22 +10,21 @@ from, so that asynchronous runs still work on stacks. Client memory is written w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import inf
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Work, weigh
+from fedsim.compress.packet import FLOAT_BITS, Packet
+from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Times, Work, weigh
 from fedsim.memory import Memory
 from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
 from fedsim.sim.devices import Devices, law
 from fedsim.sim.events import Event, EventQueue
 from fedsim.sim.executor import Executor, Jobs, Results
-from fedsim.sim.links import FLOAT_BITS, Downlink
+from fedsim.sim.links import Downlink
 from fedsim.streams import Streams
 
 ONE_STEP = Cost()
@@ -104,9 +103,7 @@ class SimFleet(Account):
         num_examples = self.num_examples[ids]
         attacked = self.byzantine is not None and not bool(self.byzantine.honest(ids).all())
         early = None if fold is None or attacked else weigh(fold, num_examples)
-        kept = self.memory.of(ids)
-        results = self.executor.run(_jobs(work, ids, numbers, broadcast, kept, early, self.round))
-        self.memory.write(ids, results.memory)
+        results = self._run(work, ids, numbers, broadcast, early)
         if len(ids):
             self.now = max(self.now, float(finish.max()))
         fields: dict[str, Any] = {**results.fields, **results.sums}
@@ -136,9 +133,7 @@ class SimFleet(Account):
         streams = Streams(self._seed, ids, numbers)
         heard = who_hears(streams, present, self.honest(ids[present]), missing if arrival == "adversarial" else 0)
         vector = FLOAT_BITS * sum(v[0].numel() for v in sent.values() if v.ndim > 1)
-        jobs = _jobs(work, ids, numbers, broadcast, self.memory.of(ids), None, self.round)
-        results = self.executor.run(replace(jobs, inbox=Inbox(sent, heard, places(present, n))))
-        self.memory.write(ids, results.memory)
+        results = self._run(work, ids, numbers, broadcast, inbox=Inbox(sent, heard, places(present, n)))
         up, down = torch.full((n,), vector * (n - 1)), vector * (len(present) - arrive.long())
         self.ledger.bits_down += int(down.sum())
         self._observe(ids, arrive, results.metrics, up, count=False)
@@ -151,18 +146,15 @@ class SimFleet(Account):
         """[R] bool: which of these clients are honest."""
         return torch.ones(len(ids), dtype=torch.bool) if self.byzantine is None else self.byzantine.honest(ids)
 
-    def job_seconds(self, cost: Cost, samples: int = 1, messages: Tensor | None = None, **broadcast: Any) -> Tensor:
-        """[N, samples] float64 seconds of such a job, drawn with keys that no real job has."""
-        columns = []
-        for k in range(samples if self._devices.random else 1):
-            streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1 - k))
-            columns.append(self._devices.seconds(streams, *self._work(cost, messages, broadcast)))
-        return torch.stack(columns, dim=1)
-
-    def job_law(self, cost: Cost, messages: Tensor | None = None, **broadcast: Any) -> tuple[Tensor, Tensor] | None:
-        """([N] seconds at least, [N] mean of an exponential rest) of such a job; None where it must be drawn."""
-        streams = Streams(self._seed, self.clients, torch.full_like(self.clients, -1))
-        return law(self._devices, streams, *self._work(cost, messages, broadcast))
+    def job_times(self, cost: Cost, samples: int, messages: Tensor | None = None, **broadcast: Any) -> Times:
+        """How long such a job takes (see `Fleet.job_times`); what must be drawn is, with keys that no real job has."""
+        work = self._work(cost, messages, broadcast)
+        jobs = torch.full_like(self.clients, -1)
+        if (known := law(self._devices, Streams(self._seed, self.clients, jobs), *work)) is not None:
+            return Times(*known)
+        streams = [Streams(self._seed, self.clients, jobs - k) for k in range(samples)]
+        drawn = torch.stack([self._devices.seconds(each, *work) for each in streams], dim=1)
+        return Times(drawn.mean(1), torch.zeros(len(drawn), dtype=torch.float64), drawn)
 
     def _work(self, cost: Cost, messages: Tensor | None, broadcast: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """(steps, bits down, bits up), [N] each, of a job once clients have a copy: what `_book` will count."""
@@ -217,6 +209,22 @@ class SimFleet(Account):
         up = torch.full_like(steps, self._up(cost))
         return self.now + self._seconds(ids, numbers, steps, down.double(), up), received
 
+    def _run(
+        self,
+        work: Work,
+        ids: Tensor,
+        numbers: Tensor,
+        broadcast: Mapping[str, Any],
+        weights: Tensor | None = None,
+        inbox: Inbox | None = None,
+    ) -> Results:
+        """Jobs that all start from one broadcast, at once; what they keep is written."""
+        which, kept = torch.zeros(len(ids), dtype=torch.int64), self.memory.of(ids)
+        jobs = Jobs(work.__name__, ids, numbers, [broadcast], which, kept, weights, self.round, inbox=inbox)
+        results = self.executor.run(jobs)
+        self.memory.write(ids, results.memory)
+        return results
+
     def _seconds(self, ids: Tensor, numbers: Tensor, steps: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """[R] durations of jobs; those of clients that are sent work one by one are looked up where they never vary."""
         if self._devices.random or len(ids) > 1:
@@ -269,17 +277,3 @@ class SimFleet(Account):
         self._observe(ids, arrive, results.metrics, results.bits_up, staleness)
         ids, finish, staleness = ids[arrive], finish[arrive], staleness[arrive]
         return Replies(ids, self.num_examples[ids], finish, fields, staleness)
-
-
-def _jobs(
-    work: Work,
-    ids: Tensor,
-    numbers: Tensor,
-    model: Mapping[str, Any],
-    memory: Mapping[str, Tensor],
-    weights: Tensor | None,
-    round: int,
-) -> Jobs:
-    """Jobs that all start from one broadcast."""
-    which = torch.zeros(len(ids), dtype=torch.int64)
-    return Jobs(work.__name__, ids, numbers, [model], which, memory, weights, round)

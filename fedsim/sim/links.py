@@ -17,10 +17,9 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.compress.error_feedback import compress_difference, compress_with_error
-from fedsim.compress.packet import Compressor, Packet
+from fedsim.compress.packet import FLOAT_BITS, Compressor, Packet
 from fedsim.streams import Streams
 
-FLOAT_BITS = 32
 ERROR = "uplink/"  # names of the error's rows in a client's memory
 
 

@@ -62,7 +62,7 @@ def pack(value: Any, *, share: bool = False, pickler: type[pickle.Pickler] = pic
 
 
 def unpack(parcel: Parcel) -> Any:
-    """The object of a parcel."""
+    """The object of a parcel. A pickle may run code: only for parcels of this run's own driver and Ray workers."""
     return pickle.loads(parcel[0], buffers=parcel[1])
 
 

@@ -76,7 +76,7 @@ for number in range(12):
     if number == 1:
         warm = memory()
 composition.close()
-print(json.dumps({"ready": ready, "rounds": memory() - warm, "rows": len(e.fleet.memory.read(e.fleet.clients[:1]))}))
+print(json.dumps({"ready": ready, "rounds": memory() - warm, "rows": len(e.fleet.memory.of(e.fleet.clients[:1]))}))
 """
 
 

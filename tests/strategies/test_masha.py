@@ -129,7 +129,7 @@ def test_clients_hold_what_the_server_holds() -> None:
     play = Play.start(task, strategy, x0=_zero(task))
     for _ in range(10):
         play.step()
-        kept = play.fleet.memory.read(play.fleet.clients)
+        kept = play.fleet.memory.of(play.fleet.clients)
         for name, value in (("z", play.state.x), ("w", play.state.w), ("fw", play.state.fw)):
             assert torch.equal(kept[name], value.expand(4, -1)), name
 
@@ -150,7 +150,7 @@ def test_error_feedback_loses_nothing() -> None:
         total += 0.1 * (torch.stack([_twin(task).full(m, half) for m in range(3)]) - f_w)
         moved += anchor - 0.1 * play.state.fw - after
         z = after
-    errors = play.fleet.memory.read(torch.arange(3))["e"]
+    errors = play.fleet.memory.of(torch.arange(3))["e"]
     torch.testing.assert_close(moved + errors.mean(0), total.mean(0), rtol=0, atol=1e-12)
 
 

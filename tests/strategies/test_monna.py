@@ -28,7 +28,7 @@ def _lying(ids: list[int], attack: Attack) -> Byzantine:
 
 def _models(play: Play) -> Tensor:
     """[n, P]: every node's own model."""
-    return play.fleet.memory.read(play.fleet.clients)["x"]
+    return play.fleet.memory.of(play.fleet.clients)["x"]
 
 
 @pytest.mark.parametrize("arrival", ["all", "adversarial"])

@@ -52,7 +52,9 @@ def test_c_is_the_mean_of_all_control_variates_at_all_times(option: str) -> None
     play = Play.start(task, Scaffold(cohort_size=2, option=option, local=local_sgd(task, 0.05, steps=3)))  # type: ignore[arg-type]
     for _ in range(12):
         play.step()
-        torch.testing.assert_close(play.state.c, play.fleet.memory.mean("c", 3), rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            play.state.c, play.fleet.memory.of(play.fleet.clients)["c"].mean(0), rtol=0, atol=1e-13
+        )
 
 
 def test_one_client_is_plain_sgd() -> None:
@@ -65,7 +67,7 @@ def test_a_client_without_data_keeps_its_control_variate_at_zero() -> None:
     task, _ = images(mlp, [6, 0, 9], 4)
     play = Play.start(task, Scaffold(local=local_sgd(task, 0.1, epochs=1, steps=None, batch_size=4)))
     play.path(2)
-    rows = play.fleet.memory.read(torch.arange(3))["c"]
+    rows = play.fleet.memory.of(torch.arange(3))["c"]
     assert rows[1].abs().max() == 0 and rows[0].abs().max() > 0
     torch.testing.assert_close(play.state.c, rows.mean(0), rtol=0, atol=1e-7)
 

@@ -79,7 +79,9 @@ def test_c_is_the_mean_of_all_control_variates_at_all_times(kind: type) -> None:
     play = Play.start(task, kind(cohort_size=2, beta=0.3, local=local_sgd(task, 0.05, steps=3)))
     for _ in range(12):
         play.step()
-        torch.testing.assert_close(play.state.c, play.fleet.memory.mean("c", 3), rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            play.state.c, play.fleet.memory.of(play.fleet.clients)["c"].mean(0), rtol=0, atol=1e-13
+        )
 
 
 def test_control_variates_are_means_of_raw_gradients() -> None:
@@ -91,7 +93,7 @@ def test_control_variates_are_means_of_raw_gradients() -> None:
     for a, b in ((1, 0), (3, 1)):
         h0 = a * (2 - b)
         expected.append((h0 + a * (2 - 0.01 * h0 - b)) / 2)
-    assert play.fleet.memory.read(torch.arange(2))["c"][:, 0].tolist() == pytest.approx(expected)
+    assert play.fleet.memory.of(torch.arange(2))["c"][:, 0].tolist() == pytest.approx(expected)
 
 
 def test_a_server_optimizer_steps_along_gamma_times_g() -> None:

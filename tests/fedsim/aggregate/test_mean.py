@@ -4,14 +4,11 @@ import torch
 from fedsim.aggregate.mean import Mean
 
 
-def test_stacks_folded_as_they_finish_give_the_weighted_mean() -> None:
+def test_rows_count_by_their_weights_however_they_are_summed() -> None:
     g = torch.Generator().manual_seed(0)
     v, w = torch.randn(10, 7, generator=g, dtype=torch.float64), torch.rand(10, generator=g, dtype=torch.float64)
     expected = (w[:, None] * v).sum(0) / w.sum()
-    mean = Mean()
-    one = mean.fold(mean.fold(mean.fold(None, v[:3], w[:3]), v[3:4], w[3:4]), v[4:], w[4:])
-    two = mean.merge(mean.fold(None, v[:5], w[:5]), mean.fold(None, v[5:], w[5:]))
-    for got in (mean(v, w), mean.finish(one), mean.finish(two)):
+    for got in (Mean()(v, w), Mean().weigh(w) @ v):
         assert torch.allclose(got, expected, atol=1e-14)
 
 

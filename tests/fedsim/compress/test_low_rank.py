@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from fedsim.compress import bind
 from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.sparsify import TopK
 from fedsim.params import Layout
@@ -43,6 +42,4 @@ def test_it_must_be_bound_to_the_model_it_compresses() -> None:
         PowerSGD(rank=1).bind(LAYOUT).bits(10)
     with pytest.raises(ValueError, match="at least 1"):
         PowerSGD(rank=0)
-    bound = bind(PowerSGD(rank=1), LAYOUT)
-    assert isinstance(bound, PowerSGD) and bound.layout == LAYOUT
-    assert bind(TopK(k=1), LAYOUT) == TopK(k=1)
+    assert TopK(k=1).bind(LAYOUT) == TopK(k=1)

@@ -39,7 +39,7 @@ class Wired:
         assert torch.equal(value, expected)
         sent = []
         for i, values in zip(ids, each, strict=True):
-            content, _ = through_bytes(wire.write(values, self.book, keys))
+            content = through_bytes(wire.write(values, self.book, keys))
             new, broadcast = receive_copies(wire.read(content, self.book), self.clients[i])
             self.clients[i] |= new
             assert torch.equal(broadcast["x"], expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsim.aggregate import Mean, Median
 from fedsim.clients.flower_app import client_app
 from fedsim.cohort import Cohort
-from fedsim.fleet import DrivenFleet
+from fedsim.fleet import Cost, DrivenFleet
 from fedsim.flower import wire
 from fedsim.flower.clock import Patience, VirtualClock
 from fedsim.flower.fleet import FlowerFleet
@@ -190,9 +190,9 @@ def test_peers_hear_each_other_through_the_server() -> None:
 def test_what_jobs_took_is_measured() -> None:
     fleet, _ = build(lambda i: 1.0 + i)
     fleet.ask(torch.tensor([0, 2]), HALVES.tell, x=X)
-    tau = fleet.job_seconds(None)  # type: ignore[arg-type]
-    assert tau.shape == (NUM, 1)
-    assert tau[[0, 2], 0].tolist() == pytest.approx([1.0, 3.0], abs=0.11)
+    tau = fleet.job_times(Cost(), 7).mean
+    assert tau.shape == (NUM,)
+    assert tau[[0, 2]].tolist() == pytest.approx([1.0, 3.0], abs=0.11)
     assert bool(torch.isnan(tau[[1, 3]]).all())
 
 

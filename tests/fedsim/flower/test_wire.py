@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.compress import COMPRESSORS, bind
+from fedsim.compress import COMPRESSORS
 from fedsim.compress.error_feedback import Contractive
 from fedsim.compress.packet import Packet
 from fedsim.compress.sparsify import RandK, TopK
@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def trip(values: dict[str, Any], book: wire.Book = NOBODY, keys: tuple[wire.Key, ...] = ()) -> dict[str, Any]:
     """Values after a trip as Flower's bytes."""
-    content, _ = through_bytes(wire.write(values, book, keys))
+    content = through_bytes(wire.write(values, book, keys))
     return wire.read(content, book)
 
 
@@ -71,7 +71,7 @@ def test_what_cannot_travel_is_named() -> None:
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_a_packet_travels_as_its_own_bytes_and_decodes_to_the_same_numbers(name: str) -> None:
-    compressor = bind(COMPRESSORS[name](**SETTINGS.get(name, {})), LAYOUT)
+    compressor = COMPRESSORS[name](**SETTINGS.get(name, {})).bind(LAYOUT)
     streams = Streams(5, torch.tensor([3]), torch.tensor([2]))
     packet = compressor.encode(streams.normal("v", P), streams)
     array = wire.packet_array(packet, wire.Book({"uplink": compressor}))

@@ -114,7 +114,7 @@ def test_a_round_in_which_all_are_silent_changes_nothing() -> None:
 def test_a_client_that_lies_remembers_what_it_honestly_did() -> None:
     fleet = _fleet(SignFlip(), [1])
     fleet.ask(torch.arange(4), HALVES.send, x=X)
-    assert fleet.memory.read(torch.arange(4))["kept"][:, 0].tolist() == [1, 2, 3, 4]
+    assert fleet.memory.of(torch.arange(4))["kept"][:, 0].tolist() == [1, 2, 3, 4]
 
 
 def test_vectors_of_an_exchange_are_replaced_at_delivery() -> None:
@@ -180,6 +180,6 @@ def test_two_fields_of_a_reply_are_each_attacked() -> None:
     task = drawn(4, 2)
     play = Play.start(task, Scaffold(local=local_sgd(task, 0.1, steps=2)), byzantine=_lies([0], SignFlip()))
     play.step()
-    own = play.fleet.memory.read(torch.arange(4))["c"]
+    own = play.fleet.memory.of(torch.arange(4))["c"]
     honest = own[1:].mean(0)
     torch.testing.assert_close(play.state.c, (3 * honest - honest) / 4, rtol=0, atol=1e-12)

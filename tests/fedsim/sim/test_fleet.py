@@ -284,10 +284,10 @@ def test_memory_is_written_when_the_reply_is_received_and_not_before() -> None:
     fleet = _fleet((1.0, 5.0))
     fleet.send(fleet.clients, HALVES.count, x=X)
     fleet.receive(until=2.0)  # computes both, delivers one
-    assert fleet.memory.read(fleet.clients)["n"].tolist() == [[1, 1], [0, 0]]
+    assert fleet.memory.of(fleet.clients)["n"].tolist() == [[1, 1], [0, 0]]
     fleet.send(_ids(0), HALVES.count, x=X)
     r = fleet.receive()
-    assert r["n"].tolist() == [[2, 2], [1, 1]] and fleet.memory.read(fleet.clients)["n"].tolist() == [[2, 2], [1, 1]]
+    assert r["n"].tolist() == [[2, 2], [1, 1]] and fleet.memory.of(fleet.clients)["n"].tolist() == [[2, 2], [1, 1]]
 
 
 def test_staleness_counts_server_steps_since_the_work_was_sent() -> None:
@@ -389,15 +389,24 @@ def test_sending_to_nobody_costs_nothing_and_moves_no_copy() -> None:
     assert down.copies["x"].version == 1 and fleet.ledger.bits_down == spent and not fleet.sent
 
 
-def test_job_seconds_are_those_of_real_jobs_and_draw_nothing_from_them() -> None:
+def test_job_times_are_those_of_real_jobs_and_draw_nothing_from_them() -> None:
     devices = Clocks((1.0, 2.0), downlink=64.0, uplink=16.0)
     fleet = _fleet((1.0, 2.0), devices=devices)
-    assert fleet.job_seconds(Cost(), 7, x=X).tolist() == [[1 + 1 + 4], [2 + 1 + 4]]
+    assert fleet.job_times(Cost(), 7, x=X).mean.tolist() == [1 + 1 + 4, 2 + 1 + 4]
     assert fleet.ask(fleet.clients, HALVES.plus, x=X).arrived_at.tolist() == [6.0, 7.0]
     assert fleet.job_counts.tolist() == [1, 1]
 
 
-def test_job_seconds_count_the_bits_that_compressed_jobs_do() -> None:
+def test_job_times_are_drawn_where_their_law_is_not_known() -> None:
+    fleet, fresh = (_fleet((1.0, 2.0), devices=LogNormal(jitter=0.5)) for _ in range(2))
+    times = fleet.job_times(Cost(), 7, x=X)
+    assert times.drawn is not None and times.drawn.shape == (2, 7) and len(times.drawn.unique()) == 14
+    assert torch.equal(times.mean, times.drawn.mean(1))
+    took, other = (f.ask(f.clients, HALVES.plus, x=X).arrived_at for f in (fleet, fresh))
+    assert torch.equal(took, other) and not bool(torch.isin(took, times.drawn).any())
+
+
+def test_job_times_count_the_bits_that_compressed_jobs_do() -> None:
     devices = Clocks((1.0, 2.0, 0.5), downlink=32.0, uplink=8.0)
     fleet = _fleet((1.0, 2.0, 0.5), devices=devices, downlink=Downlink(compressor=Natural(), seed=0), reply_bits=11)
     fleet.ask(fleet.clients, HALVES.plus, x=X, rate=1.0)  # from now on everybody has a copy
@@ -407,9 +416,9 @@ def test_job_seconds_count_the_bits_that_compressed_jobs_do() -> None:
             fleet.ask(_ids(0, 1), HALVES.plus, x=X, rate=1.0)
         start, messages = fleet.now, torch.tensor([1, 1, missed])
         took = fleet.ask(fleet.clients, HALVES.plus, x=X, rate=1.0).arrived_at - start
-        expected = fleet.job_seconds(Cost(), messages=messages, x=X, rate=1.0)[:, 0]
+        expected = fleet.job_times(Cost(), 7, messages, x=X, rate=1.0).mean
         torch.testing.assert_close(took, expected, rtol=0, atol=1e-9)
-    assert float(fleet.job_seconds(Cost(), x=X, rate=1.0)[0, 0]) == (2 * 9 + 32) / 32 + 1.0 + 11 / 8
+    assert float(fleet.job_times(Cost(), 7, x=X, rate=1.0).mean[0]) == (2 * 9 + 32) / 32 + 1.0 + 11 / 8
 
 
 def test_what_is_in_flight_survives_a_stop() -> None:

@@ -152,7 +152,7 @@ def test_error_feedback_conserves_what_was_to_be_sent() -> None:
         who = fleet.clients if k % 3 else _ids(0, 2)
         sent[who] += fleet.ask(who, send.vector, v=v)["v"]
         due[who] += v * (1 + who[:, None])
-        error = fleet.memory.read(fleet.clients)["uplink/v"]
+        error = fleet.memory.of(fleet.clients)["uplink/v"]
         torch.testing.assert_close(sent + error, due, rtol=0, atol=1e-12)
     assert float(error.abs().max()) > 0
 
@@ -162,7 +162,7 @@ def test_without_error_feedback_nothing_is_kept() -> None:
     fleet = build_fleet(task, send, uplink=Uplink(compressor=TopK(k=1)))
     r = fleet.ask(fleet.clients, send.vector, v=_v(1, -3, 2, 0))
     assert r["v"].tolist() == [[0, -3.0 * k, 0, 0] for k in (1, 2, 3)]
-    assert fleet.memory.names() == () and fleet.ledger.bits_up == 3 * PACKET
+    assert not fleet.memory.tables and fleet.ledger.bits_up == 3 * PACKET
 
 
 @pytest.mark.parametrize("compressor", [RandK(k=2), QSGD(levels=1)])
@@ -183,7 +183,7 @@ def test_an_error_is_kept_only_when_the_reply_is_received() -> None:
     )
     fleet.send(fleet.clients, send.vector, v=_v(1, -3, 2, 0))
     fleet.receive(until=2.0)
-    assert fleet.memory.read(fleet.clients)["uplink/v"].tolist() == [[1, 0, 2, 0], [0, 0, 0, 0]]
+    assert fleet.memory.of(fleet.clients)["uplink/v"].tolist() == [[1, 0, 2, 0], [0, 0, 0, 0]]
 
 
 def test_two_vectors_of_one_reply_draw_different_entries() -> None:
@@ -232,5 +232,7 @@ def test_control_variates_travel_whole_so_that_c_stays_their_mean() -> None:
     play = Play.start(task, strategy, uplink=Uplink(compressor=TopK(k=1), error_feedback=True))
     for _ in range(6):
         play.step()
-        torch.testing.assert_close(play.state.c, play.fleet.memory.mean("c", 4), rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            play.state.c, play.fleet.memory.of(play.fleet.clients)["c"].mean(0), rtol=0, atol=1e-13
+        )
     assert play.fleet.ledger.bits_up == 6 * 3 * (PACKET + WHOLE)

@@ -106,7 +106,7 @@ def test_rounds_through_a_fleet_with_client_memory_are_the_same_bits(executors: 
             ids = torch.arange(start, start + 60)
             x = x - fleet.ask(ids, shared.strategy.step, cost=Cost(), x=x)["delta"].mean(0)
             seen.append(x)
-        return [*seen, fleet.memory.read(torch.arange(NUM_CLIENTS))["c"]]
+        return [*seen, fleet.memory.of(torch.arange(NUM_CLIENTS))["c"]]
 
     here = InProcess(runner(), width=1)
     for a, b in zip(rounds(here), rounds(executors[3]), strict=True):

@@ -74,15 +74,15 @@ def test_what_a_half_replies_and_keeps_is_each_clients_own(place: str, width: in
         expected = _expected(half, keepers)
         folded = fleet.ask(fleet.clients, work, fold=Mean(), x=X)["v"]
         torch.testing.assert_close(folded, expected.mean(0), msg=half)
-        torch.testing.assert_close(fleet.memory.read(fleet.clients)["last"], expected, msg=half)
+        torch.testing.assert_close(fleet.memory.of(fleet.clients)["last"], expected, msg=half)
         for table in fleet.memory.tables.values():  # a clean store for the same again, unfolded
             table.rows.zero_()
         r = fleet.ask(fleet.clients, work, x=X)
         torch.testing.assert_close(r["v"], expected, msg=half)
-        torch.testing.assert_close(fleet.memory.read(fleet.clients)["last"], expected, msg=half)
+        torch.testing.assert_close(fleet.memory.of(fleet.clients)["last"], expected, msg=half)
         for value in r.fields.values():
             value.zero_()  # a server half may do with replies what it likes
-        torch.testing.assert_close(fleet.memory.read(fleet.clients)["last"], expected, msg=half)
+        torch.testing.assert_close(fleet.memory.of(fleet.clients)["last"], expected, msg=half)
         for table in fleet.memory.tables.values():
             table.rows.zero_()
     assert X.tolist() == [1.0, 2.0]
@@ -95,7 +95,7 @@ def test_what_a_half_keeps_of_its_inbox_is_its_own(place: str) -> None:
     half = fleet.ask(fleet.clients, keepers.twice, cost=Cost(vectors_up=0), x=X)
     heard = fleet.exchange(half, keepers.heard)["v"]
     half["v"].zero_()
-    assert heard.tolist() == [[1, 2], [2, 4], [3, 6]] == fleet.memory.read(fleet.clients)["last"].tolist()
+    assert heard.tolist() == [[1, 2], [2, 4], [3, 6]] == fleet.memory.of(fleet.clients)["last"].tolist()
     fleet.executor.close()
 
 
@@ -106,7 +106,7 @@ def test_asynchronous_replies_are_each_clients_own() -> None:
     expected = _expected("trained", keepers)
     for client in range(3):
         torch.testing.assert_close(fleet.receive(count=1)["v"][0], expected[client])
-    torch.testing.assert_close(fleet.memory.read(fleet.clients)["last"], expected)
+    torch.testing.assert_close(fleet.memory.of(fleet.clients)["last"], expected)
 
 
 class Spoiler:
