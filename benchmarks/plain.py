@@ -68,7 +68,7 @@ class OneProcess:
 
     def __init__(self, problem: Problem, threads: int) -> None:
         self.problem, self.threads, self.x = problem, threads, problem.x0.clone()
-        self.module = problem.make()
+        self.module = problem.make().to(problem.x0.device)
 
     def round(self, r: int) -> None:
         before = torch.get_num_threads()

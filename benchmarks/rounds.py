@@ -79,6 +79,7 @@ class Fedsim:
     """Rounds on a fleet, with the cohorts that the plain loop has."""
 
     def __init__(self, load: Workload, problem: Problem, data: FederatedData, precision: str, engine: str) -> None:
+        device = problem.x0.device
         factory = partial(MODELS[load.model], (1, 28, 28), 10)
         module, x0 = init_parameters(factory, seed=0)
         layout = Layout.of_module(module)
@@ -86,6 +87,7 @@ class Fedsim:
         plan = choose(
             module,
             layout,
+            device=device,
             batch_size=load.batch,
             steps=steps,
             num_clients=load.cohort,
@@ -93,15 +95,16 @@ class Fedsim:
             precision=precision,
             plain=True,
         )
-        built = build_engine(plan.engine, module, layout, precision=precision, native=plan.native)
+        built = build_engine(plan.engine, module, layout, device=device, precision=precision, native=plan.native)
         self.task = ClassificationTask(data, module, x0, built, LOSSES["cross_entropy"])
         local = LocalTraining(
             optimizer=build({"name": "sgd", "lr": LR}, layout),
             schedule=Schedule(epochs=1, batch_size=load.batch, shuffle=False),
         )
         self.strategy = FedAvg(local=local)
-        runner = StackRunner(self.task, self.strategy, 0, torch.device("cpu"))
-        self.executor = InProcess(runner, width=plan.width, workers=len(os.sched_getaffinity(0)))
+        runner = StackRunner(self.task, self.strategy, 0, device)
+        workers = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
+        self.executor = InProcess(runner, width=plan.width, workers=workers)
         self.fleet = SimFleet(
             num_examples=self.task.num_examples,
             model_size=layout.size,
@@ -125,8 +128,11 @@ class Fedsim:
         self.executor.close()
 
 
-def measure(name: str, rounds: int, precisions: list[str], engines: list[str]) -> dict[str, Any]:
-    """Times of all systems on one workload."""
+def measure(
+    name: str, rounds: int, precisions: list[str], engines: list[str], device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Times of all systems on one workload; on a GPU the plain loop is one process."""
+    device = torch.device(device)
     load, source = WORKLOADS[name], images()
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(source.inputs), generator=generator)[: load.clients * load.samples]
@@ -134,9 +140,9 @@ def measure(name: str, rounds: int, precisions: list[str], engines: list[str]) -
     module, x0 = init_parameters(partial(MODELS[load.model], (1, 28, 28), 10), seed=0)
     problem = Problem(
         make=partial(MODELS[load.model], (1, 28, 28), 10),
-        x0=x0,
-        inputs=source.inputs,
-        targets=source.targets,
+        x0=x0.to(device),
+        inputs=source.inputs.to(device),
+        targets=source.targets.to(device),
         rows=rows.view(load.clients, load.samples),
         batch=load.batch,
         lr=LR,
@@ -150,12 +156,11 @@ def measure(name: str, rounds: int, precisions: list[str], engines: list[str]) -
         test_inputs=source.test_inputs,
         test_targets=source.test_targets,
         num_classes=10,
-    )
+    ).to(device)
     cores = len(os.sched_getaffinity(0))
-    systems: dict[str, Any] = {
-        f"plain, 1 process x {cores} threads": OneProcess(problem, cores),
-        f"plain, {cores} processes x 1 thread": Processes(problem, cores),
-    }
+    systems: dict[str, Any] = {f"plain, 1 process x {cores} threads": OneProcess(problem, cores)}
+    if device.type == "cpu":
+        systems[f"plain, {cores} processes x 1 thread"] = Processes(problem, cores)
     for precision, engine in product(precisions, engines):
         label = ", ".join(["fedsim", *(x for x in (precision, engine) if x not in ("fp32", "auto"))])
         systems[label] = Fedsim(load, problem, data, precision, engine)
@@ -165,6 +170,7 @@ def measure(name: str, rounds: int, precisions: list[str], engines: list[str]) -
         for label in turns.sample(list(systems), len(systems)):  # who comes after a relative finds the cache warm
             start = time.perf_counter()
             systems[label].round(r)
+            float(systems[label].x[0])  # a GPU is done with the round only now
             times[label].append(time.perf_counter() - start)
     reference = next(s.x for k, s in systems.items() if k.startswith("fedsim"))
     differences = {k: float((s.x - reference).abs().max()) for k, s in systems.items()}

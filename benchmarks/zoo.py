@@ -75,20 +75,22 @@ CASES = {
 class Ways:
     """The ways to compute `STEPS` steps of some clients of a case."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, device: torch.device | str = "cpu", rows: int = 16) -> None:
+        self.case, self.device = case, torch.device(device)
         self.module, self.x0 = init_parameters(case.make, seed=0)
         self.layout = Layout.of_module(self.module)
         generator = torch.Generator().manual_seed(0)
-        rows, classes = (16, case.batch), CLASSES[case.shape]
+        size, classes = (rows, case.batch), CLASSES.get(case.shape, 10)
         tokens = case.shape == TOKENS
-        self.targets = torch.randint(classes, (*rows, *(case.shape if tokens else ())), generator=generator)
-        self.inputs = self.targets if tokens else torch.randn(*rows, *case.shape, generator=generator)
+        targets = torch.randint(classes, (*size, *(case.shape if tokens else ())), generator=generator)
+        inputs = targets if tokens else torch.randn(*size, *case.shape, generator=generator)
+        self.x0, self.inputs, self.targets = (t.to(self.device) for t in (self.x0, inputs, targets))
 
     def plan(self, engine: str = "auto", stack: int | str = "auto") -> Any:
         return choose(
             self.module,
             self.layout,
+            device=self.device,
             batch_size=self.case.batch,
             steps=100,
             num_clients=1000,
@@ -99,8 +101,8 @@ class Ways:
 
     def engine(self, plan: Any) -> Callable[[], int]:
         """A call that steps the clients of one stack and says how many steps it took."""
-        engine = build_engine(plan.engine, self.module, self.layout, native=plan.native)
-        x = torch.empty(plan.width, self.layout.size)
+        engine = build_engine(plan.engine, self.module, self.layout, device=self.device, native=plan.native)
+        x = torch.empty(plan.width, self.layout.size, device=self.device)
         batch = Batch(self.inputs[: plan.width], self.targets[: plan.width])
 
         def call() -> int:
@@ -115,7 +117,7 @@ class Ways:
 
     def plain(self) -> Callable[[], int]:
         """The same for one client as one writes it in plain PyTorch."""
-        module = self.case.make()
+        module = self.case.make().to(self.device)
         start = {k: v.clone() for k, v in self.module.state_dict().items()}
         inputs, targets = self.inputs[0], self.targets[0]
 

@@ -59,18 +59,27 @@ def cnn(input_shape: Sequence[int], num_classes: int, *, dropout: float = 0.0) -
     )
 
 
-def resnet(input_shape: Sequence[int], num_classes: int, *, width: int = 16, blocks: int = 1) -> nn.Module:
-    """Small residual network with GroupNorm: three stages of `blocks` blocks, widths 1, 2 and 4 times `width`."""
+def resnet(
+    input_shape: Sequence[int], num_classes: int, *, width: int = 16, blocks: int = 1, stages: int = 3
+) -> nn.Module:
+    """Residual network with GroupNorm: stages of `blocks` blocks, widths 1, 2, 4, ... times `width`.
+
+    ResNet-18 is width 64, 2 blocks, 4 stages.
+    """
     if width < 1 or (width > 8 and width % 8):
         raise ValueError(f"resnet.width must be a multiple of 8, or less than 8, got {width}")
-    return ResNet(_image("resnet", input_shape, 4)[0], num_classes, width, blocks, lambda n: nn.GroupNorm(min(8, n), n))
+    channels, _, _ = _image("resnet", input_shape, 4)
+    return ResNet(channels, num_classes, width, blocks, stages, lambda n: nn.GroupNorm(min(8, n), n))
 
 
-def resnet_bn(input_shape: Sequence[int], num_classes: int, *, width: int = 16, blocks: int = 1) -> nn.Module:
+def resnet_bn(
+    input_shape: Sequence[int], num_classes: int, *, width: int = 16, blocks: int = 1, stages: int = 3
+) -> nn.Module:
     """The same residual network with BatchNorm, whose running statistics travel with the parameters."""
     if width < 1:
         raise ValueError(f"resnet_bn.width must be at least 1, got {width}")
-    return ResNet(_image("resnet_bn", input_shape, 4)[0], num_classes, width, blocks, nn.BatchNorm2d)
+    channels, _, _ = _image("resnet_bn", input_shape, 4)
+    return ResNet(channels, num_classes, width, blocks, stages, nn.BatchNorm2d)
 
 
 def char_lstm(
@@ -135,14 +144,14 @@ class ResNet(nn.Module):
     """He et al. 2016's basic blocks behind a 3x3 stem, for small images."""
 
     def __init__(
-        self, channels: int, num_classes: int, width: int, blocks: int, norm: Callable[[int], nn.Module]
+        self, channels: int, num_classes: int, width: int, blocks: int, stages: int, norm: Callable[[int], nn.Module]
     ) -> None:
         super().__init__()
-        if blocks < 1:
-            raise ValueError(f"resnet.blocks must be at least 1, got {blocks}")
+        if min(blocks, stages) < 1:
+            raise ValueError(f"resnet.blocks and resnet.stages must be at least 1, got {blocks} and {stages}")
         self.stem = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), norm(width), nn.ReLU())
-        widths = [width * 2**stage for stage in range(3) for _ in range(blocks)]
-        strides = [2 if stage and not block else 1 for stage in range(3) for block in range(blocks)]
+        widths = [width * 2**stage for stage in range(stages) for _ in range(blocks)]
+        strides = [2 if stage and not block else 1 for stage in range(stages) for block in range(blocks)]
         before = [width, *widths[:-1]]
         self.blocks = nn.Sequential(*(Block(*shape, norm) for shape in zip(before, widths, strides, strict=True)))
         self.pool = nn.AdaptiveAvgPool2d(1)

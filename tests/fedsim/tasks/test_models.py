@@ -70,6 +70,13 @@ def test_a_position_of_the_transformer_does_not_see_later_ones() -> None:
     assert not torch.allclose(out_a[:, 3:], out_b[:, 3:], atol=1e-3)
 
 
+def test_resnet_18_is_the_published_network_behind_a_stem_for_small_images() -> None:
+    found = MODELS["resnet_bn"]((3, 32, 32), 10, width=64, blocks=2, stages=4)
+    sizes = [p.numel() for p in found.parameters()]
+    stem = 3 * 64 * (7 * 7 - 3 * 3)  # He et al. begin with a 7x7 convolution
+    assert sum(sizes) == 11_689_512 - stem - 513 * 1000 + 513 * 10 and len(sizes) == 62
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "options", "message"),
     [
@@ -77,7 +84,7 @@ def test_a_position_of_the_transformer_does_not_see_later_ones() -> None:
         ("mlp", (4,), {"dropout": 1.0}, "mlp.dropout must be at least 0 and less than 1, got 1.0"),
         ("cnn", (64,), {}, "model cnn reads images"),
         ("resnet", (1, 8, 8), {"width": 12}, "resnet.width must be a multiple of 8"),
-        ("resnet_bn", (1, 8, 8), {"blocks": 0}, "resnet.blocks must be at least 1"),
+        ("resnet_bn", (1, 8, 8), {"blocks": 0}, "resnet.blocks and .* must be at least 1, got 0 and 3"),
         ("char_lstm", (1, 8, 8), {}, "model char_lstm reads sequences"),
         ("transformer", (5,), {"width": 10, "heads": 4}, "transformer.width=10 must be a multiple of heads=4"),
     ],
