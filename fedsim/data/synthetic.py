@@ -90,11 +90,10 @@ def synthetic(
     Returns:
         inputs [n, d], grouped by client.
     """
-    check_least("synthetic: alpha", alpha, 0)
-    check_least("synthetic: beta", beta, 0)
-    check_least("synthetic: num_clients", num_clients, 1)
-    check_least("synthetic: num_features", num_features, 1)
-    check_least("synthetic: num_classes", num_classes, 1)
+    for name, value in {"alpha": alpha, "beta": beta}.items():
+        check_least(f"synthetic: {name}", value, 0)
+    for name, value in {"clients": num_clients, "features": num_features, "classes": num_classes}.items():
+        check_least(f"synthetic: num_{name}", value, 1)
     check_fraction("synthetic: test_fraction", test_fraction)
     rng = server_rng(seed, "data.synthetic")
     d, sizes = num_features, 50 + rng.lognormal(4, 2, num_clients).astype(np.int64)
