@@ -90,10 +90,9 @@ def synthetic(
     Returns:
         inputs [n, d], grouped by client.
     """
-    for name, value in {"alpha": alpha, "beta": beta}.items():
-        check_least(f"synthetic: {name}", value, 0)
-    for name, value in {"clients": num_clients, "features": num_features, "classes": num_classes}.items():
-        check_least(f"synthetic: num_{name}", value, 1)
+    least = {"alpha": (alpha, 0), "beta": (beta, 0), "num_clients": (num_clients, 1)}
+    for name, (value, bound) in (least | {"num_features": (num_features, 1), "num_classes": (num_classes, 1)}).items():
+        check_least(f"synthetic: {name}", value, bound)
     check_fraction("synthetic: test_fraction", test_fraction)
     rng = server_rng(seed, "data.synthetic")
     d, sizes = num_features, 50 + rng.lognormal(4, 2, num_clients).astype(np.int64)
