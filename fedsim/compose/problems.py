@@ -222,7 +222,7 @@ def problem_of(file: File, device: torch.device) -> Formula | Samples:
         clients=file.clients,
         device=device,
         root=file.data.root,
-        partition=None if file.partition is None else file.partition(),
+        partition=file.partition,
     )
     if isinstance(made, Samples):
         return made
