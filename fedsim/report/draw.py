@@ -78,6 +78,11 @@ class Curve:
     dash: int = 0
 
 
+def look(index: int) -> dict[str, Any]:
+    """Colour and dash of the curve drawn at this place of many."""
+    return {"colour": f"c{index % NUM_COLOURS + 1}", "dash": index // NUM_COLOURS % 3}
+
+
 def line_panel(
     curves: Sequence[Curve], *, x_label: str, alt: str, percent: bool = False, log: bool = False, log_x: bool = False
 ) -> str:
@@ -221,12 +226,10 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
     """A figure of its own, in this module's style; what the caller had set is put back afterwards."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+    with style.context(_STYLE, after_reset=True):
         yield Figure(figsize=(width / 72, height / 72))
 
 
