@@ -147,10 +147,11 @@ def check_alpha(name: str, alpha: float) -> None:
         raise ValueError(f"{name}.alpha must be 0 or more and finite, got {alpha}; for equal shares choose iid")
 
 
-def check_least(name: str, value: float, least: int) -> None:
-    """Refuse a number below its least value."""
-    if not value >= least:
-        raise ValueError(f"{name} must be {least} or more, got {value}")
+def check_least(where: str, least: int, **values: float) -> None:
+    """Refuse numbers below their least value; `where` is what a message puts in front of their names."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{where}{name} must be {least} or more, got {value}")
 
 
 def check_fraction(name: str, value: float) -> None:

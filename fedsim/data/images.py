@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import http.client
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim.data.dataset import Dataset, hold_out
+from fedsim.files import write_whole
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts the files
 HOME = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
@@ -71,7 +71,8 @@ def fashion_mnist(*, root: str | None = None, download: bool = True) -> Dataset:
         ValueError: if the files are not there and cannot be fetched, or are damaged.
     """
     own = [Path(root), Path(root) / "fashion-mnist", Path(root) / "FashionMNIST" / "raw"] if root else []
-    cache = Path(root) / "fashion-mnist" if root else _cache() / "fashion-mnist"
+    cache = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedsim"
+    cache /= "fashion-mnist"
     folder = next((d for d in [*own, DEBIAN] if any((d / name).exists() for name in CHECKSUMS)), cache)
     missing = [name for name in CHECKSUMS if not (folder / name).exists()]
     if folder == cache and missing:
@@ -137,12 +138,8 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
-
-
 def _fetch(url: str, target: Path, md5: str) -> None:
-    """Download to `target`, which appears only when the checksum fits: readers never see half a file."""
+    """Download to `target`, which appears only when the checksum fits."""
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
             content = answer.read()
@@ -151,12 +148,8 @@ def _fetch(url: str, target: Path, md5: str) -> None:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
         raise ValueError(f"fashion_mnist: {url} has MD5 {found}, expected {md5}: a damaged copy; {_WAY_OUT}")
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, target)
+        write_whole(target, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise ValueError(f"{target}: cannot be written ({error}); free some space or name another data.root") from None
