@@ -10,42 +10,29 @@ T length of a sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from fedsim.data.checks import check_samples
+from fedsim.data.dataset import LabelledRows
 
 _CHUNK = 1 << 22  # entries of `order` counted at a time: bounds the memory of class_counts
 
 
-@dataclass(frozen=True)
-class FederatedData:
+@dataclass(frozen=True, kw_only=True)
+class FederatedData(LabelledRows):
     """Samples and their owners.
 
     Args:
-        inputs: [n, ...] float32, or int64 tokens.
-        targets: [n] int64 classes, or [n, T] for sequences.
         offsets: [N+1] int64; client i owns the rows `order[offsets[i]:offsets[i+1]]`.
         order: [m] int64 rows of the pool. A row may belong to several clients, or to none.
-        test_inputs: [n_test, ...] held out for the server; may have no rows.
-        test_targets: [n_test] or [n_test, T].
-        num_classes: how many values a target may take.
         client_names: one per client, where the data has names for them.
-        class_names: one per class, where the data has names for them.
-        notes: what a reader of the results should know about the data, one sentence each.
     """
 
-    inputs: Tensor
-    targets: Tensor
     offsets: Tensor
     order: Tensor
-    test_inputs: Tensor
-    test_targets: Tensor
-    num_classes: int
     client_names: tuple[str, ...] | None = None
-    class_names: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
 
     @property
     def num_clients(self) -> int:
@@ -100,20 +87,9 @@ class FederatedData:
         tensors = ("inputs", "targets", "offsets", "order", "test_inputs", "test_targets")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
-    def check(self, origin: str = "data") -> FederatedData:
-        """Refuse what cannot be trained on.
-
-        Args:
-            origin: where the data came from, for the message.
-
-        Returns:
-            The data itself.
-
-        Raises:
-            ValueError: not-a-number or infinite inputs, targets out of range, shapes or types that do not fit, no
-                samples, a partition that names rows that do not exist or gives nobody any.
-        """
-        check_samples(self.inputs, self.targets, self.test_inputs, self.test_targets, self.num_classes, origin)
+    def check(self, origin: str = "data") -> Self:
+        """See `LabelledRows.check`; a partition may not name rows that do not exist, nor give nobody any."""
+        super().check(origin)
         offsets, order, n = self.offsets, self.order, len(self.inputs)
         if offsets.dtype != torch.int64 or order.dtype != torch.int64 or offsets.ndim != 1 or order.ndim != 1:
             raise ValueError(

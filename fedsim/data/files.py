@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsim.data.checks import as_inputs, as_targets, one_line, row
-from fedsim.data.dataset import Dataset, from_arrays
+from fedsim.data.checks import as_inputs, as_targets, one_line
+from fedsim.data.dataset import Dataset, from_arrays, row
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _read_folder(folder: Path, suffix: str, read: Callable[[Path], _Table]) -> _
         x, y = as_inputs(table.x, f"{file}: inputs"), as_targets(table.y, f"{file}: labels")
         if len(x) != len(y):
             raise ValueError(f"{file}: {len(x)} inputs but {len(y)} labels; one label per row is needed")
-        rows = f"{row(x)} -> {row(y)}"
+        rows = row(x, y)
         first = first or rows
         if rows != first:
             raise ValueError(f"{file}: rows are {rows}, but {files[0].name} has {first}; every client needs the same")

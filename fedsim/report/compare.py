@@ -7,6 +7,8 @@ run reached (the highest common accuracy), which is the fair place to compare co
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -232,11 +234,5 @@ def _common_start(names: Sequence[str]) -> str:
     parts = [name.split(",") for name in names]
     if shared := [part for part in parts[0] if all(part in other for other in parts)]:
         return ",".join(shared)
-    start = 0
-    while all(len(name) > start and name[start] == names[0][start] for name in names):
-        start += 1
-    kept = names[0][:start].rstrip("0123456789").rstrip("-_./ ")
-    for ending in ("seed", "s"):
-        if kept.endswith(("-" + ending, "_" + ending)):
-            kept = kept[: -len(ending) - 1]
-    return kept or names[0]
+    start = os.path.commonprefix(names).rstrip("0123456789").rstrip("-_./ ")
+    return re.sub("[-_](seed|s)$", "", start) or names[0]

@@ -61,7 +61,15 @@ def test_class_counts_equal_a_loop_over_clients_whatever_the_chunk(sizes, random
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     order = torch.tensor([random.randrange(n) for _ in range(m)], dtype=torch.int64)
     targets = torch.tensor([random.randrange(4) for _ in range(n)])
-    data = FederatedData(torch.zeros(n, 1), targets, offsets, order, torch.zeros(0, 1), targets[:0], 4)
+    data = FederatedData(
+        inputs=torch.zeros(n, 1),
+        targets=targets,
+        offsets=offsets,
+        order=order,
+        test_inputs=torch.zeros(0, 1),
+        test_targets=targets[:0],
+        num_classes=4,
+    )
     expected = [
         torch.bincount(targets[order[a:b]], minlength=4).tolist()
         for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
@@ -74,9 +82,14 @@ def test_class_counts_equal_a_loop_over_clients_whatever_the_chunk(sizes, random
 def test_a_million_clients_are_two_tensors():
     n = 1_000_000
     data = FederatedData(
-        torch.zeros(10, 1), torch.arange(10), torch.arange(n + 1), torch.arange(n) % 10, torch.zeros(0, 1),
-        torch.zeros(0, dtype=torch.int64), 10,
-    )  # fmt: skip
+        inputs=torch.zeros(10, 1),
+        targets=torch.arange(10),
+        offsets=torch.arange(n + 1),
+        order=torch.arange(n) % 10,
+        test_inputs=torch.zeros(0, 1),
+        test_targets=torch.zeros(0, dtype=torch.int64),
+        num_classes=10,
+    )
     data.check()
     assert data.class_counts().sum(0).tolist() == [n // 10] * 10
     assert data.rows(torch.tensor([999_999]), torch.tensor([[0]])).tolist() == [[9]]
