@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -50,10 +50,8 @@ class Field:
 class Compressor(Protocol):
     """Frozen settings of a compression rule. P is the length of the vectors that it is asked about."""
 
-    @property
-    def unbiased(self) -> bool:
-        """Whether E decode(encode(v)) = v."""
-        return True
+    unbiased: ClassVar[bool] = True
+    """Whether E decode(encode(v)) = v."""
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         """Compress v [C, P], float32 or float64; `step` tells apart packets of one client and job."""
