@@ -134,15 +134,7 @@ def experiment_of(
 
 
 def export(config: Source, folder: str | Path, overrides: tuple[str, ...] = ()) -> Path:
-    """Write a Flower app for an experiment, ready for `flwr run FOLDER`.
-
-    Args:
-        config: the experiment.
-        folder: new or empty.
-        overrides: like those of `fedsim run`.
-
-    Returns:
-        The folder.
+    """Write a Flower app for an experiment into a new folder, ready for `flwr run FOLDER`; returns the folder.
 
     Raises:
         ConfigError: if the experiment has a mistake, or the folder holds something.

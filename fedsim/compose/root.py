@@ -17,7 +17,7 @@ from torch import nn
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
-from fedsim.compose.problems import Formula, Samples, problem_of
+from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
 from fedsim.compose.refusals import check_local, check_state_scope, check_strategy
 from fedsim.compose.sections import File
 from fedsim.compose.work import in_words, work_of
@@ -105,8 +105,8 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     strategy = _strategy(file, problem)
     work = work_of(strategy, problem.num_examples)
     with at("runtime"):
-        plan = problem.plan(work, file.runtime, device)
-    task = problem.build(plan, file.runtime, device)
+        plan = plan_of(problem, work, file.runtime, device)
+    task = task_of(problem, plan, file.runtime, device)
     check_local(file.strategy.name, strategy, task)
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
@@ -134,7 +134,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
 
 
 def _resolve(
-    out: dict[str, Any], problem: Formula | Samples, strategy: Strategy, plan: Plan, device: torch.device
+    out: dict[str, Any], problem: Task | Samples, strategy: Strategy, plan: Plan, device: torch.device
 ) -> None:
     """Write down what `auto` chose: all that fixes the run's bits has its key."""
     out["clients"]["count"] = len(problem.num_examples)
@@ -148,7 +148,7 @@ def _resolve(
             section["backend"] = rule.backend_on(device)
 
 
-def _strategy(file: File, problem: Formula | Samples) -> Strategy:
+def _strategy(file: File, problem: Task | Samples) -> Strategy:
     """The strategy, with the local training that it is to use and optimizers for vectors of this layout."""
     with at("local"):
         schedule = file.local.schedule()

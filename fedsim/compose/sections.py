@@ -110,10 +110,9 @@ class Up:
 
 @dataclass(frozen=True, kw_only=True)
 class Down:
-    """What clients receive.
+    """What clients receive: the change of a model-sized vector since the last message is compressed.
 
-    Args:
-        compressor: for the change of every model-sized vector since the last message; scaled if it expands (rand_k).
+    A rule that expands (rand_k) is scaled.
     """
 
     compressor: Annotated[Any, FromTable("compressor", "identity")] = None
@@ -160,22 +159,14 @@ class Runtime:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where data sets lie.
-
-    Args:
-        root: a folder to look in first.
-    """
+    """Where data sets lie: a folder to look in first."""
 
     root: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """Where metrics go besides metrics.jsonl.
-
-    Args:
-        sinks: names of sinks.
-    """
+    """Where metrics go besides metrics.jsonl."""
 
     sinks: tuple[str, ...] = ("jsonl",)
 

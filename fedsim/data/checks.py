@@ -67,12 +67,7 @@ def _numeric(array: object, origin: str, wanted: str) -> np.ndarray:
 
 
 def as_keys(array: object, rows: int, origin: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Client keys as numbers 0..G-1 in sorted order, with their names.
-
-    Args:
-        array: [n] integers or strings, one per row.
-        rows: n.
-        origin: for the message.
+    """Client keys, [n] integers or strings, as numbers 0..G-1 in sorted order, with their names.
 
     >>> as_keys(["bob", "ann", "bob"], 3, "here")
     (tensor([1, 0, 1]), ('ann', 'bob'))

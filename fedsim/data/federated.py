@@ -45,29 +45,17 @@ class FederatedData(LabelledRows):
         return self.offsets.diff()
 
     def rows(self, ids: Tensor, position: Tensor) -> Tensor:
-        """Rows of the pool that stand at given positions of given clients.
+        """[C, B] int64 rows of the pool that stand at positions [C, B] of clients ids [C], counted from 0.
 
-        Args:
-            ids: [C] int64 clients.
-            position: [C, B] int64, 0 is the client's first sample. Positions beyond a client's last sample give its
-                last one; a client without samples gives some valid row, which the caller weights zero.
-
-        Returns:
-            [C, B] int64 rows of `inputs` and `targets`.
+        Positions beyond a client's last sample give its last one; a client without samples gives some valid row, which
+        the caller weights zero.
         """
         start, end = self.offsets[ids, None], self.offsets[ids + 1, None]
         at = torch.minimum(start + position.clamp(min=0), end - 1)
         return self.order[at.clamp(0, self.order.numel() - 1)]
 
     def class_counts(self, ids: Tensor | None = None) -> Tensor:
-        """How many targets of each class a client has; a sequence counts once per element.
-
-        Args:
-            ids: [C] clients; None for all N.
-
-        Returns:
-            [C, num_classes] int64.
-        """
+        """[C, num_classes] int64: targets of each class that clients ids [C], or all, have; a sequence counts each."""
         if ids is None:
             ids = torch.arange(self.num_clients, device=self.offsets.device)
         start, ends = self.offsets[ids], self.num_examples[ids].cumsum(0)

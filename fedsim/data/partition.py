@@ -39,16 +39,7 @@ class Partition(Protocol):
     """A recipe that gives rows to clients."""
 
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
-        """(order [m] int64, offsets [N+1] int64).
-
-        Args:
-            data: n training rows.
-            num_clients: N.
-            rng: the only source of randomness.
-
-        Raises:
-            ValueError: if the data does not suit the recipe.
-        """
+        """(order [m] int64, offsets [N+1] int64); a ValueError if the data does not suit the recipe."""
         ...
 
 

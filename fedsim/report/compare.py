@@ -41,10 +41,7 @@ class Group:
 
 
 def comparison_table(dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """One row per configuration.
-
-    Args:
-        dirs: folders of runs.
+    """One row per configuration of the runs in some folders.
 
     Returns:
         Dicts of `name`, `num_runs`, `seeds`, `differs` ({key: value} that sets it apart), `measure` (the key
@@ -60,15 +57,7 @@ def comparison_table(dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def write_comparison(dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the comparison as one HTML file.
-
-    Args:
-        dirs: folders of runs.
-        out: the file, or a folder that gets `comparison.html`.
-
-    Raises:
-        ValueError: as `comparison_table`.
-    """
+    """Write the comparison as one HTML file `out`, or as `comparison.html` into a folder; errors as above."""
     groups, measure = _load(dirs)
     rows = _table(groups, measure)
     path = Path(out)
