@@ -35,15 +35,12 @@ class Sink(Protocol):
             config: the resolved configuration, nested.
             resume_at: the checkpoint's round, after which rows will be written again; None for a new run.
         """
-        ...
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Take one row; it has a `round`. Numbers may be Python's, NumPy's or scalar tensors."""
-        ...
 
     def close(self) -> None:
         """Bring everything to rest; calling it twice, or before `open`, is harmless."""
-        ...
 
 
 class JsonLines:

@@ -55,15 +55,12 @@ class Compressor(Protocol):
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         """Compress v [C, P], float32 or float64; `step` tells apart packets of one client and job."""
-        ...
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
         """The stack [C, P] that a payload stands for."""
-        ...
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         """The layout of a row on the wire, in order."""
-        ...
 
     def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
         """The fields marked `shared`, derived from the streams of the packet's clients."""

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from fedsim.data.dataset import LabelledRows
 
-_CHUNK = 1 << 22  # entries of `order` counted at a time: bounds the memory of class_counts
-
 
 @dataclass(frozen=True, kw_only=True)
 class FederatedData(LabelledRows):
@@ -54,21 +52,13 @@ class FederatedData(LabelledRows):
         at = torch.minimum(start + position.clamp(min=0), end - 1)
         return self.order[at.clamp(0, self.order.numel() - 1)]
 
-    def class_counts(self, ids: Tensor | None = None) -> Tensor:
-        """[C, num_classes] int64: targets of each class that clients ids [C], or all, have; a sequence counts each."""
-        if ids is None:
-            ids = torch.arange(self.num_clients, device=self.offsets.device)
-        start, ends = self.offsets[ids], self.num_examples[ids].cumsum(0)
-        shift = start - torch.cat([ends.new_zeros(1), ends[:-1]])  # from a running position to an entry of `order`
-        counts = torch.zeros(len(ids) * self.num_classes, dtype=torch.int64, device=ends.device)
-        total = int(ends[-1]) if len(ids) else 0
-        for first in range(0, total, _CHUNK):
-            running = torch.arange(first, min(first + _CHUNK, total), device=ends.device)
-            owner = torch.searchsorted(ends, running, right=True)
-            labels = self.targets[self.order[running + shift[owner]]]
-            cell = (owner.view(-1, *[1] * (labels.ndim - 1)) * self.num_classes + labels).flatten()
-            counts.scatter_add_(0, cell, torch.ones_like(cell))
-        return counts.view(len(ids), self.num_classes)
+    def class_counts(self) -> Tensor:
+        """[N, num_classes] int64: targets of each class that clients have; a sequence counts once per element."""
+        owner = torch.repeat_interleave(torch.arange(self.num_clients, device=self.order.device), self.num_examples)
+        labels = self.targets[self.order]
+        cell = owner.view(-1, *[1] * (labels.ndim - 1)) * self.num_classes + labels
+        counts = torch.bincount(cell.flatten(), minlength=self.num_clients * self.num_classes)
+        return counts.view(self.num_clients, self.num_classes)
 
     def to(self, device: torch.device | str) -> FederatedData:
         """The same data with its tensors on a device."""

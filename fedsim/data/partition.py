@@ -40,7 +40,6 @@ class Partition(Protocol):
 
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
         """(order [m] int64, offsets [N+1] int64); a ValueError if the data does not suit the recipe."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
