@@ -8,13 +8,14 @@ import http.client
 import os
 import urllib.request
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data.dataset import Dataset, hold_out
+from fedsim.data.dataset import Dataset, from_arrays
 from fedsim.files import write_whole
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts the files
@@ -39,18 +40,8 @@ def digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy((images / 16).astype(np.float32)).view(-1, 1, 8, 8)
-    y = torch.from_numpy(labels.astype(np.int64))
-    train, test = hold_out(y, 0.2)
-    return Dataset(
-        inputs=x[train],
-        targets=y[train],
-        test_inputs=x[test],
-        test_targets=y[test],
-        num_classes=10,
-        class_names=tuple("0123456789"),
-        notes=("Pixels 0 to 16 were divided by 16.",),
-    ).check("digits")
+    data = from_arrays((images / 16).reshape(-1, 1, 8, 8), labels, origin="digits")
+    return replace(data, class_names=tuple("0123456789"), notes=("Pixels 0 to 16 were divided by 16.",))
 
 
 def fashion_mnist(*, root: str | None = None, download: bool = True) -> Dataset:
@@ -80,17 +71,10 @@ def fashion_mnist(*, root: str | None = None, download: bool = True) -> Dataset:
             raise ValueError(f"fashion_mnist: no files in {', '.join(map(str, [*own, DEBIAN, cache]))}; {_WAY_OUT}")
         for name in missing:
             _fetch(HOME + name, folder / name, CHECKSUMS[name])
-    x, y = _read_pair(folder, "train")
-    x_test, y_test = _read_pair(folder, "t10k")
-    return Dataset(
-        inputs=x,
-        targets=y,
-        test_inputs=x_test,
-        test_targets=y_test,
-        num_classes=10,
-        class_names=CLASSES,
-        notes=(f"Pixels were divided by 255, then standardised: mean {MEAN}, deviation {STD}.",),
-    ).check(f"fashion_mnist in {folder}")
+    train, test, origin = _read_pair(folder, "train"), _read_pair(folder, "t10k"), f"fashion_mnist in {folder}"
+    data = from_arrays(*train, *test, num_classes=10, origin=origin)
+    scaled = f"Pixels were divided by 255, then standardised: mean {MEAN}, deviation {STD}."
+    return replace(data, class_names=CLASSES, notes=(scaled,))
 
 
 _WAY_OUT = (
@@ -99,7 +83,7 @@ _WAY_OUT = (
 )
 
 
-def _read_pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+def _read_pair(folder: Path, part: str) -> tuple[Tensor, np.ndarray]:
     images, labels = folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"
     x, y = read_idx(images), read_idx(labels)
     if x.ndim != 3 or y.ndim != 1:
@@ -109,7 +93,7 @@ def _read_pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     if len(x) != len(y):
         raise ValueError(f"{images}: {len(x)} images but {len(y)} labels in {labels.name}; {_WAY_OUT}")
     scaled = torch.from_numpy(x.astype(np.float32)).div_(255).sub_(MEAN).div_(STD)
-    return scaled.unsqueeze(1), torch.from_numpy(y.astype(np.int64))
+    return scaled.unsqueeze(1), y.astype(np.int64)
 
 
 def read_idx(path: Path) -> np.ndarray:
