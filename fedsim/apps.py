@@ -33,7 +33,7 @@ from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail, connect
 from fedsim.flower.wire import Book
 from fedsim.overrides import apply_overrides, parse_overrides
-from fedsim.progress import Progress
+from fedsim.progress import run_shown
 from fedsim.sim.executor import InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 
@@ -45,11 +45,7 @@ ON_CLIENT = {**DEPLOYED, "runtime.workers": 1, "runtime.memory": "ram", "log.sin
 
 
 def server_app(config: Source | None = None) -> ServerApp:
-    """The app that a SuperLink runs.
-
-    Args:
-        config: the experiment; None takes it from the run's settings.
-    """
+    """The app that a SuperLink runs; without an experiment it takes the one of the run's settings."""
     app = ServerApp()
 
     @app.main()
@@ -60,11 +56,7 @@ def server_app(config: Source | None = None) -> ServerApp:
 
 
 def client_app(config: Source | None = None) -> ClientApp:
-    """The app that every SuperNode runs.
-
-    Args:
-        config: the experiment; None takes it from the run's settings.
-    """
+    """The app that every SuperNode runs; without an experiment it takes the one of the run's settings."""
 
     def build(context: Context) -> tuple[StackRunner, Book]:
         raw, source = experiment_of(config, context.run_config, context.node_config)
@@ -87,26 +79,15 @@ def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock:
         ClientError: if a client is missing or fails.
     """
     raw, source = experiment_of(config, settings)
-    resume = bool(settings.get("fedsim-resume", False))
-    name = source if source.endswith(".yaml") else "flower"
-    out, stem = settings.get("fedsim-out"), runs.stem_of(name)
-    folder = Path(out or (runs.last_folder(stem) if resume else stem)).absolute()
-    patience = _patience(settings)
-
-    raw = apply_overrides(raw, DEPLOYED, source)
-    with Progress(quiet=False) as progress:
-        history = runs.execute(
-            raw,
-            source,
-            folder,
-            numbered=not out and not resume,
-            resume=resume,
-            watch=progress.watch,
-            started=progress.start,
-            fleet=lambda composition: deploy(composition, grid, patience, clock),
-        )
-    progress.summary(history)
-    return history
+    out, patience = settings.get("fedsim-out"), _patience(settings)
+    return run_shown(
+        apply_overrides(raw, DEPLOYED, source),
+        source,
+        Path(out).absolute() if out else None,
+        name=Path(source).stem if source.endswith(".yaml") else "flower",
+        resume=bool(settings.get("fedsim-resume", False)),
+        fleet=lambda composition: deploy(composition, grid, patience, clock),
+    )
 
 
 def deploy(composition: Composition, grid: Grid, patience: Patience, clock: Clock = WALL) -> FlowerFleet:
@@ -153,15 +134,7 @@ def experiment_of(
 
 
 def export(config: Source, folder: str | Path, overrides: tuple[str, ...] = ()) -> Path:
-    """Write a Flower app for an experiment, ready for `flwr run FOLDER`.
-
-    Args:
-        config: the experiment.
-        folder: new or empty.
-        overrides: like those of `fedsim run`.
-
-    Returns:
-        The folder.
+    """Write a Flower app for an experiment into a new folder, ready for `flwr run FOLDER`; returns the folder.
 
     Raises:
         ConfigError: if the experiment has a mistake, or the folder holds something.

@@ -44,22 +44,10 @@ def run(
     CONFIG is an experiment file (YAML); OVERRIDES set keys of it: rounds=20 strategy.cohort_size=5.
     """
     from fedsim import runs
-    from fedsim.progress import Progress
+    from fedsim.progress import run_shown
 
     raw, source = runs.load(config, parse_overrides(overrides or (), str(config)))
-    stem = runs.stem_of(config)
-    folder = out or (runs.last_folder(stem) if resume else stem)
-    with Progress(quiet) as progress:
-        history = runs.execute(
-            raw,
-            source,
-            folder,
-            numbered=out is None and not resume,
-            resume=resume,
-            watch=progress.watch,
-            started=progress.start,
-        )
-    progress.summary(history)
+    run_shown(raw, source, out, name=config.stem, resume=resume, quiet=quiet)
 
 
 @app.command()
@@ -107,36 +95,6 @@ def compare(
 
     FOLDERS are run folders; those that differ only in their seeds count as one.
     """
-    _print_comparison(folders, out)
-
-
-@app.command()
-def sweep(
-    config: Config,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=[a,b] ... and key=value ...")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs' folders; runs/<config>-sweep if left out.")
-    ] = None,
-) -> None:
-    """Run every combination of the listed values, and compare; call it again to complete what was stopped.
-
-    CONFIG is an experiment file (YAML); OVERRIDES are lists to go through, "seed=[0,1,2]", and values for all runs.
-    """
-    from fedsim.sweep import sweep as play
-
-    root = out or Path("runs") / f"{config.stem}-sweep"
-    folders, diverged = [], 0
-    for folder, ended in play(config, parse_overrides(overrides or (), str(config)), root):
-        print(f"{folder}: {ended}", flush=True)
-        folders.append(folder)
-        diverged += not ended.startswith("done")
-    _print_comparison(folders, root / "comparison.html")
-    if diverged:
-        _say(f"{diverged} of {len(folders)} runs diverged")
-        raise typer.Exit(1)
-
-
-def _print_comparison(folders: list[Path], out: Path) -> None:
     from rich.table import Column, Table
 
     from fedsim.history import show
@@ -161,6 +119,32 @@ def _print_comparison(folders: list[Path], out: Path) -> None:
     if target is not None:
         print(f"rounds, time and bits: until {measure} {show(measure, target)}, which every run reached")
     print(f"report: {write_comparison(folders, out)}")
+
+
+@app.command()
+def sweep(
+    config: Config,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=[a,b] ... and key=value ...")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs' folders; runs/<config>-sweep if left out.")
+    ] = None,
+) -> None:
+    """Run every combination of the listed values, and compare; call it again to complete what was stopped.
+
+    CONFIG is an experiment file (YAML); OVERRIDES are lists to go through, "seed=[0,1,2]", and values for all runs.
+    """
+    from fedsim.sweep import sweep as play
+
+    root = out or Path("runs") / f"{config.stem}-sweep"
+    folders, diverged = [], 0
+    for folder, ended in play(config, parse_overrides(overrides or (), str(config)), root):
+        print(f"{folder}: {ended}", flush=True)
+        folders.append(folder)
+        diverged += not ended.startswith("done")
+    compare(folders, root / "comparison.html")
+    if diverged:
+        _say(f"{diverged} of {len(folders)} runs diverged")
+        raise typer.Exit(1)
 
 
 @app.command()

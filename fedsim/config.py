@@ -4,7 +4,8 @@
 and arguments, to be called once what the file does not hold is known (a layout, the number of clients). So a new
 field of a dataclass is a new key of the file. Entries of tables (`{name: dirichlet, alpha: 0.1}`, or the user's own
 code by import path, `name: mypkg.mymodule:MyClass`) are decoded in the same way, nested ones included. A call keeps
-its section with every default (`resolved`), which is what the run folder keeps. A `Reader` goes through a whole file.
+its section with every default (`resolved`), which is what the run folder keeps. A whole file is a section too, whose
+key is empty.
 
 An error is `key: problem` from the start; who knows the file's name puts it in front (`naming`).
 """
@@ -116,6 +117,8 @@ class Call:
             return made if self.check is None else self.check(made, self.name)
 
 
+_REQUIRED = inspect.Parameter.empty
+
 Kinds = Mapping[str, Callable[[Any, str, "Kinds"], Any]]
 """{kind of `FromTable`: (value, key, kinds) -> the call that it describes, several, or the value itself}."""
 
@@ -127,7 +130,7 @@ def decode(
 
     Args:
         target: any callable with type hints.
-        values: the section.
+        values: the section; None is an empty one.
         key: of the section.
         kinds: how to decode parameters marked `FromTable`.
         later: parameters that are given when it is called, which the file may not set.
@@ -135,28 +138,31 @@ def decode(
     Raises:
         ConfigError: for a key that is unknown or missing, or a value of the wrong type.
     """
+    values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise ConfigError(f"{key}: expected a section of key: value lines, got {values!r}")
     try:
         own = {k: p for k, p in parameters(target).items() if k not in later}
     except (NameError, TypeError) as e:
         raise ConfigError(f"{key}: the type hints of {target!r} can't be read: {e}; import what they name") from e
+    below = f"{key}." if key else ""
     for name in values:
         if name in later:
-            raise ConfigError(f"{key}.{name}: is not set here but by its own section of the file")
+            raise ConfigError(f"{below}{name}: is not set here but by its own section of the file")
         if name not in own:
-            raise ConfigError(f"{key}.{name}: unknown key{did_you_mean(str(name), own)}")
+            unknown = f"unknown {'key' if key else 'section'}"
+            raise ConfigError(f"{below}{name}: {unknown}{did_you_mean(str(name), own)}")
     arguments, resolved = {}, {}
     for name, (hint, default) in own.items():
         entry = next((m.default for m in getattr(hint, "__metadata__", ()) if isinstance(m, FromTable)), None)
         if name in values or entry is not None:
-            arguments[name] = _argument(values.get(name, entry), hint, f"{key}.{name}", kinds or {})
+            arguments[name] = _argument(values.get(name, entry), hint, f"{below}{name}", kinds or {})
             resolved[name] = _resolved(arguments[name], values.get(name))
-        elif default is inspect.Parameter.empty:
-            raise ConfigError(f"{key}.{name}: missing; {key} needs it and it has no default")
-        elif is_dataclass(hint) and isinstance(hint, type) and default == hint():
-            arguments[name] = decode(hint, {}, f"{key}.{name}", kinds)
+        elif is_dataclass(hint) and isinstance(hint, type) and (default is _REQUIRED or default == hint()):
+            arguments[name] = decode(hint, {}, f"{below}{name}", kinds)
             resolved[name] = arguments[name].resolved
+        elif default is _REQUIRED:
+            raise ConfigError(f"{below}{name}: missing; {key} needs it and it has no default")
         else:
             resolved[name] = plain_default(default)
     return Call(target, arguments, resolved, key)
@@ -219,54 +225,6 @@ def imported(path: str, key: str) -> Callable[..., Any]:
     if not callable(found):
         raise ConfigError(f"{key}: {path!r} is a {type(found).__name__}, not a class or function")
     return typing.cast("Callable[..., Any]", found)
-
-
-class Reader:
-    """One experiment file, section by section.
-
-    Args:
-        raw: the file's content after overrides.
-        kinds: how to decode parameters marked `FromTable`.
-    """
-
-    def __init__(self, raw: Mapping[str, Any], kinds: Kinds | None = None) -> None:
-        self.raw, self.kinds = dict(raw), kinds or {}
-        self.resolved: dict[str, Any] = {}
-
-    def value(self, key: str, hint: Any, default: Any) -> Any:
-        """One plain top-level value."""
-        self.resolved[key] = self.raw.get(key, default)
-        with at(key):
-            return checked(self.raw[key], hint) if key in self.raw else default
-
-    def section(self, key: str, target: Callable[..., Any]) -> Any:
-        """What `target` makes of a top-level section."""
-        value = self.raw.get(key)
-        return self._noted(decode(target, {} if value is None else value, key, self.kinds))()
-
-    def entry(
-        self, key: str, table: Mapping[str, Callable[..., Any]], default: Any = None, needs: Collection[str] = ()
-    ) -> Call:
-        """The table entry that a top-level section names."""
-        value = self.raw.get(key, default)
-        if value is None:
-            raise ConfigError(f"{key}: missing; name one of {', '.join(table)}, or your own code as pkg.module:name")
-        return self._noted(decode_entry(table, value, key, self.kinds, needs=needs))
-
-    def unused(self, key: str, reason: str) -> None:
-        """Refuse a top-level section that says something, since nothing would read it."""
-        if self.raw.pop(key, None):
-            raise ConfigError(f"{key}: {reason}, so nothing would read this section; leave it out")
-
-    def finish(self) -> None:
-        """Refuse top-level sections that nobody asked for."""
-        for key in self.raw:
-            if key not in self.resolved and key != "versions":
-                raise ConfigError(f"{key}: unknown section{did_you_mean(str(key), self.resolved)}")
-
-    def _noted(self, call: Call) -> Call:
-        self.resolved[call.key] = call.resolved
-        return call
 
 
 def _made(value: Any, given: Mapping[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,39 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
+from fedsim import runs
 from fedsim.compose import Composition
+from fedsim.fleet import DrivenFleet
 from fedsim.history import History
+
+
+def run_shown(
+    raw: Mapping[str, Any],
+    source: str,
+    out: Path | None,
+    *,
+    name: str,
+    resume: bool,
+    quiet: bool = False,
+    fleet: Callable[[Composition], DrivenFleet] | None = None,
+) -> History:
+    """Run into a folder, by default the next of `runs/<name>-NNN`, and show how it goes; see `execute`."""
+    stem = Path("runs") / name
+    folder = out or (runs.last_folder(stem) if resume else stem)
+    with Progress(quiet) as progress:
+        history = runs.execute(
+            raw,
+            source,
+            folder,
+            numbered=out is None and not resume,
+            resume=resume,
+            watch=progress.watch,
+            started=progress.start,
+            fleet=fleet,
+        )
+    progress.summary(history)
+    return history
+
 
 SHOWN = ("test_accuracy", "test_loss", "distance", "train_loss")
 

@@ -126,13 +126,8 @@ def check_folder(folder: Path, resume: bool) -> None:
         raise ConfigError(f"{folder} holds no run to resume; leave out --resume to start one there")
 
 
-def stem_of(config: str | Path, root: Path = Path("runs")) -> Path:
-    """What the numbered folders of a config's runs begin with: `runs/<name of the config>`."""
-    return root / Path(config).stem
-
-
 def last_folder(stem: Path) -> Path:
-    """The newest of the numbered folders that holds a run, for --resume without --out.
+    """The newest of the folders `stem`-NNN that holds a run, for --resume without --out.
 
     Raises:
         ConfigError: if there is none.

@@ -8,15 +8,13 @@ the rows after its checkpoint again, to the same bits, so each sink forgets them
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
-import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from math import isfinite
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, TextIO
 
 from fedsim.config import did_you_mean
@@ -37,15 +35,12 @@ class Sink(Protocol):
             config: the resolved configuration, nested.
             resume_at: the checkpoint's round, after which rows will be written again; None for a new run.
         """
-        ...
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Take one row; it has a `round`. Numbers may be Python's, NumPy's or scalar tensors."""
-        ...
 
     def close(self) -> None:
         """Bring everything to rest; calling it twice, or before `open`, is harmless."""
-        ...
 
 
 class JsonLines:
@@ -89,9 +84,10 @@ class TensorBoard:
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. On resume TensorBoard is told to hide what it has beyond the checkpoint."""
-        module = _need("torch.utils.tensorboard", "tensorboard", "pip install tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         purge = None if resume_at is None else resume_at + 1
-        self._writer = module.SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge)
+        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge)
         if resume_at is None:
             text = json.dumps(config, indent=2, default=str).replace("\n", "\n    ")
             self._writer.add_text("config", "    " + text)
@@ -126,13 +122,15 @@ class WandB(_Logging):
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. W&B drops rows of steps it has seen; a resumed run repeats them to the same bits."""
-        self._run = _need("wandb", "wandb").init(
+        self._run = _package(
+            "wandb"
+        ).init(
             project=PROJECT,
             name=run_dir.resolve().name,
             dir=str(run_dir),
             config=dict(config),
             mode=os.environ.get("WANDB_MODE") or "offline",  # sent later by `wandb sync`
-            id=_known_as(run_dir / "wandb_run_id", resume_at),
+            id=_known_as(run_dir / "wandb_run_id", resume_at, lambda: uuid.uuid4().hex[:8]),
             resume="allow",
         )
 
@@ -142,10 +140,12 @@ class Trackio(_Logging):
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. Runs go by name; on resume the rows are added to the run of that name."""
-        trackio = _need("trackio", "trackio")
         resume = "never" if resume_at is None else "allow"
-        name = _known_as(run_dir / "trackio_run_name", resume_at, f"{run_dir.resolve().name}-")
-        self._run = trackio.init(project=PROJECT, name=name, config=dict(config), resume=resume, embed=False)
+        new = f"{run_dir.resolve().name}-{uuid.uuid4().hex[:8]}"
+        name = _known_as(run_dir / "trackio_run_name", resume_at, lambda: new)
+        self._run = _package("trackio").init(
+            project=PROJECT, name=name, config=dict(config), resume=resume, embed=False
+        )
 
 
 class MLflow:
@@ -156,17 +156,17 @@ class MLflow:
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. A resumed run writes on into the same MLflow run; repeated steps have equal values."""
-        self._client = client = _need("mlflow", "mlflow").MlflowClient()
-        file = run_dir / "mlflow_run_id"
-        if known := _remembered(file, resume_at):
-            self._run_id = known
-            return
-        found = client.get_experiment_by_name(PROJECT)
-        experiment = found.experiment_id if found else client.create_experiment(PROJECT)
-        self._run_id = client.create_run(experiment, run_name=run_dir.resolve().name).info.run_id
-        write_whole(file, self._run_id)
-        for key, value in flat(config):
-            client.log_param(self._run_id, key, str(value)[:500])  # MLflow's oldest limit on a value
+        self._client = client = _package("mlflow").MlflowClient()
+
+        def begin() -> str:
+            found = client.get_experiment_by_name(PROJECT)
+            experiment = found.experiment_id if found else client.create_experiment(PROJECT)
+            run_id = str(client.create_run(experiment, run_name=run_dir.resolve().name).info.run_id)
+            for key, value in flat(config):
+                client.log_param(run_id, key, str(value)[:500])  # MLflow's oldest limit on a value
+            return run_id
+
+        self._run_id = _known_as(run_dir / "mlflow_run_id", resume_at, begin)
 
     def write(self, row: Mapping[str, Any]) -> None:
         entities = importlib.import_module("mlflow.entities")
@@ -204,8 +204,8 @@ def make_sinks(names: list[str]) -> list[Sink]:
     for name in names:
         if name not in SINKS:
             raise ValueError(f"unknown sink {name!r}{did_you_mean(name, SINKS)}")
-        if name in EXTRAS and not _installed(name):
-            raise ValueError(_missing(name))
+        if name in EXTRAS:
+            _package(name)
     return [SINKS[name]() for name in dict.fromkeys(["jsonl", *names])]
 
 
@@ -215,11 +215,11 @@ def encode_row(row: Mapping[str, Any]) -> str:
     >>> encode_row({"round": 1, "train_loss": float("nan")})
     '{"round": 1, "train_loss": null, "nonfinite": ["train_loss"]}'
     """
-    plain = {key: _plain(value) for key, value in row.items() if key != "nonfinite"}
-    bad = [key for key, value in plain.items() if not _finite(value)]
-    out: dict[str, Any] = {key: _nulled(value) for key, value in plain.items()}
-    listed = [*dict.fromkeys([*row.get("nonfinite", []), *bad])]
-    return json.dumps(out | ({"nonfinite": listed} if listed else {}), allow_nan=False)
+    text = json.dumps({k: v for k, v in row.items() if k != "nonfinite"}, default=lambda v: v.tolist())
+    plain = json.loads(text, parse_constant=lambda constant: None)  # constants: NaN, Infinity, -Infinity
+    lost = [k for k, v in json.loads(text).items() if v != plain[k]]
+    listed = list(dict.fromkeys([*row.get("nonfinite", []), *lost]))
+    return json.dumps(plain | ({"nonfinite": listed} if listed else {}))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -261,58 +261,24 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of a row, without `round`: what the viewers can show."""
-    plain = {key: _plain(value) for key, value in row.items() if key != "round"}
-    numbers = {k: v for k, v in plain.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {k: float(v) for k, v in numbers.items() if isfinite(v)}
+    plain = json.loads(encode_row({k: v for k, v in row.items() if k != "round"}))
+    return {k: float(v) for k, v in plain.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
-def _plain(value: Any) -> Any:
-    """NumPy's and torch's values as Python's own, by the method that both have."""
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(_finite(v) for v in value)
-    return not isinstance(value, float) or isfinite(value)
-
-
-def _nulled(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_nulled(v) for v in value]
-    return value if _finite(value) else None
-
-
-def _need(module: str, extra: str, install: str | None = None) -> Any:
+def _package(name: str) -> ModuleType:
+    """A viewer's package, which is an extra of the same name."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(name)
     except ImportError as e:
-        raise ValueError(f"log.sinks: {_missing(extra, install)} ({e})") from e
+        way_out = f"run pip install 'fedsim-stacks[{name}]', or leave it out"
+        raise ValueError(f"'{name}' is not installed; {way_out} ({e})") from e
 
 
-def _missing(extra: str, install: str | None = None) -> str:
-    way_out = install or f"pip install 'fedsim-stacks[{extra}]'"
-    return f"'{extra}' is not installed; run {way_out}, or leave it out"
-
-
-def _installed(package: str) -> bool:
-    if package in sys.modules:
-        return sys.modules[package] is not None
-    return importlib.util.find_spec(package) is not None
-
-
-def _remembered(file: Path, resume_at: int | None) -> str | None:
-    """The name under which a viewer knows this run, if it is resumed and has one."""
-    return file.read_text(encoding="utf-8") if resume_at is not None and file.exists() else None
-
-
-def _known_as(file: Path, resume_at: int | None, prefix: str = "") -> str:
-    """That name, or a new one, which the file then remembers."""
-    if known := _remembered(file, resume_at):
-        return known
-    name = prefix + uuid.uuid4().hex[:8]
+def _known_as(file: Path, resume_at: int | None, new: Callable[[], str]) -> str:
+    """The name under which a viewer knows this run: the one it had if it is resumed, else a new one to remember."""
+    if resume_at is not None and file.exists():
+        return file.read_text(encoding="utf-8")
+    name = new()
     write_whole(file, name)
     return name
 

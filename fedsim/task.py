@@ -63,15 +63,12 @@ class Batches(Protocol):
 
     def __len__(self) -> int:
         """Steps of the busiest client."""
-        ...
 
     def active(self, step: int) -> int:
         """How many of the first clients still take this step."""
-        ...
 
     def __getitem__(self, step: int) -> Any:
         """The batch of the active clients, in the task's own form."""
-        ...
 
 
 class Session(Protocol):
@@ -82,7 +79,6 @@ class Session(Protocol):
 
     def gradient(self, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(gradient or operator [C, P], loss [C]) at the present x; batches are in the task's own form."""
-        ...
 
     def sgd_step_(
         self,
@@ -108,7 +104,7 @@ class Session(Protocol):
         Returns:
             loss [C] before the step, or None where steps are not fused (then nothing was touched).
         """
-        ...
+        return None
 
     def weighted_sum(self, batch: Any, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
         """The sum over each client's samples of their gradients, tensor by tensor times a weight.
@@ -121,11 +117,11 @@ class Session(Protocol):
         Returns:
             ([C, P], mean loss [C]), or None where single samples cannot be told apart.
         """
-        ...
+        return None
 
 
 @dataclass(frozen=True)
-class PlainSession:
+class PlainSession(Session):
     """Steps that share nothing and fuse nothing: what a task without an engine offers."""
 
     field: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
@@ -134,20 +130,6 @@ class PlainSession:
     def gradient(self, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         g, loss = self.field(self.x, batch)
         return (g if out is None else out.copy_(g)), loss
-
-    def sgd_step_(
-        self,
-        batch: Any,
-        lr: float,
-        *,
-        scale: float = 1.0,
-        shift: Tensor | None = None,
-        grad_sum: Tensor | None = None,
-    ) -> Tensor | None:
-        return None
-
-    def weighted_sum(self, batch: Any, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:
-        return None
 
 
 class Oracle(Protocol):
@@ -164,27 +146,21 @@ class Oracle(Protocol):
 
     def batch_sizes(self) -> Tensor:
         """[k] samples of each client's batch, padding not counted."""
-        ...
 
     def num_labels(self) -> Tensor:
         """[k] labels behind each client's mean loss: one a sample, or one a position of a sequence."""
-        ...
 
     def losses(self, points: Tensor) -> Tensor:
         """[q, k] mean losses at points [q, k, n], on the same batch and without dropout."""
-        ...
 
     def sampled_grad(self, x: Tensor) -> Tensor:
         """[k, n] gradient of the mean loss at x [k, n] with labels drawn from the model's own predictions there."""
-        ...
 
     def hvp(self, x: Tensor, v: Tensor) -> Tensor:
         """[k, n] Hessian of the mean loss at x [k, n] times v [k, n]."""
-        ...
 
     def clipped_sum(self, x: Tensor, bounds: Tensor) -> Tensor:
         """[k, n] sum over a client's samples of g_i, clipped (`optim.needs.sample_factors`) at bounds [1] or [L]."""
-        ...
 
 
 class Task(ABC):

@@ -11,7 +11,6 @@ docs/tutorial.md. Its files, from the top down:
     fleets    devices, links, byzantine clients and the executor: what the simulated fleet is made of
     refusals  which parts do not go together, and why
     tables    every table by the name that `fedsim list` gives it
-    matrix    docs/composition.md, found by composing every pair
 """
 
 from fedsim.compose.root import Composition, compose

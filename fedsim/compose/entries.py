@@ -14,15 +14,18 @@ from torch import nn
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
-from fedsim.compose.refusals import check_server_optimizer
+from fedsim.compose.problems import TASKS
+from fedsim.compose.refusals import check_keys, check_server_optimizer
 from fedsim.compress import COMPRESSORS
 from fedsim.config import Call, ConfigError, Kinds, decode_entry, named
+from fedsim.data import PARTITIONS
 from fedsim.data.sources import entry as dataset
 from fedsim.optim import build
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
 from fedsim.sim.devices import DEVICES
+from fedsim.strategies import STRATEGIES
 from fedsim.tasks.models import MODELS
 
 Table = Mapping[str, Callable[..., Any]]
@@ -51,6 +54,13 @@ def _optimizer(check: Check | None = None) -> Callable[[Any, str, Kinds], Call]:
     return decode_optimizer
 
 
+def _strategy(value: Any, key: str, kinds: Kinds) -> Call:
+    """Like any entry, but what it says that it can't have is refused first."""
+    target, _, keys = named(STRATEGIES, value, key)
+    check_keys(target, keys)
+    return decode_entry(STRATEGIES, value, key, kinds, needs=("local",))
+
+
 def _pre_aggregators(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
     """A list of entries."""
     if not isinstance(value, list | tuple):
@@ -72,6 +82,9 @@ def _always() -> str:
 AVAILABILITY: dict[str, Callable[..., Any]] = {"always": _always}
 
 KINDS: Kinds = {
+    "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition")),
+    "strategy": _strategy,
+    "partition": _from(PARTITIONS),
     "dataset": dataset,
     "model": _from(MODELS, needs=("input_shape", "num_classes"), check=_as_module),
     "optimizer": _optimizer(),

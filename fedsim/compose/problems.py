@@ -20,7 +20,6 @@ from fedsim.compose.sections import Clients, File, Runtime
 from fedsim.compose.work import Work
 from fedsim.config import ConfigError, FromTable, at, imported
 from fedsim.data import build as build_data
-from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.data.partition import Natural, Partition
 from fedsim.engine import Plan, build_engine, choose
@@ -37,38 +36,8 @@ NUM_CLIENTS = 100  # unless the file or the data say how many there are
 
 
 @dataclass(frozen=True)
-class Formula:
-    """A task that computes its own field, so that no engine is needed and stacks may be wide."""
-
-    task: Task
-
-    @property
-    def layout(self) -> Layout:
-        return self.task.layout
-
-    @property
-    def num_examples(self) -> Tensor:
-        return self.task.num_examples
-
-    def plan(self, work: Work, runtime: Runtime, device: torch.device) -> Plan:
-        """The width as the file sets it, or up to 1,024."""
-        width = max(1, min(1024, len(self.num_examples))) if runtime.stack == "auto" else runtime.stack
-        return Plan("exact", width, "the task computes its own field")
-
-    def build(self, plan: Plan, runtime: Runtime, device: torch.device) -> Task:
-        return self.task
-
-
-@dataclass(frozen=True)
 class Samples:
-    """Data and a module, which become a task once the engine is known.
-
-    Args:
-        data: of every client.
-        module: the model.
-        x0: [P], where training starts.
-        loss: per sample.
-    """
+    """Data of every client, a module, its start x0 [P] and a loss per sample: a task once the engine is known."""
 
     data: FederatedData
     module: nn.Module
@@ -83,28 +52,36 @@ class Samples:
     def num_examples(self) -> Tensor:
         return self.data.num_examples
 
-    def plan(self, work: Work, runtime: Runtime, device: torch.device) -> Plan:
-        """Engine and stack width, by the rule or as the file sets them."""
-        return choose(
-            self.module,
-            self.layout,
-            device=device,
-            batch_size=work.batch_size,
-            steps=int(work.steps.max()),
-            num_clients=work.cohort_size,
-            engine=runtime.engine,
-            stack=runtime.stack,
-            native=runtime.native,
-            precision=runtime.precision,
-            plain=work.in_factors,
-            loss=self.loss,
-            sample=self.data.inputs[0],
-        )
 
-    def build(self, plan: Plan, runtime: Runtime, device: torch.device) -> Task:
-        made = self.module, self.layout, self.loss, device, runtime.precision
-        engine = build_engine(plan.engine, *made, native=plan.native)
-        return ClassificationTask(self.data.to(device), self.module, self.x0, engine, self.loss)
+def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch.device) -> Plan:
+    """Engine and stack width, by the rule or as the file sets them; a formula has no engine and wide stacks."""
+    if isinstance(problem, Task):
+        width = max(1, min(1024, len(problem.num_examples))) if runtime.stack == "auto" else runtime.stack
+        return Plan("exact", width, "the task computes its own field")
+    return choose(
+        problem.module,
+        problem.layout,
+        device=device,
+        batch_size=work.batch_size,
+        steps=int(work.steps.max()),
+        num_clients=work.cohort_size,
+        engine=runtime.engine,
+        stack=runtime.stack,
+        native=runtime.native,
+        precision=runtime.precision,
+        plain=work.in_factors,
+        loss=problem.loss,
+        sample=problem.data.inputs[0],
+    )
+
+
+def task_of(problem: Task | Samples, plan: Plan, runtime: Runtime, device: torch.device) -> Task:
+    """The task, computed as planned."""
+    if isinstance(problem, Task):
+        return problem
+    made = problem.module, problem.layout, problem.loss, device, runtime.precision
+    engine = build_engine(plan.engine, *made, native=plan.native)
+    return ClassificationTask(problem.data.to(device), problem.module, problem.x0, engine, problem.loss)
 
 
 def classification(
@@ -117,18 +94,13 @@ def classification(
     loss: str = "cross_entropy",
 ) -> Samples:
     """Classes or next tokens: any data set, any torch module."""
-    data = _federated(dataset, partition, clients.count, seed)
+    natural = isinstance(dataset, FederatedData) or isinstance(partition, Natural)
+    with at("partition"):
+        data = build_data(dataset, partition, clients.count if natural else clients.count or NUM_CLIENTS, seed)
     sizes = {"input_shape": tuple(data.inputs.shape[1:]), "num_classes": data.num_classes}
     module, x0 = init_parameters(lambda: model(**sizes), seed)
     check_model(module, data, loss)
     return Samples(data, module, x0, _sample_loss(loss))
-
-
-def _federated(source: Dataset | FederatedData, partition: Partition, count: int | None, seed: int) -> FederatedData:
-    """The data of every client."""
-    natural = isinstance(source, FederatedData) or isinstance(partition, Natural)
-    with at("partition"):
-        return build_data(source, partition, count if natural else count or NUM_CLIENTS, seed)
 
 
 def _sample_loss(loss: str) -> Loss:
@@ -205,7 +177,7 @@ TASKS: dict[str, Callable[..., Task | Samples]] = {
 }
 
 
-def problem_of(file: File, device: torch.device) -> Formula | Samples:
+def problem_of(file: File, device: torch.device) -> Task | Samples:
     """What the section `task` describes; see the module's head.
 
     Raises:
@@ -222,7 +194,7 @@ def problem_of(file: File, device: torch.device) -> Formula | Samples:
         clients=file.clients,
         device=device,
         root=file.data.root,
-        partition=None if file.partition is None else file.partition(),
+        partition=file.partition,
     )
     if isinstance(made, Samples):
         return made
@@ -231,4 +203,4 @@ def problem_of(file: File, device: torch.device) -> Formula | Samples:
         n = len(task.num_examples)
         if count not in (None, n):
             raise ValueError(f"it has {n} clients, but clients.count is {count}; give it a parameter `count` to follow")
-    return Formula(task)
+    return task

@@ -1,6 +1,6 @@
 """An experiment file, from its first section to its last, and the run that it describes.
 
-`read_sections` says what the file holds and `_build` makes it, in the order in which things are known: data and module,
+`read_file` says what the file holds and `_build` makes it, in the order in which things are known: data and module,
 optimizers, the strategy; from these the plan; from the plan engine and task; last the fleet.
 """
 
@@ -17,21 +17,19 @@ from torch import nn
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
-from fedsim.compose.problems import TASKS, Formula, Samples, problem_of
-from fedsim.compose.refusals import check_keys, check_local, check_state_scope, check_strategy
-from fedsim.compose.sections import Clients, Data, Down, File, Local, Log, Runtime, Up
+from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
+from fedsim.compose.refusals import check_local, check_state_scope, check_strategy
+from fedsim.compose.sections import File
 from fedsim.compose.work import in_words, work_of
-from fedsim.config import ConfigError, Reader, at, named, naming
-from fedsim.data import PARTITIONS
+from fedsim.config import ConfigError, at, decode, naming
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Plan
-from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
+from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
 from fedsim.sim.executor import Executor, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sinks import Sink, make_sinks
-from fedsim.strategies import STRATEGIES
 from fedsim.strategy import Strategy, parts
 from fedsim.task import Task
 
@@ -78,61 +76,41 @@ def compose(raw: Mapping[str, Any], source: str) -> Composition:
         ConfigError: for the first mistake found.
     """
     with naming(source):
-        return _build(read_sections(raw))
+        return _build(*read_file(raw))
 
 
-def read_sections(raw: Mapping[str, Any]) -> File:
-    """The file's sections, all of them and no others.
+def read_file(raw: Mapping[str, Any]) -> tuple[File, dict[str, Any]]:
+    """(what the file says, the same as plain data with every default).
 
     Raises:
         ConfigError: for a section, a key or a value that has no place there.
     """
-    reader = Reader(raw, KINDS)
-    task = reader.entry("task", TASKS, "classification", needs=("seed", "count", "clients", "device", "partition"))
-    target, _, keys = named(STRATEGIES, raw.get("strategy") or "fedavg", "strategy")
-    check_keys(target, keys)
-    strategy = reader.entry("strategy", STRATEGIES, "fedavg", needs=("local",))
-    if not (divides := task.takes("partition")):
-        reader.unused("partition", f"{task.name} has no data to divide")
-    if not (trains := strategy.takes("local")):
-        reader.unused("local", f"{strategy.name} takes no local steps")
-    file = File(
-        seed=reader.value("seed", int, 0),
-        rounds=reader.value("rounds", int, 100),
-        stop=reader.section("stop", Stop),
-        runtime=reader.section("runtime", Runtime),
-        clients=reader.section("clients", Clients),
-        data=reader.section("data", Data),
-        task=task,
-        partition=reader.entry("partition", PARTITIONS, "iid") if divides else None,
-        strategy=strategy,
-        local=reader.section("local", Local) if trains else None,
-        uplink=reader.section("uplink", Up),
-        downlink=reader.section("downlink", Down),
-        evaluate=reader.section("evaluate", Evaluate),
-        checkpoint=reader.section("checkpoint", Checkpoint),
-        allow_divergence=reader.value("allow_divergence", bool, False),
-        log=reader.section("log", Log),
-        resolved=reader.resolved,
-    )
-    reader.finish()
-    if file.rounds < 1:
-        raise ConfigError(f"rounds: must be at least 1, got {file.rounds}")
-    return file
+    call = decode(File, {k: v for k, v in raw.items() if k != "versions"}, "", KINDS)
+    file, resolved = call(), copy.deepcopy(call.resolved)
+    for key, reader, why in (
+        ("partition", file.task, "has no data to divide"),
+        ("local", file.strategy, "takes no local steps"),
+    ):
+        if not reader.takes(key):
+            if raw.get(key):
+                reason = f"{reader.name} {why}, so nothing would read this section"
+                raise ConfigError(f"{key}: {reason}; leave it out")
+            del resolved[key]
+    return file, resolved
 
 
-def _build(file: File) -> Composition:
+def _build(file: File, resolved: dict[str, Any]) -> Composition:
     device = compute_device(file.runtime.device)
     problem = problem_of(file, device)
     strategy = _strategy(file, problem)
     work = work_of(strategy, problem.num_examples)
     with at("runtime"):
-        plan = problem.plan(work, file.runtime, device)
-    task = problem.build(plan, file.runtime, device)
+        plan = plan_of(problem, work, file.runtime, device)
+    task = task_of(problem, plan, file.runtime, device)
     check_local(file.strategy.name, strategy, task)
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
-    resolved = _resolved(file, problem, strategy, plan, device)
+    _resolve(resolved, problem, strategy, plan, device)
     fleet, pool, workers = _fleet(file, task, strategy, plan.width, device)
     experiment = Experiment(
         task=task,
@@ -155,11 +133,10 @@ def _build(file: File) -> Composition:
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
 
 
-def _resolved(
-    file: File, problem: Formula | Samples, strategy: Strategy, plan: Plan, device: torch.device
-) -> dict[str, Any]:
-    """The file with every default, and with what `auto` chose: all that fixes the run's bits has its key."""
-    out = copy.deepcopy(dict(file.resolved))
+def _resolve(
+    out: dict[str, Any], problem: Task | Samples, strategy: Strategy, plan: Plan, device: torch.device
+) -> None:
+    """Write down what `auto` chose: all that fixes the run's bits has its key."""
     out["clients"]["count"] = len(problem.num_examples)
     out["runtime"] |= {"stack": plan.width, "device": str(device)}
     if isinstance(problem, Samples):
@@ -169,18 +146,15 @@ def _resolved(
     for rule, section in rules:
         if isinstance(rule, Optimizer) and not rule.is_plain_sgd and rule.settings.backend == "auto":
             section["backend"] = rule.backend_on(device)
-    return out
 
 
-def _strategy(file: File, problem: Formula | Samples) -> Strategy:
+def _strategy(file: File, problem: Task | Samples) -> Strategy:
     """The strategy, with the local training that it is to use and optimizers for vectors of this layout."""
-    given: dict[str, Any] = {"layout": problem.layout}
-    if file.local is not None:
-        with at("local"):
-            schedule = file.local.schedule()
-        optimizer = file.local.optimizer(layout=problem.layout)
-        given["local"] = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds)
-    return check_strategy(file.strategy(**given), problem.num_examples)
+    with at("local"):
+        schedule = file.local.schedule()
+    optimizer = file.local.optimizer(layout=problem.layout)
+    local = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds)
+    return check_strategy(file.strategy(layout=problem.layout, local=local), problem.num_examples)
 
 
 def _fleet(

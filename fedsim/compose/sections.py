@@ -1,11 +1,10 @@
 """What the sections of an experiment file may hold, beside the entries of tables.
 
-A field is a key of the file and its default the file's default; `fedsim.config.Reader` checks the types.
+A field is a key of the file and its default the file's default; `fedsim.config.decode` checks the types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -111,10 +110,9 @@ class Up:
 
 @dataclass(frozen=True, kw_only=True)
 class Down:
-    """What clients receive.
+    """What clients receive: the change of a model-sized vector since the last message is compressed.
 
-    Args:
-        compressor: for the change of every model-sized vector since the last message; scaled if it expands (rand_k).
+    A rule that expands (rand_k) is scaled.
     """
 
     compressor: Annotated[Any, FromTable("compressor", "identity")] = None
@@ -161,50 +159,39 @@ class Runtime:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where data sets lie.
-
-    Args:
-        root: a folder to look in first.
-    """
+    """Where data sets lie: a folder to look in first."""
 
     root: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """Where metrics go besides metrics.jsonl.
-
-    Args:
-        sinks: names of sinks.
-    """
+    """Where metrics go besides metrics.jsonl."""
 
     sinks: tuple[str, ...] = ("jsonl",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A whole file, read: sections as objects, entries of tables as calls that wait for what they are for.
+    """A whole file. What waits for more than the file holds is a call: the task, the strategy, and inside sections."""
 
-    Args:
-        partition: None where the task has no such parameter.
-        local: None where the strategy has no such parameter.
-        resolved: the file with every default.
-    """
-
-    seed: int
-    rounds: int
+    task: Annotated[Call, FromTable("task", "classification")]
+    strategy: Annotated[Call, FromTable("strategy", "fedavg")]
+    seed: int = 0
+    rounds: int = 100
     stop: Stop
     runtime: Runtime
     clients: Clients
     data: Data
-    task: Call
-    partition: Call | None
-    strategy: Call
-    local: Local | None
+    partition: Annotated[Any, FromTable("partition", "iid")]
+    local: Local
     uplink: Up
     downlink: Down
     evaluate: Evaluate
     checkpoint: Checkpoint
-    allow_divergence: bool
+    allow_divergence: bool = False
     log: Log
-    resolved: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ConfigError(f"rounds: must be at least 1, got {self.rounds}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -66,14 +67,11 @@ class Contractive(Compressor):
     """An unbiased compressor divided by 1 + omega: biased, and contractive with delta = 1 + omega."""
 
     of: Compressor
+    unbiased: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.of.unbiased:
             raise ValueError(f"{self.of} is biased and needs no scaling; give it to error feedback as it is")
-
-    @property
-    def unbiased(self) -> bool:
-        return False
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         return self.of.fields(num_entries)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class PowerSGD(Compressor):
 
     rank: int
     layout: Layout | None = None
+    unbiased: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -45,10 +47,6 @@ class PowerSGD(Compressor):
 
     def bind(self, layout: Layout) -> PowerSGD:
         return replace(self, layout=layout)
-
-    @property
-    def unbiased(self) -> bool:
-        return False
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         out: list[Field] = []

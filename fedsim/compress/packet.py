@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -50,22 +50,17 @@ class Field:
 class Compressor(Protocol):
     """Frozen settings of a compression rule. P is the length of the vectors that it is asked about."""
 
-    @property
-    def unbiased(self) -> bool:
-        """Whether E decode(encode(v)) = v."""
-        return True
+    unbiased: ClassVar[bool] = True
+    """Whether E decode(encode(v)) = v."""
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         """Compress v [C, P], float32 or float64; `step` tells apart packets of one client and job."""
-        ...
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
         """The stack [C, P] that a payload stands for."""
-        ...
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         """The layout of a row on the wire, in order."""
-        ...
 
     def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
         """The fields marked `shared`, derived from the streams of the packet's clients."""

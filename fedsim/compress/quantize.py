@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -154,9 +154,7 @@ class NaturalDithering(Compressor):
 class ScaledSign(Compressor):
     """Sends mean|v| and one sign an entry, with the sign of 0 counted as +: 32 + P bits, delta <= P."""
 
-    @property
-    def unbiased(self) -> bool:
-        return False
+    unbiased: ClassVar[bool] = False
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         return Field("scale", 1), Field("code", num_entries, 1, number=False)

@@ -32,9 +32,6 @@ class Identity(Compressor):
     def omega(self, num_entries: int) -> float | None:
         return 0.0
 
-    def delta(self, num_entries: int) -> float | None:
-        return 1.0
-
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
         return Packet(compressor=self, num_entries=v.shape[1], payload={"values": v})
@@ -128,10 +125,7 @@ class TopK(Chosen):
     """
 
     name: ClassVar[str] = "top_k"
-
-    @property
-    def unbiased(self) -> bool:
-        return False
+    unbiased: ClassVar[bool] = False
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         k = self.count(num_entries)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
 
 from fedsim.config import decode_entry
-from fedsim.data.dataset import Dataset
+from fedsim.data.dataset import Dataset, LabelledRows
 from fedsim.data.federated import FederatedData
 from fedsim.data.partition import PARTITIONS, Natural, Partition
 from fedsim.data.sources import Spec, load
@@ -72,15 +72,10 @@ def split(
     if num_clients is None or num_clients < 1:
         raise ValueError(f"clients.count must be 1 or more, got {num_clients}")
     order, offsets = recipe(data, num_clients, server_rng(seed, "data.partition"))
+    same = {f.name: getattr(data, f.name) for f in fields(LabelledRows)}
     return FederatedData(
-        inputs=data.inputs,
-        targets=data.targets,
+        **same,
         offsets=torch.from_numpy(np.asarray(offsets, dtype=np.int64)),
         order=torch.from_numpy(np.asarray(order, dtype=np.int64)),
-        test_inputs=data.test_inputs,
-        test_targets=data.test_targets,
-        num_classes=data.num_classes,
         client_names=data.group_names if natural else None,
-        class_names=data.class_names,
-        notes=data.notes,
     ).check("data")

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_ROWS = 1 << 16  # rows looked at together when searching for NaN
-
 
 def as_inputs(array: object, origin: str, images: bool = False) -> Tensor:
     """Inputs as float32, or int64 where they are tokens.
@@ -69,12 +67,7 @@ def _numeric(array: object, origin: str, wanted: str) -> np.ndarray:
 
 
 def as_keys(array: object, rows: int, origin: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Client keys as numbers 0..G-1 in sorted order, with their names.
-
-    Args:
-        array: [n] integers or strings, one per row.
-        rows: n.
-        origin: for the message.
+    """Client keys, [n] integers or strings, as numbers 0..G-1 in sorted order, with their names.
 
     >>> as_keys(["bob", "ann", "bob"], 3, "here")
     (tensor([1, 0, 1]), ('ann', 'bob'))
@@ -95,62 +88,17 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def check_samples(
-    inputs: Tensor, targets: Tensor, test_inputs: Tensor, test_targets: Tensor, num_classes: int, origin: str
-) -> None:
-    """Refuse samples that cannot be trained on; see `FederatedData.check`."""
-    if not len(inputs):
-        raise ValueError(f"{origin}: the data set is empty, it has no training rows")
-    for part, x, y in (("training", inputs, targets), ("test", test_inputs, test_targets)):
-        if len(x) != len(y):
-            raise ValueError(f"{origin}: {len(x)} {part} inputs but {len(y)} labels; one label per row is needed")
-        if x.dtype not in (torch.float32, torch.int64):
-            raise ValueError(f"{origin}: {part} inputs must be float32, or int64 tokens, got {x.dtype}")
-        if y.dtype != torch.int64:
-            raise ValueError(f"{origin}: {part} targets must be int64 classes, got {y.dtype}")
-        if x.shape[1:] != inputs.shape[1:] or y.shape[1:] != targets.shape[1:] or x.dtype != inputs.dtype:
-            raise ValueError(
-                f"{origin}: test rows are {row(x)} -> {row(y)}, training rows {row(inputs)} -> {row(targets)}; "
-                f"they must agree"
-            )
-        _check_finite(x, f"{origin}: {part} inputs")
-        if len(y) and (y.min() < 0 or y.max() >= num_classes):
-            wrong = (y < 0) | (y >= num_classes)
-            bad = int(wrong.view(len(y), -1).any(1).nonzero()[0])
-            raise ValueError(
-                f"{origin}: the {part} label of row {bad} is {y[bad].tolist()}, but labels must be 0 to "
-                f"{num_classes - 1}; renumber them or set num_classes"
-            )
-
-
-def _check_finite(x: Tensor, what: str) -> None:
-    if not x.is_floating_point() or not x.numel():
-        return
-    low, high = x.aminmax()  # one cheap pass; NaN wins over every number
-    if torch.isfinite(low) and torch.isfinite(high):
-        return
-    for first in range(0, len(x), _ROWS):
-        finite = torch.isfinite(x[first : first + _ROWS]).flatten(1).all(1)
-        if not finite.all():
-            row = first + int((~finite).nonzero()[0])
-            raise ValueError(f"{what}: row {row} holds NaN or infinity; drop the row or fill the gap before training")
-
-
-def row(x: Tensor) -> str:
-    """The type and shape of one row, for messages."""
-    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape[1:])}"
-
-
 def check_alpha(name: str, alpha: float) -> None:
     """Refuse a concentration that is negative or not finite."""
     if not 0 <= alpha < np.inf:
         raise ValueError(f"{name}.alpha must be 0 or more and finite, got {alpha}; for equal shares choose iid")
 
 
-def check_least(name: str, value: float, least: int) -> None:
-    """Refuse a number below its least value."""
-    if not value >= least:
-        raise ValueError(f"{name} must be {least} or more, got {value}")
+def check_least(where: str, least: int, **values: float) -> None:
+    """Refuse numbers below their least value; `where` is what a message puts in front of their names."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{where}{name} must be {least} or more, got {value}")
 
 
 def check_fraction(name: str, value: float) -> None:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data.checks import as_inputs, as_keys, as_targets, check_fraction, check_samples
+from fedsim.data.checks import as_inputs, as_keys, as_targets, check_fraction
 from fedsim.streams import server_rng
+
+_ROWS = 1 << 16  # rows looked at together when searching for NaN
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """Samples before they are given to clients.
+class LabelledRows:
+    """Samples to train on and samples held out for the server.
 
     Args:
         inputs: [n, ...] float32, or int64 tokens.
@@ -26,10 +29,8 @@ class Dataset:
         test_inputs: [n_test, ...]; may have no rows.
         test_targets: [n_test] or [n_test, T].
         num_classes: how many values a target may take.
-        groups: [n] int64 in 0..G-1, the natural client of each training row.
-        group_names: G names.
-        class_names: one per class.
-        notes: what a reader of the results should know, one sentence each.
+        class_names: one per class, where the data has names for them.
+        notes: what a reader of the results should know about the data, one sentence each.
     """
 
     inputs: Tensor
@@ -37,14 +38,72 @@ class Dataset:
     test_inputs: Tensor
     test_targets: Tensor
     num_classes: int
-    groups: Tensor | None = None
-    group_names: tuple[str, ...] | None = None
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
-    def check(self, origin: str) -> Dataset:
-        """Refuse what cannot be trained on, naming `origin`; returns the data set itself."""
-        check_samples(self.inputs, self.targets, self.test_inputs, self.test_targets, self.num_classes, origin)
+    def check(self, origin: str) -> Self:
+        """Refuse what cannot be trained on, naming `origin`; returns the data itself.
+
+        Raises:
+            ValueError: for inputs that are no number or infinite, targets out of range, shapes or types that do not
+                fit, or no samples.
+        """
+        if not len(self.inputs):
+            raise ValueError(f"{origin}: the data set is empty, it has no training rows")
+        trained, held = (self.inputs, self.targets), (self.test_inputs, self.test_targets)
+        for part, (x, y) in (("training", trained), ("test", held)):
+            if len(x) != len(y):
+                raise ValueError(f"{origin}: {len(x)} {part} inputs but {len(y)} labels; one label per row is needed")
+            if x.dtype not in (torch.float32, torch.int64):
+                raise ValueError(f"{origin}: {part} inputs must be float32, or int64 tokens, got {x.dtype}")
+            if y.dtype != torch.int64:
+                raise ValueError(f"{origin}: {part} targets must be int64 classes, got {y.dtype}")
+            if row(x, y) != row(*trained):
+                raise ValueError(f"{origin}: test rows are {row(x, y)}, training rows {row(*trained)}; they must agree")
+            _check_finite(x, f"{origin}: {part} inputs")
+            if len(y) and (y.min() < 0 or y.max() >= self.num_classes):
+                wrong = (y < 0) | (y >= self.num_classes)
+                bad = int(wrong.view(len(y), -1).any(1).nonzero()[0])
+                raise ValueError(
+                    f"{origin}: the {part} label of row {bad} is {y[bad].tolist()}, but labels must be 0 to "
+                    f"{self.num_classes - 1}; renumber them or set num_classes"
+                )
+        return self
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if not x.is_floating_point() or not x.numel():
+        return
+    low, high = x.aminmax()  # one cheap pass; NaN wins over every number
+    if torch.isfinite(low) and torch.isfinite(high):
+        return
+    for first in range(0, len(x), _ROWS):
+        finite = torch.isfinite(x[first : first + _ROWS]).flatten(1).all(1)
+        if not finite.all():
+            bad = first + int((~finite).nonzero()[0])
+            raise ValueError(f"{what}: row {bad} holds NaN or infinity; drop the row or fill the gap before training")
+
+
+def row(x: Tensor, y: Tensor) -> str:
+    """Type and shape of one row of inputs and of targets, for messages."""
+    return " -> ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape[1:])}" for t in (x, y))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(LabelledRows):
+    """Samples before they are given to clients.
+
+    Args:
+        groups: [n] int64 in 0..G-1, the natural client of each training row.
+        group_names: G names.
+    """
+
+    groups: Tensor | None = None
+    group_names: tuple[str, ...] | None = None
+
+    def check(self, origin: str) -> Self:
+        """See `LabelledRows.check`."""
+        super().check(origin)
         if self.groups is not None:
             if self.group_names is None:
                 raise ValueError(f"{origin}: groups need group_names, one name per natural client")

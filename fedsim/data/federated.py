@@ -10,42 +10,27 @@ T length of a sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from fedsim.data.checks import check_samples
-
-_CHUNK = 1 << 22  # entries of `order` counted at a time: bounds the memory of class_counts
+from fedsim.data.dataset import LabelledRows
 
 
-@dataclass(frozen=True)
-class FederatedData:
+@dataclass(frozen=True, kw_only=True)
+class FederatedData(LabelledRows):
     """Samples and their owners.
 
     Args:
-        inputs: [n, ...] float32, or int64 tokens.
-        targets: [n] int64 classes, or [n, T] for sequences.
         offsets: [N+1] int64; client i owns the rows `order[offsets[i]:offsets[i+1]]`.
         order: [m] int64 rows of the pool. A row may belong to several clients, or to none.
-        test_inputs: [n_test, ...] held out for the server; may have no rows.
-        test_targets: [n_test] or [n_test, T].
-        num_classes: how many values a target may take.
         client_names: one per client, where the data has names for them.
-        class_names: one per class, where the data has names for them.
-        notes: what a reader of the results should know about the data, one sentence each.
     """
 
-    inputs: Tensor
-    targets: Tensor
     offsets: Tensor
     order: Tensor
-    test_inputs: Tensor
-    test_targets: Tensor
-    num_classes: int
     client_names: tuple[str, ...] | None = None
-    class_names: tuple[str, ...] | None = None
-    notes: tuple[str, ...] = ()
 
     @property
     def num_clients(self) -> int:
@@ -58,62 +43,31 @@ class FederatedData:
         return self.offsets.diff()
 
     def rows(self, ids: Tensor, position: Tensor) -> Tensor:
-        """Rows of the pool that stand at given positions of given clients.
+        """[C, B] int64 rows of the pool that stand at positions [C, B] of clients ids [C], counted from 0.
 
-        Args:
-            ids: [C] int64 clients.
-            position: [C, B] int64, 0 is the client's first sample. Positions beyond a client's last sample give its
-                last one; a client without samples gives some valid row, which the caller weights zero.
-
-        Returns:
-            [C, B] int64 rows of `inputs` and `targets`.
+        Positions beyond a client's last sample give its last one; a client without samples gives some valid row, which
+        the caller weights zero.
         """
         start, end = self.offsets[ids, None], self.offsets[ids + 1, None]
         at = torch.minimum(start + position.clamp(min=0), end - 1)
         return self.order[at.clamp(0, self.order.numel() - 1)]
 
-    def class_counts(self, ids: Tensor | None = None) -> Tensor:
-        """How many targets of each class a client has; a sequence counts once per element.
-
-        Args:
-            ids: [C] clients; None for all N.
-
-        Returns:
-            [C, num_classes] int64.
-        """
-        if ids is None:
-            ids = torch.arange(self.num_clients, device=self.offsets.device)
-        start, ends = self.offsets[ids], self.num_examples[ids].cumsum(0)
-        shift = start - torch.cat([ends.new_zeros(1), ends[:-1]])  # from a running position to an entry of `order`
-        counts = torch.zeros(len(ids) * self.num_classes, dtype=torch.int64, device=ends.device)
-        total = int(ends[-1]) if len(ids) else 0
-        for first in range(0, total, _CHUNK):
-            running = torch.arange(first, min(first + _CHUNK, total), device=ends.device)
-            owner = torch.searchsorted(ends, running, right=True)
-            labels = self.targets[self.order[running + shift[owner]]]
-            cell = (owner.view(-1, *[1] * (labels.ndim - 1)) * self.num_classes + labels).flatten()
-            counts.scatter_add_(0, cell, torch.ones_like(cell))
-        return counts.view(len(ids), self.num_classes)
+    def class_counts(self) -> Tensor:
+        """[N, num_classes] int64: targets of each class that clients have; a sequence counts once per element."""
+        owner = torch.repeat_interleave(torch.arange(self.num_clients, device=self.order.device), self.num_examples)
+        labels = self.targets[self.order]
+        cell = owner.view(-1, *[1] * (labels.ndim - 1)) * self.num_classes + labels
+        counts = torch.bincount(cell.flatten(), minlength=self.num_clients * self.num_classes)
+        return counts.view(self.num_clients, self.num_classes)
 
     def to(self, device: torch.device | str) -> FederatedData:
         """The same data with its tensors on a device."""
         tensors = ("inputs", "targets", "offsets", "order", "test_inputs", "test_targets")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
-    def check(self, origin: str = "data") -> FederatedData:
-        """Refuse what cannot be trained on.
-
-        Args:
-            origin: where the data came from, for the message.
-
-        Returns:
-            The data itself.
-
-        Raises:
-            ValueError: not-a-number or infinite inputs, targets out of range, shapes or types that do not fit, no
-                samples, a partition that names rows that do not exist or gives nobody any.
-        """
-        check_samples(self.inputs, self.targets, self.test_inputs, self.test_targets, self.num_classes, origin)
+    def check(self, origin: str = "data") -> Self:
+        """See `LabelledRows.check`; a partition may not name rows that do not exist, nor give nobody any."""
+        super().check(origin)
         offsets, order, n = self.offsets, self.order, len(self.inputs)
         if offsets.dtype != torch.int64 or order.dtype != torch.int64 or offsets.ndim != 1 or order.ndim != 1:
             raise ValueError(

@@ -9,12 +9,13 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fedsim.data.checks import as_inputs, as_targets, one_line, row
-from fedsim.data.dataset import Dataset, from_arrays
+from fedsim.data.checks import as_inputs, as_targets, one_line
+from fedsim.data.dataset import Dataset, from_arrays, row
 
 
 @dataclass(frozen=True)
@@ -72,26 +73,20 @@ def parquet(
     In a folder every `NAME.parquet` is the client NAME, and `test.parquet`, if there is one, is held out.
 
     Args:
-        path: the file or folder; relative to `root` where that is given and has it.
-        root: the folder of the configuration's `data.root`.
+        path, root, num_classes, test_fraction: as for `npz`.
         label: the column of classes, integers from 0.
         client: the column of client keys; in a single file it may be missing.
         features: one column that holds a list per row: floating-point numbers or uint8, taken as they are, or tokens
             (other integers). By default all other columns, each of them one measurement.
         shape: of one sample, such as [1, 28, 28]; by default a vector.
         test_path: a file of held-out rows with the same columns.
-        num_classes: by default one more than the largest label.
-        test_fraction: the share held out, class by class, when there is no file of test rows.
         images: the column `features` holds pixels of type uint8, to be divided by 255.
 
     Raises:
         ValueError: naming the file and the column that is missing or does not fit.
     """
+    read = partial(_read_parquet, label=label, client=client, features=features, shape=shape)
     test = None if test_path is None else _resolve(test_path, root)
-
-    def read(file: Path) -> _Table:
-        return _read_parquet(file, label, client, features, shape)
-
     return _load(_resolve(path, root), ".parquet", read, num_classes, test_fraction, images, test)
 
 
@@ -150,7 +145,7 @@ def _read_folder(folder: Path, suffix: str, read: Callable[[Path], _Table]) -> _
         x, y = as_inputs(table.x, f"{file}: inputs"), as_targets(table.y, f"{file}: labels")
         if len(x) != len(y):
             raise ValueError(f"{file}: {len(x)} inputs but {len(y)} labels; one label per row is needed")
-        rows = f"{row(x)} -> {row(y)}"
+        rows = row(x, y)
         first = first or rows
         if rows != first:
             raise ValueError(f"{file}: rows are {rows}, but {files[0].name} has {first}; every client needs the same")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -52,31 +53,47 @@ def huggingface(
     Raises:
         ValueError: if the library, the data set, a split or a column is missing, or rows differ in shape.
     """
-    datasets = _require("datasets", "huggingface")
     origin = f"huggingface {path}"
+    wanted = [features, label, *([client] if client else [])]
+    images, (x, y, *keys) = _columns(path, configuration, train_split, root, wanted, origin)
+    x_test = y_test = None
+    if test_split:
+        _, (x_test, y_test, *_) = _columns(path, configuration, test_split, root, wanted, origin)
+    data = from_arrays(
+        x,
+        y,
+        x_test,
+        y_test,
+        clients=keys[0] if keys else None,
+        num_classes=num_classes,
+        test_fraction=test_fraction,
+        images=images,
+        origin=origin,
+    )
+    return _standardized(data) if images and standardize else data
 
-    images = False
 
-    def columns(split: str) -> tuple[np.ndarray, ...]:
-        nonlocal images
-        try:
-            table = datasets.load_dataset(path, configuration, split=split, cache_dir=root)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(
-                f"{origin}: cannot load split '{split}' ({one_line(error)}); check the name, the splits and "
-                f"the network, or name a local folder as task.dataset.path"
-            ) from None
-        wanted = [features, label, *([client] if client else [])]
-        for name in wanted:
-            if name not in table.column_names:
-                raise ValueError(f"{origin}: no column '{name}', it has {', '.join(table.column_names)}")
-        images = isinstance(table.features[features], datasets.Image)
-        rows = table.select_columns(wanted).with_format("numpy")[:]
-        return tuple(rows[name] for name in wanted)
-
-    x, y, *keys = columns(train_split)
-    x_test, y_test = columns(test_split)[:2] if test_split else (None, None)
-    return _images_or_numbers(x, y, x_test, y_test, keys, images, standardize, num_classes, test_fraction, origin)
+def _columns(
+    path: str, configuration: str | None, split: str, root: str | None, wanted: list[str], origin: str
+) -> tuple[bool, list[np.ndarray]]:
+    """(whether the first of the wanted columns holds images, these columns)."""
+    datasets = _require("datasets", "huggingface")
+    try:
+        table = datasets.load_dataset(path, configuration, split=split, cache_dir=root)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{origin}: cannot load split '{split}' ({one_line(error)}); check the name, the splits and "
+            f"the network, or name a local folder as task.dataset.path"
+        ) from None
+    for name in wanted:
+        if name not in table.column_names:
+            raise ValueError(f"{origin}: no column '{name}', it has {', '.join(table.column_names)}")
+    rows = table.select_columns(wanted).with_format("numpy")[:]
+    x, *rest = (rows[name] for name in wanted)
+    if x.dtype.kind not in "fiub":
+        raise ValueError(f"{origin}: inputs are {x.dtype}, either text or rows of different shapes; {_TEXT_WAY_OUT}")
+    images = isinstance(table.features[wanted[0]], datasets.Image)
+    return images, [_channels_first(x) if images else x, *rest]
 
 
 def torchvision(
@@ -107,70 +124,39 @@ def torchvision(
     parameters = inspect.signature(build).parameters
     if not {"train", "split"} & set(parameters):
         raise ValueError(f"torchvision: {dataset} has no training and test part; use a Python factory instead")
-    parts = []
+    parts: list[np.ndarray] = []
     for name in ("train", "test"):
         chosen: dict[str, object] = {"train": name == "train"} if "train" in parameters else {"split": name}
         if "download" in parameters:
             chosen["download"] = download
         try:
-            parts.append(_pixels(build(root or "data", **chosen), f"torchvision {dataset}"))
+            parts += _pixels(build(root or "data", **chosen), f"torchvision {dataset}")
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"torchvision: cannot load {dataset} from {root or 'data'} ({one_line(error)}); check the network, put "
                 f"the files there and name the folder in data.root, or load it in a Python factory"
             ) from None
-    return _images_or_numbers(*parts[0], *parts[1], [], True, standardize, num_classes, 0.0, f"torchvision {dataset}")
+    data = from_arrays(*parts, num_classes=num_classes, images=True, origin=f"torchvision {dataset}")
+    return _standardized(data) if standardize else data
 
 
-def _pixels(samples: object, origin: str) -> tuple[np.ndarray, np.ndarray]:
-    """All images and labels of a torchvision set, straight from its memory where it keeps them there."""
-    labels = getattr(samples, "targets", getattr(samples, "labels", None))
-    images = getattr(samples, "data", None)
-    if images is not None and labels is not None:
-        x = np.asarray(images)
-        if type(samples).__name__ in ("SVHN", "STL10"):  # these keep [n, channels, height, width]
-            x = x.transpose(0, 2, 3, 1)
-        return x, np.asarray(labels)
-    pairs = [(np.asarray(image), label) for image, label in samples]  # type: ignore[attr-defined]
-    shapes = {image.shape for image, _ in pairs}
-    if len(shapes) > 1:
-        raise ValueError(f"{origin}: images have {len(shapes)} different sizes; resize them in a Python factory")
-    return np.stack([image for image, _ in pairs]), np.asarray([label for _, label in pairs])
+def _pixels(samples: Iterable[tuple[object, int]], origin: str) -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels of a torchvision set."""
+    images, labels = zip(*((np.asarray(image), label) for image, label in samples), strict=True)
+    sizes = len({image.shape for image in images})
+    if sizes > 1:
+        raise ValueError(f"{origin}: images have {sizes} different sizes; resize them in a Python factory")
+    return _channels_first(np.stack(images)), np.asarray(labels)
 
 
-def _images_or_numbers(
-    x: np.ndarray,
-    y: np.ndarray,
-    x_test: np.ndarray | None,
-    y_test: np.ndarray | None,
-    keys: list[np.ndarray],
-    images: bool,
-    standardize: bool,
-    num_classes: int | None,
-    test_fraction: float,
-    origin: str,
-) -> Dataset:
-    if x.dtype.kind not in "fiub":
-        raise ValueError(f"{origin}: inputs are {x.dtype}, either text or rows of different shapes; {_TEXT_WAY_OUT}")
-    data = from_arrays(
-        _channels_first(x) if images else x,
-        y,
-        _channels_first(x_test) if images and x_test is not None else x_test,
-        y_test,
-        clients=keys[0] if keys else None,
-        num_classes=num_classes,
-        test_fraction=test_fraction,
-        images=images,
-        origin=origin,
-    )
-    if images and standardize:
-        axes = [0, *range(2, data.inputs.ndim)]
-        deviation, mean = torch.std_mean(data.inputs, dim=axes, keepdim=True)
-        for part in (data.inputs, data.test_inputs):
-            part.sub_(mean).div_(deviation.clamp(min=1e-6))
-        scaled = "Pixels were divided by 255, then each channel standardised by the training rows."
-        data = replace(data, notes=(scaled,))
-    return data
+def _standardized(data: Dataset) -> Dataset:
+    """Images with every channel at mean 0 and deviation 1 over the training rows."""
+    axes = [0, *range(2, data.inputs.ndim)]
+    deviation, mean = torch.std_mean(data.inputs, dim=axes, keepdim=True)
+    for part in (data.inputs, data.test_inputs):
+        part.sub_(mean).div_(deviation.clamp(min=1e-6))
+    scaled = "Pixels were divided by 255, then each channel standardised by the training rows."
+    return replace(data, notes=(scaled,))
 
 
 def _channels_first(x: np.ndarray) -> np.ndarray:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import http.client
 import os
 import urllib.request
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data.dataset import Dataset, hold_out
+from fedsim.data.dataset import Dataset, from_arrays
+from fedsim.files import write_whole
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts the files
 HOME = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
@@ -39,18 +40,8 @@ def digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy((images / 16).astype(np.float32)).view(-1, 1, 8, 8)
-    y = torch.from_numpy(labels.astype(np.int64))
-    train, test = hold_out(y, 0.2)
-    return Dataset(
-        inputs=x[train],
-        targets=y[train],
-        test_inputs=x[test],
-        test_targets=y[test],
-        num_classes=10,
-        class_names=tuple("0123456789"),
-        notes=("Pixels 0 to 16 were divided by 16.",),
-    ).check("digits")
+    data = from_arrays((images / 16).reshape(-1, 1, 8, 8), labels, origin="digits")
+    return replace(data, class_names=tuple("0123456789"), notes=("Pixels 0 to 16 were divided by 16.",))
 
 
 def fashion_mnist(*, root: str | None = None, download: bool = True) -> Dataset:
@@ -71,7 +62,8 @@ def fashion_mnist(*, root: str | None = None, download: bool = True) -> Dataset:
         ValueError: if the files are not there and cannot be fetched, or are damaged.
     """
     own = [Path(root), Path(root) / "fashion-mnist", Path(root) / "FashionMNIST" / "raw"] if root else []
-    cache = Path(root) / "fashion-mnist" if root else _cache() / "fashion-mnist"
+    cache = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedsim"
+    cache /= "fashion-mnist"
     folder = next((d for d in [*own, DEBIAN] if any((d / name).exists() for name in CHECKSUMS)), cache)
     missing = [name for name in CHECKSUMS if not (folder / name).exists()]
     if folder == cache and missing:
@@ -79,17 +71,10 @@ def fashion_mnist(*, root: str | None = None, download: bool = True) -> Dataset:
             raise ValueError(f"fashion_mnist: no files in {', '.join(map(str, [*own, DEBIAN, cache]))}; {_WAY_OUT}")
         for name in missing:
             _fetch(HOME + name, folder / name, CHECKSUMS[name])
-    x, y = _read_pair(folder, "train")
-    x_test, y_test = _read_pair(folder, "t10k")
-    return Dataset(
-        inputs=x,
-        targets=y,
-        test_inputs=x_test,
-        test_targets=y_test,
-        num_classes=10,
-        class_names=CLASSES,
-        notes=(f"Pixels were divided by 255, then standardised: mean {MEAN}, deviation {STD}.",),
-    ).check(f"fashion_mnist in {folder}")
+    train, test, origin = _read_pair(folder, "train"), _read_pair(folder, "t10k"), f"fashion_mnist in {folder}"
+    data = from_arrays(*train, *test, num_classes=10, origin=origin)
+    scaled = f"Pixels were divided by 255, then standardised: mean {MEAN}, deviation {STD}."
+    return replace(data, class_names=CLASSES, notes=(scaled,))
 
 
 _WAY_OUT = (
@@ -98,7 +83,7 @@ _WAY_OUT = (
 )
 
 
-def _read_pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
+def _read_pair(folder: Path, part: str) -> tuple[Tensor, np.ndarray]:
     images, labels = folder / f"{part}-images-idx3-ubyte.gz", folder / f"{part}-labels-idx1-ubyte.gz"
     x, y = read_idx(images), read_idx(labels)
     if x.ndim != 3 or y.ndim != 1:
@@ -108,7 +93,7 @@ def _read_pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     if len(x) != len(y):
         raise ValueError(f"{images}: {len(x)} images but {len(y)} labels in {labels.name}; {_WAY_OUT}")
     scaled = torch.from_numpy(x.astype(np.float32)).div_(255).sub_(MEAN).div_(STD)
-    return scaled.unsqueeze(1), torch.from_numpy(y.astype(np.int64))
+    return scaled.unsqueeze(1), y.astype(np.int64)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -137,12 +122,8 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
-
-
 def _fetch(url: str, target: Path, md5: str) -> None:
-    """Download to `target`, which appears only when the checksum fits: readers never see half a file."""
+    """Download to `target`, which appears only when the checksum fits."""
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
             content = answer.read()
@@ -151,12 +132,8 @@ def _fetch(url: str, target: Path, md5: str) -> None:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != md5:
         raise ValueError(f"fashion_mnist: {url} has MD5 {found}, expected {md5}: a damaged copy; {_WAY_OUT}")
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, target)
+        write_whole(target, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise ValueError(f"{target}: cannot be written ({error}); free some space or name another data.root") from None

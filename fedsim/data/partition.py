@@ -39,17 +39,7 @@ class Partition(Protocol):
     """A recipe that gives rows to clients."""
 
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
-        """(order [m] int64, offsets [N+1] int64).
-
-        Args:
-            data: n training rows.
-            num_clients: N.
-            rng: the only source of randomness.
-
-        Raises:
-            ValueError: if the data does not suit the recipe.
-        """
-        ...
+        """(order [m] int64, offsets [N+1] int64); a ValueError if the data does not suit the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +68,7 @@ class Dirichlet:
 
     def __post_init__(self) -> None:
         check_alpha("dirichlet", self.alpha)
-        check_least("dirichlet.min_examples", self.min_examples, 0)
+        check_least("dirichlet.", 0, min_examples=self.min_examples)
 
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
         rows, starts = by_class(data, "dirichlet", rng)
@@ -155,7 +145,7 @@ class Shards:
     shards_per_client: int = 2
 
     def __post_init__(self) -> None:
-        check_least("shards.shards_per_client", self.shards_per_client, 1)
+        check_least("shards.", 1, shards_per_client=self.shards_per_client)
 
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
         rows, _ = by_class(data, "shards", rng)
@@ -178,7 +168,7 @@ class Classes:
     classes_per_client: int
 
     def __post_init__(self) -> None:
-        check_least("classes.classes_per_client", self.classes_per_client, 1)
+        check_least("classes.", 1, classes_per_client=self.classes_per_client)
 
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
         rows, starts = by_class(data, "classes", rng)
@@ -217,7 +207,7 @@ class QuantitySkew:
 
     def __post_init__(self) -> None:
         check_alpha("quantity_skew", self.alpha)
-        check_least("quantity_skew.min_examples", self.min_examples, 0)
+        check_least("quantity_skew.", 0, min_examples=self.min_examples)
 
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
         def owners() -> np.ndarray:

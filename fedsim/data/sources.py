@@ -39,8 +39,7 @@ def load(spec: Spec | Dataset | FederatedData, *, root: str | None = None, seed:
     """The data set that a configuration names.
 
     Args:
-        spec: a name in DATASETS or `package.module:function`, or a mapping of `name` and that function's parameters.
-            A data set passes through.
+        spec: an entry of DATASETS or of your own, or a data set, which passes through.
         root: the configuration's `data.root`, the folder where data sets look first.
         seed: the run's seed, for data sets that are drawn.
 
@@ -68,7 +67,6 @@ def as_dataset(made: object, origin: str) -> Dataset | FederatedData:
     Args:
         made: a Dataset, a FederatedData, or arrays or tensors (x, y) or (x, y, x_test, y_test), which `from_arrays`
             takes; without test rows a fifth of every class is held out.
-        origin: the source's name, for the message.
 
     Raises:
         ValueError: if it is something else, or does not pass the checks.

@@ -40,10 +40,8 @@ def blobs(
     Returns:
         inputs [n, *shape].
     """
-    check_least("blobs: num_examples", num_examples, 1)
-    check_least("blobs: num_classes", num_classes, 1)
-    check_least("blobs: spread", spread, 0)
-    check_least("blobs: num_test", num_test, 0)
+    check_least("blobs: ", 1, num_examples=num_examples, num_classes=num_classes)
+    check_least("blobs: ", 0, spread=spread, num_test=num_test)
     if not shape or min(shape) < 1:
         raise ValueError(f"blobs: shape must be positive sizes such as [1, 28, 28], got {list(shape)}")
     rng = server_rng(seed, "data.blobs")
@@ -90,9 +88,8 @@ def synthetic(
     Returns:
         inputs [n, d], grouped by client.
     """
-    least = {"alpha": (alpha, 0), "beta": (beta, 0), "num_clients": (num_clients, 1)}
-    for name, (value, bound) in (least | {"num_features": (num_features, 1), "num_classes": (num_classes, 1)}).items():
-        check_least(f"synthetic: {name}", value, bound)
+    check_least("synthetic: ", 0, alpha=alpha, beta=beta)
+    check_least("synthetic: ", 1, num_clients=num_clients, num_features=num_features, num_classes=num_classes)
     check_fraction("synthetic: test_fraction", test_fraction)
     rng = server_rng(seed, "data.synthetic")
     d, sizes = num_features, 50 + rng.lognormal(4, 2, num_clients).astype(np.int64)

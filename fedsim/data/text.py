@@ -46,7 +46,7 @@ def shakespeare(
     Raises:
         ValueError: if there is no such text, or nobody in it speaks long enough.
     """
-    check_least("shakespeare: sequence_length", sequence_length, 1)
+    check_least("shakespeare: ", 1, sequence_length=sequence_length)
     check_fraction("shakespeare: test_fraction", test_fraction)
     file = _find(path, root)
     text = _read(file)
@@ -107,10 +107,7 @@ def parse_speakers(text: str) -> dict[str, str]:
 
 
 def _find(path: str | None, root: str | None) -> Path:
-    if path is not None:
-        plain = [Path(path)]
-    else:
-        plain = [*([Path(root) / FILE] if root else []), Path("data") / FILE]
+    plain = [Path(path)] if path is not None else [Path(folder) / FILE for folder in (root, "data") if folder]
     candidates = [file.with_name(name) for file in plain for name in (file.name, file.name + ".gz")]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:

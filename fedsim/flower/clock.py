@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 
-class Clock(Protocol):
-    """Seconds, and waiting."""
-
-    def now(self) -> float:
-        """Seconds since some moment."""
-        ...
-
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-        ...
-
-
-class WallClock:
-    """The real one."""
+class Clock:
+    """Seconds since some moment, and waiting; the real ones."""
 
     def now(self) -> float:
         return time.monotonic()
@@ -29,20 +16,7 @@ class WallClock:
         time.sleep(seconds)
 
 
-@dataclass
-class VirtualClock:
-    """Time that passes only in `sleep`, for grids that run in one process."""
-
-    seconds: float = 0.0
-
-    def now(self) -> float:
-        return self.seconds
-
-    def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
-
-
-WALL = WallClock()
+WALL = Clock()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,12 +57,7 @@ app = {side}_app(Path(__file__).with_name("experiment.yaml"))
 
 
 def write_app(folder: Path, raw: Mapping[str, Any]) -> None:
-    """Write an app.
-
-    Args:
-        folder: where to.
-        raw: the experiment file's content, overrides applied.
-    """
+    """Write an app into a folder for an experiment file's content, overrides applied."""
     from omegaconf import OmegaConf
 
     package = folder / PACKAGE

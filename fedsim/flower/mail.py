@@ -30,12 +30,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Nodes:
-    """The clients of a federation.
-
-    Args:
-        node_ids: of client 0, 1, ... in the grid.
-        num_examples: [N] samples that each says it has.
-    """
+    """The clients of a federation: the grid's number of each, and how many samples [N] it says it has."""
 
     node_ids: tuple[int, ...]
     num_examples: Tensor
@@ -43,14 +38,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Flight:
-    """One job on its way.
-
-    Args:
-        client: its client's id.
-        number: job index: how many jobs that client had before.
-        key: where the fleet finds what it was sent.
-        started: seconds at which it was sent.
-    """
+    """One job on its way: which of its client's jobs, the fleet's key of what it was sent, and when (in seconds)."""
 
     client: int
     number: int
@@ -69,13 +57,7 @@ class Landed:
 
 @dataclass(frozen=True)
 class Letter:
-    """What one client is sent, besides what all are told.
-
-    Args:
-        client, number: see `Flight`.
-        values: by name.
-        inbox: of an exchange, what its peers sent to this client alone.
-    """
+    """What one client is sent for a job, in an exchange with what its peers sent to it alone."""
 
     client: int
     number: int

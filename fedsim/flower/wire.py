@@ -71,11 +71,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Book:
-    """Compressors by a name that both ends give them.
-
-    Args:
-        compressors: {name: rule}.
-    """
+    """Compressors by a name that both ends give them."""
 
     compressors: Mapping[str, Compressor]
 

@@ -12,22 +12,15 @@ from fedsim.report.files import read_columns
 from fedsim.report.page import Key, Picture, Section
 
 
-def spread_section(history: History, folder: Path) -> Section | None:
-    """The section, or None if the run evaluated no client."""
+def spread_section(history: History, folder: Path) -> Section:
+    """The section, empty if the run evaluated no client."""
     pictures = [p for p in (_by_round(history, "accuracy"), _by_round(history, "loss")) if p is not None]
     keys = [
         Key(text="mean ± standard deviation over clients", colour="c1", band=True),
         Key(text="mean of the worst tenth", colour="c2"),
     ]
     text, final = _final(folder)
-    if not pictures and not final:
-        return None
-    return Section(
-        title="Spread over clients",
-        text=text,
-        keys=keys if pictures else (),
-        pictures=pictures + final,
-    )
+    return Section(title="Spread over clients", text=text, keys=keys if pictures else (), pictures=pictures + final)
 
 
 def _by_round(history: History, what: str) -> Picture | None:
@@ -37,10 +30,8 @@ def _by_round(history: History, what: str) -> Picture | None:
     curves = [Curve(x=rounds, y=mean.astype(float))]
     deviations = history.series(f"client_{what}_std")
     if np.array_equal(deviations[0], rounds):
-        std = deviations[1].astype(float)
-        curves = [Curve(x=rounds, y=mean, low=np.maximum(mean - std, 0), high=mean + std)]
-        if what == "accuracy":
-            curves = [Curve(x=rounds, y=mean, low=np.maximum(mean - std, 0), high=np.minimum(mean + std, 1))]
+        std, most = deviations[1].astype(float), 1 if what == "accuracy" else np.inf
+        curves = [Curve(x=rounds, y=mean, low=np.maximum(mean - std, 0), high=np.minimum(mean + std, most))]
     worst_rounds, worst = history.series(f"client_{what}_worst_decile")
     if len(worst_rounds):
         curves.append(Curve(x=worst_rounds, y=worst.astype(float), colour="c2"))
@@ -63,10 +54,6 @@ def _final(folder: Path) -> tuple[str, list[Picture]]:
         f"At the end, over {len(accuracy):,} clients: median {middle}; "
         f"one in ten at most {low}, one in ten at least {high}."
     )
-    label = "client's accuracy"
-    return text, [
-        Picture(
-            title="Clients by final accuracy",
-            svg=histogram(accuracy, x_label=label, alt="number of clients by final accuracy", percent=True),
-        ),
-    ]
+    alt = "number of clients by final accuracy"
+    svg = histogram(accuracy, x_label="client's accuracy", alt=alt, percent=True)
+    return text, [Picture(title="Clients by final accuracy", svg=svg)]

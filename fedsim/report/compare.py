@@ -7,6 +7,8 @@ run reached (the highest common accuracy), which is the fair place to compare co
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,17 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.history import History, axis_scale, show
-from fedsim.report.curves import AXES, wants_log
-from fedsim.report.draw import NUM_COLOURS, Curve, line_panel
-from fedsim.report.page import Key, Page, Picture, Section, Table, shortened
+from fedsim.history import History, show
+from fedsim.report.curves import AXES, over_each_axis
+from fedsim.report.draw import look
+from fedsim.report.page import Key, Page, Section, Table, shortened
 from fedsim.sinks import flat
 
 # The first of these that every run has is compared; True where higher is better.
 MEASURES = {"test_accuracy": True, "distance": False, "test_loss": False, "train_loss": False}
 _IRRELEVANT = ("versions", "log", "checkpoint", "runtime", "out")
-_GRID = 200
-_FAR_APART = 8  # times more bits than another run: a straight axis would press that one against the left
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class Group:
 
 
 def comparison_table(dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """One row per configuration.
-
-    Args:
-        dirs: folders of runs.
+    """One row per configuration of the runs in some folders.
 
     Returns:
         Dicts of `name`, `num_runs`, `seeds`, `differs` ({key: value} that sets it apart), `measure` (the key
@@ -60,15 +57,7 @@ def comparison_table(dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def write_comparison(dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the comparison as one HTML file.
-
-    Args:
-        dirs: folders of runs.
-        out: the file, or a folder that gets `comparison.html`.
-
-    Raises:
-        ValueError: as `comparison_table`.
-    """
+    """Write the comparison as one HTML file `out`, or as `comparison.html` into a folder; errors as above."""
     groups, measure = _load(dirs)
     rows = _table(groups, measure)
     path = Path(out)
@@ -76,14 +65,11 @@ def write_comparison(dirs: Sequence[str | Path], out: str | Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         path = path / "comparison.html"
     num_runs = sum(len(g.runs) for g in groups)
-    keys = [
-        Key(text=row["name"], colour=_colour(i), dash=_dash(i), band=row["num_runs"] > 1) for i, row in enumerate(rows)
-    ]
+    keys = [Key(text=row["name"], band=row["num_runs"] > 1, **look(i)) for i, row in enumerate(rows)]
     sections = [_table_section(rows, measure)]
     for key in dict.fromkeys([measure, *MEASURES]):
-        pictures = _overlays(groups, key)
-        if pictures:
-            sections.append(Section(title=_title(key), keys=keys, pictures=pictures))
+        pictures = over_each_axis([(group.runs, key) for group in groups], log=key == "distance")
+        sections.append(Section(title=_title(key), keys=keys, pictures=pictures))
     seeds = " Bands: mean ± standard deviation over seeds." if num_runs > len(groups) else ""
     page = Page(
         title=f"{len(groups)} configurations" if len(groups) > 1 else rows[0]["name"],
@@ -197,52 +183,8 @@ def _table_section(rows: Sequence[Mapping[str, Any]], measure: str) -> Section:
     return Section(title="Result", text=note, table=table)
 
 
-def _overlays(groups: Sequence[Group], key: str) -> list[Picture]:
-    pictures = []
-    for axis, title in AXES.items():
-        pairs = [[run.pairs(axis, key) for run in group.runs] for group in groups]
-        present = [(x, y) for runs in pairs for x, y in runs if len(x)]
-        largest = max((float(x.max()) for x, _ in present), default=0.0)
-        if (axis != "round" and largest <= 0) or not any(np.isfinite(y).any() for _, y in present):
-            continue
-        scale, label = axis_scale(axis, largest)
-        curves = [_curve(runs, i, scale) for i, runs in enumerate(pairs) if all(len(x) for x, _ in runs)]
-        percent = "accuracy" in key
-        log = not percent and (key == "distance" or wants_log([y for _, y in present]))
-        alt = f"{key.replace('_', ' ')} of all runs against {label}"
-        ends = [float(x.max()) for x, _ in present]
-        log_x = axis == "bits_up" and min(ends) > 0 and max(ends) / min(ends) > _FAR_APART
-        x_label = f"{label}, logarithmic" if log_x else label
-        svg = line_panel(curves, x_label=x_label, alt=alt, percent=percent, log=log, log_x=log_x)
-        pictures.append(Picture(title=title[0].upper() + title[1:], svg=svg))
-    return pictures
-
-
-def _curve(runs: Sequence[tuple[np.ndarray, np.ndarray]], index: int, scale: float) -> Curve:
-    """One run's own points, or the mean of several with a band of one standard deviation where all of them are."""
-    colour, dash = _colour(index), _dash(index)
-    if len(runs) == 1:
-        return Curve(x=runs[0][0] / scale, y=runs[0][1], colour=colour, dash=dash)
-    first, end = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
-    same = all(np.array_equal(x, runs[0][0]) for x, _ in runs)
-    # Seeds that ended apart are compared where all of them ran.
-    grid = runs[0][0] if same else np.linspace(first, max(first, end), _GRID)
-    values = np.stack([np.interp(grid, x, y) for x, y in runs])
-    mean, std = values.mean(0), values.std(0, ddof=1)
-    return Curve(x=grid / scale, y=mean, low=mean - std, high=mean + std, colour=colour, dash=dash)
-
-
-def _colour(index: int) -> str:
-    return f"c{index % NUM_COLOURS + 1}"
-
-
-def _dash(index: int) -> int:
-    return index // NUM_COLOURS % 3
-
-
 def _title(key: str) -> str:
-    text = key.replace("_", " ")
-    return text[0].upper() + text[1:]
+    return key.replace("_", " ").capitalize()
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
@@ -281,11 +223,5 @@ def _common_start(names: Sequence[str]) -> str:
     parts = [name.split(",") for name in names]
     if shared := [part for part in parts[0] if all(part in other for other in parts)]:
         return ",".join(shared)
-    start = 0
-    while all(len(name) > start and name[start] == names[0][start] for name in names):
-        start += 1
-    kept = names[0][:start].rstrip("0123456789").rstrip("-_./ ")
-    for ending in ("seed", "s"):
-        if kept.endswith(("-" + ending, "_" + ending)):
-            kept = kept[: -len(ending) - 1]
-    return kept or names[0]
+    start = os.path.commonprefix(names).rstrip("0123456789").rstrip("-_./ ")
+    return re.sub("[-_](seed|s)$", "", start) or names[0]

@@ -36,7 +36,6 @@ _STYLE = {
     "font.size": 11,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
-    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -47,14 +46,12 @@ _STYLE = {
     "figure.facecolor": "none",
     "text.color": _STAND_INS["ink"],
     "grid.color": _STAND_INS["grid"],
-    "grid.linewidth": 0.8,
     "xtick.color": _STAND_INS["rule"],
     "ytick.color": _STAND_INS["rule"],
     "xtick.labelcolor": _STAND_INS["muted"],
     "ytick.labelcolor": _STAND_INS["muted"],
     "xtick.major.size": 3,
     "ytick.major.size": 0,
-    "xtick.major.width": 0.8,
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
 }
@@ -76,6 +73,11 @@ class Curve:
     high: np.ndarray | None = None
     colour: str = "c1"
     dash: int = 0
+
+
+def look(index: int) -> dict[str, Any]:
+    """Colour and dash of the curve drawn at this place of many."""
+    return {"colour": f"c{index % NUM_COLOURS + 1}", "dash": index // NUM_COLOURS % 3}
 
 
 def line_panel(
@@ -221,12 +223,10 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
     """A figure of its own, in this module's style; what the caller had set is put back afterwards."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+    with style.context(_STYLE, after_reset=True):
         yield Figure(figsize=(width / 72, height / 72))
 
 

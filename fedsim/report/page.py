@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -61,7 +61,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading with what belongs to it; parts left empty are not shown."""
+    """A heading with what belongs to it; parts left empty are not shown, nor a heading over none."""
 
     title: str
     text: str = ""
@@ -73,18 +73,19 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A whole page. `notices` are for what a reader must not miss (a run that diverged)."""
+    """A whole page; sections that show nothing are left out. `notices` are for what a reader must not miss."""
 
     title: str
     kind: str
     facts: Sequence[str] = ()
     notices: Sequence[str] = ()
     tiles: Sequence[Tile] = ()
-    sections: Sequence[Section] = field(default_factory=list)
+    sections: Sequence[Section | None] = ()
 
     def write(self, path: Path) -> Path:
         """Render to `path`, whole or not at all; all text is escaped."""
-        write_whole(path, _template().render(page=self))
+        shown = [s for s in self.sections if s is not None and (s.pictures or s.table or s.code)]
+        write_whole(path, _template().render(page=replace(self, sections=shown)))
         return path
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from fedsim.history import History, show
 from fedsim.report.clients import spread_section
 from fedsim.report.curves import over_each_axis
-from fedsim.report.draw import Curve, line_panel
+from fedsim.report.draw import Curve, line_panel, look
 from fedsim.report.page import Key, Page, Picture, Section, Table, Tile, shortened
 from fedsim.report.split import split_section
 from fedsim.report.timing import timing_section
@@ -45,17 +45,21 @@ def write_report(run_dir: str | Path) -> Path:
     """
     folder = Path(run_dir)
     history = History.load(folder)
+    spread = "How far the honest clients are from one another: they agree as this goes to zero."
     sections = [
-        _accuracy(history),
+        Section(title="Test accuracy", pictures=over_each_axis([([history], "test_accuracy")])),
         _loss(history),
         _distance(history),
         spread_section(history, folder),
         split_section(folder),
         timing_section(history, folder),
-        _honest_spread(history),
+        Section(
+            title="Spread of the honest clients",
+            text=spread,
+            pictures=over_each_axis([([history], "honest_spread")], log=True),
+        ),
         _numbers(history),
-        _configuration(folder),
-        _reproduction(history, folder),
+        *_configuration(history, folder),
         _environment(history, folder),
     ]
     page = Page(
@@ -64,7 +68,7 @@ def write_report(run_dir: str | Path) -> Path:
         facts=facts(history.config),
         notices=_notices(history),
         tiles=_tiles(history),
-        sections=[section for section in sections if section is not None],
+        sections=sections,
     )
     return page.write(folder / "report.html")
 
@@ -111,35 +115,21 @@ def _notices(history: History) -> list[str]:
     return out if history.rows else ["The run has written no rows yet."]
 
 
-def _accuracy(history: History) -> Section | None:
-    pictures = over_each_axis(history, ["test_accuracy"], percent=True)
-    return Section(title="Test accuracy", pictures=pictures) if pictures else None
-
-
-def _loss(history: History) -> Section | None:
-    keys = [key for key in ("test_loss", "train_loss") if len(history.series(key)[0])]
-    pictures = over_each_axis(history, keys)
-    if not pictures:
-        return None
+def _loss(history: History) -> Section:
     names = {"test_loss": "held-out set", "train_loss": "clients, while training"}
-    legend = [Key(text=names[key], colour=f"c{i + 1}") for i, key in enumerate(keys)]
-    return Section(title="Loss", keys=legend, pictures=pictures)
+    keys = [key for key in names if len(history.series(key)[0])]
+    legend = [Key(text=names[key], **look(i)) for i, key in enumerate(keys)]
+    return Section(title="Loss", keys=legend, pictures=over_each_axis([([history], key) for key in keys]))
 
 
-def _distance(history: History) -> Section | None:
-    pictures = over_each_axis(history, ["distance"], log=True)
+def _distance(history: History) -> Section:
+    pictures = over_each_axis([([history], "distance")], log=True)
     rounds, x = history.series("x")
     if len(rounds) and x.ndim == 2 and pictures:
-        curves = [Curve(x=rounds, y=x[:, i], colour=f"c{i % 6 + 1}", dash=i // 6) for i in range(x.shape[1])]
+        curves = [Curve(x=rounds, y=x[:, i], **look(i)) for i in range(x.shape[1])]
         svg = line_panel(curves, x_label="round", alt="coordinates of x against rounds")
         pictures.append(Picture(title="Coordinates of x", svg=svg))
-    return Section(title="Distance to the known solution", pictures=pictures) if pictures else None
-
-
-def _honest_spread(history: History) -> Section | None:
-    pictures = over_each_axis(history, ["honest_spread"], log=True)
-    text = "How far the honest clients are from one another: they agree as this goes to zero."
-    return Section(title="Spread of the honest clients", text=text, pictures=pictures) if pictures else None
+    return Section(title="Distance to the known solution", pictures=pictures)
 
 
 def _numbers(history: History) -> Section | None:
@@ -156,41 +146,30 @@ def _numbers(history: History) -> Section | None:
     return Section(title="Numbers", table=Table(header=header, rows=cells, fold=fold))
 
 
-def _configuration(folder: Path) -> Section | None:
+def _configuration(history: History, folder: Path) -> list[Section]:
+    """The file, and the command that runs it again."""
     file = folder / "config.yaml"
     if not file.is_file():
-        return None
-    return Section(title="Configuration", text="As resolved: every default written out.", code=shortened(_text(file)))
-
-
-def _reproduction(history: History, folder: Path) -> Section | None:
-    if not (folder / "config.yaml").is_file():
-        return None
+        return []
+    text = file.read_text(encoding="utf-8", errors="replace")
     config, out = shlex.quote(f"{history.name}/config.yaml"), shlex.quote(f"{history.name}-again")
-    text = "The same configuration, seeds included, gives the same metrics; wall time aside."
-    return Section(title="Run it again", text=text, code=f"fedsim run {config} --out {out}")
+    same = "The same configuration, seeds included, gives the same metrics; wall time aside."
+    return [
+        Section(title="Configuration", text="As resolved: every default written out.", code=shortened(text)),
+        Section(title="Run it again", text=same, code=f"fedsim run {config} --out {out}"),
+    ]
 
 
 def _environment(history: History, folder: Path) -> Section | None:
-    found: dict[str, Any] = {}
-    versions = history.config.get("versions")
-    if isinstance(versions, Mapping):
-        found |= versions
+    found = dict(history.config.get("versions") or {})
     file = folder / "env.json"
     if file.is_file():
         try:
-            loaded = json.loads(_text(file))
+            found |= json.loads(file.read_text(encoding="utf-8"))
         except ValueError as e:
             raise ValueError(f"{file} is not JSON ({e}); remove it to write the report without it") from e
-        found |= loaded if isinstance(loaded, dict) else {"environment": loaded}
-    rows = [[str(key), shortened(_inline(value), 300)] for key, value in list(found.items())[:80]]
+    rows = [[str(key), shortened(str(value), 300)] for key, value in found.items()]
     return Section(title="Versions and machine", table=Table(header=(), rows=rows, style="prose")) if rows else None
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_inline(v)}" for k, v in value.items())
-    return ", ".join(map(_inline, value)) if isinstance(value, list) else str(value)
 
 
 def _dig(config: Mapping[str, Any], path: str) -> Any:
@@ -206,7 +185,3 @@ def _name(value: Any) -> str:
     if isinstance(value, Mapping):
         value = value.get("name")
     return "" if value is None else str(value)
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace")

@@ -37,20 +37,17 @@ def _timeline(history: History, folder: Path) -> tuple[str, Picture] | None:
     columns = read_columns(folder, "timeline", ["client", "start", "finish"])
     if len(columns) < 3:
         return None
-    client, start, finish = columns["client"], columns["start"], columns["finish"]
-    sound = np.isfinite(client) & np.isfinite(start) & np.isfinite(finish) & (finish >= start)
-    client, start, finish = client[sound], start[sound], finish[sound]
-    known = np.unique(client)
+    table = np.stack([columns["client"], columns["start"], columns["finish"]])
+    table = table[:, np.isfinite(table).all(0) & (table[2] >= table[1])]
+    known = np.unique(table[0])
     if not len(known):
         return None
     shown = known[np.unique(np.linspace(0, len(known) - 1, min(len(known), SHOWN_CLIENTS)).astype(int))]
-    theirs = np.isin(client, shown)
-    client, start, finish = client[theirs], start[theirs], finish[theirs]
-    order = np.argsort(start, kind="stable")
-    client, start, finish = client[order], start[order], finish[order]
+    table = table[:, np.isin(table[0], shown)]
+    table = table[:, np.argsort(table[1], kind="stable")]
     # Up to where the next job would be one too many, so that no row ends before the others do.
-    end = float(start[SHOWN_JOBS]) if len(start) > SHOWN_JOBS else float(finish.max())
-    client, start, finish = client[:SHOWN_JOBS], start[:SHOWN_JOBS], finish[:SHOWN_JOBS]
+    end = float(table[1, SHOWN_JOBS]) if table.shape[1] > SHOWN_JOBS else float(table[2].max())
+    client, start, finish = table[:, :SHOWN_JOBS]
     jobs = [list(zip(start[client == c].tolist(), finish[client == c].tolist(), strict=True)) for c in shown]
     at = history.series("virtual_seconds")[1].astype(float)
     at = at[(at >= start[0]) & (at <= end)]

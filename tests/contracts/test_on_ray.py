@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from fedsim.compose.matrix import pair
 from fedsim.runs import run
 from fedsim.sim.executor import Jobs
 from fedsim.sim.ray_executor import RayExecutor
 from fedsim.strategies import STRATEGIES
+from tests.composition import pair
 from tests.fedsim.sim.ray_cases import hang_after_a_stack, once_marked
 from tests.fedsim.sim.runtime import local_runtime
 

@@ -79,7 +79,9 @@ def nobody():
     none = torch.zeros(0, dtype=torch.int64)
     x, y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
     offsets = torch.zeros(6, dtype=torch.int64)
-    return FederatedData(x, y, offsets, none, x, y, num_classes=2)
+    return FederatedData(
+        inputs=x, targets=y, offsets=offsets, order=none, test_inputs=x, test_targets=y, num_classes=2
+    )
 
 
 class NotAStrategy:

@@ -314,7 +314,7 @@ def test_every_row_of_every_table_says_something(table: str) -> None:
 
 
 def test_every_schedule_of_the_optimizers_is_listed() -> None:
-    assert tuple(TABLES["schedules"]) == schedules.NAMES
+    assert tuple(TABLES["schedules"]) == get_args(schedules.Name)
 
 
 def test_the_executors_that_are_listed_are_those_that_the_file_takes() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from fedsim import runs
-from fedsim.config import ConfigError, FromTable, Reader, at, decode, decode_entry, did_you_mean, naming, place
+from fedsim.config import Call, ConfigError, FromTable, at, decode, decode_entry, did_you_mean, naming, place
 from fedsim.overrides import apply_overrides, parse_overrides, read_file
 
 
@@ -48,17 +48,20 @@ def square(*, side: int) -> tuple[str, int]:
 SHAPES: dict[str, Callable[..., Any]] = {"circle": circle, "square": square}
 
 
-def reader(**raw: Any) -> Reader:
-    return Reader(raw, {"shape": lambda value, key, kinds: decode_entry(SHAPES, value, key, kinds)})
+KINDS = {"shape": lambda value, key, kinds: decode_entry(SHAPES, value, key, kinds)}
+
+
+def shape(value: Any) -> Call:
+    return decode_entry(SHAPES, value, "s")
 
 
 # Sections and values ----------------------------------------------------------------------------------------------
 
 
 def test_a_section_fills_its_target_and_records_every_default() -> None:
-    r = reader(part={"needed": 4, "rate": 1, "inner": {"depth": 7}})
-    assert r.section("part", Section) == Section(needed=4, rate=1.0, inner=Inner(depth=7))
-    assert r.resolved["part"] == {
+    call = decode(Section, {"needed": 4, "rate": 1, "inner": {"depth": 7}}, "part")
+    assert call() == Section(needed=4, rate=1.0, inner=Inner(depth=7))
+    assert call.resolved == {
         "needed": 4,
         "rate": 1,
         "kind": "a",
@@ -70,10 +73,9 @@ def test_a_section_fills_its_target_and_records_every_default() -> None:
 
 
 def test_the_resolved_section_reads_back_to_the_same() -> None:
-    first = reader(part={"needed": 4})
-    made = first.section("part", Section)
-    second = reader(**first.resolved)
-    assert second.section("part", Section) == made and second.resolved == first.resolved
+    first = decode(Section, {"needed": 4}, "part")
+    second = decode(Section, first.resolved, "part")
+    assert second() == first() and second.resolved == first.resolved
 
 
 @pytest.mark.parametrize(
@@ -100,11 +102,12 @@ def test_the_resolved_section_reads_back_to_the_same() -> None:
 )
 def test_what_does_not_fit_is_named_by_file_key_and_value(section: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        reader(part=section).section("part", Section)
+        decode(Section, section, "part")()
 
 
 def test_an_empty_section_is_all_defaults() -> None:
-    assert reader(part=None).section("part", Inner) == reader().section("part", Inner) == Inner()
+    assert decode(Inner, None, "part")() == decode(Inner, {}, "part")() == Inner()
+    assert decode(Section, {"needed": 1, "inner": None}, "part")() == Section(needed=1)
 
 
 def test_a_key_that_another_section_sets_is_refused_where_it_is_not_its_place() -> None:
@@ -113,41 +116,46 @@ def test_a_key_that_another_section_sets_is_refused_where_it_is_not_its_place() 
     assert decode(Section, {}, "part", later=["needed"])(needed=3).needed == 3
 
 
-def test_top_level_sections_that_nobody_asked_for_are_refused() -> None:
-    r = reader(seed=3, seeds=4, versions={"torch": "2"})
-    assert r.value("seed", int, 0) == 3 and r.value("rounds", int, 100) == 100
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    seed: int = 0
+    part: Section
+
+
+def test_a_file_is_a_section_of_sections() -> None:
+    call = decode(Whole, {"part": {"needed": 2}}, "")
+    assert call() == Whole(part=Section(needed=2)) and call.resolved["part"]["needed"] == 2
+    with pytest.raises(ConfigError, match="^part.needed: missing; part needs it"):
+        decode(Whole, {}, "")
     with pytest.raises(ConfigError, match=r"^seeds: unknown section; did you mean 'seed'\?"):
-        r.finish()
-    assert r.resolved == {"seed": 3, "rounds": 100}
+        decode(Whole, {"seeds": 4}, "")
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_entry_is_a_name_or_a_name_with_fields() -> None:
-    r = reader(a="circle", b={"name": "square", "side": 2}, c={"name": "circle", "radius": 2, "colour": "blue"})
-    with pytest.raises(ConfigError, match="^a.radius: missing"):
-        r.entry("a", SHAPES)
-    assert r.entry("b", SHAPES)() == ("square", 2) and r.resolved["b"] == {"name": "square", "side": 2}
-    assert r.entry("c", SHAPES)() == ("circle", 2.0, "blue")
-    assert r.entry("d", SHAPES, default={"name": "square", "side": 1})() == ("square", 1)
+    with pytest.raises(ConfigError, match="^s.radius: missing"):
+        shape("circle")
+    assert shape({"name": "square", "side": 2})() == ("square", 2)
+    assert shape({"name": "square", "side": 2}).resolved == {"name": "square", "side": 2}
+    assert shape({"name": "circle", "radius": 2, "colour": "blue"})() == ("circle", 2.0, "blue")
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("circel", r"shape.name: unknown name 'circel'; did you mean 'circle'\?"),
-        ("my.shapes.Round", r"shape.name: unknown name 'my.shapes.Round'; an import path is written 'my.shapes:Round'"),
-        ("circle.", r"shape.name: unknown name 'circle.'; did you mean 'circle'\?"),
-        ({"name": "zzz"}, r"shape.name: unknown name 'zzz'; known: circle, square"),
-        ({"side": 2}, r"shape: expected a name or \{name: ..., ...\}, got .*; known: circle, square"),
-        (["circle"], r"shape: expected a name or"),
-        (None, r"shape: missing; name one of circle, square, or your own code as pkg.module:name"),
+        ("circel", r"s.name: unknown name 'circel'; did you mean 'circle'\?"),
+        ("my.shapes.Round", r"s.name: unknown name 'my.shapes.Round'; an import path is written 'my.shapes:Round'"),
+        ("circle.", r"s.name: unknown name 'circle.'; did you mean 'circle'\?"),
+        ({"name": "zzz"}, r"s.name: unknown name 'zzz'; known: circle, square"),
+        ({"side": 2}, r"s: expected a name or \{name: ..., ...\}, got .*; known: circle, square"),
+        (["circle"], r"s: expected a name or"),
     ],
 )
 def test_an_entry_that_is_none_is_refused_with_the_table(value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        reader(shape=value).entry("shape", SHAPES)
+        shape(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +165,15 @@ class Drawing:
 
 
 def test_nested_entries_are_built_too_and_an_optional_one_may_be_null() -> None:
-    r = reader(d={"shape": {"name": "square", "side": 3}})
-    made = r.section("d", Drawing)
-    assert made == Drawing(shape=("square", 3), other=None)
-    assert r.resolved["d"] == {"shape": {"name": "square", "side": 3}, "other": None}
-    assert reader(**r.resolved).section("d", Drawing) == made
+    call = decode(Drawing, {"shape": {"name": "square", "side": 3}}, "d", KINDS)
+    assert call() == Drawing(shape=("square", 3), other=None)
+    assert call.resolved == {"shape": {"name": "square", "side": 3}, "other": None}
+    assert decode(Drawing, call.resolved, "d", KINDS)() == call()
 
 
 def test_a_nested_entry_has_the_tables_default() -> None:
     with pytest.raises(ConfigError, match="d.shape.radius: missing"):
-        reader(d={}).section("d", Drawing)
+        decode(Drawing, {}, "d", KINDS)
 
 
 def test_a_nested_entry_is_made_when_what_it_needs_is_given_and_handed_on_until_then() -> None:
@@ -208,15 +215,6 @@ def test_an_error_has_its_key_and_then_its_file() -> None:
         raise ValueError("too low")
     with pytest.raises(ConfigError, match="^a.b: too low$"), at("a"), at("a.b"):
         raise ValueError("too low")
-
-
-def test_a_section_that_nothing_reads_may_not_say_anything() -> None:
-    with pytest.raises(ConfigError, match="^part: circles have none, so nothing would read this section; leave it out"):
-        reader(part={"needed": 1}).unused("part", "circles have none")
-    r = reader(part={})
-    r.unused("part", "circles have none")
-    r.finish()
-    assert r.resolved == {}
 
 
 # The user's own code ----------------------------------------------------------------------------------------------
@@ -262,14 +260,14 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_own_code_comes_by_import_path_from_the_working_folder(module: str) -> None:
-    r = reader(shape={"name": f"{module}:Own", "size": 2})
-    made = r.entry("shape", SHAPES)()
+    call = shape({"name": f"{module}:Own", "size": 2})
+    made = call()
     assert (made.size, made.colour) == (2, "red")
-    assert r.resolved["shape"] == {"name": f"{module}:Own", "size": 2, "colour": "red"}
+    assert call.resolved == {"name": f"{module}:Own", "size": 2, "colour": "red"}
 
 
 def test_own_code_without_type_hints_takes_what_it_is_given(module: str) -> None:
-    assert reader(s={"name": f"{module}:untyped", "size": [1]}).entry("s", SHAPES)() == ([1], "red")
+    assert shape({"name": f"{module}:untyped", "size": [1]})() == ([1], "red")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +289,7 @@ def test_own_code_without_type_hints_takes_what_it_is_given(module: str) -> None
 def test_own_code_that_does_not_fit_is_named(module: str, entry: dict[str, Any], message: str) -> None:
     entry = {k: v.replace("M", module) if isinstance(v, str) else v for k, v in entry.items()}
     with pytest.raises(ConfigError, match=message.replace("M", module)):
-        reader(s=entry).entry("s", SHAPES)()
+        shape(entry)()
 
 
 def test_a_mistake_in_code_of_ours_is_not_hidden() -> None:

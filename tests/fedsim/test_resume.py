@@ -120,15 +120,14 @@ def test_a_live_run_is_not_resumed_until_sigterm_saved_it_with_exit_143(tmp_path
 
 
 def test_numbers_go_on_past_999_and_folders_without_a_run_are_passed_over(tmp_path: Path) -> None:
-    stem = runs.stem_of("configs/quad.yaml", tmp_path)
     (tmp_path / "quad-999").mkdir(parents=True)
     for number in ("007", "1000"):
         fedsim.run(QUADRATIC, out=tmp_path / f"quad-{number}", rounds=1)
     (tmp_path / "quad-1001").mkdir()  # killed before it wrote anything
     (tmp_path / "quad-old").mkdir()
-    assert runs.last_folder(stem) == tmp_path / "quad-1000"
+    assert runs.last_folder(tmp_path / "quad") == tmp_path / "quad-1000"
     with pytest.raises(ConfigError, match=r"holds no run of other; leave out --resume"):
-        runs.last_folder(runs.stem_of("other.yaml", tmp_path))
+        runs.last_folder(tmp_path / "other")
 
 
 # What is missing or damaged ---------------------------------------------------------------------------------------

@@ -72,11 +72,14 @@ def test_what_the_hub_does_not_have_is_named(folder, arguments, message):
 
 
 class InMemory:
-    """Keeps arrays, as CIFAR10 does."""
+    """Keeps arrays and gives one pair at an index, as CIFAR10 does."""
 
     def __init__(self, root, train=True, download=False):
         self.data = np.stack([RED, RED * 0] * (4 if train else 1))
         self.targets = [0, 1] * (4 if train else 1)
+
+    def __getitem__(self, index):
+        return self.data[index], self.targets[index]
 
 
 class Listed:

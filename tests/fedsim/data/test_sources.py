@@ -74,7 +74,13 @@ def test_a_factory_takes_its_fields_and_the_runs_root_and_seed(mine):
 
 def test_a_factory_may_return_federated_data(mine):
     federated = FederatedData(
-        torch.eye(4), torch.tensor(Y), torch.tensor([0, 2, 4]), torch.arange(4), torch.eye(4), torch.tensor(Y), 2
+        inputs=torch.eye(4),
+        targets=torch.tensor(Y),
+        offsets=torch.tensor([0, 2, 4]),
+        order=torch.arange(4),
+        test_inputs=torch.eye(4),
+        test_targets=torch.tensor(Y),
+        num_classes=2,
     )
     mine.make = lambda: federated
     assert load("my_data:make") is federated

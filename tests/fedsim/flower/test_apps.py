@@ -16,12 +16,12 @@ import pytest
 from fedsim import apps, runs
 from fedsim.compose import compose
 from fedsim.config import ConfigError
-from fedsim.flower.clock import Patience, VirtualClock
-from fedsim.flower.local_grid import LocalGrid
+from fedsim.flower.clock import Patience
 from fedsim.history import History
 from fedsim.loop import train
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError
+from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock
 
 N = 5
 LOCAL = {"steps": 4, "batch_size": "full", "optimizer": {"name": "sgd", "lr": 0.1}}

@@ -10,9 +10,9 @@ from fedsim.compress.packet import Compressor
 from fedsim.compress.sparsify import Bernoulli, RandK, TopK
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies, receive_copies
-from fedsim.flower.local_grid import through_bytes
 from fedsim.sim.account import bits_of
 from fedsim.sim.links import Downlink
+from tests.fedsim.flower.local_grid import through_bytes
 
 N, P = 3, 20
 

@@ -14,12 +14,12 @@ from fedsim.clients.flower_app import client_app
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, DrivenFleet
 from fedsim.flower import wire
-from fedsim.flower.clock import Patience, VirtualClock
+from fedsim.flower.clock import Patience
 from fedsim.flower.fleet import FlowerFleet
-from fedsim.flower.local_grid import LocalGrid
 from fedsim.flower.mail import Mail, connect
 from fedsim.sim.executor import ClientError, StackRunner
 from tests.build import quadratic
+from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock
 
 NUM = 4
 TASK = quadratic([1.0] * NUM, [0.0] * NUM, 1.0, num_examples=[4, 3, 2, 1])

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from fedsim import apps, runs
-from fedsim.flower.clock import VirtualClock
-from fedsim.flower.local_grid import LocalGrid
+from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock
 
 SITES = ["north", "south", "west"]
 HERE = "tests.fedsim.flower.sites"

@@ -11,10 +11,10 @@ from fedsim.compress.error_feedback import Contractive
 from fedsim.compress.packet import Packet
 from fedsim.compress.sparsify import RandK, TopK
 from fedsim.flower import wire
-from fedsim.flower.local_grid import through_bytes
 from fedsim.params import Layout
 from fedsim.sim.account import bits_of
 from fedsim.streams import Streams
+from tests.fedsim.flower.local_grid import through_bytes
 
 P = 40
 LAYOUT = Layout.of({"weight": (5, 8)})

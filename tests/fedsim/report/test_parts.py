@@ -67,8 +67,8 @@ def test_logarithmic_ticks_are_powers():
 
 def test_an_axis_that_does_not_move_has_no_panel():
     rows = [{"round": r, "virtual_seconds": 0.0, "bits_up": 8 * r, "loss": 1 / r} for r in range(1, 5)]
-    assert [p.title for p in over_each_axis(History(rows), ["loss"])] == ["By round", "By bits sent"]
-    assert over_each_axis(History(rows), ["nothing"]) == []
+    assert [p.title for p in over_each_axis([([History(rows)], "loss")])] == ["By round", "By bits sent"]
+    assert over_each_axis([([History(rows)], "nothing")]) == []
 
 
 def test_a_cliff_is_drawn_on_a_logarithmic_axis():

@@ -12,13 +12,13 @@ from torch import Tensor
 from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.compose import compose
-from fedsim.compose.matrix import pair
 from fedsim.fleet import Cost
 from fedsim.loop import train
 from fedsim.sim.executor import ClientError, InProcess, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.strategies import STRATEGIES
 from tests.build import build_fleet, drawn, local_sgd
+from tests.composition import pair
 from tests.fedsim.sim.runtime import local_runtime
 from tests.fedsim.sim.seam_cases import REFUSED, Breakers, Keepers
 

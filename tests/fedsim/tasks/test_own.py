@@ -10,13 +10,13 @@ from torch import Tensor
 
 import fedsim
 from fedsim.compose import compose
-from fedsim.compose.matrix import pair
 from fedsim.config import ConfigError
 from fedsim.params import Layout
 from fedsim.strategies import STRATEGIES
 from fedsim.streams import Streams
 from fedsim.task import Pool, Schedule, Task
 from fedsim.tasks.batches import BatchPlan, Samples
+from tests.composition import pair
 
 A, B = [1.0, 3.0, 2.0, 0.5], [0.0, 1.0, -1.0, 4.0]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.compose.matrix import OPTIONS, page, pair, refusal
 from fedsim.runs import run
 from fedsim.strategies import STRATEGIES
+from tests.composition import OPTIONS, page, pair, refusal
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -8,6 +8,7 @@ This is the one file that uses names which Flower does not promise to keep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -18,11 +19,24 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsim.flower.clock import Clock, VirtualClock
+from fedsim.flower.clock import Clock
 from fedsim.sim.account import TOLERANCE
 
 RAISED = 2  # Flower's code for an exception in a client app
 SERVER_NODE = 1
+
+
+@dataclass
+class VirtualClock(Clock):
+    """Time that passes only in `sleep`."""
+
+    seconds: float = 0.0
+
+    def now(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
 
 
 class LocalGrid(Grid):

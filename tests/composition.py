@@ -1,6 +1,6 @@
 """Which parts go together: the matrix of docs/composition.md, found by composing every pair.
 
-    python -m fedsim.compose.matrix > docs/composition.md
+    python -m tests.composition > docs/composition.md
 
 Every strategy of the table is put together with every option below on a small problem. What the parts refuse is
 refused with the reason that a user would read; a test runs every pair that is allowed.
@@ -13,7 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from fedsim.compose.root import compose
+from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.overrides import apply_overrides
 from fedsim.strategies import STRATEGIES
@@ -93,7 +93,7 @@ def page() -> str:
     lines = [
         "# What goes together",
         "",
-        "Made by `python -m fedsim.compose.matrix`; a test runs every pair marked ✓ for a few rounds and compares this",
+        "Made by `python -m tests.composition`; a test runs every pair marked ✓ for a few rounds and compares this",
         "page with what the code says. A number refers to a reason below, which is also the message that a user gets.",
         "",
         "| strategy | " + " | ".join(OPTIONS) + " |",
