@@ -4,11 +4,7 @@ import torch
 from fedsim.compress.error_feedback import Contractive, compress_difference, compress_with_error, contractive
 from fedsim.compress.quantize import QSGD, Natural
 from fedsim.compress.sparsify import Bernoulli, RandK, TopK
-from fedsim.streams import Streams
-
-
-def streams(rows: int) -> Streams:
-    return Streams(5, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
+from tests.build import streams
 
 
 def test_what_was_sent_and_the_last_error_add_up_to_what_was_given() -> None:
