@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsim.sim.devices import FX, Devices, Exponential, LogNormal, law
 from fedsim.strategies.clocks import (
     SAMPLES,
+    Durations,
     Times,
     buffer_weights,
     first_weights,
@@ -135,8 +136,27 @@ def test_two_memoryless_clocks_in_a_buffer_are_right_for_small_and_large_federat
 def test_drawn_schedules_agree_with_the_chances_of_memoryless_clocks() -> None:
     tau = torch.tensor(f_80(), dtype=torch.float64)
     drawn = _drawn(Exponential(mean=1.0, x=80, count=5), 5)
-    by_schedule = schedule_shares(drawn, 3)  # 4,000 aggregations: +- 5 / sqrt(4,000) of a chance
+    by_schedule = schedule_shares(
+        Durations(drawn, 0 * drawn, drawn), size=3
+    )  # 4,000 aggregations: +- 5 / sqrt(4,000) of a chance
     torch.testing.assert_close(by_schedule, memoryless_shares(1 / tau, 3), rtol=0, atol=0.04)
+
+
+def _durations(*jobs: tuple[float, float, float]) -> Durations:
+    """Of jobs that never vary: (with one message, more for each further one, at most) of each client."""
+    return Durations(*torch.tensor(jobs, dtype=torch.float64)[:, None].unbind(2))
+
+
+def test_a_job_brings_what_its_client_missed() -> None:
+    # alone in a buffer: 0 0 0 1 | 0 0 0 0 1 | ..., since five messages take client 1 2 + 4 * 0.5 s, and four of the
+    # other's jobs fit in; with one message a job it would be 2 to 1
+    assert schedule_shares(_durations((1, 0, 1), (2, 0.5, 4)), size=1).tolist() == pytest.approx([0.8, 0.2])
+
+
+def test_a_window_in_which_nobody_starts_sends_no_message() -> None:
+    # a job ends in every other window, with one message; with one for each window that it spans it would last 3
+    share = schedule_shares(_durations((1.5, 1, 2.5)), interval=1.0)
+    assert share.tolist() == pytest.approx([0.5], abs=1e-3)
 
 
 def test_clocks_of_another_law_are_drawn() -> None:
