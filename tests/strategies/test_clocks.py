@@ -42,12 +42,11 @@ def _law(devices: Devices, clients: int, bits: float = 0.0) -> Times:
     return Times(*found)
 
 
-def _drawn(devices: Devices, clients: int, samples: int = SAMPLES) -> Tensor:
-    """[clients, samples] seconds."""
-    ids = torch.arange(clients)
-    zero, one = torch.zeros(clients).double(), torch.ones(clients).double()
-    draws = [devices.seconds(Streams(0, ids, torch.full_like(ids, k)), one, zero, zero) for k in range(samples)]
-    return torch.stack(draws, 1)
+def _drawn(devices: Devices, clients: int, samples: int = SAMPLES, bits_up: float = 0.0) -> Tensor:
+    """[clients, samples] seconds of the clients' first jobs."""
+    ids, jobs = torch.arange(clients).repeat_interleave(samples), torch.arange(samples).repeat(clients)
+    steps, down, up = (torch.full((len(ids),), v, dtype=torch.float64) for v in (1.0, 0.0, bits_up))
+    return devices.seconds(Streams(0, ids, jobs), steps, down, up).view(clients, samples)
 
 
 def test_f_80_weights_are_those_of_the_table() -> None:
@@ -105,14 +104,11 @@ def test_windows_of_shifted_exponential_clocks_are_those_of_drawn_jobs() -> None
     devices = Exponential(mean=1.0, x=80, count=5, shift=0.3, uplink=10.0)
     streams = Streams(0, torch.arange(5), torch.arange(5))
     one, bits = torch.ones(5).double(), torch.full((5,), 2.0).double()
-    drawn = [
-        devices.seconds(Streams(0, streams.clients, torch.full((5,), k)), one, torch.zeros(5).double(), bits)
-        for k in range(SAMPLES)
-    ]
+    drawn = _drawn(devices, 5, bits_up=2.0)
     found = law(devices, streams, one, torch.zeros(5).double(), bits)
     assert found is not None and found[0].tolist() == pytest.approx([0.5] * 5)
     for interval in (0.2, 0.25, 0.7):
-        windows = torch.ceil(torch.stack(drawn, 1) / interval)
+        windows = torch.ceil(drawn / interval)
         error = 5 * windows.std(1) / SAMPLES**0.5
         ours = window_weights(torch.ones(5).double(), Times(*found), interval)
         assert bool(((ours - windows.mean(1)).abs() <= error).all()), interval
