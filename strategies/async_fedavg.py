@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsim.fleet import Fleet
 from fedsim.strategies.asynchronous import State, Weighted
-from fedsim.strategies.clocks import Times, first_weights
+from fedsim.strategies.clocks import Durations, Times, first_weights, schedule_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +42,6 @@ class AsyncFedAvg(Weighted):
 
     def unbiased(self, p: Tensor, times: Times) -> Tensor:
         return first_weights(p, times)
+
+    def shares(self, seconds: Durations) -> Tensor:
+        return schedule_shares(seconds, size=1)

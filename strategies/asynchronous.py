@@ -19,11 +19,10 @@ from torch import Tensor
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Aggregator, Fleet, Replies
-from fedsim.strategies.clocks import Importance, Times, able, given_seconds, importances, known_times
+from fedsim.strategies.clocks import Durations, Importance, Times, able, given_jobs, importances, known_jobs
 from fedsim.strategies.server import UNIFORM, S, Server, ServerState
 from fedsim.strategy import Traits
 
-ROUNDS = 10  # of looking for weights whose messages give the times that give the weights
 ALL_WORK = "in this scheme every client with data is at work at all times; lower clients.count for fewer"
 
 
@@ -80,18 +79,14 @@ class Weighted(Asynchronous):
         p = importances(self.importance, fleet.num_examples)
         if self.weights == "identical":
             return self.identical(p)
-        if self.job_seconds is not None:
-            return self.unbiased(p, given_seconds(self.job_seconds, p))
-        messages = torch.ones_like(fleet.clients)
-        times = known_times(fleet, self.local.cost, x, messages)
-        for _ in range(ROUNDS):
-            d = self.unbiased(p, times)
-            # a client is sent what it missed as well, as many messages as aggregations its job lasts
-            messages = torch.where(p > 0, d / p, 1.0).round().long()
-            before, times = times, known_times(fleet, self.local.cost, x, messages)
-            if torch.equal(times.least, before.least):
-                break
-        return d
+        if self.job_seconds is None:
+            jobs = known_jobs(fleet, self.local.cost, x)
+        else:
+            jobs = given_jobs(self.job_seconds, p)
+        if not jobs.vary:
+            return self.unbiased(p, jobs.one)
+        clients = able(fleet)
+        return p.scatter(0, clients, p[clients] / self.shares(jobs.seconds(clients)))
 
     @abstractmethod
     def identical(self, p: Tensor) -> Tensor:
@@ -100,6 +95,10 @@ class Weighted(Asynchronous):
     @abstractmethod
     def unbiased(self, p: Tensor, times: Times) -> Tensor:
         """d [N]: p_i over the share of aggregations that contain i."""
+
+    @abstractmethod
+    def shares(self, seconds: Durations) -> Tensor:
+        """[W] share of aggregations that contain each client with data, on the schedule of these jobs."""
 
 
 def aggregated(rows: Tensor, num_examples: Tensor, rule: Aggregator) -> Tensor:

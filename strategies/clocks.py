@@ -4,12 +4,18 @@ Fraboni, Vidal, Kameni, Lorenzi. A General Theory for Federated Optimization wit
 Clients Updates. arXiv:2206.10189, table 1: d_i = p_i / P(i is among an aggregation's contributors). With random clocks
 the probability is the long-run frequency 1 / E[aggregations that a job of i lasts].
 
+Under a compressed downlink a job lasts the longer, the more messages its client has missed. How many these are
+follows from the schedule, and the schedule from how long jobs last: there the probability is that of the schedule
+itself, played from its first job on.
+
 Letters: N clients, T_i seconds of a job of client i, tau_i their mean, p_i importances (they sum to one), d_i weights.
 """
 
 from __future__ import annotations
 
 import heapq
+from array import array
+from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
@@ -23,6 +29,7 @@ Importance = Literal["uniform", "num_examples"]
 SAMPLES = 4096  # drawn durations of each client, where nothing better is known
 JOBS, MOST_JOBS = 200, 2_000_000  # of each client and of all of them that a schedule is followed for
 STEPS = 4000  # aggregations that it is followed for at least
+MANY = 2**31  # messages: the whole model is shorter
 DRAWS = 4_000_000  # numbers drawn for the chances of memoryless clocks
 TOLERANCE = 1e-9  # ceil(T / interval) must not see the rounding of the division
 
@@ -74,20 +81,72 @@ def given_seconds(job_seconds: tuple[float, ...], p: Tensor) -> Times:
     return Times(torch.tensor(job_seconds, dtype=torch.float64), torch.zeros_like(p))
 
 
-def known_times(fleet: Fleet, cost: Cost, x: Tensor, messages: Tensor) -> Times:
-    """Times of jobs that download x [P] after so many messages [N].
+@dataclass(frozen=True)
+class JobTimes:
+    """How long jobs take that bring one message, two of them, and the whole model.
+
+    A link takes as long for each message as for any other, until the whole model is shorter.
+    """
+
+    one: Times
+    two: Times
+    whole: Times
+
+    @property
+    def vary(self) -> bool:
+        """Whether it matters how many messages a client missed."""
+        return not torch.equal(self.one.mean, self.whole.mean)
+
+    def seconds(self, clients: Tensor) -> Durations:
+        """Durations of these clients' [W] jobs."""
+        one, two, whole = (durations(times)[clients] for times in (self.one, self.two, self.whole))
+        return Durations(one, two - one, whole)
+
+
+@dataclass(frozen=True)
+class Durations:
+    """[W, samples] seconds of clients' jobs, taken in turn: with one message, more for each further one, at most."""
+
+    one: Tensor
+    further: Tensor
+    most: Tensor
+
+
+def given_jobs(job_seconds: tuple[float, ...], p: Tensor) -> JobTimes:
+    """Jobs that last as long as the file says, whatever they bring.
 
     Raises:
-        ValueError: if the fleet does not know them.
+        ValueError: if there is not one positive number a client.
+    """
+    times = given_seconds(job_seconds, p)
+    return JobTimes(times, times, times)
+
+
+def known_jobs(fleet: Fleet, cost: Cost, x: Tensor) -> JobTimes:
+    """Jobs that download x [P].
+
+    Raises:
+        ValueError: if the fleet does not know how long they take.
     """
     samples = max(1, SAMPLES * 1000 // max(len(fleet.clients), 1000))
-    times = fleet.job_times(cost, samples, messages, x=x)
-    if not bool(torch.isfinite(times.least).all()):
+    counts = (torch.full_like(fleet.clients, messages) for messages in (1, 2, MANY))
+    jobs = JobTimes(*(fleet.job_times(cost, samples, messages, x=x) for messages in counts))
+    if not bool(torch.isfinite(jobs.one.least).all()):
         raise ValueError(
             "weights=unbiased needs every client's job time, which this fleet does not know; give "
             "strategy.job_seconds, one number a client, or weights: identical"
         )
-    return times
+    return jobs
+
+
+def durations(times: Times) -> Tensor:
+    """[N, samples] seconds of clients' jobs; one sample where they never vary."""
+    if times.drawn is not None:
+        return times.drawn
+    if not bool((times.rest > 0).any()):
+        return times.least[:, None]
+    noise = torch.from_numpy(np.random.default_rng(0).exponential(size=(len(times.least), SAMPLES)))
+    return times.least[:, None] + times.rest[:, None] * noise
 
 
 def window_weights(p: Tensor, times: Times, interval: float) -> Tensor:
@@ -131,42 +190,47 @@ def buffer_weights(p: Tensor, times: Times, size: int) -> Tensor:
     if bool((times.rest[with_data] > 0).all()) and not bool((times.least[with_data] > 0).any()):
         share[with_data] = memoryless_shares(1 / times.rest[with_data], size)
     else:
-        if times.drawn is not None:
-            drawn = times.drawn
-        elif bool((times.rest > 0).any()):
-            noise = torch.from_numpy(np.random.default_rng(0).exponential(size=(len(p), SAMPLES)))
-            drawn = times.least[:, None] + times.rest[:, None] * noise
-        else:
-            drawn = times.least[:, None]
-        share[with_data] = schedule_shares(drawn[with_data], size)
+        share[with_data] = schedule_shares(JobTimes(times, times, times).seconds(with_data), size=size)
     return p / share
 
 
-def schedule_shares(drawn: Tensor, size: int) -> Tensor:
+def schedule_shares(seconds: Durations, *, size: int = 0, interval: float = inf) -> Tensor:
     """[W] share of aggregations that contain each client, counted on the schedule that a fleet runs.
 
     Jobs that end at the same time arrive in the order in which they were sent, and all of an aggregation start again
-    together, in the order of their arrival.
+    together, in the order of their arrival. They bring every message since the last one that their client was sent;
+    there is one whenever somebody starts, and the first job brings the whole model.
 
     Args:
-        drawn: [W, samples] seconds of each client's jobs, taken in turn.
-        size: replies of an aggregation.
+        seconds: of W clients' jobs.
+        size: replies of an aggregation; 0 for windows.
+        interval: seconds of a window, whose replies are an aggregation.
     """
-    clients, samples = drawn.shape
-    seconds = drawn.numpy()
-    steps = max(STEPS, min(JOBS * clients, MOST_JOBS) // size)
-    count = np.zeros(clients, dtype=np.int64)
-    heap = [(float(seconds[i, 0]), i, i) for i in range(clients)]  # (finish, place in the order of sending, client)
+    clients, samples = seconds.one.shape
+    # read one by one, numbers come out of such arrays many times as fast as out of NumPy's
+    one, further, most = (array("d", each.numpy().tobytes()) for each in (seconds.one, seconds.further, seconds.most))
+    count, seen = [0] * clients, [1] * clients
+    heap = [(most[i * samples], i, i) for i in range(clients)]  # (finish, place in the order of sending, client)
     heapq.heapify(heap)
-    sent = clients
-    for _ in range(steps):
-        group = [heapq.heappop(heap) for _ in range(size)]
-        now = group[-1][0]
+    sent, steps, message = clients, 0, 1
+    while steps < STEPS or (steps < MOST_JOBS and sent - clients + size <= min(JOBS * clients, MOST_JOBS)):
+        steps += 1
+        if size:
+            group = [heapq.heappop(heap) for _ in range(size)]
+            now = group[-1][0]
+        else:
+            now, group = steps * interval, []
+            while heap and heap[0][0] <= now + TOLERANCE:
+                group.append(heapq.heappop(heap))
+        message += bool(group)
         for _, _, i in group:
             count[i] += 1
-            heapq.heappush(heap, (now + float(seconds[i, count[i] % samples]), sent, i))
+            job = i * samples + count[i] % samples
+            lasts = min(one[job] + (message - seen[i] - 1) * further[job], most[job])
+            seen[i] = message
+            heapq.heappush(heap, (now + lasts, sent, i))
             sent += 1
-    return torch.from_numpy(count.clip(min=1) / steps)
+    return torch.tensor(count, dtype=torch.float64).clamp(min=1) / steps
 
 
 def memoryless_shares(rates: Tensor, size: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsim.fleet import Fleet
 from fedsim.strategies.asynchronous import State, Weighted
-from fedsim.strategies.clocks import Times, buffer_weights, fitting, positive
+from fedsim.strategies.clocks import Durations, Times, buffer_weights, fitting, positive, schedule_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +54,6 @@ class FedBuff(Weighted):
 
     def unbiased(self, p: Tensor, times: Times) -> Tensor:
         return buffer_weights(p, times, self.buffer_size)
+
+    def shares(self, seconds: Durations) -> Tensor:
+        return schedule_shares(seconds, size=self.buffer_size)

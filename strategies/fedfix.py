@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsim.aggregate import TooFewRows
 from fedsim.fleet import Fleet
 from fedsim.strategies.asynchronous import State, Weighted
-from fedsim.strategies.clocks import Times, window_weights
+from fedsim.strategies.clocks import Durations, Times, schedule_shares, window_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +54,6 @@ class FedFix(Weighted):
 
     def unbiased(self, p: Tensor, times: Times) -> Tensor:
         return window_weights(p, times, self.interval)
+
+    def shares(self, seconds: Durations) -> Tensor:
+        return schedule_shares(seconds, interval=self.interval)

@@ -67,6 +67,12 @@ def local_sgd(
     return LocalTraining(optimizer=rule, schedule=Schedule(**schedule), rounds=rounds)
 
 
+def streams(clients: int | list[int] | Tensor, job: int = 0, seed: int = 5) -> Streams:
+    """Streams of one job of so many clients, or of these."""
+    ids = torch.arange(clients) if isinstance(clients, int) else torch.as_tensor(clients)
+    return Streams(seed, ids, torch.full_like(ids, job))
+
+
 def cohort(task: Task, ids: list[int], jobs: list[int] | None = None, rounds: list[int] | None = None) -> Cohort:
     """A cohort of these clients, who remember nothing; their first jobs, in round 0, unless told otherwise."""
     clients, none = torch.tensor(ids), [0] * len(ids)

@@ -108,7 +108,8 @@ class Downlink:
 
     def bits(self, num_entries: int, messages: Tensor) -> Tensor:
         """[R] bits to clients that are sent so many messages [R] at once, the whole vector if that is shorter."""
-        return (messages * self.compressor.bits(num_entries)).clamp(max=FLOAT_BITS * num_entries)
+        whole, each = FLOAT_BITS * num_entries, self.compressor.bits(num_entries)
+        return (messages.clamp(max=whole // max(each, 1) + 1) * each).clamp(max=whole)
 
 
 def step_of(name: str) -> int:

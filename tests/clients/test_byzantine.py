@@ -14,13 +14,9 @@ from fedsim.clients.byzantine import (
     alie_factor,
 )
 from fedsim.sim.byzantine import Knowledge
-from fedsim.streams import Streams
+from tests.build import streams
 
 H = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
-
-
-def streams(b: int) -> Streams:
-    return Streams(2, torch.arange(b), torch.zeros(b, dtype=torch.int64))
 
 
 def sent(attack, honest: torch.Tensor = H, b: int = 2) -> torch.Tensor:  # type: ignore[no-untyped-def]

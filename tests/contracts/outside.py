@@ -1,4 +1,4 @@
-"""One of every kind, as a user would write it outside of fedsim."""
+"""One of every kind, as a user would write it outside of fedsim. Each notes in `USED` that it did its work."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from fedsim.optim import Rule
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Knowledge
 from fedsim.streams import Streams
-from fedsim.task import Pool, Schedule
+from fedsim.task import Pool, Schedule, Session
 from fedsim.tasks.batches import BatchPlan, Samples
+
+USED: set[str] = set()  # parts that were called, not only made
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Halved(fedsim.Strategy):
         return State(x0)
 
     def round(self, s: State, fleet: fedsim.Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
+        USED.add("Halved")
         r = fleet.ask(fleet.clients, self.train, cost=self.local.cost, fold=Mean(), x=s.x)
         return State(s.x - 0.5 * r["delta"]), {}
 
@@ -59,6 +62,7 @@ class Signs(Rule):
         return {"fresh": 1 - self.rho}
 
     def direction(self, x: Tensor, g: Tensor, s: Any, c: Any, seg: Any) -> Tensor:
+        USED.add("Signs")
         s.m.lerp_(g, c.fresh)
         return s.m.sign()
 
@@ -76,6 +80,7 @@ class FirstHalf(Compressor):
         return Packet(compressor=self, num_entries=v.shape[1], payload={"head": v[:, : v.shape[1] // 2].clone()})
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
+        USED.add("FirstHalf")
         head = payload["head"]
         return torch.cat([head, head.new_zeros(len(head), num_entries - head.shape[1])], dim=1)
 
@@ -87,6 +92,7 @@ class Midrange:
     foldable: ClassVar = False
 
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
+        USED.add("Midrange")
         return (v.amin(0) + v.amax(0)) / 2
 
 
@@ -95,6 +101,7 @@ class WithoutTheLongest:
     """Leaves out the row of the largest norm."""
 
     def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        USED.add("WithoutTheLongest")
         keep = torch.arange(len(v)) != int(v.norm(dim=1).argmax())
         return v[keep], weights[keep]
 
@@ -106,6 +113,7 @@ class Nothing:
     on_data: ClassVar = False
 
     def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor:
+        USED.add("Nothing")
         return honest.new_zeros(b, honest.shape[1])
 
 
@@ -114,6 +122,7 @@ class InTurn:
     """Rows dealt out in turn."""
 
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        USED.add("InTurn")
         owners = np.arange(len(data.targets)) % num_clients
         sizes = np.bincount(owners, minlength=num_clients)
         return np.argsort(owners, kind="stable"), np.concatenate([[0], sizes.cumsum()])
@@ -126,26 +135,54 @@ class OddAreSlow:
     random: ClassVar = False
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
+        USED.add("OddAreSlow")
         return steps.double() * (1 + streams.clients.cpu() % 2)
 
 
 def two_moons(num_examples: int = 200) -> Dataset:
     """Two half circles."""
+    USED.add("two_moons")
     angle = torch.linspace(0, torch.pi, num_examples // 2)
     up, down = torch.stack([angle.cos(), angle.sin()], 1), torch.stack([1 - angle.cos(), 0.5 - angle.sin()], 1)
     targets = torch.arange(2).repeat_interleave(len(angle))
     return from_arrays(torch.cat([up, down]), targets)
 
 
-def perceptron(input_shape: tuple[int, ...], num_classes: int, width: int = 8) -> nn.Module:
+class Perceptron(nn.Module):
     """One hidden layer of tanh."""
-    return nn.Sequential(nn.Linear(input_shape[0], width), nn.Tanh(), nn.Linear(width, num_classes))
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(input_shape[0], width)
+        self.out = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        USED.add("Perceptron")
+        return self.out(torch.tanh(self.hidden(x)))
+
+
+def squared_error(logits: Tensor, targets: Tensor) -> Tensor:
+    """Distance of the logits from the target's one-hot code, squared."""
+    USED.add("squared_error")
+    return (logits - nn.functional.one_hot(targets, logits.shape[-1])).square().sum(-1)
+
+
+class Friction(torch.optim.SGD):
+    """SGD of torch by another name."""
+
+    def step(self, closure: Any = None) -> Any:
+        USED.add("Friction")
+        return super().step(closure)
 
 
 class OneByOne(LoopEngine):
     """The loop engine by another name."""
 
     name = "tests.contracts.outside:OneByOne"
+
+    def session(self, x: Tensor) -> Session:
+        USED.add("OneByOne")
+        return super().session(x)
 
 
 class Slope(fedsim.Task):
@@ -163,6 +200,7 @@ class Slope(fedsim.Task):
         return BatchPlan(self.num_examples[ids], schedule, streams)
 
     def field(self, x: Tensor, batch: Samples) -> tuple[Tensor, Tensor]:
+        USED.add("Slope")
         at = 1.0 + batch.rows
         away = at * (x - self.slope)
         return (batch.shares * at * away).sum(1, keepdim=True), (batch.shares * away**2).sum(1) / 2

@@ -8,7 +8,7 @@ import torch
 from fedsim.compress import COMPRESSORS
 from fedsim.compress.packet import Compressor, Packet
 from fedsim.params import Layout
-from fedsim.streams import Streams
+from tests.build import streams
 
 P = 33
 LAYOUT = Layout.of({"w": (7, 4), "b": (5,)})
@@ -30,10 +30,6 @@ CASES = [
     for fields in SETTINGS[name]
 ]
 every = pytest.mark.parametrize("compressor", CASES)
-
-
-def streams(rows: int, job: int = 0) -> Streams:
-    return Streams(11, torch.arange(rows), torch.full((rows,), job))
 
 
 def stack(rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fedsim.optim.backends import rows as row_blocks
 from fedsim.optim.rule import Beta, Hyper, Share, Size
 from fedsim.optim.table import RULES
 from fedsim.params import Layout
-from fedsim.streams import Streams
+from tests.build import streams
 
 # A kernel, biases, a tensor of one entry, an embedding and a head: every shape and role that rules tell apart.
 LAYOUT = Layout(
@@ -56,10 +56,6 @@ def problem(clients: int = 7, dtype: torch.dtype = torch.float32) -> tuple[Tenso
     x = torch.randn(clients, LAYOUT.size, generator=generator, dtype=torch.float64)
     g = torch.randn(STEPS, clients, LAYOUT.size, generator=generator, dtype=torch.float64)
     return x.to(dtype), g.to(dtype)
-
-
-def streams(ids: Tensor) -> Streams:
-    return Streams(5, ids, torch.zeros_like(ids))
 
 
 def advance(optimizer: Optimizer, x: Tensor, grads: Tensor, state: OptState, ids: Tensor) -> None:

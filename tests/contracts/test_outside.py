@@ -7,50 +7,86 @@ from typing import Any
 import pytest
 
 import fedsim
+from tests.contracts import outside
+from tests.contracts.outside import USED
 
-HERE = "tests.contracts.outside"
+HERE = outside.__name__
 SMALL: dict[str, Any] = {
     "rounds": 3,
     "task": {"name": "classification", "dataset": {"name": "blobs", "num_examples": 120}, "model": "logistic"},
     "clients": {"count": 6},
     "local": {"steps": 3, "batch_size": 10, "optimizer": {"name": "sgd", "lr": 0.1}},
 }
-PARTS: dict[str, dict[str, Any]] = {
-    "strategy": {"strategy": f"{HERE}:Halved"},
-    "optimizer rule": {"local": {**SMALL["local"], "optimizer": {"name": f"{HERE}:Signs", "rho": 0.5}}},
-    "server's rule": {"strategy": {"name": "fedavg", "server_optimizer": {"name": f"{HERE}:Signs", "lr": 0.02}}},
-    "torch optimizer": {"local": {**SMALL["local"], "optimizer": {"name": "torch.optim:NAdam", "lr": 0.02}}},
-    "compressor": {"uplink": {"compressor": f"{HERE}:FirstHalf"}},
-    "aggregator": {"strategy": {"name": "fedavg", "aggregator": f"{HERE}:Midrange"}},
-    "pre-aggregator": {"strategy": {"name": "fedavg", "pre_aggregators": [f"{HERE}:WithoutTheLongest"]}},
-    "attack": {"clients": {"count": 6, "byzantine": {"attack": f"{HERE}:Nothing", "count": 2}}},
-    "partition": {"partition": f"{HERE}:InTurn"},
-    "devices": {"clients": {"count": 6, "devices": f"{HERE}:OddAreSlow"}},
-    "data set": {"task": {**SMALL["task"], "dataset": {"name": f"{HERE}:two_moons", "num_examples": 100}}},
-    "model": {"task": {**SMALL["task"], "model": {"name": f"{HERE}:perceptron", "width": 4}}},
-    "loss": {"task": {**SMALL["task"], "loss": "fedsim.engine.losses:cross_entropy"}},
-    "engine": {"runtime": {"engine": f"{HERE}:OneByOne"}},
+
+
+def local(optimizer: dict[str, Any]) -> dict[str, Any]:
+    return {"local": {**SMALL["local"], "optimizer": optimizer}}
+
+
+def task(**changes: Any) -> dict[str, Any]:
+    return {"task": {**SMALL["task"], **changes}}
+
+
+def fedavg(**changes: Any) -> dict[str, Any]:
+    return {"strategy": {"name": "fedavg", **changes}}
+
+
+def clients(**changes: Any) -> dict[str, Any]:
+    return {"clients": {"count": 6, **changes}}
+
+
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {  # its name, and the settings that bring it in
+    "strategy": ("Halved", {"strategy": f"{HERE}:Halved"}),
+    "optimizer rule": ("Signs", local({"name": f"{HERE}:Signs", "rho": 0.5})),
+    "server's rule": ("Signs", fedavg(server_optimizer={"name": f"{HERE}:Signs", "lr": 0.02})),
+    "torch optimizer": ("Friction", local({"name": f"{HERE}:Friction", "lr": 0.2})),
+    "compressor": ("FirstHalf", {"uplink": {"compressor": f"{HERE}:FirstHalf"}}),
+    "aggregator": ("Midrange", fedavg(aggregator=f"{HERE}:Midrange")),
+    "pre-aggregator": ("WithoutTheLongest", fedavg(pre_aggregators=[f"{HERE}:WithoutTheLongest"])),
+    "attack": ("Nothing", clients(byzantine={"attack": f"{HERE}:Nothing", "count": 2})),
+    "partition": ("InTurn", {"partition": f"{HERE}:InTurn"}),
+    "devices": ("OddAreSlow", clients(devices=f"{HERE}:OddAreSlow")),
+    "data set": ("two_moons", task(dataset={"name": f"{HERE}:two_moons", "num_examples": 100})),
+    "model": ("Perceptron", task(model={"name": f"{HERE}:Perceptron", "width": 4})),
+    "loss": ("squared_error", task(loss=f"{HERE}:squared_error")),
+    "engine": ("OneByOne", {"runtime": {"engine": f"{HERE}:OneByOne"}}),
 }
+
+
+def rows_of(**settings: Any) -> list[dict[str, Any]]:
+    """What a run logs, without what a clock on the wall says."""
+    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in fedsim.run({**SMALL, **settings}).rows]
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[dict[str, Any]]:
+    return rows_of()
 
 
 @pytest.mark.filterwarnings("ignore:.*not batched")
 @pytest.mark.parametrize("kind", PARTS)
-def test_a_part_of_the_users_own_trains(kind: str) -> None:
-    rows = fedsim.run({**SMALL, **PARTS[kind]}).rows
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+def test_a_part_of_the_users_own_is_used_and_trains(kind: str, plain: list[dict[str, Any]]) -> None:
+    name, settings = PARTS[kind]
+    USED.clear()
+    rows = rows_of(**settings)
+    assert name in USED and rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert rows != plain or kind == "engine", "it was looked at, but the run is that without it"
 
 
 def test_a_task_of_the_users_own_is_solved() -> None:
-    task = {"name": f"{HERE}:Slope", "slope": 3.0}
-    local = {"epochs": 1, "batch_size": "full", "optimizer": {"name": "sgd", "lr": 0.05}}
-    history = fedsim.run({"rounds": 40, "task": task, "clients": {"count": 4}, "local": local})
-    assert history.last("distance") < 1e-4
+    slope = {"name": f"{HERE}:Slope", "slope": 3.0}
+    whole = {"epochs": 1, "batch_size": "full", "optimizer": {"name": "sgd", "lr": 0.05}}
+    USED.clear()
+    history = fedsim.run({"rounds": 40, "task": slope, "clients": {"count": 4}, "local": whole})
+    assert "Slope" in USED and history.last("distance") < 1e-4
 
 
 def test_the_users_own_parts_do_what_they_say() -> None:
-    seconds = fedsim.run({**SMALL, **PARTS["devices"]}).last("virtual_seconds")
+    seconds = fedsim.run({**SMALL, **PARTS["devices"][1]}).last("virtual_seconds")
     assert seconds == 3 * 3 * 2, "three rounds of three steps at the pace of the slow"
-    whole, half = (fedsim.run({**SMALL, **part}).last("bits_up") for part in ({}, PARTS["compressor"]))
+    whole, half = (fedsim.run({**SMALL, **part}).last("bits_up") for part in ({}, PARTS["compressor"][1]))
     assert half == whole / 2
-    plain, named = (fedsim.run({**SMALL, "runtime": r}).rows for r in ({"engine": "loop"}, PARTS["engine"]["runtime"]))
-    assert [r["train_loss"] for r in plain] == [r["train_loss"] for r in named]
+    loop, named = (
+        fedsim.run({**SMALL, "runtime": r}).rows for r in ({"engine": "loop"}, PARTS["engine"][1]["runtime"])
+    )
+    assert [r["train_loss"] for r in loop] == [r["train_loss"] for r in named]

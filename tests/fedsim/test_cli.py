@@ -455,9 +455,11 @@ def test_report_is_written_again(tmp_path: Path) -> None:
     assert "</html>" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._plain_warning("the model can't be batched", UserWarning, "file.py", 3)
-    assert capsys.readouterr().err == "fedsim: warning: the model can't be batched\n"
+@pytest.mark.filterwarnings("always:.*not batched")
+def test_a_warning_is_one_line() -> None:
+    found = fedsim("check", Q, "local.optimizer.name=torch.optim:SGD")
+    reason = "torch.optim:SGD is not batched, clients step one after the other"
+    assert found.code == 0 and found.err == f"fedsim: warning: local.optimizer: {reason}\n"
 
 
 def test_ctrl_c_while_starting_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

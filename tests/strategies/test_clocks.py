@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsim.sim.devices import FX, Devices, Exponential, LogNormal, law
 from fedsim.strategies.clocks import (
     SAMPLES,
+    Durations,
     Times,
     buffer_weights,
     first_weights,
@@ -41,12 +42,11 @@ def _law(devices: Devices, clients: int, bits: float = 0.0) -> Times:
     return Times(*found)
 
 
-def _drawn(devices: Devices, clients: int, samples: int = SAMPLES) -> Tensor:
-    """[clients, samples] seconds."""
-    ids = torch.arange(clients)
-    zero, one = torch.zeros(clients).double(), torch.ones(clients).double()
-    draws = [devices.seconds(Streams(0, ids, torch.full_like(ids, k)), one, zero, zero) for k in range(samples)]
-    return torch.stack(draws, 1)
+def _drawn(devices: Devices, clients: int, samples: int = SAMPLES, bits_up: float = 0.0) -> Tensor:
+    """[clients, samples] seconds of the clients' first jobs."""
+    ids, jobs = torch.arange(clients).repeat_interleave(samples), torch.arange(samples).repeat(clients)
+    steps, down, up = (torch.full((len(ids),), v, dtype=torch.float64) for v in (1.0, 0.0, bits_up))
+    return devices.seconds(Streams(0, ids, jobs), steps, down, up).view(clients, samples)
 
 
 def test_f_80_weights_are_those_of_the_table() -> None:
@@ -104,14 +104,11 @@ def test_windows_of_shifted_exponential_clocks_are_those_of_drawn_jobs() -> None
     devices = Exponential(mean=1.0, x=80, count=5, shift=0.3, uplink=10.0)
     streams = Streams(0, torch.arange(5), torch.arange(5))
     one, bits = torch.ones(5).double(), torch.full((5,), 2.0).double()
-    drawn = [
-        devices.seconds(Streams(0, streams.clients, torch.full((5,), k)), one, torch.zeros(5).double(), bits)
-        for k in range(SAMPLES)
-    ]
+    drawn = _drawn(devices, 5, bits_up=2.0)
     found = law(devices, streams, one, torch.zeros(5).double(), bits)
     assert found is not None and found[0].tolist() == pytest.approx([0.5] * 5)
     for interval in (0.2, 0.25, 0.7):
-        windows = torch.ceil(torch.stack(drawn, 1) / interval)
+        windows = torch.ceil(drawn / interval)
         error = 5 * windows.std(1) / SAMPLES**0.5
         ours = window_weights(torch.ones(5).double(), Times(*found), interval)
         assert bool(((ours - windows.mean(1)).abs() <= error).all()), interval
@@ -135,8 +132,27 @@ def test_two_memoryless_clocks_in_a_buffer_are_right_for_small_and_large_federat
 def test_drawn_schedules_agree_with_the_chances_of_memoryless_clocks() -> None:
     tau = torch.tensor(f_80(), dtype=torch.float64)
     drawn = _drawn(Exponential(mean=1.0, x=80, count=5), 5)
-    by_schedule = schedule_shares(drawn, 3)  # 4,000 aggregations: +- 5 / sqrt(4,000) of a chance
+    by_schedule = schedule_shares(
+        Durations(drawn, 0 * drawn, drawn), size=3
+    )  # 4,000 aggregations: +- 5 / sqrt(4,000) of a chance
     torch.testing.assert_close(by_schedule, memoryless_shares(1 / tau, 3), rtol=0, atol=0.04)
+
+
+def _durations(*jobs: tuple[float, float, float]) -> Durations:
+    """Of jobs that never vary: (with one message, more for each further one, at most) of each client."""
+    return Durations(*torch.tensor(jobs, dtype=torch.float64)[:, None].unbind(2))
+
+
+def test_a_job_brings_what_its_client_missed() -> None:
+    # alone in a buffer: 0 0 0 1 | 0 0 0 0 1 | ..., since five messages take client 1 2 + 4 * 0.5 s, and four of the
+    # other's jobs fit in; with one message a job it would be 2 to 1
+    assert schedule_shares(_durations((1, 0, 1), (2, 0.5, 4)), size=1).tolist() == pytest.approx([0.8, 0.2])
+
+
+def test_a_window_in_which_nobody_starts_sends_no_message() -> None:
+    # a job ends in every other window, with one message; with one for each window that it spans it would last 3
+    share = schedule_shares(_durations((1.5, 1, 2.5)), interval=1.0)
+    assert share.tolist() == pytest.approx([0.5], abs=1e-3)
 
 
 def test_clocks_of_another_law_are_drawn() -> None:

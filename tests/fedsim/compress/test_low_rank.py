@@ -4,13 +4,9 @@ import torch
 from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.sparsify import TopK
 from fedsim.params import Layout
-from fedsim.streams import Streams
+from tests.build import streams
 
 LAYOUT = Layout.of({"w": (12, 5), "b": (5,), "conv": (4, 2, 3, 3), "small": (2, 2)})
-
-
-def streams(rows: int) -> Streams:
-    return Streams(5, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
 
 
 def test_matrices_of_the_rank_and_vectors_come_back_exactly() -> None:

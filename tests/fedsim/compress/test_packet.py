@@ -9,11 +9,7 @@ from hypothesis import strategies as st
 from fedsim.compress.packet import Packet
 from fedsim.compress.quantize import QSGD, Natural
 from fedsim.compress.sparsify import Bernoulli, Identity, RandK, TopK
-from fedsim.streams import Streams
-
-
-def streams(rows: int) -> Streams:
-    return Streams(7, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
+from tests.build import streams
 
 
 def test_top_2_of_5_is_written_as_two_floats_and_two_3_bit_indices() -> None:

@@ -5,11 +5,7 @@ import torch
 
 from fedsim.compress.quantize import QSGD, Natural, NaturalDithering, ScaledSign, TernGrad
 from fedsim.compress.words import blocks
-from fedsim.streams import Streams
-
-
-def streams(rows: int) -> Streams:
-    return Streams(5, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
+from tests.build import streams
 
 
 def repeated(values: list[float], rows: int) -> torch.Tensor:

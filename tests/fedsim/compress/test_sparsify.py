@@ -2,14 +2,16 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import Tensor
 
-from fedsim.compress.sparsify import Bernoulli, RandK, TopK, _largest
+from fedsim.compress.sparsify import Bernoulli, RandK, TopK
 from fedsim.compress.words import sample
-from fedsim.streams import Streams
+from tests.build import streams
 
 
-def streams(rows: int) -> Streams:
-    return Streams(3, torch.arange(rows), torch.zeros(rows, dtype=torch.int64))
+def largest(v: Tensor, k: int) -> Tensor:
+    """[C, k]: where the entries stand that Top-K sends, in the order in which it sends them."""
+    return TopK(k=k).encode(v, streams(len(v))).payload["index"].long()
 
 
 @pytest.mark.parametrize(("entries", "bits"), [(1, 0), (2, 1), (3, 2), (1024, 10), (1025, 11)])
@@ -47,14 +49,14 @@ def test_settings_out_of_range_say_what_to_do() -> None:
 
 def test_top_k_takes_the_first_of_equal_magnitudes() -> None:
     v = torch.tensor([[1.0, -2.0, 2.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 1.0, -1.0, 1.0]])
-    assert _largest(v, 2).tolist() == [[1, 2], [0, 1], [0, 1]]
+    assert largest(v, 2).tolist() == [[1, 2], [0, 1], [0, 1]]
     assert TopK(k=2).encode(v, streams(3)).decode()[0].tolist() == [0.0, -2.0, 2.0, 0.0, 0.0]
 
 
 def test_top_k_takes_nan_then_infinity_before_numbers() -> None:
     v = torch.tensor([[1.0, torch.inf, 2.0, torch.nan]])
-    assert _largest(v, 1).tolist() == [[3]]
-    assert _largest(v, 2).tolist() == [[1, 3]]
+    assert largest(v, 1).tolist() == [[3]]
+    assert largest(v, 2).tolist() == [[1, 3]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -65,7 +67,7 @@ def test_top_k_of_a_long_row_equals_a_stable_sort(k: int, dtype: torch.dtype) ->
     misleading = torch.where(torch.arange(40_000) % 61 == 0, 5.0, 1.0).to(dtype)  # the sample sees 5 only
     v = torch.stack([few_values, torch.randn(40_000, generator=g, dtype=dtype), misleading, 0 * misleading])
     expected = v.abs().sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
-    assert torch.equal(_largest(v, k), expected)
+    assert torch.equal(largest(v, k), expected)
 
 
 def test_every_pair_of_entries_is_as_likely_a_sample_as_any_other() -> None:

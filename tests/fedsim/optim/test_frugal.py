@@ -11,15 +11,11 @@ from torch import Tensor, optim
 
 from fedsim.optim import Optimizer, OptState, build
 from fedsim.params import Layout
-from fedsim.streams import Streams
+from tests.build import streams
 from tests.fedsim.optim.oracles import client_runs, problem, state_bytes
 
 LAYOUT = Layout.of({"tall": (10, 6), "bias": (5,), "wide": (6, 14), "again": (10, 6), "square": (8, 8)})
 SPEC = {"name": "frugal", "lr": 0.01, "gap": 3, "weight_decay": 0.1}
-
-
-def streams(ids: Tensor, seed: int = 0) -> Streams:
-    return Streams(seed, ids, torch.zeros_like(ids))
 
 
 def run(

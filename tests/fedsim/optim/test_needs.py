@@ -16,15 +16,10 @@ from fedsim.optim.needs import clip_and_sum, private_gradient, sample_factors, s
 from fedsim.optim.segments import Segments
 from fedsim.optim.settings import Private, ZerothOrder
 from fedsim.params import Layout
-from fedsim.streams import Streams
+from tests.build import streams
 from tests.fedsim.optim.sources import CLASSES, LAYOUT, SoftmaxSource
 
 ONES = np.ones(3, dtype=np.int64)
-
-
-def streams(ids: list[int], job: int = 0) -> Streams:
-    clients = torch.tensor(ids)
-    return Streams(0, clients, torch.full_like(clients, job))
 
 
 class Quadratic:

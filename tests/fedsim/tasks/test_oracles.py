@@ -269,8 +269,10 @@ def test_a_saddles_curvature_is_the_jacobian_of_its_operator() -> None:
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet_bn"])
 def test_the_zoo_supplies_every_need(name: str) -> None:
     case = Case(name)
-    for rule in RULES.values():
-        check_needs(build(rule, case.layout), case.task)
+    for need, rule in RULES.items():
+        optimizer = build(rule, case.layout)
+        assert need in optimizer.needs and case.task.lacks(need) is None
+        check_needs(optimizer, case.task)
 
 
 def test_batch_norm_has_no_gradients_of_single_samples() -> None:
