@@ -100,13 +100,19 @@ class Streams:
         """[C, *shape] of -1 and +1 with equal chance."""
         return (_shift_right(self.bits(purpose, prod(shape), step), 63) * 2 - 1).to(dtype).view(-1, *shape)
 
-    def permutation(self, purpose: str, counts: Tensor, step: int = 0) -> Tensor:
+    def permutation(self, purpose: str, counts: Tensor, step: int = 0, width: int | None = None) -> Tensor:
         """Random orders of 0..counts-1, one per client.
 
+        Args:
+            purpose, step: of the key.
+            counts: [C].
+            width: columns, no fewer than any count; None asks the device for the largest.
+
         Returns:
-            [C, max(counts)] int64; beyond a client's count stand the unused positions in order.
+            [C, width] int64; beyond a client's count stand the unused positions in order.
         """
-        width = int(counts.max()) if counts.numel() else 0
+        if width is None:
+            width = int(counts.max()) if counts.numel() else 0
         keys = _shift_right(self.bits(purpose, width, step), 1)
         column = torch.arange(width, device=keys.device)
         keys = torch.where(column < counts[:, None], keys, torch.iinfo(torch.int64).max)
