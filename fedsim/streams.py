@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -73,7 +74,15 @@ class Streams:
     def keys(self, purpose: str, step: int = 0) -> Tensor:
         """[C] int64: each client's key for a purpose and a step."""
         base = _hash64(self.seed, purpose, step)
-        return mix64(mix64(self.clients * _GOLDEN + base) + mix64(self.jobs + 1) * _GOLDEN)
+        return mix64(mix64(self._by_client + base) + self._by_job)
+
+    @cached_property
+    def _by_client(self) -> Tensor:
+        return self.clients * _GOLDEN
+
+    @cached_property
+    def _by_job(self) -> Tensor:
+        return mix64(self.jobs + 1) * _GOLDEN
 
     def bits(self, purpose: str, n: int, step: int = 0) -> Tensor:
         """[C, n] int64, every bit random (numbers may be negative)."""
