@@ -35,19 +35,21 @@ class LocalRun:
 
     Args:
         delta: [C, P] as terms, the model received minus the local model: a pseudo-gradient.
-        steps: [C] local steps taken.
+        steps: [C] local steps taken, on the device.
+        all_stepped: whether every client took one.
         mean_grad: [C, P] mean of the raw gradients g, or None if it was not asked for.
         state: [C, S], the optimizer's state received minus the local one, or None if none was sent.
     """
 
     delta: Terms
     steps: Tensor
+    all_stepped: bool
     mean_grad: Tensor | None = None
     state: Tensor | None = None
 
     def where_stepped(self, new: Tensor, old: Tensor) -> Tensor:
         """[C, P]: new for clients that took a step, old for those that have no data."""
-        return new if bool((self.steps > 0).all()) else torch.where(self.steps[:, None] > 0, new, old)
+        return new if self.all_stepped else torch.where(self.steps[:, None] > 0, new, old)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,21 +152,22 @@ class LocalTraining:
         """
         task, u = cohort.task, Direction.of(direction)
         batches = task.batches(cohort.ids, cohort.streams, self.schedule)
-        steps = batches.num_steps
+        steps, all_stepped = batches.num_steps, len(batches) > 0 and batches.active(0) == len(cohort)
         known = self.constant_rate and u.other is None  # the model follows from the gradients' sum
         factored = task.factored_run(x, batches, self.lr, u.scale, u.terms) if known else None
         if factored is not None:
             sums, losses = Terms.of(factored[0]), factored[1]
             mean = (sums * (1 / steps.clamp(min=1).double())).dense() if mean_grad else None
             moved = sums * self.lr if mean is None else Terms.of(mean) * (self.lr * steps.double())
-            run = LocalRun(_change(moved, u, self.lr, steps), steps, mean)
+            run = LocalRun(_change(moved, u, self.lr, steps), steps, all_stepped, mean)
         elif known and mean_grad and not task.layout.num_buffers:
             mean, losses = corrected_run(cohort, x, batches, self.lr, u)
-            run = LocalRun(_change(Terms.of(mean) * (self.lr * steps.double()), u, self.lr, steps), steps, mean)
+            moved = Terms.of(mean) * (self.lr * steps.double())
+            run = LocalRun(_change(moved, u, self.lr, steps), steps, all_stepped, mean)
         else:
             taken = Stepwise(self.optimizer, self.schedule, self.rounds, cohort, batches, u)
             y, losses, mean, state_change = taken.run(x, mean_grad=mean_grad, state=state)
-            run = LocalRun(Terms.of(x - y), steps, mean, state_change)
+            run = LocalRun(Terms.of(x - y), steps, all_stepped, mean, state_change)
         cohort.log(train_loss=losses / steps.clamp(min=1))
         return run
 

@@ -25,11 +25,12 @@ def full_gradient(cohort: Cohort, x: Tensor) -> Tensor:
     point = torch.empty(len(cohort), x.shape[-1], dtype=x.dtype, device=x.device).copy_(x)
     total = torch.zeros_like(point)
     seen = torch.zeros(len(cohort), 1, dtype=x.dtype, device=x.device)
+    counts = cohort.num_examples.to(x.device)
     for step in range(len(batches)):
         k = batches.active(step)
         batch = batches[step]
         g, _ = cohort.task.field(point[:k].clone(), batch)
-        share = (cohort.num_examples[:k] - step * PIECE).clamp(1, PIECE).to(x)[:, None]
+        share = (counts[:k] - step * PIECE).clamp(1, PIECE).to(x)[:, None]
         total[:k] += share * g
         seen[:k] += share
     return total / seen.clamp(min=1)

@@ -7,6 +7,8 @@ local model, g the gradient of a minibatch at y, u the direction of a step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import torch
@@ -56,7 +58,14 @@ class Stepwise:
         if self.optimizer.is_plain_sgd and isinstance(self.optimizer.lr, float | int):
             losses = self._plain(y, total, float(self.optimizer.lr))
         else:
-            losses, state_change = self._by_rule(y, total, state)
+            doubt = torch.zeros((), dtype=y.dtype, device=y.device)
+            losses, after = self._by_rule(y, total, state, doubt)
+            if not isfinite(float(doubt)):  # the one wait of a run; what was not finite is left out in a second one
+                y.copy_(x)
+                total = total if total is None else total.zero_()
+                losses, after = self._by_rule(y, total, state, None)
+            self._remember(after)
+            state_change = None if state is None else state - after.pack(state)
         if total is not None:
             total /= self.batches.num_steps.clamp(min=1)[:, None]
         return y, losses, total, state_change
@@ -84,8 +93,17 @@ class Stepwise:
             losses[:k].add_(loss)
         return losses
 
-    def _by_rule(self, y: Tensor, total: Tensor | None, sent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Any rule of the core, with the raw gradients added up in `total` if wanted; (losses [C], change of state)."""
+    def _by_rule(
+        self, y: Tensor, total: Tensor | None, sent: Tensor | None, doubt: Tensor | None
+    ) -> tuple[Tensor, OptState]:
+        """Any rule of the core, with the raw gradients added up in `total` if wanted; (losses [C], state after it).
+
+        Args:
+            y: [C, P] where clients start, and where they end.
+            total: [C, P] of zeros, or None.
+            sent: see `run`.
+            doubt: see `Optimizer.step_`.
+        """
         cohort, batches, n = self.cohort, self.batches, self.cohort.task.layout.num_trainable
         gradient = cohort.scratch("gradient", y)
         losses = torch.zeros(len(cohort), device=y.device)
@@ -101,15 +119,12 @@ class Stepwise:
             if total is not None:
                 total[:k] += g
             g, factor = self._along(g, batch), self._lr_factor(step, k)
-            self.optimizer.step_(y[:k, :n], g[:, :n], state, lr_scale=factor, aux=aux, streams=streams)
+            self.optimizer.step_(y[:k, :n], g[:, :n], state, lr_scale=factor, aux=aux, streams=streams, doubt=doubt)
             losses[:k] += loss.to(losses.dtype)
         final = self.optimizer.final(y[:, :n], state)
         if final.data_ptr() != y.data_ptr():
             y[:, :n] = final
-        self._remember(state)
-        if bool(state.skipped.any()):
-            cohort.log(skipped_steps=state.skipped.to(torch.float32))
-        return losses, None if sent is None else sent - state.pack(sent)
+        return losses, state
 
     def _gradient(
         self, session: Session, y: Tensor, batch: Any, state: OptState, out: Tensor, streams: Streams
@@ -141,12 +156,10 @@ class Stepwise:
 
     def _lr_factor(self, step: int, k: int) -> float | Tensor:
         """The schedule's factor: one number, or [k] where clients were sent their work in different rounds."""
-        cohort, schedule = self.cohort, self.optimizer.schedule
+        schedule = self.optimizer.schedule
         if schedule is None:
             return 1.0
-        rounds, each = cohort.rounds[:k].tolist(), self.schedule.num_steps(cohort.num_examples[:k]).tolist()
-        done = [job * int(steps) for job, steps in zip(cohort.streams.jobs[:k].tolist(), each, strict=True)]
-        keys = list(zip(rounds, done, strict=True)) if schedule.unit == "steps" else [(r, 0) for r in rounds]
+        keys = self._begun[:k] if schedule.unit == "steps" else [(r, 0) for r, _ in self._begun[:k]]
         factors = {
             key: schedule.at_step(rounds=key[0], steps=key[1] + step, fraction=key[0] / self.rounds)
             for key in dict.fromkeys(keys)
@@ -154,6 +167,13 @@ class Stepwise:
         if len(factors) == 1:
             return next(iter(factors.values()))
         return torch.tensor([factors[key] for key in keys])
+
+    @cached_property
+    def _begun(self) -> list[tuple[int, int]]:
+        """[C] (round in which a client was given its work, steps that it had taken in earlier jobs)."""
+        rounds, each = self.cohort.rounds.tolist(), self.schedule.num_steps(self.cohort.num_examples).tolist()
+        jobs = self.cohort.streams.jobs.tolist()
+        return [(round, job * steps) for round, job, steps in zip(rounds, jobs, each, strict=True)]
 
     def _recall(self, x: Tensor, sent: Tensor | None) -> OptState:
         """Fresh state; with `state_scope: client` what the clients kept, with `server` what was sent."""
@@ -169,6 +189,8 @@ class Stepwise:
         return state
 
     def _remember(self, state: OptState) -> None:
+        if bool(state.skipped.any()):
+            self.cohort.log(skipped_steps=state.skipped.to(torch.float32))
         if self.optimizer.state_scope == "client":
             for name, rows in state.to_rows().items():
                 self.cohort.memory[MEMORY + name] = rows

@@ -43,7 +43,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """
     if isinstance(value, Tensor):
         tensors[path] = value.detach().to("cpu").contiguous().clone()
-        return {"$tensor": path}
+        return {"$tensor": path} if value.is_cpu else {"$tensor": path, "on_device": True}
     if is_dataclass(value) and not isinstance(value, type):
         body = {f.name: pack(getattr(value, f.name), tensors, f"{path}.{f.name}") for f in fields(value) if f.init}
         return {"$class": type(value).__qualname__, "fields": body}
@@ -64,13 +64,16 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 def unpack(
     packed: Any, tensors: Mapping[str, Tensor], classes: Mapping[str, type], device: str | torch.device = "cpu"
 ) -> Any:
-    """The inverse of `pack`, with tensors of its own on a device; only the dataclasses given by name can come out."""
+    """The inverse of `pack`: tensors of its own, on the device if they were on one, else on the host.
+
+    Only the dataclasses given by name can come out.
+    """
 
     def made(p: Any) -> Any:
         if not isinstance(p, dict):
             return p
         if "$tensor" in p:
-            return tensors[p["$tensor"]].to(device, copy=True)
+            return tensors[p["$tensor"]].to(device if "on_device" in p else "cpu", copy=True)
         if "$class" in p:
             return classes[p["$class"]](**{k: made(v) for k, v in p["fields"].items()})
         if "$map" in p:

@@ -21,7 +21,7 @@ class Cohort:
     """What a client half sees: who, which task, what they remember, and their random numbers.
 
     Args:
-        ids: [C] client ids, those with the most samples first.
+        ids: [C] on the host, client ids, those with the most samples first; on the device they are `streams.clients`.
         task: gives batches and the field (gradient or operator) of these clients.
         memory: rows that these clients keep between rounds.
         streams: keyed by (seed, purpose, client, job).
@@ -44,8 +44,8 @@ class Cohort:
 
     @property
     def num_examples(self) -> Tensor:
-        """[C] int64: samples of each client."""
-        return self.task.num_examples.to(self.ids.device)[self.ids]
+        """[C] int64 on the host: samples of each client."""
+        return self.task.num_examples[self.ids]
 
     def log(self, **values: Tensor) -> None:
         """Diagnostics [C], averaged over clients by their number of samples; they are not counted as traffic.

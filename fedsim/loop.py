@@ -322,7 +322,7 @@ class _Run:
         e, path = self.experiment, found.path
         _check_same(path, fingerprint(e.config), found.take("config"))
         saved = found.take("strategy", checkpoint.classes_of(self.state), e.device)
-        fleet = found.take("fleet", e.fleet.state_classes)
+        fleet = found.take("fleet", e.fleet.state_classes, e.device)
         round, before, last = found.take("round"), found.take("wall_seconds"), found.take("last")
         layout = e.task.layout
         wrong = checkpoint.misfit(saved, self.state, (layout.size, layout.num_trainable))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -73,7 +74,15 @@ class Streams:
     def keys(self, purpose: str, step: int = 0) -> Tensor:
         """[C] int64: each client's key for a purpose and a step."""
         base = _hash64(self.seed, purpose, step)
-        return mix64(mix64(self.clients * _GOLDEN + base) + mix64(self.jobs + 1) * _GOLDEN)
+        return mix64(mix64(self._by_client + base) + self._by_job)
+
+    @cached_property
+    def _by_client(self) -> Tensor:
+        return self.clients * _GOLDEN
+
+    @cached_property
+    def _by_job(self) -> Tensor:
+        return mix64(self.jobs + 1) * _GOLDEN
 
     def bits(self, purpose: str, n: int, step: int = 0) -> Tensor:
         """[C, n] int64, every bit random (numbers may be negative)."""
@@ -100,13 +109,19 @@ class Streams:
         """[C, *shape] of -1 and +1 with equal chance."""
         return (_shift_right(self.bits(purpose, prod(shape), step), 63) * 2 - 1).to(dtype).view(-1, *shape)
 
-    def permutation(self, purpose: str, counts: Tensor, step: int = 0) -> Tensor:
+    def permutation(self, purpose: str, counts: Tensor, step: int = 0, width: int | None = None) -> Tensor:
         """Random orders of 0..counts-1, one per client.
 
+        Args:
+            purpose, step: of the key.
+            counts: [C].
+            width: columns, no fewer than any count; None asks the device for the largest.
+
         Returns:
-            [C, max(counts)] int64; beyond a client's count stand the unused positions in order.
+            [C, width] int64; beyond a client's count stand the unused positions in order.
         """
-        width = int(counts.max()) if counts.numel() else 0
+        if width is None:
+            width = int(counts.max()) if counts.numel() else 0
         keys = _shift_right(self.bits(purpose, width, step), 1)
         column = torch.arange(width, device=keys.device)
         keys = torch.where(column < counts[:, None], keys, torch.iinfo(torch.int64).max)

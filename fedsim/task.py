@@ -168,7 +168,7 @@ class Task(ABC):
 
     Attributes:
         layout: names and shapes in a client's vector.
-        num_examples: [N] int64, samples of each client; one without any takes no step.
+        num_examples: [N] int64 on the host, samples of each client; one without any takes no step.
         no_local_steps: why more than one step between two averages cannot work here; None where it can.
     """
 
@@ -185,8 +185,8 @@ class Task(ABC):
         """The minibatches of a stack; `fedsim.tasks.batches.BatchPlan` cuts them from samples by the schedule.
 
         Args:
-            ids: [C] clients, those with most samples first.
-            streams: random numbers of theirs.
+            ids: [C] on the host, clients, those with most samples first.
+            streams: random numbers of theirs, and the ids on the device.
             schedule: epochs or steps, batch size, order.
         """
 

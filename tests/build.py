@@ -73,15 +73,17 @@ def streams(clients: int | list[int] | Tensor, job: int = 0, seed: int = 5) -> S
     return Streams(seed, ids, torch.full_like(ids, job))
 
 
-def cohort(task: Task, ids: list[int], jobs: list[int] | None = None, rounds: list[int] | None = None) -> Cohort:
+def cohort(
+    task: Task, ids: list[int], jobs: list[int] | None = None, rounds: list[int] | None = None, device: str = "cpu"
+) -> Cohort:
     """A cohort of these clients, who remember nothing; their first jobs, in round 0, unless told otherwise."""
-    clients, none = torch.tensor(ids), [0] * len(ids)
+    clients, none, there = torch.tensor(ids), [0] * len(ids), torch.device(device)
     return Cohort(
         ids=clients,
         task=task,
-        memory=MemoryRows({}, len(ids), task.layout.size, torch.device("cpu")),
-        streams=Streams(0, clients, torch.tensor(jobs or none)),
-        device=torch.device("cpu"),
+        memory=MemoryRows({}, len(ids), task.layout.size, there),
+        streams=Streams(0, clients.to(there), torch.tensor(jobs or none).to(there)),
+        device=there,
         rounds=torch.tensor(rounds or none),
     )
 

@@ -110,13 +110,8 @@ def _trimmed(columns: Tensor, f: int) -> Tensor:
 
 def _mean_around(columns: Tensor, centre: Tensor, keep: int) -> Tensor:
     """[P]: mean of the `keep` values of each sorted column nearest to `centre`; ties go to the lower values."""
-    # The nearest values stand side by side: drop the farther end until `keep` are left.
-    first = torch.zeros(columns.shape[1], dtype=torch.int64, device=columns.device)
-    last = torch.full_like(first, columns.shape[0] - 1)
-    for _ in range(columns.shape[0] - keep):
-        low = centre - columns.gather(0, first[None])[0]
-        high = columns.gather(0, last[None])[0] - centre
-        drop_low = low > high  # false if high is NaN: a NaN is dropped first
-        first, last = first + drop_low, last - (~drop_low).to(torch.int64)
-    row = torch.arange(columns.shape[0], device=columns.device)[:, None]
-    return torch.where((row >= first) & (row <= last), columns, 0.0).sum(dim=0) / keep
+    # The nearest values stand side by side, so of two values `keep` apart one at most is among them: the nearer one.
+    # The lower one goes while it is farther, and never for a NaN.
+    first = (centre - columns[: len(columns) - keep] > columns[keep:] - centre).sum(dim=0)
+    row = torch.arange(len(columns), device=columns.device)[:, None]
+    return torch.where((row >= first) & (row < first + keep), columns, 0.0).sum(dim=0) / keep

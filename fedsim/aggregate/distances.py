@@ -12,13 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import finite_rows
+from fedsim.aggregate.base import finite_rows, numbers_at_once
 
 FAR = torch.finfo(torch.float64).max
 """The distance to a row with a NaN or an infinity: farther than any finite one, nearer than none at all (inf)."""
 
 _CANCELS = 1e-6  # below this share of |a|^2 + |b|^2 fewer than ten digits of a difference are left
-_CHUNK_BYTES = 1 << 21  # of float64 columns at a time: they stay in the cache
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ def _products(a: Tensor, b: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Ten
     gram = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
     norm_a = gram.new_zeros(a.shape[0])
     norm_b = norm_a if same else gram.new_zeros(b.shape[0])
-    width = max(256, _CHUNK_BYTES // (8 * (a.shape[0] + b.shape[0])))
+    width = max(256, numbers_at_once(a.device) // (a.shape[0] + b.shape[0]))
     for start in range(0, a.shape[1], width):
         at = slice(start, start + width)
         part_b = b[:, at].to(torch.float64) - centre[at]
@@ -87,10 +86,9 @@ def _subtract_directly_(out: Tensor, a: Tensor, b: Tensor, which: Tensor, same: 
     if same:
         out.fill_diagonal_(0.0)
         which = which.triu(diagonal=1)
-    for i, j in which.nonzero().tolist():
-        d = 0.0
-        if not torch.equal(a[i], b[j]):
-            d = float((a[i].to(torch.float64) - b[j].to(torch.float64)).square().sum())
+    for pairs in which.nonzero().split(max(1, numbers_at_once(a.device) // a.shape[1])):
+        i, j = pairs.unbind(1)
+        d = (a[i].to(torch.float64) - b[j].to(torch.float64)).square().sum(1)
         out[i, j] = d
         if same:
             out[j, i] = d

@@ -51,10 +51,13 @@ class Bucketing:
             raise ValueError(f"bucketing.size must be at least 1 row, got {self.size}")
 
     def __call__(self, v: Tensor, weights: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        order = torch.from_numpy(rng.permutation(v.shape[0])).to(v.device)
-        buckets = [v[part] for part in order.split(self.size)]
-        counts = torch.tensor([len(b) for b in buckets], dtype=weights.dtype, device=weights.device)
-        return torch.stack([b.mean(dim=0) for b in buckets]), counts
+        n, rows = v.shape[0], v[torch.from_numpy(rng.permutation(v.shape[0])).to(v.device)]
+        full, rest = n // self.size, n % self.size
+        means = rows[: n - rest].unflatten(0, (full, self.size)).mean(dim=1)
+        counts = weights.new_full((full + (rest > 0),), self.size)
+        if rest:
+            means, counts[-1] = torch.cat([means, rows[n - rest :].mean(dim=0, keepdim=True)]), rest
+        return means, counts
 
 
 @dataclass(frozen=True, kw_only=True)

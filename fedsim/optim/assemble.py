@@ -158,8 +158,11 @@ def by_step(
         name: the rest of the key.
         draw: a method of `Streams`.
     """
+    steps = np.unique(t)
+    if len(steps) == 1:
+        return draw(streams, f"optimizer {name}", like.shape[1], step=int(steps[0]), dtype=like.dtype).to(like.device)
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    for step in np.unique(t):
+    for step in steps:
         rows = torch.from_numpy(np.flatnonzero(t == step))
         own = streams.rows(rows.to(streams.clients.device))
         drawn = draw(own, f"optimizer {name}", like.shape[1], step=int(step), dtype=like.dtype)

@@ -167,6 +167,7 @@ class Optimizer:
         lr_scale: float | Tensor = 1.0,
         aux: Mapping[str, Tensor] | None = None,
         streams: Streams | None = None,
+        doubt: Tensor | None = None,
     ) -> None:
         """One step of the first k clients, in place; rows k and beyond of the state are not touched.
 
@@ -178,6 +179,8 @@ class Optimizer:
             aux: `mask` [P] or [k, P] (coordinates at 0 are frozen: no step, no decay, no share in any norm),
                 `add` [P] or [k, P] (added to the gradient), and what the rule `needs`.
             streams: of the k clients, for rules with noise.
+            doubt: [] of zero on x's device, for who wants no wait: on a GPU no gradient is looked at, all step, and
+                this number is not finite any more once one of them was not. None looks at once.
         """
         k = x.shape[0]
         assert grad.shape == x.shape and k <= state.num_clients, (tuple(x.shape), tuple(grad.shape), state.num_clients)
@@ -187,6 +190,7 @@ class Optimizer:
         if need != "grad" and need not in (aux or {}):  # an ordinary gradient would pass for a private one
             raise ValueError(f"optimizer: this gradient comes from {need}; take gradient and aux from needs.supply")
         block, after = assemble(self.recipe, x, state, lr_scale=lr_scale, aux=aux or {}, streams=streams)
+        block.doubt = doubt
         left = choose(self.recipe, x, block).step(self.recipe, x, grad, block)
         state.advance(k, left, after)
 
@@ -202,10 +206,10 @@ class Optimizer:
     def final(self, x: Tensor, state: OptState) -> Tensor:
         """What to evaluate and send, [k, P]: the averaged weights where there are any, else x itself."""
         group, k = self.recipe.groups[0], len(x)
-        begun = (state.t[:k] > 0).to(x.device)[:, None]
         if self.settings.average is not None:
-            return torch.where(begun, state.buffers["average"][:k], x)
-        if len(self.recipe.groups) > 1:  # rules that train somewhere else are elementwise and stand alone
+            result = state.buffers["average"][:k]
+        elif len(self.recipe.groups) > 1:  # rules that train somewhere else are elementwise and stand alone
             return x
-        result = rule_of(group, k).final(x, named_states(group, state, x))
-        return result if result is x else torch.where(begun, result, x)
+        else:
+            result = rule_of(group, k).final(x, named_states(group, state, x))
+        return result if result is x else torch.where((state.t[:k] > 0).to(x.device)[:, None], result, x)

@@ -90,8 +90,9 @@ class ForeignOptimizer:
         lr_scale: float | Tensor = 1.0,
         aux: Mapping[str, Tensor] | None = None,
         streams: Streams | None = None,
+        doubt: Tensor | None = None,
     ) -> None:
-        """One step of the first k clients, x [k, P] in place; a gradient that is not finite skips its client."""
+        """One step of the first k clients, x [k, P] in place; what is not finite skips its client at once."""
         for i in range(len(x)):
             if not bool(torch.isfinite(grad[i]).all()):
                 state.skipped[i] += 1

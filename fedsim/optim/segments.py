@@ -95,8 +95,12 @@ class Segments:
         """Sum over the rows of each tensor viewed as [rows, columns]: [k, P] -> [k, all columns]."""
         if not _many_launches_hurt(p):
             return torch.cat([view.sum(1) for _, view in self.runs(p)], 1)
-        tall = Segments(tuple(rows for rows, columns in self.shapes for _ in range(columns)))
-        return tall.sums(p.index_select(1, self._constant("by_column", p)))
+        return self._tall.sums(p.index_select(1, self._constant("by_column", p)))
+
+    @cached_property
+    def _tall(self) -> Segments:
+        """Each column a run of its own, as they stand in `by_column`."""
+        return Segments(tuple(rows for rows, columns in self.shapes for _ in range(columns)))
 
     def column_heights(self, like: Tensor) -> Tensor:
         """[1, all columns], over how many rows each column runs."""

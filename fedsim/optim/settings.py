@@ -147,8 +147,7 @@ class Settings:
         backend: `eager`, `fused` (torch's own kernel), `compiled` (one pass of C++; on a GPU torch.compile), or `auto`:
             the first of C++, torch's kernel and eager that can take the step. A step that a named one cannot take is
             eager.
-        skip_nonfinite: leave out the step of a client whose gradient is not finite, and count it. On a GPU this
-            costs one wait per step.
+        skip_nonfinite: leave out the step of a client whose gradient is not finite, and count it.
     """
 
     clip: Clip = Clip()

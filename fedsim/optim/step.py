@@ -29,11 +29,13 @@ class Block:
         shared: mask, add, average, average_rate and average_first, where present.
         states: per group, its states, inputs and weight vectors.
         coefs: per group, its coefficients.
+        doubt: see `Optimizer.step_`.
     """
 
     shared: Values
     states: list[Values]
     coefs: list[Values]
+    doubt: Tensor | None = None
 
     def map(self, change: Callable[[Values], Values]) -> Block:
         """The block with all its values changed."""

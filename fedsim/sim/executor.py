@@ -197,6 +197,7 @@ class StackRunner:
         """Run one stack; with weights, fields of two or more dimensions come back summed over the stack."""
         answer = self.answer(jobs)
         own, num_clients = answer.lent.own, len(jobs.ids)
+        weights = None if jobs.weights is None else jobs.weights.to(self.device)
         bits = torch.zeros(num_clients, dtype=torch.int64)
         fields, sums = {}, {}
         for name, value in answer.values.items():
@@ -205,14 +206,14 @@ class StackRunner:
                 value = value.decode()
             elif isinstance(value, Terms):
                 bits += FLOAT_BITS * self.task.layout.size
-                if jobs.weights is not None:
-                    sums[name] = value.weighted_sum(jobs.weights)
+                if weights is not None:
+                    sums[name] = value.weighted_sum(weights)
                     continue
                 value = value.dense()
             elif value.ndim:
                 bits += FLOAT_BITS * (value.numel() // num_clients)
-            if jobs.weights is not None and value.ndim > 1:
-                sums[name] = torch.tensordot(jobs.weights.to(value), value, dims=1)
+            if weights is not None and value.ndim > 1:
+                sums[name] = torch.tensordot(weights.to(value), value, dims=1)
             else:
                 fields[name] = own(value if value.ndim else value.expand(num_clients))
         metrics = {k: own(v).cpu().to(torch.float64) for k, v in answer.metrics.items()}
@@ -224,15 +225,15 @@ class StackRunner:
         Raises:
             ClientError: if the client half raised, or broke the rules of the seam (see `fedsim.sim.seam`).
         """
-        ids = jobs.ids.to(self.device)
+        clients, numbers = torch.stack([jobs.ids, jobs.numbers]).to(self.device)  # in one transfer
         broadcast, inbox = _broadcast(jobs, self.device), _inbox(jobs, self.device)
         cohort = Cohort(
-            ids=ids,
+            ids=jobs.ids,
             task=self.task,
-            memory=MemoryRows(jobs.memory, len(ids), self.task.layout.size, self.device),
-            streams=Streams(self.seed, ids, jobs.numbers.to(self.device)),
+            memory=MemoryRows(jobs.memory, len(jobs.ids), self.task.layout.size, self.device),
+            streams=Streams(self.seed, clients, numbers),
             device=self.device,
-            rounds=jobs.rounds if jobs.rounds is not None else torch.full((len(ids),), jobs.round),
+            rounds=jobs.rounds if jobs.rounds is not None else torch.full((len(jobs.ids),), jobs.round),
             pool=self._local.__dict__.setdefault("pool", {}),
         )
         heard = {} if inbox is None else {f"inbox[{k!r}]": v for k, v in inbox.fields.items()}
@@ -240,7 +241,7 @@ class StackRunner:
         try:
             arguments = (cohort,) if inbox is None else (cohort, inbox)
             reply = getattr(self.strategy, jobs.work)(*arguments, **broadcast)
-            check_reply(reply, len(ids))
+            check_reply(reply, len(jobs.ids))
             lent.check_unwritten()
         except Exception as error:
             shown = ", ".join(str(i) for i in jobs.ids[:8].tolist()) + (", ..." if len(jobs.ids) > 8 else "")

@@ -34,14 +34,17 @@ class BatchPlan:
     """Positions of samples (0..n_i - 1) for every step of a stack.
 
     Args:
-        counts: [C] samples of each client, in an order in which steps do not increase.
+        counts: [C] on the host, samples of each client, in an order in which steps do not increase.
         schedule: epochs or steps, batch size, shuffling.
-        streams: of the stack; `job` in its key makes every round's order fresh.
+        streams: of the stack; `job` in its key makes every round's order fresh. Rows lie on their device.
         gather: (step, k, columns, weights [k, B] or None) -> the batch of the first k clients with the samples at
             `rows[:k, columns]`; step None stands for all steps side by side. `Samples` if left out.
         locate: positions [C, M] -> rows of the data set [C, M], done once for all steps; the identity if left out.
 
+    What decides shapes is reckoned on the host from the counts, so that nobody waits for the device.
+
     Attributes:
+        num_steps: [C] on the device.
         rows: [C, M], what `locate` gave for all steps, B columns to each.
     """
 
@@ -53,23 +56,24 @@ class BatchPlan:
         gather: Callable[[int | None, int, slice, Tensor | None], Any] | None = None,
         locate: Callable[[Tensor], Tensor] = lambda positions: positions,
     ) -> None:
-        self.num_steps = schedule.num_steps(counts)
+        steps, per_epoch = schedule.num_steps(counts), schedule.steps_per_epoch(counts)
         self._gather = gather or self._samples
-        if len(counts) > 1 and bool((self.num_steps[1:] > self.num_steps[:-1]).any()):
+        if len(counts) > 1 and bool((steps[1:] > steps[:-1]).any()):
             raise AssertionError("a stack must be ordered by number of local steps")
         largest = int(counts.max()) if len(counts) else 0
         self._width = largest if schedule.batch_size is None else min(schedule.batch_size, largest)
-        positions, valid = _positions(counts, schedule, streams, self.num_steps, self._width)
-        self.rows = locate(positions)
-        steps = self.num_steps.cpu()
-        last = int(steps[0]) if len(steps) else 0
-        active = steps[:, None] > torch.arange(last)
-        filled = valid.cpu().view(len(counts), last, self._width).sum(2)
-        cut = filled.amax(0) if last else filled.new_zeros(0)
+        table = torch.stack([counts, steps, per_epoch])
+        there = table.to(streams.clients.device)  # in one transfer
+        self.num_steps = there[1]
+        self.rows = locate(_positions(table, there, schedule, streams, self._width))
+        step = torch.arange(int(steps[0]) if len(steps) else 0)
+        active = steps[:, None] > step
+        before = step % per_epoch.clamp(min=1)[:, None] * self._width  # samples of the epoch that came earlier
+        self._filled = torch.where(active, (counts[:, None] - before).clamp(max=self._width), 0)
+        cut = self._filled.amax(0) if len(step) else step
         self._active: list[int] = active.sum(0).tolist()
         self._cut: list[int] = cut.tolist()
-        self._full: list[bool] = ((filled == cut) | ~active).all(0).tolist()
-        self._valid = valid
+        self._full: list[bool] = ((self._filled == cut) | ~active).all(0).tolist()
 
     def __len__(self) -> int:
         return len(self._active)
@@ -90,14 +94,20 @@ class BatchPlan:
 
     def whole(self) -> tuple[Any, int, list[int]]:
         """(all steps as one batch [C, K * B], B, active clients of each step); padding weighs zero."""
-        weights = None if bool(self._valid.all()) else self._valid.to(torch.float32)
+        weights = None if bool((self._filled == self._width).all()) else self._valid.flatten(1)
         return self._gather(None, len(self.rows), slice(None), weights), self._width, self._active
 
     def __getitem__(self, step: int) -> Any:
         k, cut, start = self._active[step], self._cut[step], step * self._width
         columns = slice(start, start + cut)
-        weights = None if self._full[step] else self._valid[:k, columns].to(torch.float32)
+        weights = None if self._full[step] else self._valid[:k, step, :cut]
         return self._gather(step, k, columns, weights)
+
+    @cached_property
+    def _valid(self) -> Tensor:
+        """[C, K, B] float32: one for samples, zero for padding."""
+        column = torch.arange(self._width, device=self.rows.device)
+        return (column < self._filled.to(self.rows.device)[:, :, None]).to(torch.float32)
 
     @cached_property
     def lines(self) -> list[tuple[int, int] | None]:
@@ -114,33 +124,31 @@ class BatchPlan:
         return [line if ok else None for line, ok in zip(found, fits.tolist(), strict=True)]
 
 
-def _positions(
-    counts: Tensor, schedule: Schedule, streams: Streams, num_steps: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
-    """(positions [C, K * width], valid [C, K * width] bool): one epoch's order after the other."""
-    per_epoch = schedule.steps_per_epoch(counts)
-    total = int(num_steps.max()) * width if len(counts) else 0
-    dump = total  # padding of short epochs is scattered into one column beyond the end
+def _positions(table: Tensor, there: Tensor, schedule: Schedule, streams: Streams, width: int) -> Tensor:
+    """[C, K * width] positions, one epoch's order after the other; 0 for padding.
+
+    Args:
+        table: [3, C] on the host: samples, steps and steps per epoch of each client.
+        there: the same on the device.
+        schedule, streams: of the stack.
+        width: B.
+    """
+    counts, num_steps, per_epoch = there
+    total = int(table[1].max()) * width if table.numel() else 0
+    # padding of short epochs is scattered into one column beyond the end
     positions = torch.zeros(len(counts), total + 1, dtype=torch.int64, device=counts.device)
-    valid = torch.zeros(len(counts), total + 1, dtype=torch.bool, device=counts.device)
     if total == 0:
-        return positions[:, :0], valid[:, :0]
-    span = int(per_epoch.max()) * width
+        return positions[:, :0]
+    span, largest = int(table[2].max()) * width, int(table[0].max())
     column = torch.arange(span, device=counts.device)
-    num_epochs = -(-num_steps // per_epoch.clamp(min=1))
-    for epoch in range(int(num_epochs.max())):
-        order = _order(counts, schedule, streams, epoch, span)
+    own, end = column < counts[:, None], (num_steps * width)[:, None]
+    for epoch in range(int((-(-table[1] // table[2].clamp(min=1))).max())):
         target = epoch * (per_epoch * width)[:, None] + column
-        ok = (column < counts[:, None]) & (target < (num_steps * width)[:, None])
-        target = torch.where(ok, target, dump)
+        target = torch.where(own & (target < end), target, total)
+        if schedule.shuffle:
+            order = streams.permutation("batches", counts, epoch, largest)
+            order = order if span == largest else torch.nn.functional.pad(order, (0, span - largest))
+        else:
+            order = column.expand(len(counts), span)
         positions.scatter_(1, target, order)
-        valid.scatter_(1, target, ok)
-    return positions[:, :total], valid[:, :total]
-
-
-def _order(counts: Tensor, schedule: Schedule, streams: Streams, epoch: int, span: int) -> Tensor:
-    """[C, span]: the order of one epoch; columns beyond a client's count hold any valid number."""
-    if not schedule.shuffle:
-        return torch.arange(span, device=counts.device).expand(len(counts), span)
-    order = streams.permutation("batches", counts, step=epoch)
-    return order if order.shape[1] == span else torch.nn.functional.pad(order, (0, span - order.shape[1]))
+    return positions[:, :total]

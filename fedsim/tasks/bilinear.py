@@ -78,7 +78,7 @@ class BilinearTask(FormulaTask):
         return torch.linalg.solve(jacobian, -c)
 
     def init(self, seed: int) -> Tensor:
-        return torch.zeros(self.layout.size)
+        return torch.zeros(self.layout.size, device=self.a.device)
 
     def formula(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         matrix, a, b = (t[rows].to(x.dtype) for t in (self.matrix, self.a, self.b))

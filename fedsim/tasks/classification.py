@@ -49,7 +49,7 @@ class ClassificationTask(Task):
         data = by_client(data)
         self.data, self.module, self.x0, self.engine, self.sample_loss = data, module, x0, engine, sample_loss
         self.layout = Layout.of_module(module)
-        self.num_examples = data.num_examples
+        self.num_examples = data.num_examples.cpu()
         self._poisoned: Tensor | None = None
         self._poison: Callable[[Tensor, int], Tensor] | None = None
 
@@ -79,11 +79,11 @@ class ClassificationTask(Task):
             found = _copy(data.targets, rows)
             if self._poisoned is None or self._poison is None:
                 return found
-            lying = self._poisoned[ids[: len(rows)]].view(-1, *[1] * (found.ndim - 1))
+            lying = self._poisoned[streams.clients[: len(rows)]].view(-1, *[1] * (found.ndim - 1))
             return torch.where(lying, self._poison(found, data.num_classes), found)
 
         def locate(positions: Tensor) -> Tensor:
-            return data.rows(ids, positions)
+            return data.rows(streams.clients, positions)
 
         plan = BatchPlan(self.num_examples[ids], schedule, streams, gather, locate)
         targets = read(plan.rows) if data.targets.ndim == 1 else None  # all at once where that takes no more than rows
@@ -131,11 +131,11 @@ class ClassificationTask(Task):
         """[N] mean loss and accuracy of the one model x [P] on every client's own training samples."""
         data = self.data
         loss, hit = self._score(x, data.inputs, data.targets, data.order, pool)
-        owner = torch.repeat_interleave(torch.arange(len(data.num_examples)), data.num_examples)
-        total = torch.zeros(2, len(data.num_examples), dtype=torch.float64)
+        owner = torch.repeat_interleave(torch.arange(len(self.num_examples)), self.num_examples)
+        total = torch.zeros(2, len(self.num_examples), dtype=torch.float64)
         total[0].index_add_(0, owner, loss)
         total[1].index_add_(0, owner, hit)
-        mean = total / data.num_examples
+        mean = total / self.num_examples
         return {"loss": mean[0], "accuracy": mean[1]}
 
     def _score(

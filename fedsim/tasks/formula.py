@@ -44,7 +44,7 @@ class FormulaTask(Task):
         """[k, P]: the formula's Jacobian times v [k, P]."""
 
     def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> OwnFunction:
-        return OwnFunction(ids, self.num_examples.to(ids.device)[ids], streams, schedule)
+        return OwnFunction(self.num_examples[ids], streams, schedule)
 
     def field(self, x: Tensor, batch: FormulaBatch) -> tuple[Tensor, Tensor]:
         g, loss = self.formula(x, batch.rows)
@@ -59,24 +59,24 @@ class FormulaTask(Task):
 class OwnFunction:
     """The batches of a stack, clients with examples first: `steps`, or `epochs` as steps, whatever the batch size."""
 
-    def __init__(self, ids: Tensor, num_examples: Tensor, streams: Streams, schedule: Schedule) -> None:
+    def __init__(self, num_examples: Tensor, streams: Streams, schedule: Schedule) -> None:
         has_data = num_examples > 0
         self._active = int(has_data.sum())
         assert bool(has_data[: self._active].all()), "a stack must be ordered by number of local steps"
-        self._ids = ids[: self._active]
-        self._streams = streams if self._active == len(ids) else streams.rows(slice(self._active))
+        self._streams = streams if self._active == len(num_examples) else streams.rows(slice(self._active))
         steps = schedule.steps if schedule.steps is not None else schedule.epochs
         assert steps is not None
-        self.num_steps = torch.where(has_data, steps, 0)
+        self._length = steps if self._active else 0
+        self.num_steps = torch.where(has_data, steps, 0).to(streams.clients.device)
 
     def __len__(self) -> int:
-        return int(self.num_steps[0]) if len(self.num_steps) else 0
+        return self._length
 
     def active(self, step: int) -> int:
         return self._active
 
     def __getitem__(self, step: int) -> FormulaBatch:
-        return FormulaBatch(self._ids, self._streams, step)
+        return FormulaBatch(self._streams.clients, self._streams, step)
 
 
 class FormulaOracle:

@@ -59,7 +59,7 @@ class QuadraticTask(FormulaTask):
 
     def solution(self) -> Tensor:
         """[d] float64: the minimiser of the sum, weighted by the clients' examples."""
-        w = self.num_examples.to(torch.float64)
+        w = self.num_examples.to(self.a.device, torch.float64)
         a, b = self.a.double(), self.b.double()
         if a.ndim == 2:
             return (w[:, None] * a * b).sum(0) / (w[:, None] * a).sum(0)
@@ -90,5 +90,5 @@ class QuadraticTask(FormulaTask):
         }
 
     def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
-        losses = self.formula(x.double().expand(len(self.b), -1), torch.arange(len(self.b)))[1]
-        return {"loss": losses.masked_fill(self.num_examples.to(losses.device) == 0, torch.nan)}
+        losses = self.formula(x.double().expand(len(self.b), -1), torch.arange(len(self.b), device=x.device))[1]
+        return {"loss": losses.cpu().masked_fill(self.num_examples == 0, torch.nan)}

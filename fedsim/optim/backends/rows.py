@@ -22,9 +22,12 @@ def by_rows(
     recipe: Recipe, x: Tensor, g: Tensor, block: Block, entries: int, run: Callable[[Tensor, Tensor, Block], None]
 ) -> list[int]:
     """Run a step on blocks of rows of about so many entries (on a CPU); returns the rows that were left out."""
-    k, left = len(x), []
+    k, left, checked = len(x), [], recipe.settings.skip_nonfinite
+    if checked and block.doubt is not None and not x.is_cpu:
+        block.doubt.add_(g.sum())
+        checked = False
     for rows in row_blocks(x, entries, recipe.decodes):
-        bad = _not_finite(g[rows]) if recipe.settings.skip_nonfinite else None
+        bad = _not_finite(g[rows]) if checked else None
         if bad is None:
             run(x[rows], g[rows], take_rows(block, rows, k))
             continue

@@ -52,5 +52,5 @@ class Adafactor(Rule):
         u = g * v.clamp_(min=eps1 * eps1).rsqrt_()
         n = seg.counts(g).sqrt()
         rms_u, rms_x = seg.norms(u) / n, seg.norms(x) / n
-        floor = torch.as_tensor(c.eps2, dtype=g.dtype, device=g.device)
+        floor = torch.as_tensor(c.eps2, dtype=g.dtype)  # one number may stay on the host
         return u * seg.expand(torch.maximum(rms_x, floor) * c.share / (rms_u / c.d).clamp_(min=1.0))

@@ -97,5 +97,5 @@ def project(
 
 
 def _cosines(gg: Tensor, xx: Tensor, gx: Tensor, eps: Tensor | float) -> Tensor:
-    floor = torch.as_tensor(eps, dtype=gg.dtype, device=gg.device)
+    floor = torch.as_tensor(eps, dtype=gg.dtype)  # one number may stay on the host
     return gx.abs() / (torch.maximum(gg.sqrt(), floor) * torch.maximum(xx.sqrt(), floor))

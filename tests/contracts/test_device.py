@@ -1,0 +1,264 @@
+"""What every table must hold on a device that is not the host: the numbers of a CPU, and no mixed devices.
+
+The device is a pretend one (`tests.device`), whose numbers are a CPU's up to the order of sums; what it finds is
+tensors on the wrong device. How often it waits is held by `test_device_budgets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
+from fedsim.checkpoint import pack, unpack
+from fedsim.clients.byzantine import ATTACKS
+from fedsim.compose import compose
+from fedsim.compose.matrix import pair
+from fedsim.compress import COMPRESSORS
+from fedsim.engine import Batch, build_engine
+from fedsim.engine.build import ENGINES
+from fedsim.loop import train
+from fedsim.optim import build
+from fedsim.params import Layout
+from fedsim.sim.byzantine import Knowledge
+from fedsim.strategies import STRATEGIES
+from fedsim.streams import Streams
+from fedsim.tasks.models import MODELS, init_parameters
+from fedsim.tasks.quadratic import QuadraticTask
+from tests.build import cohort, drawn, local_sgd
+from tests.contracts.test_aggregators import build as build_rule
+from tests.contracts.test_aggregators import rows as drawn_rows
+from tests.contracts.test_compressors import SETTINGS, stack
+from tests.contracts.test_optimizers import LAYOUT, NAMES, problem, section
+from tests.device import Counts, pretend_gpu, why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+@pytest.fixture
+def gpu() -> Iterator[Counts]:
+    with pretend_gpu() as counts:
+        yield counts
+
+
+def run(config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False) -> list[dict[str, Any]]:
+    """The rows of a run on a device, but for wall time."""
+    composition = compose({**config, "runtime": {"workers": 1, "stack": 3, "device": device}}, "config")
+    try:
+        sinks = [] if folder is None else composition.sinks
+        _, rows, _ = train(composition.experiment, sinks=sinks, folder=folder, resume=resume)
+    finally:
+        composition.close()
+    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
+
+
+def assert_alike(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    assert len(rows) == len(others) > 0
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            if isinstance(value, float):
+                assert isclose(value, other[key], rel_tol=1e-4, abs_tol=1e-4), (key, value, other[key])
+            elif not isinstance(value, list):
+                assert value == other[key], key
+
+
+def keyed(rows: int, device: str) -> Streams:
+    return Streams(5, torch.arange(rows).to(device), torch.zeros(rows, dtype=torch.int64).to(device))
+
+
+def assert_same_on_both(compute: Callable[[str], list[Tensor]], tolerance: float = 1e-6) -> None:
+    """What `compute(device)` gives lies on the device, and is the same on the host and on the pretend device."""
+    expected = compute("cpu")
+    with pretend_gpu():
+        found = compute("cuda")
+        assert len(found) == len(expected) and all(t.device.type == "cuda" for t in found)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine.cpu(), theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+# The device itself -----------------------------------------------------------------------------------------------
+
+
+def test_tensors_of_two_devices_do_not_mix(gpu: Counts) -> None:
+    x = torch.ones(3, 2, device="cuda")
+    for mixed in (lambda: x + torch.ones(3, 2), lambda: torch.ones(2) @ x.T, lambda: torch.cat([x, torch.ones(1, 2)])):
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed()
+    assert torch.equal((x * torch.tensor(2.0) + x[torch.tensor([1, 0, 2])]).cpu(), torch.full((3, 2), 3.0))
+    with pytest.raises(TypeError, match="numpy"):
+        np.asarray(x)
+
+
+def test_launches_waits_and_bytes_are_counted(gpu: Counts) -> None:
+    x = torch.zeros(4, 2).to("cuda")  # an allocation, and a copy from memory that is not pinned
+    assert (gpu.launches, gpu.waits, gpu.bytes_up, gpu.bytes_down) == (0, 1, 32, 0)
+    y = (x.view(8)[:2] + 1).sum()
+    assert (gpu.launches, gpu.waits) == (2, 1)
+    assert float(y) == 2.0 and x.cpu().shape == (4, 2)
+    assert (gpu.launches, gpu.waits, gpu.bytes_down) == (3, 3, 32)
+    x[x > 0]
+    assert gpu.waits == 4 and sum(n for _, n in gpu.where("waits")) == 4
+
+
+# The tables ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_gives_the_numbers_of_the_cpu(name: str) -> None:
+    expected = run(pair(name, None), "cpu")
+    with pretend_gpu():
+        assert_alike(run(pair(name, None), "cuda"), expected)
+
+
+@pytest.mark.parametrize("option", ["uplink top_k, error feedback", "NNM before it", "server Adam", "local AdamW"])
+def test_what_runs_beside_a_strategy_gives_the_numbers_of_the_cpu(option: str) -> None:
+    expected = run(pair("fedavg", option), "cpu")
+    with pretend_gpu():
+        assert_alike(run(pair("fedavg", option), "cuda"), expected)
+
+
+@pytest.mark.parametrize("task", ["quadratic task", "bilinear task"])
+def test_tasks_in_closed_form_give_the_numbers_of_the_cpu(task: str) -> None:
+    expected = run(pair("extragradient", task), "cpu")
+    with pretend_gpu():
+        assert_alike(run(pair("extragradient", task), "cuda"), expected)
+
+
+# a whole LSTM is a kernel of its own on a GPU, which nothing here can pretend; the stacked engine does without
+@pytest.mark.parametrize(
+    "engine, model", [(e, m) for e in ENGINES for m in MODELS if m != "char_lstm" or e == "stacked"]
+)
+def test_every_engine_gives_the_gradient_and_the_logits_of_the_cpu(engine: str, model: str) -> None:
+    words = model in ("char_lstm", "transformer")
+    shape, classes = ((6,), 9) if words else ((1, 8, 8), 4)
+    module, x0 = init_parameters(lambda: MODELS[model](shape, classes), 0)
+    draw = torch.Generator().manual_seed(1)
+    x = x0 + 0.1 * torch.randn(2, len(x0), generator=draw)
+    inputs = torch.randint(9, (2, 5, 6), generator=draw) if words else torch.randn(2, 5, *shape, generator=draw)
+    targets = torch.randint(classes, (2, 5, 6) if words else (2, 5), generator=draw)
+    weights = torch.tensor([[1.0] * 5, [1.0] * 3 + [0.0] * 2])
+
+    def compute(device: str) -> list[Tensor]:
+        kind = "loop" if device == "cpu" else engine  # an independent one, and torch.compile takes its time there
+        made = build_engine(kind, module, Layout.of_module(module), "cross_entropy", torch.device(device))
+        start, given = x.to(device), inputs.to(device)
+        batch = Batch(given, targets.to(device), weights.to(device), keyed(2, device))
+        g, loss = made.session(start.clone()).gradient(batch)
+        return [g, loss] if model == "char_lstm" else [g, loss, made.logits(start[0].clone(), given[0])]
+
+    assert_same_on_both(compute, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"clip": {"global": 0.5}, "average": {"name": "ema"}}, {"state_dtype": "dyn8"}], ids=str
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_steps_as_on_the_cpu(name: str, more: dict[str, Any]) -> None:
+    x, grads = problem(clients=3)
+    more = {"precision": "full"} | more if name == "muon" else more  # on a GPU it multiplies in bfloat16
+
+    def compute(device: str) -> list[Tensor]:
+        optimizer = build(section(name, backend="eager", **more), LAYOUT)
+        y = x.to(device, copy=True)
+        state = optimizer.init(y)
+        for g in grads[:3]:
+            optimizer.step_(y, g.to(device), state, streams=keyed(3, device))
+        return [y, optimizer.final(y, state)]
+
+    assert_same_on_both(compute, 1e-5)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_every_compressor_sends_what_it_sends_on_the_cpu(name: str) -> None:
+    def compute(device: str) -> list[Tensor]:
+        packets = [COMPRESSORS[name](**s).encode(stack(4).to(device), keyed(4, device)) for s in SETTINGS[name]]
+        return [value for packet in packets for value in (packet.decode(), packet.bits.to(device))]
+
+    assert_same_on_both(compute)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("bad", [False, True])
+def test_every_aggregator_gives_what_it_gives_on_the_cpu(name: str, bad: bool) -> None:
+    v = drawn_rows()
+    v[3], v[5] = (torch.nan, torch.inf) if bad else (v[4], v[4])  # rows that are not finite, or alike
+
+    def compute(device: str) -> list[Tensor]:
+        return [build_rule(AGGREGATORS, name, 2)(v.to(device), torch.ones(len(v)).to(device))]
+
+    assert_same_on_both(compute)
+
+
+@pytest.mark.parametrize("name", PRE_AGGREGATORS)
+def test_every_pre_aggregator_gives_what_it_gives_on_the_cpu(name: str) -> None:
+    def compute(device: str) -> list[Tensor]:
+        v = drawn_rows().to(device)
+        return list(build_rule(PRE_AGGREGATORS, name, 2)(v, v.new_ones(len(v)), np.random.default_rng(0)))
+
+    assert_same_on_both(compute)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in ATTACKS.items() if not cls.on_data])
+def test_every_attack_sends_what_it_sends_on_the_cpu(name: str) -> None:
+    def compute(device: str) -> list[Tensor]:
+        sent = ATTACKS[name]()(drawn_rows().to(device), 2, keyed(2, device), Knowledge(step=3))
+        return [] if sent is None else [sent]
+
+    assert_same_on_both(compute)
+
+
+# What is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["scaffold_m", "fedbuff", "masha2"])
+def test_a_run_that_was_stopped_and_resumed_on_the_device_equals_one_that_was_not(
+    name: str, gpu: Counts, tmp_path: Path
+) -> None:
+    config = {**pair(name, None), "evaluate": {"every": 2, "per_client": True}}
+    whole = run({**config, "rounds": 4}, "cuda")
+    run({**config, "rounds": 2}, "cuda", tmp_path)
+    assert run({**config, "rounds": 4}, "cuda", tmp_path, resume=True) == whole[2:]
+
+
+def test_a_checkpoint_brings_each_tensor_back_to_where_it_was(gpu: Counts) -> None:
+    tensors: dict[str, Tensor] = {}
+    packed = pack({"x": torch.ones(2, device="cuda"), "ids": [torch.arange(3)]}, tensors)
+    assert all(t.is_cpu for t in tensors.values())
+    found = unpack(packed, tensors, {}, torch.device("cuda"))
+    assert found["x"].device.type == "cuda" and found["ids"][0].device.type == "cpu"
+
+
+class OnceInfinite(QuadraticTask):
+    """A quadratic on which client 1 gets a gradient that is not finite, in its second step."""
+
+    def field(self, x: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        g, loss = super().field(x, batch)
+        return torch.where((batch.rows == 1)[:, None] & (batch.step == 1), torch.inf, g), loss
+
+    def to(self, device: torch.device) -> OnceInfinite:
+        return OnceInfinite(*(t.to(device) for t in (self.a, self.b, self.x0)), self.noise, self.num_examples)
+
+
+@pytest.mark.parametrize("rule", [{"name": "adamw", "lr": 0.1}, {"name": "sgd", "lr": 0.1, "momentum": 0.9}])
+def test_a_step_that_is_left_out_is_left_out_on_the_device_too(rule: dict[str, Any]) -> None:
+    plain = drawn(3, 4)
+    task = OnceInfinite(plain.a, plain.b, plain.x0)
+    left_out = []
+
+    def compute(device: str) -> list[Tensor]:
+        here = task.to(torch.device(device))
+        clients = cohort(here, [0, 1, 2], device=device)
+        result = local_sgd(here, optimizer=rule, steps=4)(clients, here.init(0))
+        left_out.append(clients.metrics["skipped_steps"].tolist())
+        return [result.delta.dense()]
+
+    assert_same_on_both(compute, 1e-12)
+    assert left_out == [[0.0, 1.0, 0.0]] * 2

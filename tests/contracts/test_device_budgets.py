@@ -1,0 +1,151 @@
+"""How often the host launches work on a device, waits for it and copies to and from it: budgets that do not grow.
+
+Counted on a pretend GPU (`tests.device`). Launches of a local step and waits of a stack depend neither on the number of
+clients nor on the number of steps or of the model's tensors, and no step waits. The second round of a run is counted,
+when everything that is made once is there.
+
+Letters: C clients of a stack, K local steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
+from fedsim.compose import compose
+from fedsim.optim import build
+from fedsim.params import Layout
+from fedsim.streams import Streams
+from tests.build import Play
+from tests.contracts.test_aggregators import build as build_rule
+from tests.contracts.test_aggregators import rows as drawn_rows
+from tests.contracts.test_optimizers import NAMES, section
+from tests.device import Counts, pretend_gpu, why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+SCHEDULE = {"name": "cosine", "unit": "steps", "length": 99}
+KINDS: dict[str, dict[str, Any]] = {
+    "SGD": {},
+    "momentum": {"rule": {"name": "sgd", "lr": 0.05, "momentum": 0.9}},
+    "AdamW": {"rule": {"name": "adamw", "lr": 0.001}},
+    "AdamW, scheduled": {"rule": {"name": "adamw", "lr": 0.001, "schedule": SCHEDULE}},
+    "SCAFFOLD": {"strategy": {"name": "scaffold"}},
+    "SCAFFOLD-M": {"strategy": {"name": "scaffold_m", "beta": 0.5}},
+}
+WAITS_OF_A_STACK = 7  # ids, sample counts, weights, losses; a flag of its run; memory read and written
+
+
+class Spent(NamedTuple):
+    launches: int
+    waits: int
+    bytes_up: int
+    bytes_down: int
+
+
+NOTHING = Spent(0, 0, 0, 0)
+
+
+def spent(counts: Counts, before: Spent = NOTHING) -> Spent:
+    now = (counts.launches, counts.waits, counts.bytes_up, counts.bytes_down)
+    return Spent(*(n - b for n, b in zip(now, before, strict=True)))
+
+
+def second_round(
+    clients: int = 2,
+    steps: int = 2,
+    stack: int | None = None,
+    model: str | dict[str, Any] = "cnn",
+    strategy: dict[str, Any] | None = None,
+    rule: dict[str, Any] | None = None,
+) -> Spent:
+    """What the second round of a run on digits costs; all clients are one stack unless told otherwise."""
+    config = {
+        "rounds": 2,
+        "task": {"name": "classification", "dataset": "digits", "model": model},
+        "partition": "iid",
+        "clients": {"count": clients},
+        "strategy": strategy or {"name": "fedavg"},
+        "local": {"steps": steps, "batch_size": 8, "optimizer": rule or {"name": "sgd", "lr": 0.05}},
+        "runtime": {"device": "cuda", "workers": 1, "stack": stack or clients},
+    }
+    with pretend_gpu() as counts:
+        composition = compose(config, "config")
+        run = composition.experiment
+        play = Play(run.strategy, run.fleet, run.strategy.init(run.task.init(0).to("cuda")))
+        try:
+            play.step()
+            before = spent(counts)
+            play.step()
+        finally:
+            composition.close()
+        return spent(counts, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_local_step_costs_the_same_launches_for_any_number_of_clients_and_never_waits(kind: str) -> None:
+    short, long = (second_round(2, steps, **KINDS[kind]) for steps in (2, 4))
+    many_short, many_long = (second_round(16, steps, **KINDS[kind]) for steps in (2, 4))
+    assert short.waits == long.waits == many_short.waits == many_long.waits <= WAITS_OF_A_STACK
+    assert long.launches - short.launches == many_long.launches - many_short.launches > 0
+    assert many_long.launches == long.launches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_tensors_of_a_model_adds_no_waits(kind: str) -> None:
+    two, eight = (second_round(model=m, **KINDS[kind]) for m in ("logistic", {"name": "mlp", "hidden": [32] * 3}))
+    assert two.waits == eight.waits
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_four_stacks_cost_four_times_one(kind: str) -> None:
+    one, four = (second_round(clients, stack=4, **KINDS[kind]) for clients in (4, 16))
+    assert four.waits == 4 * one.waits and four.launches <= 4 * one.launches + 4
+
+
+@pytest.mark.parametrize("kind", ["SGD", "momentum", "AdamW"])
+@pytest.mark.parametrize("model", ["logistic", "cnn"])
+def test_a_round_moves_ids_counts_and_numbers_only(kind: str, model: str) -> None:
+    cost = second_round(16, model=model, **KINDS[kind])
+    assert cost.bytes_up == 16 * 8 * 6  # id, job; samples, steps, steps of an epoch; weight
+    assert cost.bytes_down <= 16 * 4 + 4  # loss; whether all gradients were finite
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_optimizer_step_costs_the_same_for_any_number_of_clients_and_tensors(name: str) -> None:
+    def cost(clients: int, layers: int) -> Spent:
+        names = tuple(f"{kind}{i}" for i in range(layers) for kind in "wb")
+        layout = Layout(names=names, shapes=((4, 5), (4,)) * layers, roles=("matrix", "vector") * layers)
+        optimizer = build(section(name), layout)
+        grads = torch.randn(8, clients, layout.size, generator=torch.Generator().manual_seed(0))
+        with pretend_gpu() as counts:
+            ids = torch.arange(clients).to("cuda")
+            x, g, doubt = torch.zeros_like(grads[0]).to("cuda"), grads.to("cuda"), torch.zeros((), device="cuda")
+            state, before = optimizer.init(x), NOTHING
+            for step in range(8):
+                before = spent(counts) if step == 4 else before
+                optimizer.step_(x, g[step], state, streams=Streams(0, ids, 0 * ids), doubt=doubt)
+            return spent(counts, before)
+
+    few = cost(2, 2)
+    assert few.launches == cost(16, 2).launches == cost(2, 8).launches
+    assert few.waits <= 2 * (name == "galore")  # its new bases are decompositions, in which torch waits
+
+
+@pytest.mark.parametrize("name", [*AGGREGATORS, *PRE_AGGREGATORS])
+def test_a_robust_rule_costs_the_same_for_any_number_of_rows(name: str) -> None:
+    def cost(n: int) -> Spent:
+        rule = build_rule(AGGREGATORS if name in AGGREGATORS else PRE_AGGREGATORS, name, 1)
+        with pretend_gpu() as counts:
+            v = drawn_rows(n, 2000).to("cuda")
+            weights = v.new_ones(n)
+            before = spent(counts)
+            rule(v, weights, *([np.random.default_rng(0)] if name in PRE_AGGREGATORS else []))
+            return spent(counts, before)
+
+    few, many = cost(8), cost(40)
+    assert few.launches == many.launches and few.waits == many.waits <= 11
