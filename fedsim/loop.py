@@ -361,7 +361,7 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     """One text per section, to compare the config of a checkpoint with today's."""
     out = {k: repr(v) for k, v in config.items() if k not in (*FREE_TO_CHANGE, "runtime")}
     runtime = config.get("runtime", {})
-    bits = ("engine", "stack", "native", "precision", "threads", "device")
+    bits = ("engine", "stack", "stacks", "native", "precision", "threads", "device")
     return out | {f"runtime.{k}": repr(runtime[k]) for k in bits if k in runtime}
 
 

@@ -133,7 +133,8 @@ def _build(file: File) -> Composition:
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
     resolved = _resolved(file, problem, strategy, plan, device)
-    fleet, pool, workers = _fleet(file, task, strategy, plan.width, device)
+    fleet, pool, stacks, workers = _fleet(file, task, strategy, plan.width, work.cohort_size, device)
+    resolved["runtime"]["stacks"] = stacks
     experiment = Experiment(
         task=task,
         strategy=strategy,
@@ -149,7 +150,7 @@ def _build(file: File) -> Composition:
         device=device,
         threads=file.runtime.threads,
     )
-    words = {**in_words(work, plan, task.layout, task.num_examples), "workers": workers, "device": str(device)}
+    words = {**in_words(work, plan, stacks, task.layout, task.num_examples), "workers": workers, "device": str(device)}
     data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
@@ -184,16 +185,16 @@ def _strategy(file: File, problem: Formula | Samples) -> Strategy:
 
 
 def _fleet(
-    file: File, task: Task, strategy: Strategy, width: int, device: torch.device
-) -> tuple[SimFleet, InProcess, str]:
-    """(simulated fleet, threads for evaluation, what runs the clients in words)."""
+    file: File, task: Task, strategy: Strategy, width: int, cohort_size: int, device: torch.device
+) -> tuple[SimFleet, InProcess, int, str]:
+    """(simulated fleet, threads for evaluation, least number of stacks, what runs the clients in words)."""
     n, runtime = len(task.num_examples), file.runtime
     uplink, downlink = build_links(file, strategy, task.layout)
     check_state_scope(strategy, uplink)
     byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
     devices = file.clients.devices(count=n)
     runner = StackRunner(task, strategy, file.seed, device, uplink)
-    executor, workers = build_executor(runtime, runner, width, device)
+    executor, stacks, workers = build_executor(runtime, runner, width, cohort_size, device)
     fleet = SimFleet(
         num_examples=task.num_examples,
         model_size=task.layout.size,
@@ -206,4 +207,4 @@ def _fleet(
         byzantine=byzantine,
     )
     pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
-    return fleet, pool, workers
+    return fleet, pool, stacks, workers

@@ -2,11 +2,11 @@
 
 Letters: R jobs, C clients of a stack, P entries of a client's vector, W workers.
 
-The cut depends on the cohort and on the stack width alone, and so do the groups in which stacks are folded: first the
-stacks of a group in their order, then the groups in theirs. So results are the same bits for any number of workers,
-and a worker elsewhere can send one sum for a whole group. Here a worker is a thread with its own intra-op threads and
-its own buffers; torch releases the interpreter's lock inside its operations, so threads use the cores without copying
-anything.
+The cut depends on the cohort, the stack width and the least number of stacks alone, and so do the groups in which
+stacks are folded: first the stacks of a group in their order, then the groups in theirs. So results are the same bits
+for any number of workers, and a worker elsewhere can send one sum for a whole group. Here a worker is a thread with its
+own intra-op threads and its own buffers; torch releases the interpreter's lock inside its operations, so threads use
+the cores without copying anything.
 """
 
 from __future__ import annotations
@@ -137,14 +137,17 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-def cut(num_examples: Tensor, width: int) -> list[Tensor]:
-    """Indices of each stack: clients with more samples first, at most `width` to a stack.
+def cut(num_examples: Tensor, width: int, stacks: int = 1) -> list[Tensor]:
+    """Indices of each stack: clients with more samples first, at most `width` to a stack, and no wider than it takes
+    to have `stacks` of them.
 
     >>> [s.tolist() for s in cut(torch.tensor([5, 9, 5, 0]), 2)]
     [[1, 0], [2, 3]]
+    >>> [len(s) for s in cut(torch.ones(10), 5, stacks=4)]
+    [3, 3, 3, 1]
     """
     order = torch.argsort(num_examples, descending=True, stable=True)
-    return list(order.split(width)) if len(order) else []
+    return list(order.split(min(width, -(-len(order) // stacks)))) if len(order) else []
 
 
 def grouped(stacks: list[Tensor]) -> list[list[Tensor]]:
@@ -348,6 +351,9 @@ class InProcess:
         threads: intra-op threads of each worker.
     """
 
+    stacks = 1
+    """Into so many a call is cut at least; set where it is known how many workers there are."""
+
     def __init__(self, runner: StackRunner, *, width: int, workers: int = 1, threads: int = 1) -> None:
         self.runner, self.width, self.workers = runner, width, workers
         pages.keep_freed_memory()
@@ -357,7 +363,7 @@ class InProcess:
 
     def run(self, jobs: Jobs) -> Results:
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work))
-        stacks = cut(self.runner.task.num_examples[jobs.ids], self.width)
+        stacks = cut(self.runner.task.num_examples[jobs.ids], self.width, self.stacks)
         parts = self._in_order(stacks, jobs)
         for group in grouped(stacks):
             for index in group:
