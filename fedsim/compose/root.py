@@ -29,7 +29,7 @@ from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
 from fedsim.sim.executor import Executor, InProcess, StackRunner
-from fedsim.sim.fleet import SimFleet
+from fedsim.sim.fleet import SimFleet, replies_ahead
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategies import STRATEGIES
 from fedsim.strategy import Strategy, parts
@@ -202,6 +202,8 @@ def _fleet(
         devices=devices,
         memory=Memory(n),
         seed=file.seed,
+        ahead=replies_ahead(width, stacks, device),
+        device=device,
         reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
         downlink=downlink,
         byzantine=byzantine,

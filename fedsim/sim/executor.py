@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,14 +27,13 @@ from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.fleet import Exact, Inbox
 from fedsim.memory import Kept, MemoryRows
 from fedsim.metrics import check_names
-from fedsim.parts import Parts
+from fedsim.parts import Parts, Place
 from fedsim.sim.links import Uplink
 from fedsim.sim.seam import Lent, check_reply
 from fedsim.streams import Streams
 from fedsim.task import Task
 from fedsim.terms import Terms
 
-KINDS = ("fields", "memory", "metrics")  # of what a job gives apart from others
 MAX_GROUPS = 64  # groups of stacks in one call; part of what fixes the bits of a fold
 
 
@@ -89,6 +88,16 @@ class Jobs:
         )
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What one job gave: how many bits its reply has, and where its row of every kind lies in what its stack gave."""
+
+    bits: int
+    fields: Place | None
+    memory: Place | None
+    metrics: Place | None
+
+
 @dataclass
 class Results:
     """What jobs gave, in the jobs' order: tensors of one stack, or those of several in parts.
@@ -107,26 +116,22 @@ class Results:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     bits_up: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def apart(self) -> list[dict[str, Tensor]]:
-        """[R] what each job gave, flat, so that a checkpoint can hold it; views of its stack's tensors."""
-        out: list[dict[str, Tensor]] = [{"bits": bits} for bits in self.bits_up]
-        for kind in KINDS:
-            for job, row in Parts.of(getattr(self, kind), len(out)).rows():
-                out[job] |= {f"{kind}/{name}": value for name, value in row.items()}
-        return out
+    def apart(self) -> list[Computed]:
+        """[R] what each job gave."""
+        num_jobs = len(self.bits_up)
+        kinds = (Parts.of(rows, num_jobs).places() for rows in (self.fields, self.memory, self.metrics))
+        return [Computed(*job) for job in zip(self.bits_up.tolist(), *kinds, strict=True)]
 
     @classmethod
-    def together(cls, jobs: list[dict[str, Tensor]]) -> Results:
-        """The inverse of `apart`, for any jobs in any order."""
-        gather = Gather(len(jobs))
-        for i, job in enumerate(jobs):
-            rows: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
-            for key, value in job.items():
-                kind, _, name = key.partition("/")
-                if name:
-                    rows[kind][name] = value[None]
-            gather.add(torch.tensor([i]), cls(**rows, bits_up=job["bits"]))
-        return gather.results
+    def together(cls, jobs: Sequence[Computed]) -> Results:
+        """The inverse of `apart`, for any jobs in any order; it takes as many steps as there are stacks among them."""
+        return cls(
+            Parts.gathered([job.fields for job in jobs]),
+            {},
+            Parts.gathered([job.memory for job in jobs]),
+            Parts.gathered([job.metrics for job in jobs]),
+            torch.tensor([job.bits for job in jobs], dtype=torch.int64),
+        )
 
 
 class Executor(Protocol):
