@@ -271,7 +271,7 @@ class _Run:
 
     def check_finite(self, row: Mapping[str, Any]) -> None:
         bad = [k for k, v in row.items() if isinstance(v, float) and not isfinite(v)]
-        if not bad and not bool(torch.isfinite(self.state.x).all()):
+        if not bad and not bool(torch.isfinite(torch.stack(torch.aminmax(self.state.x))).all()):
             bad = ["the model"]
         if bad:
             raise Diverged(
