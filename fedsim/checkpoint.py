@@ -1,9 +1,11 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-A checkpoint is a folder `round-000020/` with `tensors.safetensors` and `state.json`: strategy state, client memory,
-job counters (the streams' keys), clock, jobs in flight with their broadcasts and computed replies, and the ledger.
-`SHA256SUMS`, written last, tells whether they are what was written (`sha256sum -c` reads it too). The folder is made
-beside its final name and renamed, so that it exists whole or not at all. Nothing is pickled.
+A checkpoint is a folder `round-000020/` with `tensors.safetensors` and `state.json`: strategy state, job counters (the
+streams' keys), clock, jobs in flight with their broadcasts and computed replies, and the ledger. Clients' rows lie
+beside it in `rows/`, in blocks that are named by their content: a block that has not changed is written once, and
+every checkpoint that holds it refers to it. `SHA256SUMS`, written last, tells whether all these are what was written
+(`sha256sum -c` reads it too). The folder is made beside its final name and renamed, so that it exists whole or not at
+all; blocks go when no checkpoint refers to them any more. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -13,21 +15,25 @@ import json
 import os
 import shutil
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsim.config import ConfigError
-from fedsim.files import sync
+from fedsim.files import sync, write_whole
 
 KEEP = 2
 FILES = ("state.json", "tensors.safetensors")
 SUMS_FILE = "SHA256SUMS"
+ROWS = "rows"  # the folder of blocks
 MISSING = object()
 
 
@@ -35,23 +41,52 @@ class Damaged(ConfigError):
     """A checkpoint that cannot be gone on from; the message says why."""
 
 
-def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """Plain JSON data for a tree of dataclasses, mappings, sequences, numbers and tensors; tensors go aside by path.
+@dataclass(eq=False)
+class Block:
+    """Rows that have a file of their own, which checkpoints refer to for as long as the rows stay as they are.
+
+    Args:
+        rows: gives them, [n, ...].
+        file: that holds them; None where they have changed since.
+    """
+
+    rows: Callable[[], Tensor]
+    file: Path | None = None
+
+
+@dataclass
+class Packed:
+    """What goes aside of a packed tree: tensors by their path, and blocks in the order in which they were met."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    blocks: list[Block] = field(default_factory=list)
+
+
+def pack(value: Any, aside: Packed, path: str = "") -> Any:
+    """Plain JSON data for a tree of dataclasses, mappings, sequences, numbers, tensors and blocks.
+
+    Args:
+        value: the tree.
+        aside: takes its tensors, of which those on the CPU are not copied, and its blocks.
+        path: where it stands in a larger one.
 
     Raises:
         TypeError: for anything else.
     """
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().to("cpu").contiguous().clone()
+        aside.tensors[path] = value.detach().to("cpu").contiguous()
         return {"$tensor": path} if value.is_cpu else {"$tensor": path, "on_device": True}
+    if isinstance(value, Block):
+        aside.blocks.append(value)
+        return {"$block": len(aside.blocks) - 1}
     if is_dataclass(value) and not isinstance(value, type):
-        body = {f.name: pack(getattr(value, f.name), tensors, f"{path}.{f.name}") for f in fields(value) if f.init}
+        body = {f.name: pack(getattr(value, f.name), aside, f"{path}.{f.name}") for f in fields(value) if f.init}
         return {"$class": type(value).__qualname__, "fields": body}
     if isinstance(value, Mapping):
-        return {"$map": [[k, pack(v, tensors, f"{path}.{k}")] for k, v in value.items()]}
+        return {"$map": [[k, pack(v, aside, f"{path}.{k}")] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         kind = "$tuple" if isinstance(value, tuple) else "$list"
-        return {kind: [pack(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]}
+        return {kind: [pack(v, aside, f"{path}.{i}") for i, v in enumerate(value)]}
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -61,9 +96,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     )
 
 
-def unpack(
-    packed: Any, tensors: Mapping[str, Tensor], classes: Mapping[str, type], device: str | torch.device = "cpu"
-) -> Any:
+def unpack(packed: Any, aside: Packed, classes: Mapping[str, type], device: str | torch.device = "cpu") -> Any:
     """The inverse of `pack`: tensors of its own, on the device if they were on one, else on the host.
 
     Only the dataclasses given by name can come out.
@@ -73,7 +106,9 @@ def unpack(
         if not isinstance(p, dict):
             return p
         if "$tensor" in p:
-            return tensors[p["$tensor"]].to(device if "on_device" in p else "cpu", copy=True)
+            return aside.tensors[p["$tensor"]].to(device if "on_device" in p else "cpu", copy=True)
+        if "$block" in p:
+            return aside.blocks[p["$block"]]
         if "$class" in p:
             return classes[p["$class"]](**{k: made(v) for k, v in p["fields"].items()})
         if "$map" in p:
@@ -122,10 +157,9 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
         ConfigError: if the disk is full or cannot be written, or the state holds what a checkpoint can't; earlier
             checkpoints stay.
     """
-    tensors: dict[str, Tensor] = {}
-    final = folder / f"round-{round:06d}"
+    aside, final = Packed(), folder / f"round-{round:06d}"
     try:
-        tree = pack(dict(state), tensors)
+        tree = pack(dict(state), aside)
     except TypeError as e:
         raise ConfigError(f"{final}: {e}") from e
     part = folder / f".part-{round:06d}"
@@ -133,9 +167,10 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
         for left in folder.glob(".part-*"):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
-        (part / "state.json").write_text(json.dumps(tree), encoding="utf-8")
-        save_file(tensors, part / "tensors.safetensors")
-        (part / SUMS_FILE).write_bytes(_sums(part))
+        names = [_save_block(block, folder / ROWS) for block in aside.blocks]
+        (part / "state.json").write_text(json.dumps({"entries": tree, "blocks": names}), encoding="utf-8")
+        save_file(_apart(aside.tensors), part / "tensors.safetensors")
+        (part / SUMS_FILE).write_bytes(_sums(part, [*FILES, *_paths(names)]))
         for path in part.iterdir():
             sync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -143,6 +178,7 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
         sync(folder)
     except Exception as e:
         shutil.rmtree(part, ignore_errors=True)
+        _drop_blocks(folder)
         raise ConfigError(
             f"{final}: can't write the checkpoint: {e}; make room or set --out elsewhere, then --resume"
         ) from e
@@ -150,7 +186,41 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
     for old in checkpoints(folder):
         if old not in kept:  # later ones belong to what was given up when the run went on from an earlier one
             shutil.rmtree(old, ignore_errors=True)
+    _drop_blocks(folder)
     return final
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where several lie in one storage, which a file of tensors may not hold."""
+    out, taken = dict[str, Tensor](), set[int]()
+    for name, value in tensors.items():
+        storage = value.untyped_storage().data_ptr()
+        out[name] = value.clone() if storage in taken else value
+        taken.add(storage)
+    return out
+
+
+def _save_block(block: Block, folder: Path) -> str:
+    """The name of the block's file in the folder, which is written unless it is there."""
+    if block.file is None or block.file.parent != folder or not block.file.exists():
+        content = safetensors.torch.save({ROWS: block.rows().contiguous()})
+        folder.mkdir(exist_ok=True)
+        file = folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+        write_whole(file, content)
+        block.file = file
+    return block.file.name
+
+
+def _drop_blocks(folder: Path) -> None:
+    """Remove blocks that no checkpoint refers to; none, if what one of them refers to cannot be read now."""
+    kept = set[str]()
+    with suppress(OSError):
+        for path in checkpoints(folder):
+            with suppress(FileNotFoundError):  # a checkpoint without its sums is none
+                kept |= {os.fsdecode(line.rpartition(b"/")[2]) for line in (path / SUMS_FILE).read_bytes().splitlines()}
+        for file in (folder / ROWS).glob("*"):
+            if file.name not in kept:
+                file.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -164,7 +234,7 @@ class Saved:
 
     path: Path
     entries: dict[str, Any]
-    tensors: dict[str, Tensor]
+    aside: Packed
 
     def take(self, key: str, classes: Mapping[str, type] | None = None, device: str | torch.device = "cpu") -> Any:
         """One entry on a device, its dataclasses made from those given by name.
@@ -173,7 +243,7 @@ class Saved:
             Damaged: if it does not hold the entry, or a dataclass of it has other fields by now.
         """
         try:
-            return unpack(self.entries[key], self.tensors, classes or {}, device)
+            return unpack(self.entries[key], self.aside, classes or {}, device)
         except Exception as e:
             raise _unreadable(self.path, e) from e
 
@@ -185,18 +255,31 @@ def load(path: Path) -> Saved:
         Damaged: if a file is not what was written.
     """
     try:
-        if (path / SUMS_FILE).read_bytes() != _sums(path):
+        sums, own = (path / SUMS_FILE).read_bytes(), _sums(path, FILES)
+        whole = sums.startswith(own)
+        state = json.loads((path / "state.json").read_text(encoding="utf-8")) if whole else {}
+        if not whole or sums != own + _sums(path, _paths(state["blocks"])):
             raise ValueError(f"its files do not match {SUMS_FILE}")
-        tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return Saved(path, dict(tree["$map"]), load_file(path / "tensors.safetensors"))
+        files = [path.parent / ROWS / name for name in state["blocks"]]
+        blocks = [Block(partial(_load_block, file), file) for file in files]
+        return Saved(path, dict(state["entries"]["$map"]), Packed(load_file(path / "tensors.safetensors"), blocks))
     except Exception as e:
         raise _unreadable(path, e) from e
 
 
-def _sums(path: Path) -> bytes:
+def _load_block(file: Path) -> Tensor:
+    return load_file(file)[ROWS]
+
+
+def _paths(names: Sequence[str]) -> list[str]:
+    """Blocks as seen from a checkpoint's folder; several may have one content, and so one file."""
+    return [f"../{ROWS}/{name}" for name in dict.fromkeys(names)]
+
+
+def _sums(path: Path, names: Sequence[str]) -> bytes:
     """Lines of `sha256sum`."""
     lines = []
-    for name in FILES:
+    for name in names:
         with (path / name).open("rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
     return "".join(lines).encode()

@@ -271,7 +271,7 @@ class _Run:
 
     def check_finite(self, row: Mapping[str, Any]) -> None:
         bad = [k for k, v in row.items() if isinstance(v, float) and not isfinite(v)]
-        if not bad and not bool(torch.isfinite(self.state.x).all()):
+        if not bad and not bool(torch.isfinite(torch.stack(torch.aminmax(self.state.x))).all()):
             bad = ["the model"]
         if bad:
             raise Diverged(
@@ -361,7 +361,7 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
     """One text per section, to compare the config of a checkpoint with today's."""
     out = {k: repr(v) for k, v in config.items() if k not in (*FREE_TO_CHANGE, "runtime")}
     runtime = config.get("runtime", {})
-    bits = ("engine", "stack", "native", "precision", "threads", "device")
+    bits = ("engine", "stack", "stacks", "native", "precision", "threads", "device")
     return out | {f"runtime.{k}": repr(runtime[k]) for k in bits if k in runtime}
 
 

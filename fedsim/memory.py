@@ -3,54 +3,72 @@
 The store belongs to the server's process: a row is written when its client's reply is received, never before, so
 a killed worker or a reply that is never delivered changes nothing. A row is read by whoever runs its client: a thread
 reads it from the store, a worker elsewhere gets a copy along with the job. Only clients that wrote a row take room, so
-a million registered clients cost one index each.
+a million registered clients cost one index each. On disk rows lie in a mapped file whose pages are let go of after
+every call, so that the process holds no more of them than a call needs. Checkpoints take rows in blocks and write those
+that have changed.
 
 Letters: N registered clients, C clients of a stack, M clients that own a row.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim import pages
+from fedsim.checkpoint import Block
 from fedsim.config import ConfigError
 from fedsim.parts import Parts
 from fedsim.terms import Terms
 
+BLOCK_BYTES = 2**20  # of rows in one file of a checkpoint; a larger row has a file to itself
+
 
 class _Table:
-    """Rows of one name and one shape, in RAM or in a memory-mapped file that grows by doubling."""
+    """Rows of one name and one shape, in RAM or in a memory-mapped file that grows by doubling.
 
-    def __init__(self, num_clients: int, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> None:
+    Args:
+        num_clients: N.
+        shape, dtype: of a row.
+        path: of the file; None keeps rows in RAM.
+        rows_per_block: how many rows in a row a checkpoint keeps in one file.
+    """
+
+    def __init__(
+        self, num_clients: int, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None, rows_per_block: int
+    ) -> None:
         self.slot = torch.full((num_clients,), -1, dtype=torch.int64)
         self.owners: list[int] = []
         self.path = path
+        self.mapped: mmap.mmap | None = None
+        self.rows_per_block, self.blocks = rows_per_block, list[Block]()
         self.rows = self._allocate(4, shape, dtype)
 
     def _allocate(self, capacity: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.path is None:
             return pages.empty((capacity, *shape), dtype)
-        nbytes = capacity * prod(shape) * torch.empty((), dtype=dtype).element_size()
+        nbytes = capacity * prod(shape) * dtype.itemsize
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.owners:  # a file of its own: one left from before may still be mapped
                 self.path.unlink(missing_ok=True)
-            with open(self.path, "ab") as f:
+            with open(self.path, "ab+") as f:
                 # Now, for where the disk is full, writing to a mapped hole would kill the process (SIGBUS).
                 os.posix_fallocate(f.fileno(), 0, nbytes)
-            raw = np.memmap(self.path, dtype=np.uint8, mode="r+", shape=(nbytes,))
+                self.mapped = mmap.mmap(f.fileno(), nbytes)
         except OSError as e:
             raise ConfigError(
                 f"runtime.memory: disk needs {nbytes:,} bytes in {self.path}: {e}; make room, or set runtime.memory=ram"
             ) from e
-        return torch.from_numpy(raw).view(dtype).view(capacity, *shape)
+        return torch.frombuffer(self.mapped, dtype=torch.uint8).view(dtype).view(capacity, *shape)
 
     def read(self, ids: Tensor) -> Tensor:
         slots = self.slot[ids]
@@ -58,6 +76,7 @@ class _Table:
         new = slots < 0
         if bool(new.any()):
             out[new] = 0
+        self._let_go()
         return out
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
@@ -68,13 +87,31 @@ class _Table:
             self.slot[fresh] = torch.arange(start, len(self.owners))
             if len(self.owners) > len(self.rows):
                 self._grow(max(2 * len(self.rows), len(self.owners)))
-        self.rows.index_copy_(0, self.slot[ids], rows.to(self.rows.dtype))
+            while len(self.blocks) * self.rows_per_block < len(self.owners):
+                self.blocks.append(Block(partial(self._block, len(self.blocks))))
+        slots = self.slot[ids]
+        self.rows.index_copy_(0, slots, rows.to(self.rows.dtype))
+        for block in torch.unique(slots // self.rows_per_block).tolist():
+            self.blocks[block].file = None
+        self._let_go()
+
+    def _block(self, number: int) -> Tensor:
+        """A copy of the rows of one block."""
+        start = number * self.rows_per_block
+        rows = self.rows[start : min(start + self.rows_per_block, len(self.owners))].clone()
+        self._let_go()
+        return rows
 
     def _grow(self, capacity: int) -> None:
         old = self.rows
         self.rows = self._allocate(capacity, tuple(old.shape[1:]), old.dtype)
         if self.path is None:
             self.rows[: len(old)] = old
+
+    def _let_go(self) -> None:
+        """Take mapped pages off the process; the system keeps them, and writes them to the file when it likes."""
+        if self.mapped is not None:
+            self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Memory:
@@ -103,29 +140,40 @@ class Memory:
         for name, value in rows.items():
             value = value.detach().cpu()
             if name not in self.tables:
-                path = None if self.folder is None else self.folder / f"{name.replace('/', '_')}.rows"
-                self.tables[name] = _Table(self.num_clients, tuple(value.shape[1:]), value.dtype, path)
+                nbytes = value[:1].nbytes
+                self._add(name, tuple(value.shape[1:]), value.dtype, max(1, BLOCK_BYTES // max(nbytes, 1)))
             table = self.tables[name]
             if value.shape[1:] != table.rows.shape[1:]:
                 found, kept = list(value.shape[1:]), list(table.rows.shape[1:])
                 raise ValueError(f"memory[{name!r}] holds rows of shape {kept}, and one of shape {found} was written")
             table.write(ids.cpu(), value)
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors for a checkpoint: the owners and the rows of each name."""
-        out = {}
-        for name, table in self.tables.items():
-            out[f"{name}.owners"] = torch.tensor(table.owners, dtype=torch.int64)
-            out[f"{name}.rows"] = table.rows[: len(table.owners)].clone()
-        return out
+    def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, rows_per_block: int) -> _Table:
+        path = None if self.folder is None else self.folder / f"{name.replace('/', '_')}.rows"
+        self.tables[name] = _Table(self.num_clients, shape, dtype, path, rows_per_block)
+        return self.tables[name]
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned."""
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: the owners of each name, and their rows in blocks."""
+        return {
+            name: {
+                "owners": torch.tensor(table.owners, dtype=torch.int64),
+                "rows_per_block": table.rows_per_block,
+                "blocks": list(table.blocks),
+            }
+            for name, table in self.tables.items()
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned, one block at a time."""
         self.tables.clear()
-        for key in state:
-            if key.endswith(".owners"):
-                name = key.removesuffix(".owners")
-                self.write(state[key], {name: state[f"{name}.rows"]})
+        for name, saved in state.items():
+            for ids, block in zip(saved["owners"].split(saved["rows_per_block"]), saved["blocks"], strict=True):
+                rows = block.rows()
+                known = self.tables.get(name)
+                table = known or self._add(name, tuple(rows.shape[1:]), rows.dtype, saved["rows_per_block"])
+                table.write(ids, rows)
+                table.blocks[-1].file = block.file
 
 
 class Kept(Mapping[str, Tensor]):

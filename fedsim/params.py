@@ -8,6 +8,7 @@ while optimizers work on the first `num_trainable` entries alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,3 +126,14 @@ class Layout:
             k: (v.round() if not own[k].is_floating_point() else v).to(own[k].dtype).clone()
             for k, v in self.views(flat.detach()).items()
         }
+
+
+def program_of(module: nn.Module) -> nn.Module:
+    """A copy of a module to be called with other tensors in place of its parameters, which it shares."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+def on_device(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """`program_of` a module, on a device; one that lies elsewhere keeps its own parameters there."""
+    elsewhere = any(p.device != torch.device(device) for p in module.parameters())
+    return copy.deepcopy(module).to(device) if elsewhere else program_of(module).to(device)

@@ -5,25 +5,35 @@ Letters: R jobs in all, C jobs of one part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+Place = tuple[Mapping[str, Tensor], int]
+"""Where a job's row lies: {name: [C, ...]} of its stack, and which of the C."""
 
+
+@dataclass(eq=False)
 class Parts(Mapping[str, Tensor]):
     """{name: [R, ...]}, put together when a name is asked for; zeros for jobs whose stack did not give that name.
+
+    Args:
+        num_rows: R.
+        pieces: (which jobs [C], {name: [C, ...]}) of each part.
 
     >>> parts = Parts(3)
     >>> parts.add(torch.tensor([2, 0]), {"c": torch.tensor([[1.0], [2.0]])})
     >>> parts.add(torch.tensor([1]), {"c": torch.tensor([[3.0]])})
-    >>> parts["c"].tolist(), [job for job, _ in parts.rows()]
-    ([[2.0], [3.0], [1.0]], [2, 0, 1])
+    >>> parts["c"].tolist()
+    [[2.0], [3.0], [1.0]]
+    >>> Parts.gathered(parts.places()[1:])["c"].tolist()
+    [[3.0], [1.0]]
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self.num_rows = num_rows
-        self.pieces: list[tuple[Tensor, Mapping[str, Tensor]]] = []  # (which jobs [C], {name: [C, ...]})
+    num_rows: int
+    pieces: list[tuple[Tensor, Mapping[str, Tensor]]] = field(default_factory=list)
 
     @classmethod
     def of(cls, rows: Mapping[str, Tensor], num_rows: int) -> Parts:
@@ -41,11 +51,31 @@ class Parts(Mapping[str, Tensor]):
         elif rows:
             self.pieces.append((index, rows))
 
-    def rows(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """(job, {name: its row}) of every job, as views."""
+    def places(self) -> list[Place | None]:
+        """[R] where each job's row lies; None for jobs that gave nothing."""
+        out: list[Place | None] = [None] * self.num_rows
         for index, piece in self.pieces:
-            for place, job in enumerate(index.tolist()):
-                yield job, {name: value[place] for name, value in piece.items()}
+            for row, job in enumerate(index.tolist()):
+                out[job] = piece, row
+        return out
+
+    @classmethod
+    def gathered(cls, places: Sequence[Place | None]) -> Parts:
+        """The inverse of `places`, for any jobs of any calls: one part for each stack that gave some of them."""
+        stacks: dict[int, tuple[Mapping[str, Tensor], list[int], list[int]]] = {}
+        for job, place in enumerate(places):
+            if place is not None:
+                _, jobs, rows = stacks.setdefault(id(place[0]), (place[0], [], []))
+                jobs.append(job)
+                rows.append(place[1])
+        parts = cls(len(places))
+        for piece, jobs, rows in stacks.values():
+            parts.add(torch.tensor(jobs), {name: _taken(value, rows) for name, value in piece.items()})
+        return parts
+
+    def to(self, device: torch.device | str) -> Parts:
+        """The same rows on a device."""
+        return Parts(self.num_rows, [(of, {k: v.to(device) for k, v in rows.items()}) for of, rows in self.pieces])
 
     def __getitem__(self, name: str) -> Tensor:
         given = [(index, piece[name]) for index, piece in self.pieces if name in piece]
@@ -66,3 +96,12 @@ class Parts(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+
+def _taken(value: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a stack's tensor [C, ...]: itself if they are all of it, else a copy."""
+    if rows == list(range(len(value))):
+        return value
+    if len(rows) == 1:
+        return value[rows[0] : rows[0] + 1].clone()
+    return value.index_select(0, torch.tensor(rows, device=value.device))

@@ -98,8 +98,9 @@ class Terms:
         """[P]: the sum of weights [C] times the rows; one client's is formed first, to the bits that a device sends."""
         if len(self) == 1:
             (weight, vector), *rest = self.terms
-            vector = vector if not rest and weight == 1.0 and isinstance(vector, Tensor) else self.dense()
-            return vector[0] * weights.to(vector)
+            if not rest and weight == 1.0 and isinstance(vector, Tensor):
+                return vector[0] * weights.to(vector)
+            return (vector := self.dense())[0].mul_(weights.to(vector))
         out = None
         for weight, term in self.terms:
             total = weights * (weight.to(weights) if isinstance(weight, Tensor) else weight)

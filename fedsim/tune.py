@@ -148,7 +148,8 @@ def tune(raw: Mapping[str, Any], source: str) -> Iterator[str]:
     bench = Bench(composition)
     rule = composition.resolved["runtime"]
     cores = worker_counts(bench.experiment)[-1]
-    auto = Candidate(rule["engine"], rule["stack"], cores, rule["native"])
+    width = min(rule["stack"], -(-len(bench.ids) // rule["stacks"]))
+    auto = Candidate(rule["engine"], width, cores, rule["native"])
     bench.settle(auto)
     yield (
         f"{len(bench.ids)} clients of a cohort, {bench.steps} of {bench.most} local steps, on "

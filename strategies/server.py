@@ -157,6 +157,7 @@ def step_along(x: Tensor, d: Tensor, lr: float, num_trainable: int, weight: floa
         num_trainable: how many entries are parameters; buffers stand behind them.
         weight: what the weights in d sum to; buffers move by at most a mean.
     """
-    out = x - lr * d
+    out = lr * d
+    torch.sub(x, out, out=out)
     out[num_trainable:] = x[num_trainable:] - d[num_trainable:] / max(weight, 1.0)
     return out

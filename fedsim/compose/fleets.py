@@ -10,6 +10,7 @@ from fedsim.compose.refusals import check_compressor, check_link
 from fedsim.compose.sections import ByzantineClients, File, Runtime
 from fedsim.compress.sparsify import Identity
 from fedsim.config import ConfigError, at
+from fedsim.engine.choose import enough_stacks
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.executor import Executor, InProcess, StackRunner
@@ -74,8 +75,22 @@ def build_byzantine(section: ByzantineClients, task: Task, seed: int) -> Byzanti
     return Byzantine(ids=ids, attack=section.attack, on_data=section.attack.on_data, seed=seed)
 
 
-def build_executor(runtime: Runtime, runner: StackRunner, width: int, device: torch.device) -> tuple[Executor, str]:
-    """(executor, what it is in words): Ray if asked for, with an address, or on several GPUs; threads otherwise."""
+def build_executor(
+    runtime: Runtime, runner: StackRunner, width: int, cohort_size: int, device: torch.device
+) -> tuple[Executor, int, str]:
+    """(executor, least number of stacks, what it is in words).
+
+    Ray if asked for, with an address, or on several GPUs; threads otherwise. `stacks: auto` reckons with its workers,
+    unless the file sets the width: then what it says is all that fixes the bits.
+    """
+
+    def stacks_for(workers: int) -> int:
+        if runtime.stacks != "auto":
+            return runtime.stacks
+        if runtime.stack != "auto":
+            return 1
+        return enough_stacks(cohort_size, width, workers, runner.task.layout, device)
+
     several = device.type == "cuda" and torch.cuda.device_count() > 1
     ray = runtime.executor == "ray" or (runtime.executor == "auto" and (several or runtime.address is not None))
     workers: int | None = None if runtime.workers == "auto" else runtime.workers
@@ -83,8 +98,10 @@ def build_executor(runtime: Runtime, runner: StackRunner, width: int, device: to
         from fedsim.sim.ray_executor import RayExecutor
 
         actors = RayExecutor(runner, width=width, workers=workers, threads=runtime.threads, address=runtime.address)
-        return actors, f"{actors.num_workers} Ray actors, {runtime.threads} thread(s) each"
+        actors.stacks = stacks_for(actors.num_workers)
+        return actors, actors.stacks, f"{actors.num_workers} Ray actors, {runtime.threads} thread(s) each"
     if workers is None:
         workers = 1 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // runtime.threads)
     here = InProcess(runner, width=width, workers=workers, threads=runtime.threads)
-    return here, f"{workers} thread(s) in this process, {runtime.threads} intra-op thread(s) each"
+    here.stacks = stacks_for(workers)
+    return here, here.stacks, f"{workers} thread(s) in this process, {runtime.threads} intra-op thread(s) each"

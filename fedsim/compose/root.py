@@ -28,7 +28,7 @@ from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
 from fedsim.sim.executor import Executor, InProcess, StackRunner
-from fedsim.sim.fleet import SimFleet
+from fedsim.sim.fleet import SimFleet, replies_ahead
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategy import Strategy, parts
 from fedsim.task import Task
@@ -111,7 +111,8 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
     _resolve(resolved, problem, strategy, plan, device)
-    fleet, pool, workers = _fleet(file, task, strategy, plan.width, device)
+    fleet, pool, stacks, workers = _fleet(file, task, strategy, plan.width, work.cohort_size, device)
+    resolved["runtime"]["stacks"] = stacks
     experiment = Experiment(
         task=task,
         strategy=strategy,
@@ -127,7 +128,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         device=device,
         threads=file.runtime.threads,
     )
-    words = {**in_words(work, plan, task.layout, task.num_examples), "workers": workers, "device": str(device)}
+    words = {**in_words(work, plan, stacks, task.layout, task.num_examples), "workers": workers, "device": str(device)}
     data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
@@ -158,16 +159,16 @@ def _strategy(file: File, problem: Task | Samples) -> Strategy:
 
 
 def _fleet(
-    file: File, task: Task, strategy: Strategy, width: int, device: torch.device
-) -> tuple[SimFleet, InProcess, str]:
-    """(simulated fleet, threads for evaluation, what runs the clients in words)."""
+    file: File, task: Task, strategy: Strategy, width: int, cohort_size: int, device: torch.device
+) -> tuple[SimFleet, InProcess, int, str]:
+    """(simulated fleet, threads for evaluation, least number of stacks, what runs the clients in words)."""
     n, runtime = len(task.num_examples), file.runtime
     uplink, downlink = build_links(file, strategy, task.layout)
     check_state_scope(strategy, uplink)
     byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
     devices = file.clients.devices(count=n)
     runner = StackRunner(task, strategy, file.seed, device, uplink)
-    executor, workers = build_executor(runtime, runner, width, device)
+    executor, stacks, workers = build_executor(runtime, runner, width, cohort_size, device)
     fleet = SimFleet(
         num_examples=task.num_examples,
         model_size=task.layout.size,
@@ -175,9 +176,11 @@ def _fleet(
         devices=devices,
         memory=Memory(n),
         seed=file.seed,
+        ahead=replies_ahead(width, stacks, device),
+        device=device,
         reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
         downlink=downlink,
         byzantine=byzantine,
     )
     pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
-    return fleet, pool, workers
+    return fleet, pool, stacks, workers

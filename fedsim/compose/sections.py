@@ -120,7 +120,8 @@ class Down:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where a run computes. Engine, stack, threads, precision and device are part of what fixes its bits.
+    """Where a run computes. Engine, stack, stacks, threads, precision and device are part of what fixes its
+    bits.
 
     Args:
         executor: in_process, ray, or auto: in-process on one device, Ray with several GPUs or an address.
@@ -128,7 +129,8 @@ class Runtime:
         threads: intra-op threads of each worker.
         address: of a Ray cluster: "auto", "host:port", or null.
         device: cpu, cuda, cuda:1, or auto.
-        stack: clients of a stack, or auto: a rule on model, sizes and device (`fedsim tune` measures).
+        stack: clients of a stack at most, or auto: a rule on model, sizes and device (`fedsim tune` measures).
+        stacks: into how many a cohort is cut at least, or auto: with `stack: auto` as many as the workers need, else 1.
         engine: loop, stacked, compiled, pkg.module:name, or auto.
         native: whether the stacked engine takes a classifier's last layer and loss in C++ (on a CPU), or auto.
         precision: of products; storage is float32.
@@ -141,13 +143,14 @@ class Runtime:
     address: str | None = None
     device: str = "auto"
     stack: int | Literal["auto"] = "auto"
+    stacks: int | Literal["auto"] = "auto"
     engine: str = "auto"
     native: bool | Literal["auto"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     memory: Literal["ram", "disk"] = "ram"
 
     def __post_init__(self) -> None:
-        for name in ("workers", "threads", "stack"):
+        for name in ("workers", "threads", "stack", "stacks"):
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1 or auto, got {value}")

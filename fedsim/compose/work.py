@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor
 from fedsim.clients.local_training import LocalTraining
 from fedsim.engine import Plan
 from fedsim.params import Layout
+from fedsim.sim.executor import cut
 from fedsim.strategy import Strategy, parts
+
+WORKERS = (2, 4, 8)  # of which a plan says what they would gain
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,39 @@ def work_of(strategy: Strategy, num_examples: Tensor) -> Work:
     )
 
 
-def in_words(work: Work, plan: Plan, layout: Layout, num_examples: Tensor) -> dict[str, str]:
+def speedup(shares: Sequence[float], workers: int) -> float:
+    """How many times faster than one worker so many are at best, each taking the next stack when it is free.
+
+    Args:
+        shares: what each stack costs, in the order in which they are taken.
+        workers: how many there are.
+
+    >>> [speedup([3.0, 2.0, 2.0, 1.0], workers) for workers in (1, 2, 4)]
+    [1.0, 2.0, 2.6666666666666665]
+    """
+    busy = [0.0] * workers
+    for share in shares:
+        heapq.heapreplace(busy, busy[0] + share)
+    return sum(shares) / max(busy) if any(shares) else 1.0
+
+
+def shares_of(work: Work, num_examples: Tensor, width: int, stacks: int) -> list[float]:
+    """Samples that each stack of a typical cohort trains on: its clients stand evenly in the order of their samples."""
+    n, order = num_examples.cpu(), torch.argsort(num_examples.cpu())
+    size = min(work.cohort_size, len(n))
+    ids = order[(torch.arange(size) * 2 + 1) * len(n) // (2 * size)]
+    each = work.steps[ids].double() * n[ids].clamp(max=work.batch_size)
+    return [float(each[stack].sum()) for stack in cut(n[ids], width, stacks)]
+
+
+def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, num_examples: Tensor) -> dict[str, str]:
     """The plan, line by line: {what: in words}."""
     n, steps = num_examples, work.steps
     buffers = f" and {layout.size - layout.num_trainable:,} buffer entries" if layout.num_buffers else ""
     stack_bytes = 4 * layout.size * min(plan.width, work.cohort_size)
     model_bits = 32 * layout.size
+    shares = shares_of(work, n, plan.width, stacks)
+    counts, gains = zip(*((str(w), f"{speedup(shares, w):.1f}") for w in WORKERS), strict=True)
     return {
         "clients": f"{len(n):,}, {work.cohort_size:,} of them in a round",
         "samples per client": f"{int(n.min()):,} to {int(n.max()):,}, median {int(n.median()):,}; "
@@ -58,6 +90,8 @@ def in_words(work: Work, plan: Plan, layout: Layout, num_examples: Tensor) -> di
         "local steps": f"{int(steps.min()):,} to {int(steps.max()):,}",
         "model": f"{layout.num_trainable:,} parameters{buffers}",
         "engine": f"{plan.engine}{' with C++' if plan.native else ''}, {plan.width} clients a stack ({plan.reason})",
+        "stacks": f"{len(shares):,} a round; with {', '.join(counts)} workers {', '.join(gains)} times one worker's "
+        "speed at best",
         "memory": f"about {3 * stack_bytes / 2**20:,.1f} MiB a worker for parameters, gradients and one buffer",
         "bits per round": f"{model_bits * work.cohort_size / 1e6:,.2f} Mbit down and as many up for every model-sized "
         "message",

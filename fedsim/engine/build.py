@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from fedsim.engine.losses import LOSSES, Loss
 from fedsim.engine.precision import check_precision
 from fedsim.engine.protocol import Engine
 from fedsim.engine.stacked import StackedEngine
-from fedsim.params import Layout
+from fedsim.params import Layout, on_device
 
 ENGINES: dict[str, Callable[..., Engine]] = {"loop": LoopEngine, "stacked": StackedEngine, "compiled": CompiledEngine}
 
@@ -33,7 +32,7 @@ def build_engine(
 
     Args:
         name: one of `ENGINES`, or the import path of the user's own, called as those are.
-        module: any `nn.Module` of inputs [B, ...]; it is copied, and its own parameters are not used.
+        module: any `nn.Module` of inputs [B, ...]; copies of it run with other tensors in place of its parameters.
         layout: `Layout.of_module(module)`.
         loss: a name of `LOSSES`, or a function (logits, targets) -> [B].
         device: where stacks will lie.
@@ -52,4 +51,4 @@ def build_engine(
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, or pkg.module:name, got {name!r}")
     make = ENGINES[name] if name in ENGINES else imported(name, "runtime.engine")
     options = {"native": True} if native else {}
-    return make(copy.deepcopy(module).to(device), layout, loss, precision, **options)
+    return make(on_device(module, device), layout, loss, precision, **options)

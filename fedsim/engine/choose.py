@@ -1,4 +1,4 @@
-"""The rule behind `engine: auto` and `stack: auto`: sizes, layer kinds and the machine decide, never a timing.
+"""The rule behind `engine`, `stack` and `stacks: auto`: sizes, layer kinds and the machine decide, never a timing.
 
 Of the machine it asks for a GPU, its memory, and a C++ compiler. A timing would make the bits of a run depend on what
 else the machine did. Measured figures behind the constants are in docs/benchmarks.md. `fedsim tune` measures here and
@@ -30,6 +30,8 @@ GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, 
 MAX_WIDTH_CPU = 16  # from 8 clients on the cost of a call no longer shows, and more stacks keep more cores busy
 MIN_WIDTH_VMAP = 4  # a stack under torch.func costs more than its clients one by one, unless they are many
 MAX_WIDTH_GPU = 512
+SHARES = 4  # stacks for each worker from which on it matters little that some workers get one more than others
+SPLIT_BYTES = 2**19  # of parameters: below this a stack's calls cost a core more than its products
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -108,6 +110,32 @@ def choose(
     if even < width:
         return Plan(name, even, f"{why}{num_clients} clients in equal stacks, at most {width}: {reason}", in_cpp)
     return Plan(name, width, why + reason, in_cpp)
+
+
+def enough_stacks(num_clients: int, width: int, workers: int, layout: Layout, device: torch.device | str) -> int:
+    """Into how many stacks a cohort is cut at least, so that every worker has one and they finish together.
+
+    On a CPU `choose` has made the number even, which is all that two workers need.
+
+    >>> layout = Layout.of({"w": (784, 200)})
+    >>> [enough_stacks(100, 25, workers, layout, "cpu") for workers in (1, 2, 4, 8)]
+    [1, 1, 4, 8]
+    >>> [enough_stacks(500, 500, workers, layout, "cuda") for workers in (1, 2, 8)]
+    [1, 2, 8]
+
+    Args:
+        num_clients: of the cohort.
+        width: clients of a stack at most.
+        workers: of the run.
+        layout: of the model.
+        device: where stacks will lie.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    needed = -(-num_clients // width)
+    if width == 1 or workers <= (2 if on_cpu else 1) or needed > SHARES * workers:
+        return 1
+    narrowest = -(-SPLIT_BYTES // (4 * layout.size)) if on_cpu else 1
+    return max(min(-(-needed // workers) * workers, num_clients // narrowest), 1)
 
 
 def _in_factors(module: nn.Module, samples: int, precision: str) -> tuple[int, str] | None:

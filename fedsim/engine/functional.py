@@ -7,7 +7,6 @@ Letters: C clients, B samples, P entries of a client's vector.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.engine.noise import keyed_copy
-from fedsim.params import Layout
+from fedsim.params import Layout, program_of
 
 
 class ThreadModules:
@@ -29,7 +28,7 @@ class ThreadModules:
         """This thread's copy, switched to the mode asked for."""
         found = getattr(self._local, "module", None)
         if found is None:
-            found = self._local.module = copy.deepcopy(self._source)
+            found = self._local.module = program_of(self._source)
         return found.train(training) if found.training != training else found
 
 

@@ -9,13 +9,13 @@ Letters: C clients, B samples.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from fedsim.params import program_of
 from fedsim.streams import _GOLDEN, Streams, mix64
 
 _GOLDEN_INVERSE = -1018231460777725123  # _GOLDEN times this is 1 modulo 2^64
@@ -64,12 +64,12 @@ class KeyedDropout(nn.Dropout):
 
 
 def keyed_copy(module: nn.Module) -> nn.Module:
-    """A deep copy whose dropout layers are keyed.
+    """A copy for functional calls (`program_of`) whose dropout layers are keyed.
 
     Raises:
         ValueError: for a layer that draws random numbers which cannot be keyed.
     """
-    module = copy.deepcopy(module)
+    module = program_of(module)
     if isinstance(module, _PLAIN):
         return KeyedDropout(module)
     for name, layer in list(module.named_modules()):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim.sim.executor import Computed
+
 
 @dataclass(order=True)
 class Event:
@@ -26,7 +28,7 @@ class Event:
         number: job index: how many jobs that client had before.
         sent: which call of `send` it belongs to.
         started: seconds at which it was sent.
-        result: this job's row of every reply field, once computed; None until then.
+        result: what the job gave, once computed; None until then.
     """
 
     finish: float
@@ -35,7 +37,7 @@ class Event:
     number: int = field(compare=False)
     sent: int = field(compare=False)
     started: float = field(compare=False)
-    result: dict[str, Tensor] | None = field(default=None, compare=False)
+    result: Computed | None = field(default=None, compare=False)
 
 
 class EventQueue:

@@ -2,18 +2,18 @@
 
 Letters: R jobs, C clients of a stack, P entries of a client's vector, W workers.
 
-The cut depends on the cohort and on the stack width alone, and so do the groups in which stacks are folded: first the
-stacks of a group in their order, then the groups in theirs. So results are the same bits for any number of workers,
-and a worker elsewhere can send one sum for a whole group. Here a worker is a thread with its own intra-op threads and
-its own buffers; torch releases the interpreter's lock inside its operations, so threads use the cores without copying
-anything.
+The cut depends on the cohort, the stack width and the least number of stacks alone, and so do the groups in which
+stacks are folded: first the stacks of a group in their order, then the groups in theirs. So results are the same bits
+for any number of workers, and a worker elsewhere can send one sum for a whole group. Here a worker is a thread with its
+own intra-op threads and its own buffers; torch releases the interpreter's lock inside its operations, so threads use
+the cores without copying anything.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,14 +27,13 @@ from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.fleet import Exact, Inbox
 from fedsim.memory import Kept, MemoryRows
 from fedsim.metrics import check_names
-from fedsim.parts import Parts
+from fedsim.parts import Parts, Place
 from fedsim.sim.links import Uplink
 from fedsim.sim.seam import Lent, check_reply
 from fedsim.streams import Streams
 from fedsim.task import Task
 from fedsim.terms import Terms
 
-KINDS = ("fields", "memory", "metrics")  # of what a job gives apart from others
 MAX_GROUPS = 64  # groups of stacks in one call; part of what fixes the bits of a fold
 
 
@@ -89,6 +88,16 @@ class Jobs:
         )
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What one job gave: how many bits its reply has, and where its row of every kind lies in what its stack gave."""
+
+    bits: int
+    fields: Place | None
+    memory: Place | None
+    metrics: Place | None
+
+
 @dataclass
 class Results:
     """What jobs gave, in the jobs' order: tensors of one stack, or those of several in parts.
@@ -107,26 +116,22 @@ class Results:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     bits_up: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    def apart(self) -> list[dict[str, Tensor]]:
-        """[R] what each job gave, flat, so that a checkpoint can hold it; views of its stack's tensors."""
-        out: list[dict[str, Tensor]] = [{"bits": bits} for bits in self.bits_up]
-        for kind in KINDS:
-            for job, row in Parts.of(getattr(self, kind), len(out)).rows():
-                out[job] |= {f"{kind}/{name}": value for name, value in row.items()}
-        return out
+    def apart(self) -> list[Computed]:
+        """[R] what each job gave."""
+        num_jobs = len(self.bits_up)
+        kinds = (Parts.of(rows, num_jobs).places() for rows in (self.fields, self.memory, self.metrics))
+        return [Computed(*job) for job in zip(self.bits_up.tolist(), *kinds, strict=True)]
 
     @classmethod
-    def together(cls, jobs: list[dict[str, Tensor]]) -> Results:
-        """The inverse of `apart`, for any jobs in any order."""
-        gather = Gather(len(jobs))
-        for i, job in enumerate(jobs):
-            rows: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
-            for key, value in job.items():
-                kind, _, name = key.partition("/")
-                if name:
-                    rows[kind][name] = value[None]
-            gather.add(torch.tensor([i]), cls(**rows, bits_up=job["bits"]))
-        return gather.results
+    def together(cls, jobs: Sequence[Computed]) -> Results:
+        """The inverse of `apart`, for any jobs in any order; it takes as many steps as there are stacks among them."""
+        return cls(
+            Parts.gathered([job.fields for job in jobs]),
+            {},
+            Parts.gathered([job.memory for job in jobs]),
+            Parts.gathered([job.metrics for job in jobs]),
+            torch.tensor([job.bits for job in jobs], dtype=torch.int64),
+        )
 
 
 class Executor(Protocol):
@@ -137,14 +142,17 @@ class Executor(Protocol):
     def close(self) -> None: ...
 
 
-def cut(num_examples: Tensor, width: int) -> list[Tensor]:
-    """Indices of each stack: clients with more samples first, at most `width` to a stack.
+def cut(num_examples: Tensor, width: int, stacks: int = 1) -> list[Tensor]:
+    """Indices of each stack: clients with more samples first, at most `width` to a stack, and no wider than it takes
+    to have `stacks` of them.
 
     >>> [s.tolist() for s in cut(torch.tensor([5, 9, 5, 0]), 2)]
     [[1, 0], [2, 3]]
+    >>> [len(s) for s in cut(torch.ones(10), 5, stacks=4)]
+    [3, 3, 3, 1]
     """
     order = torch.argsort(num_examples, descending=True, stable=True)
-    return list(order.split(width)) if len(order) else []
+    return list(order.split(min(width, -(-len(order) // stacks)))) if len(order) else []
 
 
 def grouped(stacks: list[Tensor]) -> list[list[Tensor]]:
@@ -349,6 +357,9 @@ class InProcess:
         threads: intra-op threads of each worker.
     """
 
+    stacks = 1
+    """Into so many a call is cut at least; set where it is known how many workers there are."""
+
     def __init__(self, runner: StackRunner, *, width: int, workers: int = 1, threads: int = 1) -> None:
         self.runner, self.width, self.workers = runner, width, workers
         pages.keep_freed_memory()
@@ -358,7 +369,7 @@ class InProcess:
 
     def run(self, jobs: Jobs) -> Results:
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work))
-        stacks = cut(self.runner.task.num_examples[jobs.ids], self.width)
+        stacks = cut(self.runner.task.num_examples[jobs.ids], self.width, self.stacks)
         parts = self._in_order(stacks, jobs)
         for group in grouped(stacks):
             for index in group:

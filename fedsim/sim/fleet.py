@@ -3,13 +3,15 @@
 Letters: N clients, R jobs or replies, P entries of a client's vector.
 
 When and what are separate. `send` only books a finish time for each client. `receive` pops what is due and then
-computes it together with every other job in flight whose inputs are known, whatever model each of them started
-from, so that asynchronous runs still work on stacks. Client memory is written when a reply is received.
+computes it together with jobs that will be due next, whatever model each of them started from, so that asynchronous
+runs still work on full stacks. No more replies wait than these stacks hold; other jobs in flight are a few numbers each
+and share what they were sent. Client memory is written when a reply is received.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import inf
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Times, Work, weigh
 from fedsim.memory import Memory
+from fedsim.parts import Parts
 from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
 from fedsim.sim.devices import Devices, law
@@ -28,6 +31,12 @@ from fedsim.sim.links import Downlink
 from fedsim.streams import Streams
 
 ONE_STEP = Cost()
+STACKS_AHEAD = 4  # of a CPU, so that its cores have full ones while the last of a call is computed; one fills a GPU
+
+
+def replies_ahead(width: int, stacks: int, device: torch.device) -> int:
+    """How many replies of an asynchronous run may be computed before they are due: what a call's stacks hold."""
+    return width * max(stacks, STACKS_AHEAD if device.type == "cpu" else 1)
 
 
 class SimFleet(Account):
@@ -40,6 +49,8 @@ class SimFleet(Account):
         devices: durations of jobs.
         memory: rows that clients keep.
         seed: of the run.
+        ahead: replies that may wait, computed before they are due.
+        device: where replies lie.
         reply_bits: bits of one model-sized vector on the way up; 32 P unless the uplink compresses.
         downlink: compresses broadcasts; None sends them as they are.
         byzantine: who lies, and how; None for nobody.
@@ -54,6 +65,8 @@ class SimFleet(Account):
         devices: Devices,
         memory: Memory,
         seed: int,
+        ahead: int = 64,
+        device: torch.device | str = "cpu",
         reply_bits: int | None = None,
         downlink: Downlink | None = None,
         byzantine: Byzantine | None = None,
@@ -62,7 +75,7 @@ class SimFleet(Account):
         self.now = 0.0
         self.memory, self.executor, self.byzantine = memory, executor, byzantine
         self.queue = EventQueue()
-        self._devices = devices
+        self._devices, self._ahead, self._device = devices, ahead, device
         self._reply_bits = FLOAT_BITS * model_size if reply_bits is None else reply_bits
         self._durations: dict[int, tuple[tuple[float, float, float], Tensor]] = {}
 
@@ -169,13 +182,18 @@ class SimFleet(Account):
 
     # The loop's side --------------------------------------------------------------------------------------------
 
-    state_classes: ClassVar[dict[str, type]] = {**Account.state_classes, "Event": Event, "Knowledge": Knowledge}
+    state_classes: ClassVar[dict[str, type]] = Account.state_classes | {
+        cls.__qualname__: cls for cls in (Event, Knowledge, Results, Parts)
+    }
 
     def state(self) -> dict[str, Any]:
-        """Everything a checkpoint needs: the account, the clock, memory and the jobs in flight."""
+        """Everything a checkpoint needs: the account, the clock, memory, the jobs in flight, and replies that wait."""
+        waiting = self._keep_only_what_waits()
         return super().state() | {
             "now": self.now,
-            "queue": list(self.queue),
+            "queue": [replace(event, result=None) for event in self.queue],
+            "waiting": [event.sequence for event in waiting],
+            "replies": Results.together([event.result for event in waiting if event.result is not None]),
             "memory": self.memory.state(),
             "known": {} if self.byzantine is None else self.byzantine.known,
         }
@@ -184,6 +202,10 @@ class SimFleet(Account):
         """Restore what `state` returned."""
         super().load(state)
         self.now, self.queue = state["now"], EventQueue(state["queue"])
+        events, replies = {e.sequence: e for e in self.queue}, state["replies"]
+        replies.fields = Parts.of(replies.fields, len(state["waiting"])).to(self._device)
+        for sequence, reply in zip(state["waiting"], replies.apart(), strict=True):
+            events[sequence].result = reply
         self.memory.load(state["memory"])
         if self.byzantine is not None:
             self.byzantine.known = dict(state["known"])
@@ -244,28 +266,46 @@ class SimFleet(Account):
         return (cost.vectors_up - exact) * self._reply_bits + exact * FLOAT_BITS * self._model_size
 
     def _compute(self, due: list[Event]) -> None:
-        """Compute what is due and, in the same stacks, whatever else is in flight and not computed yet."""
-        if all(e.result is not None for e in due):
+        """Compute what is due and, in the same stacks, what will be due next, as long as no more than `ahead` wait."""
+        missing = [e for e in due if e.result is None]
+        if not missing:
             return
-        pending = sorted((e for e in (*due, *self.queue) if e.result is None), key=lambda e: e.sequence)
+        waiting, coming = list[Event](), list[Event]()
+        for event in self.queue:
+            (coming if event.result is None else waiting).append(event)
+        pending = missing + coming[: max(self._ahead - len(waiting) - len(missing), 0)]
+        pending.sort(key=lambda e: e.sequence)
         for work in dict.fromkeys(self.sent[e.sent].work for e in pending):
-            events = [e for e in pending if self.sent[e.sent].work == work]
-            keys = list(dict.fromkeys(e.sent for e in events))
-            ids = torch.tensor([e.client for e in events])
-            results = self.executor.run(
-                Jobs(
-                    work,
-                    ids,
-                    torch.tensor([e.number for e in events]),
-                    [self.sent[k].broadcast for k in keys],
-                    torch.tensor([keys.index(e.sent) for e in events]),
-                    self.memory.of(ids),
-                    round=self.round,
-                    rounds=torch.tensor([self.sent[e.sent].round for e in events]),
-                )
+            self._run_events(work, [e for e in pending if self.sent[e.sent].work == work])
+        if _rows_held(waiting) > 2 * self._ahead:
+            self._keep_only_what_waits()
+
+    def _run_events(self, work: str, events: list[Event]) -> None:
+        """Compute jobs in flight that do the same work."""
+        keys = {key: i for i, key in enumerate(dict.fromkeys(e.sent for e in events))}
+        ids = torch.tensor([e.client for e in events])
+        results = self.executor.run(
+            Jobs(
+                work,
+                ids,
+                torch.tensor([e.number for e in events]),
+                [self.sent[key].broadcast for key in keys],
+                torch.tensor([keys[e.sent] for e in events]),
+                self.memory.of(ids),
+                round=self.round,
+                rounds=torch.tensor([self.sent[e.sent].round for e in events]),
             )
-            for event, result in zip(events, results.apart(), strict=True):
-                event.result = result
+        )
+        for event, result in zip(events, results.apart(), strict=True):
+            event.result = result
+
+    def _keep_only_what_waits(self) -> list[Event]:
+        """The events whose replies wait; these become copies, so that the rest of their stacks takes no room."""
+        waiting = [e for e in self.queue if e.result is not None]
+        replies = Results.together([e.result for e in waiting if e.result is not None])
+        for event, reply in zip(waiting, replies.apart(), strict=True):
+            event.result = reply
+        return waiting
 
     def _deliver(self, events: list[Event]) -> Replies:
         ids, finish, staleness = self._end((e.client, e.sent, e.started, e.finish) for e in events)
@@ -277,3 +317,9 @@ class SimFleet(Account):
         self._observe(ids, arrive, results.metrics, results.bits_up, staleness)
         ids, finish, staleness = ids[arrive], finish[arrive], staleness[arrive]
         return Replies(ids, self.num_examples[ids], finish, fields, staleness)
+
+
+def _rows_held(events: list[Event]) -> int:
+    """Rows of all the stacks to which computed replies belong."""
+    stacks = {id(e.result.fields[0]): e.result.fields[0] for e in events if e.result and e.result.fields}
+    return sum(len(next(iter(fields.values()))) for fields in stacks.values())

@@ -73,6 +73,9 @@ class RayExecutor:
         ValueError: if task or strategy cannot be sent, there is no cluster at the address, or no room for a worker.
     """
 
+    stacks = 1
+    """Into so many a call is cut at least; set where it is known how many workers there are."""
+
     def __init__(
         self,
         runner: StackRunner,
@@ -115,7 +118,7 @@ class RayExecutor:
             RuntimeError: one group, or every worker, was lost `ATTEMPTS` times in a row.
         """
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work))
-        groups = grouped(cut(self.runner.task.num_examples[jobs.ids], self.width))
+        groups = grouped(cut(self.runner.task.num_examples[jobs.ids], self.width, self.stacks))
         for group, part in zip(groups, self._in_order(groups, jobs), strict=True):
             gather.add(torch.cat(group), part)
             gather.end_group()

@@ -5,7 +5,6 @@ Letters: N clients, C clients of a stack, B samples of a batch, P entries of a c
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +17,7 @@ from fedsim.data.federated import FederatedData
 from fedsim.engine import Batch, Engine
 from fedsim.engine.losses import per_sample
 from fedsim.engine.low_rank import LowRank, low_rank_run
-from fedsim.params import Layout
+from fedsim.params import Layout, on_device
 from fedsim.streams import Streams
 from fedsim.task import Pool, Schedule, Session, Task
 from fedsim.tasks.batches import BatchPlan
@@ -110,7 +109,7 @@ class ClassificationTask(Task):
 
     @cached_property
     def _program(self) -> Program:
-        return Program(copy.deepcopy(self.module).to(self.data.inputs.device), self.layout, self.sample_loss)
+        return Program(on_device(self.module, self.data.inputs.device), self.layout, self.sample_loss)
 
     def lacks(self, need: str) -> str | None:
         data, one = self.data, torch.zeros(1, dtype=torch.int64, device=self.data.inputs.device)

@@ -136,8 +136,12 @@ def init_parameters(factory: Callable[[], nn.Module], seed: int) -> tuple[nn.Mod
     with _rng_lock, torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         module = factory()
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    return module, Layout.of_module(module).flatten({k: v.detach() for k, v in tensors.items()})
+    tensors, layout = dict(module.named_parameters()) | dict(module.named_buffers()), Layout.of_module(module)
+    x0 = layout.flatten({k: v.detach() for k, v in tensors.items()})
+    for name, view in layout.views(x0).items():
+        if (tensor := tensors[name]).dtype == x0.dtype:
+            tensor.data = view  # the module's own parameters would be one more copy of a large model
+    return module, x0
 
 
 class ResNet(nn.Module):

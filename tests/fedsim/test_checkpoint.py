@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsim import checkpoint
-from fedsim.checkpoint import Damaged, checkpoints, classes_of, load, misfit, pack, save, unpack
+from fedsim.checkpoint import Block, Damaged, Packed, checkpoints, classes_of, load, misfit, pack, save, unpack
 from fedsim.config import ConfigError
 from tests.fedsim.console import contents
 
@@ -62,8 +63,8 @@ def same(a: Any, b: Any) -> bool:
 
 @given(TREES)
 def test_plain_trees_come_back_through_json(tree: Any) -> None:
-    packed = json.loads(json.dumps(pack(tree, {}), allow_nan=False))
-    assert same(unpack(packed, {}, {}), tree)
+    packed = json.loads(json.dumps(pack(tree, Packed()), allow_nan=False))
+    assert same(unpack(packed, Packed(), {}), tree)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
@@ -98,13 +99,12 @@ def test_dataclasses_come_back_though_the_first_state_did_not_hold_them(tmp_path
 
 def test_what_comes_back_is_nobody_elses_memory(tmp_path: Path) -> None:
     x = torch.zeros(3)
-    tensors: dict[str, Tensor] = {}
-    packed = pack({"x": x, "view": x[1:]}, tensors)
+    saved = load(save(tmp_path, 1, {"all": {"x": x, "view": x[1:], "same": x}}))
     x += 1
-    first, second = (unpack(packed, tensors, {}) for _ in range(2))
+    first, second = (saved.take("all") for _ in range(2))
     assert first["x"].sum() == 0
     first["x"] += 5
-    assert second["x"].sum() == 0 and first["view"].sum() == 0
+    assert second["x"].sum() == 0 and first["view"].sum() == first["same"].sum() == 0
 
 
 def test_what_cannot_be_saved_is_named_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
@@ -229,7 +229,104 @@ def test_vectors_of_the_models_size_are_compared_by_name_and_others_may_change()
 
 def test_what_was_on_the_host_comes_back_to_the_host_whatever_the_device() -> None:
     tree = {"a": [torch.zeros(2), 3], "b": Outer(torch.zeros(1), {1: Inner(torch.zeros(1))}), "c": (None, "x")}
-    tensors: dict[str, Tensor] = {}
-    found = unpack(pack(tree, tensors), tensors, classes_of(tree), torch.device("meta"))
+    aside = Packed()
+    found = unpack(pack(tree, aside), aside, classes_of(tree), torch.device("meta"))
     assert found["a"][0].device.type == found["b"].x.device.type == found["b"].parts[1].row.device.type == "cpu"
     assert found["a"][1] == 3 and found["c"] == (None, "x")
+
+
+# Rows in blocks ---------------------------------------------------------------------------------------------------
+
+
+def blocks_of(*values: float) -> list[Block]:
+    """Blocks of two rows each."""
+    return [Block(partial(torch.full, (2, 3), float(value))) for value in values]
+
+
+def files(folder: Path) -> set[str]:
+    return {p.name for p in (folder / "rows").iterdir()}
+
+
+def values(path: Path) -> list[float]:
+    return [float(block.rows().mean()) for block in load(path).take("memory")]
+
+
+def test_a_block_is_written_once_for_as_long_as_its_rows_stay_as_they_are(tmp_path: Path) -> None:
+    blocks = blocks_of(1, 2, 3)
+    first = save(tmp_path, 1, {"memory": blocks})
+    before = {name: (tmp_path / "rows" / name).stat().st_mtime_ns for name in files(tmp_path)}
+    blocks[1].rows, blocks[1].file = partial(torch.full, (2, 3), 7.0), None
+    second = save(tmp_path, 2, {"memory": blocks})
+    assert len(files(tmp_path)) == 4 and set(before) < files(tmp_path)
+    assert all((tmp_path / "rows" / name).stat().st_mtime_ns == t for name, t in before.items())
+    assert values(first) == [1, 2, 3] and values(second) == [1, 7, 3]
+    save(tmp_path, 3, {"memory": blocks})  # now nothing refers to the 2 any more
+    assert len(files(tmp_path)) == 3 and values(second) == [1, 7, 3]
+    save(tmp_path, 4, {"memory": []})
+    save(tmp_path, 5, {"memory": []})
+    assert files(tmp_path) == set()
+
+
+def test_blocks_that_were_loaded_are_not_written_again(tmp_path: Path) -> None:
+    blocks = load(save(tmp_path, 1, {"memory": blocks_of(1, 2)})).take("memory")
+    times = {p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()}
+    assert values(save(tmp_path, 2, {"memory": blocks})) == [1, 2]
+    assert {p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()} == times
+    there = tmp_path / "another"
+    assert values(save(there, 1, {"memory": blocks})) == [1, 2]  # of another run, which may outlive the first
+    assert files(there) == files(tmp_path)
+
+
+def test_sums_hold_every_block_and_damage_is_noticed_by_those_that_hold_it(tmp_path: Path) -> None:
+    blocks = blocks_of(1, 2)
+    first = save(tmp_path, 1, {"memory": blocks})
+    blocks[1].rows, blocks[1].file = partial(torch.full, (2, 3), 7.0), None
+    second = save(tmp_path, 2, {"memory": blocks})
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=second, capture_output=True, text=True)
+    assert done.stdout.count(": OK") == 4 and done.stdout.count("../rows/") == 2
+    assert blocks[1].file is not None
+    whole = blocks[1].file.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + b"\x01", None):
+        blocks[1].file.unlink() if damaged is None else blocks[1].file.write_bytes(damaged)
+        with pytest.raises(Damaged, match=r"^round-000002: can't be read"):
+            load(second)
+        assert values(first) == [1, 2]
+    save(tmp_path, 3, {"memory": blocks})  # which finds that the file is gone
+    assert values(second) == [1, 7] and blocks[1].file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("step", ["save_file", "sync", "os.replace"])
+def test_a_failure_leaves_the_blocks_of_earlier_checkpoints(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = blocks_of(1, 2)
+    first = save(tmp_path, 1, {"memory": blocks})
+    before = contents(tmp_path)
+    blocks[1].rows, blocks[1].file = partial(torch.full, (2, 3), 7.0), None
+
+    def fail(*args: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    owner, _, name = step.rpartition(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(checkpoint, owner) if owner else checkpoint, name, fail)
+        with pytest.raises(ConfigError, match="round-000002: can't write the checkpoint: .*No space left"):
+            save(tmp_path, 2, {"memory": blocks})
+    assert contents(tmp_path) == before
+    assert values(save(tmp_path, 2, {"memory": blocks})) == [1, 7] and values(first) == [1, 2]
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_keeps_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = blocks_of(1, 2)
+    first = save(tmp_path, 1, {"memory": blocks})
+    blocks[1].rows, blocks[1].file = partial(torch.full, (2, 3), 7.0), None
+
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        second = save(tmp_path, 2, {"memory": blocks})
+    assert values(first) == [1, 2] and values(second) == [1, 7]

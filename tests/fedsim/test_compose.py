@@ -15,6 +15,7 @@ from fedsim.cli import one_line
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose import TABLES, Composition, compose
 from fedsim.compose.sections import Runtime
+from fedsim.compose.work import Work, shares_of, speedup
 from fedsim.config import ConfigError
 from fedsim.data.images import DEBIAN
 from fedsim.optim import schedules
@@ -78,6 +79,8 @@ def test_the_plan_says_what_will_run() -> None:
     assert plan["local steps"] == "8 to 8"  # 20 samples in batches of 5 are 4 steps, twice
     assert plan["model"] == "28 parameters"  # 6 x 4 and 4
     assert plan["engine"].startswith("stacked, 3 clients a stack (stacks of 3 as set")
+    # 3 and 2 of 5 clients with equal work
+    assert plan["stacks"] == "2 a round; with 2, 4, 8 workers 1.7, 1.7, 1.7 times one worker's speed at best"
     assert plan["workers"].startswith("2 thread(s) in this process")
     assert plan["bits per round"].startswith("0.00 Mbit down")  # 5 x 28 x 32 bits
 
@@ -189,6 +192,47 @@ def test_automatic_choices_are_written_down_as_what_was_chosen() -> None:
     runtime = composition.resolved["runtime"]
     assert runtime["engine"] == "stacked" and isinstance(runtime["stack"], int) and runtime["device"] == "cpu"
     assert composition.resolved["clients"]["count"] == 100 and runtime["threads"] == 1
+
+
+LARGE: dict[str, Any] = {
+    "rounds": 1,
+    "task": {
+        "name": "classification",
+        "dataset": {"name": "blobs", "num_examples": 80, "shape": [400], "num_classes": 4},
+        "model": {"name": "mlp", "hidden": [400]},
+    },
+    "clients": {"count": 8},
+    "strategy": {"name": "fedavg"},
+    "local": {"steps": 1, "batch_size": 10},
+}
+
+
+def test_stacks_follow_the_workers_and_are_written_down() -> None:
+    chosen = {w: made({**LARGE, "runtime": {"workers": w}}).resolved["runtime"] for w in (1, 2, 4, 8)}
+    assert {w: (r["stack"], r["stacks"]) for w, r in chosen.items()} == {1: (8, 1), 2: (8, 1), 4: (8, 4), 8: (8, 8)}
+    for runtime, stacks in (({"stack": 4}, 1), ({"stacks": 3}, 3), ({"stack": 4, "stacks": 2}, 2)):
+        composition = made({**LARGE, "runtime": {"workers": 8, **runtime}})
+        assert composition.resolved["runtime"]["stacks"] == stacks
+    assert composition.plan["stacks"].startswith("2 a round; with 2, 4, 8 workers 2.0, 2.0, 2.0 times")
+    with pytest.raises(ConfigError, match="x.yaml: runtime: stacks must be at least 1 or auto, got 0"):
+        made({**LARGE, "runtime": {"stacks": 0}})
+
+
+def test_the_bits_are_those_of_the_file_with_any_number_of_workers() -> None:
+    chosen = made({**LARGE, "runtime": {"workers": 4}}).resolved
+    runs = [fedsim.run({**chosen, "runtime": {**chosen["runtime"], "workers": w}}) for w in (1, 4)]
+    assert runs[0].last("test_loss") == runs[1].last("test_loss")
+
+
+def test_the_gain_of_workers_is_reckoned_from_the_cut() -> None:
+    work = Work(cohort_size=4, steps=torch.tensor([1, 2, 1, 3, 0, 2, 1, 1]), batch_size=10, in_factors=False)
+    num_examples = torch.tensor([10, 20, 4, 30, 0, 15, 5, 6])
+    # in order of samples 0, 4, 5, 6, 10, 15, 20, 30; every second one: 4, 6, 15, 30 samples in 1, 1, 2, 3 steps
+    assert shares_of(work, num_examples, 2, 1) == [30 + 20, 6 + 4]
+    assert shares_of(work, num_examples, 2, 3) == [30 + 20, 6 + 4]
+    assert shares_of(work, num_examples, 2, 4) == [30, 20, 6, 4]
+    assert [speedup([30, 20, 6, 4], workers) for workers in (1, 2, 3, 8)] == [1, 2, 2, 2]
+    assert speedup([5, 4, 3], 2) == 12 / 7 and speedup([0, 0], 2) == 1
 
 
 def test_the_executor_is_in_process_with_a_worker_a_core_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,10 +147,19 @@ def test_a_choice_of_auto_that_came_out_otherwise_is_named_as_the_key_to_set(tmp
 
 
 def test_of_the_runtime_only_what_fixes_bits_is_compared() -> None:
-    runtime = {"engine": "stacked", "stack": 8, "precision": "fp32", "threads": 1, "device": "cpu", "workers": 2}
+    runtime = {
+        "engine": "stacked",
+        "stack": 8,
+        "stacks": 2,
+        "precision": "fp32",
+        "threads": 1,
+        "device": "cpu",
+        "workers": 2,
+    }
     here = fingerprint({"runtime": runtime, "rounds": 9, "versions": {}})
     assert fingerprint({"runtime": {**runtime, "workers": 5, "executor": "ray"}, "rounds": 1}) == here
     assert fingerprint({"runtime": {**runtime, "stack": 9}}) != here
+    assert fingerprint({"runtime": {**runtime, "stacks": 3}}) != here
 
 
 @pytest.mark.parametrize("bad", [inf, nan])

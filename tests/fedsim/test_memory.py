@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsim.checkpoint import load, save
 from fedsim.config import ConfigError
-from fedsim.memory import Memory, MemoryRows
+from fedsim.memory import BLOCK_BYTES, Memory, MemoryRows
 from fedsim.parts import Parts
 
 
@@ -89,15 +90,67 @@ def test_parts_are_written_only_for_the_clients_that_gave_them() -> None:
     assert rows["c"].tolist() == [[2.0], [0.0], [1.0]] and rows["d"].tolist() == [[0.0], [3.0], [0.0]]
 
 
-def test_state_restores_every_name_and_shape() -> None:
-    memory = Memory(6)
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_checkpoint_restores_every_name_and_shape(on_disk: bool, tmp_path: Path) -> None:
+    memory = Memory(600, tmp_path / "one" if on_disk else None)
     memory.write(torch.tensor([4, 2]), {"c": torch.rand(2, 3), "t": torch.tensor([7, 9])})
-    other = Memory(6)
-    other.load(memory.state())
-    ids = torch.arange(6)
-    for name in ("c", "t"):
+    memory.write(torch.randperm(600)[:500], {"d": torch.rand(500, 1000).to(torch.bfloat16)})
+    other = Memory(600, tmp_path / "other" if on_disk else None)
+    other.load(load(save(tmp_path, 1, {"memory": memory.state()})).take("memory"))
+    ids = torch.arange(600)
+    for name in ("c", "t", "d"):
         assert torch.equal(other.of(ids)[name], memory.of(ids)[name])
         assert other.of(ids)[name].dtype == memory.of(ids)[name].dtype
+    assert other.tables["d"].owners == memory.tables["d"].owners
+
+
+def test_a_checkpoint_writes_the_blocks_whose_rows_were_written(tmp_path: Path) -> None:
+    memory, rows = Memory(9), BLOCK_BYTES // 4 // 2  # two rows to a block
+    memory.write(torch.arange(9), {"c": torch.arange(9.0)[:, None].expand(9, rows), "t": torch.arange(9)})
+    save(tmp_path, 1, {"memory": memory.state()})
+    before = {p.name for p in (tmp_path / "rows").iterdir()}
+    assert len(before) == 5 + 1
+    memory.write(torch.tensor([3, 8, 2]), {"c": torch.zeros(3, rows)})
+    path = save(tmp_path, 2, {"memory": memory.state()})
+    assert len({p.name for p in (tmp_path / "rows").iterdir()} - before) == 2  # of clients 2 and 3, and of client 8
+    other = Memory(9)
+    other.load(load(path).take("memory"))
+    assert other.of(torch.arange(9))["c"][:, 0].tolist() == [0, 1, 0, 0, 4, 5, 6, 7, 0]
+    save(tmp_path, 3, {"memory": other.state()})
+    save(tmp_path, 4, {"memory": other.state()})
+    assert len(list((tmp_path / "rows").iterdir())) == 6
+    other.write(torch.tensor([3]), {"c": torch.ones(1, rows)})
+    again = Memory(9)
+    again.load(load(save(tmp_path, 5, {"memory": other.state()})).take("memory"))
+    assert again.of(torch.arange(9))["c"][:, 0].tolist() == [0, 1, 0, 1, 4, 5, 6, 7, 0]
+
+
+def test_memory_on_disk_takes_the_room_of_a_call() -> None:
+    script = """
+import sys, tempfile
+from pathlib import Path
+import torch
+from fedsim.checkpoint import load, save
+from fedsim.memory import Memory
+
+def megabytes(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+with tempfile.TemporaryDirectory() as folder:
+    for num_clients, size in ((4, 8), (48, 2**18)):  # first a small one, for what is loaded late
+        root = Path(folder) / str(size)
+        before = megabytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        memory, other = Memory(num_clients, root / "one"), Memory(num_clients, root / "other")
+        for ids in torch.arange(num_clients).split(4):
+            memory.write(ids, {"c": memory.of(ids)["c"] + 1 if "c" in memory.tables else torch.ones(len(ids), size)})
+        other.load(load(save(root / "checkpoints", 1, {"memory": memory.state()})).take("memory"))
+        assert float(sum(other.of(torch.tensor([i]))["c"].sum() for i in range(num_clients))) == num_clients * size
+print(megabytes("VmHWM") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 20  # MiB, where the rows take 48
 
 
 def test_a_stack_sees_what_it_wrote_and_keeps_the_store_untouched() -> None:

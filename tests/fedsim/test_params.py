@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fedsim.params import Layout
+from fedsim.engine.noise import keyed_copy
+from fedsim.params import Layout, on_device, program_of
 
 
 class Net(nn.Module):
@@ -63,3 +64,16 @@ def test_a_state_dict_loads_back_into_the_module() -> None:
     for name, value in net.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
         assert other.state_dict()[name].dtype == value.dtype
+
+
+def test_a_program_shares_parameters_and_nothing_else() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    for copy in (program_of(module), on_device(module, "cpu"), keyed_copy(module)):
+        assert all(a is b for a, b in zip(copy.parameters(), module.parameters(), strict=True))
+        assert all(a is not b for a, b in zip(copy.modules(), module.modules(), strict=True))
+        copy.eval()
+        copy[1].running_mean.fill_(5.0)
+    assert module.training and module[1].running_mean.tolist() == [0.0, 0.0]
+    there = on_device(module, "meta")
+    assert all(p.device.type == "meta" for p in there.parameters())
+    assert all(p.device.type == "cpu" for p in module.parameters())

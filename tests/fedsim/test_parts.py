@@ -15,7 +15,8 @@ def test_parts_of_parts_stand_where_their_jobs_do() -> None:
     outer.add(torch.tensor([3]), {"v": torch.tensor([[9.0, 9.0]])})
     outer.add(torch.tensor([2, 0, 1]), inner)
     assert outer["v"][:, 0].tolist() == [1.0, 2.0, 0.0, 9.0]
-    assert {job: row["v"][0].item() for job, row in outer.rows()} == {3: 9.0, 0: 1.0, 1: 2.0, 2: 0.0}
+    rows = [piece["v"][row, 0].item() for piece, row in (place for place in outer.places() if place)]
+    assert rows == [1.0, 2.0, 0.0, 9.0]
     assert list(outer) == ["v"] and len(outer) == 1
 
 
@@ -30,6 +31,20 @@ def test_a_name_that_some_stacks_did_not_give_is_zero_there() -> None:
 def test_one_part_in_order_is_the_whole_itself() -> None:
     rows = torch.rand(4, 3)
     assert Parts.of({"v": rows}, 4)["v"] is rows
+
+
+def test_rows_of_several_calls_are_gathered_by_stack_and_only_where_they_were_given() -> None:
+    first, second = Parts(3), Parts(2)
+    first.add(torch.tensor([2, 0]), {"v": torch.tensor([[2.0], [0.0]])})
+    second.add(torch.tensor([0, 1]), {"v": torch.tensor([[5.0], [6.0]]), "w": torch.tensor([[7.0], [8.0]])})
+    (a, nothing, b), (c, d) = first.places(), second.places()
+    assert nothing is None
+    picked = Parts.gathered([d, a, None, b, c])
+    assert [index.tolist() for index, _ in picked.pieces] == [[0, 4], [1, 3]]
+    assert picked["v"].tolist() == [[6.0], [0.0], [0.0], [2.0], [5.0]]
+    assert picked["w"].tolist() == [[8.0], [0.0], [0.0], [0.0], [7.0]]
+    assert Parts.gathered([c, d])["v"] is second["v"]  # a whole stack is not copied
+    assert Parts.gathered([d])["v"].untyped_storage().nbytes() == 4  # and a row does not keep its stack alive
 
 
 def test_no_part_has_no_names() -> None:

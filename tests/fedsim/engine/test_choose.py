@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedsim.engine import Plan, build_engine, choose
-from fedsim.engine.choose import MAX_WIDTH_GPU, memory_bytes
+from fedsim.engine.choose import MAX_WIDTH_GPU, enough_stacks, memory_bytes
 from fedsim.engine.precision import products
 from fedsim.params import Layout
 from fedsim.tasks.models import MODELS, init_parameters
@@ -76,6 +76,35 @@ def test_a_gpu_takes_what_fits_up_to_its_bound() -> None:
     layout = Layout.of_module(module)
     plan = choose(module, layout, device="cuda", batch_size=20, num_clients=10_000)
     assert plan.width == MAX_WIDTH_GPU and memory_bytes(layout, plan.width, 20) < 4 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("num_clients", "width", "workers", "stacks"),
+    [
+        (100, 25, 1, 1),  # what `choose` gave is even, which serves one worker and two
+        (100, 25, 2, 1),
+        (100, 25, 3, 6),  # 4 stacks would leave two workers idle half the time
+        (100, 25, 8, 8),
+        (10, 5, 64, 10),  # more than clients there cannot be
+        (100, 6, 4, 1),  # 17 stacks are more than four for each
+        (100, 6, 5, 20),
+        (100, 1, 8, 1),
+        (3, 8, 4, 3),
+    ],
+)
+def test_a_cohort_is_cut_into_as_many_stacks_as_workers_need(
+    num_clients: int, width: int, workers: int, stacks: int
+) -> None:
+    layout = Layout.of({"w": (784, 200)})
+    assert enough_stacks(num_clients, width, workers, layout, "cpu") == stacks
+
+
+def test_small_models_are_not_cut_for_more_cores_but_for_more_gpus() -> None:
+    layout = Layout.of({"w": (8, 2048)})  # 64 KiB, so that a stack of 8 is the narrowest on a CPU
+    assert [enough_stacks(n, 16, 8, layout, "cpu") for n in (7, 16, 40, 64, 1000)] == [1, 2, 5, 8, 1]
+    tiny = Layout.of({"w": (2,)})
+    assert enough_stacks(100, 16, 8, tiny, "cpu") == 1
+    assert [enough_stacks(500, 500, workers, tiny, "cuda") for workers in (1, 2, 8)] == [1, 2, 8]
 
 
 def test_what_is_set_is_kept() -> None:

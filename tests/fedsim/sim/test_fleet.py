@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.aggregate import Mean
 from fedsim.aggregate.coordinatewise import Median
+from fedsim.checkpoint import load, save
 from fedsim.cohort import Cohort
 from fedsim.compress.quantize import Natural
 from fedsim.compress.sparsify import TopK
@@ -67,6 +70,17 @@ def _task(n: int, samples: list[int] | None = None) -> QuadraticTask:
 def _fleet(tau: tuple[float, ...], samples: list[int] | None = None, **options: Any) -> SimFleet:
     options.setdefault("devices", Clocks(tau))
     return build_fleet(_task(len(tau), samples), HALVES, **options)
+
+
+def _waiting(fleet: SimFleet) -> list[int]:
+    """Clients whose replies are computed and not due yet."""
+    return [e.client for e in fleet.queue if e.result is not None]
+
+
+def _reloaded(fleet: SimFleet, other: SimFleet, folder: Path) -> SimFleet:
+    """The other fleet in the state of the first, which went through a checkpoint."""
+    other.load(load(save(folder, 1, {"fleet": fleet.state()})).take("fleet", other.state_classes))
+    return other
 
 
 def _ids(*clients: int) -> Tensor:
@@ -215,6 +229,90 @@ def test_replies_are_computed_when_received_in_one_stack_with_all_in_flight() ->
     assert _calls(fleet) == [3]
     fleet.receive()
     assert _calls(fleet) == [3, 1]
+
+
+def test_no_more_replies_wait_than_a_call_has_room_for() -> None:
+    fleet = _fleet(tuple(float(k + 1) for k in range(8)), ahead=3)
+    fleet.send(fleet.clients, HALVES.plus, x=X)
+    got = [fleet.receive(count=1)["y"][0, 0].item() for _ in range(4)]
+    assert _calls(fleet) == [3, 3]  # clients 0 to 2, and 3 to 5 once client 3 is due
+    fleet.send(_ids(0), HALVES.plus, x=X)  # due at 5 as well, behind client 4
+    got += fleet.receive(count=2)["y"][:, 0].tolist()
+    assert _calls(fleet) == [3, 3, 2]  # client 0 and, as client 5 waits already, one more
+    assert _waiting(fleet) == [5, 6]
+    got += fleet.receive()["y"][:, 0].tolist()
+    assert _calls(fleet) == [3, 3, 2, 1]
+    assert got == [X[0] + k for k in (0, 1, 2, 3, 4, 0, 5, 6, 7)]
+
+
+def test_more_that_is_due_at_once_is_computed_at_once() -> None:
+    fleet = _fleet((1.0,) * 6 + (2.0,), ahead=2)
+    fleet.send(fleet.clients, HALVES.plus, x=X)
+    fleet.receive(until=1.0)
+    assert _calls(fleet) == [6] and _waiting(fleet) == []
+
+
+def test_replies_that_wait_keep_no_stack_of_others_alive() -> None:
+    """One fast client makes new stacks again and again while slow ones wait."""
+    fleet = _fleet((1.0, *(20.0 + k for k in range(5))), ahead=4, width=64)
+    fleet.send(fleet.clients, HALVES.plus, x=X)
+    for _ in range(12):
+        fleet.receive(count=1)
+        fleet.send(_ids(0), HALVES.plus, x=X)
+    waiting = [e.result for e in fleet.queue if e.result is not None]
+    fleet.state()
+    kept = [e.result for e in fleet.queue if e.result is not None]
+    assert len(kept) == len(waiting) == 3
+    rows = {id(r.fields[0]): r.fields[0]["y"] for r in kept if r.fields}
+    assert [len(y) for y in rows.values()] == [3]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_replies_are_joined_by_stack_and_not_one_by_one() -> None:
+    """On a GPU every operation is a launch."""
+    counts = []
+    for num_clients in (8, 64, 512):
+        fleet = _fleet(tuple(1.0 + k % 2 for k in range(num_clients)), width=512, ahead=512)
+        fleet.send(fleet.clients, HALVES.plus, x=X)
+        with Operations() as operations:
+            half = fleet.receive(until=1.0)
+            rest = fleet.receive()
+        assert _calls(fleet) == [num_clients] and len(half) == len(rest) == num_clients // 2
+        counts.append(operations.count)
+    assert counts[0] == counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_what_is_computed_early_changes_no_reply(ahead: int, tmp_path: Path) -> None:
+    def rounds(fleet: SimFleet, count: int) -> list[Any]:
+        out = []
+        for k in range(count):
+            r = fleet.receive(count=2)
+            out.append((r.ids.tolist(), r.fields, fleet.memory.of(fleet.clients)["n"].tolist()))
+            fleet.send(r.ids, HALVES.count, x=(k + 1) * X)
+        return out
+
+    seconds = (1.0, 1.5, 2.2, 3.1, 4.7, 9.0)
+    expected, got = list[Any](), list[Any]()
+    for out, options in ((expected, {"ahead": 64}), (got, {"ahead": ahead, "width": 2})):
+        fleet = _fleet(seconds, **options)
+        fleet.send(fleet.clients, HALVES.count, x=X)
+        out += rounds(fleet, 5)
+        if out is got:  # and goes on from a checkpoint
+            fleet = _reloaded(fleet, _fleet(seconds, **options), tmp_path)
+        out += rounds(fleet, 5)
+    for (ids, fields, rows), (ids_too, fields_too, rows_too) in zip(expected, got, strict=True):
+        assert ids == ids_too and rows == rows_too
+        assert all(torch.equal(fields[name], fields_too[name]) for name in fields)
 
 
 def test_jobs_that_started_from_different_models_run_as_one_stack() -> None:

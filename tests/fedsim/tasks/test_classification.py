@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedsim.clients.oracle import full_gradient, gradient
+from fedsim.engine.stacked import StackedEngine
 from fedsim.sim.executor import InProcess, StackRunner
 from fedsim.streams import Streams
 from fedsim.task import Schedule
@@ -147,3 +148,21 @@ def test_poison_changes_the_targets_of_the_chosen_clients_only() -> None:
     batch = task.batches(clients.ids, clients.streams, Schedule(epochs=1, batch_size=None, shuffle=False))[0]
     assert torch.equal(batch.targets[0], twin.targets[0])
     assert torch.equal(batch.targets[1], (twin.targets[1] + 1) % 10)
+
+
+def test_a_model_and_its_engine_take_the_room_of_one_vector() -> None:
+    task = digits_task(logistic, [1, 2])
+    engine = task.engine
+    assert isinstance(engine, StackedEngine)
+    programs = engine.module, engine.loop.modules.get(False), engine.vmapped.modules.get(True)
+    for module in (task.module, *programs):
+        assert all(p.untyped_storage().data_ptr() == task.x0.data_ptr() for p in module.parameters())
+    assert task.init(0).data_ptr() != task.x0.data_ptr()
+    before = task.x0.clone()
+    task.field(
+        torch.zeros(1, task.layout.size),
+        task.batches(torch.tensor([1]), Streams(0, *torch.tensor([[1], [0]])), Schedule(epochs=None, steps=1))[0],
+    )
+    assert torch.equal(task.x0, before) and torch.equal(
+        task.layout.flatten(dict(task.module.named_parameters())), before
+    )
