@@ -3,10 +3,10 @@
 Letters: R jobs, C clients of a stack, P entries of a client's vector, W workers.
 
 The cut depends on the cohort and on the stack width alone, and so do the groups in which stacks are folded: first the
-stacks of a group in their order, then the groups in theirs. So results are the same bits for any number of workers,
-and a worker elsewhere can send one sum for a whole group. Here a worker is a thread with its own intra-op threads and
-its own buffers; torch releases the interpreter's lock inside its operations, so threads use the cores without copying
-anything.
+stacks of a group in their order, then the groups along a fixed binary tree (fedsim.sim.tree). So results are the same
+bits for any number of workers, and a worker elsewhere can send one sum for whatever groups it has. Here a worker is a
+thread with its own intra-op threads and its own buffers; torch releases the interpreter's lock inside its operations,
+so threads use the cores without copying anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ from fedsim.metrics import check_names
 from fedsim.parts import Parts
 from fedsim.sim.links import Uplink
 from fedsim.sim.seam import Lent, check_reply
+from fedsim.sim.tree import TreeSum, add_
 from fedsim.streams import Streams
 from fedsim.task import Task
 from fedsim.terms import Terms
@@ -284,15 +285,32 @@ def _inbox(jobs: Jobs, device: torch.device) -> Inbox | None:
 
 
 class Gather:
-    """The results of stacks together again, in the order of the stacks, whoever computed them."""
+    """The results of stacks together again, whoever computed them.
 
-    def __init__(self, num_jobs: int, work: str = "") -> None:
+    Args:
+        num_jobs: R.
+        work: the client half, of which all stacks must reply the same fields; "" for jobs of several kinds.
+        num_groups: of stacks in the whole call, whose sums are joined along a tree.
+        first: which of these groups comes first here.
+    """
+
+    def __init__(self, num_jobs: int, work: str = "", num_groups: int = 0, first: int = 0) -> None:
         self._work = work
         self._rows: dict[str, tuple[int, ...]] = {}  # what one client's row of each field looks like
-        self._open: dict[str, Tensor] = {}  # sums of the group at hand
+        self._group, self._open = first, dict[str, Tensor]()  # which group is at hand, and its sums
         self._fields, self._memory, self._metrics = Parts(num_jobs), Parts(num_jobs), Parts(num_jobs)
-        bits = torch.zeros(num_jobs, dtype=torch.int64)
-        self.results = Results(self._fields, {}, self._memory, self._metrics, bits)
+        self._bits = torch.zeros(num_jobs, dtype=torch.int64)
+        self.tree = TreeSum(num_groups)
+
+    @property
+    def results(self) -> Results:
+        """What all groups of the call gave."""
+        return replace(self.own, sums=self.tree.root)
+
+    @property
+    def own(self) -> Results:
+        """What stands apart, without the sums."""
+        return Results(self._fields, {}, self._memory, self._metrics, self._bits)
 
     def add(self, index: Tensor, part: Results) -> None:
         """Take the results of one stack (or of all stacks of a group), whose jobs were `index` [C] of the whole.
@@ -301,16 +319,16 @@ class Gather:
             ClientError: if it has not the fields of the other stacks.
         """
         self._check(part)
-        _add_(self._open, part.sums)
+        add_(self._open, part.sums)
         self._fields.add(index, part.fields)
         self._memory.add(index, part.memory)
         self._metrics.add(index, part.metrics)
-        self.results.bits_up[index] = part.bits_up
+        self._bits[index] = part.bits_up
 
     def end_group(self) -> None:
-        """Fold the sums of the group at hand into those of the groups before it."""
-        _add_(self.results.sums, self._open)
-        self._open = {}
+        """Join the sums of the group at hand with those of its neighbours; the next group follows."""
+        self.tree.add((0, self._group), self._open)
+        self._group, self._open = self._group + 1, {}
 
     def _check(self, part: Results) -> None:
         if not self._work:
@@ -328,14 +346,6 @@ class Gather:
 
 def _named(rows: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {list(shape)}" for name, shape in rows.items()) or "nothing"
-
-
-def _add_(into: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
-    for name, value in sums.items():
-        if name in into:
-            into[name] += value
-        else:
-            into[name] = value
 
 
 class InProcess:
@@ -356,10 +366,10 @@ class InProcess:
         )
 
     def run(self, jobs: Jobs) -> Results:
-        gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work))
         stacks = cut(self.runner.task.num_examples[jobs.ids], self.width)
-        parts = self._in_order(stacks, jobs)
-        for group in grouped(stacks):
+        parts, groups = self._in_order(stacks, jobs), grouped(stacks)
+        gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
+        for group in groups:
             for index in group:
                 gather.add(index, next(parts))
             gather.end_group()

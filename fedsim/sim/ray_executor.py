@@ -114,8 +114,8 @@ class RayExecutor:
             ClientError: a client half raised; its own exception is the cause.
             RuntimeError: one group, or every worker, was lost `ATTEMPTS` times in a row.
         """
-        gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work))
         groups = grouped(cut(self.runner.task.num_examples[jobs.ids], self.width))
+        gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
         for group, part in zip(groups, self._in_order(groups, jobs), strict=True):
             gather.add(torch.cat(group), part)
             gather.end_group()

@@ -66,7 +66,7 @@ class Actor:
             jobs.inbox.fields = unpack(inbox)
         try:
             runner = self._open(setting)
-            gather = Gather(len(jobs.ids), runner.name_of(jobs.work))
+            gather = Gather(len(jobs.ids), runner.name_of(jobs.work), num_groups=1)
             for index in torch.arange(len(jobs.ids)).split(sizes):
                 gather.add(index, runner.run(jobs.rows(index)))
         except Exception as error:
