@@ -20,7 +20,7 @@ from fedsim.compose.fleets import build_byzantine, build_executor, build_links, 
 from fedsim.compose.problems import TASKS, Formula, Samples, problem_of
 from fedsim.compose.refusals import check_keys, check_local, check_state_scope, check_strategy
 from fedsim.compose.sections import Clients, Data, Down, File, Local, Log, Runtime, Up
-from fedsim.compose.work import in_words, work_of
+from fedsim.compose.work import Work, in_words, work_of
 from fedsim.config import ConfigError, Reader, at, named, naming
 from fedsim.data import PARTITIONS
 from fedsim.data.federated import FederatedData
@@ -28,8 +28,9 @@ from fedsim.engine import Plan
 from fedsim.loop import Checkpoint, Evaluate, Experiment, Stop
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
-from fedsim.sim.executor import Executor, InProcess, StackRunner
+from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.sim.in_process import InProcess
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategies import STRATEGIES
 from fedsim.strategy import Strategy, parts
@@ -133,7 +134,7 @@ def _build(file: File) -> Composition:
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
     resolved = _resolved(file, problem, strategy, plan, device)
-    fleet, pool, workers = _fleet(file, task, strategy, plan.width, device)
+    fleet, pool, workers = _fleet(file, task, strategy, work, plan.width, device)
     experiment = Experiment(
         task=task,
         strategy=strategy,
@@ -184,7 +185,7 @@ def _strategy(file: File, problem: Formula | Samples) -> Strategy:
 
 
 def _fleet(
-    file: File, task: Task, strategy: Strategy, width: int, device: torch.device
+    file: File, task: Task, strategy: Strategy, work: Work, width: int, device: torch.device
 ) -> tuple[SimFleet, InProcess, str]:
     """(simulated fleet, threads for evaluation, what runs the clients in words)."""
     n, runtime = len(task.num_examples), file.runtime
@@ -193,7 +194,7 @@ def _fleet(
     byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
     devices = file.clients.devices(count=n)
     runner = StackRunner(task, strategy, file.seed, device, uplink)
-    executor, workers = build_executor(runtime, runner, width, device)
+    executor, workers = build_executor(runtime, runner, width, device, work.costs(task.num_examples))
     fleet = SimFleet(
         num_examples=task.num_examples,
         model_size=task.layout.size,

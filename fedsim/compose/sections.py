@@ -125,8 +125,9 @@ class Runtime:
     """Where a run computes. Engine, stack, threads, precision and device are part of what fixes its bits.
 
     Args:
-        executor: in_process, ray, or auto: in-process on one device, Ray with several GPUs or an address.
-        workers: stacks that run side by side; auto is one per core, or one per GPU.
+        executor: in_process, ray, torchrun, or auto: torchrun where it started the run, else in process on one device
+            and Ray with several GPUs or an address.
+        workers: stacks that run side by side (in each rank of a torchrun); auto is one per core, or one per GPU.
         threads: intra-op threads of each worker.
         address: of a Ray cluster: "auto", "host:port", or null.
         device: cpu, cuda, cuda:1, or auto.
@@ -137,7 +138,7 @@ class Runtime:
         memory: where clients' rows are kept between rounds: ram, or disk (memory-mapped in the run's folder).
     """
 
-    executor: Literal["auto", "in_process", "ray"] = "auto"
+    executor: Literal["auto", "in_process", "ray", "torchrun"] = "auto"
     workers: int | Literal["auto"] = "auto"
     threads: int = 1
     address: str | None = None

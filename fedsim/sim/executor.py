@@ -1,27 +1,22 @@
-"""Executors: where client halves run. Here: how a cohort is cut into stacks, and the in-process executor.
+"""Executors: where client halves run. Here: what they share, how a cohort is cut into stacks and one stack is run.
 
-Letters: R jobs, C clients of a stack, P entries of a client's vector, W workers.
+Letters: R jobs, C clients of a stack, P entries of a client's vector.
 
 The cut depends on the cohort and on the stack width alone, and so do the groups in which stacks are folded: first the
 stacks of a group in their order, then the groups along a fixed binary tree (fedsim.sim.tree). So results are the same
-bits for any number of workers, and a worker elsewhere can send one sum for whatever groups it has. Here a worker is a
-thread with its own intra-op threads and its own buffers; torch releases the interpreter's lock inside its operations,
-so threads use the cores without copying anything.
+bits for any number of workers, and a worker elsewhere can send one sum for whatever groups it has.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fedsim import pages
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.fleet import Exact, Inbox
@@ -36,11 +31,16 @@ from fedsim.task import Task
 from fedsim.terms import Terms
 
 KINDS = ("fields", "memory", "metrics")  # of what a job gives apart from others
+Rows = dict[str, tuple[int, ...]]  # {field: shape of one client's row of it}
 MAX_GROUPS = 64  # groups of stacks in one call; part of what fixes the bits of a fold
 
 
 class ClientError(RuntimeError):
     """A client half raised; the message names clients, work and round, and the cause is the client's own exception."""
+
+
+class Lost(RuntimeError):
+    """Another process that takes part is gone, or did not answer within its deadline."""
 
 
 @dataclass
@@ -134,6 +134,10 @@ class Executor(Protocol):
     """Runs jobs somewhere; the same jobs give the same bits wherever that is."""
 
     def run(self, jobs: Jobs) -> Results: ...
+
+    def serve(self) -> bool:
+        """Run stacks for the loop of another process until that ends; False at once where the loop is here."""
+        ...
 
     def close(self) -> None: ...
 
@@ -296,7 +300,7 @@ class Gather:
 
     def __init__(self, num_jobs: int, work: str = "", num_groups: int = 0, first: int = 0) -> None:
         self._work = work
-        self._rows: dict[str, tuple[int, ...]] = {}  # what one client's row of each field looks like
+        self.rows: Rows = {}  # what one client's row of each field looks like
         self._group, self._open = first, dict[str, Tensor]()  # which group is at hand, and its sums
         self._fields, self._memory, self._metrics = Parts(num_jobs), Parts(num_jobs), Parts(num_jobs)
         self._bits = torch.zeros(num_jobs, dtype=torch.int64)
@@ -336,61 +340,30 @@ class Gather:
         rows = {k: tuple(v.shape) for k, v in part.sums.items()} | {
             k: tuple(v.shape[1:]) for k, v in part.fields.items()
         }
-        self._rows = self._rows or rows
-        if rows != self._rows:
-            raise ClientError(
-                f"{self._work}: one stack replied {_named(self._rows)} and another {_named(rows)}; every stack must "
-                "reply the same fields, of one shape a client"
-            )
+        self.rows = self.rows or rows
+        check_same_rows(self._work, self.rows, rows)
 
 
-def _named(rows: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in rows.items()) or "nothing"
+def check_same_rows(work: str, rows: Rows, other: Rows) -> None:
+    """Refuse replies of two stacks that differ in their fields.
 
-
-class InProcess:
-    """Workers are threads of this process.
-
-    Args:
-        runner: runs one stack.
-        width: clients of a stack.
-        workers: threads that run stacks side by side.
-        threads: intra-op threads of each worker.
+    Raises:
+        ClientError: if they do.
     """
-
-    def __init__(self, runner: StackRunner, *, width: int, workers: int = 1, threads: int = 1) -> None:
-        self.runner, self.width, self.workers = runner, width, workers
-        pages.keep_freed_memory()
-        self._pool = ThreadPoolExecutor(
-            workers, thread_name_prefix="fedsim-worker", initializer=torch.set_num_threads, initargs=(threads,)
+    if rows != other:
+        raise ClientError(
+            f"{work}: one stack replied {_named(rows)} and another {_named(other)}; every stack must "
+            "reply the same fields, of one shape a client"
         )
 
-    def run(self, jobs: Jobs) -> Results:
-        stacks = cut(self.runner.task.num_examples[jobs.ids], self.width)
-        parts, groups = self._in_order(stacks, jobs), grouped(stacks)
-        gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
-        for group in groups:
-            for index in group:
-                gather.add(index, next(parts))
-            gather.end_group()
-        return gather.results
 
-    def _in_order(self, stacks: list[Tensor], jobs: Jobs) -> Iterator[Results]:
-        """Results in the order of the stacks, at most two stacks per worker ahead, so that memory stays bounded."""
-        waiting: deque[Future[Results]] = deque()
-        ahead = iter(stacks)
-        try:
-            for _ in range(len(stacks)):
-                while len(waiting) < 2 * self.workers and (index := next(ahead, None)) is not None:
-                    waiting.append(self._pool.submit(self.runner.run, jobs.rows(index)))
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+def collect(gather: Gather, groups: Iterable[list[Tensor]], parts: Iterator[Results]) -> None:
+    """Take the results of stacks, which come in their order, group by group."""
+    for group in groups:
+        for index in group:
+            gather.add(index, next(parts))
+        gather.end_group()
 
-    def map(self, function: Any, pieces: list[Any]) -> list[Any]:
-        """Independent pieces side by side; results in the order of the pieces."""
-        return list(self._pool.map(function, pieces))
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+def _named(rows: Rows) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in rows.items()) or "nothing"

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from fedsim.sim.executor import Gather, Jobs, Results, StackRunner, cut, grouped
+from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, pack, unpack
 from fedsim.sim.ray_runtime import connect, environment
-from fedsim.sim.ray_worker import Actor, Failure
+from fedsim.sim.ray_worker import Actor
 
 ATTEMPTS = 4  # how often one group, or one worker's start, is tried before the run gives up
 JOIN_SECONDS = 60.0  # for the first node with room to join a cluster that has none yet
@@ -120,6 +121,9 @@ class RayExecutor:
             gather.add(torch.cat(group), part)
             gather.end_group()
         return gather.results
+
+    def serve(self) -> bool:
+        return False
 
     def close(self) -> None:
         """Stop the workers, and the runtime if it was started here."""

@@ -1,45 +1,16 @@
-"""What runs in a Ray worker's process: the stacks of one group, and exceptions that travel as values.
+"""What runs in a Ray worker's process: the stacks of one group.
 
 Letters: R jobs of a group, C clients of a stack.
 """
 
 from __future__ import annotations
 
-import pickle
-import traceback
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from fedsim import pages
-from fedsim.sim.executor import ClientError, Gather, StackRunner
+from fedsim.sim.executor import Gather, StackRunner, collect
+from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, pack, unpack
-
-
-@dataclass
-class Failure:
-    """An exception that a worker sends as a value, so that Ray neither wraps nor retries it."""
-
-    error: Exception
-    cause: BaseException | None
-
-    @classmethod
-    def of(cls, error: Exception) -> Failure:
-        told = error if isinstance(error, ClientError) else _sendable(error)
-        cause = None if error.__cause__ is None else _sendable(error.__cause__)
-        where = "".join(traceback.format_exception(error.__cause__ or error))
-        (cause or told).add_note(f"On the worker:\n{where}")  # frames do not travel, so here they are as text
-        return cls(told, cause)
-
-
-def _sendable(error: BaseException) -> Any:
-    """The exception itself if it survives pickling, else what it said."""
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class Actor:
@@ -67,11 +38,10 @@ class Actor:
         try:
             runner = self._open(setting)
             gather = Gather(len(jobs.ids), runner.name_of(jobs.work), num_groups=1)
-            for index in torch.arange(len(jobs.ids)).split(sizes):
-                gather.add(index, runner.run(jobs.rows(index)))
+            stacks = list(torch.arange(len(jobs.ids)).split(sizes))
+            collect(gather, [stacks], (runner.run(jobs.rows(index)) for index in stacks))
         except Exception as error:
             return pack(Failure.of(error))
-        gather.end_group()
         return pack(gather.results)
 
     def _open(self, setting: Parcel) -> StackRunner:

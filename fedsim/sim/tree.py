@@ -84,15 +84,15 @@ def shares(costs: Sequence[float], num_workers: int) -> list[int]:
     Returns:
         [W + 1] bounds: worker w takes the groups from bounds[w] up to bounds[w + 1], none if there are too few.
 
-    >>> shares([3, 3, 2, 2, 1, 1], 2), shares([1, 1], 3)
-    ([0, 2, 6], [0, 1, 1, 2])
+    >>> shares([3, 3, 2, 2, 1, 1], 2), shares([9, 1, 1], 2), shares([1], 2)
+    ([0, 2, 6], [0, 1, 3], [0, 1, 1])
     """
-    before = [0.0, *accumulate(costs)]
-    bounds = [0]
+    before, bounds = [0.0, *accumulate(costs)], [0]
     for w in range(1, num_workers):
         aim = before[-1] * w / num_workers
-        nearest = min(range(bounds[-1], len(before)), key=lambda g: abs(before[g] - aim))
-        bounds.append(nearest)
+        least = min(bounds[-1] + 1, len(costs))  # one group each, and one left for each that follows
+        most = max(least, len(costs) - (num_workers - w))
+        bounds.append(min(range(least, most + 1), key=lambda g: abs(before[g] - aim)))
     return [*bounds, len(costs)]
 
 

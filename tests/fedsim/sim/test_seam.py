@@ -15,8 +15,9 @@ from fedsim.compose import compose
 from fedsim.compose.matrix import pair
 from fedsim.fleet import Cost
 from fedsim.loop import train
-from fedsim.sim.executor import ClientError, InProcess, StackRunner
+from fedsim.sim.executor import ClientError, StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.sim.in_process import InProcess
 from fedsim.strategies import STRATEGIES
 from tests.build import build_fleet, drawn, local_sgd
 from tests.fedsim.sim.runtime import local_runtime

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedsim.clients.oracle import full_gradient, gradient
-from fedsim.sim.executor import InProcess, StackRunner
+from fedsim.sim.executor import StackRunner
+from fedsim.sim.in_process import InProcess
 from fedsim.streams import Streams
 from fedsim.task import Schedule
 from fedsim.tasks.classification import ClassificationTask
