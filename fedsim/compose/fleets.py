@@ -120,7 +120,15 @@ def build_executor(
         from fedsim.sim.ray_executor import RayExecutor
 
         wanted = None if runtime.workers == "auto" else runtime.workers
-        actors = RayExecutor(runner, width=width, workers=wanted, threads=runtime.threads, address=runtime.address)
+        actors = RayExecutor(
+            runner,
+            width=width,
+            workers=wanted,
+            threads=runtime.threads,
+            address=runtime.address,
+            collectives=runtime.collectives,
+            costs=costs,
+        )
         return actors, f"{actors.num_workers} Ray actors, {runtime.threads} thread(s) each"
     workers = _threads(runtime, device)
     pool = InProcess(runner, width=width, workers=workers, threads=runtime.threads)

@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,10 +100,10 @@ class Group:
 
     def agree(self, value: Any) -> list[Any]:
         """[W] what every worker said."""
-        said: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.size
         with _others():
-            dist.all_gather_object(said, value)
-        return said
+            dist.all_gather_object(values, value)
+        return values
 
     def fold(self, tree: TreeSum, bounds: Sequence[int]) -> None:
         """Join all workers' sums along the tree; its root ends at worker 0.
@@ -157,6 +158,37 @@ class Group:
         with _others():
             dist.recv(_bytes(value), sender)
         return value
+
+
+def open_store(host: str) -> dist.TCPStore:
+    """A store that listens at one address of this machine, at a port of its own."""
+    listening = socket.create_server((host, 0))
+    port = listening.getsockname()[1]
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def meet(store: dist.Store, rank: int, size: int, seconds: float) -> None:
+    """Wait until all workers of a group have come.
+
+    Raises:
+        Lost: if one has not come in time.
+    """
+    with _others():
+        store.set(f"here/{rank}", "")
+    for other in range(size):
+        if said(store, f"here/{other}", seconds) is None:
+            raise Lost(f"worker {other} did not come within {seconds:g} s")
+
+
+def said(store: dist.Store, key: str, seconds: float) -> str | None:
+    """What somebody has written to a store, None if nothing in time."""
+    until = time.monotonic() + seconds
+    with _others():
+        while not store.check([key]):  # the store's own waiting would write to stderr when it is over
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.05)
+        return store.get(key).decode()
 
 
 def interface_to(host: str) -> str | None:

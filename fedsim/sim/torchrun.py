@@ -9,7 +9,6 @@ Letters: W ranks.
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -17,7 +16,7 @@ from itertools import count
 import torch.distributed as dist
 
 from fedsim.config import ConfigError
-from fedsim.sim.collectives import Backend, Group
+from fedsim.sim.collectives import Backend, Group, said
 
 JOIN_SECONDS = 300.0  # for a rank to import torch and to load the data
 SHARE_SECONDS = 1800.0  # for one rank's part of one call
@@ -87,12 +86,12 @@ def join(here: Place, what: str, backend: Backend) -> Group:
     store = _store(JOIN_SECONDS)
     if here.rank:
         store.set(str(here.rank), READY + what)
-        if (said := _read(store, 0, 2 * JOIN_SECONDS)) is None or said.startswith(REFUSED):
-            raise ConfigError(f"rank 0 did not join: {(said or 'no answer').removeprefix(REFUSED)}")
+        if (word := said(store, "0", 2 * JOIN_SECONDS)) is None or word.startswith(REFUSED):
+            raise ConfigError(f"rank 0 did not join: {(word or 'no answer').removeprefix(REFUSED)}")
     else:
         try:
             for rank in range(1, here.size):
-                _check(rank, _read(store, rank, JOIN_SECONDS), what)
+                _check(rank, said(store, str(rank), JOIN_SECONDS), what)
         except ConfigError as error:
             store.set("0", REFUSED + str(error))
             raise
@@ -116,25 +115,15 @@ def _store(timeout_seconds: float) -> dist.Store:
     return dist.PrefixStore(f"fedsim/{next(_joined)}", store)
 
 
-def _read(store: dist.Store, rank: int, seconds: float) -> str | None:
-    """What a rank has said, None if nothing in time."""
-    until = time.monotonic() + seconds
-    while not store.check([str(rank)]):  # the store's own waiting would write to stderr when it is over
-        if time.monotonic() > until:
-            return None
-        time.sleep(0.05)
-    return store.get(str(rank)).decode()
-
-
-def _check(rank: int, said: str | None, what: str) -> None:
-    if said is None:
+def _check(rank: int, word: str | None, what: str) -> None:
+    if word is None:
         raise ConfigError(
             f"runtime.executor: rank {rank} did not join within {JOIN_SECONDS:g} s; start as many processes as "
             "WORLD_SIZE says, on nodes that reach MASTER_ADDR"
         )
-    if said.startswith(REFUSED):
-        raise ConfigError(f"rank {rank}: {said.removeprefix(REFUSED)}")
-    if (other := said.removeprefix(READY)) != what:
+    if word.startswith(REFUSED):
+        raise ConfigError(f"rank {rank}: {word.removeprefix(REFUSED)}")
+    if (other := word.removeprefix(READY)) != what:
         raise ConfigError(
             f"runtime: rank 0 has {what}, and rank {rank} has {other}, so their numbers would differ; set device, "
             "stack and threads, and start at most as many ranks a node as it has GPUs"
