@@ -39,8 +39,9 @@ from fedsim.memory import Memory
 from fedsim.optim import build
 from fedsim.params import Layout
 from fedsim.sim.devices import Constant
-from fedsim.sim.executor import InProcess, StackRunner
+from fedsim.sim.executor import StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.sim.in_process import InProcess
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.task import Schedule
 from fedsim.tasks.classification import ClassificationTask

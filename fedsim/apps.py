@@ -34,8 +34,9 @@ from fedsim.flower.mail import Mail, connect
 from fedsim.flower.wire import Book
 from fedsim.overrides import apply_overrides, parse_overrides
 from fedsim.progress import run_shown
-from fedsim.sim.executor import InProcess, StackRunner
+from fedsim.sim.executor import StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.sim.in_process import InProcess
 
 Source = str | Path | Mapping[str, Any]
 """An experiment: a file, its text, or its content."""

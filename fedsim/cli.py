@@ -61,8 +61,10 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     raw, source = runs.load(config, parse_overrides(overrides or (), str(config)))
     composition = compose(raw, source)
+    follows = composition.executor.serve()
     composition.close()
-    _print_pairs(f"Plan of {config}", composition.plan)
+    if not follows:
+        _print_pairs(f"Plan of {config}", composition.plan)
 
 
 @app.command("list")
@@ -207,38 +209,51 @@ def _console() -> Any:
 
 def main() -> None:
     """The console script: mistakes become one message and an exit code."""
+    warnings.showwarning = _plain_warning
     try:
-        from fedsim.loop import Diverged, Interrupted, ServerError
-        from fedsim.sim.executor import ClientError
+        from fedsim.sim import torchrun
+
+        if torchrun.follows():
+            warnings.simplefilter("ignore")
+        code, message, cause = _outcome()
     except KeyboardInterrupt:  # importing torch takes a second or two
         _say("stopped while starting; nothing was written")
         sys.exit(130)
+    here = torchrun.place()
+    if here is not None and message:
+        torchrun.refuse(here, message)
+    if torchrun.follows():
+        sys.exit(0)  # the run's exit code and message are those of rank 0
+    if cause is not None:
+        traceback.print_exception(cause, limit=-4, file=sys.stderr)
+    if message:
+        _say(message)
+    sys.exit(code)
 
-    warnings.showwarning = _plain_warning
+
+def _outcome() -> tuple[int, str | None, BaseException | None]:
+    """(exit code, what to say, the exception of a half of the strategy) of the command."""
+    from fedsim.loop import Diverged, Interrupted, ServerError
+    from fedsim.sim.executor import ClientError, Lost
+
     try:
-        sys.exit(app(standalone_mode=False) or 0)  # what typer.Exit carried, or None
+        return app(standalone_mode=False) or 0, None, None  # what typer.Exit carried, or None
     except Interrupted as e:
-        _say(f"{e}; add --resume to go on")
-        sys.exit(e.exit_code)
+        return e.exit_code, f"{e}; add --resume to go on", None
     except (KeyboardInterrupt, typer.Abort):
-        _say("stopped at once; --resume goes on from the last checkpoint")
-        sys.exit(130)
+        return 130, "stopped at once; --resume goes on from the last checkpoint", None
+    except Lost as e:
+        return 1, f"a rank was lost ({e}); start all again, with --resume to go on from the last checkpoint", None
     except Diverged as e:
-        _say(str(e))
-        sys.exit(1)
+        return 1, str(e), None
     except (ClientError, ServerError) as e:
-        traceback.print_exception(e.__cause__, limit=-4, file=sys.stderr)
-        _say(str(e))
-        sys.exit(1)
+        return 1, str(e), e.__cause__
     except ValueError as e:
-        _say(str(e))
-        sys.exit(2)
+        return 2, str(e), None
     except Exception as e:
         if not hasattr(e, "format_message"):  # only the command line parser's own errors can format themselves
             raise
-        if message := e.format_message():  # none where the help was asked for by giving nothing
-            _say(message)
-        sys.exit(2)
+        return 2, e.format_message() or None, None  # none where the help was asked for by giving nothing
 
 
 def _say(message: str) -> None:

@@ -28,7 +28,7 @@ from fedsim.config import ConfigError, place
 from fedsim.files import sync
 from fedsim.fleet import DrivenFleet
 from fedsim.metrics import check_names, spread
-from fedsim.sim.executor import ClientError
+from fedsim.sim.executor import ClientError, Lost
 from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
 from fedsim.strategy import Strategy
 from fedsim.streams import server_rng
@@ -248,7 +248,7 @@ class _Run:
         strategy, number = self.experiment.strategy, self.round + 1
         try:
             return strategy.round(self.state, self.experiment.fleet, rng)
-        except (ClientError, ConfigError):
+        except (ClientError, ConfigError, Lost):
             raise
         except Exception as e:
             if isinstance(e, ValueError) and place(e, strategy) is None:

@@ -17,6 +17,7 @@ from fedsim import runs
 from fedsim.compose import Composition
 from fedsim.fleet import DrivenFleet
 from fedsim.history import History
+from fedsim.sim.torchrun import follows
 
 
 def run_shown(
@@ -30,8 +31,8 @@ def run_shown(
     fleet: Callable[[Composition], DrivenFleet] | None = None,
 ) -> History:
     """Run into a folder, by default the next of `runs/<name>-NNN`, and show how it goes; see `execute`."""
-    stem = Path("runs") / name
-    folder = out or (runs.last_folder(stem) if resume else stem)
+    stem, quiet = Path("runs") / name, quiet or follows()
+    folder = out or (runs.last_folder(stem) if resume and not follows() else stem)
     with Progress(quiet) as progress:
         history = runs.execute(
             raw,
@@ -43,7 +44,8 @@ def run_shown(
             started=progress.start,
             fleet=fleet,
         )
-    progress.summary(history)
+    if history.path is not None:
+        progress.summary(history)
     return history
 
 

@@ -30,6 +30,7 @@ from fedsim.history import History
 from fedsim.loop import Watch, train
 from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import Layout
+from fedsim.sim.torchrun import follows
 from fedsim.sinks import METRICS_FILE, encode_row
 from fedsim.task import Task
 
@@ -88,11 +89,18 @@ def execute(
         watch: called with every row.
         started: called with the composition and the folder just before the first round.
         fleet: makes the fleet to run on from the composition, before anything is written; None keeps the simulated one.
+
+    Returns:
+        The rows; none on a rank of a torchrun but the first, which alone writes and prints.
     """
+    if follows():
+        folder = None
     if folder is not None and not numbered:
         check_folder(folder, resume)
     composition = compose(raw, source)
     try:
+        if composition.executor.serve():
+            return History([], dict(composition.resolved), None)
         if fleet is not None:
             composition.experiment.fleet = fleet(composition)
         if folder is None:

@@ -26,7 +26,8 @@ from fedsim.config import ConfigError
 from fedsim.engine import build_engine
 from fedsim.engine.native import suits
 from fedsim.fleet import choose
-from fedsim.sim.executor import ClientError, InProcess, Jobs, StackRunner
+from fedsim.sim.executor import ClientError, Jobs, StackRunner
+from fedsim.sim.in_process import InProcess
 from fedsim.strategy import parts
 from fedsim.streams import server_rng
 from fedsim.tasks.classification import ClassificationTask

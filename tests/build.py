@@ -21,8 +21,9 @@ from fedsim.optim import build as build_optimizer
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.devices import Constant, Devices
-from fedsim.sim.executor import InProcess, Jobs, Results, StackRunner
+from fedsim.sim.executor import Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Downlink, Uplink
 from fedsim.streams import Streams, server_rng
 from fedsim.task import Schedule, Task

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from fedsim.compose.refusals import check_compressor, check_link
 from fedsim.compose.sections import ByzantineClients, File, Runtime
+from fedsim.compose.work import Work
 from fedsim.compress.sparsify import Identity
 from fedsim.config import ConfigError, at
 from fedsim.engine.choose import enough_stacks
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
-from fedsim.sim.executor import Executor, InProcess, StackRunner
+from fedsim.sim.executor import Executor, StackRunner
+from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Downlink, Uplink
+from fedsim.sim.torchrun import Place, place, take_gpu
 from fedsim.strategy import Strategy, compressors
 from fedsim.task import Task
 
@@ -25,6 +29,12 @@ def compute_device(name: str) -> torch.device:
     Raises:
         ConfigError: if there is no such device here.
     """
+    if (here := place()) is not None and name != "cpu":
+        if name not in ("auto", "cuda"):
+            raise ConfigError(
+                f"runtime.device: under torchrun each rank takes a GPU of its own; use cuda, not {name!r}"
+            )
+        take_gpu(here)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -76,32 +86,84 @@ def build_byzantine(section: ByzantineClients, task: Task, seed: int) -> Byzanti
 
 
 def build_executor(
-    runtime: Runtime, runner: StackRunner, width: int, cohort_size: int, device: torch.device
-) -> tuple[Executor, int, str]:
-    """(executor, least number of stacks, what it is in words).
+    runtime: Runtime, runner: StackRunner, work: Work, width: int, device: torch.device
+) -> tuple[Executor, str]:
+    """Where stacks run.
 
-    Ray if asked for, with an address, or on several GPUs; threads otherwise. `stacks: auto` reckons with its workers,
-    unless the file sets the width: then what it says is all that fixes the bits.
+    Args:
+        runtime: the file's section.
+        runner: runs one stack.
+        work: of a round.
+        width: clients of a stack at most.
+        device: to compute on.
+
+    Returns:
+        (executor, what it is in words): the ranks of a torchrun; Ray if asked for, with an address, or on several GPUs;
+        threads otherwise. `stacks: auto` reckons with its workers, unless the file sets the width: then what it says is
+        all that fixes the bits.
+
+    Raises:
+        ConfigError: if the file asks for another way than the one in which this process was started.
     """
+    executor, workers, words = _executor(runtime, runner, work, width, device)
+    if runtime.stacks != "auto":
+        executor.stacks = runtime.stacks
+    elif runtime.stack == "auto":
+        executor.stacks = enough_stacks(work.cohort_size, width, workers, runner.task.layout, device)
+    return executor, words
 
-    def stacks_for(workers: int) -> int:
-        if runtime.stacks != "auto":
-            return runtime.stacks
-        if runtime.stack != "auto":
-            return 1
-        return enough_stacks(cohort_size, width, workers, runner.task.layout, device)
 
+def _executor(
+    runtime: Runtime, runner: StackRunner, work: Work, width: int, device: torch.device
+) -> tuple[Executor, int, str]:
+    """(executor, stacks that it runs side by side, what it is in words)."""
+    kind, here, costs = runtime.executor, place(), work.costs(runner.task.num_examples)
+    if kind == "torchrun" and here is None:
+        raise ConfigError(
+            "runtime.executor: torchrun was asked for but did not start this process; run "
+            "`torchrun --nproc_per_node N -m fedsim run CONFIG`, or use auto"
+        )
+    if here is not None and here.size > 1 and kind not in ("auto", "torchrun"):
+        raise ConfigError(
+            f"runtime.executor: {kind} under torchrun would make {here.size} runs of one; use torchrun or auto, or "
+            "start fedsim without torchrun"
+        )
     several = device.type == "cuda" and torch.cuda.device_count() > 1
-    ray = runtime.executor == "ray" or (runtime.executor == "auto" and (several or runtime.address is not None))
-    workers: int | None = None if runtime.workers == "auto" else runtime.workers
-    if ray:
+    if here is not None and kind in ("auto", "torchrun"):
+        return _ranks(here, runtime, runner, width, costs)
+    if kind == "ray" or (kind == "auto" and (several or runtime.address is not None)):
         from fedsim.sim.ray_executor import RayExecutor
 
-        actors = RayExecutor(runner, width=width, workers=workers, threads=runtime.threads, address=runtime.address)
-        actors.stacks = stacks_for(actors.num_workers)
-        return actors, actors.stacks, f"{actors.num_workers} Ray actors, {runtime.threads} thread(s) each"
-    if workers is None:
-        workers = 1 if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // runtime.threads)
-    here = InProcess(runner, width=width, workers=workers, threads=runtime.threads)
-    here.stacks = stacks_for(workers)
-    return here, here.stacks, f"{workers} thread(s) in this process, {runtime.threads} intra-op thread(s) each"
+        wanted = None if runtime.workers == "auto" else runtime.workers
+        actors = RayExecutor(
+            runner,
+            width=width,
+            workers=wanted,
+            threads=runtime.threads,
+            address=runtime.address,
+            collectives=runtime.collectives,
+            costs=costs,
+        )
+        return actors, actors.num_workers, f"{actors.num_workers} Ray actors, {runtime.threads} thread(s) each"
+    workers = _threads(runtime, device)
+    pool = InProcess(runner, width=width, workers=workers, threads=runtime.threads)
+    return pool, workers, f"{workers} thread(s) in this process, {runtime.threads} intra-op thread(s) each"
+
+
+def _ranks(here: Place, runtime: Runtime, runner: StackRunner, width: int, costs: Tensor) -> tuple[Executor, int, str]:
+    from fedsim.sim.ranks import Ranks
+
+    workers, threads = _threads(runtime, runner.device, here.local_size), runtime.threads
+    what = f"{runner.device.type}, stacks of {width}, {threads} intra-op thread(s)"
+    ranks = Ranks(runner, here, width=width, workers=workers, threads=threads, costs=costs, what=what)
+    words = f"{here.size} ranks of torchrun, {workers} thread(s) each, {threads} intra-op thread(s) each"
+    return ranks, here.size * workers, words
+
+
+def _threads(runtime: Runtime, device: torch.device, processes: int = 1) -> int:
+    """How many threads of one of several like processes run stacks."""
+    if runtime.workers != "auto":
+        return runtime.workers
+    if device.type == "cuda":
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // (runtime.threads * processes))

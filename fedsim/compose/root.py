@@ -20,15 +20,16 @@ from fedsim.compose.fleets import build_byzantine, build_executor, build_links, 
 from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
 from fedsim.compose.refusals import check_local, check_state_scope, check_strategy
 from fedsim.compose.sections import File
-from fedsim.compose.work import in_words, work_of
+from fedsim.compose.work import Work, in_words, work_of
 from fedsim.config import ConfigError, at, decode, naming
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Plan
 from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
-from fedsim.sim.executor import Executor, InProcess, StackRunner
+from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet, replies_ahead
+from fedsim.sim.in_process import InProcess
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategy import Strategy, parts
 from fedsim.task import Task
@@ -111,8 +112,8 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
     _resolve(resolved, problem, strategy, plan, device)
-    fleet, pool, stacks, workers = _fleet(file, task, strategy, plan.width, work.cohort_size, device)
-    resolved["runtime"]["stacks"] = stacks
+    fleet, pool, workers = _fleet(file, task, strategy, work, plan.width, device)
+    resolved["runtime"]["stacks"] = stacks = fleet.executor.stacks
     experiment = Experiment(
         task=task,
         strategy=strategy,
@@ -159,16 +160,16 @@ def _strategy(file: File, problem: Task | Samples) -> Strategy:
 
 
 def _fleet(
-    file: File, task: Task, strategy: Strategy, width: int, cohort_size: int, device: torch.device
-) -> tuple[SimFleet, InProcess, int, str]:
-    """(simulated fleet, threads for evaluation, least number of stacks, what runs the clients in words)."""
+    file: File, task: Task, strategy: Strategy, work: Work, width: int, device: torch.device
+) -> tuple[SimFleet, InProcess, str]:
+    """(simulated fleet, threads for evaluation, what runs the clients in words)."""
     n, runtime = len(task.num_examples), file.runtime
     uplink, downlink = build_links(file, strategy, task.layout)
     check_state_scope(strategy, uplink)
     byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
     devices = file.clients.devices(count=n)
     runner = StackRunner(task, strategy, file.seed, device, uplink)
-    executor, stacks, workers = build_executor(runtime, runner, width, cohort_size, device)
+    executor, workers = build_executor(runtime, runner, work, width, device)
     fleet = SimFleet(
         num_examples=task.num_examples,
         model_size=task.layout.size,
@@ -176,11 +177,11 @@ def _fleet(
         devices=devices,
         memory=Memory(n),
         seed=file.seed,
-        ahead=replies_ahead(width, stacks, device),
+        ahead=replies_ahead(width, executor.stacks, device),
         device=device,
         reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
         downlink=downlink,
         byzantine=byzantine,
     )
     pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
-    return fleet, pool, stacks, workers
+    return fleet, pool, workers

@@ -124,10 +124,12 @@ class Runtime:
     bits.
 
     Args:
-        executor: in_process, ray, or auto: in-process on one device, Ray with several GPUs or an address.
-        workers: stacks that run side by side; auto is one per core, or one per GPU.
+        executor: in_process, ray, torchrun, or auto: torchrun where it started the run, else in process on one device
+            and Ray with several GPUs or an address.
+        workers: stacks that run side by side (in each rank of a torchrun); auto is one per core, or one per GPU.
         threads: intra-op threads of each worker.
         address: of a Ray cluster: "auto", "host:port", or null.
+        collectives: how Ray workers fold: by gloo, by nccl (GPUs), through the object_store, or auto, a rule.
         device: cpu, cuda, cuda:1, or auto.
         stack: clients of a stack at most, or auto: a rule on model, sizes and device (`fedsim tune` measures).
         stacks: into how many a cohort is cut at least, or auto: with `stack: auto` as many as the workers need, else 1.
@@ -137,10 +139,11 @@ class Runtime:
         memory: where clients' rows are kept between rounds: ram, or disk (memory-mapped in the run's folder).
     """
 
-    executor: Literal["auto", "in_process", "ray"] = "auto"
+    executor: Literal["auto", "in_process", "ray", "torchrun"] = "auto"
     workers: int | Literal["auto"] = "auto"
     threads: int = 1
     address: str | None = None
+    collectives: Literal["auto", "object_store", "gloo", "nccl"] = "auto"
     device: str = "auto"
     stack: int | Literal["auto"] = "auto"
     stacks: int | Literal["auto"] = "auto"

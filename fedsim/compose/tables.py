@@ -34,6 +34,7 @@ SCHEDULES = {
 EXECUTORS = {
     "in_process": "Threads of this process: the default on one device.",
     "ray": "Ray actors, on this machine or a cluster (`runtime.address`): the default on several GPUs.",
+    "torchrun": "The processes of `torchrun -m fedsim run CONFIG`: the default in such a process.",
 }
 """The values of `runtime.executor` beside auto."""
 

@@ -34,6 +34,10 @@ class Work:
     batch_size: int
     in_factors: bool
 
+    def costs(self, num_examples: Tensor) -> Tensor:
+        """[N] samples that a client with these goes through in a job, and one for coming at all."""
+        return 1 + self.steps * num_examples.cpu().clamp(max=self.batch_size)
+
 
 def work_of(strategy: Strategy, num_examples: Tensor) -> Work:
     """The work of clients with these samples [N]; of a strategy without local training one step on all of them."""

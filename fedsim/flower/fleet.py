@@ -169,9 +169,10 @@ class FlowerFleet(Account):
         """All replies of one call, folded stack by stack as if each client were a stack of its own."""
         num_examples = self.num_examples[ids]
         weights = None if fold is None else weigh(fold, num_examples)
-        gather = Gather(len(ids))
+        groups = grouped(cut(num_examples, 1))
+        gather = Gather(len(ids), num_groups=len(groups))
         landed: list[Landed | None] = [None] * len(ids)
-        for group in grouped(cut(num_examples, 1)):
+        for group in groups:
             for index in group:
                 landed[int(index)] = reply = self.mail.take(int(ids[index]))
                 gather.add(index, reply.results if weights is None else _folded(reply.results, weights[index]))

@@ -1,27 +1,24 @@
-"""Executors: where client halves run. Here: how a cohort is cut into stacks, and the in-process executor.
+"""Executors: where client halves run. Here: what they share, how a cohort is cut into stacks and one stack is run.
 
-Letters: R jobs, C clients of a stack, P entries of a client's vector, W workers.
+Letters: R jobs, C clients of a stack, P entries of a client's vector.
 
 The cut depends on the cohort, the stack width and the least number of stacks alone, and so do the groups in which
-stacks are folded: first the stacks of a group in their order, then the groups in theirs. So results are the same bits
-for any number of workers, and a worker elsewhere can send one sum for a whole group. Here a worker is a thread with its
-own intra-op threads and its own buffers; torch releases the interpreter's lock inside its operations, so threads use
-the cores without copying anything.
+stacks are folded: first the stacks of a group in their order, then the groups along a fixed binary tree
+(fedsim.sim.tree). So results are the same bits for any number of workers, and a worker elsewhere can send one sum for
+whatever groups it has.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim import pages
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.fleet import Exact, Inbox
@@ -30,15 +27,21 @@ from fedsim.metrics import check_names
 from fedsim.parts import Parts, Place
 from fedsim.sim.links import Uplink
 from fedsim.sim.seam import Lent, check_reply
+from fedsim.sim.tree import TreeSum, add_
 from fedsim.streams import Streams
 from fedsim.task import Task
 from fedsim.terms import Terms
 
+Rows = dict[str, tuple[int, ...]]  # {field: shape of one client's row of it}
 MAX_GROUPS = 64  # groups of stacks in one call; part of what fixes the bits of a fold
 
 
 class ClientError(RuntimeError):
     """A client half raised; the message names clients, work and round, and the cause is the client's own exception."""
+
+
+class Lost(RuntimeError):
+    """Another process that takes part is gone, or did not answer within its deadline."""
 
 
 @dataclass
@@ -134,12 +137,26 @@ class Results:
         )
 
 
-class Executor(Protocol):
-    """Runs jobs somewhere; the same jobs give the same bits wherever that is."""
+class Executor(ABC):
+    """Runs jobs somewhere; the same jobs give the same bits wherever that is.
 
-    def run(self, jobs: Jobs) -> Results: ...
+    Attributes:
+        stacks: into so many a call is cut at least; set where it is known how many workers there are.
+    """
 
-    def close(self) -> None: ...
+    stacks: int = 1
+
+    @abstractmethod
+    def run(self, jobs: Jobs) -> Results:
+        """What the jobs gave."""
+
+    def serve(self) -> bool:
+        """Run stacks for the loop of another process until that ends; False at once where the loop is here."""
+        return False
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the workers."""
 
 
 def cut(num_examples: Tensor, width: int, stacks: int = 1) -> list[Tensor]:
@@ -293,15 +310,32 @@ def _inbox(jobs: Jobs, device: torch.device) -> Inbox | None:
 
 
 class Gather:
-    """The results of stacks together again, in the order of the stacks, whoever computed them."""
+    """The results of stacks together again, whoever computed them.
 
-    def __init__(self, num_jobs: int, work: str = "") -> None:
+    Args:
+        num_jobs: R.
+        work: the client half, of which all stacks must reply the same fields; "" for jobs of several kinds.
+        num_groups: of stacks in the whole call, whose sums are joined along a tree.
+        first: which of these groups comes first here.
+    """
+
+    def __init__(self, num_jobs: int, work: str = "", num_groups: int = 0, first: int = 0) -> None:
         self._work = work
-        self._rows: dict[str, tuple[int, ...]] = {}  # what one client's row of each field looks like
-        self._open: dict[str, Tensor] = {}  # sums of the group at hand
+        self.rows: Rows = {}  # what one client's row of each field looks like
+        self._group, self._open = first, dict[str, Tensor]()  # which group is at hand, and its sums
         self._fields, self._memory, self._metrics = Parts(num_jobs), Parts(num_jobs), Parts(num_jobs)
-        bits = torch.zeros(num_jobs, dtype=torch.int64)
-        self.results = Results(self._fields, {}, self._memory, self._metrics, bits)
+        self._bits = torch.zeros(num_jobs, dtype=torch.int64)
+        self.tree = TreeSum(num_groups)
+
+    @property
+    def results(self) -> Results:
+        """What all groups of the call gave."""
+        return replace(self.own, sums=self.tree.root)
+
+    @property
+    def own(self) -> Results:
+        """What stands apart, without the sums."""
+        return Results(self._fields, {}, self._memory, self._metrics, self._bits)
 
     def add(self, index: Tensor, part: Results) -> None:
         """Take the results of one stack (or of all stacks of a group), whose jobs were `index` [C] of the whole.
@@ -310,16 +344,16 @@ class Gather:
             ClientError: if it has not the fields of the other stacks.
         """
         self._check(part)
-        _add_(self._open, part.sums)
+        add_(self._open, part.sums)
         self._fields.add(index, part.fields)
         self._memory.add(index, part.memory)
         self._metrics.add(index, part.metrics)
-        self.results.bits_up[index] = part.bits_up
+        self._bits[index] = part.bits_up
 
     def end_group(self) -> None:
-        """Fold the sums of the group at hand into those of the groups before it."""
-        _add_(self.results.sums, self._open)
-        self._open = {}
+        """Join the sums of the group at hand with those of its neighbours; the next group follows."""
+        self.tree.add((0, self._group), self._open)
+        self._group, self._open = self._group + 1, {}
 
     def _check(self, part: Results) -> None:
         if not self._work:
@@ -327,72 +361,30 @@ class Gather:
         rows = {k: tuple(v.shape) for k, v in part.sums.items()} | {
             k: tuple(v.shape[1:]) for k, v in part.fields.items()
         }
-        self._rows = self._rows or rows
-        if rows != self._rows:
-            raise ClientError(
-                f"{self._work}: one stack replied {_named(self._rows)} and another {_named(rows)}; every stack must "
-                "reply the same fields, of one shape a client"
-            )
+        self.rows = self.rows or rows
+        check_same_rows(self._work, self.rows, rows)
 
 
-def _named(rows: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in rows.items()) or "nothing"
+def check_same_rows(work: str, rows: Rows, other: Rows) -> None:
+    """Refuse replies of two stacks that differ in their fields.
 
-
-def _add_(into: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
-    for name, value in sums.items():
-        if name in into:
-            into[name] += value
-        else:
-            into[name] = value
-
-
-class InProcess:
-    """Workers are threads of this process.
-
-    Args:
-        runner: runs one stack.
-        width: clients of a stack.
-        workers: threads that run stacks side by side.
-        threads: intra-op threads of each worker.
+    Raises:
+        ClientError: if they do.
     """
-
-    stacks = 1
-    """Into so many a call is cut at least; set where it is known how many workers there are."""
-
-    def __init__(self, runner: StackRunner, *, width: int, workers: int = 1, threads: int = 1) -> None:
-        self.runner, self.width, self.workers = runner, width, workers
-        pages.keep_freed_memory()
-        self._pool = ThreadPoolExecutor(
-            workers, thread_name_prefix="fedsim-worker", initializer=torch.set_num_threads, initargs=(threads,)
+    if rows != other:
+        raise ClientError(
+            f"{work}: one stack replied {_named(rows)} and another {_named(other)}; every stack must "
+            "reply the same fields, of one shape a client"
         )
 
-    def run(self, jobs: Jobs) -> Results:
-        gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work))
-        stacks = cut(self.runner.task.num_examples[jobs.ids], self.width, self.stacks)
-        parts = self._in_order(stacks, jobs)
-        for group in grouped(stacks):
-            for index in group:
-                gather.add(index, next(parts))
-            gather.end_group()
-        return gather.results
 
-    def _in_order(self, stacks: list[Tensor], jobs: Jobs) -> Iterator[Results]:
-        """Results in the order of the stacks, at most two stacks per worker ahead, so that memory stays bounded."""
-        waiting: deque[Future[Results]] = deque()
-        ahead = iter(stacks)
-        try:
-            for _ in range(len(stacks)):
-                while len(waiting) < 2 * self.workers and (index := next(ahead, None)) is not None:
-                    waiting.append(self._pool.submit(self.runner.run, jobs.rows(index)))
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+def collect(gather: Gather, groups: Iterable[list[Tensor]], parts: Iterator[Results]) -> None:
+    """Take the results of stacks, which come in their order, group by group."""
+    for group in groups:
+        for index in group:
+            gather.add(index, next(parts))
+        gather.end_group()
 
-    def map(self, function: Any, pieces: list[Any]) -> list[Any]:
-        """Independent pieces side by side; results in the order of the pieces."""
-        return list(self._pool.map(function, pieces))
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+def _named(rows: Rows) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in rows.items()) or "nothing"

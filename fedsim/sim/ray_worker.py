@@ -1,45 +1,20 @@
-"""What runs in a Ray worker's process: the stacks of one group, and exceptions that travel as values.
-
-Letters: R jobs of a group, C clients of a stack.
-"""
+"""What runs in a Ray worker's process: the stacks of one group of stacks, or a share of a call beside other workers."""
 
 from __future__ import annotations
 
-import pickle
-import traceback
-from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from fedsim import pages
-from fedsim.sim.executor import ClientError, Gather, StackRunner
+from fedsim.sim.collectives import Backend, Group, meet
+from fedsim.sim.executor import Gather, Lost, StackRunner, collect
+from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, pack, unpack
+from fedsim.sim.shares import InOrder, run_share
 
-
-@dataclass
-class Failure:
-    """An exception that a worker sends as a value, so that Ray neither wraps nor retries it."""
-
-    error: Exception
-    cause: BaseException | None
-
-    @classmethod
-    def of(cls, error: Exception) -> Failure:
-        told = error if isinstance(error, ClientError) else _sendable(error)
-        cause = None if error.__cause__ is None else _sendable(error.__cause__)
-        where = "".join(traceback.format_exception(error.__cause__ or error))
-        (cause or told).add_note(f"On the worker:\n{where}")  # frames do not travel, so here they are as text
-        return cls(told, cause)
-
-
-def _sendable(error: BaseException) -> Any:
-    """The exception itself if it survives pickling, else what it said."""
-    try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+JOIN_SECONDS = 30.0  # for all workers of a new group to find each other
 
 
 class Actor:
@@ -49,6 +24,8 @@ class Actor:
         torch.set_num_threads(threads)
         pages.keep_freed_memory()
         self._runner: StackRunner | None = None
+        self._group: Group | None = None
+        self._epoch = 0
 
     def ready(self, setting: Parcel) -> Parcel:
         """Open the task and the strategy, which imports the user's modules."""
@@ -66,15 +43,48 @@ class Actor:
             jobs.inbox.fields = unpack(inbox)
         try:
             runner = self._open(setting)
-            gather = Gather(len(jobs.ids), runner.name_of(jobs.work))
-            for index in torch.arange(len(jobs.ids)).split(sizes):
-                gather.add(index, runner.run(jobs.rows(index)))
+            gather = Gather(len(jobs.ids), runner.name_of(jobs.work), num_groups=1)
+            stacks = list(torch.arange(len(jobs.ids)).split(sizes))
+            collect(gather, [stacks], _one_by_one(runner)(stacks, jobs))
         except Exception as error:
             return pack(Failure.of(error))
-        gather.end_group()
         return pack(gather.results)
+
+    def join(self, epoch: int, host: str, port: int, rank: int, size: int, backend: Backend, seconds: float) -> Parcel:
+        """Enter a new group of workers, whose store is at host:port; what went wrong, if anything did."""
+        self._leave()
+        try:
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=JOIN_SECONDS))
+            mine = dist.PrefixStore(f"epoch/{epoch}", store)
+            meet(mine, rank, size, JOIN_SECONDS)
+            self._group = Group(mine, rank, size, host=host, backend=backend, timeout_seconds=seconds)
+        except (Lost, dist.DistError) as error:
+            return pack(Lost(str(error)))
+        self._epoch = epoch
+        return pack(None)
+
+    def run_share(self, setting: Parcel, epoch: int, parcel: Parcel, sent: Parcel | None) -> Parcel:
+        """Run a share with the others of the group; what is broadcast is given to the first of them."""
+        if self._group is None or self._epoch != epoch:
+            return pack(Lost("the worker was started anew"))
+        try:
+            runner = self._open(setting)
+            own = [] if sent is None else unpack(sent)
+            return pack(run_share(unpack(parcel), own, runner, _one_by_one(runner), self._group))
+        except Lost as error:
+            self._leave()
+            return pack(error)
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group, self._epoch = None, 0
 
     def _open(self, setting: Parcel) -> StackRunner:
         if self._runner is None:
             self._runner = StackRunner(*unpack(setting))
         return self._runner
+
+
+def _one_by_one(runner: StackRunner) -> InOrder:
+    return lambda stacks, jobs: (runner.run(jobs.rows(index)) for index in stacks)

@@ -20,7 +20,6 @@ from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.checkpoint import pack, unpack
 from fedsim.clients.byzantine import ATTACKS
 from fedsim.compose import compose
-from fedsim.compose.matrix import pair
 from fedsim.compress import COMPRESSORS
 from fedsim.engine import Batch, build_engine
 from fedsim.engine.build import ENGINES
@@ -33,6 +32,7 @@ from fedsim.streams import Streams
 from fedsim.tasks.models import MODELS, init_parameters
 from fedsim.tasks.quadratic import QuadraticTask
 from tests.build import cohort, drawn, local_sgd
+from tests.composition import pair
 from tests.contracts.test_aggregators import build as build_rule
 from tests.contracts.test_aggregators import rows as drawn_rows
 from tests.contracts.test_compressors import SETTINGS, stack

@@ -20,7 +20,7 @@ from fedsim.config import ConfigError
 from fedsim.data.images import DEBIAN
 from fedsim.optim import schedules
 from fedsim.overrides import read_file
-from fedsim.sim.executor import InProcess
+from fedsim.sim.in_process import InProcess
 from fedsim.sinks import JsonLines, TensorBoard
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.classification import ClassificationTask

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fedsim.sim.executor import InProcess
+from fedsim.sim.in_process import InProcess
 from fedsim.sim.ray_executor import RayExecutor
 from tests.fedsim.sim.ray_cases import arm, assert_same_bits, once_marked, runner, some_jobs
 

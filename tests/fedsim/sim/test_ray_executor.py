@@ -18,8 +18,9 @@ from fedsim.fleet import Cost
 from fedsim.memory import Memory
 from fedsim.sim import ray_executor
 from fedsim.sim.devices import Constant
-from fedsim.sim.executor import ClientError, InProcess, Jobs, Results, StackRunner
+from fedsim.sim.executor import ClientError, Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Uplink
 from fedsim.sim.ray_executor import RayExecutor
 from tests.fedsim.sim.ray_cases import DIM, NUM_CLIENTS, arm, assert_same_bits, once_marked, runner, some_jobs

@@ -14,8 +14,9 @@ from fedsim.cohort import Cohort
 from fedsim.compose import compose
 from fedsim.fleet import Cost
 from fedsim.loop import train
-from fedsim.sim.executor import ClientError, InProcess, StackRunner
+from fedsim.sim.executor import ClientError, StackRunner
 from fedsim.sim.fleet import SimFleet
+from fedsim.sim.in_process import InProcess
 from fedsim.strategies import STRATEGIES
 from tests.build import build_fleet, drawn, local_sgd
 from tests.composition import pair

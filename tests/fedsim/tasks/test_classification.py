@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from fedsim.clients.oracle import full_gradient, gradient
 from fedsim.engine.stacked import StackedEngine
-from fedsim.sim.executor import InProcess, StackRunner
+from fedsim.sim.executor import StackRunner
+from fedsim.sim.in_process import InProcess
 from fedsim.streams import Streams
 from fedsim.task import Schedule
 from fedsim.tasks.classification import ClassificationTask

@@ -1,0 +1,209 @@
+"""Ray actors and the calls that they are busy with: they are started, awaited and, when they die or hang, brought back.
+
+One call is outstanding for each actor, so the driver always knows who does what and since when.
+
+Letters: W workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedsim.sim.packing import unpack
+from fedsim.sim.ray_runtime import environment
+from fedsim.sim.ray_worker import Actor
+
+ATTEMPTS = 4  # how often one group, or one worker's start, is tried before the run gives up
+JOIN_SECONDS = 60.0  # for the first node with room to join a cluster that has none yet
+START_SECONDS = 300.0  # for a worker to be placed, to import torch and to fetch the task
+
+_log = logging.getLogger("fedsim")
+
+
+Tag = tuple[int, int]
+
+
+@dataclass(eq=False)
+class Worker:
+    """An actor and the one call that it is busy with.
+
+    Args:
+        actor: its handle.
+        ref: the outstanding call, or None when the worker is free.
+        tag: (number of the run, which of its parts) of that call; None while the worker gets ready.
+        seconds: after which the call counts as hung; deadline: when that is, by the monotonic clock.
+        failures: starts in a row that came to nothing.
+        epoch: of the group of workers that it is in; 0 for none.
+    """
+
+    actor: Any
+    ref: Any = None
+    tag: Tag | None = None
+    seconds: float = START_SECONDS
+    deadline: float = 0.0
+    failures: int = 0
+    epoch: int = 0
+
+
+class RayPool:
+    """The actors of one run.
+
+    Args:
+        ray: the module, already connected to a runtime.
+        setting: reference to task, strategy and the rest of a `StackRunner`.
+        workers: how many; None for as many as there is room for.
+        threads: intra-op threads of each, and its CPUs.
+        gpus: of each.
+        wait: for the first node to join.
+
+    Raises:
+        ValueError: if there is no room for a worker.
+    """
+
+    def __init__(self, ray: Any, setting: Any, *, workers: int | None, threads: int, gpus: int, wait: bool) -> None:
+        self.ray, self.setting = ray, setting
+        self.workers: list[Worker] = []
+        self._threads, self._gpus = threads, gpus
+        for _ in range(self._count(workers, joining=wait)):
+            self.workers.append(self._start())
+
+    def close(self) -> None:
+        """Stop the workers."""
+        for worker in self.workers:
+            self.ray.kill(worker.actor)
+        self.workers = []
+
+    def call(self, worker: Worker, ref: Any, tag: Tag, seconds: float) -> None:
+        """Note what a worker was just asked to do."""
+        worker.ref, worker.tag, worker.seconds, worker.deadline = ref, tag, seconds, time.monotonic() + seconds
+
+    def each(self, run: int, calls: Sequence[tuple[Worker, Any]], seconds: float) -> list[Any] | Exception:
+        """What every one of some calls that wait for each other returned.
+
+        Args:
+            run: a number that no other calls have.
+            calls: [W] (worker, reference to what it was asked to do).
+            seconds: after which one counts as hung.
+
+        Returns:
+            [W] values; or how one worker was lost, at once: the others may still be busy and are not asked any more.
+        """
+        for place, (worker, ref) in enumerate(calls):
+            self.call(worker, ref, (run, place), seconds)
+        found: dict[int, Any] = {}
+        while len(found) < len(calls):
+            tag, outcome = self.next_outcome()
+            if tag is not None and tag[0] == run:
+                if isinstance(outcome, Exception):
+                    return outcome
+                found[tag[1]] = outcome
+        return [found[place] for place in range(len(calls))]
+
+    def free(self, seconds: float) -> list[Worker]:
+        """The workers that are ready and idle once none of them is busy any more, or after some seconds."""
+        until = time.monotonic() + seconds
+        while busy := [w.ref for w in self.workers if w.ref is not None]:
+            ready, _ = self.ray.wait(busy, num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            if not ready:
+                break
+            self.next_outcome()
+        return [w for w in self.workers if w.ref is None]
+
+    def next_outcome(self) -> tuple[Tag | None, Any]:
+        """Wait for one worker: (which call or None, what it returned or how the worker was lost)."""
+        busy = {w.ref: w for w in self.workers if w.ref is not None}
+        first = min(busy.values(), key=lambda w: w.deadline)
+        ready, _ = self.ray.wait(list(busy), num_returns=1, timeout=max(0.0, first.deadline - time.monotonic()))
+        worker = busy[ready[0]] if ready else first
+        tag, ref = worker.tag, worker.ref
+        worker.ref = worker.tag = None
+        try:
+            if not ready:
+                raise TimeoutError(f"no answer within {worker.seconds:g} s")
+            outcome = self._fetch(ref, worker.seconds)
+        except (self.ray.exceptions.RayError, TimeoutError) as error:
+            self._recover(worker, error, getting_ready=tag is None, hung=isinstance(error, TimeoutError))
+            return tag, error
+        worker.failures = 0
+        if tag is None and outcome is not None:
+            raise outcome.error from outcome.cause
+        return tag, outcome
+
+    def _fetch(self, ref: Any, seconds: float) -> Any:
+        """What a finished call returned; the bytes may still have to come from another node."""
+        try:
+            return unpack(self.ray.get(ref, timeout=seconds))
+        except self.ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, self.ray.exceptions.RayError):
+                raise cause from None  # an argument was lost with its node, say
+            raise RuntimeError(f"a Ray worker failed outside of any client's work: {error}") from None
+
+    def _room(self, resources: Mapping[str, float]) -> int:
+        if self._gpus:
+            return int(resources.get("GPU", 0))
+        return int(resources.get("CPU", 0)) // self._threads
+
+    def _count(self, workers: int | None, *, joining: bool) -> int:
+        until = time.monotonic() + JOIN_SECONDS * joining
+        while (room := self._room(have := self.ray.cluster_resources())) < 1 and time.monotonic() < until:
+            time.sleep(0.5)
+        if room < 1:
+            raise ValueError(
+                f"the Ray cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, but a worker needs "
+                f"{self._threads} CPU(s){' and a GPU' if self._gpus else ''}; add nodes, or lower runtime.threads"
+            )
+        if workers is not None and workers > room:
+            _log.warning("%d Ray workers were asked for, but there is room for %d; the rest wait", workers, room)
+        return room if workers is None else workers
+
+    def _start(self) -> Worker:
+        worker = Worker(self._create())
+        self._get_ready(worker)
+        return worker
+
+    def _create(self) -> Any:
+        remote = self.ray.remote(
+            num_cpus=self._threads,
+            num_gpus=self._gpus,
+            max_restarts=-1,
+            max_task_retries=0,  # groups are sent again from here, to whoever is free
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": environment(self._threads)},
+        )
+        return remote(Actor).remote(self._threads)
+
+    def _get_ready(self, worker: Worker) -> None:
+        worker.ref = worker.actor.ready.options(max_task_retries=-1).remote(self.setting)
+        worker.tag, worker.epoch = None, 0
+        worker.seconds, worker.deadline = START_SECONDS, time.monotonic() + START_SECONDS
+
+    def _recover(self, worker: Worker, error: BaseException, *, getting_ready: bool, hung: bool) -> None:
+        """Bring a worker back: its actor restarts by itself unless it hangs or did not even start."""
+        if getting_ready:
+            worker.failures += 1
+            free = {k: v for k, v in self.ray.available_resources().items() if k in ("CPU", "GPU")}
+            _log.warning(
+                "a Ray worker did not start: %s; free in the cluster: %s", in_one_line(error), free or "nothing"
+            )
+            if all(w.failures >= ATTEMPTS for w in self.workers):
+                raise RuntimeError(
+                    f"no Ray worker could be started in {ATTEMPTS} attempts each; the last one: {error}; see that "
+                    "fedsim and your own modules can be imported on every node, and that the cluster has free CPUs or "
+                    f"GPUs (now: {free or 'none'})"
+                ) from error
+            self.ray.kill(worker.actor)
+            worker.actor = self._create()
+        elif hung:
+            self.ray.kill(worker.actor, no_restart=False)
+        self._get_ready(worker)
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an exception is, and the first line of what it says."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
