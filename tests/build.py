@@ -74,6 +74,11 @@ def streams(clients: int | list[int] | Tensor, job: int = 0, seed: int = 5) -> S
     return Streams(seed, ids, torch.full_like(ids, job))
 
 
+def formula_batch(rows: list[int], job: int = 0, step: int = 0) -> FormulaBatch:
+    """A step of these clients on a task that is a formula."""
+    return FormulaBatch(torch.tensor(rows), streams(rows, job, seed=0), step)
+
+
 def cohort(
     task: Task, ids: list[int], jobs: list[int] | None = None, rounds: list[int] | None = None, device: str = "cpu"
 ) -> Cohort:

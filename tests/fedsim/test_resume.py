@@ -226,7 +226,7 @@ def test_without_a_sound_checkpoint_there_is_one_message_and_nothing_is_touched(
 def test_a_vector_of_another_length_is_not_gone_on_from(done: Path, whole: Path) -> None:
     path = done / "checkpoints" / "round-000020"
     saved = checkpoint.load(path)
-    tensors = {k: v[:4] if v.shape == (6,) else v for k, v in saved.tensors.items()}
+    tensors = {k: v[:4] if v.shape == (6,) else v for k, v in saved.aside.tensors.items()}
     checkpoint.save_file(tensors, path / "tensors.safetensors")
     (path / "SHA256SUMS").write_bytes(subprocess.check_output(["sha256sum", *checkpoint.FILES], cwd=path))
     with pytest.warns(UserWarning, match=r"round-000020: state.x is \[4\] .* where the run has \[6\] .*from round 18"):

@@ -9,24 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.streams import Streams
 from fedsim.tasks.bilinear import BilinearTask
-from fedsim.tasks.formula import FormulaBatch
-from tests.build import saddle
+from tests.build import formula_batch, saddle
 
 POOL: Any = ThreadPoolExecutor(1)
-
-
-def _batch(rows: list[int], job: int = 0, step: int = 0) -> FormulaBatch:
-    ids = torch.tensor(rows)
-    return FormulaBatch(ids, Streams(0, ids, torch.full_like(ids, job)), step)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3])
 def test_the_operator_is_the_gradient_in_x_and_its_opposite_in_y(lam: float) -> None:
     task = saddle(4, 3, lam=lam)
     z = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
-    f, value = task.field(z, _batch([3, 1]))
+    f, value = task.field(z, formula_batch([3, 1]))
     (g,) = torch.autograd.grad(value.sum(), z)
     torch.testing.assert_close(f, torch.cat([g[:, :3], -g[:, 3:]], dim=1))
 
@@ -34,7 +27,7 @@ def test_the_operator_is_the_gradient_in_x_and_its_opposite_in_y(lam: float) -> 
 @pytest.mark.parametrize("lam", [0.0, 0.3])
 def test_the_mean_operator_vanishes_at_the_solution(lam: float) -> None:
     task = saddle(7, 5, lam=lam)
-    f, _ = task.field(task.solution().expand(7, -1), _batch(list(range(7))))
+    f, _ = task.field(task.solution().expand(7, -1), formula_batch(list(range(7))))
     assert float(f.mean(0).abs().max()) < 1e-12
     assert task.evaluate(task.solution(), POOL)["distance"] == pytest.approx(0.0, abs=1e-12)
     assert task.evaluate(torch.zeros(10), POOL)["distance"] == pytest.approx(float(task.solution().norm()))
@@ -45,7 +38,7 @@ def test_one_dimension_worked_out_by_hand() -> None:
     one = torch.ones(1, 1)
     task = BilinearTask(2 * one[None], 3 * one, -one)
     assert task.solution().tolist() == [0.5, -1.5]
-    f, value = task.field(torch.tensor([[1.0, 1.0]]), _batch([0]))
+    f, value = task.field(torch.tensor([[1.0, 1.0]]), formula_batch([0]))
     assert f.tolist() == [[5.0, -1.0]] and value.tolist() == [4.0]
 
 
@@ -53,7 +46,7 @@ def test_a_regularised_operator_is_strongly_monotone_with_its_lam() -> None:
     task = saddle(3, 4, lam=0.5)
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(3, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    gap = task.field(a, _batch([0, 1, 2]))[0] - task.field(b, _batch([0, 1, 2]))[0]
+    gap = task.field(a, formula_batch([0, 1, 2]))[0] - task.field(b, formula_batch([0, 1, 2]))[0]
     torch.testing.assert_close((gap * (a - b)).sum(1), 0.5 * (a - b).square().sum(1))
 
 
@@ -76,10 +69,12 @@ def test_noise_is_keyed_and_of_the_size_asked_for() -> None:
     quiet = saddle(2, 500)
     task = BilinearTask(quiet.matrix, quiet.a, quiet.b, noise=0.3)
     z = torch.zeros(2, 1000, dtype=torch.float64)
-    noise: Tensor = task.field(z, _batch([0, 1]))[0] - quiet.field(z, _batch([0, 1]))[0]
-    assert torch.equal(noise, task.field(z, _batch([0, 1]))[0] - quiet.field(z, _batch([0, 1]))[0])
+    noise: Tensor = task.field(z, formula_batch([0, 1]))[0] - quiet.field(z, formula_batch([0, 1]))[0]
+    assert torch.equal(noise, task.field(z, formula_batch([0, 1]))[0] - quiet.field(z, formula_batch([0, 1]))[0])
     assert float(noise.std()) == pytest.approx(0.3, rel=0.08)
-    assert not torch.equal(noise, task.field(z, _batch([0, 1], job=1))[0] - quiet.field(z, _batch([0, 1]))[0])
+    assert not torch.equal(
+        noise, task.field(z, formula_batch([0, 1], job=1))[0] - quiet.field(z, formula_batch([0, 1]))[0]
+    )
 
 
 def test_constants_that_do_not_fit_are_refused() -> None:

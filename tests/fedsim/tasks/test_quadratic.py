@@ -11,17 +11,10 @@ from torch import Tensor
 
 from fedsim.clients.oracle import full_gradient
 from fedsim.strategies.fedavg import FedAvg
-from fedsim.streams import Streams
-from fedsim.tasks.formula import FormulaBatch
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.build import Play, cohort, drawn, local_sgd, quadratic
+from tests.build import Play, cohort, drawn, formula_batch, local_sgd, quadratic
 
 POOL: Any = ThreadPoolExecutor(1)
-
-
-def _batch(rows: list[int], job: int = 0, step: int = 0) -> FormulaBatch:
-    ids = torch.tensor(rows)
-    return FormulaBatch(ids, Streams(0, ids, torch.full_like(ids, job)), step)
 
 
 def _curvatures(kind: str) -> Tensor:
@@ -36,7 +29,7 @@ def test_the_field_is_the_gradient_of_the_loss_that_autograd_finds(kind: str) ->
     b = torch.tensor([[1.0, 2], [0, -1], [3, 0]], dtype=torch.float64)
     task = quadratic(_curvatures(kind), b, [0, 0])
     x = torch.tensor([[1.0, 1], [2, -1]], dtype=torch.float64, requires_grad=True)
-    g, loss = task.field(x, _batch([2, 0]))
+    g, loss = task.field(x, formula_batch([2, 0]))
     (expected,) = torch.autograd.grad(loss.sum(), x)
     torch.testing.assert_close(g, expected)
     whole = torch.diag_embed(task.a) if task.a.ndim == 2 else task.a
@@ -48,7 +41,7 @@ def test_the_field_is_the_gradient_of_the_loss_that_autograd_finds(kind: str) ->
 def test_the_solution_is_where_the_weighted_gradients_cancel(kind: str) -> None:
     b = torch.tensor([[1.0, 2], [0, -1], [3, 0]], dtype=torch.float64)
     task = quadratic(_curvatures(kind), b, [0, 0], num_examples=[1, 5, 2])
-    g, _ = task.field(task.solution().expand(3, -1), _batch([0, 1, 2]))
+    g, _ = task.field(task.solution().expand(3, -1), formula_batch([0, 1, 2]))
     assert float((task.num_examples[:, None] * g).sum(0).abs().max()) < 1e-12
 
 
@@ -63,10 +56,10 @@ def test_two_numbers_have_the_solution_worked_out_by_hand() -> None:
 def test_noise_is_keyed_by_client_job_and_step_and_averages_out() -> None:
     task = quadratic(torch.ones(2, 4000), torch.zeros(2, 4000), torch.zeros(4000), noise=0.5)
     x = torch.zeros(2, 4000, dtype=torch.float64)
-    first, _ = task.field(x, _batch([0, 1]))
-    assert torch.equal(first, task.field(x, _batch([0, 1]))[0])
-    assert torch.equal(first[1], task.field(x[:1], _batch([1]))[0][0])
-    for other in (_batch([0, 1], job=1), _batch([0, 1], step=1)):
+    first, _ = task.field(x, formula_batch([0, 1]))
+    assert torch.equal(first, task.field(x, formula_batch([0, 1]))[0])
+    assert torch.equal(first[1], task.field(x[:1], formula_batch([1]))[0][0])
+    for other in (formula_batch([0, 1], job=1), formula_batch([0, 1], step=1)):
         assert not torch.equal(first, task.field(x, other)[0])
     assert float(first.std()) == pytest.approx(0.5, rel=0.05)
     assert float(first.mean()) == pytest.approx(0.0, abs=4 * 0.5 / 8000**0.5)
@@ -75,8 +68,8 @@ def test_noise_is_keyed_by_client_job_and_step_and_averages_out() -> None:
 def test_a_session_writes_where_it_is_told() -> None:
     task, out = drawn(3, 2), torch.empty(2, 2, dtype=torch.float64)
     x = torch.zeros(2, 2).double()
-    g, _ = task.session(x).gradient(_batch([0, 2]), out)
-    assert g.data_ptr() == out.data_ptr() and torch.equal(out, task.field(x, _batch([0, 2]))[0])
+    g, _ = task.session(x).gradient(formula_batch([0, 2]), out)
+    assert g.data_ptr() == out.data_ptr() and torch.equal(out, task.field(x, formula_batch([0, 2]))[0])
 
 
 def test_a_drawn_task_follows_its_seed_within_its_bounds() -> None:
