@@ -21,7 +21,7 @@ from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Times, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
-from fedsim.sim.account import TOLERANCE, Account, check_foldable
+from fedsim.sim.account import Account, check_foldable
 from fedsim.sim.byzantine import who_hears
 from fedsim.sim.executor import Gather, Results, cut, grouped
 from fedsim.sim.fleet import ONE_STEP
@@ -64,15 +64,12 @@ class FlowerFleet(Account):
 
     def receive(self, *, until: float = inf, count: int | None = None) -> Replies:
         """Wait until a time, or for `count` replies, or (with neither) for all in flight; in order of arrival."""
-        mail, last = self.mail, self.now
-        while count is None or len(mail.landed) < count:
-            last = self.now if mail.look() else last
-            enough = count is not None and len(mail.landed) >= count
-            if enough or self.now >= until - TOLERANCE or (until == inf and not mail.flights):
-                break
-            if until == inf:
-                mail.check_patience(last)
-            mail.clock.sleep(min(mail.patience.poll_seconds, max(until - self.now, 0.0)))
+        mail = self.mail
+
+        def enough() -> bool:
+            return (count is not None and len(mail.landed) >= count) or (until == inf and not mail.flights)
+
+        mail.wait(enough, until)
         due = list(mail.landed)[:count]
         return self._deliver([mail.landed.pop(client) for client in due])
 

@@ -8,8 +8,9 @@ Letters: N clients, P entries of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fedsim.compress.packet import Packet
 from fedsim.fleet import Inbox
 from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
-from fedsim.sim.account import bits_of
+from fedsim.sim.account import TOLERANCE, bits_of
 from fedsim.sim.events import Sent
 from fedsim.sim.executor import ClientError, Results
 
@@ -137,26 +138,27 @@ class Mail:
             self.took[:, flight.client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
         return bool(messages)
 
-    def take(self, client: int) -> Landed:
-        """Wait for one client's reply.
+    def wait(self, enough: Callable[[], bool], until: float = inf) -> None:
+        """Take in replies until there are enough, or until a time.
 
         Raises:
-            ClientError: if it failed, or nobody replied for too long.
+            ClientError: if a client failed, or (without a time) nobody replied for too long.
         """
         last = self.now
-        while client not in self.landed:
+        while not enough():
             last = self.now if self.look() else last
-            if client not in self.landed:
-                self.check_patience(last)
-                self.clock.sleep(self.patience.poll_seconds)
-        return self.landed.pop(client)
+            if enough() or self.now >= until - TOLERANCE:
+                break
+            if until == inf and self.now - last > self.patience.reply_seconds:
+                missing = sorted(self.flights.values(), key=lambda job: job[0].client)
+                shown = ", ".join(f"{f.client} ({sent.work}, round {sent.round + 1})" for f, sent in missing)
+                raise ClientError(f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}")
+            self.clock.sleep(min(self.patience.poll_seconds, max(until - self.now, 0.0)))
 
-    def check_patience(self, last: float) -> None:
-        """Refuse to wait any longer if the last reply came in at `last`."""
-        if self.now - last > self.patience.reply_seconds:
-            missing = sorted(self.flights.values(), key=lambda job: job[0].client)
-            shown = ", ".join(f"{f.client} ({sent.work}, round {sent.round + 1})" for f, sent in missing)
-            raise ClientError(f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}")
+    def take(self, client: int) -> Landed:
+        """One client's reply, once it is there."""
+        self.wait(lambda: client in self.landed)
+        return self.landed.pop(client)
 
     def _open(self, flight: Flight, sent: Sent, message: Message) -> Results:
         content = content_of(message, f"client {flight.client}, {sent.work} of round {sent.round + 1}")
