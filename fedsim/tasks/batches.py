@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,21 +57,21 @@ class BatchPlan:
         gather: Callable[[int | None, int, slice, Tensor | None], Any] | None = None,
         locate: Callable[[Tensor], Tensor] = lambda positions: positions,
     ) -> None:
-        steps, per_epoch = schedule.num_steps(counts), schedule.steps_per_epoch(counts)
-        self._gather = gather or self._samples
-        if len(counts) > 1 and bool((steps[1:] > steps[:-1]).any()):
-            raise AssertionError("a stack must be ordered by number of local steps")
-        largest = int(counts.max()) if len(counts) else 0
-        self._width = largest if schedule.batch_size is None else min(schedule.batch_size, largest)
-        table = torch.stack([counts, steps, per_epoch])
+        table = torch.stack([counts, schedule.num_steps(counts), schedule.steps_per_epoch(counts)])
+        num_samples, num_steps, per_epoch = here = table.numpy()
         there = table.to(streams.clients.device)  # in one transfer
+        self._gather = gather or self._samples
+        if (num_steps[1:] > num_steps[:-1]).any():
+            raise AssertionError("a stack must be ordered by number of local steps")
+        largest = int(num_samples.max(initial=0))
+        self._width = largest if schedule.batch_size is None else min(schedule.batch_size, largest)
         self.num_steps = there[1]
-        self.rows = locate(_positions(table, there, schedule, streams, self._width))
-        step = torch.arange(int(steps[0]) if len(steps) else 0)
-        active = steps[:, None] > step
-        before = step % per_epoch.clamp(min=1)[:, None] * self._width  # samples of the epoch that came earlier
-        self._filled = torch.where(active, (counts[:, None] - before).clamp(max=self._width), 0)
-        cut = self._filled.amax(0) if len(step) else step
+        self.rows = locate(_positions(here, there, schedule, streams, self._width))
+        step = np.arange(num_steps.max(initial=0))
+        active = num_steps[:, None] > step
+        before = step % np.maximum(per_epoch, 1)[:, None] * self._width  # samples of the epoch that came earlier
+        self._filled = np.where(active, np.minimum(num_samples[:, None] - before, self._width), 0)
+        cut = self._filled.max(0, initial=0)
         self._active: list[int] = active.sum(0).tolist()
         self._cut: list[int] = cut.tolist()
         self._full: list[bool] = ((self._filled == cut) | ~active).all(0).tolist()
@@ -94,7 +95,7 @@ class BatchPlan:
 
     def whole(self) -> tuple[Any, int, list[int]]:
         """(all steps as one batch [C, K * B], B, active clients of each step); padding weighs zero."""
-        weights = None if bool((self._filled == self._width).all()) else self._valid.flatten(1)
+        weights = None if (self._filled == self._width).all() else self._valid.flatten(1)
         return self._gather(None, len(self.rows), slice(None), weights), self._width, self._active
 
     def __getitem__(self, step: int) -> Any:
@@ -107,7 +108,7 @@ class BatchPlan:
     def _valid(self) -> Tensor:
         """[C, K, B] float32: one for samples, zero for padding."""
         column = torch.arange(self._width, device=self.rows.device)
-        return (column < self._filled.to(self.rows.device)[:, :, None]).to(torch.float32)
+        return (column < torch.from_numpy(self._filled).to(column.device)[:, :, None]).to(torch.float32)
 
     @cached_property
     def lines(self) -> list[tuple[int, int] | None]:
@@ -124,25 +125,26 @@ class BatchPlan:
         return [line if ok else None for line, ok in zip(found, fits.tolist(), strict=True)]
 
 
-def _positions(table: Tensor, there: Tensor, schedule: Schedule, streams: Streams, width: int) -> Tensor:
+def _positions(here: np.ndarray, there: Tensor, schedule: Schedule, streams: Streams, width: int) -> Tensor:
     """[C, K * width] positions, one epoch's order after the other; 0 for padding.
 
     Args:
-        table: [3, C] on the host: samples, steps and steps per epoch of each client.
+        here: [3, C] on the host: samples, steps and steps per epoch of each client.
         there: the same on the device.
         schedule, streams: of the stack.
         width: B.
     """
     counts, num_steps, per_epoch = there
-    total = int(table[1].max()) * width if table.numel() else 0
+    largest, most_steps, longest = (int(n) for n in here.max(1, initial=0))
+    total = most_steps * width
     # padding of short epochs is scattered into one column beyond the end
     positions = torch.zeros(len(counts), total + 1, dtype=torch.int64, device=counts.device)
     if total == 0:
         return positions[:, :0]
-    span, largest = int(table[2].max()) * width, int(table[0].max())
+    span, num_epochs = longest * width, int((-(-here[1] // np.maximum(here[2], 1))).max())
     column = torch.arange(span, device=counts.device)
     own, end = column < counts[:, None], (num_steps * width)[:, None]
-    for epoch in range(int((-(-table[1] // table[2].clamp(min=1))).max())):
+    for epoch in range(num_epochs):
         target = epoch * (per_epoch * width)[:, None] + column
         target = torch.where(own & (target < end), target, total)
         if schedule.shuffle:
