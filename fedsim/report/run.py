@@ -161,7 +161,8 @@ def _configuration(history: History, folder: Path) -> list[Section]:
 
 
 def _environment(history: History, folder: Path) -> Section | None:
-    found = dict(history.config.get("versions") or {})
+    versions = history.config.get("versions")
+    found = dict(versions) if isinstance(versions, Mapping) else {}
     file = folder / "env.json"
     if file.is_file():
         try:
