@@ -95,6 +95,12 @@ def test_a_local_step_costs_the_same_launches_for_any_number_of_clients_and_neve
     assert many_long.launches == long.launches
 
 
+def test_a_private_step_never_waits() -> None:
+    rule = {"name": "sgd", "lr": 0.05, "dp": {"clip": 1.0, "noise": 0.5}}
+    short, long = (second_round(3, steps, rule=rule) for steps in (2, 4))
+    assert short.waits == long.waits <= WAITS_OF_A_STACK and short.launches < long.launches
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_number_of_tensors_of_a_model_adds_no_waits(kind: str) -> None:
     two, eight = (second_round(model=m, **KINDS[kind]) for m in ("logistic", {"name": "mlp", "hidden": [32] * 3}))
