@@ -182,10 +182,11 @@ class Stepwise:
             assert sent is not None, "the strategy must send LocalTraining.start's state along"
             state.unpack_(sent)
         if self.optimizer.state_scope == "client" and MEMORY + "t" in memory:
-            known = memory.read(MEMORY + "t", ()).cpu() > 0
+            known = memory.read(MEMORY + "t", ()) > 0
             for name, rows in state.to_rows().items():
                 stored = memory.read(MEMORY + name, tuple(rows.shape[1:]), rows.dtype)
-                rows[known.to(rows.device)] = stored.to(rows)[known.to(rows.device)]
+                mine = known.to(rows.device).view(-1, *[1] * (rows.ndim - 1))
+                rows.copy_(torch.where(mine, stored.to(rows), rows))
         return state
 
     def _remember(self, state: OptState) -> None:

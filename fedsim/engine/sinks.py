@@ -80,7 +80,7 @@ class SampleSink:
         """[C, P]; see `Session.weighted_sum`."""
         absent = x.new_zeros(batch.targets.shape[:2])
         # the pass was that of the mean loss, so gradients came divided by the number of samples
-        count = absent.new_tensor(absent.shape[1]) if batch.weights is None else batch.weights.sum(1).to(x)
+        count = absent.new_full((), absent.shape[1]) if batch.weights is None else batch.weights.sum(1).to(x)
         count = count.view(-1, 1, 1)
         names = layout.trainable.names
         norms = [self.found[name].square_norms() if name in self.found else absent for name in names]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def supply(
         aux["loss_eval"] = slopes
     if "per_sample_norms" in wanted:
         assert settings.dp is not None
-        bounds = x.new_tensor(settings.dp.bounds(optimizer.layout))
+        bounds = _on_device(settings.dp.bounds(optimizer.layout), x.dtype, x.device)
         gradient = private_gradient(x, oracle, settings.dp, bounds, streams, t)
         aux["per_sample_norms"] = bounds
     if "sampled_grad" in wanted:
@@ -84,6 +85,11 @@ def supply(
         z = by_step(streams, t, x, "hvp", Streams.rademacher)
         aux["hvp"] = z * oracle.hvp(x, z)
     return gradient, aux
+
+
+@cache
+def _on_device(bounds: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(bounds, dtype=dtype, device=device)
 
 
 def zeroth_order_gradient(

@@ -87,7 +87,7 @@ class FormulaOracle:
         self.loss: Tensor | None = None
 
     def batch_sizes(self) -> Tensor:
-        return torch.ones(len(self.batch.rows), dtype=torch.int64)
+        return torch.ones_like(self.batch.rows)
 
     def num_labels(self) -> Tensor:
         raise AssertionError("a formula has no labels")

@@ -85,7 +85,9 @@ class SamplesOracle:
 
     def batch_sizes(self) -> Tensor:
         weights, shape = self.batch.weights, self.batch.inputs.shape
-        return torch.full((shape[0],), shape[1]) if weights is None else weights.sum(1)
+        if weights is not None:
+            return weights.sum(1)
+        return torch.full((shape[0],), shape[1], device=self.batch.inputs.device)
 
     def num_labels(self) -> Tensor:
         return self.batch_sizes() * self.batch.targets[0, 0].numel()

@@ -125,6 +125,26 @@ def test_what_runs_beside_a_strategy_gives_the_numbers_of_the_cpu(option: str) -
         assert_alike(run(pair("fedavg", option), "cuda"), expected)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"name": "sophia_g"},
+        {"name": "sophia_h"},
+        {"name": "adamw", "zeroth_order": {}},
+        {"name": "adamw", "dp": {"clip": 1.0, "noise": 0.5}},
+        {"name": "adamw", "state_scope": "client"},
+        {"name": "adamw", "state_scope": "server"},
+    ],
+    ids=lambda rule: " ".join(map(str, rule.values())),
+)
+def test_what_optimizers_need_or_keep_gives_the_numbers_of_the_cpu(rule: dict[str, Any]) -> None:
+    config = pair("fedavg", None)
+    config["local"] = {**config["local"], "optimizer": {"lr": 0.01, **rule}}
+    expected = run(config, "cpu")
+    with pretend_gpu():
+        assert_alike(run(config, "cuda"), expected)
+
+
 @pytest.mark.parametrize("task", ["quadratic task", "bilinear task"])
 def test_tasks_in_closed_form_give_the_numbers_of_the_cpu(task: str) -> None:
     expected = run(pair("extragradient", task), "cpu")
