@@ -7,32 +7,57 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fedsim.config import ConfigError
 
 LOCK_FILE = ".lock"
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
     """Write a file so that after any failure its old content stands, or the new one, and nothing in between.
+
+    Args:
+        path: of the file.
+        content: what it is to hold, or what writes a file at a path given to it.
 
     Raises:
         OSError: if it cannot be written.
     """
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(part)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors (safetensors) in the same way, from where they lie.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+
+    def save(part: Path) -> None:
+        try:
+            save_file(dict(tensors), part)
+        except SafetensorError as e:
+            raise OSError(f"{part}: {e}") from e
+
+    write_whole(path, save)
 
 
 def sync(path: Path) -> None:

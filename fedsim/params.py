@@ -120,10 +120,10 @@ class Layout:
         return torch.cat(parts, dim=-1)
 
     def state_dict(self, flat: Tensor, like: nn.Module) -> dict[str, Tensor]:
-        """A module's state dict from a flat [P], in the module's own dtypes (integer buffers are rounded)."""
+        """A module's state dict from a flat [P], in the module's own dtypes: views of it, save for other dtypes."""
         own = dict(like.named_parameters()) | dict(like.named_buffers())
         return {
-            k: (v.round() if not own[k].is_floating_point() else v).to(own[k].dtype).clone()
+            k: (v.round() if not own[k].is_floating_point() else v).to(own[k].dtype)
             for k, v in self.views(flat.detach()).items()
         }
 

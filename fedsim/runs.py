@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from fedsim.compose import Composition, compose
 from fedsim.config import ConfigError
-from fedsim.files import held, write_whole
+from fedsim.files import held, write_tensors, write_whole
 from fedsim.fleet import DrivenFleet
 from fedsim.history import History
 from fedsim.loop import Watch, train
@@ -249,7 +248,7 @@ def _write_results(folder: Path, composition: Composition, state: Any, history: 
         tensors = Layout.of_module(composition.module).state_dict(state.x.cpu(), composition.module)
     else:
         tensors = {k: v.contiguous() for k, v in experiment.task.layout.views(state.x.cpu()).items()}
-    write_whole(folder / "model.safetensors", safetensors.torch.save(tensors))
+    write_tensors(folder / "model.safetensors", tensors)
     _write_timeline(folder, experiment.fleet)
     if experiment.evaluate.per_client and composition.data is not None:
         _write_clients(folder, experiment.task, state.x, experiment.pool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import fedsim
 from fedsim import checkpoint, files, runs
 from fedsim.config import ConfigError
-from fedsim.files import held, write_whole
+from fedsim.files import held, write_tensors, write_whole
 from tests.fedsim.console import contents
 from tests.fedsim.console import fedsim as console
 from tests.fedsim.test_runs import QUADRATIC, QUICKSTART, ROOT, model, rows, start, wait_for_rows
@@ -276,3 +279,18 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch
         assert contents(tmp_path) == {"file": b"old"}
     write_whole(file, b"new")
     assert contents(tmp_path) == {"file": b"new"}
+
+
+def test_tensors_that_do_not_fit_on_the_disk_are_an_oserror_and_leave_the_file_that_was_there(tmp_path: Path) -> None:
+    path, rows = tmp_path / "model.safetensors", torch.arange(40_000.0).view(2, -1)
+    write_tensors(path, {"a": rows[0], "b": rows[1]})  # one storage
+    before = path.read_bytes()
+    assert torch.equal(load_file(path)["b"], rows[1])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="model.safetensors.part: "):
+            write_tensors(path, {"a": rows + 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
