@@ -106,9 +106,10 @@ class RayPool:
     def free(self, seconds: float) -> list[Worker]:
         """The workers that are ready and idle once none of them is busy any more, or after some seconds."""
         until = time.monotonic() + seconds
-        while busy := [w.ref for w in self.workers if w.ref is not None]:
-            ready, _ = self.ray.wait(busy, num_returns=1, timeout=max(0.0, until - time.monotonic()))
-            if not ready:
+        while busy := {w.ref: w.deadline for w in self.workers if w.ref is not None}:
+            next_deadline = min(busy.values())
+            wait = max(0.0, min(until, next_deadline) - time.monotonic())
+            if not self.ray.wait(list(busy), num_returns=1, timeout=wait)[0] and until < next_deadline:
                 break
             self.next_outcome()
         return [w for w in self.workers if w.ref is None]

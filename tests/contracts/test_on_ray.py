@@ -14,9 +14,10 @@ import pytest
 from fedsim.runs import run
 from fedsim.sim.executor import Jobs
 from fedsim.sim.ray_executor import RayExecutor
+from fedsim.sim.ray_plane import Plane
 from fedsim.strategies import STRATEGIES
 from tests.composition import pair
-from tests.fedsim.sim.ray_cases import hang_after_a_stack, once_marked
+from tests.fedsim.sim.ray_cases import hang_after_a_stack, once_marked, worker_dies_in
 from tests.fedsim.sim.runtime import local_runtime
 
 pytestmark = [
@@ -50,8 +51,9 @@ def here(strategy: str, option: str | None = None) -> Rows:
     return rows(strategy, option)
 
 
-def on_ray(strategy: str, option: str | None = None, *, workers: int) -> Rows:
-    return rows(strategy, option, **{"runtime.executor": "ray", "runtime.workers": workers})
+def on_ray(strategy: str, option: str | None = None, *, workers: int, collectives: str = "object_store") -> Rows:
+    runtime = {"executor": "ray", "workers": workers, "collectives": collectives}
+    return rows(strategy, option, **{f"runtime.{k}": v for k, v in runtime.items()})
 
 
 @pytest.mark.parametrize("option", ["uplink rand_k", "uplink top_k, error feedback", "local AdamW", "label flip"])
@@ -97,3 +99,25 @@ def test_metrics_on_ray_equal_those_in_process_though_workers_are_killed_in_mid_
     assert killer.marks and all(mark.exists() for mark in killer.marks.values())
     # Ray may report one death twice, to the call that it cut off and to the next: then that one runs again as well
     assert killer.resubmitted >= len(killer.marks)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "workers"),
+    [("fedavg", 1), ("fedavg", 2), ("fedavg", 3), ("scaffold_m", 2), ("scaffold_m", 3), ("monna", 2), ("fedbuff", 3)],
+)
+def test_metrics_of_workers_that_talk_to_each_other_equal_those_in_process(
+    strategy: str, workers: int, runtime: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of several workers is killed in the middle of the third fold."""
+    folds, together = [0], Plane.run
+
+    def run_and_kill(plane: Plane, *args: Any) -> Any:
+        folds[0] += 1
+        if folds[0] == 3 and workers > 1:
+            actor = plane._pool.workers[-1].actor
+            plane._pool.ray.get(actor.__ray_call__.remote(worker_dies_in, "fold"))
+        return together(plane, *args)
+
+    monkeypatch.setattr(Plane, "run", run_and_kill)
+    assert on_ray(strategy, workers=workers, collectives="gloo") == here(strategy)
+    assert folds[0] == (ROUNDS if strategy in ("fedavg", "scaffold_m") else 0), "the others do not fold"

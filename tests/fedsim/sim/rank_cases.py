@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -21,13 +20,12 @@ from fedsim.cohort import Cohort
 from fedsim.config import ConfigError
 from fedsim.runs import run
 from fedsim.sim import torchrun
-from fedsim.sim.collectives import Group
 from fedsim.sim.executor import ClientError, Jobs, Lost, Results, StackRunner
 from fedsim.sim.packing import Parcel, pack, unpack
 from fedsim.sim.ranks import Ranks
 from fedsim.sim.torchrun import Place, place
 from tests.composition import pair
-from tests.fedsim.sim.ray_cases import NUM_CLIENTS, Toy, runner, some_jobs
+from tests.fedsim.sim.ray_cases import NUM_CLIENTS, Toy, die_in, runner, some_jobs
 
 Rows = list[dict[str, Any]]
 SECONDS = 100  # after which a process counts as hung
@@ -130,13 +128,7 @@ def run_and_die(victim: int, where: str) -> Any:
     """A call in which one rank is killed at the start of a part of it."""
     ranks = executor(runner())
     if ranks.group.rank == victim:
-        before = getattr(Group, where)
-
-        def die(*args: Any, **more: Any) -> Any:
-            os.kill(os.getpid(), signal.SIGKILL)
-            return before(*args, **more)
-
-        setattr(Group, where, die)
+        die_in(where)
     try:
         return ranks.serve() or ranks.run(some_jobs())
     finally:

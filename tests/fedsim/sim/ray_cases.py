@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim.cohort import Cohort
+from fedsim.sim.collectives import Group
 from fedsim.sim.executor import Jobs, Results, StackRunner
 from fedsim.sim.ray_worker import Actor
 from fedsim.streams import Streams
@@ -103,6 +105,20 @@ def hang_after_a_stack(actor: Actor, mark: str) -> None:
         raise AssertionError("nobody ended this worker")
 
     StackRunner.run = never_heard_of  # type: ignore[method-assign]
+
+
+def die_in(where: str) -> None:
+    """Let this process be killed when its group of workers comes to this part of a call."""
+
+    def die(self: Group, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Group, where, die)
+
+
+def worker_dies_in(actor: Actor, where: str) -> None:
+    """Called in a worker."""
+    die_in(where)
 
 
 def runner(folder: Path | str = "") -> StackRunner:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,17 @@ from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Uplink
 from fedsim.sim.ray_executor import RayExecutor
-from tests.fedsim.sim.ray_cases import DIM, NUM_CLIENTS, arm, assert_same_bits, once_marked, runner, some_jobs
+from fedsim.sim.ray_plane import backend_for
+from tests.fedsim.sim.ray_cases import (
+    DIM,
+    NUM_CLIENTS,
+    arm,
+    assert_same_bits,
+    once_marked,
+    runner,
+    some_jobs,
+    worker_dies_in,
+)
 from tests.fedsim.sim.runtime import local_runtime
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +57,7 @@ JOBS = {
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[None]:
     """A runtime that the caller started: executors use it and leave it running."""
-    with local_runtime(num_cpus=8):  # the executors of this module hold six
+    with local_runtime(num_cpus=11):  # the executors of this module hold nine
         yield
 
 
@@ -59,10 +70,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def executors(runtime: None, folder: Path) -> Iterator[dict[int, RayExecutor]]:
     """One executor for each number of workers, one client a stack so that stacks share groups."""
-    made = {w: RayExecutor(runner(folder), width=1, workers=w) for w in (1, 2, 3)}
+    made = {w: RayExecutor(runner(folder), width=1, workers=w, collectives="object_store") for w in (1, 2, 3)}
     yield made
     for executor in made.values():
         executor.close()
+
+
+@pytest.fixture(scope="module")
+def talking(runtime: None, folder: Path) -> Iterator[RayExecutor]:
+    """Three workers that fold between them."""
+    made = RayExecutor(runner(folder), width=1, workers=3, collectives="gloo")
+    yield made
+    made.close()
 
 
 def in_process(jobs: Jobs, *, width: int = 1, workers: int = 1) -> Results:
@@ -177,6 +196,75 @@ def test_a_group_that_always_loses_its_worker_ends_with_a_clear_error(
     once_marked(arm(folder), lambda pid: os.kill(pid, signal.SIGKILL))
     with pytest.raises(RuntimeError, match=r"step in round 5 .* lost its worker 1 times.*lower runtime.stack"):
         executors[3].run(JOBS["folded"])
+
+
+def test_workers_that_talk_to_each_other_give_the_same_bits(talking: RayExecutor) -> None:
+    for jobs in JOBS.values():
+        assert_same_bits(talking.run(jobs), in_process(jobs, workers=2))
+    assert epochs(talking) == {talking._plane._epoch}, "all three are in one group"
+
+
+def epochs(executor: RayExecutor) -> set[int]:
+    """The groups that the workers are in; 0 is none."""
+    return {worker.epoch for worker in executor._pool.workers}
+
+
+def fold_together(executor: RayExecutor, patch: pytest.MonkeyPatch) -> Results:
+    """A folded call that must not need the object store for its sums."""
+    with patch.context() as inner:
+        inner.setattr(executor, "_submit", None)
+        return executor.run(JOBS["folded"])
+
+
+@pytest.mark.parametrize("where", [*(pytest.param(w, marks=pytest.mark.alone) for w in ("broadcast", "agree")), "fold"])
+def test_a_worker_killed_among_talking_ones_changes_no_bit(
+    talking: RayExecutor, where: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, workers = in_process(JOBS["folded"]), talking._pool.workers
+    talking._pool.free(60.0)
+    assert_same_bits(fold_together(talking, monkeypatch), expected)
+    talking._ray.get(workers[1].actor.__ray_call__.remote(worker_dies_in, where))
+    with caplog.at_level(logging.WARNING, logger="fedsim"):
+        assert_same_bits(talking.run(JOBS["folded"]), expected)
+    assert "the workers' group is dissolved" in caplog.text and "this time" in caplog.text
+    assert epochs(talking) == {0}
+    assert_same_bits(fold_together(talking, monkeypatch), expected)  # with whoever is there
+    assert epochs(talking) - {0}
+
+
+def test_a_worker_that_hangs_among_talking_ones_is_left_behind(
+    talking: RayExecutor, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talking._pool.free(60.0)
+    monkeypatch.setattr(talking._plane, "_timeout_seconds", 2.0)
+    monkeypatch.setattr(talking._plane, "_size", 0)  # a new group, with this deadline
+    mark = arm(folder)
+    assert_same_bits(talking.run(JOBS["folded"]), in_process(JOBS["folded"]))
+    assert mark.exists(), "the victim did hang"
+
+
+def test_an_exception_among_talking_workers_ends_the_call_for_all(talking: RayExecutor) -> None:
+    talking._pool.free(60.0)
+    with pytest.raises(ClientError, match=r"^Toy.fail failed in round 5 for client\(s\) 7: ZeroDivisionError"):
+        talking.run(some_jobs("fail"))
+    assert_same_bits(talking.run(JOBS["folded"]), in_process(JOBS["folded"]))
+
+
+def test_nccl_without_gpus_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match="runtime.collectives: nccl needs a GPU for every worker.*use gloo or auto"):
+        RayExecutor(runner(), width=1, collectives="nccl")
+
+
+def test_how_sums_travel_is_a_rule_on_model_and_machines() -> None:
+    def rule(
+        collectives: Any = "auto", gpus: bool = False, num_nodes: int = 1, model_bytes: int = 1 << 20
+    ) -> str | None:
+        return backend_for(collectives, gpus=gpus, num_nodes=num_nodes, model_bytes=model_bytes)
+
+    assert rule() == "gloo" and rule(model_bytes=40 << 20) is None
+    assert rule(model_bytes=40 << 20, num_nodes=2) == "gloo"
+    assert rule(gpus=True) == "nccl" and rule("gloo", gpus=True) == "gloo"
+    assert rule("object_store", gpus=True, num_nodes=2) is None
 
 
 def test_a_strategy_that_cannot_be_pickled_is_refused_at_once(runtime: None) -> None:

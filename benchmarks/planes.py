@@ -1,0 +1,77 @@
+"""The two ways in which Ray workers fold, as ratios: between each other over gloo, and through the object store.
+
+    python -m benchmarks.planes [--sizes 100000 1000000 10000000] [--groups 2 8] [--workers 2] [--repeats 7]
+
+Each group of stacks replies one vector of the model's size that costs nothing to compute, so a call is the way of
+the model to the workers and of the sums back. The ways take turns; a figure is milliseconds, the best of all turns, and
+the ratio divides gloo by the object store: below 1, gloo is the faster. `auto` says what the rule takes on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from fedsim.cohort import Cohort
+from fedsim.sim.executor import Jobs, StackRunner
+from fedsim.sim.ray_executor import RayExecutor
+from fedsim.sim.ray_plane import backend_for
+from fedsim.tasks.quadratic import QuadraticTask
+
+MAX_GROUPS = 64
+WAYS = ("gloo", "object_store")
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A client half that sends the model back."""
+
+    def reply(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
+        return {"delta": x.expand(len(clients), -1)}
+
+
+def milliseconds(executor: RayExecutor, size: int, groups: int) -> float:
+    """One folded call."""
+    ids = torch.arange(groups)
+    model, weights = torch.ones(size), torch.full((groups,), 1 / groups)
+    jobs = Jobs("reply", ids, torch.zeros_like(ids), [{"x": model}], torch.zeros_like(ids), weights=weights)
+    start = time.perf_counter()
+    got = executor.run(jobs).sums["delta"]
+    seconds = time.perf_counter() - start
+    assert torch.equal(got, model), "the mean of equal models"
+    return 1e3 * seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10**5, 10**6, 10**7])
+    parser.add_argument("--groups", type=int, nargs="+", default=[2, 8], help="powers of two, at most 64")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    task = QuadraticTask.drawn(MAX_GROUPS, 1, seed=0)
+    runner = StackRunner(task, Echo(), seed=0, device=torch.device("cpu"))
+    import ray
+
+    ray.init(address="local", num_cpus=2 * args.workers, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    ways = {way: RayExecutor(runner, width=1, workers=args.workers, collectives=way) for way in WAYS}
+    print(f"{args.workers} workers\n{'P':>10}{'groups':>8}{'gloo':>10}{'store':>10}{'ratio':>8}  auto")
+    for size, groups in product(args.sizes, args.groups):
+        for executor in ways.values():
+            milliseconds(executor, size, groups)
+        turns = [{w: milliseconds(executor, size, groups) for w, executor in ways.items()} for _ in range(args.repeats)]
+        gloo, store = (min(turn[way] for turn in turns) for way in WAYS)
+        auto = backend_for("auto", gpus=False, num_nodes=1, model_bytes=4 * size) or "object_store"
+        print(f"{size:>10,}{groups:>8}{gloo:>10.1f}{store:>10.1f}{gloo / store:>8.2f}  {auto}", flush=True)
+    for executor in ways.values():
+        executor.close()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
