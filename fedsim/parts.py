@@ -73,10 +73,6 @@ class Parts(Mapping[str, Tensor]):
             parts.add(torch.tensor(jobs), {name: _taken(value, rows) for name, value in piece.items()})
         return parts
 
-    def to(self, device: torch.device | str) -> Parts:
-        """The same rows on a device."""
-        return Parts(self.num_rows, [(of, {k: v.to(device) for k, v in rows.items()}) for of, rows in self.pieces])
-
     def __getitem__(self, name: str) -> Tensor:
         given = [(index, piece[name]) for index, piece in self.pieces if name in piece]
         if not given:

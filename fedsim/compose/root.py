@@ -178,7 +178,6 @@ def _fleet(
         memory=Memory(n),
         seed=file.seed,
         ahead=replies_ahead(width, executor.stacks, device),
-        device=device,
         reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
         downlink=downlink,
         byzantine=byzantine,

@@ -71,11 +71,11 @@ def speedup(shares: Sequence[float], workers: int) -> float:
 
 
 def shares_of(work: Work, num_examples: Tensor, width: int, stacks: int) -> list[float]:
-    """Samples that each stack of a typical cohort trains on: its clients stand evenly in the order of their samples."""
+    """What each stack of a typical cohort costs, whose clients stand evenly in the order of their samples."""
     n, order = num_examples.cpu(), torch.argsort(num_examples.cpu())
     size = min(work.cohort_size, len(n))
     ids = order[(torch.arange(size) * 2 + 1) * len(n) // (2 * size)]
-    each = work.steps[ids].double() * n[ids].clamp(max=work.batch_size)
+    each = work.costs(n)[ids].double()
     return [float(each[stack].sum()) for stack in cut(n[ids], width, stacks)]
 
 

@@ -179,8 +179,9 @@ class Optimizer:
             aux: `mask` [P] or [k, P] (coordinates at 0 are frozen: no step, no decay, no share in any norm),
                 `add` [P] or [k, P] (added to the gradient), and what the rule `needs`.
             streams: of the k clients, for rules with noise.
-            doubt: [] of zero on x's device, for who wants no wait: on a GPU no gradient is looked at, all step, and
-                this number is not finite any more once one of them was not. None looks at once.
+            doubt: [] on x's device, zero before the first step, for who does not want to wait for each step: where that
+                takes a wait no gradient is looked at, all step, and this number ends up not finite if one of them was
+                not. None looks at once.
         """
         k = x.shape[0]
         assert grad.shape == x.shape and k <= state.num_clients, (tuple(x.shape), tuple(grad.shape), state.num_clients)

@@ -50,7 +50,6 @@ class SimFleet(Account):
         memory: rows that clients keep.
         seed: of the run.
         ahead: replies that may wait, computed before they are due.
-        device: where replies lie.
         reply_bits: bits of one model-sized vector on the way up; 32 P unless the uplink compresses.
         downlink: compresses broadcasts; None sends them as they are.
         byzantine: who lies, and how; None for nobody.
@@ -66,7 +65,6 @@ class SimFleet(Account):
         memory: Memory,
         seed: int,
         ahead: int = 64,
-        device: torch.device | str = "cpu",
         reply_bits: int | None = None,
         downlink: Downlink | None = None,
         byzantine: Byzantine | None = None,
@@ -75,7 +73,7 @@ class SimFleet(Account):
         self.now = 0.0
         self.memory, self.executor, self.byzantine = memory, executor, byzantine
         self.queue = EventQueue()
-        self._devices, self._ahead, self._device = devices, ahead, device
+        self._devices, self._ahead = devices, ahead
         self._reply_bits = FLOAT_BITS * model_size if reply_bits is None else reply_bits
         self._durations: dict[int, tuple[tuple[float, float, float], Tensor]] = {}
 
@@ -203,7 +201,6 @@ class SimFleet(Account):
         super().load(state)
         self.now, self.queue = state["now"], EventQueue(state["queue"])
         events, replies = {e.sequence: e for e in self.queue}, state["replies"]
-        replies.fields = Parts.of(replies.fields, len(state["waiting"])).to(self._device)
         for sequence, reply in zip(state["waiting"], replies.apart(), strict=True):
             events[sequence].result = reply
         self.memory.load(state["memory"])

@@ -23,11 +23,12 @@ def by_rows(
 ) -> list[int]:
     """Run a step on blocks of rows of about so many entries (on a CPU); returns the rows that were left out."""
     k, left, checked = len(x), [], recipe.settings.skip_nonfinite
-    if checked and block.doubt is not None and not x.is_cpu:
-        block.doubt.add_(g.sum())
-        checked = False
     for rows in row_blocks(x, entries, recipe.decodes):
-        bad = _not_finite(g[rows]) if checked else None
+        bad = None
+        if checked and block.doubt is not None:
+            block.doubt.add_(g[rows].sum())
+        elif checked:
+            bad = _not_finite(g[rows])
         if bad is None:
             run(x[rows], g[rows], take_rows(block, rows, k))
             continue
