@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
-from fedsim.checkpoint import Packed, pack, unpack
 from fedsim.clients.byzantine import ATTACKS
 from fedsim.compose import compose
 from fedsim.compress import COMPRESSORS
@@ -246,14 +245,6 @@ def test_a_run_that_was_stopped_and_resumed_on_the_device_equals_one_that_was_no
     whole = run({**config, "rounds": 4}, "cuda")
     run({**config, "rounds": 2}, "cuda", tmp_path)
     assert run({**config, "rounds": 4}, "cuda", tmp_path, resume=True) == whole[2:]
-
-
-def test_a_checkpoint_brings_each_tensor_back_to_where_it_was(gpu: Counts) -> None:
-    aside = Packed()
-    packed = pack({"x": torch.ones(2, device="cuda"), "ids": [torch.arange(3)]}, aside)
-    assert all(t.is_cpu for t in aside.tensors.values())
-    found = unpack(packed, aside, {}, torch.device("cuda"))
-    assert found["x"].device.type == "cuda" and found["ids"][0].device.type == "cpu"
 
 
 class OnceInfinite(QuadraticTask):
