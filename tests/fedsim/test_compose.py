@@ -227,7 +227,7 @@ def test_the_bits_are_those_of_the_file_with_any_number_of_workers() -> None:
 def test_the_gain_of_workers_is_reckoned_from_the_cut() -> None:
     work = Work(cohort_size=4, steps=torch.tensor([1, 2, 1, 3, 0, 2, 1, 1]), batch_size=10, in_factors=False)
     num_examples = torch.tensor([10, 20, 4, 30, 0, 15, 5, 6])
-    # in order of samples 0, 4, 5, 6, 10, 15, 20, 30; every second one: 4, 6, 15, 30 samples in 1, 1, 2, 3 steps, and one
+    # in order of samples 0, 4, 5, 6, 10, 15, 20, 30; every second one: 4, 6, 15, 30 in 1, 1, 2, 3 steps, and one more
     # for coming at all
     assert shares_of(work, num_examples, 2, 1) == [31 + 21, 7 + 5]
     assert shares_of(work, num_examples, 2, 3) == [31 + 21, 7 + 5]
