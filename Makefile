@@ -6,7 +6,7 @@ CONFIG ?= configs/quickstart.yaml
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types contract unit extras live bench bench-optim figures clean
+.PHONY: help run test lint types contract unit extras live gpu bench bench-optim figures clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -48,6 +48,10 @@ extras: $(BIN)/.test ## every extra resolves from the constraints file (nothing 
 live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every strategy on Ray (minutes)
 	$(BIN)/pytest -m flower tests/flower_live
 	$(BIN)/pytest -m alone tests/contracts
+
+gpu: $(BIN)/.test ## on a machine with a GPU: its tests, then the figures of docs/benchmarks-gpu.md
+	$(BIN)/pytest -m gpu tests/contracts
+	$(BIN)/python -m benchmarks.gpu --page docs/benchmarks-gpu.md
 
 bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.rounds

@@ -1,12 +1,14 @@
 """What every table must hold on a device that is not the host: the numbers of a CPU, and no mixed devices.
 
-The device is a pretend one (`tests.device`), whose numbers are a CPU's up to the order of sums; what it finds is
-tensors on the wrong device. How often it waits is held by `test_device_budgets`.
+The device is the machine's own GPU where it has one (`make gpu`). Elsewhere it is a pretend one (`tests.device`), whose
+numbers are a CPU's up to the order of sums; what it finds is tensors on the wrong device. How often it waits is held by
+`test_device_budgets`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -38,13 +40,22 @@ from tests.contracts.test_compressors import SETTINGS, stack
 from tests.contracts.test_optimizers import LAYOUT, NAMES, problem, section
 from tests.device import Counts, pretend_gpu, why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+REAL = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not REAL and why_not() is not None, reason=str(why_not()))]
+pretended = pytest.mark.skipif(REAL, reason="about the pretend GPU")
 
 
 @pytest.fixture
 def gpu() -> Iterator[Counts]:
     with pretend_gpu() as counts:
         yield counts
+
+
+@contextmanager
+def a_gpu() -> Iterator[None]:
+    """The machine's own, or else a pretend one."""
+    with nullcontext() if REAL else pretend_gpu():
+        yield
 
 
 def run(config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False) -> list[dict[str, Any]]:
@@ -74,9 +85,9 @@ def keyed(rows: int, device: str) -> Streams:
 
 
 def assert_same_on_both(compute: Callable[[str], list[Tensor]], tolerance: float = 1e-6) -> None:
-    """What `compute(device)` gives lies on the device, and is the same on the host and on the pretend device."""
+    """What `compute(device)` gives lies on the device, and is the same on the host."""
     expected = compute("cpu")
-    with pretend_gpu():
+    with a_gpu():
         found = compute("cuda")
         assert len(found) == len(expected) and all(t.device.type == "cuda" for t in found)
         for mine, theirs in zip(found, expected, strict=True):
@@ -86,6 +97,7 @@ def assert_same_on_both(compute: Callable[[str], list[Tensor]], tolerance: float
 # The device itself -----------------------------------------------------------------------------------------------
 
 
+@pretended
 def test_tensors_of_two_devices_do_not_mix(gpu: Counts) -> None:
     x = torch.ones(3, 2, device="cuda")
     for mixed in (lambda: x + torch.ones(3, 2), lambda: torch.ones(2) @ x.T, lambda: torch.cat([x, torch.ones(1, 2)])):
@@ -96,6 +108,7 @@ def test_tensors_of_two_devices_do_not_mix(gpu: Counts) -> None:
         np.asarray(x)
 
 
+@pretended
 def test_launches_waits_and_bytes_are_counted(gpu: Counts) -> None:
     x = torch.zeros(4, 2).to("cuda")  # an allocation, and a copy from memory that is not pinned
     assert (gpu.launches, gpu.waits, gpu.bytes_up, gpu.bytes_down) == (0, 1, 32, 0)
@@ -113,14 +126,20 @@ def test_launches_waits_and_bytes_are_counted(gpu: Counts) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_gives_the_numbers_of_the_cpu(name: str) -> None:
     expected = run(pair(name, None), "cpu")
-    with pretend_gpu():
+    with a_gpu():
         assert_alike(run(pair(name, None), "cuda"), expected)
+
+
+@pytest.mark.skipif(not REAL, reason="a pretend GPU computes as the CPU does")
+def test_every_strategy_gives_the_same_bits_again_on_one_card() -> None:
+    for name in STRATEGIES:
+        assert run(pair(name, None), "cuda") == run(pair(name, None), "cuda"), name
 
 
 @pytest.mark.parametrize("option", ["uplink top_k, error feedback", "NNM before it", "server Adam", "local AdamW"])
 def test_what_runs_beside_a_strategy_gives_the_numbers_of_the_cpu(option: str) -> None:
     expected = run(pair("fedavg", option), "cpu")
-    with pretend_gpu():
+    with a_gpu():
         assert_alike(run(pair("fedavg", option), "cuda"), expected)
 
 
@@ -140,14 +159,14 @@ def test_what_optimizers_need_or_keep_gives_the_numbers_of_the_cpu(rule: dict[st
     config = pair("fedavg", None)
     config["local"] = {**config["local"], "optimizer": {"lr": 0.01, **rule}}
     expected = run(config, "cpu")
-    with pretend_gpu():
+    with a_gpu():
         assert_alike(run(config, "cuda"), expected)
 
 
 @pytest.mark.parametrize("task", ["quadratic task", "bilinear task"])
 def test_tasks_in_closed_form_give_the_numbers_of_the_cpu(task: str) -> None:
     expected = run(pair("extragradient", task), "cpu")
-    with pretend_gpu():
+    with a_gpu():
         assert_alike(run(pair("extragradient", task), "cuda"), expected)
 
 
@@ -238,13 +257,12 @@ def test_every_attack_sends_what_it_sends_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["scaffold_m", "fedbuff", "masha2"])
-def test_a_run_that_was_stopped_and_resumed_on_the_device_equals_one_that_was_not(
-    name: str, gpu: Counts, tmp_path: Path
-) -> None:
+def test_a_run_that_was_stopped_and_resumed_on_the_device_equals_one_that_was_not(name: str, tmp_path: Path) -> None:
     config = {**pair(name, None), "evaluate": {"every": 2, "per_client": True}}
-    whole = run({**config, "rounds": 4}, "cuda")
-    run({**config, "rounds": 2}, "cuda", tmp_path)
-    assert run({**config, "rounds": 4}, "cuda", tmp_path, resume=True) == whole[2:]
+    with a_gpu():
+        whole = run({**config, "rounds": 4}, "cuda")
+        run({**config, "rounds": 2}, "cuda", tmp_path)
+        assert run({**config, "rounds": 4}, "cuda", tmp_path, resume=True) == whole[2:]
 
 
 class OnceInfinite(QuadraticTask):
