@@ -130,7 +130,8 @@ class Runtime:
         workers: stacks that run side by side (in each rank of a torchrun); auto is one per core, or one per GPU.
         threads: intra-op threads of each worker.
         address: of a Ray cluster: "auto", "host:port", or null.
-        collectives: how Ray workers fold: by gloo, by nccl (GPUs), through the object_store, or auto, a rule.
+        collectives: how workers in several processes fold: by gloo, by nccl (GPUs), through Ray's object_store, or
+            auto, a rule on devices, machines and model.
         device: cpu, cuda, cuda:1, or auto.
         stack: clients of a stack, or auto: a rule on model, sizes and device (`fedsim tune` measures).
         engine: loop, stacked, compiled, pkg.module:name, or auto.

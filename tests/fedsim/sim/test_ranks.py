@@ -53,7 +53,7 @@ def here(strategy: str) -> Rows:
     return rank_cases.rows([strategy])[0]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.alone) for n in (1, 2)), 3])
 def test_strategies_give_the_metrics_of_one_process(size: int) -> None:
     (first, *_) = launch(size, rank_cases.rows, SOME)
     assert first == [here(strategy) for strategy in SOME]
