@@ -45,9 +45,9 @@ extras: $(BIN)/.test ## every extra resolves from the constraints file (nothing 
 	    $(BIN)/uv pip compile --quiet --extra "$$extra" --constraints constraints.txt pyproject.toml > /dev/null || exit 1; \
 	done
 
-live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every strategy on Ray (minutes)
+live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every strategy on Ray and under torchrun (minutes)
 	$(BIN)/pytest -m flower tests/flower_live
-	$(BIN)/pytest -m alone tests/contracts
+	$(BIN)/pytest -m alone tests/contracts tests/fedsim/sim
 
 bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.rounds
