@@ -94,15 +94,19 @@ class Group:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a lost worker is an exception, not the process's end
-        with _others():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
-                store=store,
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=timeout_seconds),
-            )
-            self._waiting = dist.new_group(backend="gloo", timeout=FOREVER)
+        try:
+            with _others():
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+                    store=store,
+                    rank=rank,
+                    world_size=size,
+                    timeout=timedelta(seconds=timeout_seconds),
+                )
+                self._waiting = dist.new_group(backend="gloo", timeout=FOREVER)
+        except Lost:
+            self.close()  # or no other group could be entered
+            raise
 
     def broadcast(
         self, outlines: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]
