@@ -45,9 +45,9 @@ extras: $(BIN)/.test ## every extra resolves from the constraints file (nothing 
 	    $(BIN)/uv pip compile --quiet --extra "$$extra" --constraints constraints.txt pyproject.toml > /dev/null || exit 1; \
 	done
 
-live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every strategy on Ray (minutes)
+live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every strategy on Ray and under torchrun (minutes)
 	$(BIN)/pytest -m flower tests/flower_live
-	$(BIN)/pytest -m alone tests/contracts
+	$(BIN)/pytest -m alone tests/contracts tests/fedsim/sim
 
 gpu: $(BIN)/.test ## on a machine with a GPU: its tests, then the figures of docs/benchmarks-gpu.md
 	$(BIN)/pytest -m gpu tests/contracts
@@ -60,6 +60,7 @@ bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.bench_aggregate
 	$(BIN)/python -m benchmarks.bench_compress
 	$(BIN)/python -m benchmarks.bench_private
+	$(BIN)/python -m benchmarks.planes
 
 bench-optim: $(BIN)/.test ## the optimizer core beside torch's own kernels, as ratios
 	$(BIN)/python -m benchmarks.bench_optim

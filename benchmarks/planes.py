@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fedsim.cohort import Cohort
+from fedsim.sim.collectives import backend_for
 from fedsim.sim.executor import Jobs, StackRunner
 from fedsim.sim.ray_executor import RayExecutor
-from fedsim.sim.ray_plane import backend_for
 from fedsim.tasks.quadratic import QuadraticTask
 
 MAX_GROUPS = 64
@@ -66,7 +66,7 @@ def main() -> None:
             milliseconds(executor, size, groups)
         turns = [{w: milliseconds(executor, size, groups) for w, executor in ways.items()} for _ in range(args.repeats)]
         gloo, store = (min(turn[way] for turn in turns) for way in WAYS)
-        auto = backend_for("auto", gpus=False, num_nodes=1, model_bytes=4 * size) or "object_store"
+        auto = backend_for("auto", gpus=False, one_machine=True, model_bytes=4 * size) or "object_store"
         print(f"{size:>10,}{groups:>8}{gloo:>10.1f}{store:>10.1f}{gloo / store:>8.2f}  {auto}", flush=True)
     for executor in ways.values():
         executor.close()

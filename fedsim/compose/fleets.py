@@ -15,6 +15,7 @@ from fedsim.config import ConfigError, at
 from fedsim.engine.choose import enough_stacks
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
+from fedsim.sim.collectives import backend_for
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Downlink, Uplink
@@ -153,9 +154,13 @@ def _executor(
 def _ranks(here: Place, runtime: Runtime, runner: StackRunner, width: int, costs: Tensor) -> tuple[Executor, int, str]:
     from fedsim.sim.ranks import Ranks
 
+    gpus, model_bytes = runner.device.type == "cuda", 4 * runner.task.layout.size
+    backend = backend_for(runtime.collectives, gpus=gpus, one_machine=False, model_bytes=model_bytes)
+    if backend is None:
+        raise ConfigError("runtime.collectives: object_store is Ray's, and torchrun has none; use auto, gloo or nccl")
     workers, threads = _threads(runtime, runner.device, here.local_size), runtime.threads
     what = f"{runner.device.type}, stacks of {width}, {threads} intra-op thread(s)"
-    ranks = Ranks(runner, here, width=width, workers=workers, threads=threads, costs=costs, what=what)
+    ranks = Ranks(runner, here, width=width, workers=workers, threads=threads, costs=costs, backend=backend, what=what)
     words = f"{here.size} ranks of torchrun, {workers} thread(s) each, {threads} intra-op thread(s) each"
     return ranks, here.size * workers, words
 

@@ -129,7 +129,8 @@ class Runtime:
         workers: stacks that run side by side (in each rank of a torchrun); auto is one per core, or one per GPU.
         threads: intra-op threads of each worker.
         address: of a Ray cluster: "auto", "host:port", or null.
-        collectives: how Ray workers fold: by gloo, by nccl (GPUs), through the object_store, or auto, a rule.
+        collectives: how workers in several processes fold: by gloo, by nccl (GPUs), through Ray's object_store, or
+            auto, a rule on devices, machines and model.
         device: cpu, cuda, cuda:1, or auto.
         stack: clients of a stack at most, or auto: a rule on model, sizes and device (`fedsim tune` measures).
         stacks: into how many a cohort is cut at least, or auto: with `stack: auto` as many as the workers need, else 1.

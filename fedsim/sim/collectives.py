@@ -30,7 +30,31 @@ from fedsim.sim.packing import pack, unpack
 from fedsim.sim.tree import TreeSum, joins
 
 Backend = Literal["gloo", "nccl"]
+Collectives = Literal["auto", "object_store", "gloo", "nccl"]
+SMALL_BYTES = 4 << 20  # models below this are faster by gloo than through the shared memory of one machine
 FOREVER = timedelta(days=365)
+
+
+def backend_for(collectives: Collectives, *, gpus: bool, one_machine: bool, model_bytes: int) -> Backend | None:
+    """How workers talk to each other: a rule, never a timing; None for through Ray's object store.
+
+    Raises:
+        ValueError: for NCCL without GPUs.
+
+    >>> backend_for("auto", gpus=False, one_machine=True, model_bytes=10**8)
+    >>> backend_for("auto", gpus=False, one_machine=False, model_bytes=10**8)
+    'gloo'
+    """
+    if collectives == "nccl" and not gpus:
+        raise ValueError(
+            "runtime.collectives: nccl needs a GPU for every worker, and these compute on the CPU; use gloo or auto, "
+            "or set runtime.device=cuda"
+        )
+    if collectives == "auto":
+        if gpus:
+            return "nccl"
+        return None if one_machine and model_bytes >= SMALL_BYTES else "gloo"
+    return None if collectives == "object_store" else collectives
 
 
 @dataclass(frozen=True)
@@ -70,15 +94,19 @@ class Group:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a lost worker is an exception, not the process's end
-        with _others():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
-                store=store,
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=timeout_seconds),
-            )
-            self._waiting = dist.new_group(backend="gloo", timeout=FOREVER)
+        try:
+            with _others():
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+                    store=store,
+                    rank=rank,
+                    world_size=size,
+                    timeout=timedelta(seconds=timeout_seconds),
+                )
+                self._waiting = dist.new_group(backend="gloo", timeout=FOREVER)
+        except Lost:
+            self.close()  # or no other group could be entered
+            raise
 
     def broadcast(
         self, outlines: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]

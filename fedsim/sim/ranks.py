@@ -13,6 +13,7 @@ import threading
 
 from torch import Tensor
 
+from fedsim.sim.collectives import Backend
 from fedsim.sim.executor import Executor, Jobs, Lost, Results, StackRunner, cut, grouped
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.shares import Share, broadcasts, run_share, share_out, together
@@ -29,6 +30,7 @@ class Ranks(Executor):
         workers: threads of each rank that run stacks side by side.
         threads: intra-op threads of each of them.
         costs: [N] what a client's job costs, to divide calls by.
+        backend: by which ranks talk to each other.
         what: what fixes the bits beside the config, the same on every rank.
 
     Raises:
@@ -36,10 +38,19 @@ class Ranks(Executor):
     """
 
     def __init__(
-        self, runner: StackRunner, here: Place, *, width: int, workers: int, threads: int, costs: Tensor, what: str
+        self,
+        runner: StackRunner,
+        here: Place,
+        *,
+        width: int,
+        workers: int,
+        threads: int,
+        costs: Tensor,
+        backend: Backend,
+        what: str,
     ) -> None:
         self.runner, self.width, self.costs = runner, width, costs
-        self.group = join(here, what, "nccl" if runner.device.type == "cuda" else "gloo")
+        self.group = join(here, what, backend)
         self._pool = InProcess(runner, width=width, workers=workers, threads=threads)
         self._between_calls = True
 

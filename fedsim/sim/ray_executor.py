@@ -20,15 +20,17 @@ import pickle
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsim.sim.collectives import Collectives, backend_for
 from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, cut, grouped
 from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, pack
-from fedsim.sim.ray_plane import Collectives, Plane, backend_for
+from fedsim.sim.ray_plane import Plane
 from fedsim.sim.ray_pool import ATTEMPTS, RayPool, Worker, in_one_line
 from fedsim.sim.ray_runtime import connect
 
@@ -46,8 +48,8 @@ class RayExecutor(Executor):
         threads: intra-op threads of each worker.
         address: "auto" or "host:port" of a running cluster; None starts a runtime on this machine. A runtime that
             this process is already connected to is used, whatever the address.
-        collectives: how sums and the model go between workers where replies are folded: by `gloo` or `nccl`, each way
-            with static shares, or through the `object_store`; `auto` is a rule (see `ray_plane.backend_for`).
+        collectives: how the model and sums travel where replies are folded: between workers by `gloo` or `nccl`, or
+            through the `object_store`; `auto` is a rule (see `fedsim.sim.collectives.backend_for`).
         costs: [N] what a client's job costs, to divide calls by; its samples if left out.
         timeout_seconds: for one group of stacks; a worker that takes longer counts as hung and is replaced.
 
@@ -78,21 +80,20 @@ class RayExecutor(Executor):
         self._costs = runner.task.num_examples if costs is None else costs
         self._ray, self._pickler = ray, ray.cloudpickle.Pickler
         self._runs = 0
-        gpus, model_bytes = int(runner.device.type == "cuda"), 4 * runner.task.layout.size
-        backend_for(
-            collectives, gpus=bool(gpus), num_nodes=1, model_bytes=model_bytes
-        )  # refuses before anything starts
+        gpus = int(runner.device.type == "cuda")
+        rule = partial(backend_for, collectives, gpus=gpus > 0, model_bytes=4 * runner.task.layout.size)
+        rule(one_machine=True)  # refuses before anything starts
         setting = self._pack_setting(runner)
         self._started = connect(ray, address, workers, threads, gpus, sum(a.nbytes for a in setting[1]))
         try:
             self._setting = ray.put(setting)
             joined = address is not None
             self._pool = RayPool(ray, self._setting, workers=workers, threads=threads, gpus=gpus, wait=joined)
-            nodes = sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes())
-            backend = backend_for(collectives, gpus=bool(gpus), num_nodes=nodes, model_bytes=model_bytes)
+            backend = rule(one_machine=sum(node["Alive"] for node in ray.nodes()) == 1)
             self._plane: Plane | None = None
             if backend is not None:
-                host = "127.0.0.1" if nodes == 1 else ray.util.get_node_ip_address()
+                nobody_joins = self._started and not joined
+                host = "127.0.0.1" if nobody_joins else ray.util.get_node_ip_address()
                 self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds)
         except BaseException:
             self.close()

@@ -10,7 +10,7 @@ Letters: W workers.
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -20,32 +20,7 @@ from fedsim.sim.packing import pack
 from fedsim.sim.ray_pool import ATTEMPTS, JOIN_SECONDS, RayPool, Worker, in_one_line
 from fedsim.sim.shares import broadcasts, share_out, together
 
-Collectives = Literal["auto", "object_store", "gloo", "nccl"]
-SMALL_BYTES = 4 << 20  # models below this are faster by gloo than through one machine's shared memory
-
 _log = logging.getLogger("fedsim")
-
-
-def backend_for(collectives: Collectives, *, gpus: bool, num_nodes: int, model_bytes: int) -> Backend | None:
-    """How workers talk to each other: a rule, never a timing; None for through the object store.
-
-    Raises:
-        ValueError: for NCCL without GPUs.
-
-    >>> backend_for("auto", gpus=False, num_nodes=1, model_bytes=10**8)
-    >>> backend_for("auto", gpus=False, num_nodes=2, model_bytes=10**8)
-    'gloo'
-    """
-    if collectives == "nccl" and not gpus:
-        raise ValueError(
-            "runtime.collectives: nccl needs a GPU for every worker, and these compute on the CPU; use gloo or auto, "
-            "or set runtime.device=cuda"
-        )
-    if collectives == "auto":
-        if gpus:
-            return "nccl"
-        return "gloo" if num_nodes > 1 or model_bytes < SMALL_BYTES else None
-    return None if collectives == "object_store" else collectives
 
 
 class Plane:

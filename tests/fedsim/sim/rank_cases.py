@@ -83,7 +83,7 @@ def here() -> Place:
 
 def executor(whole: StackRunner, *, what: str = "the same", width: int = 1) -> Ranks:
     costs = torch.arange(NUM_CLIENTS) * 7 % 23 + 1
-    return Ranks(whole, here(), width=width, workers=1, threads=1, costs=costs, what=what)
+    return Ranks(whole, here(), width=width, workers=1, threads=1, costs=costs, backend="gloo", what=what)
 
 
 def run_all(calls: list[Jobs], folder: str = "") -> list[Results | Exception]:
@@ -155,6 +155,6 @@ def rows(strategies: list[str]) -> list[Rows]:
     """The metrics of short runs, one after the other; none on the ranks that serve."""
     out = []
     for strategy in strategies:
-        history = run({**pair(strategy, None), "rounds": 6, "runtime": {"stack": 1, "workers": 1}})
+        history = run({**pair(strategy, None), "rounds": 4, "runtime": {"stack": 1, "workers": 1}})
         out.append([{k: v for k, v in row.items() if k != "wall_seconds"} for row in history.rows])
     return out

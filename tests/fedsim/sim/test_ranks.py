@@ -9,7 +9,6 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -53,7 +52,7 @@ def here(strategy: str) -> Rows:
     return rank_cases.rows([strategy])[0]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=pytest.mark.alone) for n in (1, 2)), 3])
 def test_strategies_give_the_metrics_of_one_process(size: int) -> None:
     (first, *_) = launch(size, rank_cases.rows, SOME)
     assert first == [here(strategy) for strategy in SOME]
@@ -131,19 +130,20 @@ def torchrun(*arguments: str, size: int = 2) -> subprocess.CompletedProcess[str]
     )
 
 
+def rows_of(folder: Path) -> Rows:
+    """A folder's metrics."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "wall_seconds"} for line in lines]
+
+
 def test_torchrun_runs_an_experiment_file_and_rank_0_alone_writes_and_prints(tmp_path: Path) -> None:
     file = tmp_path / "five.yaml"
     file.write_text(CONFIG)
     done = torchrun(str(file), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 ranks of torchrun") == done.stdout.count("report: ") == 1
-
-    def rows(path: Path) -> list[dict[str, Any]]:
-        lines = (path / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "wall_seconds"} for line in lines]
-
     run(file, out=tmp_path / "here")
-    assert rows(tmp_path / "out") == rows(tmp_path / "here")
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "here")
 
 
 @pytest.mark.alone

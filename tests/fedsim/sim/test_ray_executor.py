@@ -18,13 +18,13 @@ from fedsim.compress.sparsify import RandK
 from fedsim.fleet import Cost
 from fedsim.memory import Memory
 from fedsim.sim import ray_executor
+from fedsim.sim.collectives import backend_for
 from fedsim.sim.devices import Constant
 from fedsim.sim.executor import ClientError, Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Uplink
 from fedsim.sim.ray_executor import RayExecutor
-from fedsim.sim.ray_plane import backend_for
 from tests.fedsim.sim.ray_cases import (
     DIM,
     NUM_CLIENTS,
@@ -257,14 +257,14 @@ def test_nccl_without_gpus_is_refused_before_anything_starts() -> None:
 
 def test_how_sums_travel_is_a_rule_on_model_and_machines() -> None:
     def rule(
-        collectives: Any = "auto", gpus: bool = False, num_nodes: int = 1, model_bytes: int = 1 << 20
+        collectives: Any = "auto", gpus: bool = False, one_machine: bool = True, model_bytes: int = 1 << 20
     ) -> str | None:
-        return backend_for(collectives, gpus=gpus, num_nodes=num_nodes, model_bytes=model_bytes)
+        return backend_for(collectives, gpus=gpus, one_machine=one_machine, model_bytes=model_bytes)
 
     assert rule() == "gloo" and rule(model_bytes=40 << 20) is None
-    assert rule(model_bytes=40 << 20, num_nodes=2) == "gloo"
+    assert rule(model_bytes=40 << 20, one_machine=False) == "gloo"
     assert rule(gpus=True) == "nccl" and rule("gloo", gpus=True) == "gloo"
-    assert rule("object_store", gpus=True, num_nodes=2) is None
+    assert rule("object_store", gpus=True, one_machine=False) is None
 
 
 def test_a_strategy_that_cannot_be_pickled_is_refused_at_once(runtime: None) -> None:
