@@ -33,7 +33,7 @@ from benchmarks.plain import OneProcess, Problem, Processes
 from fedsim.aggregate import Mean
 from fedsim.clients.local_training import LocalTraining
 from fedsim.data import DATASETS, FederatedData
-from fedsim.engine import build_engine, choose
+from fedsim.engine import build_engine, choose_engine
 from fedsim.engine.losses import LOSSES
 from fedsim.memory import Memory
 from fedsim.optim import build
@@ -85,7 +85,7 @@ class Fedsim:
         module, x0 = init_parameters(factory, seed=0)
         layout = Layout.of_module(module)
         steps = -(-load.samples // load.batch)
-        plan = choose(
+        plan = choose_engine(
             module,
             layout,
             device=device,

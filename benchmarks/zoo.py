@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim.engine import Batch, build_engine, choose
+from fedsim.engine import Batch, build_engine, choose_engine
 from fedsim.params import Layout
 from fedsim.tasks.models import MODELS, TransformerBlock, init_parameters
 
@@ -87,7 +87,7 @@ class Ways:
         self.x0, self.inputs, self.targets = (t.to(self.device) for t in (self.x0, inputs, targets))
 
     def plan(self, engine: str = "auto", stack: int | str = "auto") -> Any:
-        return choose(
+        return choose_engine(
             self.module,
             self.layout,
             device=self.device,

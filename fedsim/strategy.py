@@ -60,7 +60,7 @@ class Strategy(ABC):
         return num_clients
 
 
-def parts(strategy: Strategy, kind: type[T]) -> dict[str, T]:
+def fields_of(strategy: Strategy, kind: type[T]) -> dict[str, T]:
     """{field: value} of the hyper-parameters of one type."""
     return {name: value for name, value in vars(strategy).items() if isinstance(value, kind)}
 

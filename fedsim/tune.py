@@ -28,7 +28,7 @@ from fedsim.engine.native import suits
 from fedsim.fleet import choose
 from fedsim.sim.executor import ClientError, Jobs, StackRunner
 from fedsim.sim.in_process import InProcess
-from fedsim.strategy import parts
+from fedsim.strategy import fields_of
 from fedsim.streams import server_rng
 from fedsim.tasks.classification import ClassificationTask
 
@@ -75,7 +75,7 @@ class Bench:
     def __init__(self, composition: Composition) -> None:
         self.experiment = composition.experiment
         task, strategy = self.experiment.task, self.experiment.strategy
-        trained = parts(strategy, LocalTraining)
+        trained = fields_of(strategy, LocalTraining)
         if not isinstance(task, ClassificationTask) or not trained:
             raise ConfigError("fedsim tune: nothing to choose; only local steps on a classification task use an engine")
         (local,) = trained.values()

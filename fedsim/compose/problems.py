@@ -22,7 +22,7 @@ from fedsim.config import ConfigError, FromTable, at, imported
 from fedsim.data import build as build_data
 from fedsim.data.federated import FederatedData
 from fedsim.data.partition import Natural, Partition
-from fedsim.engine import Plan, build_engine, choose
+from fedsim.engine import Plan, build_engine, choose_engine
 from fedsim.engine.losses import LOSSES, Loss
 from fedsim.params import Layout
 from fedsim.task import Task
@@ -58,7 +58,7 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
     if isinstance(problem, Task):
         width = max(1, min(1024, len(problem.num_examples))) if runtime.stack == "auto" else runtime.stack
         return Plan("exact", width, "the task computes its own field")
-    return choose(
+    return choose_engine(
         problem.module,
         problem.layout,
         device=device,

@@ -25,7 +25,7 @@ from fedsim.optim.needs import check_needs
 from fedsim.params import Layout
 from fedsim.sim.links import Uplink
 from fedsim.strategies.server import Aggregating
-from fedsim.strategy import Strategy, Traits, parts
+from fedsim.strategy import Strategy, Traits, fields_of
 from fedsim.task import Task
 
 NO_STRATEGY = "{0} is no strategy; write `class {0}(fedsim.Strategy)` with methods init and round, see docs/tutorial.md"
@@ -111,7 +111,7 @@ def check_local(name: str, strategy: Strategy, task: Task) -> None:
             f"strategy: {name} steps on parameters only, and this model has buffers (BatchNorm or frozen parameters); "
             "use a model without, such as resnet with GroupNorm"
         )
-    for local in parts(strategy, LocalTraining).values():
+    for local in fields_of(strategy, LocalTraining).values():
         with at("strategy"):
             local.check(traits)
         if task.no_local_steps is not None:
@@ -136,7 +136,7 @@ def check_link(key: str, traits: Traits, own: list[str]) -> None:
 
 def check_state_scope(strategy: Strategy, uplink: Uplink | None) -> None:
     """Refuse to send states where a compressor made for the model would meet them."""
-    sent = any(local.optimizer.state_scope == "server" for local in parts(strategy, LocalTraining).values())
+    sent = any(local.optimizer.state_scope == "server" for local in fields_of(strategy, LocalTraining).values())
     if sent and uplink is not None:
         raise ConfigError(
             "local.optimizer.state_scope: server sends states that uplink.compressor does not fit; take round or client"

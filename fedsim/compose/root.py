@@ -31,7 +31,7 @@ from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet, replies_ahead
 from fedsim.sim.in_process import InProcess
 from fedsim.sinks import Sink, make_sinks
-from fedsim.strategy import Strategy, parts
+from fedsim.strategy import Strategy, fields_of
 from fedsim.task import Task
 
 
@@ -143,8 +143,8 @@ def _resolve(
     out["runtime"] |= {"stack": plan.width, "device": str(device)}
     if isinstance(problem, Samples):
         out["runtime"] |= {"engine": plan.engine, "native": plan.native}
-    rules = [(rule, out["strategy"][name]) for name, rule in parts(strategy, Optimizer).items()]
-    rules += [(local.optimizer, out["local"]["optimizer"]) for local in parts(strategy, LocalTraining).values()]
+    rules = [(rule, out["strategy"][name]) for name, rule in fields_of(strategy, Optimizer).items()]
+    rules += [(local.optimizer, out["local"]["optimizer"]) for local in fields_of(strategy, LocalTraining).values()]
     for rule, section in rules:
         if isinstance(rule, Optimizer) and not rule.is_plain_sgd and rule.settings.backend == "auto":
             section["backend"] = rule.backend_on(device)

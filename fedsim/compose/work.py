@@ -13,7 +13,7 @@ from fedsim.clients.local_training import LocalTraining
 from fedsim.engine import Plan
 from fedsim.params import Layout
 from fedsim.sim.executor import cut
-from fedsim.strategy import Strategy, parts
+from fedsim.strategy import Strategy, fields_of
 
 WORKERS = (2, 4, 8)  # of which a plan says what they would gain
 
@@ -43,7 +43,7 @@ def work_of(strategy: Strategy, num_examples: Tensor) -> Work:
     """The work of clients with these samples [N]; of a strategy without local training one step on all of them."""
     n, most, traits = num_examples.cpu(), int(num_examples.max()), strategy.traits
     cohort_size, single = strategy.at_work(len(n)), traits.local_rules == "rate"
-    local = next(iter(parts(strategy, LocalTraining).values()), None)
+    local = next(iter(fields_of(strategy, LocalTraining).values()), None)
     if local is None:
         return Work(cohort_size, torch.ones_like(n), most, False)
     return Work(

@@ -2,7 +2,7 @@
 
 from fedsim.engine.base import Batch
 from fedsim.engine.build import ENGINES, build_engine
-from fedsim.engine.choose import Plan, choose
+from fedsim.engine.choose import Plan, choose_engine
 from fedsim.engine.protocol import Engine
 
-__all__ = ["ENGINES", "Batch", "Engine", "Plan", "build_engine", "choose"]
+__all__ = ["ENGINES", "Batch", "Engine", "Plan", "build_engine", "choose_engine"]

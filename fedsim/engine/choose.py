@@ -53,7 +53,7 @@ class Plan:
     native: bool = False
 
 
-def choose(
+def choose_engine(
     module: nn.Module,
     layout: Layout,
     *,

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedsim import pages
 from fedsim.config import at
 from fedsim.optim.assemble import assemble, named_states, rule_of
-from fedsim.optim.backends import FUSED, choose
+from fedsim.optim.backends import FUSED, choose_backend
 from fedsim.optim.groups import Recipe, make_groups
 from fedsim.optim.rule import Hyper
 from fedsim.optim.schedules import Schedule
@@ -192,7 +192,7 @@ class Optimizer:
             raise ValueError(f"optimizer: this gradient comes from {need}; take gradient and aux from needs.supply")
         block, after = assemble(self.recipe, x, state, lr_scale=lr_scale, aux=aux or {}, streams=streams)
         block.doubt = doubt
-        left = choose(self.recipe, x, block).step(self.recipe, x, grad, block)
+        left = choose_backend(self.recipe, x, block).step(self.recipe, x, grad, block)
         state.advance(k, left, after)
 
     def backend_on(self, device: torch.device) -> str:
@@ -202,7 +202,7 @@ class Optimizer:
         state.t += 1  # what a first step has of its own is over
         aux = {name: x for group in self.recipe.groups for name in group.rule.inputs}
         block, _ = assemble(self.recipe, x, state, lr_scale=1.0, aux=aux, streams=Streams(0, one, one))
-        return choose(self.recipe, x, block).name
+        return choose_backend(self.recipe, x, block).name
 
     def final(self, x: Tensor, state: OptState) -> Tensor:
         """What to evaluate and send, [k, P]: the averaged weights where there are any, else x itself."""

@@ -44,7 +44,7 @@ BACKENDS: tuple[Backend, ...] = (EMITTED, FUSED, INDUCTOR, EAGER)
 """In the order of their speed."""
 
 
-def choose(recipe: Recipe, x: Tensor, block: Block) -> Backend:
+def choose_backend(recipe: Recipe, x: Tensor, block: Block) -> Backend:
     """The back end of this step: the first that suits among all, or among those of the name that was asked for."""
     how = recipe.settings.backend
     for backend in BACKENDS:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedsim.engine import Plan, build_engine, choose
+from fedsim.engine import Plan, build_engine, choose_engine
 from fedsim.engine.choose import MAX_WIDTH_GPU, enough_stacks, memory_bytes
 from fedsim.engine.precision import products
 from fedsim.params import Layout
@@ -18,7 +18,7 @@ from tests.fedsim.engine.zoo import batch, gradient, model
 
 def plan_of(name: str, shape: tuple[int, ...], **options: object) -> Plan:
     module, _ = init_parameters(partial(MODELS[name], shape, 10), seed=0)
-    return choose(module, Layout.of_module(module), batch_size=20, steps=3, **options)  # type: ignore[arg-type]
+    return choose_engine(module, Layout.of_module(module), batch_size=20, steps=3, **options)  # type: ignore[arg-type]
 
 
 def test_an_mlp_of_636_kilobytes_gets_stacks_of_six() -> None:
@@ -49,16 +49,16 @@ def test_a_patch_convolution_is_a_linear_layer() -> None:
     for stride, width in ((4, 16), (2, 1)):
         module = nn.Sequential(nn.Conv2d(1, 8, 4, stride), nn.Flatten(), nn.LazyLinear(10))
         module(torch.zeros(1, 1, 8, 8))
-        assert choose(module, Layout.of_module(module), num_clients=1000).width == width
+        assert choose_engine(module, Layout.of_module(module), num_clients=1000).width == width
 
 
 def test_large_modules_that_no_tape_carries_run_one_client_at_a_time() -> None:
     module = MODELS["transformer"]((20,), 10, width=128)
     layout, sample = Layout.of_module(module), torch.zeros(20, dtype=torch.int64)
-    plan = choose(module, layout, num_clients=1000, sample=sample)
+    plan = choose_engine(module, layout, num_clients=1000, sample=sample)
     assert plan.width == 1 and "without a stacked form of every layer" in plan.reason
     mlp = MODELS["mlp"]((1, 28, 28), 10, hidden=[512])
-    assert choose(mlp, Layout.of_module(mlp), num_clients=1000, sample=torch.zeros(1, 28, 28)).width == 2
+    assert choose_engine(mlp, Layout.of_module(mlp), num_clients=1000, sample=torch.zeros(1, 28, 28)).width == 2
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
@@ -74,7 +74,7 @@ def test_a_lower_precision_leaves_runs_in_factors_on_a_cpu_as_they_are(precision
 def test_a_gpu_takes_what_fits_up_to_its_bound() -> None:
     module, _ = init_parameters(partial(MODELS["mlp"], (1, 28, 28), 10), seed=0)
     layout = Layout.of_module(module)
-    plan = choose(module, layout, device="cuda", batch_size=20, num_clients=10_000)
+    plan = choose_engine(module, layout, device="cuda", batch_size=20, num_clients=10_000)
     assert plan.width == MAX_WIDTH_GPU and memory_bytes(layout, plan.width, 20) < 4 * 2**30
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsim.engine import Batch, build_engine, choose, native
+from fedsim.engine import Batch, build_engine, choose_engine, native
 from fedsim.engine.head import Head
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import LOSSES, cross_entropy
@@ -213,12 +213,12 @@ def test_without_a_compiler_it_says_so_and_gives_the_stacked_engines_bits(monkey
     with pytest.warns(UserWarning, match=r"no C\+\+ compiler works here .* runs without it"):
         engine = build_engine("stacked", module, layout, native=True)
     assert torch.equal(gradient(engine, x, b)[0], gradient(build_engine("stacked", module, layout), x, b)[0])
-    assert not choose(module, layout).native
+    assert not choose_engine(module, layout).native
 
 
 def test_auto_takes_it_where_the_module_ends_so() -> None:
     def chosen(module: nn.Module, **options: object) -> bool:
-        return choose(module, Layout.of_module(module), **options).native  # type: ignore[arg-type]
+        return choose_engine(module, Layout.of_module(module), **options).native  # type: ignore[arg-type]
 
     mlp = MODELS["mlp"]((1, 28, 28), 10)
     assert chosen(mlp) and chosen(MODELS["cnn"]((1, 28, 28), 62)) and chosen(MODELS["resnet"]((3, 32, 32), 100))
@@ -230,7 +230,7 @@ def test_auto_takes_it_where_the_module_ends_so() -> None:
 
 def test_it_is_an_option_of_the_stacked_engine_alone() -> None:
     with pytest.raises(ValueError, match="native=true is an option of engine stacked, got engine loop"):
-        choose(ENDS["relu"], Layout.of_module(ENDS["relu"]), engine="loop", native=True)
+        choose_engine(ENDS["relu"], Layout.of_module(ENDS["relu"]), engine="loop", native=True)
 
 
 def test_an_engine_sent_to_another_process_stays_what_it_is() -> None:

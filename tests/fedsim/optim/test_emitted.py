@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsim.optim import OptState, build
 from fedsim.optim.assemble import assemble
-from fedsim.optim.backends import INDUCTOR, choose, emit, emitted
+from fedsim.optim.backends import INDUCTOR, choose_backend, emit, emitted
 from fedsim.optim.rule import Named, Rule
 from fedsim.optim.segments import Segments
 from fedsim.params import Layout
@@ -167,7 +167,7 @@ def test_auto_names_what_it_takes_with_curvature_at_every_step() -> None:
     optimizer = build({"name": f"{__name__}:Damped", "lr": 0.1}, LAYOUT)
     x = torch.zeros(2, LAYOUT.size)
     block, _ = assemble(optimizer.recipe, x, optimizer.init(x), lr_scale=1.0, aux={"hvp": x}, streams=None)
-    assert choose(optimizer.recipe, x, block).name == "compiled" == optimizer.backend_on(torch.device("cpu"))
+    assert choose_backend(optimizer.recipe, x, block).name == "compiled" == optimizer.backend_on(torch.device("cpu"))
     assert build({"name": "sophia_g", "every": 1}, LAYOUT).backend_on(torch.device("cpu")) == "eager"
 
 
