@@ -154,8 +154,7 @@ def _executor(
 def _ranks(here: Place, runtime: Runtime, runner: StackRunner, width: int, costs: Tensor) -> tuple[Executor, int, str]:
     from fedsim.sim.ranks import Ranks
 
-    gpus, model_bytes = runner.device.type == "cuda", 4 * runner.task.layout.size
-    backend = backend_for(runtime.collectives, gpus=gpus, one_machine=False, model_bytes=model_bytes)
+    backend = backend_for(runtime.collectives, gpus=runner.device.type == "cuda")
     if backend is None:
         raise ConfigError("runtime.collectives: object_store is Ray's, and torchrun has none; use auto, gloo or nccl")
     workers, threads = _threads(runtime, runner.device, here.local_size), runtime.threads

@@ -31,19 +31,17 @@ from fedsim.sim.tree import TreeSum, joins
 
 Backend = Literal["gloo", "nccl"]
 Collectives = Literal["auto", "object_store", "gloo", "nccl"]
-SMALL_BYTES = 4 << 20  # models below this are faster by gloo than through the shared memory of one machine
 FOREVER = timedelta(days=365)
 
 
-def backend_for(collectives: Collectives, *, gpus: bool, one_machine: bool, model_bytes: int) -> Backend | None:
+def backend_for(collectives: Collectives, *, gpus: bool) -> Backend | None:
     """How workers talk to each other: a rule, never a timing; None for through Ray's object store.
 
     Raises:
         ValueError: for NCCL without GPUs.
 
-    >>> backend_for("auto", gpus=False, one_machine=True, model_bytes=10**8)
-    >>> backend_for("auto", gpus=False, one_machine=False, model_bytes=10**8)
-    'gloo'
+    >>> backend_for("auto", gpus=True), backend_for("auto", gpus=False), backend_for("object_store", gpus=True)
+    ('nccl', 'gloo', None)
     """
     if collectives == "nccl" and not gpus:
         raise ValueError(
@@ -51,9 +49,7 @@ def backend_for(collectives: Collectives, *, gpus: bool, one_machine: bool, mode
             "or set runtime.device=cuda"
         )
     if collectives == "auto":
-        if gpus:
-            return "nccl"
-        return None if one_machine and model_bytes >= SMALL_BYTES else "gloo"
+        return "nccl" if gpus else "gloo"
     return None if collectives == "object_store" else collectives
 
 

@@ -20,7 +20,6 @@ import pickle
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -81,15 +80,13 @@ class RayExecutor(Executor):
         self._ray, self._pickler = ray, ray.cloudpickle.Pickler
         self._runs = 0
         gpus = int(runner.device.type == "cuda")
-        rule = partial(backend_for, collectives, gpus=gpus > 0, model_bytes=4 * runner.task.layout.size)
-        rule(one_machine=True)  # refuses before anything starts
+        backend = backend_for(collectives, gpus=gpus > 0)
         setting = self._pack_setting(runner)
         self._started = connect(ray, address, workers, threads, gpus, sum(a.nbytes for a in setting[1]))
         try:
             self._setting = ray.put(setting)
             joined = address is not None
             self._pool = RayPool(ray, self._setting, workers=workers, threads=threads, gpus=gpus, wait=joined)
-            backend = rule(one_machine=sum(node["Alive"] for node in ray.nodes()) == 1)
             self._plane: Plane | None = None
             if backend is not None:
                 nobody_joins = self._started and not joined

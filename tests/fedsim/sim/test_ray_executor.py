@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -255,16 +254,9 @@ def test_nccl_without_gpus_is_refused_before_anything_starts() -> None:
         RayExecutor(runner(), width=1, collectives="nccl")
 
 
-def test_how_sums_travel_is_a_rule_on_model_and_machines() -> None:
-    def rule(
-        collectives: Any = "auto", gpus: bool = False, one_machine: bool = True, model_bytes: int = 1 << 20
-    ) -> str | None:
-        return backend_for(collectives, gpus=gpus, one_machine=one_machine, model_bytes=model_bytes)
-
-    assert rule() == "gloo" and rule(model_bytes=40 << 20) is None
-    assert rule(model_bytes=40 << 20, one_machine=False) == "gloo"
-    assert rule(gpus=True) == "nccl" and rule("gloo", gpus=True) == "gloo"
-    assert rule("object_store", gpus=True, one_machine=False) is None
+def test_how_sums_travel_is_a_rule_on_the_device() -> None:
+    assert backend_for("auto", gpus=False) == "gloo" and backend_for("auto", gpus=True) == "nccl"
+    assert backend_for("gloo", gpus=True) == "gloo" and backend_for("object_store", gpus=True) is None
 
 
 def test_a_strategy_that_cannot_be_pickled_is_refused_at_once(runtime: None) -> None:
