@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fedsim.config import ConfigError
 from fedsim.sim.executor import Lost
 from fedsim.sim.packing import pack, unpack
 from fedsim.sim.tree import TreeSum, joins
@@ -38,13 +39,13 @@ def backend_for(collectives: Collectives, *, gpus: bool) -> Backend | None:
     """How workers talk to each other: a rule, never a timing; None for through Ray's object store.
 
     Raises:
-        ValueError: for NCCL without GPUs.
+        ConfigError: for NCCL without GPUs.
 
     >>> backend_for("auto", gpus=True), backend_for("auto", gpus=False), backend_for("object_store", gpus=True)
     ('nccl', 'gloo', None)
     """
     if collectives == "nccl" and not gpus:
-        raise ValueError(
+        raise ConfigError(
             "runtime.collectives: nccl needs a GPU for every worker, and these compute on the CPU; use gloo or auto, "
             "or set runtime.device=cuda"
         )
