@@ -180,7 +180,10 @@ class Rule(Protocol):
         return {}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
-        """u [k, P] for x -= lr * u, after updating the states in `s`."""
+        """u [k, P] for x -= lr * u, after updating the states in `s`.
+
+        g may hold numbers that are not finite. Such a client's step is not kept, but nothing here may raise for them.
+        """
         ...
 
     def final(self, x: Tensor, s: Named) -> Tensor:

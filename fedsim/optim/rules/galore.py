@@ -84,7 +84,7 @@ def leading_columns(m: Tensor, rank: int) -> Tensor:
 
     Singular vectors are defined up to their sign; moments outlive a refresh, so the sign must not be the library's.
     """
-    return _peaks_up(torch.linalg.svd(m, full_matrices=False).Vh[..., :rank, :].mT)
+    return _peaks_up(torch.linalg.svd(_finite(m), full_matrices=False).Vh[..., :rank, :].mT)
 
 
 def sketched_columns(m: Tensor, rank: int) -> Tensor:
@@ -103,10 +103,16 @@ def sketched_columns(m: Tensor, rank: int) -> Tensor:
     wide = min(rank, m.shape[-1]) + OVERSAMPLING
     if wide >= m.shape[-1]:
         return leading_columns(m, rank)
+    m = _finite(m)
     q = torch.linalg.qr(m @ gaussian_sketch(m.shape[-1], wide, m.dtype, m.device)).Q
     q = torch.linalg.qr(m @ torch.linalg.qr(m.mT @ q).Q).Q
     v, r = torch.linalg.qr(m.mT @ q)
     return _peaks_up(v @ torch.linalg.svd(r).U[..., :rank])
+
+
+def _finite(m: Tensor) -> Tensor:
+    """m, zero where it is not finite, for which a decomposition would raise; no such client's step is kept."""
+    return m.nan_to_num(0.0, 0.0, 0.0)
 
 
 COLUMNS: dict[str, Callable[[Tensor, int], Tensor]] = {"svd": leading_columns, "randomized": sketched_columns}

@@ -127,6 +127,20 @@ def test_aligned_columns_keep_a_positive_product_with_the_old_ones() -> None:
     assert (products[True] >= 0).all() and (products[False] < 0).any()
 
 
+@pytest.mark.parametrize("basis", ["svd", "randomized"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_without_singular_vectors_is_noticed_and_leaves_the_other_clients_alone(
+    bad: float, basis: str
+) -> None:
+    x, (g, *_) = problem(layout=LAYOUT)
+    optimizer, doubt = build({**SPEC, "basis": basis}, LAYOUT), torch.zeros((), dtype=x.dtype)
+    sound, spoilt = x.clone(), x.clone()
+    optimizer.step_(sound, g, optimizer.init(x))
+    g[1, 0] = bad
+    optimizer.step_(spoilt, g, optimizer.init(x), doubt=doubt)
+    assert not doubt.isfinite() and torch.equal(spoilt[[0, 2]], sound[[0, 2]])
+
+
 def test_a_client_refreshes_at_its_own_steps() -> None:
     x, grads = problem(7, clients=2, layout=LAYOUT)
     optimizer = build(SPEC, LAYOUT)
