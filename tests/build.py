@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +14,12 @@ from torch import Tensor
 
 from fedsim.clients.local_training import LocalTraining
 from fedsim.cohort import Cohort
+from fedsim.compose import compose
 from fedsim.data.federated import FederatedData
 from fedsim.data.images import digits
 from fedsim.engine import build_engine
 from fedsim.engine.losses import LOSSES
+from fedsim.loop import train
 from fedsim.memory import Memory, MemoryRows
 from fedsim.optim import build as build_optimizer
 from fedsim.params import Layout
@@ -66,6 +70,30 @@ def local_sgd(
     schedule = {"epochs": None, "steps": 10, "batch_size": None} | schedule
     rule = build_optimizer(optimizer or {"name": "sgd", "lr": lr}, task.layout)
     return LocalTraining(optimizer=rule, schedule=Schedule(**schedule), rounds=rounds)
+
+
+Rows = list[dict[str, Any]]
+
+
+def without_wall_time(rows: Iterable[Mapping[str, Any]]) -> Rows:
+    """What must not differ between two runs of one experiment."""
+    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
+
+
+def rows_in(folder: Path) -> Rows:
+    """metrics.jsonl without wall time."""
+    return without_wall_time(json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def rows_of(config: Mapping[str, Any], folder: Path | None = None, resume: bool = False) -> Rows:
+    """The rows of a run without wall time."""
+    composition = compose(config, "config")
+    try:
+        sinks = [] if folder is None else composition.sinks
+        _, rows, _ = train(composition.experiment, sinks=sinks, folder=folder, resume=resume)
+    finally:
+        composition.close()
+    return without_wall_time(rows)
 
 
 def streams(clients: int | list[int] | Tensor, job: int = 0, seed: int = 5) -> Streams:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shlex
@@ -18,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+
+from tests.build import rows_in
 
 ROOT = Path(__file__).parents[1]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -120,11 +121,5 @@ def test_the_services_commands_form_a_cluster_that_runs_a_config(machines: Any, 
     out, here = tmp_path / "out", tmp_path / "here"
     machines(run.replace("runs/cluster", str(out)) + " rounds=3")
     machines(f"fedsim run configs/quadratic.yaml runtime.executor=in_process rounds=3 --out {here}")
-    assert metrics(out) == metrics(here)
-    assert len(metrics(out)) >= 3
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without wall time."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "wall_seconds"} for line in lines]
+    assert rows_in(out) == rows_in(here)
+    assert len(rows_in(out)) >= 3

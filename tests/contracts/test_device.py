@@ -20,11 +20,9 @@ from torch import Tensor
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
-from fedsim.compose import compose
 from fedsim.compress import COMPRESSORS
 from fedsim.engine import Batch, build_engine
 from fedsim.engine.build import ENGINES
-from fedsim.loop import train
 from fedsim.optim import build
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Knowledge
@@ -32,7 +30,7 @@ from fedsim.strategies import STRATEGIES
 from fedsim.streams import Streams
 from fedsim.tasks.models import MODELS, init_parameters
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.build import cohort, drawn, local_sgd
+from tests.build import Rows, cohort, drawn, local_sgd, rows_of
 from tests.composition import pair
 from tests.contracts.test_aggregators import build as build_rule
 from tests.contracts.test_aggregators import rows as drawn_rows
@@ -58,18 +56,12 @@ def a_gpu() -> Iterator[None]:
         yield
 
 
-def run(config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False) -> list[dict[str, Any]]:
-    """The rows of a run on a device, but for wall time."""
-    composition = compose({**config, "runtime": {"workers": 1, "stack": 3, "device": device}}, "config")
-    try:
-        sinks = [] if folder is None else composition.sinks
-        _, rows, _ = train(composition.experiment, sinks=sinks, folder=folder, resume=resume)
-    finally:
-        composition.close()
-    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
+def run(config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False) -> Rows:
+    """The rows of a run on a device."""
+    return rows_of({**config, "runtime": {"workers": 1, "stack": 3, "device": device}}, folder, resume)
 
 
-def assert_alike(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+def assert_alike(rows: Rows, others: Rows) -> None:
     assert len(rows) == len(others) > 0
     for row, other in zip(rows, others, strict=True):
         assert row.keys() == other.keys()

@@ -16,6 +16,7 @@ from fedsim.sim.executor import Jobs
 from fedsim.sim.ray_executor import RayExecutor
 from fedsim.sim.ray_plane import Plane
 from fedsim.strategies import STRATEGIES
+from tests.build import Rows, without_wall_time
 from tests.composition import pair
 from tests.fedsim.sim.ray_cases import hang_after_a_stack, once_marked, worker_dies_in
 from tests.fedsim.sim.runtime import local_runtime
@@ -35,14 +36,13 @@ def runtime() -> Iterator[None]:
         yield
 
 
-Rows = list[dict[str, Any]]
 ROUNDS = 10  # after eight arrivals async_fedavg computes its second set of replies
 
 
 def rows(strategy: str, option: str | None = None, **overrides: Any) -> Rows:
     """The metrics of a short run."""
     history = run({**pair(strategy, option), "rounds": ROUNDS, "runtime": {"stack": 3}}, **overrides)
-    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in history.rows]
+    return without_wall_time(history.rows)
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import fedsim
+from tests.build import without_wall_time
 from tests.contracts import outside
 from tests.contracts.outside import USED
 
@@ -55,7 +56,7 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {  # its name, and the settings t
 
 def rows_of(**settings: Any) -> list[dict[str, Any]]:
     """What a run logs, without what a clock on the wall says."""
-    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in fedsim.run({**SMALL, **settings}).rows]
+    return without_wall_time(fedsim.run({**SMALL, **settings}).rows)
 
 
 @pytest.fixture(scope="module")

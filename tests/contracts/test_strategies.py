@@ -13,13 +13,11 @@ import torch
 
 from fedsim.aggregate import AGGREGATORS
 from fedsim.clients.byzantine import InnerProduct
-from fedsim.compose import compose
 from fedsim.fleet import Fleet
-from fedsim.loop import train
 from fedsim.optim import build
 from fedsim.sim.byzantine import Byzantine
 from fedsim.strategies import STRATEGIES
-from tests.build import Clocks, Play, drawn, f_80, local_sgd, quadratic, watched
+from tests.build import Clocks, Play, drawn, f_80, local_sgd, quadratic, rows_of, watched
 
 ROBUST = {"aggregator": "median", "server_optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.5}}
 ROWS: dict[str, dict[str, Any]] = {
@@ -105,31 +103,20 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
-def _rows(config: dict[str, Any], folder: Path | None = None, resume: bool = False) -> list[dict[str, Any]]:
-    """What the run reports, but for wall time."""
-    composition = compose(config, "config")
-    try:
-        sinks = [] if folder is None else composition.sinks
-        _, rows, _ = train(composition.experiment, sinks=sinks, folder=folder, resume=resume)
-    finally:
-        composition.close()
-    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in rows]
-
-
 # Same bits -------------------------------------------------------------------------------------------------------
 
 
 @every_strategy
 def test_the_number_of_workers_does_not_show(name: str) -> None:
-    one, two = (_rows(_config(name, runtime={"workers": w, "stack": 2})) for w in (1, 2))
+    one, two = (rows_of(_config(name, runtime={"workers": w, "stack": 2})) for w in (1, 2))
     assert one == two and len(one) == 6
 
 
 @every_strategy
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(name: str, tmp_path: Path) -> None:
-    whole = _rows(_config(name))
-    _rows(_config(name, rounds=3), tmp_path)
-    assert _rows(_config(name), tmp_path, resume=True) == whole[3:]
+    whole = rows_of(_config(name))
+    rows_of(_config(name, rounds=3), tmp_path)
+    assert rows_of(_config(name), tmp_path, resume=True) == whole[3:]
 
 
 @every_strategy
@@ -205,7 +192,7 @@ def test_clients_that_agree_on_the_solution_are_taken_there(name: str) -> None:
 @every_strategy
 def test_a_model_learns_digits(name: str) -> None:
     fresh: dict[str, Any] = {"uplink": {}, "downlink": {}} if _kind(name) in ASYNCHRONOUS else {}
-    rows = _rows(_config(name, rounds=16, evaluate={"every": 8}, **fresh))
+    rows = rows_of(_config(name, rounds=16, evaluate={"every": 8}, **fresh))
     losses = [row["test_loss"] for row in rows if "test_loss" in row]
     assert losses[-1] < math.log(10) - 0.03 and losses[-1] < losses[0]
 
@@ -248,7 +235,7 @@ def test_the_server_half_uses_nothing_but_the_fleets_seam(name: str) -> None:
 
 @every_strategy
 def test_the_clock_never_goes_back_and_bits_only_grow(name: str) -> None:
-    rows = _rows(_config(name))
+    rows = rows_of(_config(name))
     for key in ("virtual_seconds", "bits_up", "bits_down"):
         values = [row[key] for row in rows]
         assert values == sorted(values) and values[-1] > 0, key

@@ -98,13 +98,15 @@ def test_the_plan_says_whether_values_were_scaled(tmp_path: Path) -> None:
     assert "divided by 16" in made({}).plan["data"] and "data" not in made(BLOBS).plan
 
 
-WIDE: dict[str, Any] = {  # clients see far fewer samples than the layers are wide
+def wide(features: int, hidden: int) -> dict[str, Any]:
+    """A task whose clients see far fewer samples than the layers are wide."""
+    dataset = {"name": "blobs", "num_examples": 80, "shape": [features], "num_classes": 4}
+    return {"name": "classification", "dataset": dataset, "model": {"name": "mlp", "hidden": [hidden]}}
+
+
+WIDE: dict[str, Any] = {
     "rounds": 2,
-    "task": {
-        "name": "classification",
-        "dataset": {"name": "blobs", "num_examples": 80, "shape": [200], "num_classes": 4},
-        "model": {"name": "mlp", "hidden": [100]},
-    },
+    "task": wide(200, 100),
     "clients": {"count": 8},
     "local": {"epochs": 1, "batch_size": 5, "optimizer": {"name": "sgd", "lr": 0.05}},
 }
@@ -196,11 +198,7 @@ def test_automatic_choices_are_written_down_as_what_was_chosen() -> None:
 
 LARGE: dict[str, Any] = {
     "rounds": 1,
-    "task": {
-        "name": "classification",
-        "dataset": {"name": "blobs", "num_examples": 80, "shape": [400], "num_classes": 4},
-        "model": {"name": "mlp", "hidden": [400]},
-    },
+    "task": wide(400, 400),
     "clients": {"count": 8},
     "strategy": {"name": "fedavg"},
     "local": {"steps": 1, "batch_size": 10},

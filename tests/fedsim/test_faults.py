@@ -16,7 +16,8 @@ import pytest
 import fedsim
 from fedsim import checkpoint, runs
 from fedsim.files import LOCK_FILE, write_whole
-from tests.fedsim.test_runs import model, rows
+from tests.build import rows_in
+from tests.fedsim.test_runs import model
 
 CONFIG: dict[str, Any] = {
     "rounds": 5,
@@ -147,7 +148,7 @@ def tree(folder: Path) -> frozenset[tuple[Path, object]]:
 def test_a_fault_at_any_file_call_is_one_message_and_resumes_to_the_same_bits(
     how: str, whole: Path, tmp_path: Path
 ) -> None:
-    expected, final, seen = rows(whole), model(whole), set[Any]()
+    expected, final, seen = rows_in(whole), model(whole), set[Any]()
     for at in range(1, 1000):
         folder = tmp_path / f"{at:03d}"
         with Faults(folder, at, how) as faults:
@@ -163,7 +164,7 @@ def test_a_fault_at_any_file_call_is_one_message_and_resumes_to_the_same_bits(
             continue  # gone on from already
         seen.add(left)
         fedsim.run(CONFIG, out=folder, resume=runs.holds_run(folder))
-        assert rows(folder) == expected and model(folder) == final, at
+        assert rows_in(folder) == expected and model(folder) == final, at
         assert not {*PARTS} - {p.name for p in folder.iterdir()}, at
         assert not list(folder.rglob(".part*")), at
     assert at > 50 and len(seen) > 20

@@ -21,9 +21,10 @@ import fedsim
 from fedsim import checkpoint, files, runs
 from fedsim.config import ConfigError
 from fedsim.files import held, write_tensors, write_whole
+from tests.build import rows_in
 from tests.fedsim.console import contents
 from tests.fedsim.console import fedsim as console
-from tests.fedsim.test_runs import QUADRATIC, QUICKSTART, ROOT, model, rows, start, wait_for_rows
+from tests.fedsim.test_runs import QUADRATIC, QUICKSTART, ROOT, model, start, wait_for_rows
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -87,7 +88,7 @@ def test_three_runs_that_start_at_once_get_a_folder_each_and_of_three_into_one_f
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["quad-001", "quad-002", "quad-003"]
     assert [code for code, _ in into_one] == [0, 2, 2]
     for folder in (*(tmp_path / "runs").iterdir(), tmp_path / "mine"):
-        assert rows(folder) == rows(whole)
+        assert rows_in(folder) == rows_in(whole)
     for _, error in into_one[1:]:
         assert error.count("\n") == 1 and ("mine is in use by process" in error or "already holds a run" in error)
 
@@ -103,7 +104,7 @@ def test_a_folder_in_use_is_refused_with_its_holder_and_left_alone(resume: bool,
             fedsim.run(QUADRATIC, out=folder, resume=resume, rounds=30)
         assert contents(folder) == before
     fedsim.run(QUADRATIC, out=folder, resume=resume, rounds=30)
-    assert len(rows(folder)) == 30
+    assert len(rows_in(folder)) == 30
 
 
 @pytest.mark.timeout(300)
@@ -116,10 +117,10 @@ def test_a_live_run_is_not_resumed_until_sigterm_saved_it_with_exit_143(tmp_path
     assert found.code == 2 and f"in use by process {process.pid} on" in found.err and found.err.count("\n") == 1
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
-    last = len(rows(folder))
+    last = len(rows_in(folder))
     assert process.returncode == 143 and err == f"fedsim: stopped after round {last}; add --resume to go on\n"
     assert console("run", QUICKSTART, f"rounds={last + 1}", *more, "--out", folder, "--resume", "-q").code == 0
-    assert [row["round"] for row in rows(folder)] == list(range(1, last + 2))
+    assert [row["round"] for row in rows_in(folder)] == list(range(1, last + 2))
 
 
 def test_numbers_go_on_past_999_and_folders_without_a_run_are_passed_over(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_what_is_missing_is_made_again(name: str, done: Path, whole: Path) -> No
     if name != "report.html":  # which shows the wall time
         known = {k: v for k, v in contents(done).items() if k == name and k != "summary.json"}
         assert all(content == (whole / name).read_bytes() for content in known.values())
-    assert (done / name).stat().st_size > 0 and rows(done) == rows(whole)
+    assert (done / name).stat().st_size > 0 and rows_in(done) == rows_in(whole)
 
 
 @pytest.mark.parametrize("broken", ["part", "missing"])
@@ -170,7 +171,7 @@ def test_a_report_that_fails_does_not_fail_the_run(
     found = console("run", tmp_path / "quad.yaml", "--out", tmp_path / "run", "-q")
     message = f"the run is complete, but not its report (ZeroDivisionError: a picture); `fedsim report {tmp_path}/run`"
     assert found.code == 0 and found.err.count("\n") == 1 and message in found.err
-    assert rows(tmp_path / "run") == rows(whole) and model(tmp_path / "run") == model(whole)
+    assert rows_in(tmp_path / "run") == rows_in(whole) and model(tmp_path / "run") == model(whole)
 
 
 def lose(done: Path, change: Callable[[list[str]], list[str]]) -> None:
@@ -196,7 +197,7 @@ def test_rows_that_are_not_there_are_computed_again_from_further_back(
     words = rf"round-000020: metrics.jsonl lacks row {lacks} or holds it twice; going on from round 18 instead"
     with pytest.warns(UserWarning, match=words):
         fedsim.run(QUADRATIC, out=done, resume=True)
-    assert rows(done) == rows(whole) and model(done) == model(whole)
+    assert rows_in(done) == rows_in(whole) and model(done) == model(whole)
 
 
 def test_rows_lost_before_every_checkpoint_are_refused_and_nothing_is_touched(done: Path) -> None:
@@ -213,7 +214,7 @@ def test_after_a_flipped_bit_the_checkpoint_before_serves(file: str, at: int, do
     flip(done / "checkpoints" / "round-000020" / file, at)
     with pytest.warns(UserWarning, match="round-000020: can't be read .*SHA256SUMS.*; going on from round 18 instead"):
         fedsim.run(QUADRATIC, out=done, resume=True)
-    assert rows(done) == rows(whole) and model(done) == model(whole)
+    assert rows_in(done) == rows_in(whole) and model(done) == model(whole)
     checkpoint.load(done / "checkpoints" / "round-000020")
 
 
@@ -234,7 +235,7 @@ def test_a_vector_of_another_length_is_not_gone_on_from(done: Path, whole: Path)
     (path / "SHA256SUMS").write_bytes(subprocess.check_output(["sha256sum", *checkpoint.FILES], cwd=path))
     with pytest.warns(UserWarning, match=r"round-000020: state.x is \[4\] .* where the run has \[6\] .*from round 18"):
         fedsim.run(QUADRATIC, out=done, resume=True)
-    assert rows(done) == rows(whole)
+    assert rows_in(done) == rows_in(whole)
 
 
 def test_rows_reach_the_disk_before_the_checkpoint_that_knows_them(

@@ -22,6 +22,7 @@ from fedsim import checkpoint, runs
 from fedsim.config import ConfigError
 from fedsim.loop import Interrupted
 from fedsim.sinks import JsonLines
+from tests.build import rows_in, without_wall_time
 from tests.fedsim.console import contents
 from tests.fedsim.console import fedsim as console
 
@@ -38,12 +39,6 @@ QUADRATIC: dict[str, Any] = {
     "evaluate": {"every": 4},
     "checkpoint": {"every": 6},
 }
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the wall clock."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "wall_seconds"} for row in found]
 
 
 def model(folder: Path) -> bytes:
@@ -115,7 +110,7 @@ def test_the_files_of_a_folder_agree(short: Path) -> None:
 
 def test_the_resolved_config_gives_the_same_metrics_again(short: Path, tmp_path: Path) -> None:
     again = fedsim.run(short / "config.yaml", out=tmp_path / "again")
-    assert rows(tmp_path / "again") == rows(short) and model(tmp_path / "again") == model(short)
+    assert rows_in(tmp_path / "again") == rows_in(short) and model(tmp_path / "again") == model(short)
     chosen = again.config["runtime"]
     assert (
         isinstance(chosen["stack"], int)
@@ -130,7 +125,7 @@ def test_the_resolved_config_gives_the_same_metrics_again(short: Path, tmp_path:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_number_of_workers_does_not_show(short: Path, tmp_path: Path, workers: int) -> None:
     fedsim.run(QUICKSTART, out=tmp_path / "run", **SHORT, **{"runtime.workers": workers})
-    assert rows(tmp_path / "run") == rows(short) and model(tmp_path / "run") == model(short)
+    assert rows_in(tmp_path / "run") == rows_in(short) and model(tmp_path / "run") == model(short)
 
 
 def test_a_run_without_a_folder_gives_the_same_history_and_writes_nothing(
@@ -138,13 +133,13 @@ def test_a_run_without_a_folder_gives_the_same_history_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     history = fedsim.run(QUICKSTART, **SHORT)
-    assert [{k: v for k, v in row.items() if k != "wall_seconds"} for row in history.rows] == rows(short)
+    assert without_wall_time(history.rows) == rows_in(short)
     assert not list(tmp_path.iterdir()) and history.path is None
 
 
 def test_another_seed_gives_another_run(short: Path, tmp_path: Path) -> None:
     fedsim.run(QUICKSTART, out=tmp_path / "run", seed=1, **SHORT)
-    assert rows(tmp_path / "run") != rows(short)
+    assert rows_in(tmp_path / "run") != rows_in(short)
 
 
 def test_a_configuration_may_be_given_as_mappings() -> None:
@@ -182,7 +177,7 @@ def test_a_run_stopped_twice_equals_one_never_stopped(kind: str, tmp_path: Path)
     config = {**QUADRATIC, **KINDS[kind]}
     fedsim.run(config, out=tmp_path / "whole")
     run_interrupted(config, tmp_path / "stopped", 7, 15)
-    assert rows(tmp_path / "stopped") == rows(tmp_path / "whole")
+    assert rows_in(tmp_path / "stopped") == rows_in(tmp_path / "whole")
     assert model(tmp_path / "stopped") == model(tmp_path / "whole")
     for name in ("config.yaml", "env.json"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -192,7 +187,7 @@ def test_client_rows_on_disk_survive_a_stop_too(tmp_path: Path) -> None:
     config = {**QUADRATIC, "strategy": {"name": "scaffold", "cohort_size": 5}}
     fedsim.run(config, out=tmp_path / "ram")
     run_interrupted({**config, "runtime": {"memory": "disk"}}, tmp_path / "disk", 7, 15)
-    assert rows(tmp_path / "disk") == rows(tmp_path / "ram")
+    assert rows_in(tmp_path / "disk") == rows_in(tmp_path / "ram")
 
 
 def test_tensorboard_shows_every_round_once_after_a_resume(tmp_path: Path) -> None:
@@ -202,7 +197,7 @@ def test_tensorboard_shows_every_round_once_after_a_resume(tmp_path: Path) -> No
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     shown = [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars("train_loss")]
-    assert shown == [(row["round"], row["train_loss"]) for row in rows(tmp_path / "run")]
+    assert shown == [(row["round"], row["train_loss"]) for row in rows_in(tmp_path / "run")]
 
 
 def test_a_stop_in_the_last_round_is_the_end(tmp_path: Path) -> None:
@@ -214,10 +209,10 @@ def test_a_stop_in_the_last_round_is_the_end(tmp_path: Path) -> None:
 def test_a_run_that_reached_its_stop_stays_there(tmp_path: Path) -> None:
     stop = {"stop.virtual_seconds": 2.0}
     fedsim.run(QUADRATIC, out=tmp_path / "run", **stop)
-    before = rows(tmp_path / "run")
+    before = rows_in(tmp_path / "run")
     assert before[-1]["virtual_seconds"] >= 2.0 > before[-2]["virtual_seconds"] and len(before) < 20
     fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True, **stop)
-    assert rows(tmp_path / "run") == before
+    assert rows_in(tmp_path / "run") == before
     assert "virtual_seconds" in json.loads((tmp_path / "run" / "summary.json").read_text())["ended"]
 
 
@@ -225,7 +220,7 @@ def test_a_finished_run_goes_on_with_more_rounds_and_its_config_says_so(tmp_path
     fedsim.run(QUADRATIC, out=tmp_path / "run", rounds=8)
     fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True)
     fedsim.run(QUADRATIC, out=tmp_path / "whole")
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows_in(tmp_path / "run") == rows_in(tmp_path / "whole")
     assert (tmp_path / "run" / "config.yaml").read_text() == (tmp_path / "whole" / "config.yaml").read_text()
 
 
@@ -257,7 +252,7 @@ def test_a_disk_that_fills_up_stops_the_run_which_goes_on_later(tmp_path: Path) 
             fedsim.run(QUADRATIC, out=tmp_path / "run")
     fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True)
     fedsim.run(QUADRATIC, out=tmp_path / "whole")
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows_in(tmp_path / "run") == rows_in(tmp_path / "whole")
 
 
 def test_a_disk_full_for_a_checkpoint_keeps_the_one_before(tmp_path: Path) -> None:
@@ -269,7 +264,7 @@ def test_a_disk_full_for_a_checkpoint_keeps_the_one_before(tmp_path: Path) -> No
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["round-000006"]
     fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True)
     fedsim.run(QUADRATIC, out=tmp_path / "whole")
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert rows_in(tmp_path / "run") == rows_in(tmp_path / "whole")
 
 
 def test_a_disk_full_at_the_end_leaves_the_run_to_be_finished(tmp_path: Path) -> None:
@@ -311,7 +306,7 @@ def finish_and_compare(folder: Path, rounds: int) -> None:
     assert console("run", QUICKSTART, *more, "--out", folder, "--resume", "-q").code == 0
     whole = folder.with_name("whole")
     assert console("run", QUICKSTART, *more, "--out", whole, "-q").code == 0
-    assert rows(folder) == rows(whole) and model(folder) == model(whole)
+    assert rows_in(folder) == rows_in(whole) and model(folder) == model(whole)
 
 
 @pytest.mark.timeout(300)
@@ -321,7 +316,7 @@ def test_ctrl_c_saves_exits_130_and_the_resumed_run_equals_one_never_stopped(tmp
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    done = len(rows(tmp_path / "run"))
+    done = len(rows_in(tmp_path / "run"))
     assert err == f"fedsim: stopped after round {done}; add --resume to go on\n"
     assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-1].name == f"round-{done:06d}"
     finish_and_compare(tmp_path / "run", done + 5)
@@ -334,7 +329,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Pat
     process.kill()
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    done = len(rows(tmp_path / "run"))
+    done = len(rows_in(tmp_path / "run"))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"round": 99999, "train_l')  # a row cut short, as a crash leaves it
     finish_and_compare(tmp_path / "run", done + 3)

@@ -24,10 +24,10 @@ from fedsim.sim.executor import ClientError, Jobs, Lost, Results, StackRunner
 from fedsim.sim.packing import Parcel, pack, unpack
 from fedsim.sim.ranks import Ranks
 from fedsim.sim.torchrun import Place, place
+from tests.build import Rows, without_wall_time
 from tests.composition import pair
 from tests.fedsim.sim.ray_cases import NUM_CLIENTS, Toy, die_in, runner, some_jobs
 
-Rows = list[dict[str, Any]]
 SECONDS = 100  # after which a process counts as hung
 
 
@@ -156,5 +156,5 @@ def rows(strategies: list[str]) -> list[Rows]:
     out = []
     for strategy in strategies:
         history = run({**pair(strategy, None), "rounds": 4, "runtime": {"stack": 1, "workers": 1}})
-        out.append([{k: v for k, v in row.items() if k != "wall_seconds"} for row in history.rows])
+        out.append(without_wall_time(history.rows))
     return out

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.build import rows_in
 from tests.fedsim.sim.namespaces import Node, network, possible
 
 pytestmark = [
@@ -28,11 +27,6 @@ strategy: {name: scaffold_m, cohort_size: 5}
 local: {steps: 2, batch_size: 10, optimizer: {name: sgd, lr: 0.05}}
 runtime: {stack: 1, workers: 1}
 """
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "wall_seconds"} for line in lines]
 
 
 def torchrun(nodes: list[Node], *arguments: str) -> list[subprocess.Popen[str]]:
@@ -66,4 +60,4 @@ def test_ranks_on_nodes_with_one_address_each_find_each_other(tmp_path: Path) ->
                 process.kill()
                 process.communicate()
     assert [code for _, code in ended] == [0, 0, 0], ended
-    assert rows(tmp_path / "there") == rows(tmp_path / "here")
+    assert rows_in(tmp_path / "there") == rows_in(tmp_path / "here")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from fedsim.sim.collectives import interface_to
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sim.in_process import InProcess
 from fedsim.strategies import STRATEGIES
+from tests.build import rows_in
 from tests.fedsim.sim import rank_cases
 from tests.fedsim.sim.rank_cases import Rows, launch
 from tests.fedsim.sim.ray_cases import assert_same_bits, runner, some_jobs
@@ -130,12 +130,6 @@ def torchrun(*arguments: str, size: int = 2) -> subprocess.CompletedProcess[str]
     )
 
 
-def rows_of(folder: Path) -> Rows:
-    """A folder's metrics."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "wall_seconds"} for line in lines]
-
-
 def test_torchrun_runs_an_experiment_file_and_rank_0_alone_writes_and_prints(tmp_path: Path) -> None:
     file = tmp_path / "five.yaml"
     file.write_text(CONFIG)
@@ -143,7 +137,7 @@ def test_torchrun_runs_an_experiment_file_and_rank_0_alone_writes_and_prints(tmp
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 ranks of torchrun") == done.stdout.count("report: ") == 1
     run(file, out=tmp_path / "here")
-    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "here")
+    assert rows_in(tmp_path / "out") == rows_in(tmp_path / "here")
 
 
 @pytest.mark.alone

@@ -18,7 +18,7 @@ from fedsim.sim.executor import ClientError, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.strategies import STRATEGIES
-from tests.build import build_fleet, drawn, local_sgd
+from tests.build import build_fleet, drawn, local_sgd, without_wall_time
 from tests.composition import pair
 from tests.fedsim.sim.runtime import local_runtime
 from tests.fedsim.sim.seam_cases import REFUSED, Breakers, Keepers
@@ -142,7 +142,7 @@ def test_no_strategy_of_the_table_lets_go_of_what_is_used_again(strategy: str) -
             runner.strategy = Spoiler(runner.strategy)
         _, seen, _ = train(composition.experiment)
         composition.close()
-        rows.append([{k: v for k, v in row.items() if k != "wall_seconds"} for row in seen])
+        rows.append(without_wall_time(seen))
     assert rows[0] == rows[1] and len(rows[0]) == 3
 
 
