@@ -52,6 +52,12 @@ def naming(source: str) -> Iterator[None]:
         raise ConfigError(f"{source}: {e}") from e
 
 
+def first_line(error: BaseException) -> str:
+    """An exception's kind and the first line of its text, for messages: compilers write pages."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 @dataclass(frozen=True)
 class FromTable:
     """Marks a parameter whose value is a table entry: `Annotated[Aggregator, FromTable("aggregator", "mean")]`.

@@ -120,8 +120,7 @@ class Down:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Where a run computes. Engine, stack, stacks, threads, precision and device are part of what fixes its
-    bits.
+    """Where a run computes. Engine, stack, stacks, threads, precision and device are part of what fixes its bits.
 
     Args:
         executor: in_process, ray, torchrun, or auto: torchrun where it started the run, else in process on one device
@@ -130,7 +129,7 @@ class Runtime:
         threads: intra-op threads of each worker.
         address: of a Ray cluster: "auto", "host:port", or null.
         collectives: how workers in several processes fold: by gloo, by nccl (GPUs), through Ray's object_store, or
-            auto, a rule on devices, machines and model.
+            auto: nccl between GPUs, else gloo.
         device: cpu, cuda, cuda:1, or auto.
         stack: clients of a stack at most, or auto: a rule on model, sizes and device (`fedsim tune` measures).
         stacks: into how many a cohort is cut at least, or auto: with `stack: auto` as many as the workers need, else 1.

@@ -1,5 +1,6 @@
 """The gradient of any module on a stack, by torch.func.vmap over the clients; eager or compiled.
 
+from fedsim.config import first_line
 Letters: C clients, B samples, P entries of a client's vector.
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from fedsim.config import first_line
 from fedsim.engine.base import Batch
 from fedsim.engine.functional import Tensors, ThreadModules
 from fedsim.engine.losses import Loss, sample_shares
@@ -108,9 +110,3 @@ class Vmapped:
 def warn_of_change(module: nn.Module, what: str, error: Exception) -> None:
     """Says what becomes of a module that could not be computed as asked, and why."""
     warnings.warn(f"{type(module).__name__} {what}: {first_line(error)}", stacklevel=5)
-
-
-def first_line(error: Exception) -> str:
-    """An exception's kind and the first line of its text: compilers write pages."""
-    text, _, _ = str(error).strip().partition("\n")
-    return f"{type(error).__name__}: {text}"

@@ -10,7 +10,6 @@ Letters: W workers.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import socket
 import time
@@ -151,19 +150,15 @@ class Group:
 
     def send(self, value: Any, receiver: int) -> None:
         """An object to another worker of this run, which opens it as a pickle."""
-        raw = torch.frombuffer(bytearray(pickle.dumps(pack(value), protocol=5)), dtype=torch.uint8)
         with _others():
-            dist.send(torch.tensor([len(raw)]), receiver, group=self._waiting)
-            dist.send(raw, receiver, group=self._waiting)
+            dist.send_object_list([pack(value)], receiver, group=self._waiting)
 
     def receive(self, sender: int) -> Any:
         """What another worker sends, however long that takes while it lives."""
-        length = torch.zeros(1, dtype=torch.int64)
+        parcel: list[Any] = [None]
         with _others():
-            dist.recv(length, sender, group=self._waiting)
-            raw = torch.empty(int(length), dtype=torch.uint8)
-            dist.recv(raw, sender, group=self._waiting)
-        return unpack(pickle.loads(raw.numpy().data))
+            dist.recv_object_list(parcel, sender, group=self._waiting)
+        return unpack(parcel[0])
 
     def close(self) -> None:
         """Leave; whoever still waits for this worker finds it lost."""

@@ -269,9 +269,8 @@ class StackRunner:
             check_reply(reply, len(jobs.ids))
             lent.check_unwritten()
         except Exception as error:
-            shown = ", ".join(str(i) for i in jobs.ids[:8].tolist()) + (", ..." if len(jobs.ids) > 8 else "")
             raise ClientError(
-                f"{self.name_of(jobs.work)} failed in round {jobs.round + 1} for client(s) {shown}: "
+                f"{self.name_of(jobs.work)} failed in round {jobs.round + 1} for client(s) {shown(jobs.ids)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         check_names(cohort.metrics, self.name_of(jobs.work))
@@ -289,6 +288,11 @@ class StackRunner:
         if self.uplink is None or isinstance(value, Packet) or (isinstance(value, Tensor) and value.ndim < 2):
             return value
         return self.uplink.encode(name, value.dense() if isinstance(value, Terms) else value, cohort)
+
+
+def shown(ids: Tensor) -> str:
+    """The first clients of some, for messages."""
+    return ", ".join(str(i) for i in ids[:8].tolist()) + (", ..." if len(ids) > 8 else "")
 
 
 def _broadcast(jobs: Jobs, device: torch.device) -> dict[str, Any]:

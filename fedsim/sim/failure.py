@@ -32,7 +32,7 @@ class Failure:
 
 
 def _sendable(error: BaseException) -> Any:
-    """The exception itself if it survives pickling, else what it said."""
+    """The exception itself if it survives pickling (what is opened here was made here), else what it said."""
     try:
         pickle.loads(pickle.dumps(error))
         return error

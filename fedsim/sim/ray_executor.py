@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim.config import first_line
 from fedsim.sim.collectives import Collectives, backend_for
-from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, cut, grouped
+from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, cut, grouped, shown
 from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, pack
 from fedsim.sim.ray_plane import Plane
-from fedsim.sim.ray_pool import ATTEMPTS, RayPool, Worker, in_one_line
+from fedsim.sim.ray_pool import ATTEMPTS, RayPool, Worker
 from fedsim.sim.ray_runtime import connect
 
 _log = logging.getLogger("fedsim")
@@ -158,7 +159,7 @@ class RayExecutor(Executor):
                 if lost[index] == ATTEMPTS:
                     raise RuntimeError(_gave_up(jobs, torch.cat(groups[index]), outcome)) from outcome
                 _log.warning(
-                    "round %d: a worker was lost (%s); its stacks run again", jobs.round + 1, in_one_line(outcome)
+                    "round %d: a worker was lost (%s); its stacks run again", jobs.round + 1, first_line(outcome)
                 )
                 todo.appendleft(index)
             yield done.pop(following)
@@ -189,9 +190,8 @@ class RayExecutor(Executor):
 
 
 def _gave_up(jobs: Jobs, index: Tensor, error: BaseException) -> str:
-    ids = jobs.ids[index]
-    shown = ", ".join(str(i) for i in ids[:8].tolist()) + (", ..." if len(ids) > 8 else "")
     return (
-        f"{jobs.work} in round {jobs.round + 1} for client(s) {shown} lost its worker {ATTEMPTS} times in a row; the "
-        f"last time: {in_one_line(error)}. If the node ran out of memory, lower runtime.stack or runtime.workers"
+        f"{jobs.work} in round {jobs.round + 1} for client(s) {shown(jobs.ids[index])} lost its worker {ATTEMPTS} "
+        f"times in a row; the last time: {first_line(error)}. If the node ran out of memory, lower "
+        "runtime.stack or runtime.workers"
     )

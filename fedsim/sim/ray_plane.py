@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fedsim.config import first_line
 from fedsim.sim.collectives import Backend, open_store
 from fedsim.sim.executor import Jobs, Results
 from fedsim.sim.packing import pack
-from fedsim.sim.ray_pool import ATTEMPTS, JOIN_SECONDS, RayPool, Worker, in_one_line
+from fedsim.sim.ray_pool import ATTEMPTS, JOIN_SECONDS, RayPool, Worker
 from fedsim.sim.shares import broadcasts, share_out, together
 
 _log = logging.getLogger("fedsim")
@@ -102,5 +103,5 @@ class Plane:
             worker.epoch = 0
         self._failures += 1
         until = "from now on" if self.given_up else "this time"
-        why = in_one_line(lost)
+        why = first_line(lost)
         _log.warning("the workers' group is dissolved (%s); %s sums go through the object store", why, until)

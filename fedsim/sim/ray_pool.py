@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedsim.config import first_line
 from fedsim.sim.packing import unpack
 from fedsim.sim.ray_runtime import environment
 from fedsim.sim.ray_worker import Actor
@@ -189,7 +190,7 @@ class RayPool:
             worker.failures += 1
             free = {k: v for k, v in self.ray.available_resources().items() if k in ("CPU", "GPU")}
             _log.warning(
-                "a Ray worker did not start: %s; free in the cluster: %s", in_one_line(error), free or "nothing"
+                "a Ray worker did not start: %s; free in the cluster: %s", first_line(error), free or "nothing"
             )
             if all(w.failures >= ATTEMPTS for w in self.workers):
                 raise RuntimeError(
@@ -202,9 +203,3 @@ class RayPool:
         elif hung:
             self.ray.kill(worker.actor, no_restart=False)
         self._get_ready(worker)
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an exception is, and the first line of what it says."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
+from fedsim.config import first_line
 from fedsim.engine.base import Batch
 from fedsim.engine.losses import Loss, cross_entropy, sample_shares
 from fedsim.engine.noise import dropout_keys, start_calls
 from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.twins import share_names
-from fedsim.engine.vmapped import first_line
 from fedsim.optim.needs import sample_factors
 from fedsim.params import Layout
 from fedsim.streams import mix64
