@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsim.aggregate import Mean
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, linear
+from fedsim.fleet import Fleet
 from fedsim.strategies.server import Rule, ServerState, Synchronous
 from fedsim.strategy import Traits
 
@@ -48,7 +48,7 @@ class FedAvg(Synchronous):
         rule, cost, sent = self.rule(rng, s.last), self.local.cost, {"x": s.x}
         if s.local is not None:
             cost, sent = replace(cost, bits_up=32 * (len(s.x) + len(s.local))), {"x": s.x, "state": s.local}
-        r = fleet.ask(self.choose(fleet, rng), self.local_update, cost=cost, fold=linear(rule), **sent)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, **sent)
         s = self.step(s, r.mean("delta", rule))
         return s if s.local is None else replace(s, local=s.local - r.mean("state", self.rule(rng))), {}
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedsim.clients.direction import GRADIENT
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, linear
+from fedsim.fleet import Fleet
 from fedsim.strategies.momentum import Momentum
 from fedsim.strategies.server import ServerState
 
@@ -41,8 +41,8 @@ class FedAvgM(Momentum):
         return State(x0, self.optimizer_state(x0), g=torch.zeros_like(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cohort = self.rule(rng, s.last), self.choose(fleet, rng)
-        r = fleet.ask(cohort, self.local_update, cost=self.local.cost, fold=linear(rule), x=s.x, g=s.g)
+        rule = self.rule(rng, s.last)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x, g=s.g)
         g = r.mean("u", rule)
         return replace(self.step(s, g, self.step_size(r)), g=g), {}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsim.clients.direction import GRADIENT, gradient_at
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, linear
+from fedsim.fleet import Fleet
 from fedsim.strategies.momentum import Momentum, twice
 from fedsim.strategies.server import ServerState
 from fedsim.strategy import Traits
@@ -43,8 +43,8 @@ class FedAvgMVR(Momentum):
         return State(x0, self.optimizer_state(x0), x_prev=x0, g=torch.zeros_like(x0))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cohort, cost = self.rule(rng, s.last), self.choose(fleet, rng), twice(self.local)
-        r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(rule), x=s.x, x_prev=s.x_prev, g=s.g)
+        rule, cost = self.rule(rng, s.last), twice(self.local)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x, x_prev=s.x_prev, g=s.g)
         g = r.mean("u", rule)
         return replace(self.step(s, g, self.step_size(r)), x_prev=s.x, g=g), {}
 

@@ -20,7 +20,7 @@ from fedsim.clients.direction import GRADIENT
 from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, linear
+from fedsim.fleet import Fleet
 from fedsim.strategies.control import followed, report
 from fedsim.strategies.server import ServerState, Synchronous
 from fedsim.strategy import Traits
@@ -49,7 +49,7 @@ class Scaffold(Synchronous):
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule, cost = self.rule(rng, s.last), replace(self.local.cost, vectors_up=2, exact_up=1)
-        r = fleet.ask(self.choose(fleet, rng), self.local_update, cost=cost, fold=linear(rule), x=s.x, c=s.c)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x, c=s.c)
         s = self.step(s, r.mean("delta", rule))
         return replace(s, c=followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))), {}
 

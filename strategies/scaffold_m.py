@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsim.clients.direction import GRADIENT
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, linear
+from fedsim.fleet import Fleet
 from fedsim.strategies.control import followed, report
 from fedsim.strategies.momentum import Momentum
 from fedsim.strategies.server import ServerState
@@ -43,8 +43,7 @@ class ScaffoldM(Momentum):
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule, cost = self.rule(rng, s.last), replace(self.local.cost, vectors_up=2, exact_up=1)
-        cohort = self.choose(fleet, rng)
-        r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(rule), x=s.x, g=s.g, c=s.c)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x, g=s.g, c=s.c)
         g = r.mean("u", rule)
         c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
         return replace(self.step(s, g, self.step_size(r)), g=g, c=c), {}

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsim.clients.direction import GRADIENT, gradient_at
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, linear
+from fedsim.fleet import Fleet
 from fedsim.strategies.control import followed, report
 from fedsim.strategies.momentum import Momentum, twice
 from fedsim.strategies.server import ServerState
@@ -47,8 +47,8 @@ class ScaffoldMVR(Momentum):
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule, cost = self.rule(rng, s.last), replace(twice(self.local), vectors_up=2, exact_up=1)
-        cohort, sent = self.choose(fleet, rng), {"x": s.x, "x_prev": s.x_prev, "g": s.g, "c": s.c}
-        r = fleet.ask(cohort, self.local_update, cost=cost, fold=linear(rule), **sent)
+        sent = {"x": s.x, "x_prev": s.x_prev, "g": s.g, "c": s.c}
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, **sent)
         g = r.mean("u", rule)
         c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
         return replace(self.step(s, g, self.step_size(r)), x_prev=s.x, g=g, c=c), {}

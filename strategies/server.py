@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsim.aggregate import Aggregator, CenteredClipping, Mean, PreAggregator, prepared, started
 from fedsim.clients.local_training import LocalTraining
 from fedsim.config import FromTable
-from fedsim.fleet import Fleet, choose
+from fedsim.fleet import Cost, Fleet, Replies, Work, choose, linear
 from fedsim.optim import Optimizer, OptState
 from fedsim.strategy import Strategy
 
@@ -146,6 +146,34 @@ class Synchronous(Server):
     def choose(self, fleet: Fleet, rng: np.random.Generator) -> Tensor:
         """[S] clients of a round, drawn uniformly."""
         return choose(fleet.clients, self.cohort_size, rng)
+
+    def ask(
+        self,
+        s: S,
+        fleet: Fleet,
+        rng: np.random.Generator,
+        work: Work,
+        /,
+        *,
+        rule: Aggregator,
+        cost: Cost | None = None,
+        **broadcast: Any,
+    ) -> tuple[S, Replies]:
+        """Choose a round's clients, give them work and wait for their replies.
+
+        Args:
+            s: the state, which knows what earlier rounds showed of the clients.
+            fleet, rng: of the round.
+            work: the client half.
+            rule: what replies will be aggregated by; where it is linear they are folded as they come.
+            cost: of the job; None is that of local training.
+            broadcast: what clients are sent.
+
+        Returns:
+            (the state, with what the replies show of the clients; replies).
+        """
+        cohort, cost = self.choose(fleet, rng), self.local.cost if cost is None else cost
+        return s, fleet.ask(cohort, work, cost=cost, fold=linear(rule), **broadcast)
 
 
 def step_along(x: Tensor, d: Tensor, lr: float, num_trainable: int, weight: float = 1.0) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 import fedsim
 from fedsim.compose import compose
 from fedsim.config import ConfigError
-from fedsim.fleet import linear
 from fedsim.strategies.server import ServerState, Synchronous
 from tests.contracts.outside import Halved
 
@@ -41,7 +40,7 @@ class Signed(Synchronous):
 
     def round(self, s: ServerState, fleet: Any, rng: Any) -> tuple[ServerState, dict[str, Any]]:
         rule = self.rule(rng)
-        r = fleet.ask(self.choose(fleet, rng), self.signs, cost=self.local.cost, fold=linear(rule), x=s.x)
+        s, r = self.ask(s, fleet, rng, self.signs, rule=rule, x=s.x)
         return self.step(s, r.mean("d", rule)), {}
 
     def signs(self, clients: Any, x: Tensor) -> dict[str, Tensor]:
