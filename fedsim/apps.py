@@ -111,7 +111,7 @@ def deploy(composition: Composition, grid: Grid, patience: Patience, clock: Cloc
     return FlowerFleet(
         Mail(grid, nodes, _book(executor.runner, simulated), clock, patience, experiment.device),
         seed=experiment.seed,
-        model_size=experiment.task.layout.size,
+        model_size=experiment.strategy.sent(experiment.task.layout).size,
         downlink=simulated.downlink,
     )
 
@@ -165,7 +165,7 @@ def _book(runner: StackRunner, fleet: SimFleet) -> Book:
         "uplink": None if runner.uplink is None else runner.uplink.compressor,
         "downlink": None if fleet.downlink is None else fleet.downlink.compressor,
     }
-    return Book.of(runner.strategy, links, runner.task.layout)
+    return Book.of(runner.strategy, links, runner.strategy.sent(runner.task.layout))
 
 
 def _patience(settings: Mapping[str, Any]) -> Patience:

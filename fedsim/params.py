@@ -9,8 +9,9 @@ while optimizers work on the first `num_trainable` entries alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from math import prod
 
@@ -29,6 +30,7 @@ class Layout:
         shapes: of each tensor, without the client axis.
         roles: `matrix` (2-D or more, hidden), `vector` (1-D or less), `embed` or `head`, one per tensor.
         num_buffers: how many of the last tensors are buffers, which no optimizer touches.
+        norms: names of those that belong to normalisation layers.
 
     >>> layout = Layout.of({"w": (2, 3), "b": (2,)})
     >>> layout.size, layout.offsets
@@ -41,6 +43,7 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
     roles: tuple[str, ...]
     num_buffers: int = 0
+    norms: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
@@ -53,7 +56,8 @@ class Layout:
         """The layout of a module's parameters, then its buffers.
 
         Parameters with `requires_grad=False` are kept with the buffers: they travel, and are never trained.
-        The last matrix is the `head`; weights of `nn.Embedding` are `embed`.
+        The last matrix is the `head`; weights of `nn.Embedding` are `embed`. A normalisation layer is one whose
+        class is called so (`BatchNorm2d`, `RMSNorm`).
         """
         embeds = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
@@ -63,11 +67,18 @@ class Layout:
         if len(matrices) > 1:
             roles[matrices[-1]] = "head"
         tensors = trained | kept
+        norms = {
+            f"{path}.{name}" if path else name
+            for path, m in module.named_modules()
+            if "norm" in type(m).__name__.lower()
+            for name, _ in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False))
+        }
         return cls(
             names=tuple(tensors),
             shapes=tuple(tuple(t.shape) for t in tensors.values()),
             roles=(*roles, *("vector" for _ in kept)),
             num_buffers=len(kept),
+            norms=tuple(name for name in tensors if name in norms),
         )
 
     @cached_property
@@ -102,6 +113,23 @@ class Layout:
         n = len(self.names) - self.num_buffers
         return Layout(self.names[:n], self.shapes[:n], self.roles[:n])
 
+    @cached_property
+    def last_layer(self) -> tuple[str, ...]:
+        """Names of the head's layer, its bias included; none where the model has one layer only."""
+        heads = [name for name, role in zip(self.names, self.roles, strict=True) if role == "head"]
+        return tuple(n for n in self.names for head in heads if n.rpartition(".")[0] == head.rpartition(".")[0])
+
+    def part(self, names: Collection[str]) -> Layout:
+        """The layout of some of the tensors, in the order in which they stand here."""
+        kept = [i for i, name in enumerate(self.names) if name in names]
+        return Layout(
+            names=tuple(self.names[i] for i in kept),
+            shapes=tuple(self.shapes[i] for i in kept),
+            roles=tuple(self.roles[i] for i in kept),
+            num_buffers=sum(i >= len(self.names) - self.num_buffers for i in kept),
+            norms=tuple(name for name in self.norms if name in names),
+        )
+
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Views {name: [..., *shape]} into flat [..., P]; writing to one writes to the other."""
         assert flat.shape[-1] == self.size, f"expected {self.size} entries, got {flat.shape[-1]}"
@@ -126,6 +154,75 @@ class Layout:
             k: (v.round() if not own[k].is_floating_point() else v).to(own[k].dtype)
             for k, v in self.views(flat.detach()).items()
         }
+
+
+@dataclass(frozen=True)
+class Split:
+    """A flat vector in two parts: entries that are shared, and entries that are a client's own.
+
+    Letters: Q entries are shared and H are own, P = Q + H.
+
+    Args:
+        layout: of the whole vector.
+        names: of the tensors that are own.
+
+    >>> split = Split(Layout.of({"body": (2,), "head": (1,), "tail": (1,)}), ("head",))
+    >>> v = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    >>> split.shared(v).tolist(), split.own(v).tolist(), split.joined(split.shared(v), split.own(v)).tolist()
+    ([1.0, 2.0, 4.0], [3.0], [1.0, 2.0, 3.0, 4.0])
+    """
+
+    layout: Layout
+    names: tuple[str, ...]
+
+    @classmethod
+    def matching(cls, layout: Layout, patterns: Sequence[str]) -> Split:
+        """The tensors whose names match one of the patterns (`head.*`, as in a shell) are own.
+
+        Raises:
+            ValueError: for a pattern that matches nothing.
+        """
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in layout.names):
+                shown = ", ".join(layout.names[:8]) + (", ..." if len(layout.names) > 8 else "")
+                raise ValueError(
+                    f"{pattern!r} of {list(patterns)} matches no entry of the model; its entries are {shown}"
+                )
+        return cls(layout, tuple(n for n in layout.names if any(fnmatch(n, pattern) for pattern in patterns)))
+
+    @cached_property
+    def shared_layout(self) -> Layout:
+        """Of the Q shared entries."""
+        return self.layout.part(set(self.layout.names) - set(self.names))
+
+    def shared(self, v: Tensor) -> Tensor:
+        """[..., P] -> [..., Q], a copy."""
+        return torch.cat([v[..., :0], *(v[..., span] for own, span in self._spans if not own)], dim=-1)
+
+    def own(self, v: Tensor) -> Tensor:
+        """[..., P] -> [..., H], a copy."""
+        return torch.cat([v[..., :0], *(v[..., span] for own, span in self._spans if own)], dim=-1)
+
+    def joined(self, shared: Tensor, own: Tensor) -> Tensor:
+        """[..., Q] and [..., H] -> [..., P]; leading axes are broadcast."""
+        lead = torch.broadcast_shapes(shared.shape[:-1], own.shape[:-1])
+        parts, at = (shared.expand(*lead, -1), own.expand(*lead, -1)), [0, 0]
+        out = []
+        for is_own, span in self._spans:
+            start, length = at[is_own], span.stop - span.start
+            out.append(parts[is_own].narrow(-1, start, length))
+            at[is_own] += length
+        return torch.cat(out, dim=-1)
+
+    @cached_property
+    def _spans(self) -> tuple[tuple[bool, slice], ...]:
+        """(whether own, where) of neighbouring tensors that go the same way."""
+        spans: list[tuple[bool, slice]] = []
+        for name, start, size in zip(self.layout.names, self.layout.offsets, self.layout.sizes, strict=True):
+            own = name in self.names
+            first = spans.pop()[1].start if spans and spans[-1][0] == own else start
+            spans.append((own, slice(first, start + size)))
+        return tuple(spans)
 
 
 def program_of(module: nn.Module) -> nn.Module:

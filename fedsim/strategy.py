@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsim.compress.packet import Compressor
 from fedsim.fleet import Fleet
+from fedsim.params import Layout
 
 LocalRules = Literal["any", "plain_sgd", "rate"]
 T = TypeVar("T")
@@ -58,6 +59,10 @@ class Strategy(ABC):
     def at_work(self, num_clients: int) -> int:
         """Clients of N that work at a time, which the width of a stack is chosen for."""
         return num_clients
+
+    def sent(self, layout: Layout) -> Layout:
+        """What travels of a client's whole vector: by its size bits are counted, and for it links compress."""
+        return layout
 
 
 def fields_of(strategy: Strategy, kind: type[T]) -> dict[str, T]:

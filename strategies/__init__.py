@@ -8,9 +8,11 @@ from fedsim.strategies.extragradient import Extragradient
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedavg_m import FedAvgM
 from fedsim.strategies.fedavg_m_vr import FedAvgMVR
+from fedsim.strategies.fedbn import FedBN
 from fedsim.strategies.fedbuff import FedBuff
 from fedsim.strategies.fedbuff_stream import FedBuffStream
 from fedsim.strategies.fedfix import FedFix
+from fedsim.strategies.fedper import FedPer
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
 from fedsim.strategies.monna import Monna
@@ -26,6 +28,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "scaffold_m": ScaffoldM,
     "fedavg_m_vr": FedAvgMVR,
     "scaffold_m_vr": ScaffoldMVR,
+    "fedbn": FedBN,
+    "fedper": FedPer,
     "async_fedavg": AsyncFedAvg,
     "fedfix": FedFix,
     "fedbuff": FedBuff,

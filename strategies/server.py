@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedsim.aggregate import Aggregator, CenteredClipping, Mean, PreAggregator, prepared, started
 from fedsim.clients.local_training import LocalTraining
+from fedsim.cohort import Cohort
 from fedsim.config import FromTable
 from fedsim.fleet import Cost, Fleet, Replies, Work, choose, linear
 from fedsim.optim import Optimizer, OptState
@@ -94,6 +95,10 @@ class Server(Aggregating):
         if not self.server_lr > 0:
             raise ValueError(f"server_lr must be positive, got {self.server_lr}")
         self.local.check(self.traits)
+
+    def personal_model(self, clients: Cohort, x: Tensor) -> Tensor:
+        """[C, P]: the models that these clients would use themselves, now that the server has x [P]."""
+        return x.expand(len(clients), -1)
 
     def init(self, x0: Tensor, /) -> Any:
         return ServerState(x0, self.optimizer_state(x0))

@@ -30,6 +30,8 @@ SMALL: dict[str, Any] = {
 """A problem on which every strategy takes a few rounds in no time."""
 
 FIELDS: dict[str, dict[str, Any]] = {
+    "fedbn": {"personal": ["1.bias"]},
+    "fedper": {"personal": ["1.bias"]},
     "fedfix": {"interval": 0.5},
     "fedbuff": {"buffer_size": 3},
     "fedbuff_stream": {"buffer_size": 3, "concurrency": 4},

@@ -129,7 +129,8 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         device=device,
         threads=file.runtime.threads,
     )
-    words = {**in_words(work, plan, stacks, task.layout, task.num_examples), "workers": workers, "device": str(device)}
+    plan_words = in_words(work, plan, stacks, task.layout, strategy.sent(task.layout), task.num_examples)
+    words = {**plan_words, "workers": workers, "device": str(device)}
     data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
@@ -163,8 +164,8 @@ def _fleet(
     file: File, task: Task, strategy: Strategy, work: Work, width: int, device: torch.device
 ) -> tuple[SimFleet, InProcess, str]:
     """(simulated fleet, threads for evaluation, what runs the clients in words)."""
-    n, runtime = len(task.num_examples), file.runtime
-    uplink, downlink = build_links(file, strategy, task.layout)
+    n, runtime, sent = len(task.num_examples), file.runtime, strategy.sent(task.layout)
+    uplink, downlink = build_links(file, strategy, sent)
     check_state_scope(strategy, uplink)
     byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
     devices = file.clients.devices(count=n)
@@ -172,13 +173,13 @@ def _fleet(
     executor, workers = build_executor(runtime, runner, work, width, device)
     fleet = SimFleet(
         num_examples=task.num_examples,
-        model_size=task.layout.size,
+        model_size=sent.size,
         executor=executor,
         devices=devices,
         memory=Memory(n),
         seed=file.seed,
         ahead=replies_ahead(width, executor.stacks, device),
-        reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
+        reply_bits=None if uplink is None else uplink.compressor.bits(sent.size),
         downlink=downlink,
         byzantine=byzantine,
     )

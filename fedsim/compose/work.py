@@ -79,12 +79,13 @@ def shares_of(work: Work, num_examples: Tensor, width: int, stacks: int) -> list
     return [float(each[stack].sum()) for stack in cut(n[ids], width, stacks)]
 
 
-def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, num_examples: Tensor) -> dict[str, str]:
+def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, num_examples: Tensor) -> dict[str, str]:
     """The plan, line by line: {what: in words}."""
     n, steps = num_examples, work.steps
     buffers = f" and {layout.size - layout.num_trainable:,} buffer entries" if layout.num_buffers else ""
     stack_bytes = 4 * layout.size * min(plan.width, work.cohort_size)
-    model_bits = 32 * layout.size
+    model_bits = 32 * sent.size
+    kept = f", of which {layout.size - sent.size:,} stay with the client" if sent.size < layout.size else ""
     shares = shares_of(work, n, plan.width, stacks)
     counts, gains = zip(*((str(w), f"{speedup(shares, w):.1f}") for w in WORKERS), strict=True)
     return {
@@ -92,7 +93,7 @@ def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, num_examples: 
         "samples per client": f"{int(n.min()):,} to {int(n.max()):,}, median {int(n.median()):,}; "
         f"{int((n == 0).sum()):,} clients have none",
         "local steps": f"{int(steps.min()):,} to {int(steps.max()):,}",
-        "model": f"{layout.num_trainable:,} parameters{buffers}",
+        "model": f"{layout.num_trainable:,} parameters{buffers}{kept}",
         "engine": f"{plan.engine}{' with C++' if plan.native else ''}, {plan.width} clients a stack ({plan.reason})",
         "stacks": f"{len(shares):,} a round; with {', '.join(counts)} workers {', '.join(gains)} times one worker's "
         "speed at best",

@@ -27,6 +27,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "scaffold_m": {"cohort_size": 4, "beta": 0.5},
     "fedavg_m_vr": {"cohort_size": 4, "beta": 0.5},
     "scaffold_m_vr": {"cohort_size": 4, "beta": 0.5},
+    "fedbn": {"cohort_size": 4, "personal": ["1.bias"]},
+    "fedper": {"cohort_size": 4, "personal": ["1.bias"]},
     "async_fedavg": {},
     "fedfix": {"interval": 0.35},
     "fedbuff": {"buffer_size": 2},
@@ -70,6 +72,8 @@ def _make(name: str, task: Any, **changes: Any) -> Any:
     """The strategy by hand, with five local steps of noisy gradients."""
     kind = STRATEGIES[_kind(name)]
     given = {"local": local_sgd(task, 0.05, steps=5)} if "local" in signature(kind).parameters else {}
+    if "layout" in signature(kind).parameters:  # the entries of a model; a formula has one only, which is shared
+        given |= {"layout": task.layout, "personal": ()}
     if "aggregator" in ROWS[name]:
         given["aggregator"] = AGGREGATORS[ROWS[name]["aggregator"]]()
     if "server_optimizer" in ROWS[name]:
