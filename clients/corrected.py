@@ -5,7 +5,8 @@ With one rate the local model needs no memory of its own: after k steps along u 
     y = x - lr * (scale * s + k * shift),    s the sum of the k raw gradients so far.
 
 So only s is accumulated, inside the backward products where the engine can; y is formed anew from it before each step
-after the first, and never after the last. The change of the client is known from s without it.
+after the first, and never after the last. The change of the client is known from s without it. (Where the direction
+pulls at the local model, y follows from another sum than the mean gradient does, and steps are taken one by one.)
 
 Letters: C clients of a stack, k of them still stepping, P entries, K_i steps of a client.
 """

@@ -22,7 +22,7 @@ from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Exact
 from fedsim.optim import Optimizer
 from fedsim.strategy import Traits
-from fedsim.task import Schedule
+from fedsim.task import Schedule, reach
 from fedsim.terms import Terms
 
 Reply = Mapping[str, Tensor | Terms | Exact]
@@ -153,25 +153,23 @@ class LocalTraining:
         task, u = cohort.task, Direction.of(direction)
         batches = task.batches(cohort.ids, cohort.streams, self.schedule)
         steps, all_stepped = batches.num_steps, len(batches) > 0 and batches.active(0) == len(cohort)
-        known = self.constant_rate and u.other is None  # the model follows from the gradients' sum
-        factored = task.factored_run(x, batches, self.lr, u.scale, u.terms) if known else None
+        # the model follows from the gradients' sum; with a pull it is not the sum that their mean comes from
+        known = self.constant_rate and u.other is None and not (u.pull and mean_grad)
+        shift = u.about(x)
+        factored = task.factored_run(x, batches, self.lr, u.scale, u.pull, shift) if known else None
         if factored is not None:
             sums, losses = Terms.of(factored[0]), factored[1]
             mean = (sums * (1 / steps.clamp(min=1).double())).dense() if mean_grad else None
             moved = sums * self.lr if mean is None else Terms.of(mean) * (self.lr * steps.double())
-            run = LocalRun(_change(moved, u, self.lr, steps), steps, all_stepped, mean)
+            far = Terms(shift) * (self.lr * reach(steps.double(), self.lr * u.pull))
+            run = LocalRun(moved * u.scale + far, steps, all_stepped, mean)
         elif known and mean_grad and not task.layout.num_buffers:
             mean, losses = corrected_run(cohort, x, batches, self.lr, u)
-            moved = Terms.of(mean) * (self.lr * steps.double())
-            run = LocalRun(_change(moved, u, self.lr, steps), steps, all_stepped, mean)
+            change = (Terms.of(mean) * u.scale + Terms(shift)) * (self.lr * steps.double())
+            run = LocalRun(change, steps, all_stepped, mean)
         else:
             taken = Stepwise(self.optimizer, self.schedule, self.rounds, cohort, batches, u)
             y, losses, mean, state_change = taken.run(x, mean_grad=mean_grad, state=state)
             run = LocalRun(Terms.of(x - y), steps, all_stepped, mean, state_change)
         cohort.log(train_loss=losses / steps.clamp(min=1))
         return run
-
-
-def _change(moved: Terms, u: Direction, lr: float, steps: Tensor) -> Terms:
-    """x - y of each client [C, P] after `steps` [C] along u, from lr times the sum of its raw gradients."""
-    return moved * u.scale + Terms(u.terms) * (lr * steps.double())

@@ -83,13 +83,14 @@ class Stepwise:
             assert session is not None
             batch, factor, loss = batches[step], self._lr_factor(step, k), None
             if u.other is None and isinstance(factor, float):
-                loss = session.sgd_step_(batch, lr * factor, scale=u.scale, shift=u.rows(k), grad_sum=grad_sum)
+                beside = u.beside(y[:k], self._spare)
+                loss = session.sgd_step_(batch, lr * factor, scale=u.scale, shift=beside, grad_sum=grad_sum)
             if loss is None:
                 g, loss = session.gradient(batch, cohort.scratch("gradient", y)[:k])
                 if grad_sum is not None:
                     grad_sum += g
                 rate = factor.to(y)[:, None] if isinstance(factor, Tensor) else factor
-                y[:k, :n].sub_(lr * rate * self._along(g, batch)[:, :n])
+                y[:k, :n].sub_(lr * rate * self._along(y[:k], g, batch)[:, :n])
             losses[:k].add_(loss)
         return losses
 
@@ -118,7 +119,7 @@ class Stepwise:
             g, loss, aux = self._gradient(session, y[:k], batch, state, gradient[:k], streams)
             if total is not None:
                 total[:k] += g
-            g, factor = self._along(g, batch), self._lr_factor(step, k)
+            g, factor = self._along(y[:k], g, batch), self._lr_factor(step, k)
             self.optimizer.step_(y[:k, :n], g[:, :n], state, lr_scale=factor, aux=aux, streams=streams, doubt=doubt)
             losses[:k] += loss.to(losses.dtype)
         final = self.optimizer.final(y[:, :n], state)
@@ -143,16 +144,20 @@ class Stepwise:
         out[:, :n], out[:, n:] = g, 0
         return out, needed.loss, aux
 
-    def _along(self, g: Tensor, batch: Any) -> Tensor:
-        """u [k, P] from the gradients g [k, P]."""
+    def _along(self, y: Tensor, g: Tensor, batch: Any) -> Tensor:
+        """u [k, P] from the local models y [k, P] and the gradients g [k, P] there."""
         u, cohort = self.u, self.cohort
         out = g if u.scale == 1.0 else g * u.scale
         if u.other is not None:
             point = cohort.scratch("other", g)[: len(g)].copy_(u.other)
             there, _ = cohort.task.session(point).gradient(batch, cohort.scratch("other_gradient", g)[: len(g)])
             out = out + u.other_scale * there
-        shift = u.rows(len(g))
-        return out if shift is None else out + shift
+        beside = u.beside(y, self._spare)
+        return out if beside is None else out + beside
+
+    def _spare(self, like: Tensor) -> Tensor:
+        """[k, P] to write what a step takes beside gradients."""
+        return self.cohort.scratch("beside", like)[: len(like)]
 
     def _lr_factor(self, step: int, k: int) -> float | Tensor:
         """The schedule's factor: one number, or [k] where clients were sent their work in different rounds."""

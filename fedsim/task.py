@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,18 @@ class Schedule:
         if self.batch_size is None:
             return (num_examples > 0).to(torch.int64)
         return (num_examples + self.batch_size - 1) // self.batch_size
+
+
+T = TypeVar("T", float, Tensor)
+
+
+def reach(steps: T, pull: float) -> T:
+    """1 + q + ... + q^(steps - 1) with q = 1 - pull: how far steps along one vector go while each takes back `pull`.
+
+    >>> reach(3, 0.0), reach(3, 0.5)
+    (3, 1.75)
+    """
+    return steps if not pull else (1 - (1 - pull) ** steps) / pull
 
 
 class Batches(Protocol):
@@ -207,19 +219,22 @@ class Task(ABC):
         return PlainSession(self.field, x)
 
     def factored_run(
-        self, x: Tensor, batches: Any, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
+        self, x: Tensor, batches: Any, lr: float, scale: float, pull: float, terms: Sequence[tuple[float, Tensor]]
     ) -> tuple[Factors, Tensor] | None:
-        """A whole run of x <- x - lr * (scale * g + shift) at once, where that costs less than its steps; else None.
+        """A whole run at once, where that costs less than its steps; else None.
+
+        A step is y <- y - lr * (scale * g + pull * (y - x) + shift), and y is x at first.
 
         Args:
             x: where clients start, [P] or [C, P].
             batches: of the stack.
             lr: of the steps.
             scale: of the gradients g.
+            pull: towards x.
             terms: the shift, a sum of (weight, tensor [P] or [C, P]).
 
         Returns:
-            (sum of each client's gradients g, sum of the losses of its steps [C]).
+            (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
         """
         return None
 

@@ -9,7 +9,8 @@ clients' gradients is one product again:
     z_k = (a_k) W' - lr * (a_k A') D            da_k = dz_k W - lr * (dz_k D') A            sum = (w D)' A
 
 A bias is a weight on a constant input 1, which adds 1 to the Gram matrix. Steps along scale * g + shift move W by
--lr * shift as well: what all clients share of it goes into W, what is a client's own costs one more product.
+-lr * shift as well: what all clients share of it goes into W, what is a client's own costs one more product. A pull
+towards W, along pull * (y - W), shrinks what earlier steps did by 1 - lr * pull: that is one number a step on D.
 
 Letters: C clients, R samples of a client's local run, P entries; a layer has `in` inputs and `out` outputs.
 """
@@ -26,6 +27,7 @@ from fedsim.engine.base import Batch
 from fedsim.engine.head import loss_and_gradient
 from fedsim.engine.losses import cross_entropy
 from fedsim.params import Layout
+from fedsim.task import reach
 from fedsim.terms import Weight
 
 
@@ -123,9 +125,10 @@ def low_rank_run(
     active: list[int],
     lr: float,
     scale: float = 1.0,
+    pull: float = 0.0,
     terms: Sequence[tuple[float, Tensor]] = (),
 ) -> tuple[LowRank, Tensor]:
-    """K steps x <- x - lr * (scale * g + shift) on C clients.
+    """K steps y <- y - lr * (scale * g + pull * (y - x) + shift) from x on C clients.
 
     Args:
         chain: the module's layers.
@@ -136,10 +139,11 @@ def low_rank_run(
         active: for each step, how many of the first clients take it.
         lr: learning rate.
         scale: of the gradient.
+        pull: towards x.
         terms: the shift, a sum of (weight, tensor) with tensors [P] that clients share or [C, P] of their own.
 
     Returns:
-        (sum of each client's gradients g, sum of the losses of its steps [C]).
+        (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
     """
     first = whole.inputs.flatten(2)
     num_clients, samples = first.shape[:2]
@@ -150,6 +154,7 @@ def low_rank_run(
         d=[first.new_zeros(num_clients, samples, o) for o, _ in chain.shapes],
         own=[(lr * weight, _layers(chain, layout, term)) for weight, term in terms if term.ndim == 2],
         rate=lr * scale,
+        pull=lr * pull,
         width=width,
     )
     losses = first.new_zeros(num_clients)
@@ -158,7 +163,7 @@ def low_rank_run(
     base = _times(first, layers[0], num_clients) if x.ndim == 1 and shift is None else None
     for step, k in enumerate(active):
         if step and shift is not None:
-            layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * step))
+            layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * reach(step, lr * pull)))
         z = steps.forward(layers, step, k, base)
         now = slice(step * width, (step + 1) * width)
         shares = None if whole.weights is None else whole.weights[:k, now]
@@ -175,6 +180,7 @@ class _Steps:
     Args:
         own: (learning rate times weight, layers) of each term of the shift that is a client's own.
         rate: by which gradients move the weights.
+        pull: by which a step takes back what earlier ones did.
         width: B of every step.
     """
 
@@ -182,6 +188,7 @@ class _Steps:
     d: list[Tensor]
     own: list[tuple[float, list[Layer]]]
     rate: float
+    pull: float
     width: int
 
     def forward(self, layers: list[Layer], step: int, k: int, base: Tensor | None) -> Tensor:
@@ -192,7 +199,7 @@ class _Steps:
             z = _times(h, layer, k) if i or base is None else base[:k, now]
             if step:
                 for rate, term in self.own:
-                    z = z.sub_(_times(h, term[i], k), alpha=rate * step)
+                    z = z.sub_(_times(h, term[i], k), alpha=rate * reach(step, self.pull))
                 gram = torch.bmm(h, self.a[i][:k, past].mT)
                 gram = gram if layer[1] is None else gram.add_(1.0)
                 z = torch.baddbmm(z, gram, self.d[i][:k, past], alpha=-self.rate)
@@ -209,10 +216,12 @@ class _Steps:
                 da = _back(dz, layers[i], k)
                 if step:
                     for rate, term in self.own:
-                        da = da.sub_(_back(dz, term[i], k), alpha=rate * step)
+                        da = da.sub_(_back(dz, term[i], k), alpha=rate * reach(step, self.pull))
                     gram = torch.bmm(dz, self.d[i][:k, past].mT)
                     da = torch.baddbmm(da, gram, self.a[i][:k, past], alpha=-self.rate)
                 dz = da.mul_(self.a[i][:k, now] > 0)
+            if self.pull and step:
+                self.d[i][:k, past] *= 1 - self.pull
 
 
 Layer = tuple[Tensor, Tensor | None]

@@ -99,13 +99,13 @@ class ClassificationTask(Task):
         return self.engine.session(x)
 
     def factored_run(
-        self, x: Tensor, batches: BatchPlan, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
+        self, x: Tensor, batches: BatchPlan, lr: float, scale: float, pull: float, terms: Sequence[tuple[float, Tensor]]
     ) -> tuple[LowRank, Tensor] | None:
         """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
         chain = self.engine.chain
         if chain is None or not len(batches) or not chain.worthwhile(batches.samples):
             return None
-        return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, terms)
+        return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, pull, terms)
 
     @cached_property
     def _program(self) -> Program:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedsim.clients.direction import GRADIENT, gradient_at
+from fedsim.clients.direction import GRADIENT, MODEL, gradient_at
 from fedsim.clients.local_training import LocalTraining
 from fedsim.optim import build
 from fedsim.strategies.fedavg import FedAvg
@@ -60,6 +61,61 @@ def test_a_direction_with_shift_scale_and_other_point_is_followed_step_by_step(e
                 y = y - 0.1 * by_hand(i, y, k)
             torch.testing.assert_close(result.delta.dense()[i], task.x0 - y, rtol=1e-4, atol=1e-5, msg=name)
             torch.testing.assert_close(result.mean_grad[i], used / twin.steps(i), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("anchor", ["start", "elsewhere"])
+@pytest.mark.parametrize("mean_grad", [False, True])
+@pytest.mark.parametrize("hidden", [200, 4])  # in factors, and fused steps
+@pytest.mark.parametrize("engine", ["stacked", "loop"])
+def test_a_pull_at_the_local_model_is_followed_in_every_way(
+    engine: str, hidden: int, mean_grad: bool, anchor: str
+) -> None:
+    model = partial(mlp, hidden=[hidden])
+    task, twin = digits_task(model, COUNTS, engine), images(model, COUNTS, 6)[1]
+    c_i = 0.01 * torch.randn(4, len(task.x0), generator=torch.Generator().manual_seed(0))
+    x, mu, job = task.x0, 1.5, 2
+    w = x if anchor == "start" else 0.9 * x
+    u = 0.5 * GRADIENT - c_i + mu * (MODEL - w)
+    local = local_sgd(task, 0.1, epochs=1, steps=None, batch_size=6)
+    result = local(cohort(task, [0, 1, 2, 3], [job] * 4), x, u, mean_grad=mean_grad)
+    for i in range(4):
+        y, used = x.clone(), torch.zeros_like(x)
+        for k in range(twin.steps(i)):
+            g = twin.gradient(i, y, job, k)
+            used, y = used + g, y - 0.1 * (0.5 * g - c_i[i] + mu * (y - w))
+        torch.testing.assert_close(result.delta.dense()[i], x - y, rtol=1e-4, atol=1e-6)
+        if result.mean_grad is not None:
+            torch.testing.assert_close(result.mean_grad[i], used / max(twin.steps(i), 1), rtol=1e-4, atol=1e-5)
+    assert (result.mean_grad is not None) == mean_grad
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"name": "sgd", "lr": 0.1, "schedule": {"name": "exponential", "gamma": 0.5, "unit": "steps"}},
+        {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+        {"name": "sgd", "lr": 0.1, "clip": {"global": 0.5}},
+        {"name": "adam", "lr": 0.05},
+    ],
+    ids=["schedule", "momentum", "clip", "adam"],
+)
+def test_a_rule_takes_a_pull_as_part_of_the_gradient(rule: dict[str, Any]) -> None:
+    task = drawn(2, 3)
+    u = GRADIENT + 2.0 * (MODEL - task.x0)
+    result = local_sgd(task, steps=5, optimizer=rule)(cohort(task, [0, 1]), task.x0, u)
+    for i in range(2):
+        y = task.x0.clone().requires_grad_()
+        settings = {k: v for k, v in rule.items() if k not in ("name", "schedule", "clip")}
+        kind = torch.optim.Adam if rule["name"] == "adam" else torch.optim.SGD
+        torch_rule: torch.optim.Optimizer = kind([y], **settings)
+        for k in range(5):
+            y.grad = task.a[i] * (y.detach() - task.b[i]) + 2.0 * (y.detach() - task.x0)
+            if "clip" in rule:
+                y.grad *= (0.5 / y.grad.norm()).clamp(max=1)
+            if "schedule" in rule:
+                torch_rule.param_groups[0]["lr"] = 0.1 * 0.5**k
+            torch_rule.step()
+        torch.testing.assert_close(result.delta.dense()[i], task.x0 - y.detach(), rtol=1e-6, atol=1e-8)
 
 
 def test_clients_may_start_from_models_of_their_own() -> None:

@@ -38,10 +38,13 @@ def _plan(counts: list[int], inputs: Tensor, targets: Tensor, batch_size: int, e
 
 
 @pytest.mark.parametrize("own_models", [False, True])
+@pytest.mark.parametrize("pull", [0.0, 0.8])
 @pytest.mark.parametrize("direction", ["gradient", "shared", "own", "both"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hidden", [[], [7], [9, 5]])
-def test_factors_equal_steps_taken_one_by_one(hidden: list[int], bias: bool, direction: str, own_models: bool) -> None:
+def test_factors_equal_steps_taken_one_by_one(
+    hidden: list[int], bias: bool, direction: str, pull: float, own_models: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     widths = [12, *hidden, 4]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -71,13 +74,13 @@ def test_factors_equal_steps_taken_one_by_one(hidden: list[int], bias: bool, dir
     for step in range(len(plan)):
         k = plan.active(step)
         g, loss = engine.session(y[:k]).gradient(plan[step])
-        total[:k] += g
-        y[:k] -= LR * (scale * g + shift[:k])
+        total[:k] = (1 - LR * pull) * total[:k] + g
+        y[:k] -= LR * (scale * g + pull * (y[:k] - (x[:k] if own_models else x)) + shift[:k])
         losses[:k] += loss
 
     chain = chain_of(module)
     assert chain is not None
-    sums, loss_sums = low_rank_run(chain, layout, x, *plan.whole(), LR, scale, terms)
+    sums, loss_sums = low_rank_run(chain, layout, x, *plan.whole(), LR, scale, pull, terms)
     torch.testing.assert_close(sums.dense(), total, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(loss_sums, losses, rtol=1e-12, atol=1e-13)
     weights = torch.rand(len(counts), generator=generator, dtype=torch.float64)
