@@ -9,6 +9,7 @@ Letters: C = 1 client of the stack, P entries.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,13 @@ def client_app(build: Build) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         runner, book = build(context)
         return Message(work(runner, book, message.content, context), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        runner, book = build(context)
+        forgotten = copy.copy(context)
+        forgotten.state = RecordDict(dict(context.state))
+        return Message(work(runner, book, message.content, forgotten), reply_to=message)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:

@@ -10,7 +10,7 @@ local model, g the gradient of a minibatch at y, u the direction of a step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from fedsim.clients.direction import GRADIENT, Direction
 from fedsim.clients.stepwise import Stepwise
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Exact
-from fedsim.optim import Optimizer
+from fedsim.optim import Optimizer, build
 from fedsim.strategy import Traits
 from fedsim.task import Schedule, reach
 from fedsim.terms import Terms
@@ -126,6 +126,13 @@ class LocalTraining:
                 "client, or fedavg"
             )
 
+    def aside(self, epochs: int) -> LocalTraining:
+        """The same for so many epochs, by an optimizer that begins anew: what is learned so leaves no trace."""
+        optimizer, schedule = self.optimizer, replace(self.schedule, epochs=epochs, steps=None)
+        if optimizer.state_scope != "round":
+            optimizer = build({**optimizer.spec, "state_scope": "round"}, optimizer.layout)
+        return replace(self, optimizer=optimizer, schedule=schedule)
+
     def start(self, x: Tensor) -> Tensor | None:
         """[S], the state that the server sends along with the model x [P] at first; None unless it is to send one."""
         if self.optimizer.state_scope != "server" or self.optimizer.is_plain_sgd:
@@ -173,3 +180,8 @@ class LocalTraining:
             run = LocalRun(Terms.of(x - y), steps, all_stepped, mean, state_change)
         cohort.log(train_loss=losses / steps.clamp(min=1))
         return run
+
+
+def apart(cohort: Cohort) -> Cohort:
+    """The same clients with random numbers that no job of the run draws."""
+    return replace(cohort, streams=replace(cohort.streams, seed=~cohort.streams.seed))

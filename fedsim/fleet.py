@@ -245,6 +245,13 @@ class DrivenFleet(Fleet, Protocol):
     @property
     def ledger(self) -> Traffic: ...
 
+    def evaluate(self, ids: Tensor, work: Work, **broadcast: Any) -> Mapping[str, Tensor]:
+        """{field: [R]} of what clients say beside the rounds, in the order of `ids`.
+
+        It takes no time, nothing of it is counted, and what clients write to their memory is forgotten.
+        """
+        ...
+
     def end_round(self) -> Metrics:
         """What clients logged and how many replied since the last call; the next round begins."""
         ...

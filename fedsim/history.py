@@ -24,6 +24,7 @@ HEADLINES = (
     ("test_accuracy", "Test accuracy"),
     ("test_loss", "Test loss"),
     ("train_loss", "Training loss"),
+    ("personal_accuracy", "Accuracy of clients' own models"),
     ("client_accuracy_mean", "Mean accuracy of clients"),
     ("client_accuracy_worst_decile", "Worst decile of clients"),
     ("distance", "Distance to the solution"),

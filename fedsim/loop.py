@@ -25,9 +25,10 @@ from torch import Tensor
 
 from fedsim import checkpoint
 from fedsim.config import ConfigError, place
+from fedsim.evaluation import Evaluate
 from fedsim.files import sync
 from fedsim.fleet import DrivenFleet
-from fedsim.metrics import check_names, spread
+from fedsim.metrics import check_names
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
 from fedsim.strategy import Strategy
@@ -49,23 +50,6 @@ class Interrupted(RuntimeError):
     def __init__(self, round: int, number: int) -> None:
         super().__init__(f"stopped after round {round}")
         self.exit_code = 128 + number
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """When and what to evaluate.
-
-    Args:
-        every: rounds between evaluations (the last round is always evaluated).
-        per_client: also the spread over every client's own data.
-    """
-
-    every: int = 5
-    per_client: bool = True
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1 round, got {self.every}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,17 +241,9 @@ class _Run:
             raise ServerError(f"{name} failed in round {number}: {type(e).__name__}: {e}") from e
 
     def evaluation(self) -> dict[str, Any]:
-        """Metrics of the server's model: held out, and over every client's own data."""
-        e, x = self.experiment, self.state.x
-        out: dict[str, Any] = dict(e.task.evaluate(x, e.pool))
-        if e.task.layout.size <= 16 and "distance" in out:
-            out["x"] = x.tolist()
-        if e.evaluate.per_client:
-            for name, values in e.task.evaluate_clients(x, e.pool).items():
-                has_data = torch.isfinite(values) | (e.task.num_examples > 0)
-                found = spread(values[has_data], higher_is_better=name != "loss")
-                out |= {f"client_{name}_{k}": v for k, v in found.items()}
-        return out
+        """Metrics of the server's model, and of clients' own."""
+        e = self.experiment
+        return e.evaluate.metrics(e.task, e.strategy, e.fleet, self.state.x, e.pool)
 
     def check_finite(self, row: Mapping[str, Any]) -> None:
         bad = [k for k, v in row.items() if isinstance(v, float) and not isfinite(v)]

@@ -26,12 +26,11 @@ from fedsim.config import ConfigError
 from fedsim.files import held, write_tensors, write_whole
 from fedsim.fleet import DrivenFleet
 from fedsim.history import History
-from fedsim.loop import Watch, train
+from fedsim.loop import Experiment, Watch, train
 from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import Layout
 from fedsim.sim.torchrun import follows
 from fedsim.sinks import METRICS_FILE, encode_row
-from fedsim.task import Task
 
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
 MAX_CLIENTS_LISTED = 100_000
@@ -251,7 +250,7 @@ def _write_results(folder: Path, composition: Composition, state: Any, history: 
     write_tensors(folder / "model.safetensors", tensors)
     _write_timeline(folder, experiment.fleet)
     if experiment.evaluate.per_client and composition.data is not None:
-        _write_clients(folder, experiment.task, state.x, experiment.pool)
+        _write_clients(folder, experiment, state.x)
     final = {key: history.last(key) for key in history.keys()}
     summary = {"rounds": history.rows[-1]["round"], "ended": why, "final": json.loads(encode_row(final))}
     best = [row["test_accuracy"] for row in history.rows if row.get("test_accuracy") is not None]
@@ -268,11 +267,15 @@ def _write_timeline(folder: Path, fleet: DrivenFleet) -> None:
         write_whole(folder / "timeline.jsonl", "\n".join(lines) + "\n")
 
 
-def _write_clients(folder: Path, task: Task, x: torch.Tensor, pool: Any) -> None:
-    """How the final model does on every client's own data."""
+def _write_clients(folder: Path, experiment: Experiment, x: torch.Tensor) -> None:
+    """How the final model does on every client's own data, and clients' own models on what they hold out."""
+    task = experiment.task
     if len(task.num_examples) > MAX_CLIENTS_LISTED:
         return
-    values = task.evaluate_clients(x, pool)
+    values = dict(task.evaluate_clients(x, experiment.pool))
+    if task.holds_out:
+        own = experiment.evaluate.own_scores(experiment.strategy, experiment.fleet, x)
+        values |= {"held_out": own.pop("examples").long(), **own}
     counts = task.num_examples.tolist()
     columns = {k: v.tolist() for k, v in values.items()}
     lines = [

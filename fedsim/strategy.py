@@ -1,6 +1,6 @@
 """What a strategy is to the rest of the program: two methods, and traits that are declared, never asked for by name.
 
-Letters: N clients in all, P parameters.
+Letters: N clients in all, C of a stack, P parameters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from torch import Tensor
 
+from fedsim.cohort import Cohort
 from fedsim.compress.packet import Compressor
 from fedsim.fleet import Fleet
 from fedsim.params import Layout
@@ -59,6 +60,31 @@ class Strategy(ABC):
     def at_work(self, num_clients: int) -> int:
         """Clients of N that work at a time, which the width of a stack is chosen for."""
         return num_clients
+
+    def personal_model(self, clients: Cohort, x: Tensor, /) -> Tensor:
+        """[C, P]: the models that these clients would use themselves, now that the server has x [P]."""
+        return x.expand(len(clients), -1)
+
+    def tuned(self, clients: Cohort, y: Tensor, epochs: int) -> Tensor:
+        """[C, P]: models y [C, P] after some epochs on the clients' own samples, of which nothing is remembered."""
+        raise AssertionError("a strategy without local training and a server is not asked")
+
+    def own_scores(self, clients: Cohort, x: Tensor, epochs: int) -> dict[str, Tensor]:
+        """A client half beside the rounds: how clients' own models do on samples that they hold out.
+
+        Args:
+            clients: who.
+            x: [P], the server's model.
+            epochs: of tuning before.
+
+        Returns:
+            {"examples": [C], "personal_loss", "global_loss", ...: [C]}, of the clients' own models and of x.
+        """
+        y = self.personal_model(clients, x)
+        own = clients.task.evaluate_own(clients.ids, self.tuned(clients, y, epochs) if epochs else y)
+        given = clients.task.evaluate_own(clients.ids, x.expand(len(clients), -1))
+        both = {f"personal_{k}": v for k, v in own.items()} | {f"global_{k}": v for k, v in given.items()}
+        return {"examples": own["examples"]} | {k: v for k, v in both.items() if not k.endswith("_examples")}
 
     def sent(self, layout: Layout) -> Layout:
         """What travels of a client's whole vector: by its size bits are counted, and for it links compress."""

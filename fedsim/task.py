@@ -182,11 +182,13 @@ class Task(ABC):
         layout: names and shapes in a client's vector.
         num_examples: [N] int64 on the host, samples of each client; one without any takes no step.
         no_local_steps: why more than one step between two averages cannot work here; None where it can.
+        holds_out: whether clients have samples that they do not train on (`data.client_test`).
     """
 
     layout: Layout
     num_examples: Tensor
     no_local_steps: str | None = None
+    holds_out: bool = False
 
     @abstractmethod
     def init(self, seed: int) -> Tensor:
@@ -213,6 +215,18 @@ class Task(ABC):
     def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
         """{metric: [N]} of x [P] on every client's own data; NaN for clients without any."""
         return {}
+
+    def evaluate_own(self, ids: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """How good each client's own model is on the samples that it holds out.
+
+        Args:
+            ids: [C] on the host, clients.
+            x: [C, P], a model for each.
+
+        Returns:
+            {"examples": [C] float64 how many these are, metric: [C] float64, NaN for clients without any}.
+        """
+        raise AssertionError("a task that holds out nothing is not asked")
 
     def session(self, x: Tensor) -> Session:
         """The task bound to a stack x [C, P], whose steps may share preparations."""

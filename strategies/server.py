@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate import Aggregator, CenteredClipping, Mean, PreAggregator, prepared, started
-from fedsim.clients.local_training import LocalTraining
+from fedsim.clients.local_training import LocalTraining, apart
 from fedsim.cohort import Cohort
 from fedsim.config import FromTable
 from fedsim.fleet import Cost, Fleet, Replies, Work, choose, linear
@@ -96,9 +96,8 @@ class Server(Aggregating):
             raise ValueError(f"server_lr must be positive, got {self.server_lr}")
         self.local.check(self.traits)
 
-    def personal_model(self, clients: Cohort, x: Tensor) -> Tensor:
-        """[C, P]: the models that these clients would use themselves, now that the server has x [P]."""
-        return x.expand(len(clients), -1)
+    def tuned(self, clients: Cohort, y: Tensor, epochs: int) -> Tensor:
+        return y - self.local.aside(epochs)(apart(clients), y).delta.dense()
 
     def init(self, x0: Tensor, /) -> Any:
         return ServerState(x0, self.optimizer_state(x0))

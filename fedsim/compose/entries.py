@@ -82,7 +82,7 @@ def _always() -> str:
 AVAILABILITY: dict[str, Callable[..., Any]] = {"always": _always}
 
 KINDS: Kinds = {
-    "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition")),
+    "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition", "client_test")),
     "strategy": _strategy,
     "partition": _from(PARTITIONS),
     "dataset": dataset,

@@ -1,8 +1,8 @@
 """What the section `task` describes: a task that computes its own field, or data and a module for an engine.
 
 An entry is called with its own fields and, where it has such parameters, with `seed`, `count` (of clients: a number
-in any case), `clients` (that section), `device`, `root` (`data.root`), and `partition` (the entry of that section,
-which otherwise may not stand in the file).
+in any case), `clients` (that section), `device`, `root` and `client_test` (both of `data`), and `partition` (the entry
+of that section, which otherwise may not stand in the file).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedsim.compose.sections import Clients, File, Runtime
 from fedsim.compose.work import Work
 from fedsim.config import ConfigError, FromTable, at, imported
 from fedsim.data import build as build_data
-from fedsim.data.federated import FederatedData
+from fedsim.data.federated import FederatedData, held_out
 from fedsim.data.partition import Natural, Partition
 from fedsim.engine import Plan, build_engine, choose_engine
 from fedsim.engine.losses import LOSSES, Loss
@@ -37,9 +37,18 @@ NUM_CLIENTS = 100  # unless the file or the data say how many there are
 
 @dataclass(frozen=True)
 class Samples:
-    """Data of every client, a module, its start x0 [P] and a loss per sample: a task once the engine is known."""
+    """A task once the engine is known.
+
+    Args:
+        data: of every client.
+        held: what clients hold out of theirs; None if nothing.
+        module: to train.
+        x0: [P], its start.
+        loss: per sample.
+    """
 
     data: FederatedData
+    held: FederatedData | None
     module: nn.Module
     x0: Tensor
     loss: Loss
@@ -81,7 +90,8 @@ def task_of(problem: Task | Samples, plan: Plan, runtime: Runtime, device: torch
         return problem
     made = problem.module, problem.layout, problem.loss, device, runtime.precision
     engine = build_engine(plan.engine, *made, native=plan.native)
-    return ClassificationTask(problem.data.to(device), problem.module, problem.x0, engine, problem.loss)
+    held = None if problem.held is None else problem.held.to(device)
+    return ClassificationTask(problem.data.to(device), problem.module, problem.x0, engine, problem.loss, held)
 
 
 def classification(
@@ -92,15 +102,17 @@ def classification(
     dataset: Annotated[Any, FromTable("dataset", "digits")],
     model: Annotated[Any, FromTable("model", "mlp")],
     loss: str = "cross_entropy",
+    client_test: float = 0.0,
 ) -> Samples:
     """Classes or next tokens: any data set, any torch module."""
     natural = isinstance(dataset, FederatedData) or isinstance(partition, Natural)
     with at("partition"):
         data = build_data(dataset, partition, clients.count if natural else clients.count or NUM_CLIENTS, seed)
+    data, held = held_out(data, client_test, seed) if client_test else (data, None)
     sizes = {"input_shape": tuple(data.inputs.shape[1:]), "num_classes": data.num_classes}
     module, x0 = init_parameters(lambda: model(**sizes), seed)
     check_model(module, data, loss)
-    return Samples(data, module, x0, _sample_loss(loss))
+    return Samples(data, held, module, x0, _sample_loss(loss))
 
 
 def _sample_loss(loss: str) -> Loss:
@@ -195,9 +207,14 @@ def problem_of(file: File, device: torch.device) -> Task | Samples:
         device=device,
         root=file.data.root,
         partition=file.partition,
+        client_test=file.data.client_test,
     )
     if isinstance(made, Samples):
         return made
+    if file.data.client_test and not made.holds_out:
+        raise ConfigError(
+            f"data.client_test: {file.task.name} has no samples that clients could hold out; leave it out"
+        )
     with at("task"):
         task = check_task(made, file.seed)
         n = len(task.num_examples)

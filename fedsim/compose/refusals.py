@@ -24,7 +24,7 @@ from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
 from fedsim.params import Layout
 from fedsim.sim.links import Uplink
-from fedsim.strategies.server import Aggregating
+from fedsim.strategies.server import Aggregating, Server
 from fedsim.strategy import Strategy, Traits, fields_of
 from fedsim.task import Task
 
@@ -118,6 +118,18 @@ def check_local(name: str, strategy: Strategy, task: Task) -> None:
             raise ConfigError(f"strategy: {task.no_local_steps}")
         with at("local.optimizer"):
             check_needs(local.optimizer, task)
+
+
+def check_personalise(epochs: int, strategy: Strategy, task: Task) -> None:
+    """Refuse to tune models that nobody would look at, or where clients can't train what a server sent."""
+    if not epochs:
+        return
+    if not task.holds_out:
+        raise ConfigError(
+            "evaluate.personalise: own models are evaluated on samples that clients hold out; set data.client_test: 0.2"
+        )
+    if not isinstance(strategy, Server):
+        raise ConfigError("evaluate.personalise: this strategy has no server whose model clients train; leave it out")
 
 
 def check_compressor(key: str, compressor: Compressor, layout: Layout) -> None:

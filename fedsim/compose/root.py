@@ -18,7 +18,7 @@ from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
 from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
-from fedsim.compose.refusals import check_local, check_state_scope, check_strategy
+from fedsim.compose.refusals import check_local, check_personalise, check_state_scope, check_strategy
 from fedsim.compose.sections import File
 from fedsim.compose.work import Work, in_words, work_of
 from fedsim.config import ConfigError, at, decode, naming
@@ -109,6 +109,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         plan = plan_of(problem, work, file.runtime, device)
     task = task_of(problem, plan, file.runtime, device)
     check_local(file.strategy.name, strategy, task)
+    check_personalise(file.evaluate.personalise.epochs, strategy, task)
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
     _resolve(resolved, problem, strategy, plan, device)

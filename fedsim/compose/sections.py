@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fedsim.config import Call, ConfigError, FromTable
+from fedsim.data.checks import check_fraction
 from fedsim.engine import ENGINES
-from fedsim.loop import Checkpoint, Evaluate, Stop
+from fedsim.evaluation import Evaluate
+from fedsim.loop import Checkpoint, Stop
 from fedsim.streams import server_rng
 from fedsim.task import Schedule
 
@@ -165,9 +167,19 @@ class Runtime:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where data sets lie: a folder to look in first."""
+    """The data.
+
+    Args:
+        root: where data sets lie: a folder to look in first.
+        client_test: the share of each client's samples that it does not train on, so that its own model is evaluated
+            on them (`personal_accuracy`).
+    """
 
     root: str | None = None
+    client_test: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fraction("client_test", self.client_test)
 
 
 @dataclass(frozen=True, kw_only=True)

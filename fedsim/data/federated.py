@@ -15,7 +15,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fedsim.data.checks import check_fraction
 from fedsim.data.dataset import LabelledRows
+from fedsim.streams import Streams
+
+_ENTRIES = 1 << 22  # of the clients' orders that are looked at together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +95,44 @@ class FederatedData(LabelledRows):
         if self.client_names is not None and len(self.client_names) != self.num_clients:
             raise ValueError(f"{origin}: {len(self.client_names)} client names for {self.num_clients} clients")
         return self
+
+
+def held_out(data: FederatedData, share: float, seed: int) -> tuple[FederatedData, FederatedData]:
+    """Hold out a share of every client's samples.
+
+    Which ones follows from the seed, the client's id and how many it has, wherever its data lie.
+
+    Args:
+        data: of the federation.
+        share: in [0, 1); a client gives up round(share * its samples), and keeps one at least.
+        seed: of the run.
+
+    Returns:
+        (what is left to train on, what was held out), with the same clients.
+
+    Raises:
+        ValueError: for another share.
+    """
+    check_fraction("client_test", share)
+    counts, start = data.num_examples, data.offsets[:-1]
+    held = (share * counts.double()).round().long().minimum(counts - 1).clamp(min=0)
+    chosen = torch.zeros(len(data.order), dtype=torch.bool)
+    for ids in torch.arange(len(counts)).split(max(1, _ENTRIES // max(int(counts.max()), 1))):
+        order = Streams(seed, ids, torch.zeros_like(ids)).permutation("client_test", counts[ids])
+        taken = torch.arange(order.shape[1]) < held[ids, None]
+        chosen[(start[ids, None] + order)[taken]] = True
+    rows = data.order[chosen]
+    left = replace(data, order=data.order[~chosen], offsets=_ends(counts - held))
+    own = replace(
+        data,
+        inputs=data.inputs[rows],
+        targets=data.targets[rows],
+        order=torch.arange(len(rows)),
+        offsets=_ends(held),
+    )
+    return left, own
+
+
+def _ends(counts: Tensor) -> Tensor:
+    """Offsets [N+1] of so many entries [N] each."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -23,6 +23,7 @@ from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
 from fedsim.sim.account import Account, check_foldable
 from fedsim.sim.byzantine import who_hears
+from fedsim.sim.events import Sent
 from fedsim.sim.executor import Gather, Results, cut, grouped
 from fedsim.sim.fleet import ONE_STEP
 from fedsim.sim.links import Downlink
@@ -98,6 +99,12 @@ class FlowerFleet(Account):
         return Times(mean, torch.zeros_like(mean))
 
     # The loop's side --------------------------------------------------------------------------------------------
+
+    def evaluate(self, ids: Tensor, work: Work, **broadcast: Any) -> Mapping[str, Tensor]:
+        """What clients say beside the rounds (see `DrivenFleet.evaluate`), in messages that train nobody."""
+        letters = [Letter(int(i), int(self.job_counts[i]), broadcast) for i in ids]
+        fields = self.mail.aside(Sent(work.__name__, broadcast, self.round), letters)
+        return {name: torch.cat([each[name] for each in fields]) for name in fields[0]} if fields else {}
 
     state_classes: ClassVar[dict[str, type]] = {**Account.state_classes, "Flight": Flight}
 

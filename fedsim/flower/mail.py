@@ -128,6 +128,34 @@ class Mail:
         self.flights |= dict(zip(posted, flights, strict=True))
         return bits
 
+    def aside(self, sent: Sent, letters: Sequence[Letter]) -> list[dict[str, Tensor]]:
+        """What clients answer to letters that are no jobs, in the order of the letters.
+
+        Raises:
+            ClientError: if a client failed, or did not answer in time.
+        """
+        contents = []
+        for letter in letters:
+            content = wire.write(letter.values, self.book)
+            version = int(self.versions[letter.client])
+            wire.Head(
+                work=sent.work, client=letter.client, number=letter.number, round=sent.round, version=version
+            ).write(content)
+            contents.append((self.nodes.node_ids[letter.client], content))
+        posted = push(self.grid, contents, MessageType.EVALUATE, str(sent.round), self.patience.reply_seconds)
+        waiting, answers, start = dict(zip(posted, letters, strict=True)), dict[int, dict[str, Tensor]](), self.now
+        while waiting:
+            for message in self.grid.pull_messages(list(waiting)):
+                client = waiting.pop(message.metadata.reply_to_message_id).client
+                values = wire.read(content_of(message, f"client {client}, {sent.work}"), self.book)
+                answers[client] = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+            if waiting and self.now - start > self.patience.reply_seconds:
+                missing = ", ".join(str(letter.client) for letter in waiting.values())
+                raise ClientError(f"no answer to {sent.work} in time from client(s) {missing}")
+            if waiting:
+                self.clock.sleep(self.patience.poll_seconds)
+        return [answers[letter.client] for letter in letters]
+
     def look(self) -> bool:
         """Take in replies; those of one look count as having come in the order of sending. True if any did."""
         messages = list(self.grid.pull_messages(list(self.flights))) if self.flights else []

@@ -14,7 +14,9 @@ from fedsim.report.page import Key, Picture, Section
 
 def spread_section(history: History, folder: Path) -> Section:
     """The section, empty if the run evaluated no client."""
-    pictures = [p for p in (_by_round(history, "accuracy"), _by_round(history, "loss")) if p is not None]
+    found = [_by_round(history, "client", "accuracy"), _by_round(history, "client", "loss")]
+    found += [_by_round(history, whose, "accuracy") for whose in ("personal", "global")]
+    pictures = [p for p in found if p is not None]
     keys = [
         Key(text="mean ± standard deviation over clients", colour="c1", band=True),
         Key(text="mean of the worst tenth", colour="c2"),
@@ -23,37 +25,52 @@ def spread_section(history: History, folder: Path) -> Section:
     return Section(title="Spread over clients", text=text, keys=keys if pictures else (), pictures=pictures + final)
 
 
-def _by_round(history: History, what: str) -> Picture | None:
-    rounds, mean = history.series(f"client_{what}_mean")
+TITLES = {
+    "client": "Clients' {} by round",
+    "personal": "Clients' own models by round: {} on what they hold out",
+    "global": "The server's model by round: {} on what clients hold out",
+}
+
+
+def _by_round(history: History, whose: str, what: str) -> Picture | None:
+    """Mean, deviation and worst tenth over clients; of what is held out the mean is over samples."""
+    rounds, mean = history.series(f"client_{what}_mean" if whose == "client" else f"{whose}_{what}")
     if not len(rounds) or not np.isfinite(mean.astype(float)).any():
         return None
     curves = [Curve(x=rounds, y=mean.astype(float))]
-    deviations = history.series(f"client_{what}_std")
+    deviations = history.series(f"{whose}_{what}_std")
     if np.array_equal(deviations[0], rounds):
         std, most = deviations[1].astype(float), 1 if what == "accuracy" else np.inf
         curves = [Curve(x=rounds, y=mean, low=np.maximum(mean - std, 0), high=np.minimum(mean + std, most))]
-    worst_rounds, worst = history.series(f"client_{what}_worst_decile")
+    worst_rounds, worst = history.series(f"{whose}_{what}_worst_decile")
     if len(worst_rounds):
         curves.append(Curve(x=worst_rounds, y=worst.astype(float), colour="c2"))
-    alt = f"clients' {what} against rounds: mean, standard deviation and worst tenth"
+    title = TITLES[whose].format(what)
+    alt = f"{title}: mean, standard deviation and worst tenth"
     svg = line_panel(curves, x_label="round", alt=alt, percent=what == "accuracy")
-    return Picture(title=f"Clients' {what} by round", svg=svg)
+    return Picture(title=title, svg=svg)
 
 
 def _final(folder: Path) -> tuple[str, list[Picture]]:
     """A sentence and a picture from the per-client file, if there is one."""
-    columns = read_columns(folder, "clients", ["accuracy", "num_examples"])
-    accuracy = columns.get("accuracy", np.zeros(0))
-    accuracy = accuracy[np.isfinite(accuracy)]
-    if not len(accuracy):
-        return "", []
-    low, middle, high = (
-        show("accuracy", float(q)).replace(" ", "\u00a0") for q in np.quantile(accuracy, [0.1, 0.5, 0.9])
-    )
-    text = (
-        f"At the end, over {len(accuracy):,} clients: median {middle}; "
-        f"one in ten at most {low}, one in ten at least {high}."
-    )
-    alt = "number of clients by final accuracy"
-    svg = histogram(accuracy, x_label="client's accuracy", alt=alt, percent=True)
-    return text, [Picture(title="Clients by final accuracy", svg=svg)]
+    columns = read_columns(folder, "clients", ["accuracy", "personal_accuracy"])
+    texts, pictures = [], []
+    for name, intro, title in (
+        ("accuracy", "At the end", "Clients by final accuracy"),
+        ("personal_accuracy", "With their own models, on what they hold out", "Clients by their own model's accuracy"),
+    ):
+        accuracy = columns.get(name, np.zeros(0))
+        accuracy = accuracy[np.isfinite(accuracy)]
+        if not len(accuracy):
+            continue
+        low, middle, high = (
+            show("accuracy", float(q)).replace(" ", "\u00a0") for q in np.quantile(accuracy, [0.1, 0.5, 0.9])
+        )
+        texts.append(
+            f"{intro}, over {len(accuracy):,} clients: median {middle}; "
+            f"one in ten at most {low}, one in ten at least {high}."
+        )
+        alt = f"number of {title.lower()}"
+        svg = histogram(accuracy, x_label="client's accuracy", alt=alt, percent=True)
+        pictures.append(Picture(title=title, svg=svg))
+    return " ".join(texts), pictures

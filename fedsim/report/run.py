@@ -29,6 +29,7 @@ _TABLE_KEYS = (
     "train_loss",
     "test_loss",
     "test_accuracy",
+    "personal_accuracy",
     "client_accuracy_worst_decile",
     "distance",
 )

@@ -180,6 +180,12 @@ class SimFleet(Account):
 
     # The loop's side --------------------------------------------------------------------------------------------
 
+    def evaluate(self, ids: Tensor, work: Work, **broadcast: Any) -> Mapping[str, Tensor]:
+        """What clients say beside the rounds (see `DrivenFleet.evaluate`)."""
+        which, kept = torch.zeros(len(ids), dtype=torch.int64), self.memory.of(ids)
+        jobs = Jobs(work.__name__, ids, self.job_counts[ids], [broadcast], which, kept, round=self.round)
+        return self.executor.run(jobs).fields
+
     state_classes: ClassVar[dict[str, type]] = Account.state_classes | {
         cls.__qualname__: cls for cls in (Event, Knowledge, Results, Parts)
     }

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedsim.compose import compose
 from fedsim.config import ConfigError
-from fedsim.loop import Checkpoint, Diverged, Evaluate, Experiment, Interrupted, ServerError, Stop, fingerprint, train
+from fedsim.evaluation import Evaluate
+from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, ServerError, Stop, fingerprint, train
 from fedsim.sinks import JsonLines
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.data.federated import FederatedData
+from fedsim.data.federated import FederatedData, held_out
 
 
 def federation() -> FederatedData:
@@ -124,3 +124,33 @@ def test_bad_data_is_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         replace(federation(), **change).check("mine.npz")
     assert str(caught.value).startswith("mine.npz: ")
+
+
+def test_every_client_holds_out_a_share_and_keeps_one_sample_at_least():
+    n = 60
+    data = replace(
+        federation(),
+        inputs=torch.arange(2.0 * n).view(n, 2),
+        targets=torch.arange(n) % 3,
+        offsets=torch.tensor([0, 40, 40, 41, 43, 60]),
+        order=torch.arange(n).flip(0),
+    )
+    left, held = held_out(data, 0.25, seed=1)
+    assert held.num_examples.tolist() == [10, 0, 0, 0, 4] and left.num_examples.tolist() == [30, 0, 1, 2, 13]
+    for i in range(5):
+        own = set(data.order[data.offsets[i] : data.offsets[i + 1]].tolist())
+        kept = set(left.order[left.offsets[i] : left.offsets[i + 1]].tolist())
+        gone = held.inputs[held.offsets[i] : held.offsets[i + 1], 0].div(2).long()
+        assert kept | set(gone.tolist()) == own and not kept & set(gone.tolist())
+        assert torch.equal(held.targets[held.offsets[i] : held.offsets[i + 1]], data.targets[gone])
+    assert held_out(data, 0.25, seed=2)[1].inputs.tolist() != held.inputs.tolist()
+    assert left.check() is left
+
+
+def test_what_a_client_holds_out_does_not_depend_on_the_others_data():
+    data = replace(
+        federation(), inputs=torch.arange(40.0)[:, None], targets=torch.zeros(40).long(), order=torch.arange(40)
+    )
+    together = held_out(replace(data, offsets=torch.tensor([0, 25, 40])), 0.3, seed=1)[1]
+    alone = held_out(replace(data, offsets=torch.tensor([0, 0, 15]), order=torch.arange(25, 40)), 0.3, seed=1)[1]
+    assert together.inputs[together.offsets[1] :].tolist() == alone.inputs.tolist() and len(alone.inputs) == 4

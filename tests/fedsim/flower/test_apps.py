@@ -146,6 +146,31 @@ def test_minibatches_of_a_classifier_agree_to_float32(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "clients.jsonl").exists()
 
 
+PERSONAL: dict[str, dict[str, Any]] = {
+    "fedper": {"name": "fedper", "personal": ["1.bias"], "cohort_size": 3},
+}
+
+
+@pytest.mark.parametrize("name", PERSONAL)
+def test_clients_own_models_stay_on_their_devices_and_are_evaluated_there(name: str, tmp_path: Path) -> None:
+    raw = {
+        "rounds": 3,
+        "task": {"name": "classification", "dataset": "digits", "model": {"name": "logistic"}},
+        "clients": {"count": 4},
+        "data": {"client_test": 0.2},
+        "strategy": PERSONAL[name],
+        "local": {"epochs": 1, "batch_size": 20, "optimizer": {"name": "sgd", "lr": 0.1}},
+        "evaluate": {"every": 1, "personalise": {"epochs": 1}},
+        "runtime": {"stack": 1},
+    }
+    expected, got = runs.run(raw).rows, deploy(raw, tmp_path / "run").rows
+    for row, other in zip(got, expected, strict=True):
+        assert (row["bits_up"], row["bits_down"]) == (other["bits_up"], other["bits_down"])
+        for key in ("train_loss", "test_loss", "personal_loss", "personal_accuracy", "global_loss"):
+            assert row[key] == pytest.approx(other[key], rel=1e-5), key
+    assert got[-1]["personal_loss"] < got[0]["personal_loss"]
+
+
 def test_windows_close_on_whoever_arrived_as_in_the_simulator(tmp_path: Path) -> None:
     raw = experiment("fedfix", rounds=8)
     raw["clients"] = {"count": N, "devices": {"name": "f_x", "x": 80, "slowest": 3.0}}
