@@ -170,7 +170,7 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
         names = [_save_block(block, folder / ROWS) for block in aside.blocks]
         (part / "state.json").write_text(json.dumps({"entries": tree, "blocks": names}), encoding="utf-8")
         save_file(_apart(aside.tensors), part / "tensors.safetensors")
-        (part / SUMS_FILE).write_bytes(_sums(part, [*FILES, *_paths(names)]))
+        (part / SUMS_FILE).write_bytes(_sums(part, FILES) + _sums_of_blocks(names))
         for path in part.iterdir():
             sync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -283,6 +283,11 @@ def _sums(path: Path, names: Sequence[str]) -> bytes:
         with (path / name).open("rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
     return "".join(lines).encode()
+
+
+def _sums_of_blocks(names: Sequence[str]) -> bytes:
+    """The same of blocks, whose names are their sums: what lies there from before is not read again."""
+    return "".join(f"{Path(path).stem}  {path}\n" for path in _paths(names)).encode()
 
 
 def _round(path: Path) -> int:

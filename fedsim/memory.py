@@ -3,115 +3,66 @@
 The store belongs to the server's process: a row is written when its client's reply is received, never before, so
 a killed worker or a reply that is never delivered changes nothing. A row is read by whoever runs its client: a thread
 reads it from the store, a worker elsewhere gets a copy along with the job. Only clients that wrote a row take room, so
-a million registered clients cost one index each. On disk rows lie in a mapped file whose pages are let go of after
-every call, so that the process holds no more of them than a call needs. Checkpoints take rows in blocks and write those
-that have changed.
+a million registered clients cost one index each. Rows lie in RAM, on the device that computes them, or in a file
+(`fedsim.stores`). Checkpoints take rows in blocks and write those that have changed.
 
 Letters: N registered clients, C clients of a stack, M clients that own a row.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim import pages
 from fedsim.checkpoint import Block
-from fedsim.config import ConfigError
 from fedsim.parts import Parts
+from fedsim.stores import Filed, Held, Store
 from fedsim.terms import Terms
 
 BLOCK_BYTES = 2**20  # of rows in one file of a checkpoint; a larger row has a file to itself
 
 
 class _Table:
-    """Rows of one name and one shape, in RAM or in a memory-mapped file that grows by doubling.
+    """Rows of one name: who owns which slot of a store, and in which block of a checkpoint it stands.
 
     Args:
         num_clients: N.
-        shape, dtype: of a row.
-        path: of the file; None keeps rows in RAM.
+        store: of the rows.
         rows_per_block: how many rows in a row a checkpoint keeps in one file.
     """
 
-    def __init__(
-        self, num_clients: int, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None, rows_per_block: int
-    ) -> None:
+    def __init__(self, num_clients: int, store: Store, rows_per_block: int) -> None:
         self.slot = torch.full((num_clients,), -1, dtype=torch.int64)
         self.owners: list[int] = []
-        self.path = path
-        self.mapped: mmap.mmap | None = None
+        self.store = store
         self.rows_per_block, self.blocks = rows_per_block, list[Block]()
-        self.rows = self._allocate(4, shape, dtype)
-
-    def _allocate(self, capacity: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.path is None:
-            return pages.empty((capacity, *shape), dtype)
-        nbytes = capacity * prod(shape) * dtype.itemsize
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.owners:  # a file of its own: one left from before may still be mapped
-                self.path.unlink(missing_ok=True)
-            with open(self.path, "ab+") as f:
-                # Now, for where the disk is full, writing to a mapped hole would kill the process (SIGBUS).
-                os.posix_fallocate(f.fileno(), 0, nbytes)
-                self.mapped = mmap.mmap(f.fileno(), nbytes)
-        except OSError as e:
-            raise ConfigError(
-                f"runtime.memory: disk needs {nbytes:,} bytes in {self.path}: {e}; make room, or set runtime.memory=ram"
-            ) from e
-        return torch.frombuffer(self.mapped, dtype=torch.uint8).view(dtype).view(capacity, *shape)
 
     def read(self, ids: Tensor) -> Tensor:
-        slots = self.slot[ids]
-        out = self.rows.index_select(0, slots.clamp(min=0))
-        new = slots < 0
-        if bool(new.any()):
-            out[new] = 0
-        self._let_go()
-        return out
+        return self.store.read(self.slot[ids])
 
     def write(self, ids: Tensor, rows: Tensor) -> None:
         fresh = ids[self.slot[ids] < 0]
         if len(fresh):
             start = len(self.owners)
+            self.store.make_room(start + len(fresh), len(self.slot))
             self.owners.extend(fresh.tolist())
             self.slot[fresh] = torch.arange(start, len(self.owners))
-            if len(self.owners) > len(self.rows):
-                self._grow(max(2 * len(self.rows), len(self.owners)))
             while len(self.blocks) * self.rows_per_block < len(self.owners):
                 self.blocks.append(Block(partial(self._block, len(self.blocks))))
         slots = self.slot[ids]
-        self.rows.index_copy_(0, slots, rows.to(self.rows.dtype))
+        self.store.write(slots, rows)
         for block in torch.unique(slots // self.rows_per_block).tolist():
             self.blocks[block].file = None
-        self._let_go()
 
     def _block(self, number: int) -> Tensor:
-        """A copy of the rows of one block."""
+        """A copy of the rows of one block, on the host."""
         start = number * self.rows_per_block
-        rows = self.rows[start : min(start + self.rows_per_block, len(self.owners))].clone()
-        self._let_go()
-        return rows
-
-    def _grow(self, capacity: int) -> None:
-        old = self.rows
-        self.rows = self._allocate(capacity, tuple(old.shape[1:]), old.dtype)
-        if self.path is None:
-            self.rows[: len(old)] = old
-
-    def _let_go(self) -> None:
-        """Take mapped pages off the process; the system keeps them, and writes them to the file when it likes."""
-        if self.mapped is not None:
-            self.mapped.madvise(mmap.MADV_DONTNEED)
+        return self.store.read(torch.arange(start, min(start + self.rows_per_block, len(self.owners)))).cpu()
 
 
 class Memory:
@@ -119,12 +70,12 @@ class Memory:
 
     Args:
         num_clients: N.
-        folder: where to page rows to disk; None keeps them in RAM.
+        folder: where to keep rows in files; None keeps them in tensors.
+        device: where those lie.
     """
 
-    def __init__(self, num_clients: int, folder: Path | None = None) -> None:
-        self.num_clients = num_clients
-        self.folder = folder
+    def __init__(self, num_clients: int, folder: Path | None = None, device: torch.device | str = "cpu") -> None:
+        self.num_clients, self.folder, self.device = num_clients, folder, torch.device(device)
         self.tables: dict[str, _Table] = {}
 
     def of(self, ids: Tensor) -> Kept:
@@ -132,25 +83,31 @@ class Memory:
         return Kept(self, ids)
 
     def write(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """Keep {name: [C, ...]} for these clients (on the CPU, whatever device the rows come from)."""
+        """Keep {name: [C, ...]} for these clients, whatever device the rows come from.
+
+        Raises:
+            ConfigError: if there is no room for them.
+        """
         if isinstance(rows, Parts):
             for index, piece in rows.pieces:
                 self.write(ids[index], piece)
             return
         for name, value in rows.items():
-            value = value.detach().cpu()
+            value = value.detach()
             if name not in self.tables:
                 nbytes = value[:1].nbytes
                 self._add(name, tuple(value.shape[1:]), value.dtype, max(1, BLOCK_BYTES // max(nbytes, 1)))
             table = self.tables[name]
-            if value.shape[1:] != table.rows.shape[1:]:
-                found, kept = list(value.shape[1:]), list(table.rows.shape[1:])
+            if tuple(value.shape[1:]) != table.store.shape:
+                found, kept = list(value.shape[1:]), list(table.store.shape)
                 raise ValueError(f"memory[{name!r}] holds rows of shape {kept}, and one of shape {found} was written")
             table.write(ids.cpu(), value)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, rows_per_block: int) -> _Table:
-        path = None if self.folder is None else self.folder / f"{name.replace('/', '_')}.rows"
-        self.tables[name] = _Table(self.num_clients, shape, dtype, path, rows_per_block)
+        store: Store = Held(shape, dtype, self.device)
+        if self.folder is not None:
+            store = Filed(shape, dtype, self.folder / f"{name.replace('/', '_')}.rows")
+        self.tables[name] = _Table(self.num_clients, store, rows_per_block)
         return self.tables[name]
 
     def state(self) -> dict[str, Any]:

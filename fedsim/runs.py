@@ -34,6 +34,7 @@ from fedsim.sinks import METRICS_FILE, encode_row
 
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
 MAX_CLIENTS_LISTED = 100_000
+CHOSEN_ONCE = ("engine", "native", "stack", "stacks")  # by `auto`, when a run begins
 
 
 def run(
@@ -91,6 +92,8 @@ def execute(
     Returns:
         The rows; none on a rank of a torchrun but the first, which alone writes and prints.
     """
+    if resume and folder is not None:
+        raw = as_it_began(raw, source, folder)
     if follows():
         folder = None
     if folder is not None and not numbered:
@@ -113,6 +116,25 @@ def execute(
             raise ConfigError(f"{folder}: can't write here: {e}; make room, {way_out}") from e
     finally:
         composition.close()
+
+
+def as_it_began(raw: Mapping[str, Any], source: str, folder: Path) -> dict[str, Any]:
+    """A file to resume by: what it leaves to `auto` and fixes the bits is as the folder's run has it.
+
+    So a run goes on to the same bits with more or fewer workers, for which `auto` might choose otherwise.
+
+    Args:
+        raw: the file's content after overrides.
+        source: the file's name, for messages.
+        folder: of the run.
+
+    Raises:
+        ConfigError: if the folder's own file is damaged.
+    """
+    path, said = folder / "config.yaml", raw.get("runtime") or {}
+    began = read_file(path).get("runtime", {}) if path.exists() and isinstance(said, Mapping) else {}
+    kept = {k: v for k, v in began.items() if k in CHOSEN_ONCE and "auto" == said.get(k, "auto") != v}
+    return apply_overrides(raw, {f"runtime.{k}": v for k, v in kept.items()}, source)
 
 
 def holds_run(folder: Path) -> bool:

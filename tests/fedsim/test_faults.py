@@ -61,7 +61,7 @@ class Faults:
         self.patch = pytest.MonkeyPatch()
         for name in ("open", "mkdir", "replace", "unlink", "rmdir"):
             self.patch.setattr(os, name, self.by_path(getattr(os, name)))
-        for name in ("fsync", "posix_fallocate", "ftruncate", "write"):
+        for name in ("fsync", "ftruncate", "write", "pwrite"):
             self.patch.setattr(os, name, self.always(getattr(os, name)))
         self.patch.setattr(checkpoint, "save_file", self.always(checkpoint.save_file))
         for module in (builtins, io):

@@ -25,21 +25,13 @@ def test_rows_are_kept_by_client_and_start_at_zero(on_disk: bool, tmp_path: Path
     assert memory.of(torch.tensor([9, 999_999]))["c"].tolist() == [[18.0, 19.0], [1.0, 2.0]]
 
 
-def test_room_on_the_disk_is_reserved_before_rows_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Memory(100, tmp_path / "rows")
-    memory.write(torch.arange(4), {"c": torch.ones(4, 1000)})
-    assert (tmp_path / "rows" / "c.rows").stat().st_blocks * 512 >= 4 * 1000 * 4  # no hole
-
-    def full(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(
-        ConfigError, match=r"runtime.memory: disk needs 36,000 bytes in .*c.rows: .*No space left.*=ram"
-    ):
-        memory.write(torch.arange(9), {"c": torch.ones(9, 1000)})
-    with pytest.raises(ConfigError, match="disk needs 32 bytes in .*m_2.rows"):
-        memory.write(torch.tensor([7]), {"m/2": torch.ones(1, 2)})
+def test_a_file_of_rows_takes_the_room_of_those_that_were_written(tmp_path: Path) -> None:
+    memory = Memory(1_000_000, tmp_path / "rows")
+    ids = torch.randperm(1_000_000)[:6]
+    memory.write(ids[:4], {"c": torch.arange(4.0)[:, None].expand(4, 100_000)})
+    memory.write(ids[[5, 1, 2, 4]], {"c": torch.arange(5.0, 9.0)[:, None].expand(4, 100_000)})
+    assert memory.of(ids)["c"][:, -1].tolist() == [0, 6, 7, 3, 8, 5]
+    assert (tmp_path / "rows" / "c.rows").stat().st_size == 6 * 400_000
 
 
 def test_a_disk_that_takes_no_more_is_one_message_and_no_signal(tmp_path: Path) -> None:
@@ -51,15 +43,22 @@ from fedsim.memory import Memory
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 memory = Memory(100, Path(sys.argv[1]))
 try:
-    for client in range(100):
-        memory.write(torch.tensor([client]), {"c": torch.ones(1, 1000)})
+    for client in range(0, 100, 2):
+        memory.write(torch.tensor([client, client + 1]), {"c/1": torch.ones(2, 1000)})
 except ValueError as e:
     print(client, e)
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # tables of 4, 8 and 16 rows of 4,000 bytes fit; the one of 32 does not
-    assert done.stdout.startswith("16 runtime.memory: disk needs 128,000 bytes in ") and "File too large" in done.stdout
+    # 25 rows of 4,000 bytes fit, and half of the thirteenth pair is written before there is no more room
+    assert done.stdout.startswith("24 runtime.memory: disk can't keep rows in ") and "c_1.rows" in done.stdout
+    assert "File too large" in done.stdout and "--resume" in done.stdout
+
+
+def test_a_file_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text("no folder")
+    with pytest.raises(ConfigError, match=r"disk can't keep rows in .*c.rows: .*make room, or set runtime.memory=ram"):
+        Memory(9, tmp_path / "rows").write(torch.tensor([7]), {"c": torch.ones(1, 2)})
 
 
 def test_a_copy_read_is_not_the_store() -> None:

@@ -183,6 +183,33 @@ def test_a_run_stopped_twice_equals_one_never_stopped(kind: str, tmp_path: Path)
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_resume_with_other_workers_keeps_the_cut_that_auto_chose(tmp_path: Path) -> None:
+    config = {
+        "rounds": 4,
+        "task": {"name": "classification", "dataset": "digits", "model": {"name": "mlp", "hidden": [2000]}},
+        "clients": {"count": 8},
+        "local": {"steps": 1, "optimizer": {"name": "adam", "lr": 0.01}},
+        "runtime": {"workers": 4},
+        "evaluate": {"every": 2},
+        "checkpoint": {"every": 2},
+    }
+    fedsim.run(config, out=tmp_path / "whole")
+    fedsim.run(config, out=tmp_path / "stopped", rounds=2)
+    other = {**config, "runtime": {"workers": 1}}
+    assert fedsim.run(other, rounds=1).config["runtime"]["stacks"] == 1
+    assert fedsim.run(other, out=tmp_path / "stopped", resume=True).config["runtime"]["stacks"] == 4
+    assert rows_in(tmp_path / "stopped") == rows_in(tmp_path / "whole")
+    assert model(tmp_path / "stopped") == model(tmp_path / "whole")
+
+
+def test_what_a_resume_says_itself_is_what_it_says(tmp_path: Path) -> None:
+    fedsim.run(QUADRATIC, out=tmp_path / "run", rounds=1, **{"runtime.stack": 2, "runtime.workers": 2})
+    own = {"stacks": 3, "engine": "auto"}
+    assert runs.as_it_began({"runtime": own}, "file", tmp_path / "run")["runtime"] == {**own, "stack": 2}
+    with pytest.raises(ConfigError, match="runtime.stacks differs"):
+        fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True, **{"runtime.stacks": 3})
+
+
 def test_client_rows_on_disk_survive_a_stop_too(tmp_path: Path) -> None:
     config = {**QUADRATIC, "strategy": {"name": "scaffold", "cohort_size": 5}}
     fedsim.run(config, out=tmp_path / "ram")
