@@ -13,6 +13,8 @@ from fedsim.strategies.fedbuff_stream import FedBuffStream
 from fedsim.strategies.fedfix import FedFix
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
+from fedsim.strategies.mime import Mime
+from fedsim.strategies.mime_lite import MimeLite
 from fedsim.strategies.monna import Monna
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
@@ -26,6 +28,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "scaffold_m": ScaffoldM,
     "fedavg_m_vr": FedAvgMVR,
     "scaffold_m_vr": ScaffoldMVR,
+    "mime": Mime,
+    "mime_lite": MimeLite,
     "async_fedavg": AsyncFedAvg,
     "fedfix": FedFix,
     "fedbuff": FedBuff,
