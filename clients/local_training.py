@@ -95,10 +95,14 @@ class LocalTraining:
 
     def rate_at(self, round: int) -> float:
         """The learning rate of a step that a strategy takes itself in a round."""
-        schedule, lr = self.optimizer.schedule, self.optimizer.lr
-        assert isinstance(lr, float | int), "checked by `check`"
+        assert isinstance(self.optimizer.lr, float | int), "checked by `check`"
+        return self.optimizer.lr * self.factor_at(round)
+
+    def factor_at(self, round: int) -> float:
+        """What the schedule makes of the learning rate in a round, for one step a round."""
+        schedule = self.optimizer.schedule
         fraction = round / self.rounds
-        return lr * (1.0 if schedule is None else schedule.at_step(rounds=round, steps=round, fraction=fraction))
+        return 1.0 if schedule is None else schedule.at_step(rounds=round, steps=round, fraction=fraction)
 
     def check(self, traits: Traits) -> None:
         """Refuse a rule that a strategy does not bear.
@@ -147,6 +151,7 @@ class LocalTraining:
         *,
         mean_grad: bool = False,
         state: Tensor | None = None,
+        fixed: Tensor | None = None,
     ) -> LocalRun:
         """Train from x ([P], or [C, P] where clients start from different models) along `direction`.
 
@@ -156,6 +161,7 @@ class LocalTraining:
             direction: of a step.
             mean_grad: also return the mean of the raw gradients.
             state: [S] or [C, S], the optimizer's state that came with the model.
+            fixed: [S], a state that every step begins with, so that what steps make of it is forgotten.
         """
         task, u = cohort.task, Direction.of(direction)
         batches = task.batches(cohort.ids, cohort.streams, self.schedule)
@@ -175,7 +181,7 @@ class LocalTraining:
             change = (Terms.of(mean) * u.scale + Terms(shift)) * (self.lr * steps.double())
             run = LocalRun(change, steps, all_stepped, mean)
         else:
-            taken = Stepwise(self.optimizer, self.schedule, self.rounds, cohort, batches, u)
+            taken = Stepwise(self.optimizer, self.schedule, self.rounds, cohort, batches, u, fixed)
             y, losses, mean, state_change = taken.run(x, mean_grad=mean_grad, state=state)
             run = LocalRun(Terms.of(x - y), steps, all_stepped, mean, state_change)
         cohort.log(train_loss=losses / steps.clamp(min=1))

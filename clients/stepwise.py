@@ -33,6 +33,7 @@ class Stepwise:
         cohort: the clients.
         batches: theirs.
         u: direction of a step.
+        fixed: [S], a state of the optimizer that every step begins with; None if each goes on from the last one's.
     """
 
     optimizer: Optimizer
@@ -41,6 +42,7 @@ class Stepwise:
     cohort: Cohort
     batches: Batches
     u: Direction
+    fixed: Tensor | None = None
 
     def run(
         self, x: Tensor, *, mean_grad: bool, state: Tensor | None
@@ -116,6 +118,8 @@ class Stepwise:
                 session, streams = cohort.task.session(y[:k]), cohort.streams.rows(slice(k))
             assert session is not None
             batch = batches[step]
+            if self.fixed is not None:
+                state.unpack_(self.fixed)
             g, loss, aux = self._gradient(session, y[:k], batch, state, gradient[:k], streams)
             if total is not None:
                 total[:k] += g

@@ -56,6 +56,17 @@ class Exact:
 
 
 @dataclass(frozen=True)
+class Held:
+    """A vector [P] of a broadcast that these clients were sent under this name by the last `ask`, and still hold.
+
+    A job that it comes with is the second half of that last one, with its number and so with its random numbers. The
+    simulator counts no bits for it; over Flower, where every message starts a process of its own, it travels again.
+    """
+
+    value: Tensor
+
+
+@dataclass(frozen=True)
 class Times:
     """How long jobs take: T_i = least_i + an exponential time of mean rest_i; or as drawn.
 

@@ -15,6 +15,8 @@ from fedsim.strategies.fedfix import FedFix
 from fedsim.strategies.fedper import FedPer
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
+from fedsim.strategies.mime import Mime
+from fedsim.strategies.mime_lite import MimeLite
 from fedsim.strategies.monna import Monna
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
@@ -30,6 +32,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "scaffold_m_vr": ScaffoldMVR,
     "fedbn": FedBN,
     "fedper": FedPer,
+    "mime": Mime,
+    "mime_lite": MimeLite,
     "async_fedavg": AsyncFedAvg,
     "fedfix": FedFix,
     "fedbuff": FedBuff,

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Times, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Held, Inbox, Replies, Times, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
-from fedsim.sim.account import Account, check_foldable
+from fedsim.sim.account import Account, check_foldable, is_second_half
 from fedsim.sim.byzantine import who_hears
 from fedsim.sim.events import Sent
 from fedsim.sim.executor import Gather, Results, cut, grouped
@@ -86,8 +86,9 @@ class FlowerFleet(Account):
     ) -> Replies:
         """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
         check_foldable(fold)
-        self._dispatch(ids, work, self._number(ids), broadcast)
-        return self._collect(ids, fold, weights)
+        second = is_second_half(broadcast)
+        self._dispatch(ids, work, self._number(ids, second), broadcast)
+        return self._collect(ids, fold, weights, count=not second)
 
     def exchange(
         self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
@@ -169,6 +170,9 @@ class FlowerFleet(Account):
             if self._copies is not None and self._compresses(value):
                 received[name], parts, more = self._copies.send(name, value, ids, len(self.clients))
                 keys += more
+            elif isinstance(value, Held):
+                received[name] = self._as_held(name, value)
+                parts = [{name: received[name]}] * len(ids)
             else:
                 received[name] = value.decode()[0] if isinstance(value, Packet) else value
                 parts = [{name: value}] * len(ids)

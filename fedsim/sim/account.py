@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import FLOAT_BITS, Packet
-from fedsim.fleet import Fold, Work
+from fedsim.fleet import Fold, Held, Work
 from fedsim.metrics import Metrics
 from fedsim.sim.events import Sent
 from fedsim.sim.links import Copy, Downlink
@@ -104,11 +104,11 @@ class Account:
 
     # Jobs -------------------------------------------------------------------------------------------------------
 
-    def _number(self, ids: Tensor) -> Tensor:
-        """[R] job indices of new jobs.
+    def _number(self, ids: Tensor, second: bool = False) -> Tensor:
+        """[R] job indices of new jobs, or of those that clients had last, whose second halves these are.
 
         Raises:
-            ValueError: if a client is still busy, unknown, or named twice.
+            ValueError: if a client is still busy, unknown, or named twice, or has had no job to go on with.
         """
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= len(self.clients)):
             raise ValueError(f"client ids must lie in 0..{len(self.clients) - 1}, got {ids.min()}..{ids.max()}")
@@ -117,7 +117,9 @@ class Account:
             raise ValueError(f"client {int(busy.min())} is still working; receive its reply before sending it more")
         if len(ids) > 1 and len(torch.unique(ids)) != len(ids):
             raise ValueError("a client was named twice in one call")
-        self.job_counts[ids] += 1
+        if second and not bool(self.job_counts[ids].all()):
+            raise ValueError("a client that was never sent anything holds nothing; ask it first")
+        self.job_counts[ids] += not second
         return self.job_counts[ids] - 1
 
     def _begin(self, ids: Tensor, work: Work, broadcast: Mapping[str, Any]) -> int:
@@ -160,6 +162,12 @@ class Account:
         """Whether the downlink compresses a value of a broadcast."""
         return self.downlink is not None and isinstance(value, Tensor) and value.numel() == self._model_size
 
+    def _as_held(self, name: str, held: Held) -> Tensor:
+        """What clients got when they were sent this vector."""
+        if self.downlink is None or not self._compresses(held.value):
+            return held.value
+        return self.downlink.copies[name].value
+
     def _observe(
         self,
         ids: Tensor,
@@ -186,6 +194,11 @@ class Account:
             values, weights = (torch.cat(parts) for parts in zip(*heard, strict=True))
             self._observed += Metrics.mean_over(values, weights, name=name)
         self._heard = {}
+
+
+def is_second_half(broadcast: Mapping[str, Any]) -> bool:
+    """Whether jobs with this broadcast are the second halves of those that their clients had last."""
+    return any(isinstance(value, Held) for value in broadcast.values())
 
 
 def check_foldable(fold: Fold | None) -> None:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import FLOAT_BITS, Packet
-from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Times, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Held, Inbox, Replies, Times, Work, weigh
 from fedsim.memory import Memory
 from fedsim.parts import Parts
-from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable
+from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable, is_second_half
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
 from fedsim.sim.devices import Devices, law
 from fedsim.sim.events import Event, EventQueue
@@ -116,7 +116,8 @@ class SimFleet(Account):
     ) -> Replies:
         """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
         check_foldable(fold)
-        numbers = self._number(ids)
+        second = is_second_half(broadcast)
+        numbers = self._number(ids, second)
         finish, broadcast = self._book(ids, numbers, cost, broadcast)
         num_examples, started = self.num_examples[ids], self.now
         attacked = self.byzantine is not None and not bool(self.byzantine.honest(ids).all())
@@ -129,7 +130,7 @@ class SimFleet(Account):
         if attacked and self.byzantine is not None and cost.vectors_up:
             arrive, fields = self.byzantine.deliver(ids, fields, self.round)
         bits = results.bits_up if cost.vectors_up or cost.bits_up is not None else torch.zeros_like(results.bits_up)
-        self._observe(ids, arrive, results.metrics, bits)
+        self._observe(ids, arrive, results.metrics, bits, count=not second)
         ids, finish, num_examples = ids[arrive], finish[arrive], num_examples[arrive]
         if attacked and (fold is not None or not len(ids)):  # of no replies at all the sum is zero, folded or not
             given = None if weights is None else weights[arrive]
@@ -236,6 +237,8 @@ class SimFleet(Account):
             if self.downlink is not None and self._compresses(value):
                 received[name], bits, _ = self.downlink.send(name, value, ids, len(self.clients))
                 down += bits
+            elif isinstance(value, Held):
+                received[name] = self._as_held(name, value)
             else:
                 received[name] = value.decode()[0] if isinstance(value, Packet) else value
                 down += bits_of(value)

@@ -17,7 +17,7 @@ from fedsim.checkpoint import load, save
 from fedsim.cohort import Cohort
 from fedsim.compress.quantize import Natural
 from fedsim.compress.sparsify import TopK
-from fedsim.fleet import Cost, Inbox
+from fedsim.fleet import Cost, Held, Inbox
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.devices import Constant, LogNormal
 from fedsim.sim.executor import ClientError
@@ -508,6 +508,19 @@ def test_with_adversarial_arrival_every_client_misses_f_others_but_never_itself(
         assert all(value != i for i, value in enumerate(lost) if i)
         missed.add(tuple(lost))
     assert len(missed) == 6
+
+
+def test_what_clients_hold_costs_nothing_and_comes_with_the_second_half_of_their_job() -> None:
+    fleet = build_fleet(quadratic([1.0] * 3, [0.0] * 3, 0.0), Halves(), devices=Clocks((1.0, 2.0, 3.0)))
+    with pytest.raises(ValueError, match="holds nothing; ask it first"):
+        fleet.ask(torch.tensor([0]), Halves().draw, x=Held(X))
+    first = fleet.ask(torch.tensor([0, 2]), Halves().draw, x=X)
+    spent = fleet.ledger.bits_down
+    again = fleet.ask(torch.tensor([0, 2]), Halves().draw, x=Held(X))
+    assert torch.equal(first["u"], again["u"]) and fleet.ledger.bits_down == spent == 2 * 64
+    assert fleet.ask(torch.tensor([0, 2]), Halves().plus, x=Held(X))["y"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert fleet.job_counts.tolist() == [1, 0, 1] and fleet.now == 9.0
+    assert fleet.end_round().values()["num_clients"] == 2
 
 
 def test_broadcasts_and_replies_cost_32_bits_a_number_one_a_flag_and_nothing_for_nothing() -> None:
