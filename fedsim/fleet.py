@@ -29,14 +29,15 @@ class Cost:
     """What a job costs, known before it runs, so that its duration can be simulated.
 
     Args:
-        steps: local steps: a number, or a function of the clients' sample counts [R] that returns [R].
+        steps: local steps, or what takes as long as so many: a number, or a function of the clients' sample counts [R]
+            that returns [R].
         vectors_up: vectors of the model's size in one reply: 32 bits an entry, or what the uplink's compressor makes
             of them; 0 if the reply stays with the client until an `exchange`.
         exact_up: how many of these vectors are `Exact`, which no uplink compresses.
         bits_up: bits of one reply, where that is not a number of such vectors.
     """
 
-    steps: int | Callable[[Tensor], Tensor] = 1
+    steps: float | Callable[[Tensor], Tensor] = 1
     vectors_up: int = 1
     exact_up: int = 0
     bits_up: int | None = None
@@ -216,6 +217,13 @@ class Fleet(Protocol):
 
     def receive(self, *, until: float = inf, count: int | None = None) -> Replies:
         """Wait until a time, or for a number of replies, and return what arrived, in order of arrival."""
+        ...
+
+    def cancel(self, ids: Tensor) -> None:
+        """Call off the jobs that these clients were sent: they are idle at once, and their replies never come.
+
+        The work must keep no rows with its clients, since it may have run to its end on a device.
+        """
         ...
 
     def ask(

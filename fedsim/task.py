@@ -27,12 +27,14 @@ class Schedule:
         steps: local steps, or None when `epochs` is given.
         batch_size: samples of a step; None for all of a client's data.
         shuffle: a fresh keyed order every epoch; False keeps the order of the data.
+        part: (a, b, u): only what lies between a/u and b/u of the client's samples, as they stand; None for all.
     """
 
     epochs: int | None = 1
     steps: int | None = None
     batch_size: int | None = 20
     shuffle: bool = True
+    part: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -42,8 +44,22 @@ class Schedule:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
+    def span(self, num_examples: Tensor) -> tuple[Tensor, Tensor]:
+        """([C] where the samples that it goes through begin, [C] how many these are) of so many that clients have.
+
+        Parts (0, b, u) and (b, u, u) of any data are all of it.
+
+        >>> Schedule(part=(1, 3, 4)).span(torch.tensor([8, 5, 1]))
+        (tensor([2, 1, 0]), tensor([4, 2, 0]))
+        """
+        if self.part is None:
+            return torch.zeros_like(num_examples), num_examples
+        first, last, units = self.part
+        start = num_examples * first // units
+        return start, num_examples * last // units - start
+
     def num_steps(self, num_examples: Tensor) -> Tensor:
-        """[C] int64 local steps of clients with these sample counts; a client without data takes none."""
+        """[C] int64 local steps of clients that go through so many samples; one without data takes none."""
         if self.steps is not None:
             return torch.where(num_examples > 0, self.steps, 0)
         assert self.epochs is not None

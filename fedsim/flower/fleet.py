@@ -74,6 +74,11 @@ class FlowerFleet(Account):
         due = list(mail.landed)[:count]
         return self._deliver([mail.landed.pop(client) for client in due])
 
+    def cancel(self, ids: Tensor) -> None:
+        """Call off jobs in flight (see `Fleet.cancel`); what a device still answers is left where it lies."""
+        called_off = self.mail.call_off(ids.tolist())
+        self._end((f.client, f.key, f.started, self.now) for f in called_off)
+
     def ask(
         self,
         ids: Tensor,

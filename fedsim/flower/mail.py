@@ -183,6 +183,13 @@ class Mail:
                 raise ClientError(f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}")
             self.clock.sleep(min(self.patience.poll_seconds, max(until - self.now, 0.0)))
 
+    def call_off(self, clients: Iterable[int]) -> list[Flight]:
+        """Forget what these clients were sent, and their replies that nobody has taken yet."""
+        named = set(clients)
+        mine = {number: flight for number, (flight, _) in self.flights.items() if flight.client in named}
+        self.flights = {number: entry for number, entry in self.flights.items() if number not in mine}
+        return [*mine.values(), *(self.landed.pop(c).flight for c in sorted(named & self.landed.keys()))]
+
     def take(self, client: int) -> Landed:
         """One client's reply, once it is there."""
         self.wait(lambda: client in self.landed)

@@ -64,6 +64,14 @@ class EventQueue:
         for event in events:
             heapq.heappush(self._heap, event)
 
+    def take(self, clients: Iterable[int]) -> list[Event]:
+        """The events of these clients, in order of arrival."""
+        named = set(clients)
+        out = [event for event in self if event.client in named]
+        self._heap = [event for event in self._heap if event.client not in named]
+        heapq.heapify(self._heap)
+        return out
+
     def pop(self, until: float, count: int | None = None) -> list[Event]:
         """Events that finish by `until` (seconds), at most `count` of them, in order of arrival."""
         out: list[Event] = []

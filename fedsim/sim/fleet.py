@@ -104,6 +104,10 @@ class SimFleet(Account):
             self.now = max(self.now, events[-1].finish)
         return self._deliver(events)
 
+    def cancel(self, ids: Tensor) -> None:
+        """Call off jobs in flight (see `Fleet.cancel`); nothing of them is uploaded, counted or kept."""
+        self._end((e.client, e.sent, e.started, self.now) for e in self.queue.take(ids.tolist()))
+
     def ask(
         self,
         ids: Tensor,

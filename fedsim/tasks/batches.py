@@ -57,6 +57,7 @@ class BatchPlan:
         gather: Callable[[int | None, int, slice, Tensor | None], Any] | None = None,
         locate: Callable[[Tensor], Tensor] = lambda positions: positions,
     ) -> None:
+        start, counts = schedule.span(counts)
         table = torch.stack([counts, schedule.num_steps(counts), schedule.steps_per_epoch(counts)])
         num_samples, num_steps, per_epoch = here = table.numpy()
         there = table.to(streams.clients.device)  # in one transfer
@@ -66,7 +67,8 @@ class BatchPlan:
         largest = int(num_samples.max(initial=0))
         self._width = largest if schedule.batch_size is None else min(schedule.batch_size, largest)
         self.num_steps = there[1]
-        self.rows = locate(_positions(here, there, schedule, streams, self._width))
+        positions = _positions(here, there, schedule, streams, self._width)
+        self.rows = locate(positions if schedule.part is None else positions + start.to(there.device)[:, None])
         step = np.arange(num_steps.max(initial=0))
         active = num_steps[:, None] > step
         before = step % np.maximum(per_epoch, 1)[:, None] * self._width  # samples of the epoch that came earlier

@@ -60,7 +60,7 @@ class OwnFunction:
     """The batches of a stack, clients with examples first: `steps`, or `epochs` as steps, whatever the batch size."""
 
     def __init__(self, num_examples: Tensor, streams: Streams, schedule: Schedule) -> None:
-        has_data = num_examples > 0
+        has_data = schedule.span(num_examples)[1] > 0
         self._active = int(has_data.sum())
         assert bool(has_data[: self._active].all()), "a stack must be ordered by number of local steps"
         self._streams = streams if self._active == len(num_examples) else streams.rows(slice(self._active))

@@ -140,6 +140,18 @@ def test_a_busy_client_is_not_sent_more() -> None:
         fleet.send(torch.tensor([2, 2]), HALVES.tell, x=X)
 
 
+def test_a_job_that_is_called_off_frees_its_client_and_its_reply_never_comes() -> None:
+    fleet, _ = build(lambda i: 1.0 + i)
+    fleet.send(ALL, HALVES.tell, x=X)
+    assert fleet.receive(until=fleet.now + 1.5).ids.tolist() == [0]
+    fleet.cancel(torch.tensor([0, 1, 3]))
+    assert fleet.receive().ids.tolist() == [2] and not fleet.sent and not fleet.mail.flights
+    up = fleet.ledger.bits_up
+    again = fleet.ask(torch.tensor([1, 3]), HALVES.tell, x=X + 5)
+    assert again["v"].tolist() == [[16.0], [18.0]] and again["job"].tolist() == [1, 1]
+    assert fleet.ledger.bits_up - up == 2 * (32 + 32)
+
+
 def test_a_failing_client_is_named_with_its_round_and_reason() -> None:
     fleet, _ = build()
     fleet.round = 7

@@ -599,3 +599,32 @@ def test_what_is_in_flight_survives_a_stop() -> None:
         assert one.now == other.now and a.staleness.tolist() == b.staleness.tolist()
     assert one.timeline == other.timeline and one.ledger == other.ledger
     assert torch.equal(one.job_counts, other.job_counts)
+
+
+# Calling off -----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_is_called_off_frees_its_client_and_leaves_nothing() -> None:
+    fleet = _fleet((1.0, 2.0, 3.0, 4.0))
+    fleet.send(fleet.clients, HALVES.count, x=X)
+    assert fleet.receive(count=1).ids.tolist() == [0]
+    up, down = fleet.ledger.bits_up, fleet.ledger.bits_down
+    fleet.cancel(torch.tensor([0, 1, 3]))  # of whom the first has nothing to do
+    assert fleet.now == 1.0 and fleet.ledger.bits_up == up and fleet.ledger.bits_down == down == 4 * 64
+    assert fleet.receive().ids.tolist() == [2] and fleet.now == 3.0
+    assert not fleet.sent and len(fleet.queue) == 0
+    assert fleet.timeline == [(0, 0.0, 1.0, 1), (1, 0.0, 1.0, 1), (3, 0.0, 1.0, 1), (2, 0.0, 3.0, 1)]
+    again = fleet.ask(fleet.clients, HALVES.count, x=X)
+    assert again["n"][:, 0].tolist() == [2.0, 1.0, 2.0, 1.0]  # what a client did in vain it does not remember
+    assert fleet.job_counts.tolist() == [2, 2, 2, 2]
+
+
+def test_a_job_that_is_called_off_is_not_in_a_checkpoint(tmp_path: Path) -> None:
+    fleet = _fleet((1.0, 2.0, 3.0))
+    fleet.send(fleet.clients, HALVES.plus, x=X)
+    fleet.receive(count=1)
+    fleet.cancel(torch.tensor([1]))
+    again = _reloaded(fleet, _fleet((1.0, 2.0, 3.0)), tmp_path)
+    assert [e.client for e in again.queue] == [2]
+    again.send(torch.tensor([1]), HALVES.plus, x=X)
+    assert again.receive().ids.tolist() == [2, 1] and again.now == 3.0

@@ -117,3 +117,20 @@ def test_a_padded_step_is_no_line_and_clients_that_are_done_do_not_matter() -> N
     assert plan.lines == [(0, 4), None]
     plan = _given([4, 2], [[0, 1, 2, 3], [5, 6, 6, 6]], fixed)
     assert plan.lines == [(0, 5), (2, 0)]
+
+
+@pytest.mark.parametrize("cuts", [(0, 1, 4), (0, 3, 4, 7), (0, 10, 11, 12)])
+def test_the_parts_of_clients_data_are_disjoint_and_together_all_of_it(cuts: tuple[int, ...]) -> None:
+    counts = [13, 12, 7, 4, 1, 0]
+    seen: list[list[int]] = [[] for _ in counts]
+    for a, b in zip(cuts[:-1], cuts[1:], strict=True):
+        schedule = Schedule(epochs=1, batch_size=3, shuffle=False, part=(a, b, cuts[-1]))
+        start, length = schedule.span(torch.tensor(counts))
+        assert bool((length <= -(-torch.tensor(counts) * (b - a) // cuts[-1])).all())
+        order = torch.argsort(length, descending=True, stable=True).tolist()
+        plan = _plan([counts[i] for i in order], schedule, order)
+        for row, i in enumerate(order):
+            mine = sum(_samples_of(plan, row, slice(None)), [])
+            assert mine == list(range(int(start[i]), int(start[i] + length[i])))
+            seen[i] += mine
+    assert seen == [list(range(n)) for n in counts]
