@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsim.config import ConfigError
-from fedsim.files import sync, write_whole
+from fedsim.files import put, sync
 
 KEEP = 2
 FILES = ("state.json", "tensors.safetensors")
@@ -168,6 +168,8 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
         names = [_save_block(block, folder / ROWS) for block in aside.blocks]
+        if names:
+            sync(folder / ROWS)
         (part / "state.json").write_text(json.dumps({"entries": tree, "blocks": names}), encoding="utf-8")
         save_file(_apart(aside.tensors), part / "tensors.safetensors")
         (part / SUMS_FILE).write_bytes(_sums(part, FILES) + _sums_of_blocks(names))
@@ -206,7 +208,7 @@ def _save_block(block: Block, folder: Path) -> str:
         content = safetensors.torch.save({ROWS: block.rows().contiguous()})
         folder.mkdir(exist_ok=True)
         file = folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        write_whole(file, content)
+        put(file, content)
         block.file = file
     return block.file.name
 

@@ -30,6 +30,12 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> No
     Raises:
         OSError: if it cannot be written.
     """
+    put(path, content)
+    sync(path.parent)
+
+
+def put(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """The same for one of many files of a folder, whose names reach the disk when the folder is brought there."""
     part = path.with_name(path.name + ".part")
     try:
         if callable(content):
@@ -41,7 +47,6 @@ def write_whole(path: Path, content: str | bytes | Callable[[Path], None]) -> No
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync(path.parent)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,9 @@
-"""What the simulated fleet is made of: a device to compute on, links, byzantine clients, and an executor."""
+"""What the simulated fleet is made of: a device to compute on, links, byzantine clients, an executor, and memory."""
 
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fedsim.compose.work import Work
 from fedsim.compress.sparsify import Identity
 from fedsim.config import ConfigError, at
 from fedsim.engine.choose import enough_stacks
+from fedsim.memory import Memory
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.collectives import backend_for
@@ -22,6 +24,9 @@ from fedsim.sim.links import Downlink, Uplink
 from fedsim.sim.torchrun import Place, place, take_gpu
 from fedsim.strategy import Strategy, compressors
 from fedsim.task import Task
+
+ROWS_KEPT = 2  # vectors of the model's size that a client is reckoned to keep: momentum and where it stands, say
+CARD_SHARE, RAM_SHARE = 0.25, 0.5  # of a card and of this machine's RAM, for rows
 
 
 def compute_device(name: str) -> torch.device:
@@ -114,6 +119,37 @@ def build_executor(
     return executor, words
 
 
+def build_memory(
+    runtime: Runtime, rounds: int, work: Work, layout: Layout, executor: Executor, device: torch.device
+) -> tuple[Memory, Literal["device", "ram", "disk"]]:
+    """Where rows that clients keep between rounds lie.
+
+    Args:
+        runtime: the file's section.
+        rounds: of the run.
+        work: of a round.
+        layout: of the model.
+        executor: runs stacks; rows lie on the device only where that is this process's.
+        device: to compute on.
+
+    Returns:
+        (memory without its folder, where it is). `auto` takes the device for a quarter of it at most, then half of the
+        machine's RAM; it reckons with every client that may ever take part, and with one cohort's rows on their way.
+    """
+    n, kept = len(work.steps), runtime.memory
+    on_device = device.type != "cpu" and isinstance(executor, InProcess)
+    if kept == "auto":
+        needed = 4 * layout.size * ROWS_KEPT * (min(n, rounds * work.cohort_size) + work.cohort_size)
+        ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if on_device and needed <= CARD_SHARE * torch.cuda.get_device_properties(device).total_memory:
+            kept = "device"
+        else:
+            kept = "ram" if needed <= RAM_SHARE * ram else "disk"
+    if kept == "device" and not on_device:
+        kept = "ram"  # a CPU's
+    return Memory(n, device=device if kept == "device" else "cpu"), kept
+
+
 def _executor(
     runtime: Runtime, runner: StackRunner, work: Work, width: int, device: torch.device
 ) -> tuple[Executor, int, str]:
@@ -135,6 +171,7 @@ def _executor(
     if kind == "ray" or (kind == "auto" and (several or runtime.address is not None)):
         from fedsim.sim.ray_executor import RayExecutor
 
+        _check_rows_travel(runtime, device)
         wanted = None if runtime.workers == "auto" else runtime.workers
         actors = RayExecutor(
             runner,
@@ -157,11 +194,20 @@ def _ranks(here: Place, runtime: Runtime, runner: StackRunner, width: int, costs
     backend = backend_for(runtime.collectives, gpus=runner.device.type == "cuda")
     if backend is None:
         raise ConfigError("runtime.collectives: object_store is Ray's, and torchrun has none; use auto, gloo or nccl")
+    _check_rows_travel(runtime, runner.device)
     workers, threads = _threads(runtime, runner.device, here.local_size), runtime.threads
     what = f"{runner.device.type}, stacks of {width}, {threads} intra-op thread(s)"
     ranks = Ranks(runner, here, width=width, workers=workers, threads=threads, costs=costs, backend=backend, what=what)
     words = f"{here.size} ranks of torchrun, {workers} thread(s) each, {threads} intra-op thread(s) each"
     return ranks, here.size * workers, words
+
+
+def _check_rows_travel(runtime: Runtime, device: torch.device) -> None:
+    if runtime.memory == "device" and device.type != "cpu":
+        raise ConfigError(
+            "runtime.memory: device is for stacks that this process computes itself, and here others do; use "
+            "auto, ram or disk"
+        )
 
 
 def _threads(runtime: Runtime, device: torch.device, processes: int = 1) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
-from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
+from fedsim.compose.fleets import build_byzantine, build_executor, build_links, build_memory, compute_device
 from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
 from fedsim.compose.refusals import check_local, check_personalise, check_state_scope, check_strategy
 from fedsim.compose.sections import File
@@ -33,6 +33,8 @@ from fedsim.sim.in_process import InProcess
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategy import Strategy, fields_of
 from fedsim.task import Task
+
+ROWS_LIE = {"device": "on the device", "ram": "in RAM", "disk": "in files of the run's folder"}
 
 
 @dataclass
@@ -113,8 +115,8 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
     _resolve(resolved, problem, strategy, plan, device)
-    fleet, pool, workers = _fleet(file, task, strategy, work, plan.width, device)
-    resolved["runtime"]["stacks"] = stacks = fleet.executor.stacks
+    fleet, pool, workers, kept = _fleet(file, task, strategy, work, plan.width, device)
+    resolved["runtime"] |= {"stacks": fleet.executor.stacks, "memory": kept}
     experiment = Experiment(
         task=task,
         strategy=strategy,
@@ -130,8 +132,10 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         device=device,
         threads=file.runtime.threads,
     )
-    plan_words = in_words(work, plan, stacks, task.layout, strategy.sent(task.layout), task.num_examples)
-    words = {**plan_words, "workers": workers, "device": str(device)}
+    plan_words = in_words(
+        work, plan, fleet.executor.stacks, task.layout, strategy.sent(task.layout), task.num_examples
+    )
+    words = plan_words | {"client rows": ROWS_LIE[kept], "workers": workers, "device": str(device)}
     data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
@@ -163,8 +167,8 @@ def _strategy(file: File, problem: Task | Samples) -> Strategy:
 
 def _fleet(
     file: File, task: Task, strategy: Strategy, work: Work, width: int, device: torch.device
-) -> tuple[SimFleet, InProcess, str]:
-    """(simulated fleet, threads for evaluation, what runs the clients in words)."""
+) -> tuple[SimFleet, InProcess, str, str]:
+    """(simulated fleet, threads for evaluation, what runs the clients in words, where their rows are kept)."""
     n, runtime, sent = len(task.num_examples), file.runtime, strategy.sent(task.layout)
     uplink, downlink = build_links(file, strategy, sent)
     check_state_scope(strategy, uplink)
@@ -172,12 +176,14 @@ def _fleet(
     devices = file.clients.devices(count=n)
     runner = StackRunner(task, strategy, file.seed, device, uplink)
     executor, workers = build_executor(runtime, runner, work, width, device)
+    memory, kept = build_memory(runtime, file.rounds, work, task.layout, executor, device)
+    runner.rows_on = memory.device
     fleet = SimFleet(
         num_examples=task.num_examples,
         model_size=sent.size,
         executor=executor,
         devices=devices,
-        memory=Memory(n),
+        memory=memory,
         seed=file.seed,
         ahead=replies_ahead(width, executor.stacks, device),
         reply_bits=None if uplink is None else uplink.compressor.bits(sent.size),
@@ -185,4 +191,4 @@ def _fleet(
         byzantine=byzantine,
     )
     pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
-    return fleet, pool, workers
+    return fleet, pool, workers, kept

@@ -138,7 +138,8 @@ class Runtime:
         engine: loop, stacked, compiled, pkg.module:name, or auto.
         native: whether the stacked engine takes a classifier's last layer and loss in C++ (on a CPU), or auto.
         precision: of products; storage is float32.
-        memory: where clients' rows are kept between rounds: ram, or disk (memory-mapped in the run's folder).
+        memory: where clients' rows are kept between rounds: ram, disk (a file in the run's folder), device (where
+            stacks of this process are computed), or auto: the first of device, ram and disk that surely has room.
     """
 
     executor: Literal["auto", "in_process", "ray", "torchrun"] = "auto"
@@ -152,7 +153,7 @@ class Runtime:
     engine: str = "auto"
     native: bool | Literal["auto"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    memory: Literal["ram", "disk"] = "ram"
+    memory: Literal["auto", "device", "ram", "disk"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads", "stack", "stacks"):

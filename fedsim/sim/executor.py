@@ -209,6 +209,7 @@ class StackRunner:
         seed: of the run.
         device: where stacks live.
         uplink: how replies are compressed; None sends them as they are.
+        rows_on: where rows that clients keep are put when a stack is done.
     """
 
     task: Task
@@ -216,6 +217,7 @@ class StackRunner:
     seed: int
     device: torch.device
     uplink: Uplink | None = None
+    rows_on: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _local: threading.local = field(default_factory=threading.local, repr=False)
 
     def run(self, jobs: Jobs) -> Results:
@@ -242,7 +244,7 @@ class StackRunner:
             else:
                 fields[name] = own(value if value.ndim else value.expand(num_clients))
         metrics = {k: own(v).cpu().to(torch.float64) for k, v in answer.metrics.items()}
-        return Results(fields, sums, {k: own(v).cpu() for k, v in answer.memory.items()}, metrics, bits)
+        return Results(fields, sums, {k: own(v).to(self.rows_on) for k, v in answer.memory.items()}, metrics, bits)
 
     def answer(self, jobs: Jobs) -> Answer:
         """What the client half of one stack replies, checked, and compressed by the uplink.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from math import isclose
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from torch import Tensor
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
 from fedsim.compress import COMPRESSORS
+from fedsim.config import ConfigError
 from fedsim.engine import Batch, build_engine
 from fedsim.engine.build import ENGINES
 from fedsim.optim import build
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Knowledge
+from fedsim.sim.torchrun import Place
 from fedsim.strategies import STRATEGIES
 from fedsim.streams import Streams
 from fedsim.tasks.models import MODELS, init_parameters
@@ -56,9 +59,12 @@ def a_gpu() -> Iterator[None]:
         yield
 
 
-def run(config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False) -> Rows:
+def run(
+    config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False, memory: str = "auto"
+) -> Rows:
     """The rows of a run on a device."""
-    return rows_of({**config, "runtime": {"workers": 1, "stack": 3, "device": device}}, folder, resume)
+    runtime = {"workers": 1, "stack": 3, "device": device, "memory": memory}
+    return rows_of({**config, "runtime": runtime}, folder, resume)
 
 
 def assert_alike(rows: Rows, others: Rows) -> None:
@@ -255,6 +261,53 @@ def test_a_run_that_was_stopped_and_resumed_on_the_device_equals_one_that_was_no
         whole = run({**config, "rounds": 4}, "cuda")
         run({**config, "rounds": 2}, "cuda", tmp_path)
         assert run({**config, "rounds": 4}, "cuda", tmp_path, resume=True) == whole[2:]
+
+
+@pytest.mark.parametrize(
+    "name, option",
+    [("scaffold_m", None), ("monna", None), ("masha2", None), ("fedbuff", "uplink top_k, error feedback")],
+)
+def test_rows_of_clients_are_the_same_bits_wherever_they_lie(name: str, option: str | None, tmp_path: Path) -> None:
+    config = {**pair(name, option), "evaluate": {"every": 1}}
+    with a_gpu():
+        expected = run({**config, "rounds": 4}, "cuda", memory="ram")
+        assert run({**config, "rounds": 2}, "cuda", tmp_path, memory="device") == expected[:2]
+        assert run({**config, "rounds": 3}, "cuda", tmp_path, resume=True, memory="ram") == expected[2:3]
+        assert run({**config, "rounds": 4}, "cuda", tmp_path, resume=True, memory="device") == expected[3:]
+
+
+@pretended
+def test_rows_that_the_device_has_no_room_for_are_one_message_and_go_on_elsewhere(
+    gpu: Counts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**pair("scaffold", None), "rounds": 2, "evaluate": {"every": 1}}
+    expected = run(config, "cuda", memory="ram")
+
+    def full(*shape: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run({**config, "rounds": 1}, "cuda", tmp_path, memory="device")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedsim.stores.pages", SimpleNamespace(empty=full))
+        message = (
+            r"runtime.memory: device needs 0.0 GB on cuda:?0? for the rows of . clients.*runtime.memory=ram or disk"
+        )
+        with pytest.raises(ConfigError, match=message):
+            run(config, "cuda", tmp_path, resume=True, memory="device")
+    assert run(config, "cuda", tmp_path, resume=True, memory="ram") == expected[1:]
+
+
+@pretended
+@pytest.mark.parametrize("executor", ["ray", "torchrun"])
+def test_rows_lie_on_the_device_only_in_the_process_that_computes(
+    executor: str, gpu: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if executor == "torchrun":
+        monkeypatch.setattr("fedsim.compose.fleets.place", lambda: Place(0, 0, 1, 1, "here"))
+        monkeypatch.setattr("fedsim.compose.fleets.take_gpu", lambda here: None)
+    config = {**pair("scaffold", None), "runtime": {"device": "cuda", "executor": executor, "memory": "device"}}
+    with pytest.raises(ConfigError, match="runtime.memory: device is for stacks that this process computes itself"):
+        rows_of(config)
 
 
 class OnceInfinite(QuadraticTask):

@@ -62,6 +62,8 @@ def second_round(
     model: str | dict[str, Any] = "cnn",
     strategy: dict[str, Any] | None = None,
     rule: dict[str, Any] | None = None,
+    uplink: dict[str, Any] | None = None,
+    memory: str = "auto",
 ) -> Spent:
     """What the second round of a run on digits costs; all clients are one stack unless told otherwise."""
     config = {
@@ -70,8 +72,9 @@ def second_round(
         "partition": "iid",
         "clients": {"count": clients},
         "strategy": strategy or {"name": "fedavg"},
-        "local": {"steps": steps, "batch_size": 8, "optimizer": rule or {"name": "sgd", "lr": 0.05}},
-        "runtime": {"device": "cuda", "workers": 1, "stack": stack or clients},
+        "local": {"steps": steps, "batch_size": 8, "optimizer": rule or {"name": "sgd", "lr": 0.05}} if steps else {},
+        "uplink": uplink or {},
+        "runtime": {"device": "cuda", "workers": 1, "stack": stack or clients, "memory": memory},
     }
     with pretend_gpu() as counts:
         composition = compose(config, "config")
@@ -117,6 +120,31 @@ def test_a_round_moves_ids_counts_and_numbers_only(kind: str, model: str) -> Non
     cost = second_round(16, model=model, **KINDS[kind])
     assert cost.bytes_up == 16 * 8 * 6  # id, job; samples, steps, steps of an epoch; weight
     assert cost.bytes_down <= 16 * 4 + 4  # loss; whether all gradients were finite
+
+
+KEEPERS: dict[str, dict[str, Any]] = {
+    "SCAFFOLD": {"strategy": {"name": "scaffold"}},
+    "SCAFFOLD-M": {"strategy": {"name": "scaffold_m", "beta": 0.5}},
+    "MoNNA": {"strategy": {"name": "monna", "f": 1}},
+    "MASHA1": {"strategy": {"name": "masha1", "lr": 0.05, "compressor": {"name": "rand_k", "k": 5}}, "steps": 0},
+    "error feedback": {"uplink": {"compressor": {"name": "top_k", "k": 5}, "error_feedback": True}},
+    "optimizer state": {"rule": {"name": "adamw", "lr": 0.001, "state_scope": "client"}},
+}
+
+
+@pytest.mark.parametrize("kind", KEEPERS)
+def test_rows_that_clients_keep_stay_on_the_device(kind: str) -> None:
+    small, large = (
+        second_round(8, model=m, **KEEPERS[kind]) for m in ("logistic", {"name": "mlp", "hidden": [32] * 3})
+    )
+    assert (small.bytes_up, small.bytes_down) == (large.bytes_up, large.bytes_down), "ids, counts and numbers alone"
+    assert small.waits == large.waits
+
+
+def test_rows_that_are_kept_elsewhere_cross_over_once_each_way() -> None:
+    here, there = (second_round(8, model="logistic", memory=m, **KEEPERS["SCAFFOLD-M"]) for m in ("device", "ram"))
+    rows, slots = 8 * 4 * 650, 8 * 8
+    assert there.bytes_down == here.bytes_down + rows and there.bytes_up == here.bytes_up + rows - 2 * slots
 
 
 @pytest.mark.parametrize("name", NAMES)

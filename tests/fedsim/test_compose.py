@@ -320,6 +320,22 @@ def test_rows_of_clients_lie_on_disk_where_asked(tmp_path: Path) -> None:
     assert any((tmp_path / "run" / "memory").iterdir())
 
 
+@pytest.mark.parametrize(
+    "ram, cohort, rounds, expected",
+    [(6000, 5, 1, "ram"), (6000, 5, 99, "disk"), (7000, 5, 99, "ram"), (7000, None, 1, "disk"), (9000, None, 1, "ram")],
+)
+def test_rows_of_clients_lie_in_ram_where_it_surely_has_room(
+    ram: int, cohort: int | None, rounds: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 10 clients, 28 numbers in a model: 2 * 4 * 28 bytes for each client that may take part, and once more for a cohort
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": ram}
+    monkeypatch.setattr("os.sysconf", lambda name: pages[name])
+    raw = {**BLOBS, "rounds": rounds, "clients": {"count": 10}, "strategy": {"name": "fedavg", "cohort_size": cohort}}
+    composition = made(raw)
+    assert composition.resolved["runtime"]["memory"] == expected
+    assert composition.plan["client rows"].startswith("in RAM" if expected == "ram" else "in files")
+
+
 def test_pre_aggregators_come_as_a_list_and_read_back() -> None:
     strategy = {"name": "fedavg", "cohort_size": 5, "aggregator": "median"}
     raw = {**BLOBS, "strategy": {**strategy, "pre_aggregators": ["bucketing", {"name": "clipping", "norm": 0.5}]}}
