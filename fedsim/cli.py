@@ -22,11 +22,22 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Federated learning on stacks of clients.",
 )
 
 Config = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", show_default=False)]
+
+
+@app.callback()
+def alone(context: typer.Context) -> None:
+    """Federated learning on stacks of clients."""
+    from fedsim.sim.torchrun import place
+
+    command, here = context.invoked_subcommand, place()
+    if here is not None and here.size > 1 and command not in ("run", "check"):
+        raise ConfigError(
+            f"fedsim {command}: {here.size} processes of torchrun would all do the same; call it without torchrun"
+        )
 
 
 @app.command()
@@ -126,26 +137,59 @@ def compare(
 @app.command()
 def sweep(
     config: Config,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=[a,b] ... and key=value ...")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=a,b ... key=log(1e-3,1) ... and key=value ...", show_default=False)
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Run every setting with each of these: 0,1,2.")] = None,
+    search: Annotated[
+        str, typer.Option(help="grid (every combination), random, or tpe (learns from results).")
+    ] = "grid",
+    trials: Annotated[int | None, typer.Option(help="Settings to try for each method, in a search.")] = None,
+    ahead: Annotated[int, typer.Option(help="Settings that tpe tries at once; part of what it proposes.")] = 4,
+    per: Annotated[str | None, typer.Option(help="Key whose values have a search and a best setting each.")] = None,
+    target: Annotated[str | None, typer.Option(help="Metric to judge by; test_accuracy where runs have it.")] = None,
+    minimise: Annotated[bool, typer.Option("--minimise", help="Small is good; of losses it always is.")] = False,
+    jobs: Annotated[str, typer.Option(help="Trials at a time; auto is one a core, or one a GPU.")] = "auto",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to run on: auto, or host:port.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs' folders; runs/<config>-sweep if left out.")
     ] = None,
 ) -> None:
-    """Run every combination of the listed values, and compare; call it again to complete what was stopped.
+    """Run an experiment with many settings and seeds, side by side, and show which is best.
 
-    CONFIG is an experiment file (YAML); OVERRIDES are lists to go through, "seed=[0,1,2]", and values for all runs.
+    Call it again after Ctrl-C to complete it, or with more values or seeds to extend it.
+
+    CONFIG is an experiment file (YAML); OVERRIDES are values to go through, "local.optimizer.lr=0.05,0.1", ranges to
+    search, "local.optimizer.lr=log(1e-3,1)", and values for all runs. See docs/sweeps.md.
     """
-    from fedsim.sweep import sweep as play
+    from fedsim.sweep import Stopped, Sweep, parse_space, play, whole_numbers
+    from fedsim.sweep.shown import Shown, show_results
 
-    root = out or Path("runs") / f"{config.stem}-sweep"
-    folders, diverged = [], 0
-    for folder, ended in play(config, parse_overrides(overrides or (), str(config)), root):
-        print(f"{folder}: {ended}", flush=True)
-        folders.append(folder)
-        diverged += not ended.startswith("done")
-    compare(folders, root / "comparison.html")
-    if diverged:
-        _say(f"{diverged} of {len(folders)} runs diverged")
+    folder = out or Path("runs") / f"{config.stem}-sweep"
+    plan = Sweep(
+        config=config,
+        space=parse_space(overrides or (), per, str(config)),
+        folder=folder,
+        seeds=whole_numbers("--seeds", seeds) if seeds is not None else (),
+        search=search,
+        trials=trials,
+        ahead=ahead,
+        target=target,
+        minimise=minimise,
+        jobs="auto" if jobs == "auto" else whole_numbers("--jobs", jobs)[0],
+        address=address,
+    )
+    with Shown(folder) as shown:
+        try:
+            results = play(plan, shown)
+        except Stopped as e:
+            _say(f"{e} with {shown.done} of {shown.total} trials done; the same command goes on")
+            raise typer.Exit(e.exit_code) from e
+    show_results(results)
+    if troubled := results.troubled:
+        for record in troubled:
+            _say(f"{record.trial.folder} {record.ended.status}: {record.ended.why}")
+        _say(f"{len(troubled)} of {len(results.records)} trials did not come to their end")
         raise typer.Exit(1)
 
 

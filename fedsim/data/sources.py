@@ -7,7 +7,9 @@ where `task.dataset` does not give them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fedsim.config import Call, Kinds, decode_entry
@@ -58,7 +60,36 @@ def load(spec: Spec | Dataset | FederatedData, *, root: str | None = None, seed:
 
 def entry(value: Any, key: str, kinds: Kinds | None = None) -> Call:
     """The data set that an entry describes, to be read once the configuration's `root` and `seed` are given."""
-    return decode_entry(DATASETS, value, key, kinds, fills=("root", "seed"), check=as_dataset)
+    call = decode_entry(DATASETS, value, key, kinds, fills=("root", "seed"), check=as_dataset)
+    return _Reading(**{f.name: getattr(call, f.name) for f in fields(Call)})
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Inside, the data set read last stays in memory: a process that makes many runs on one data set reads it once."""
+    global _last
+    before, _last = _last, {}
+    try:
+        yield
+    finally:
+        _last = before
+
+
+_last: dict[str, Dataset | FederatedData] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading(Call):
+    """The call that reads a data set, or takes the one that it has read before where that is kept."""
+
+    def __call__(self, **given: Any) -> Any:
+        if _last is None:
+            return super().__call__(**given)
+        key = repr((self.target, self.resolved, {k: v for k, v in given.items() if self.takes(k)}))
+        if key not in _last:
+            _last.clear()
+            _last[key] = super().__call__(**given)
+        return _last[key]
 
 
 def as_dataset(made: object, origin: str) -> Dataset | FederatedData:

@@ -14,8 +14,20 @@ from pathlib import Path
 from typing import Any
 
 
-def connect(ray: Any, address: str | None, workers: int | None, threads: int, gpus: int, setting_bytes: int) -> bool:
-    """Start or join a runtime; True if it has to be shut down later because it was not there before."""
+def connect(
+    ray: Any,
+    address: str | None,
+    workers: int | None,
+    threads: int,
+    gpus: int,
+    setting_bytes: int,
+    key: str = "runtime.address",
+) -> bool:
+    """Start or join a runtime; True if it has to be shut down later because it was not there before.
+
+    Raises:
+        ValueError: if there is none at the address, which the user gave as `key`.
+    """
     if ray.is_initialized():
         return False
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -28,7 +40,7 @@ def connect(ray: Any, address: str | None, workers: int | None, threads: int, gp
                 ray.init(address=address, **quiet)
             except (OSError, RuntimeError) as error:
                 raise ValueError(
-                    f"runtime.address={address}: cannot join a Ray cluster there ({error}); start one with `ray start "
+                    f"{key}={address}: cannot join a Ray cluster there ({error}); start one with `ray start "
                     "--head` or leave the address out"
                 ) from error
         else:
