@@ -18,9 +18,9 @@ from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
 from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
-from fedsim.compose.refusals import check_local, check_state_scope, check_strategy
+from fedsim.compose.refusals import check_local, check_selection, check_state_scope, check_strategy
 from fedsim.compose.sections import File
-from fedsim.compose.work import Work, in_words, work_of
+from fedsim.compose.work import Work, in_words, selection_in_words, work_of
 from fedsim.config import ConfigError, at, decode, naming
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Plan
@@ -109,6 +109,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         plan = plan_of(problem, work, file.runtime, device)
     task = task_of(problem, plan, file.runtime, device)
     check_local(file.strategy.name, strategy, task)
+    check_selection(strategy, task)
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
     _resolve(resolved, problem, strategy, plan, device)
@@ -129,7 +130,12 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         device=device,
         threads=file.runtime.threads,
     )
-    words = {**in_words(work, plan, stacks, task.layout, task.num_examples), "workers": workers, "device": str(device)}
+    words = {
+        **in_words(work, plan, stacks, task.layout, task.num_examples),
+        **selection_in_words(resolved["strategy"]),
+        "workers": workers,
+        "device": str(device),
+    }
     data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
