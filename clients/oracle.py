@@ -1,4 +1,4 @@
-"""Oracles: the gradient or operator of every client of a stack at given points.
+"""Oracles: the gradient or operator of every client of a stack at given points, and the loss.
 
 Letters: C clients, P entries.
 """
@@ -34,6 +34,20 @@ def full_gradient(cohort: Cohort, x: Tensor) -> Tensor:
         total[:k] += share * g
         seen[:k] += share
     return total / seen.clamp(min=1)
+
+
+def full_loss(cohort: Cohort, x: Tensor) -> Tensor:
+    """[C] float64: each client's mean loss at x [P] over all of its data, as a step would see it; zero without data."""
+    batches = cohort.task.batches(cohort.ids, cohort.streams, CHUNK)
+    total = torch.zeros(len(cohort), dtype=torch.float64, device=x.device)
+    counts = cohort.num_examples.to(x.device)
+    for step in range(len(batches)):
+        k = batches.active(step)
+        _, loss = cohort.task.field(
+            x.expand(k, -1).clone(), batches[step]
+        )  # alone, the forward pass of a small model takes as long
+        total[:k] += (counts[:k] - step * PIECE).clamp(1, PIECE) * loss.double()
+    return total / counts.clamp(min=1)
 
 
 def gradient(cohort: Cohort, *points: Tensor, batch_size: int | None, step: int = 0) -> list[Tensor]:

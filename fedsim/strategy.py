@@ -31,6 +31,8 @@ class Traits:
             of every step and divides by the rate; rate, a rate and its schedule alone, since it takes one step itself.
         two_points: whether a step looks at the gradient at a second point, so that steps are taken one by one.
         averages_state: whether it sends and averages the local optimizer's state (`state_scope: server`).
+        bears_weights: whether what it makes of replies is right for any weights of them, so that a selection may weigh
+            each by its chance to be drawn (`Selection.weighs`).
         bears_buffers: whether models may have entries that no gradient moves (BatchNorm).
         no_links: why nobody may compress what goes to and from its server; None where that works.
         refused: {key of the section `strategy` that others have: why this one has not}.
@@ -39,6 +41,7 @@ class Traits:
     local_rules: LocalRules = "any"
     two_points: bool = False
     averages_state: bool = False
+    bears_weights: bool = False
     bears_buffers: bool = True
     no_links: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)

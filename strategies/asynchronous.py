@@ -37,7 +37,7 @@ class State(ServerState):
 class Asynchronous(Server):
     """A server that aggregates what has arrived while others are still at work."""
 
-    traits: ClassVar[Traits] = Traits(refused={"cohort_size": ALL_WORK})
+    traits: ClassVar[Traits] = Traits(refused=dict.fromkeys(("cohort_size", "selection"), ALL_WORK))
 
     def absorb(self, s: S, r: Replies, d: Tensor, rule: Aggregator) -> S:
         """The state after one step along the sum of d_i v_i, d [R]; where nothing arrived, nothing moves."""

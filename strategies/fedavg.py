@@ -39,7 +39,7 @@ class FedAvg(Synchronous):
     """
 
     aggregator: Rule = Mean()
-    traits: ClassVar[Traits] = Traits(averages_state=True)
+    traits: ClassVar[Traits] = Traits(averages_state=True, bears_weights=True)
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), local=self.local.start(x0))

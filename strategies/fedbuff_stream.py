@@ -9,16 +9,19 @@ Letters: N clients, c the buffer's size, P parameters, a the exponent of the sta
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.fleet import Fleet, choose
+from fedsim.fleet import Fleet
 from fedsim.strategies.asynchronous import Asynchronous
 from fedsim.strategies.clocks import fitting, positive
-from fedsim.strategies.server import ServerState
+from fedsim.strategies.server import Selecting, ServerState
+from fedsim.strategy import Traits
+
+CONCURRENCY = {"cohort_size": "it keeps clients at work one by one; set strategy.concurrency"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class State(ServerState):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedBuffStream(Asynchronous):
+class FedBuffStream(Asynchronous, Selecting):
     """Keep a number of clients at work; step when c updates have arrived.
 
     Args:
@@ -41,6 +44,7 @@ class FedBuffStream(Asynchronous):
     buffer_size: int = 10
     concurrency: int = 100
     exponent: float = 0.5
+    traits: ClassVar[Traits] = Traits(refused=CONCURRENCY)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,9 +52,14 @@ class FedBuffStream(Asynchronous):
         positive("concurrency", self.concurrency)
         if self.exponent < 0:
             raise ValueError(f"exponent must not be negative, got {self.exponent}")
+        if self.selection.asks:
+            raise ValueError("selection: clients are replaced at once, without asking others; use remembered losses")
 
     def replies(self, num_clients: int) -> int:
         return self.buffer_size
+
+    def wanted(self, num_clients: int) -> int:
+        return 1
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), busy=torch.zeros(0, dtype=torch.int64))
@@ -60,9 +69,11 @@ class FedBuffStream(Asynchronous):
         idle[fitting("concurrency", self.concurrency, fleet)], idle[busy] = True, False
         rows, num_examples = [], []
         for _ in range(self.buffer_size):
-            fresh = choose(torch.nonzero(idle).flatten(), self.concurrency - len(busy), rng)
+            among = self.among(s, fleet, torch.nonzero(idle).flatten(), self.concurrency - len(busy))
+            s, fresh = self.choose(s, among, rng)
             fleet.send(fresh, self.local_update, cost=self.local.cost, x=s.x)
             r = fleet.receive(count=1)
+            s = self.noted(s, r)
             rows.append(r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x))
             num_examples.append(r.num_examples.sum())
             idle[fresh], idle[r.ids] = False, True

@@ -40,7 +40,7 @@ class Peers(Strategy):
         bears_buffers=False,
         no_links="peers exchange whole vectors; links compress what goes to and from a server",
         refused=dict.fromkeys(
-            ("cohort_size", "server_lr", "server_optimizer", "aggregator", "pre_aggregators"), NO_SERVER
+            ("cohort_size", "selection", "server_lr", "server_optimizer", "aggregator", "pre_aggregators"), NO_SERVER
         ),
     )
 

@@ -26,6 +26,7 @@ SERVER = -1  # the server's place among client ids, for its compressor's random 
 NOTHING_UP = Cost(steps=0, bits_up=0)
 OWN_STEP = {
     "cohort_size": "every step needs the operators of all clients",
+    "selection": "every step needs the operators of all clients",
     "server_lr": "it has a step of its own; set strategy.lr",
     "server_optimizer": "it steps by strategy.lr from a point that it left to look ahead, which no other rule does",
 }

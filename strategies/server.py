@@ -9,7 +9,10 @@ minus local, aggregated).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import inf
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -17,11 +20,14 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate import Aggregator, CenteredClipping, Mean, PreAggregator, prepared, started
-from fedsim.clients.local_training import LocalTraining, apart
+from fedsim.clients.local_training import LocalTraining, Reply, apart
+from fedsim.clients.oracle import full_loss
 from fedsim.cohort import Cohort
+from fedsim.compress.packet import FLOAT_BITS
 from fedsim.config import FromTable
-from fedsim.fleet import Cost, Fleet, Replies, Work, choose, linear
+from fedsim.fleet import Cost, Fleet, Replies, Work, linear
 from fedsim.optim import Optimizer, OptState
+from fedsim.strategies.selection import Among, Known, Selection, Uniform
 from fedsim.strategy import Strategy
 
 Rule = Annotated[Aggregator, FromTable("aggregator", "mean")]
@@ -39,6 +45,7 @@ class ServerState:
         own: [P], where that optimizer stands, which is not x if it averages weights or looks ahead; None at first.
         round: steps so far.
         last: [P], what the last step was taken along, where the aggregator begins there (centred clipping).
+        known: what its selection remembers of the clients.
     """
 
     x: Tensor
@@ -46,6 +53,7 @@ class ServerState:
     own: Tensor | None = None
     round: int = 0
     last: Tensor | None = None
+    known: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 S = TypeVar("S", bound=ServerState)
@@ -130,7 +138,77 @@ class Server(Aggregating):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synchronous(Server):
+class Selecting(Server):
+    """A server that chooses who takes part.
+
+    Args:
+        selection: how.
+    """
+
+    selection: Annotated[Selection, FromTable("selection", "uniform")] = Uniform()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self.selection).__name__
+        if self.selection.weighs and not self.folds:
+            raise ValueError(
+                f"selection {name} gives every reply a weight of its own, and a rule that is not a mean counts each "
+                "once; take the aggregator mean without pre_aggregators, or another selection"
+            )
+        if self.selection.weighs and not self.traits.bears_weights:
+            raise ValueError(
+                f"selection {name} gives every reply a weight of its own, and this strategy makes more of replies than "
+                "their weighted sum; take another selection"
+            )
+
+    def wanted(self, num_clients: int) -> int:
+        """Clients of N that are chosen at a time."""
+        return self.at_work(num_clients)
+
+    def start(self, num_clients: int) -> Known:
+        """What the selection knows of N clients before the first round.
+
+        Raises:
+            ValueError: if there are too few clients, or its settings do not fit.
+        """
+        if (count := self.wanted(num_clients)) > num_clients:
+            raise ValueError(
+                f"strategy.cohort_size={count} exceeds the {num_clients} clients; lower it or raise clients.count"
+            )
+        return self.selection.start(num_clients, count)
+
+    def among(self, s: ServerState, fleet: Fleet, clients: Tensor, count: int) -> Among:
+        """What to choose a round's clients from: `count` of these [A], or all."""
+        losses = partial(self.losses_at, fleet, s.x)
+        return Among(clients, min(count, len(clients)), fleet.num_examples, s.round, losses)
+
+    def choose(self, s: S, among: Among, rng: np.random.Generator) -> tuple[S, Tensor]:
+        """(the state, with what the selection remembers of its choice; [S] clients, ascending)."""
+        ids, known = self.selection.choose(s.known or self.start(len(among.num_examples)), among, rng)
+        return replace(s, known=known), ids
+
+    def noted(self, s: S, replies: Replies) -> S:
+        """The state, with what the selection learns from replies to a round's work."""
+        return replace(s, known=self.selection.noted(s.known, replies, s.round)) if len(replies) else s
+
+    def losses_at(self, fleet: Fleet, x: Tensor, ids: Tensor) -> Tensor:
+        """[d] float64 mean losses of clients at x [P], asked of them; minus infinity for one that does not answer.
+
+        A pass forward counts as a third of a step.
+        """
+        cost = Cost(steps=lambda n: self.local.schedule.steps_per_epoch(n) / 3, bits_up=FLOAT_BITS)
+        r = fleet.ask(ids.sort().values, self.local_loss, cost=cost, x=x)
+        losses = torch.full((len(fleet.clients),), -inf, dtype=torch.float64)
+        if len(r):
+            losses[r.ids] = r["loss"].to(losses)
+        return losses[ids]
+
+    def local_loss(self, clients: Cohort, x: Tensor) -> Reply:
+        return {"loss": full_loss(clients, x)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synchronous(Selecting):
     """A server that asks a cohort and waits for all of it.
 
     Args:
@@ -146,10 +224,6 @@ class Synchronous(Server):
 
     def at_work(self, num_clients: int) -> int:
         return num_clients if self.cohort_size is None else self.cohort_size
-
-    def choose(self, fleet: Fleet, rng: np.random.Generator) -> Tensor:
-        """[S] clients of a round, drawn uniformly."""
-        return choose(fleet.clients, self.cohort_size, rng)
 
     def ask(
         self,
@@ -176,8 +250,12 @@ class Synchronous(Server):
         Returns:
             (the state, with what the replies show of the clients; replies).
         """
-        cohort, cost = self.choose(fleet, rng), self.local.cost if cost is None else cost
-        return s, fleet.ask(cohort, work, cost=cost, fold=linear(rule), **broadcast)
+        fold, cost = linear(rule), self.local.cost if cost is None else cost
+        among = self.among(s, fleet, fleet.present(), self.at_work(len(fleet.clients)))
+        s, cohort = self.choose(s, among, rng)
+        weights = self.selection.weights(fold, among, cohort)
+        r = fleet.ask(cohort, work, cost=cost, fold=fold, weights=weights, **broadcast)
+        return self.noted(s, r), r
 
 
 def step_along(x: Tensor, d: Tensor, lr: float, num_trainable: int, weight: float = 1.0) -> Tensor:

@@ -26,6 +26,7 @@ from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
 from fedsim.sim.devices import DEVICES
 from fedsim.strategies import STRATEGIES
+from fedsim.strategies.selection import SELECTIONS
 from fedsim.tasks.models import MODELS
 
 Table = Mapping[str, Callable[..., Any]]
@@ -84,6 +85,7 @@ AVAILABILITY: dict[str, Callable[..., Any]] = {"always": _always}
 KINDS: Kinds = {
     "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition", "client_test")),
     "strategy": _strategy,
+    "selection": _from(SELECTIONS),
     "partition": _from(PARTITIONS),
     "dataset": dataset,
     "model": _from(MODELS, needs=("input_shape", "num_classes"), check=_as_module),

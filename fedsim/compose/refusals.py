@@ -24,7 +24,7 @@ from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
 from fedsim.params import Layout
 from fedsim.sim.links import Uplink
-from fedsim.strategies.server import Aggregating, Server
+from fedsim.strategies.server import Aggregating, Selecting, Server
 from fedsim.strategy import Strategy, Traits, fields_of
 from fedsim.task import Task
 
@@ -76,7 +76,7 @@ def _checked(made: type) -> type[Strategy]:
 
 
 def check_strategy(strategy: object, num_examples: Tensor) -> Strategy:
-    """Refuse what is no strategy, a cohort larger than the federation, and a rule that can't take its replies."""
+    """Refuse what is no strategy, a cohort or a selection that does not fit the federation, and such a rule."""
     _checked(type(strategy))
     assert isinstance(strategy, Strategy)
     num_clients = len(num_examples)
@@ -84,6 +84,9 @@ def check_strategy(strategy: object, num_examples: Tensor) -> Strategy:
         raise ConfigError(
             f"strategy.cohort_size: {size} exceeds the {num_clients} clients; lower it or raise clients.count"
         )
+    if isinstance(strategy, Selecting):
+        with at("strategy.selection"):
+            strategy.start(num_clients)
     if isinstance(strategy, Aggregating):
         _check_aggregation(strategy, strategy.replies(num_clients))
     return strategy
@@ -130,6 +133,21 @@ def check_personalise(epochs: int, strategy: Strategy, task: Task) -> None:
         )
     if not isinstance(strategy, Server):
         raise ConfigError("evaluate.personalise: this strategy has no server whose model clients train; leave it out")
+
+
+def check_selection(strategy: Strategy, task: Task) -> None:
+    """Refuse weights that need not add up to one where a mean is needed: of buffers, and of optimizers' states."""
+    if not isinstance(strategy, Selecting) or not strategy.selection.weighs:
+        return
+    for what, there in (
+        ("buffers (BatchNorm)", task.layout.num_buffers > 0),
+        ("states (local.optimizer.state_scope: server)", strategy.local.optimizer.state_scope == "server"),
+    ):
+        if there:
+            raise ConfigError(
+                f"strategy.selection: {type(strategy.selection).__name__} gives replies weights that add up to one on "
+                f"average only, and {what} need a mean every time; use another selection"
+            )
 
 
 def check_compressor(key: str, compressor: Compressor, layout: Layout) -> None:

@@ -18,9 +18,9 @@ from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
 from fedsim.compose.fleets import build_byzantine, build_executor, build_links, build_memory, compute_device
 from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
-from fedsim.compose.refusals import check_local, check_personalise, check_state_scope, check_strategy
+from fedsim.compose.refusals import check_local, check_personalise, check_selection, check_state_scope, check_strategy
 from fedsim.compose.sections import File
-from fedsim.compose.work import Work, in_words, work_of
+from fedsim.compose.work import Work, in_words, selection_in_words, work_of
 from fedsim.config import ConfigError, at, decode, naming
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Plan
@@ -112,6 +112,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     task = task_of(problem, plan, file.runtime, device)
     check_local(file.strategy.name, strategy, task)
     check_personalise(file.evaluate.personalise.epochs, strategy, task)
+    check_selection(strategy, task)
     with at("log.sinks"):
         sinks = make_sinks(list(file.log.sinks))
     _resolve(resolved, problem, strategy, plan, device)
@@ -132,10 +133,9 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         device=device,
         threads=file.runtime.threads,
     )
-    plan_words = in_words(
-        work, plan, fleet.executor.stacks, task.layout, strategy.sent(task.layout), task.num_examples
-    )
-    words = plan_words | {"client rows": ROWS_LIE[kept], "workers": workers, "device": str(device)}
+    words = in_words(work, plan, fleet.executor.stacks, task.layout, strategy.sent(task.layout), task.num_examples)
+    words |= selection_in_words(resolved["strategy"])
+    words |= {"client rows": ROWS_LIE[kept], "workers": workers, "device": str(device)}
     data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)

@@ -17,6 +17,7 @@ from fedsim.optim.table import RULES
 from fedsim.sim.devices import DEVICES
 from fedsim.sinks import SINKS
 from fedsim.strategies import STRATEGIES
+from fedsim.strategies.selection import SELECTIONS
 from fedsim.tasks.models import MODELS
 
 SCHEDULES = {
@@ -40,6 +41,7 @@ EXECUTORS = {
 
 TABLES: dict[str, Mapping[str, Any]] = {
     "strategies": STRATEGIES,
+    "selections": SELECTIONS,
     "optimizers": RULES,
     "schedules": SCHEDULES,
     "aggregators": AGGREGATORS,

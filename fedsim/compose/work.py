@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,15 @@ def shares_of(work: Work, num_examples: Tensor, width: int, stacks: int) -> list
     ids = order[(torch.arange(size) * 2 + 1) * len(n) // (2 * size)]
     each = work.costs(n)[ids].double()
     return [float(each[stack].sum()) for stack in cut(n[ids], width, stacks)]
+
+
+def selection_in_words(strategy: Mapping[str, Any]) -> dict[str, str]:
+    """{"selection": its name and settings} of a resolved section `strategy` that has one."""
+    if "selection" not in strategy:
+        return {}
+    section = {k: v for k, v in strategy["selection"].items() if not isinstance(v, list | tuple)}
+    settings = ", ".join(f"{k} {v}" for k, v in section.items() if k != "name")
+    return {"selection": f"{section['name']} ({settings})" if settings else section["name"]}
 
 
 def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, num_examples: Tensor) -> dict[str, str]:

@@ -20,6 +20,7 @@ from fedsim.engine.loop import LoopEngine
 from fedsim.optim import Rule
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Knowledge
+from fedsim.strategies.selection import Among, Known, Selection
 from fedsim.streams import Streams
 from fedsim.task import Pool, Schedule, Session
 from fedsim.tasks.batches import BatchPlan, Samples
@@ -94,6 +95,15 @@ class Midrange:
     def __call__(self, v: Tensor, weights: Tensor) -> Tensor:
         USED.add("Midrange")
         return (v.amin(0) + v.amax(0)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstOnes(Selection):
+    """Those with the lowest numbers."""
+
+    def choose(self, known: Known, among: Among, rng: np.random.Generator) -> tuple[Tensor, Known]:
+        USED.add("FirstOnes")
+        return among.clients[: among.count], known
 
 
 @dataclass(frozen=True, kw_only=True)

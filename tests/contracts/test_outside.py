@@ -44,6 +44,7 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {  # its name, and the settings t
     "compressor": ("FirstHalf", {"uplink": {"compressor": f"{HERE}:FirstHalf"}}),
     "aggregator": ("Midrange", fedavg(aggregator=f"{HERE}:Midrange")),
     "pre-aggregator": ("WithoutTheLongest", fedavg(pre_aggregators=[f"{HERE}:WithoutTheLongest"])),
+    "selection": ("FirstOnes", fedavg(cohort_size=2, selection=f"{HERE}:FirstOnes")),
     "attack": ("Nothing", clients(byzantine={"attack": f"{HERE}:Nothing", "count": 2})),
     "partition": ("InTurn", {"partition": f"{HERE}:InTurn"}),
     "devices": ("OddAreSlow", clients(devices=f"{HERE}:OddAreSlow")),

@@ -13,10 +13,12 @@ import torch
 
 from fedsim.aggregate import AGGREGATORS
 from fedsim.clients.byzantine import InnerProduct
+from fedsim.config import named
 from fedsim.fleet import Fleet
 from fedsim.optim import build
 from fedsim.sim.byzantine import Byzantine
 from fedsim.strategies import STRATEGIES
+from fedsim.strategies.selection import SELECTIONS
 from tests.build import Clocks, Play, drawn, f_80, local_sgd, quadratic, rows_of, watched
 
 ROBUST = {"aggregator": "median", "server_optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.5}}
@@ -48,6 +50,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "fedbuff, robust": {"buffer_size": 3, "weights": "unbiased", **ROBUST},
     "fedbuff_stream, robust": {"buffer_size": 3, "concurrency": 4, **ROBUST},
     "extragradient, robust": {"lr": 0.1, "aggregator": "median"},
+    "fedavg, fixed": {
+        "cohort_size": 4,
+        "selection": {"name": "fixed", "probabilities": [0.1, 0.1, 0.1, 0.2, 0.2, 0.3]},
+    },
+    "scaffold_m, power of choice": {
+        "cohort_size": 3,
+        "beta": 0.5,
+        "selection": {"name": "power_of_choice", "candidates": 6},
+    },
+    "scaffold, oort": {"cohort_size": 3, "selection": "oort"},
+    "fedavg_m, cyclic": {"cohort_size": 4, "beta": 0.5, "selection": {"name": "cyclic", "shuffle": True}},
+    "fedbuff_stream, oort": {"buffer_size": 2, "concurrency": 4, "selection": "oort"},
 }
 """Hyper-parameters for six clients; a strategy's name may be followed by what is special."""
 
@@ -79,6 +93,9 @@ def _make(name: str, task: Any, **changes: Any) -> Any:
         given |= {"layout": task.layout, "personal": ()}
     if "aggregator" in ROWS[name]:
         given["aggregator"] = AGGREGATORS[ROWS[name]["aggregator"]]()
+    if "selection" in ROWS[name]:
+        _, chooser, settings = named(SELECTIONS, ROWS[name]["selection"], "selection")
+        given["selection"] = SELECTIONS[chooser](**settings)
     if "server_optimizer" in ROWS[name]:
         given["server_optimizer"] = build(ROWS[name]["server_optimizer"], task.layout)
     return kind(**{**ROWS[name], **given, **changes})
@@ -157,7 +174,7 @@ def test_a_strategy_travels_by_pickle(name: str) -> None:
 # Same samples ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(k for k in ROWS if "cohort_size" in ROWS[k]))
+@pytest.mark.parametrize("name", sorted(k for k in ROWS if "cohort_size" in ROWS[k] and "selection" not in ROWS[k]))
 @pytest.mark.parametrize("size", [None, 4])
 def test_changing_the_algorithm_keeps_cohorts_and_minibatches(name: str, size: int | None) -> None:
     keys = []
