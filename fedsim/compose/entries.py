@@ -58,7 +58,7 @@ def _strategy(value: Any, key: str, kinds: Kinds) -> Call:
     """Like any entry, but what it says that it can't have is refused first."""
     target, _, keys = named(STRATEGIES, value, key)
     check_keys(target, keys)
-    return decode_entry(STRATEGIES, value, key, kinds, needs=("local",))
+    return decode_entry(STRATEGIES, value, key, kinds, needs=("local", "count"))
 
 
 def _pre_aggregators(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:

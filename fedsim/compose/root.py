@@ -155,8 +155,8 @@ def _strategy(file: File, problem: Task | Samples) -> Strategy:
     with at("local"):
         schedule = file.local.schedule()
     optimizer = file.local.optimizer(layout=problem.layout)
-    local = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds)
-    return check_strategy(file.strategy(layout=problem.layout, local=local), problem.num_examples)
+    local, n = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds), len(problem.num_examples)
+    return check_strategy(file.strategy(layout=problem.layout, local=local, count=n), problem.num_examples)
 
 
 def _fleet(
