@@ -182,6 +182,17 @@ class Fleet(Protocol):
         """Seconds: virtual in simulation, of the wall clock when deployed."""
         ...
 
+    def present(self, at_least: int = 1) -> Tensor:
+        """[A] ids of the clients that can be given work now, ascending: those that are on line and idle.
+
+        Args:
+            at_least: how many the caller can't do without.
+
+        Raises:
+            ValueError: if there will never be so many.
+        """
+        ...
+
     def send(self, ids: Tensor, work: Work, *, cost: Cost = ..., **broadcast: Any) -> None:
         """Start `work` on some idle clients, each with the broadcast tensors ([P], or a number)."""
         ...

@@ -67,6 +67,17 @@ class Account:
         seen, self._observed = self._observed, Metrics()
         return seen
 
+    def present(self, at_least: int = 1) -> Tensor:
+        """[A] ids of idle clients, ascending; everybody is on line.
+
+        Raises:
+            ValueError: if fewer than `at_least` are idle: those at work end when their replies are received.
+        """
+        idle = torch.nonzero(~self._busy).flatten() if self.sent else self.clients
+        if len(idle) < at_least:
+            raise ValueError(f"{at_least} clients were wanted and {len(idle)} of {len(self.clients)} are idle")
+        return idle
+
     def honest(self, ids: Tensor) -> Tensor:
         """[R] bool: all of them, as far as anybody knows."""
         return torch.ones(len(ids), dtype=torch.bool)

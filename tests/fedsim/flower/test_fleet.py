@@ -124,6 +124,7 @@ def test_two_that_arrive_together_may_be_received_one_by_one() -> None:
 def test_a_busy_client_is_not_sent_more() -> None:
     fleet, _ = build()
     fleet.send(torch.tensor([1]), HALVES.tell, x=X)
+    assert fleet.present().tolist() == [0, 2, 3]
     with pytest.raises(ValueError, match="client 1 is still working"):
         fleet.ask(ALL, HALVES.tell, x=X)
     with pytest.raises(ValueError, match=r"must lie in 0\.\.3"):

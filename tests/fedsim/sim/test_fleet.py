@@ -206,6 +206,19 @@ def test_asking_some_while_others_work_leaves_the_others_alone() -> None:
     assert fleet.now == 1.0 and fleet.receive().ids.tolist() == [0] and fleet.now == 5.0
 
 
+def test_idle_clients_are_present_and_those_at_work_are_not() -> None:
+    fleet = _fleet((1.0, 2.0, 3.0))
+    assert fleet.present().tolist() == [0, 1, 2]
+    fleet.send(_ids(2, 0), HALVES.plus, x=X)
+    assert fleet.present().tolist() == [1]
+    fleet.send(_ids(1), HALVES.plus, x=X)
+    assert len(fleet.present(at_least=0)) == 0
+    with pytest.raises(ValueError, match="1 clients were wanted and 0 of 3 are idle"):
+        fleet.present()
+    fleet.receive(count=2)
+    assert fleet.present(at_least=2).tolist() == [0, 1]
+
+
 def test_the_timeline_notes_who_worked_from_when_to_when() -> None:
     fleet = _fleet((1.0, 2.0))
     fleet.send(fleet.clients, HALVES.plus, x=X)
