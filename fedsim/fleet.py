@@ -98,8 +98,10 @@ class Fold(Aggregator, Protocol):
         ...
 
 
-def weigh(fold: Fold, num_examples: Tensor) -> Tensor:
-    """[R] weights of a fold; zeros where no client has a sample, so that such a round changes nothing."""
+def weigh(fold: Fold, num_examples: Tensor, given: Tensor | None = None) -> Tensor:
+    """[R] weights of a fold: as given [R], or its own; zeros where no client has a sample, so that nothing changes."""
+    if given is not None:
+        return given
     return fold.weigh(num_examples) if bool((num_examples > 0).any()) else torch.zeros(len(num_examples))
 
 
@@ -118,6 +120,8 @@ class Replies:
         arrived_at: [R] float64 seconds.
         fields: {name: [R, ...]}; after a fold, fields of two or more dimensions are already summed to [...].
         staleness: [R] server steps between the model each worked on and now.
+        seconds: [R] float64, from when each was sent its work until its reply was here; of `ask` and `receive`.
+        logged: {metric: [R] float64}, what each said of its work (`Cohort.log`), unproven; of `ask` and `receive`.
     """
 
     ids: Tensor
@@ -125,6 +129,8 @@ class Replies:
     arrived_at: Tensor
     fields: dict[str, Any] = field(default_factory=dict)
     staleness: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    seconds: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    logged: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.fields[name]
@@ -201,8 +207,24 @@ class Fleet(Protocol):
         """Wait until a time, or for a number of replies, and return what arrived, in order of arrival."""
         ...
 
-    def ask(self, ids: Tensor, work: Work, *, cost: Cost = ..., fold: Fold | None = None, **broadcast: Any) -> Replies:
-        """Send and wait for all of these clients; replies stand in the order of `ids`."""
+    def ask(
+        self,
+        ids: Tensor,
+        work: Work,
+        *,
+        cost: Cost = ...,
+        fold: Fold | None = None,
+        weights: Tensor | None = None,
+        **broadcast: Any,
+    ) -> Replies:
+        """Send and wait for all of these clients; replies stand in the order of `ids`.
+
+        Args:
+            ids: [R] clients.
+            work, cost, broadcast: as of `send`.
+            fold: by what replies are added up as they come; None keeps them apart.
+            weights: [R] float64 of these clients in that sum; None are those of the fold.
+        """
         ...
 
     def exchange(

@@ -74,12 +74,19 @@ class FlowerFleet(Account):
         return self._deliver([mail.landed.pop(client) for client in due])
 
     def ask(
-        self, ids: Tensor, work: Work, *, cost: Cost = ONE_STEP, fold: Fold | None = None, **broadcast: Any
+        self,
+        ids: Tensor,
+        work: Work,
+        *,
+        cost: Cost = ONE_STEP,
+        fold: Fold | None = None,
+        weights: Tensor | None = None,
+        **broadcast: Any,
     ) -> Replies:
         """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
         check_foldable(fold)
         self._dispatch(ids, work, self._number(ids), broadcast)
-        return self._collect(ids, fold)
+        return self._collect(ids, fold, weights)
 
     def exchange(
         self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
@@ -162,10 +169,10 @@ class FlowerFleet(Account):
                 values |= part
         return received, each, keys
 
-    def _collect(self, ids: Tensor, fold: Fold | None, count: bool = True) -> Replies:
+    def _collect(self, ids: Tensor, fold: Fold | None, given: Tensor | None = None, count: bool = True) -> Replies:
         """All replies of one call, folded stack by stack as if each client were a stack of its own."""
         num_examples = self.num_examples[ids]
-        weights = None if fold is None else weigh(fold, num_examples)
+        weights = None if fold is None else weigh(fold, num_examples, given)
         groups = grouped(cut(num_examples, 1))
         gather = Gather(len(ids), num_groups=len(groups))
         landed: list[Landed | None] = [None] * len(ids)
@@ -174,22 +181,24 @@ class FlowerFleet(Account):
                 landed[int(index)] = reply = self.mail.take(int(ids[index]))
                 gather.add(index, reply.results if weights is None else _folded(reply.results, weights[index]))
             gather.end_group()
-        _, arrived, fresh = self._close([reply for reply in landed if reply is not None])
+        _, arrived, fresh, seconds = self._close([reply for reply in landed if reply is not None])
         results = gather.results
         self._observe(ids, torch.ones_like(ids, dtype=torch.bool), results.metrics, results.bits_up, count=count)
-        return Replies(ids, num_examples, arrived, {**results.fields, **results.sums}, fresh)
+        fields = {**results.fields, **results.sums}
+        return Replies(ids, num_examples, arrived, fields, fresh, seconds, dict(results.metrics))
 
     def _deliver(self, due: Sequence[Landed]) -> Replies:
         """Replies in order of arrival."""
-        ids, at, staleness = self._close(due)
+        ids, at, staleness, seconds = self._close(due)
         gather = Gather(len(due))
         for row, landed in enumerate(due):
             gather.add(torch.tensor([row]), landed.results)
         results = gather.results
         self._observe(ids, torch.ones_like(ids, dtype=torch.bool), results.metrics, results.bits_up, staleness)
-        return Replies(ids, self.num_examples[ids], at, dict(results.fields), staleness)
+        fields, logged = dict(results.fields), dict(results.metrics)
+        return Replies(ids, self.num_examples[ids], at, fields, staleness, seconds, logged)
 
-    def _close(self, due: Sequence[Landed]) -> tuple[Tensor, Tensor, Tensor]:
+    def _close(self, due: Sequence[Landed]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._end((d.flight.client, d.flight.key, d.flight.started, d.at) for d in due)
 
 

@@ -132,13 +132,14 @@ class Account:
         self._busy[ids] = True
         return key
 
-    def _end(self, jobs: Iterable[tuple[int, int, float, float]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Take jobs (client, where it found what it was sent, start, end) off: (ids [R], ends [R], staleness [R])."""
-        ids, ends, staleness = [], [], []
+    def _end(self, jobs: Iterable[tuple[int, int, float, float]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Take jobs (client, where it found what it was sent, start, end) off: [R] ids, ends, staleness and seconds."""
+        ids, ends, staleness, seconds = [], [], [], []
         for client, key, start, end in jobs:
             sent = self.sent[key]
             ids.append(client)
             ends.append(end)
+            seconds.append(end - start)
             staleness.append(self.round - sent.round)
             if len(self.timeline) < TIMELINE:
                 self.timeline.append((client, start, end, self.round + 1))
@@ -150,6 +151,7 @@ class Account:
             torch.tensor(ids, dtype=torch.int64),
             torch.tensor(ends, dtype=torch.float64),
             torch.tensor(staleness, dtype=torch.int64),
+            torch.tensor(seconds, dtype=torch.float64),
         )
 
     # What travelled and what was said ---------------------------------------------------------------------------

@@ -105,15 +105,22 @@ class SimFleet(Account):
         return self._deliver(events)
 
     def ask(
-        self, ids: Tensor, work: Work, *, cost: Cost = ONE_STEP, fold: Fold | None = None, **broadcast: Any
+        self,
+        ids: Tensor,
+        work: Work,
+        *,
+        cost: Cost = ONE_STEP,
+        fold: Fold | None = None,
+        weights: Tensor | None = None,
+        **broadcast: Any,
     ) -> Replies:
         """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
         check_foldable(fold)
         numbers = self._number(ids)
         finish, broadcast = self._book(ids, numbers, cost, broadcast)
-        num_examples = self.num_examples[ids]
+        num_examples, started = self.num_examples[ids], self.now
         attacked = self.byzantine is not None and not bool(self.byzantine.honest(ids).all())
-        early = None if fold is None or attacked else weigh(fold, num_examples)
+        early = None if fold is None or attacked else weigh(fold, num_examples, weights)
         results = self._run(work, ids, numbers, broadcast, early)
         if len(ids):
             self.now = max(self.now, float(finish.max()))
@@ -125,9 +132,12 @@ class SimFleet(Account):
         self._observe(ids, arrive, results.metrics, bits)
         ids, finish, num_examples = ids[arrive], finish[arrive], num_examples[arrive]
         if attacked and (fold is not None or not len(ids)):  # of no replies at all the sum is zero, folded or not
-            late = torch.zeros(0) if fold is None else weigh(fold, num_examples)
+            given = None if weights is None else weights[arrive]
+            late = torch.zeros(0) if fold is None else weigh(fold, num_examples, given)
             fields = {k: torch.tensordot(late.to(v), v, dims=1) if v.ndim > 1 else v for k, v in fields.items()}
-        return Replies(ids, num_examples, finish, fields, torch.zeros(len(ids), dtype=torch.int64))
+        logged = _of_those(arrive, results.metrics)
+        fresh = torch.zeros(len(ids), dtype=torch.int64)
+        return Replies(ids, num_examples, finish, fields, fresh, finish - started, logged)
 
     def exchange(
         self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
@@ -305,7 +315,7 @@ class SimFleet(Account):
         return waiting
 
     def _deliver(self, events: list[Event]) -> Replies:
-        ids, finish, staleness = self._end((e.client, e.sent, e.started, e.finish) for e in events)
+        ids, finish, staleness, seconds = self._end((e.client, e.sent, e.started, e.finish) for e in events)
         results = Results.together([e.result for e in events if e.result is not None])
         self.memory.write(ids, results.memory)
         fields, arrive = dict(results.fields), torch.ones(len(ids), dtype=torch.bool)
@@ -313,7 +323,13 @@ class SimFleet(Account):
             arrive, fields = self.byzantine.deliver(ids, fields, self.round)
         self._observe(ids, arrive, results.metrics, results.bits_up, staleness)
         ids, finish, staleness = ids[arrive], finish[arrive], staleness[arrive]
-        return Replies(ids, self.num_examples[ids], finish, fields, staleness)
+        logged = _of_those(arrive, results.metrics)
+        return Replies(ids, self.num_examples[ids], finish, fields, staleness, seconds[arrive], logged)
+
+
+def _of_those(which: Tensor, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """{metric: [R]} of some jobs, `which` [R'] bool; of all of them as it is, in the parts that stacks gave."""
+    return metrics if bool(which.all()) else {name: values[which] for name, values in metrics.items()}
 
 
 def _rows_held(events: list[Event]) -> int:
