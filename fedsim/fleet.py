@@ -20,8 +20,13 @@ from fedsim.metrics import Metrics
 from fedsim.terms import Terms
 
 Arrival = Literal["all", "adversarial"]
+Late = Literal["drop", "keep"]
 Work = Callable[..., Mapping[str, Any]]
 """A method of the strategy: (cohort, **broadcast) -> {field: [C, ...], Terms, Exact or Packet}."""
+
+
+class TooFewRows(ValueError):
+    """There are fewer replies than a rule can judge, or none; a round that ends with it changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +104,10 @@ class Fold(Aggregator, Protocol):
         ...
 
 
-def weigh(fold: Fold, num_examples: Tensor) -> Tensor:
-    """[R] weights of a fold; zeros where no client has a sample, so that such a round changes nothing."""
+def weigh(fold: Fold, num_examples: Tensor, given: Tensor | None = None) -> Tensor:
+    """[R] weights of a fold: as given [R], or its own; zeros where no client has a sample, so that nothing changes."""
+    if given is not None:
+        return given
     return fold.weigh(num_examples) if bool((num_examples > 0).any()) else torch.zeros(len(num_examples))
 
 
@@ -119,6 +126,8 @@ class Replies:
         arrived_at: [R] float64 seconds.
         fields: {name: [R, ...]}; after a fold, fields of two or more dimensions are already summed to [...].
         staleness: [R] server steps between the model each worked on and now.
+        seconds: [R] float64, from when each was sent its work until its reply was here; of `ask` and `receive`.
+        logged: {metric: [R] float64}, what each said of its work (`Cohort.log`), unproven; of `ask` and `receive`.
     """
 
     ids: Tensor
@@ -126,14 +135,22 @@ class Replies:
     arrived_at: Tensor
     fields: dict[str, Any] = field(default_factory=dict)
     staleness: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    seconds: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    logged: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.fields[name]
 
     def mean(self, name: str, aggregator: Aggregator) -> Tensor:
-        """[P]: one field aggregated; taken as it is where `fold=linear(aggregator)` already did it."""
+        """[P]: one field aggregated; taken as it is where `fold=linear(aggregator)` already did it.
+
+        Raises:
+            TooFewRows: if nobody replied.
+        """
+        if not len(self):
+            raise TooFewRows("nobody replied")
         value: Tensor = self.fields[name]
-        if len(self) and value.ndim > 1:
+        if value.ndim > 1:
             return aggregator(value, self.num_examples)
         return value
 
@@ -183,12 +200,37 @@ class Fleet(Protocol):
         """Seconds: virtual in simulation, of the wall clock when deployed."""
         ...
 
+    @property
+    def num_at_work(self) -> int:
+        """Jobs in flight."""
+        ...
+
+    def present(self, at_least: int = 1, with_data: bool = False) -> Tensor:
+        """[A] clients that are on line and idle, in ascending order.
+
+        Where fewer than `at_least` are and no job is in flight, whose reply could be received, it waits for more.
+
+        Args:
+            at_least: how many are needed; 0 never waits.
+            with_data: leave out clients that have no samples.
+
+        Raises:
+            ValueError: if so many will never be there.
+        """
+        ...
+
     def send(self, ids: Tensor, work: Work, *, cost: Cost = ..., **broadcast: Any) -> None:
-        """Start `work` on some idle clients, each with the broadcast tensors ([P], or a number)."""
+        """Start `work` on some idle clients, each with the broadcast tensors ([P], or a number).
+
+        Not every job need end with a reply: a client may be gone by now, or go or fail while it works.
+        """
         ...
 
     def receive(self, *, until: float = inf, count: int | None = None) -> Replies:
-        """Wait until a time, or for a number of replies, and return what arrived, in order of arrival."""
+        """Wait until a time, or for a number of replies, and return what arrived, in order of arrival.
+
+        These are fewer than `count`, or none, where no more jobs are in flight.
+        """
         ...
 
     def cancel(self, ids: Tensor) -> None:
@@ -198,8 +240,31 @@ class Fleet(Protocol):
         """
         ...
 
-    def ask(self, ids: Tensor, work: Work, *, cost: Cost = ..., fold: Fold | None = None, **broadcast: Any) -> Replies:
-        """Send and wait for all of these clients; replies stand in the order of `ids`."""
+    def ask(
+        self,
+        ids: Tensor,
+        work: Work,
+        *,
+        cost: Cost = ...,
+        fold: Fold | None = None,
+        weights: Tensor | None = None,
+        within: float = inf,
+        first: int | None = None,
+        late: Late = "drop",
+        **broadcast: Any,
+    ) -> Replies:
+        """Send and wait for these clients; the replies that came stand in the order of `ids`.
+
+        Args:
+            ids, work, cost, broadcast: see `send`.
+            fold: by what replies are added up as they come; None keeps them apart.
+            weights: [R] float64 of these clients in that sum; None are those of the fold.
+            within: seconds after which no more are waited for.
+            first: as many replies to these jobs are waited for; None for all of them.
+            late: what becomes of the others. `drop`: their clients are told to stop and are idle again; what they may
+                have sent is not counted. `keep`: they go on, and their replies are among those of the next `ask` for
+                the same work that ends after they arrive, behind the others, with their staleness.
+        """
         ...
 
     def exchange(

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.compress.packet import Compressor
-from fedsim.fleet import Fleet
+from fedsim.fleet import Fleet, TooFewRows
 
 LocalRules = Literal["any", "plain_sgd", "rate"]
 T = TypeVar("T")
@@ -30,6 +30,9 @@ class Traits:
         two_points: whether a step looks at the gradient at a second point, so that steps are taken one by one.
         averages_state: whether it sends and averages the local optimizer's state (`state_scope: server`).
         bears_buffers: whether models may have entries that no gradient moves (BatchNorm).
+        no_late: why a reply to what was sent in an earlier round is of no use to it (`late: keep`); None where it is.
+        needs_all: why every client must take part in every step, so that none may be away or drop out; None where
+            those do that can.
         no_links: why nobody may compress what goes to and from its server; None where that works.
         refused: {key of the section `strategy` that others have: why this one has not}.
     """
@@ -38,6 +41,8 @@ class Traits:
     two_points: bool = False
     averages_state: bool = False
     bears_buffers: bool = True
+    no_late: str | None = None
+    needs_all: str | None = None
     no_links: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -58,6 +63,14 @@ class Strategy(ABC):
     def at_work(self, num_clients: int) -> int:
         """Clients of N that work at a time, which the width of a stack is chosen for."""
         return num_clients
+
+
+def step(strategy: Strategy, state: Any, fleet: Fleet, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
+    """One round: (new state, metrics); with fewer replies than it can judge it changes nothing, and says so."""
+    try:
+        return strategy.round(state, fleet, rng)
+    except TooFewRows:
+        return state, {"too_few": 1}
 
 
 def fields_of(strategy: Strategy, kind: type[T]) -> dict[str, T]:

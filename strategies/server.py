@@ -10,7 +10,8 @@ minus local, aggregated).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from math import ceil, inf
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +20,21 @@ from torch import Tensor
 from fedsim.aggregate import Aggregator, CenteredClipping, Mean, PreAggregator, prepared, started
 from fedsim.clients.local_training import LocalTraining
 from fedsim.config import FromTable
-from fedsim.fleet import Cost, Fleet, Replies, Work, choose, linear
+from fedsim.fleet import Cost, Fleet, Late, Replies, TooFewRows, Work, choose, linear
 from fedsim.optim import Optimizer, OptState
 from fedsim.strategy import Strategy
 
 Rule = Annotated[Aggregator, FromTable("aggregator", "mean")]
 UniformRule = Annotated[Aggregator, FromTable("aggregator", {"name": "mean", "weights": "uniform"})]
 UNIFORM = Mean(weights="uniform")
+
+
+class Patience(TypedDict):
+    """How long `Fleet.ask` waits."""
+
+    within: float
+    first: int | None
+    late: Late
 
 
 @dataclass(frozen=True)
@@ -127,25 +136,66 @@ class Server(Aggregating):
 
 @dataclass(frozen=True, kw_only=True)
 class Synchronous(Server):
-    """A server that asks a cohort and waits for all of it.
+    """A server that asks a cohort and waits for it.
 
     Args:
-        cohort_size: S; null means every client.
+        cohort_size: S; null means every client. Where fewer are on line and idle it is all that are.
+        over_select: as many times S clients are asked, and the first S replies end the round.
+        deadline: seconds after which a round ends with the replies that are there; null waits for all that come.
+        late: what becomes of the others: drop, their clients stop and nobody computes what they would have sent; keep,
+            they go on, and their replies are aggregated in the round in which they arrive, on top of its own.
     """
 
     cohort_size: int | None = None
+    over_select: float = 1.0
+    deadline: float | None = None
+    late: Late = "drop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cohort_size is not None and self.cohort_size < 1:
             raise ValueError(f"cohort_size must be at least 1, got {self.cohort_size}; null means every client")
+        if not 1 <= self.over_select < inf or (self.over_select > 1 and self.cohort_size is None):
+            raise ValueError(
+                f"over_select must be a number of at least 1, and more than 1 needs a cohort_size; got "
+                f"{self.over_select:g} with cohort_size {self.cohort_size or 'null'}"
+            )
+        if self.deadline is not None and not 0 < self.deadline < inf:
+            raise ValueError(f"deadline must be positive seconds, or null for none, got {self.deadline}")
+        if self.late == "keep":
+            self._check_keep()
+
+    def _check_keep(self) -> None:
+        if self.deadline is None and self.over_select == 1:
+            raise ValueError("late: keep needs a deadline or over_select, or no reply is ever late; set one of them")
+        if self.traits.no_late is not None:
+            raise ValueError(f"late: keep does not go with this strategy: {self.traits.no_late}; take late: drop")
+        if self.local.optimizer.state_scope == "server":
+            raise ValueError(
+                "late: keep does not go with local.optimizer.state_scope: server, for a change of a state that is not "
+                "the newest may make it what no optimizer can have; take late: drop, or state_scope round or client"
+            )
 
     def at_work(self, num_clients: int) -> int:
         return num_clients if self.cohort_size is None else self.cohort_size
 
+    def to_ask(self, num_clients: int) -> int:
+        """How many clients of so many a round asks.
+
+        Raises:
+            ValueError: if it wants more than there are.
+        """
+        if self.at_work(num_clients) > num_clients:
+            raise ValueError(
+                f"strategy.cohort_size={self.cohort_size} exceeds the {num_clients} clients; lower it or raise "
+                "clients.count"
+            )
+        return min(num_clients, ceil(self.over_select * self.at_work(num_clients) - 1e-9))
+
     def choose(self, fleet: Fleet, rng: np.random.Generator) -> Tensor:
-        """[S] clients of a round, drawn uniformly."""
-        return choose(fleet.clients, self.cohort_size, rng)
+        """[S] clients of a round, drawn uniformly of those that are there."""
+        there = fleet.present()
+        return choose(there, min(self.to_ask(len(fleet.clients)), len(there)), rng)
 
     def ask(
         self,
@@ -170,10 +220,22 @@ class Synchronous(Server):
             broadcast: what clients are sent.
 
         Returns:
-            (the state, with what the replies show of the clients; replies).
+            (the state, with what the replies show of the clients; replies, one at least).
+
+        Raises:
+            TooFewRows: if nobody replied.
         """
         cohort, cost = self.choose(fleet, rng), self.local.cost if cost is None else cost
-        return s, fleet.ask(cohort, work, cost=cost, fold=linear(rule), **broadcast)
+        r = fleet.ask(cohort, work, cost=cost, fold=linear(rule), **self.patience, **broadcast)
+        if not len(r):
+            raise TooFewRows("nobody replied")
+        return s, r
+
+    @property
+    def patience(self) -> Patience:
+        """How long a round waits, as `fleet.ask` takes it."""
+        within = inf if self.deadline is None else self.deadline
+        return {"within": within, "first": self.cohort_size if self.over_select > 1 else None, "late": self.late}
 
 
 def step_along(x: Tensor, d: Tensor, lr: float, num_trainable: int, weight: float = 1.0) -> Tensor:

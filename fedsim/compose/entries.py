@@ -24,6 +24,7 @@ from fedsim.optim import build
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
+from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
 from fedsim.strategies import STRATEGIES
 from fedsim.tasks.models import MODELS
@@ -74,13 +75,6 @@ def _as_module(made: Any, name: str) -> nn.Module:
     return made
 
 
-def _always() -> str:
-    """Every client can be reached at any time."""
-    return "always"
-
-
-AVAILABILITY: dict[str, Callable[..., Any]] = {"always": _always}
-
 KINDS: Kinds = {
     "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition")),
     "strategy": _strategy,
@@ -90,7 +84,7 @@ KINDS: Kinds = {
     "optimizer": _optimizer(),
     "server_optimizer": _optimizer(check_server_optimizer),
     "device": _from(DEVICES, needs=("count",)),
-    "availability": _from(AVAILABILITY),
+    "availability": _from(AVAILABILITY, needs=("count",)),
     "aggregator": _from(AGGREGATORS),
     "pre_aggregators": _pre_aggregators,
     "attack": _from(ATTACKS),

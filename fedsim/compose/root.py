@@ -16,7 +16,7 @@ from torch import nn
 
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
-from fedsim.compose.fleets import build_byzantine, build_executor, build_links, compute_device
+from fedsim.compose.fleets import build_absence, build_byzantine, build_executor, build_links, compute_device
 from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
 from fedsim.compose.refusals import check_local, check_state_scope, check_strategy
 from fedsim.compose.sections import File
@@ -167,7 +167,7 @@ def _fleet(
     uplink, downlink = build_links(file, strategy, task.layout)
     check_state_scope(strategy, uplink)
     byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
-    devices = file.clients.devices(count=n)
+    devices, absence = file.clients.devices(count=n), build_absence(file, strategy, n)
     runner = StackRunner(task, strategy, file.seed, device, uplink)
     executor, workers = build_executor(runtime, runner, work, width, device)
     fleet = SimFleet(
@@ -181,6 +181,7 @@ def _fleet(
         reply_bits=None if uplink is None else uplink.compressor.bits(task.layout.size),
         downlink=downlink,
         byzantine=byzantine,
+        absence=absence,
     )
     pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
     return fleet, pool, workers

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Inbox, Replies, Times, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Inbox, Late, Replies, Times, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
+from fedsim.metrics import Metrics
 from fedsim.sim.account import Account, check_foldable
 from fedsim.sim.byzantine import who_hears
 from fedsim.sim.executor import Gather, Results, cut, grouped
@@ -51,7 +52,22 @@ class FlowerFleet(Account):
         """Seconds since the fleet was ready, those before a resume included."""
         return self.mail.now
 
+    @property
+    def num_at_work(self) -> int:
+        """Jobs in flight."""
+        return len(self.mail.flights) + len(self.mail.landed)
+
     # The server half's side -------------------------------------------------------------------------------------
+
+    def present(self, at_least: int = 1, with_data: bool = False) -> Tensor:
+        """[A] clients that are connected and idle, in ascending order (see `Fleet.present`).
+
+        Raises:
+            ClientError: if too few are connected when patience is over.
+        """
+        ids = super().present(at_least, with_data)
+        wanted = 0 if self.num_at_work else at_least
+        return ids[torch.tensor(self.mail.connected(ids.tolist(), wanted), dtype=torch.bool)]
 
     def send(self, ids: Tensor, work: Work, *, cost: Cost = ONE_STEP, **broadcast: Any) -> None:
         """Start work on idle clients.
@@ -75,16 +91,30 @@ class FlowerFleet(Account):
 
     def cancel(self, ids: Tensor) -> None:
         """Call off jobs in flight (see `Fleet.cancel`); what a device still answers is left where it lies."""
-        called_off = self.mail.call_off(ids.tolist())
-        self._end((f.client, f.key, f.started, self.now) for f in called_off)
+        mail, clients = self.mail, ids.tolist()
+        landed = [mail.landed.pop(c).flight for c in clients if c in mail.landed]
+        self._end((f.client, f.key, f.started, self.now) for f in [*mail.forget(clients), *landed])
 
     def ask(
-        self, ids: Tensor, work: Work, *, cost: Cost = ONE_STEP, fold: Fold | None = None, **broadcast: Any
+        self,
+        ids: Tensor,
+        work: Work,
+        *,
+        cost: Cost = ONE_STEP,
+        fold: Fold | None = None,
+        weights: Tensor | None = None,
+        within: float = inf,
+        first: int | None = None,
+        late: Late = "drop",
+        **broadcast: Any,
     ) -> Replies:
-        """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
+        """Send to idle clients and wait for them; replies stand in the order of `ids` (see `Fleet.ask`)."""
         check_foldable(fold)
         self._dispatch(ids, work, self._number(ids), broadcast)
-        return self._collect(ids, fold)
+        if within < inf or first is not None:
+            ids, came = self._in_time(ids, work, within, first, late)
+            weights = None if weights is None else weights[came]
+        return self._collect(ids, fold, weights)
 
     def exchange(
         self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
@@ -167,10 +197,31 @@ class FlowerFleet(Account):
                 values |= part
         return received, each, keys
 
-    def _collect(self, ids: Tensor, fold: Fold | None, count: bool = True) -> Replies:
+    def _in_time(self, ids: Tensor, work: Work, within: float, first: int | None, late: Late) -> tuple[Tensor, Tensor]:
+        """(clients whose replies are there when a call's time is over, kept ones of earlier calls last; [R] bool).
+
+        A client that is told to stop goes on all the same, for Flower has no word for that; nobody reads its reply.
+        """
+        mail, clients = self.mail, ids.tolist()
+
+        def kept() -> list[int]:
+            jobs = ((c, self.sent[reply.flight.key].work) for c, reply in mail.landed.items() if c not in clients)
+            return [c for c, of in jobs if of == work.__name__]
+
+        wanted = len(clients) if first is None else min(first, len(clients))
+        mail.wait(
+            lambda: sum(c in mail.landed for c in clients) >= wanted and bool(clients or kept()), self.now + within
+        )
+        came = torch.tensor([c in mail.landed for c in clients], dtype=torch.bool)
+        self._observed += Metrics.count(num_late=int((~came).sum()))
+        if late == "drop":
+            self._end((f.client, f.key, f.started, self.now) for f in mail.forget(ids[~came].tolist()))
+        return torch.cat([ids[came], torch.tensor(kept(), dtype=torch.int64)]), came
+
+    def _collect(self, ids: Tensor, fold: Fold | None, given: Tensor | None = None, count: bool = True) -> Replies:
         """All replies of one call, folded stack by stack as if each client were a stack of its own."""
         num_examples = self.num_examples[ids]
-        weights = None if fold is None else weigh(fold, num_examples)
+        weights = None if fold is None else weigh(fold, num_examples, given)
         groups = grouped(cut(num_examples, 1))
         gather = Gather(len(ids), num_groups=len(groups))
         landed: list[Landed | None] = [None] * len(ids)
@@ -179,22 +230,24 @@ class FlowerFleet(Account):
                 landed[int(index)] = reply = self.mail.take(int(ids[index]))
                 gather.add(index, reply.results if weights is None else _folded(reply.results, weights[index]))
             gather.end_group()
-        _, arrived, fresh = self._close([reply for reply in landed if reply is not None])
+        _, arrived, fresh, seconds = self._close([reply for reply in landed if reply is not None])
         results = gather.results
         self._observe(ids, torch.ones_like(ids, dtype=torch.bool), results.metrics, results.bits_up, count=count)
-        return Replies(ids, num_examples, arrived, {**results.fields, **results.sums}, fresh)
+        fields = {**results.fields, **results.sums}
+        return Replies(ids, num_examples, arrived, fields, fresh, seconds, dict(results.metrics))
 
     def _deliver(self, due: Sequence[Landed]) -> Replies:
         """Replies in order of arrival."""
-        ids, at, staleness = self._close(due)
+        ids, at, staleness, seconds = self._close(due)
         gather = Gather(len(due))
         for row, landed in enumerate(due):
             gather.add(torch.tensor([row]), landed.results)
         results = gather.results
         self._observe(ids, torch.ones_like(ids, dtype=torch.bool), results.metrics, results.bits_up, staleness)
-        return Replies(ids, self.num_examples[ids], at, dict(results.fields), staleness)
+        fields, logged = dict(results.fields), dict(results.metrics)
+        return Replies(ids, self.num_examples[ids], at, fields, staleness, seconds, logged)
 
-    def _close(self, due: Sequence[Landed]) -> tuple[Tensor, Tensor, Tensor]:
+    def _close(self, due: Sequence[Landed]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self._end((d.flight.client, d.flight.key, d.flight.started, d.at) for d in due)
 
 

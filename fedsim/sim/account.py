@@ -67,6 +67,18 @@ class Account:
         seen, self._observed = self._observed, Metrics()
         return seen
 
+    def present(self, at_least: int = 1, with_data: bool = False) -> Tensor:
+        """[A] idle clients, in ascending order: all of them are on line, as far as anybody knows.
+
+        Raises:
+            ValueError: if there are not so many clients.
+        """
+        ids = torch.nonzero(~self._busy).flatten() if self.sent else self.clients
+        ids = ids[self.num_examples[ids] > 0] if with_data else ids
+        if len(ids) < at_least and not self.sent:
+            raise ValueError(f"{at_least} clients are needed at once, and there are {len(ids)}; raise clients.count")
+        return ids
+
     def honest(self, ids: Tensor) -> Tensor:
         """[R] bool: all of them, as far as anybody knows."""
         return torch.ones(len(ids), dtype=torch.bool)
@@ -121,13 +133,14 @@ class Account:
         self._busy[ids] = True
         return key
 
-    def _end(self, jobs: Iterable[tuple[int, int, float, float]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Take jobs (client, where it found what it was sent, start, end) off: (ids [R], ends [R], staleness [R])."""
-        ids, ends, staleness = [], [], []
+    def _end(self, jobs: Iterable[tuple[int, int, float, float]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Take jobs (client, where it found what it was sent, start, end) off: [R] ids, ends, staleness and seconds."""
+        ids, ends, staleness, seconds = [], [], [], []
         for client, key, start, end in jobs:
             sent = self.sent[key]
             ids.append(client)
             ends.append(end)
+            seconds.append(end - start)
             staleness.append(self.round - sent.round)
             if len(self.timeline) < TIMELINE:
                 self.timeline.append((client, start, end, self.round + 1))
@@ -139,6 +152,7 @@ class Account:
             torch.tensor(ids, dtype=torch.int64),
             torch.tensor(ends, dtype=torch.float64),
             torch.tensor(staleness, dtype=torch.int64),
+            torch.tensor(seconds, dtype=torch.float64),
         )
 
     # What travelled and what was said ---------------------------------------------------------------------------

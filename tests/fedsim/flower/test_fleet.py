@@ -72,6 +72,10 @@ def test_replies_stand_in_the_order_of_ids_whatever_the_order_of_arrival() -> No
     assert r.ids.tolist() == [2, 0, 3] and r.num_examples.tolist() == [2, 4, 1]
     assert r["v"].tolist() == [[12.0], [10.0], [13.0]]
     assert r.arrived_at.tolist() == pytest.approx([2.0, 4.0, 1.0], abs=0.11)
+    assert r.seconds.tolist() == r.arrived_at.tolist() and r.logged["asked"].tolist() == [0, 0, 0]
+    fleet.send(torch.tensor([3]), HALVES.tell, x=X)
+    r = fleet.receive()
+    assert r.seconds.tolist() == pytest.approx([1.0], abs=0.11) and r.logged["asked"].tolist() == [1]
 
 
 def test_a_fold_is_the_weighted_mean() -> None:
@@ -79,6 +83,9 @@ def test_a_fold_is_the_weighted_mean() -> None:
     r = fleet.ask(ALL, HALVES.tell, fold=Mean(), x=X)
     assert r["v"].tolist() == pytest.approx([10 + (0 * 4 + 1 * 3 + 2 * 2 + 3 * 1) / 10])
     assert r["job"].tolist() == [0] * 4
+    given = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    r = fleet.ask(torch.tensor([3, 1]), HALVES.tell, fold=Mean(), weights=given, x=X)
+    assert r["v"].tolist() == pytest.approx([13.0 + 0.5 * 11.0])
 
 
 def test_a_rule_that_is_not_linear_cannot_fold() -> None:
@@ -124,6 +131,7 @@ def test_two_that_arrive_together_may_be_received_one_by_one() -> None:
 def test_a_busy_client_is_not_sent_more() -> None:
     fleet, _ = build()
     fleet.send(torch.tensor([1]), HALVES.tell, x=X)
+    assert fleet.present().tolist() == [0, 2, 3]
     with pytest.raises(ValueError, match="client 1 is still working"):
         fleet.ask(ALL, HALVES.tell, x=X)
     with pytest.raises(ValueError, match=r"must lie in 0\.\.3"):

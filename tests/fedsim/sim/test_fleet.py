@@ -18,6 +18,7 @@ from fedsim.cohort import Cohort
 from fedsim.compress.quantize import Natural
 from fedsim.compress.sparsify import TopK
 from fedsim.fleet import Cost, Inbox
+from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.devices import Constant, LogNormal
 from fedsim.sim.executor import ClientError
 from fedsim.sim.fleet import SimFleet
@@ -147,6 +148,38 @@ def test_asking_waits_for_the_slowest_and_keeps_the_order_of_the_ids() -> None:
     assert r["y"][:, 0].tolist() == [3, 1, 2]
 
 
+def test_replies_say_how_long_they_took_and_what_was_logged() -> None:
+    fleet = _fleet((3.0, 1.0, 2.0))
+    r = fleet.ask(_ids(2, 0), HALVES.log, x=X)
+    assert r.seconds.tolist() == [2, 3] and r.logged["seen"].tolist() == [2, 0]
+    fleet.send(_ids(1), HALVES.log, x=X)
+    fleet.receive(until=3.5)
+    fleet.send(_ids(2), HALVES.log, x=X)
+    r = fleet.receive()
+    assert r.ids.tolist() == r.logged["seen"].tolist() == [1, 2] and r.seconds.tolist() == [1, 2]
+    assert r.arrived_at.tolist() == [4, 5.5]
+
+
+def test_what_is_logged_by_clients_that_send_nothing_is_not_heard() -> None:
+    silent = Byzantine(ids=_ids(1), attack=lambda *_: None, on_data=False, seed=0)
+    fleet = _fleet((3.0, 1.0, 2.0), byzantine=silent)
+    r = fleet.ask(fleet.clients, HALVES.log, x=X)
+    assert r.seconds.tolist() == [3, 2] and r.logged["seen"].tolist() == [0, 2]
+    fleet.send(fleet.clients, HALVES.log, x=X)
+    r = fleet.receive()
+    assert r.seconds.tolist() == [2, 3] and r.logged["seen"].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("attacked", [False, True])
+def test_a_fold_may_be_given_the_weights_of_its_clients(attacked: bool) -> None:
+    silent = Byzantine(ids=_ids(1), attack=lambda *_: None, on_data=False, seed=0)
+    fleet = _fleet((3.0, 1.0, 2.0), byzantine=silent if attacked else None)
+    weights = torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64)
+    got = fleet.ask(_ids(2, 1, 0), HALVES.plus, fold=Mean(), weights=weights, x=X)["y"]
+    expected = 0.5 * (X + 2) + 2.0 * X + (0 if attacked else 0.25 * (X + 1))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-15)
+
+
 def test_replies_are_received_in_order_of_arrival_and_ties_in_order_of_sending() -> None:
     fleet = _fleet((2.0, 1.0, 2.0, 1.0))
     fleet.send(_ids(3, 2), HALVES.plus, x=X)
@@ -204,6 +237,21 @@ def test_asking_some_while_others_work_leaves_the_others_alone() -> None:
     fleet.send(_ids(0), HALVES.plus, x=X)
     fleet.ask(_ids(1), HALVES.plus, x=X)
     assert fleet.now == 1.0 and fleet.receive().ids.tolist() == [0] and fleet.now == 5.0
+
+
+def test_idle_clients_are_present_and_those_at_work_are_not() -> None:
+    fleet = _fleet((1.0, 2.0, 3.0))
+    assert fleet.present().tolist() == [0, 1, 2]
+    fleet.send(_ids(2, 0), HALVES.plus, x=X)
+    assert fleet.present().tolist() == [1]
+    fleet.send(_ids(1), HALVES.plus, x=X)
+    assert len(fleet.present(at_least=0)) == 0
+    assert len(fleet.present()) == 0, "replies come first"
+    fleet.receive(count=2)
+    assert fleet.present(at_least=2).tolist() == [0, 1]
+    fleet.receive()
+    with pytest.raises(ValueError, match="4 clients are needed at once, and there are 3"):
+        fleet.present(at_least=4)
 
 
 def test_the_timeline_notes_who_worked_from_when_to_when() -> None:
