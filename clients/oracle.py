@@ -1,14 +1,17 @@
 """Oracles: the gradient or operator of every client of a stack at given points, and the loss.
 
-Letters: C clients, P entries.
+Letters: C clients of a stack, N in all, P entries.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedsim.cohort import Cohort
+from fedsim.streams import Streams
 from fedsim.task import Schedule
 
 FULL = Schedule(epochs=1, batch_size=None, shuffle=False)
@@ -16,16 +19,22 @@ PIECE = 512
 CHUNK = Schedule(epochs=1, batch_size=PIECE, shuffle=False)
 
 
-def full_gradient(cohort: Cohort, x: Tensor) -> Tensor:
+def full_gradient(cohort: Cohort, x: Tensor, part: tuple[int, int, int] | None = None) -> Tensor:
     """[C, P]: each client's gradient at x ([P] or [C, P]) over all of its data; zero for a client without any.
 
     Data are taken in pieces of at most 512 samples, each weighted by its share.
+
+    Args:
+        cohort: the clients, those that have most samples (of the part) first.
+        x: where.
+        part: of everybody's data, as in `Schedule.part`; None for all.
     """
-    batches = cohort.task.batches(cohort.ids, cohort.streams, CHUNK)
+    schedule = CHUNK if part is None else replace(CHUNK, part=part)
+    batches = cohort.task.batches(cohort.ids, cohort.streams, schedule)
     point = torch.empty(len(cohort), x.shape[-1], dtype=x.dtype, device=x.device).copy_(x)
     total = torch.zeros_like(point)
     seen = torch.zeros(len(cohort), 1, dtype=x.dtype, device=x.device)
-    counts = cohort.num_examples.to(x.device)
+    counts = schedule.span(cohort.num_examples)[1].to(x.device)
     for step in range(len(batches)):
         k = batches.active(step)
         batch = batches[step]
@@ -66,3 +75,32 @@ def gradient(cohort: Cohort, *points: Tensor, batch_size: int | None, step: int 
             stack = torch.empty_like(g).copy_(p)[:k]
             g[:k] = cohort.task.field(stack, batch)[0]
     return out
+
+
+def coded_gradient(
+    cohort: Cohort, x: Tensor, coefficients: Tensor, job: int, part: tuple[int, int, int] | None = None
+) -> Tensor:
+    """[C, P]: for each client of the stack a weighted sum of gradients of all clients' data.
+
+    With all coefficients 1 and no part it is the gradient of the mean loss over everybody's samples. Each owner's
+    gradient is taken once for the stack, however many clients of it work on its data.
+
+    Args:
+        cohort: who computes; it need not own the data.
+        x: [P], where.
+        coefficients: [C, N] float64 on the host: of each owner's gradient, which counts by its share of all samples.
+        job: number of the training step, which keys what a task or a model draws, the same for whoever computes it.
+        part: of every owner's data, as in `Schedule.part`; None for all.
+    """
+    num_examples, width = cohort.task.num_examples, len(cohort)
+    counts = replace(CHUNK, part=part).span(num_examples)[1]
+    owners = torch.nonzero((coefficients != 0).any(0) & (counts > 0)).flatten()
+    owners = owners[torch.argsort(counts[owners], descending=True, stable=True)]
+    weights = coefficients * counts / max(int(num_examples.sum()), 1)
+    total = torch.zeros(width, x.shape[-1], dtype=x.dtype, device=x.device)
+    for ids in owners.split(width):
+        there = ids.to(x.device)
+        streams = Streams(cohort.streams.seed, there, torch.full_like(there, job))
+        g = full_gradient(replace(cohort, ids=ids, streams=streams), x, part)
+        total += weights[:, ids].to(g) @ g
+    return total

@@ -20,8 +20,13 @@ from fedsim.metrics import Metrics
 from fedsim.terms import Terms
 
 Arrival = Literal["all", "adversarial"]
+Late = Literal["drop", "keep"]
 Work = Callable[..., Mapping[str, Any]]
 """A method of the strategy: (cohort, **broadcast) -> {field: [C, ...], Terms, Exact or Packet}."""
+
+
+class TooFewRows(ValueError):
+    """There are fewer replies than a rule can judge, or none; a round that ends with it changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +153,15 @@ class Replies:
         return self.fields[name]
 
     def mean(self, name: str, aggregator: Aggregator) -> Tensor:
-        """[P]: one field aggregated; taken as it is where `fold=linear(aggregator)` already did it."""
+        """[P]: one field aggregated; taken as it is where `fold=linear(aggregator)` already did it.
+
+        Raises:
+            TooFewRows: if nobody replied.
+        """
+        if not len(self):
+            raise TooFewRows("nobody replied")
         value: Tensor = self.fields[name]
-        if len(self) and value.ndim > 1:
+        if value.ndim > 1:
             return aggregator(value, self.num_examples)
         return value
 
@@ -200,23 +211,37 @@ class Fleet(Protocol):
         """Seconds: virtual in simulation, of the wall clock when deployed."""
         ...
 
-    def present(self, at_least: int = 1) -> Tensor:
-        """[A] ids of the clients that can be given work now, ascending: those that are on line and idle.
+    @property
+    def num_at_work(self) -> int:
+        """Jobs in flight."""
+        ...
+
+    def present(self, at_least: int = 1, with_data: bool = False) -> Tensor:
+        """[A] clients that are on line and idle, in ascending order.
+
+        Where fewer than `at_least` are and no job is in flight, whose reply could be received, it waits for more.
 
         Args:
-            at_least: how many the caller can't do without.
+            at_least: how many are needed; 0 never waits.
+            with_data: leave out clients that have no samples.
 
         Raises:
-            ValueError: if there will never be so many.
+            ValueError: if so many will never be there.
         """
         ...
 
     def send(self, ids: Tensor, work: Work, *, cost: Cost = ..., **broadcast: Any) -> None:
-        """Start `work` on some idle clients, each with the broadcast tensors ([P], or a number)."""
+        """Start `work` on some idle clients, each with the broadcast tensors ([P], or a number).
+
+        Not every job need end with a reply: a client may be gone by now, or go or fail while it works.
+        """
         ...
 
     def receive(self, *, until: float = inf, count: int | None = None) -> Replies:
-        """Wait until a time, or for a number of replies, and return what arrived, in order of arrival."""
+        """Wait until a time, or for a number of replies, and return what arrived, in order of arrival.
+
+        These are fewer than `count`, or none, where no more jobs are in flight.
+        """
         ...
 
     def cancel(self, ids: Tensor) -> None:
@@ -234,15 +259,22 @@ class Fleet(Protocol):
         cost: Cost = ...,
         fold: Fold | None = None,
         weights: Tensor | None = None,
+        within: float = inf,
+        first: int | None = None,
+        late: Late = "drop",
         **broadcast: Any,
     ) -> Replies:
-        """Send and wait for all of these clients; replies stand in the order of `ids`.
+        """Send and wait for these clients; the replies that came stand in the order of `ids`.
 
         Args:
-            ids: [R] clients.
-            work, cost, broadcast: as of `send`.
+            ids, work, cost, broadcast: see `send`.
             fold: by what replies are added up as they come; None keeps them apart.
             weights: [R] float64 of these clients in that sum; None are those of the fold.
+            within: seconds after which no more are waited for.
+            first: as many replies to these jobs are waited for; None for all of them.
+            late: what becomes of the others. `drop`: their clients are told to stop and are idle again; what they may
+                have sent is not counted. `keep`: they go on, and their replies are among those of the next `ask` for
+                the same work that ends after they arrive, behind the others, with their staleness.
         """
         ...
 

@@ -31,7 +31,7 @@ from fedsim.fleet import DrivenFleet
 from fedsim.metrics import check_names
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
-from fedsim.strategy import Strategy
+from fedsim.strategy import Strategy, step
 from fedsim.streams import server_rng
 from fedsim.task import Pool, Task
 
@@ -231,7 +231,7 @@ class _Run:
     def _server_half(self, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
         strategy, number = self.experiment.strategy, self.round + 1
         try:
-            return strategy.round(self.state, self.experiment.fleet, rng)
+            return step(strategy, self.state, self.experiment.fleet, rng)
         except (ClientError, ConfigError, Lost):
             raise
         except Exception as e:

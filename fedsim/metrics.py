@@ -18,8 +18,8 @@ from torch import Tensor
 from fedsim.config import ConfigError
 
 RESERVED = frozenset(
-    "round virtual_seconds wall_seconds bits_up bits_down num_clients staleness_mean nonfinite "
-    "test_loss test_accuracy distance x "
+    "round virtual_seconds wall_seconds bits_up bits_down num_clients num_away num_dropped num_late staleness_mean "
+    "nonfinite test_loss test_accuracy distance x "
     "client_loss_mean client_loss_std client_loss_worst_decile "
     "client_accuracy_mean client_accuracy_std client_accuracy_worst_decile "
     "personal_loss personal_loss_std personal_loss_worst_decile "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Compressor
-from fedsim.fleet import Fleet
+from fedsim.fleet import Fleet, TooFewRows
 from fedsim.params import Layout
 
 LocalRules = Literal["any", "plain_sgd", "rate"]
@@ -34,6 +34,9 @@ class Traits:
         bears_weights: whether what it makes of replies is right for any weights of them, so that a selection may weigh
             each by its chance to be drawn (`Selection.weighs`).
         bears_buffers: whether models may have entries that no gradient moves (BatchNorm).
+        no_late: why a reply to what was sent in an earlier round is of no use to it (`late: keep`); None where it is.
+        needs_all: why every client must take part in every step, so that none may be away or drop out; None where
+            those do that can.
         no_links: why nobody may compress what goes to and from its server; None where that works.
         refused: {key of the section `strategy` that others have: why this one has not}.
     """
@@ -43,6 +46,8 @@ class Traits:
     averages_state: bool = False
     bears_weights: bool = False
     bears_buffers: bool = True
+    no_late: str | None = None
+    needs_all: str | None = None
     no_links: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -92,6 +97,14 @@ class Strategy(ABC):
     def sent(self, layout: Layout) -> Layout:
         """What travels of a client's whole vector: by its size bits are counted, and for it links compress."""
         return layout
+
+
+def step(strategy: Strategy, state: Any, fleet: Fleet, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
+    """One round: (new state, metrics); with fewer replies than it can judge it changes nothing, and says so."""
+    try:
+        return strategy.round(state, fleet, rng)
+    except TooFewRows:
+        return state, {"too_few": 1}
 
 
 def fields_of(strategy: Strategy, kind: type[T]) -> dict[str, T]:

@@ -13,6 +13,8 @@ from fedsim.strategies.fedbuff import FedBuff
 from fedsim.strategies.fedbuff_stream import FedBuffStream
 from fedsim.strategies.fedfix import FedFix
 from fedsim.strategies.fedper import FedPer
+from fedsim.strategies.gradient_coding import GradientCoding
+from fedsim.strategies.m_sgc import MSGC
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
 from fedsim.strategies.mime import Mime
@@ -21,6 +23,8 @@ from fedsim.strategies.monna import Monna
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
 from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
+from fedsim.strategies.sr_sgc import SRSGC
+from fedsim.strategies.uncoded import Uncoded
 from fedsim.strategy import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -43,4 +47,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "extragradient": Extragradient,
     "masha1": Masha1,
     "masha2": Masha2,
+    "uncoded": Uncoded,
+    "gradient_coding": GradientCoding,
+    "sr_sgc": SRSGC,
+    "m_sgc": MSGC,
 }

@@ -28,7 +28,7 @@ ALL_WORK = "in this scheme every client with data is at work at all times; lower
 
 @dataclass(frozen=True, kw_only=True)
 class State(ServerState):
-    """idle: [I] clients to be sent work; d: [N] weights, known from the first round on."""
+    """idle: [I] clients whose replies came last; d: [N] weights, known from the first round on."""
 
     idle: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     d: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -59,6 +59,7 @@ class Weighted(Asynchronous):
 
     Args:
         weights: unbiased, so that in the long run every client moves the model by its importance; or identical.
+            They follow from the clocks alone, and reckon with nobody who is away or drops out.
         importance: p_i, by samples or uniform.
         job_seconds: tau_i, where the fleet can't know; one number a client.
     """
@@ -66,16 +67,28 @@ class Weighted(Asynchronous):
     weights: Literal["unbiased", "identical"] = "unbiased"
     importance: Importance = "uniform"
     job_seconds: tuple[float, ...] | None = None
+    waits_for: ClassVar[int] = 1
+    """Clients that a step can't do without where nobody is at work."""
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0))
 
     def work(self, s: State, fleet: Fleet) -> tuple[Tensor, Tensor]:
-        """(clients to be sent work [I], d [N]); at first all that have data."""
-        return (s.idle, s.d) if s.round else (able(fleet), self.client_weights(fleet, s.x))
+        """(clients to be sent work [I], d [N]): all that are idle and on line and have data.
+
+        Those that replied last come first, in the order of their replies: where jobs end at the same time, replies
+        arrive in the order in which the jobs were sent.
+        """
+        d = s.d if s.round else self.client_weights(fleet, s.x)
+        there = fleet.present(self.waits_for, with_data=True)
+        if len(there) > 1:
+            again = s.idle[torch.isin(s.idle, there)]
+            there = torch.cat([again, there[~torch.isin(there, again)]])
+        return there, d
 
     def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
         """d [N] for jobs that download x."""
+        able(fleet)
         p = importances(self.importance, fleet.num_examples)
         if self.weights == "identical":
             return self.identical(p)

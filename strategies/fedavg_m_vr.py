@@ -20,7 +20,7 @@ from fedsim.clients.direction import GRADIENT, gradient_at
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
-from fedsim.strategies.momentum import Momentum, twice
+from fedsim.strategies.momentum import NO_LATE, Momentum, twice
 from fedsim.strategies.server import ServerState
 from fedsim.strategy import Traits
 
@@ -37,7 +37,7 @@ class State(ServerState):
 class FedAvgMVR(Momentum):
     """FedAvg-M with variance reduction: two gradients of one minibatch in every local step."""
 
-    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", two_points=True)
+    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", two_points=True, no_late=NO_LATE)
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), x_prev=x0, g=torch.zeros_like(x0))

@@ -8,14 +8,13 @@ Letters: N clients, c the buffer's size, P parameters, a the exponent of the sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fedsim.fleet import Fleet
+from fedsim.fleet import Fleet, TooFewRows
 from fedsim.strategies.asynchronous import Asynchronous
 from fedsim.strategies.clocks import fitting, positive
 from fedsim.strategies.server import Selecting, ServerState
@@ -25,15 +24,10 @@ CONCURRENCY = {"cohort_size": "it keeps clients at work one by one; set strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class State(ServerState):
-    """busy: [W] clients at work."""
-
-    busy: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
 class FedBuffStream(Asynchronous, Selecting):
     """Keep a number of clients at work; step when c updates have arrived.
+
+    Whoever drops out is replaced with the next arrival; where all that are at work drop out, a step has fewer updates.
 
     Args:
         buffer_size: c.
@@ -61,22 +55,18 @@ class FedBuffStream(Asynchronous, Selecting):
     def wanted(self, num_clients: int) -> int:
         return 1
 
-    def init(self, x0: Tensor) -> State:
-        return State(x0, self.optimizer_state(x0), busy=torch.zeros(0, dtype=torch.int64))
-
-    def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, idle, busy = self.rule(rng, s.last), torch.zeros(len(fleet.clients), dtype=torch.bool), s.busy
-        idle[fitting("concurrency", self.concurrency, fleet)], idle[busy] = True, False
-        rows, num_examples = [], []
+    def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
+        rule, rows, num_examples = self.rule(rng, s.last), [], []
+        fitting("concurrency", self.concurrency, fleet)
         for _ in range(self.buffer_size):
-            among = self.among(s, fleet, torch.nonzero(idle).flatten(), self.concurrency - len(busy))
+            among = self.among(s, fleet, fleet.present(with_data=True), self.concurrency - fleet.num_at_work)
             s, fresh = self.choose(s, among, rng)
             fleet.send(fresh, self.local_update, cost=self.local.cost, x=s.x)
             r = fleet.receive(count=1)
-            s = self.noted(s, r)
-            rows.append(r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x))
-            num_examples.append(r.num_examples.sum())
-            idle[fresh], idle[r.ids] = False, True
-            busy = torch.cat([busy, fresh])
-            busy = busy[~idle[busy]]
-        return replace(self.step(s, rule(torch.stack(rows), torch.stack(num_examples))), busy=busy), {}
+            if len(r):  # else all that were at work dropped out
+                s = self.noted(s, r)
+                rows.append(r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x))
+                num_examples.append(r.num_examples.sum())
+        if not rows:
+            raise TooFewRows("nobody replied")
+        return self.step(s, rule(torch.stack(rows), torch.stack(num_examples))), {}

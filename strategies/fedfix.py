@@ -10,13 +10,12 @@ Letters: N clients, R replies in a window, P parameters; d_i the weight of a con
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from fedsim.aggregate import TooFewRows
-from fedsim.fleet import Fleet
+from fedsim.fleet import Fleet, TooFewRows
 from fedsim.strategies.asynchronous import State, Weighted
 from fedsim.strategies.clocks import Durations, Times, schedule_shares, window_weights
 
@@ -33,6 +32,7 @@ class FedFix(Weighted):
     """
 
     interval: float
+    waits_for: ClassVar[int] = 0  # windows end on time, whoever is there
 
     def __post_init__(self) -> None:
         super().__post_init__()

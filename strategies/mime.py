@@ -12,7 +12,7 @@ optimizer state, c the mean of the clients' full gradients at x.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,13 +37,9 @@ class Mime(Mimicking):
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule = self.rule(rng, s.c)
         s, r = self.ask(s, fleet, rng, self.full_gradient, rule=rule, cost=full_pass(self.local), x=s.x)
-        if not len(r):
-            return replace(s, round=s.round + 1), {}
-        x, c, rule = s.x, r.mean("gradient", rule), self.rule(rng, s.last)
-        sent = {"x": Held(x), "c": c, "s": s.sent}
-        r = fleet.ask(r.ids, self.local_update, cost=twice(self.local), fold=linear(rule), **sent)
-        s = self.learned(s, x, c)
-        return (self.step(s, r.mean("delta", rule)) if len(r) else replace(s, round=s.round + 1)), {}
+        x, c, rule, cost = s.x, r.mean("gradient", rule), self.rule(rng, s.last), twice(self.local)
+        r = fleet.ask(r.ids, self.local_update, cost=cost, fold=linear(rule), x=Held(x), c=c, s=s.sent)
+        return self.step(self.learned(s, x, c), r.mean("delta", rule)), {}
 
     def full_gradient(self, clients: Cohort, x: Tensor) -> Reply:
         return {"gradient": full_gradient(clients, x)}

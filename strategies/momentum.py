@@ -15,6 +15,8 @@ from fedsim.strategies.server import Synchronous
 from fedsim.strategy import Traits
 from fedsim.terms import Terms
 
+NO_LATE = "its momentum compares gradients at the two newest models, and a late reply knows older ones"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Momentum(Synchronous):

@@ -38,6 +38,7 @@ class Peers(Strategy):
     traits: ClassVar[Traits] = Traits(
         local_rules="rate",
         bears_buffers=False,
+        needs_all="every client mixes its model with all others' in every step",
         no_links="peers exchange whole vectors; links compress what goes to and from a server",
         refused=dict.fromkeys(
             ("cohort_size", "selection", "server_lr", "server_optimizer", "aggregator", "pre_aggregators"), NO_SERVER

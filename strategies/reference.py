@@ -24,9 +24,10 @@ from fedsim.streams import Streams
 
 SERVER = -1  # the server's place among client ids, for its compressor's random numbers
 NOTHING_UP = Cost(steps=0, bits_up=0)
+ALL_OPERATORS = "every step needs the operators of all clients"
 OWN_STEP = {
-    "cohort_size": "every step needs the operators of all clients",
-    "selection": "every step needs the operators of all clients",
+    "cohort_size": ALL_OPERATORS,
+    "selection": ALL_OPERATORS,
     "server_lr": "it has a step of its own; set strategy.lr",
     "server_optimizer": "it steps by strategy.lr from a point that it left to look ahead, which no other rule does",
 }
@@ -66,7 +67,7 @@ class Referring(Strategy):
     p: float = 0.1
     compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
     server_compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
-    traits: ClassVar[Traits] = Traits(refused=OWN_STEP | ONE_MEAN)
+    traits: ClassVar[Traits] = Traits(needs_all=ALL_OPERATORS, refused=OWN_STEP | ONE_MEAN)
 
     def __post_init__(self) -> None:
         check_lr(self.lr)

@@ -21,7 +21,7 @@ from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from fedsim.strategies.control import followed, report
-from fedsim.strategies.momentum import Momentum, twice
+from fedsim.strategies.momentum import NO_LATE, Momentum, twice
 from fedsim.strategies.server import ServerState
 from fedsim.strategy import Traits
 
@@ -39,7 +39,7 @@ class State(ServerState):
 class ScaffoldMVR(Momentum):
     """SCAFFOLD-M with variance reduction: two gradients of one minibatch in every local step."""
 
-    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", two_points=True)
+    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", two_points=True, no_late=NO_LATE)
 
     def init(self, x0: Tensor) -> State:
         zero = torch.zeros_like(x0)

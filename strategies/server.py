@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf
-from typing import Annotated, Any, TypeVar
+from math import ceil, inf
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from fedsim.clients.oracle import full_loss
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import FLOAT_BITS
 from fedsim.config import FromTable
-from fedsim.fleet import Cost, Fleet, Replies, Work, linear
+from fedsim.fleet import Cost, Fleet, Late, Replies, TooFewRows, Work, linear
 from fedsim.optim import Optimizer, OptState
 from fedsim.strategies.selection import Among, Known, Selection, Uniform
 from fedsim.strategy import Strategy
@@ -33,6 +33,14 @@ from fedsim.strategy import Strategy
 Rule = Annotated[Aggregator, FromTable("aggregator", "mean")]
 UniformRule = Annotated[Aggregator, FromTable("aggregator", {"name": "mean", "weights": "uniform"})]
 UNIFORM = Mean(weights="uniform")
+
+
+class Patience(TypedDict):
+    """How long `Fleet.ask` waits."""
+
+    within: float
+    first: int | None
+    late: Late
 
 
 @dataclass(frozen=True)
@@ -209,21 +217,57 @@ class Selecting(Server):
 
 @dataclass(frozen=True, kw_only=True)
 class Synchronous(Selecting):
-    """A server that asks a cohort and waits for all of it.
+    """A server that asks a cohort and waits for it.
 
     Args:
-        cohort_size: S; null means every client.
+        cohort_size: S; null means every client. Where fewer are on line and idle it is all that are.
+        over_select: as many times S clients are asked, and the first S replies end the round.
+        deadline: seconds after which a round ends with the replies that are there; null waits for all that come.
+        late: what becomes of the others: drop, their clients stop and nobody computes what they would have sent; keep,
+            they go on, and their replies are aggregated in the round in which they arrive, on top of its own.
     """
 
     cohort_size: int | None = None
+    over_select: float = 1.0
+    deadline: float | None = None
+    late: Late = "drop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cohort_size is not None and self.cohort_size < 1:
             raise ValueError(f"cohort_size must be at least 1, got {self.cohort_size}; null means every client")
+        if not 1 <= self.over_select < inf or (self.over_select > 1 and self.cohort_size is None):
+            raise ValueError(
+                f"over_select must be a number of at least 1, and more than 1 needs a cohort_size; got "
+                f"{self.over_select:g} with cohort_size {self.cohort_size or 'null'}"
+            )
+        if self.deadline is not None and not 0 < self.deadline < inf:
+            raise ValueError(f"deadline must be positive seconds, or null for none, got {self.deadline}")
+        if self.selection.weighs and (self.over_select > 1 or self.late == "keep"):
+            raise ValueError(
+                f"selection {type(self.selection).__name__} weighs replies by the chance to be drawn, which over_select "
+                "and late: keep change by who is fast; leave these out, or take another selection"
+            )
+        if self.late == "keep":
+            self._check_keep()
+
+    def _check_keep(self) -> None:
+        if self.deadline is None and self.over_select == 1:
+            raise ValueError("late: keep needs a deadline or over_select, or no reply is ever late; set one of them")
+        if self.traits.no_late is not None:
+            raise ValueError(f"late: keep does not go with this strategy: {self.traits.no_late}; take late: drop")
+        if self.local.optimizer.state_scope == "server":
+            raise ValueError(
+                "late: keep does not go with local.optimizer.state_scope: server, for a change of a state that is not "
+                "the newest may make it what no optimizer can have; take late: drop, or state_scope round or client"
+            )
 
     def at_work(self, num_clients: int) -> int:
         return num_clients if self.cohort_size is None else self.cohort_size
+
+    def to_ask(self, num_clients: int) -> int:
+        """How many clients of so many a round asks."""
+        return min(num_clients, ceil(self.over_select * self.at_work(num_clients) - 1e-9))
 
     def ask(
         self,
@@ -248,14 +292,25 @@ class Synchronous(Selecting):
             broadcast: what clients are sent.
 
         Returns:
-            (the state, with what the replies show of the clients; replies).
+            (the state, with what the replies show of the clients; replies, one at least).
+
+        Raises:
+            TooFewRows: if nobody replied.
         """
         fold, cost = linear(rule), self.local.cost if cost is None else cost
-        among = self.among(s, fleet, fleet.present(), self.at_work(len(fleet.clients)))
+        among = self.among(s, fleet, fleet.present(), self.to_ask(len(fleet.clients)))
         s, cohort = self.choose(s, among, rng)
         weights = self.selection.weights(fold, among, cohort)
-        r = fleet.ask(cohort, work, cost=cost, fold=fold, weights=weights, **broadcast)
+        r = fleet.ask(cohort, work, cost=cost, fold=fold, weights=weights, **self.patience, **broadcast)
+        if not len(r):
+            raise TooFewRows("nobody replied")
         return self.noted(s, r), r
+
+    @property
+    def patience(self) -> Patience:
+        """How long a round waits, as `fleet.ask` takes it."""
+        within = inf if self.deadline is None else self.deadline
+        return {"within": within, "first": self.cohort_size if self.over_select > 1 else None, "late": self.late}
 
 
 def step_along(x: Tensor, d: Tensor, lr: float, num_trainable: int, weight: float = 1.0) -> Tensor:

@@ -23,12 +23,14 @@ from fedsim.loop import train
 from fedsim.memory import Memory, MemoryRows
 from fedsim.optim import build as build_optimizer
 from fedsim.params import Layout
+from fedsim.sim.absence import Absence
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.devices import Constant, Devices
 from fedsim.sim.executor import Jobs, Results, StackRunner
-from fedsim.sim.fleet import SimFleet
+from fedsim.sim.fleet import PRESENT, SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Downlink, Uplink
+from fedsim.strategy import step
 from fedsim.streams import Streams, server_rng
 from fedsim.task import Schedule, Task
 from fedsim.tasks.bilinear import BilinearTask
@@ -150,6 +152,7 @@ def build_fleet(
     downlink: Downlink | None = None,
     byzantine: Byzantine | None = None,
     reply_bits: int | None = None,
+    absence: Absence = PRESENT,
 ) -> SimFleet:
     """A simulated fleet whose clients run the strategy's halves in this process."""
     runner = StackRunner(task, strategy, seed, torch.device("cpu"), uplink)
@@ -164,6 +167,7 @@ def build_fleet(
         reply_bits=reply_bits if uplink is None else uplink.compressor.bits(task.layout.size),
         downlink=downlink,
         byzantine=byzantine,
+        absence=absence,
     )
 
 
@@ -185,7 +189,7 @@ class Play:
 
     def step(self) -> dict[str, Any]:
         rng = server_rng(self.seed, "server", self.round)
-        self.state, own = self.strategy.round(self.state, self.fleet, rng)
+        self.state, own = step(self.strategy, self.state, self.fleet, rng)
         self.round += 1
         self.seen = self.fleet.end_round().values()
         return own

@@ -39,6 +39,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "extragradient": {"lr": 0.05},
     "masha1": {"lr": 0.05},
     "masha2": {"lr": 0.05},
+    "uncoded": {"lr": 0.1},
+    "gradient_coding": {"lr": 0.1, "s": 2},
+    "sr_sgc": {"lr": 0.1, "B": 1, "W": 2, "lam": 3},
+    "m_sgc": {"lr": 0.1, "B": 1, "W": 2, "lam": 3},
 }
 """Hyper-parameters without a default, or whose default does not fit eight clients."""
 

@@ -6,14 +6,14 @@ The contract suite then checks that it ignores the order of the rows, leaves its
 
 from __future__ import annotations
 
-from fedsim.aggregate.base import PreAggregator, TooFewRows
+from fedsim.aggregate.base import PreAggregator
 from fedsim.aggregate.centres import CenteredClipping, GeometricMedian, started
 from fedsim.aggregate.coordinatewise import Bulyan, MeaMed, Median, Phocas, TrimmedMean
 from fedsim.aggregate.mean import Mean
 from fedsim.aggregate.neighbours import NNA, Krum, MultiKrum, nearest_neighbour_average
 from fedsim.aggregate.prepare import ARC, NNM, Bucketing, Clipping, prepared
 from fedsim.aggregate.subsets import CAF, MDA, MVA, SMEA
-from fedsim.fleet import Aggregator
+from fedsim.fleet import Aggregator, TooFewRows
 
 AGGREGATORS: dict[str, type] = {
     "mean": Mean,

@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-class TooFewRows(ValueError):
-    """A rule got fewer rows than it can judge."""
+from fedsim.fleet import TooFewRows
 
 
 class PreAggregator(Protocol):

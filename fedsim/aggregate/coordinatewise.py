@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import Robust, TooFewRows
+from fedsim.aggregate.base import Robust
 from fedsim.aggregate.distances import FAR, squared_distances
 from fedsim.aggregate.neighbours import krum_scores
+from fedsim.fleet import TooFewRows
 
 
 @dataclass(frozen=True, kw_only=True)

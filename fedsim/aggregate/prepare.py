@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate.base import PreAggregator, Tolerant, TooFewRows, finite_rows, lengths, without_bad
+from fedsim.aggregate.base import PreAggregator, Tolerant, finite_rows, lengths, without_bad
 from fedsim.aggregate.neighbours import mix_with_neighbours
-from fedsim.fleet import Aggregator
+from fedsim.fleet import Aggregator, TooFewRows
 
 
 @dataclass(frozen=True, kw_only=True)

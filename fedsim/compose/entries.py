@@ -24,6 +24,7 @@ from fedsim.optim import build
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
+from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
@@ -59,7 +60,7 @@ def _strategy(value: Any, key: str, kinds: Kinds) -> Call:
     """Like any entry, but what it says that it can't have is refused first."""
     target, _, keys = named(STRATEGIES, value, key)
     check_keys(target, keys)
-    return decode_entry(STRATEGIES, value, key, kinds, needs=("local", "layout"))
+    return decode_entry(STRATEGIES, value, key, kinds, needs=("local", "layout", "count"))
 
 
 def _pre_aggregators(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
@@ -75,13 +76,6 @@ def _as_module(made: Any, name: str) -> nn.Module:
     return made
 
 
-def _always() -> str:
-    """Every client can be reached at any time."""
-    return "always"
-
-
-AVAILABILITY: dict[str, Callable[..., Any]] = {"always": _always}
-
 KINDS: Kinds = {
     "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition", "client_test")),
     "strategy": _strategy,
@@ -92,7 +86,7 @@ KINDS: Kinds = {
     "optimizer": _optimizer(),
     "server_optimizer": _optimizer(check_server_optimizer),
     "device": _from(DEVICES, needs=("count",)),
-    "availability": _from(AVAILABILITY),
+    "availability": _from(AVAILABILITY, needs=("count",)),
     "aggregator": _from(AGGREGATORS),
     "pre_aggregators": _pre_aggregators,
     "attack": _from(ATTACKS),

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedsim.compose.refusals import check_compressor, check_link
+from fedsim.compose.refusals import check_absence, check_compressor, check_link
 from fedsim.compose.sections import ByzantineClients, File, Runtime
 from fedsim.compose.work import Work
 from fedsim.compress.sparsify import Identity
@@ -16,6 +16,7 @@ from fedsim.config import ConfigError, at
 from fedsim.engine.choose import enough_stacks
 from fedsim.memory import Memory
 from fedsim.params import Layout
+from fedsim.sim.absence import Absence
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.collectives import backend_for
 from fedsim.sim.executor import Executor, StackRunner
@@ -89,6 +90,19 @@ def build_byzantine(section: ByzantineClients, task: Task, seed: int) -> Byzanti
         with at("clients.byzantine.attack"):
             task.poison(ids, section.attack.poison)
     return Byzantine(ids=ids, attack=section.attack, on_data=section.attack.on_data, seed=seed)
+
+
+def build_absence(file: File, strategy: Strategy, num_clients: int) -> Absence:
+    """Who is away when, and which jobs die.
+
+    Raises:
+        ConfigError: where the strategy needs all clients in every step.
+    """
+    absence = Absence(
+        availability=file.clients.availability(count=num_clients), dropout=file.clients.dropout, seed=file.seed
+    )
+    check_absence(absence, strategy.traits)
+    return absence
 
 
 def build_executor(

@@ -23,6 +23,7 @@ from fedsim.optim import Optimizer
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
 from fedsim.params import Layout
+from fedsim.sim.absence import Absence
 from fedsim.sim.links import Uplink
 from fedsim.strategies.server import Aggregating, Selecting, Server
 from fedsim.strategy import Strategy, Traits, fields_of
@@ -162,6 +163,13 @@ def check_link(key: str, traits: Traits, own: list[str]) -> None:
         raise ConfigError(f"{key}.compressor: does not go with this strategy: {traits.no_links}")
     if own:
         raise ConfigError(f"{key}.compressor: this strategy compresses by itself; set strategy.{own[0]} instead")
+
+
+def check_absence(absence: Absence, traits: Traits) -> None:
+    """Refuse that clients are away or drop out where a strategy needs all of them."""
+    if traits.needs_all is not None and absence.kills:
+        key, way = ("availability", "take always") if absence.away else ("dropout", "leave it out")
+        raise ConfigError(f"clients.{key}: does not go with this strategy: {traits.needs_all}; {way}")
 
 
 def check_state_scope(strategy: Strategy, uplink: Uplink | None) -> None:

@@ -16,7 +16,14 @@ from torch import nn
 
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
-from fedsim.compose.fleets import build_byzantine, build_executor, build_links, build_memory, compute_device
+from fedsim.compose.fleets import (
+    build_absence,
+    build_byzantine,
+    build_executor,
+    build_links,
+    build_memory,
+    compute_device,
+)
 from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
 from fedsim.compose.refusals import check_local, check_personalise, check_selection, check_state_scope, check_strategy
 from fedsim.compose.sections import File
@@ -161,8 +168,8 @@ def _strategy(file: File, problem: Task | Samples) -> Strategy:
     with at("local"):
         schedule = file.local.schedule()
     optimizer = file.local.optimizer(layout=problem.layout)
-    local = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds)
-    return check_strategy(file.strategy(layout=problem.layout, local=local), problem.num_examples)
+    local, n = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds), len(problem.num_examples)
+    return check_strategy(file.strategy(layout=problem.layout, local=local, count=n), problem.num_examples)
 
 
 def _fleet(
@@ -173,7 +180,7 @@ def _fleet(
     uplink, downlink = build_links(file, strategy, sent)
     check_state_scope(strategy, uplink)
     byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
-    devices = file.clients.devices(count=n)
+    devices, absence = file.clients.devices(count=n), build_absence(file, strategy, n)
     runner = StackRunner(task, strategy, file.seed, device, uplink)
     executor, workers = build_executor(runtime, runner, work, width, device)
     memory, kept = build_memory(runtime, file.rounds, work, task.layout, executor, device)
@@ -189,6 +196,7 @@ def _fleet(
         reply_bits=None if uplink is None else uplink.compressor.bits(sent.size),
         downlink=downlink,
         byzantine=byzantine,
+        absence=absence,
     )
     pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
     return fleet, pool, workers, kept

@@ -17,6 +17,7 @@ from fedsim.data.checks import check_fraction
 from fedsim.engine import ENGINES
 from fedsim.evaluation import Evaluate
 from fedsim.loop import Checkpoint, Stop
+from fedsim.sim.absence import Dropout
 from fedsim.streams import server_rng
 from fedsim.task import Schedule
 
@@ -28,13 +29,15 @@ class Clients:
     Args:
         count: N; null takes it from the data (a natural partition) or is 100.
         devices: how fast they are.
-        availability: when they can be reached; `always` for now.
+        availability: when they can be reached. A job whose client goes off line dies.
+        dropout: jobs that die by themselves.
         byzantine: who attacks, and how.
     """
 
     count: int | None = None
     devices: Annotated[Any, FromTable("device", "constant")] = None
     availability: Annotated[Any, FromTable("availability", "always")] = None
+    dropout: Dropout = field(default_factory=Dropout)
     byzantine: ByzantineClients = field(default_factory=lambda: ByzantineClients())
 
     def __post_init__(self) -> None:

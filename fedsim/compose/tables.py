@@ -7,13 +7,13 @@ from typing import Any
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
-from fedsim.compose.entries import AVAILABILITY
 from fedsim.compose.problems import TASKS
 from fedsim.compress import COMPRESSORS
 from fedsim.data import DATASETS, PARTITIONS
 from fedsim.engine import ENGINES
 from fedsim.engine.losses import LOSSES
 from fedsim.optim.table import RULES
+from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
 from fedsim.sinks import SINKS
 from fedsim.strategies import STRATEGIES

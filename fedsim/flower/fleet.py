@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Held, Inbox, Replies, Times, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Held, Inbox, Late, Replies, Times, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
+from fedsim.metrics import Metrics
 from fedsim.sim.account import Account, check_foldable, is_second_half
 from fedsim.sim.byzantine import who_hears
 from fedsim.sim.events import Sent
@@ -52,7 +53,22 @@ class FlowerFleet(Account):
         """Seconds since the fleet was ready, those before a resume included."""
         return self.mail.now
 
+    @property
+    def num_at_work(self) -> int:
+        """Jobs in flight."""
+        return len(self.mail.flights) + len(self.mail.landed)
+
     # The server half's side -------------------------------------------------------------------------------------
+
+    def present(self, at_least: int = 1, with_data: bool = False) -> Tensor:
+        """[A] clients that are connected and idle, in ascending order (see `Fleet.present`).
+
+        Raises:
+            ClientError: if too few are connected when patience is over.
+        """
+        ids = super().present(at_least, with_data)
+        wanted = 0 if self.num_at_work else at_least
+        return ids[torch.tensor(self.mail.connected(ids.tolist(), wanted), dtype=torch.bool)]
 
     def send(self, ids: Tensor, work: Work, *, cost: Cost = ONE_STEP, **broadcast: Any) -> None:
         """Start work on idle clients.
@@ -76,8 +92,9 @@ class FlowerFleet(Account):
 
     def cancel(self, ids: Tensor) -> None:
         """Call off jobs in flight (see `Fleet.cancel`); what a device still answers is left where it lies."""
-        called_off = self.mail.call_off(ids.tolist())
-        self._end((f.client, f.key, f.started, self.now) for f in called_off)
+        mail, clients = self.mail, ids.tolist()
+        landed = [mail.landed.pop(c).flight for c in clients if c in mail.landed]
+        self._end((f.client, f.key, f.started, self.now) for f in [*mail.forget(clients), *landed])
 
     def ask(
         self,
@@ -87,12 +104,18 @@ class FlowerFleet(Account):
         cost: Cost = ONE_STEP,
         fold: Fold | None = None,
         weights: Tensor | None = None,
+        within: float = inf,
+        first: int | None = None,
+        late: Late = "drop",
         **broadcast: Any,
     ) -> Replies:
-        """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
+        """Send to idle clients and wait for them; replies stand in the order of `ids` (see `Fleet.ask`)."""
         check_foldable(fold)
         second = is_second_half(broadcast)
         self._dispatch(ids, work, self._number(ids, second), broadcast)
+        if within < inf or first is not None:
+            ids, came = self._in_time(ids, work, within, first, late)
+            weights = None if weights is None else weights[came]
         return self._collect(ids, fold, weights, count=not second)
 
     def exchange(
@@ -184,6 +207,27 @@ class FlowerFleet(Account):
             for values, part in zip(each, parts, strict=True):
                 values |= part
         return received, each, keys
+
+    def _in_time(self, ids: Tensor, work: Work, within: float, first: int | None, late: Late) -> tuple[Tensor, Tensor]:
+        """(clients whose replies are there when a call's time is over, kept ones of earlier calls last; [R] bool).
+
+        A client that is told to stop goes on all the same, for Flower has no word for that; nobody reads its reply.
+        """
+        mail, clients = self.mail, ids.tolist()
+
+        def kept() -> list[int]:
+            jobs = ((c, self.sent[reply.flight.key].work) for c, reply in mail.landed.items() if c not in clients)
+            return [c for c, of in jobs if of == work.__name__]
+
+        wanted = len(clients) if first is None else min(first, len(clients))
+        mail.wait(
+            lambda: sum(c in mail.landed for c in clients) >= wanted and bool(clients or kept()), self.now + within
+        )
+        came = torch.tensor([c in mail.landed for c in clients], dtype=torch.bool)
+        self._observed += Metrics.count(num_late=int((~came).sum()))
+        if late == "drop":
+            self._end((f.client, f.key, f.started, self.now) for f in mail.forget(ids[~came].tolist()))
+        return torch.cat([ids[came], torch.tensor(kept(), dtype=torch.int64)]), came
 
     def _collect(self, ids: Tensor, fold: Fold | None, given: Tensor | None = None, count: bool = True) -> Replies:
         """All replies of one call, folded stack by stack as if each client were a stack of its own."""

@@ -108,6 +108,25 @@ class Mail:
         jobs = [*(flight for flight, _ in self.flights.values()), *(reply.flight for reply in self.landed.values())]
         return sorted(jobs, key=lambda flight: (flight.key, flight.client))
 
+    def connected(self, clients: Sequence[int], at_least: int) -> list[bool]:
+        """Which of these clients are connected, once at least so many are.
+
+        Raises:
+            ClientError: if there are fewer when patience is over.
+        """
+        start = self.now
+        while True:
+            there = set(self.grid.get_node_ids())
+            on = [self.nodes.node_ids[client] in there for client in clients]
+            if sum(on) >= at_least:
+                return on
+            if self.now - start > self.patience.reply_seconds:
+                raise ClientError(
+                    f"{sum(on)} of {len(on)} clients were connected within {self.patience.reply_seconds} seconds, and "
+                    f"{at_least} are needed at once; start their SuperNodes"
+                )
+            self.clock.sleep(self.patience.poll_seconds)
+
     def post(self, sent: Sent, key: int, letters: Sequence[Letter], keys: Sequence[wire.Key] = ()) -> int:
         """Send the letters of one call; the bits of their values."""
         bits = 0
@@ -183,12 +202,10 @@ class Mail:
                 raise ClientError(f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}")
             self.clock.sleep(min(self.patience.poll_seconds, max(until - self.now, 0.0)))
 
-    def call_off(self, clients: Iterable[int]) -> list[Flight]:
-        """Forget what these clients were sent, and their replies that nobody has taken yet."""
-        named = set(clients)
-        mine = {number: flight for number, (flight, _) in self.flights.items() if flight.client in named}
-        self.flights = {number: entry for number, entry in self.flights.items() if number not in mine}
-        return [*mine.values(), *(self.landed.pop(c).flight for c in sorted(named & self.landed.keys()))]
+    def forget(self, clients: Sequence[int]) -> list[Flight]:
+        """Jobs of these clients, whose replies nobody waits for any more."""
+        numbers = [n for n, (flight, _) in self.flights.items() if flight.client in clients]
+        return [self.flights.pop(n)[0] for n in numbers]
 
     def take(self, client: int) -> Landed:
         """One client's reply, once it is there."""

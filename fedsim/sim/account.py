@@ -67,16 +67,17 @@ class Account:
         seen, self._observed = self._observed, Metrics()
         return seen
 
-    def present(self, at_least: int = 1) -> Tensor:
-        """[A] ids of idle clients, ascending; everybody is on line.
+    def present(self, at_least: int = 1, with_data: bool = False) -> Tensor:
+        """[A] idle clients, in ascending order: all of them are on line, as far as anybody knows.
 
         Raises:
-            ValueError: if fewer than `at_least` are idle: those at work end when their replies are received.
+            ValueError: if there are not so many clients.
         """
-        idle = torch.nonzero(~self._busy).flatten() if self.sent else self.clients
-        if len(idle) < at_least:
-            raise ValueError(f"{at_least} clients were wanted and {len(idle)} of {len(self.clients)} are idle")
-        return idle
+        ids = torch.nonzero(~self._busy).flatten() if self.sent else self.clients
+        ids = ids[self.num_examples[ids] > 0] if with_data else ids
+        if len(ids) < at_least and not self.sent:
+            raise ValueError(f"{at_least} clients are needed at once, and there are {len(ids)}; raise clients.count")
+        return ids
 
     def honest(self, ids: Tensor) -> Tensor:
         """[R] bool: all of them, as far as anybody knows."""

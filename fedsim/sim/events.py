@@ -7,7 +7,7 @@ model until it steps, and jobs that start from one model share the copies and pr
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,13 @@ class Event:
     """One job in flight.
 
     Args:
-        finish: seconds at which its reply reaches the server.
+        finish: seconds at which its reply reaches the server, or at which it dies.
         sequence: number of the job in the order of sending; breaks ties.
         client: its client's id.
         number: job index: how many jobs that client had before.
         sent: which call of `send` it belongs to.
         started: seconds at which it was sent.
+        lost: bits of its reply that have been sent when it dies; -1 if it ends with its reply.
         result: what the job gave, once computed; None until then.
     """
 
@@ -37,6 +38,7 @@ class Event:
     number: int = field(compare=False)
     sent: int = field(compare=False)
     started: float = field(compare=False)
+    lost: int = field(default=-1, compare=False)
     result: Computed | None = field(default=None, compare=False)
 
 
@@ -64,20 +66,28 @@ class EventQueue:
         for event in events:
             heapq.heappush(self._heap, event)
 
-    def take(self, clients: Iterable[int]) -> list[Event]:
-        """The events of these clients, in order of arrival."""
-        named = set(clients)
-        out = [event for event in self if event.client in named]
-        self._heap = [event for event in self._heap if event.client not in named]
-        heapq.heapify(self._heap)
+    def pop(self, until: float, count: int | None = None) -> list[Event]:
+        """Events that finish by `until` (seconds), with at most `count` replies, in order of arrival."""
+        out: list[Event] = []
+        while self._heap and self._heap[0].finish <= until and (count is None or count > 0):
+            out.append(heapq.heappop(self._heap))
+            if count is not None and out[-1].lost < 0:
+                count -= 1
         return out
 
-    def pop(self, until: float, count: int | None = None) -> list[Event]:
-        """Events that finish by `until` (seconds), at most `count` of them, in order of arrival."""
-        out: list[Event] = []
-        while self._heap and self._heap[0].finish <= until and (count is None or len(out) < count):
-            out.append(heapq.heappop(self._heap))
+    def take(self, which: Callable[[Event], bool]) -> list[Event]:
+        """Some events, in order of arrival, whenever they finish."""
+        out = sorted(filter(which, self._heap))
+        if out:
+            self._heap = [e for e in self._heap if not which(e)]
+            heapq.heapify(self._heap)
         return out
+
+
+def rows_held(events: list[Event]) -> int:
+    """Rows of all the stacks to which computed replies belong."""
+    stacks = {id(e.result.fields[0]): e.result.fields[0] for e in events if e.result and e.result.fields}
+    return sum(len(next(iter(fields.values()))) for fields in stacks.values())
 
 
 @dataclass

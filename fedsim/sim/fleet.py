@@ -5,7 +5,8 @@ Letters: N clients, R jobs or replies, P entries of a client's vector.
 When and what are separate. `send` only books a finish time for each client. `receive` pops what is due and then
 computes it together with jobs that will be due next, whatever model each of them started from, so that asynchronous
 runs still work on full stacks. No more replies wait than these stacks hold; other jobs in flight are a few numbers each
-and share what they were sent. Client memory is written when a reply is received.
+and share what they were sent. Client memory is written when a reply is received. A job that dies is an event as well,
+at which its client is idle again; it is never computed, and neither is a late reply that nobody waits for.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import FLOAT_BITS, Packet
-from fedsim.fleet import Arrival, Cost, Fold, Held, Inbox, Replies, Times, Work, weigh
+from fedsim.fleet import Arrival, Cost, Fold, Held, Inbox, Late, Replies, Times, Work, weigh
 from fedsim.memory import Memory
+from fedsim.metrics import Metrics
 from fedsim.parts import Parts
+from fedsim.sim.absence import Absence, Ends
 from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable, is_second_half
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
-from fedsim.sim.devices import Devices, law
-from fedsim.sim.events import Event, EventQueue
+from fedsim.sim.calls import Calls
+from fedsim.sim.devices import Devices
+from fedsim.sim.events import Event, EventQueue, rows_held
 from fedsim.sim.executor import Executor, Jobs, Results
 from fedsim.sim.links import Downlink
+from fedsim.sim.timing import Timing, least
 from fedsim.streams import Streams
 
-ONE_STEP = Cost()
+ONE_STEP, PRESENT = Cost(), Absence()
+DRAWS = 64  # durations of each client by which a deadline is judged, where no law is known
 STACKS_AHEAD = 4  # of a CPU, so that its cores have full ones while the last of a call is computed; one fills a GPU
 
 
@@ -53,6 +59,7 @@ class SimFleet(Account):
         reply_bits: bits of one model-sized vector on the way up; 32 P unless the uplink compresses.
         downlink: compresses broadcasts; None sends them as they are.
         byzantine: who lies, and how; None for nobody.
+        absence: who is off line when, and which jobs die.
     """
 
     def __init__(
@@ -68,45 +75,68 @@ class SimFleet(Account):
         reply_bits: int | None = None,
         downlink: Downlink | None = None,
         byzantine: Byzantine | None = None,
+        absence: Absence = PRESENT,
     ) -> None:
         super().__init__(num_examples, model_size, seed, downlink)
         self.now = 0.0
+        self.absence = absence
         self.memory, self.executor, self.byzantine = memory, executor, byzantine
+        self._calls = Calls(executor, memory)
         self.queue = EventQueue()
-        self._devices, self._ahead = devices, ahead
-        self._reply_bits = FLOAT_BITS * model_size if reply_bits is None else reply_bits
-        self._durations: dict[int, tuple[tuple[float, float, float], Tensor]] = {}
+        bits = FLOAT_BITS * model_size if reply_bits is None else reply_bits
+        self.timing = Timing(devices, absence, num_examples, model_size, bits, seed)
+        self._ahead = ahead
 
     # The server half's side -------------------------------------------------------------------------------------
 
+    @property
+    def num_at_work(self) -> int:
+        """Jobs in flight."""
+        return len(self.queue)
+
+    def present(self, at_least: int = 1, with_data: bool = False) -> Tensor:
+        """[A] clients that are on line and idle, in ascending order (see `Fleet.present`).
+
+        Raises:
+            ValueError: if so many will never be there.
+        """
+        ids = super().present(at_least, with_data)
+        if not self.absence.away:
+            return ids
+        if len(self.queue):
+            on = self.absence.on_line(ids, self.now)
+        else:
+            self.now, on = self.absence.wait(ids, self.now, at_least)
+        self._observed += Metrics(means={"num_away": (float(len(ids) - int(on.sum())), 1.0)})
+        return ids[on]
+
     def send(self, ids: Tensor, work: Work, *, cost: Cost = ONE_STEP, **broadcast: Any) -> None:
-        """Start work on idle clients.
+        """Start work on idle clients; those that are off line by now don't get it.
 
         Raises:
             ValueError: if a client is still busy, unknown, or named twice.
         """
-        if not len(ids):
-            return
-        numbers = self._number(ids)
-        finish, broadcast = self._book(ids, numbers, cost, broadcast)
-        start = self._sequence
-        key = self._begin(ids, work, broadcast)
-        rows = zip(finish.tolist(), ids.tolist(), numbers.tolist(), strict=True)
-        self.queue.push(Event(f, start + i, c, n, key, self.now) for i, (f, c, n) in enumerate(rows))
+        ids = ids[self._reachable(ids)]
+        if len(ids):
+            numbers = self._number(ids)
+            self._enqueue(ids, numbers, work, *self._book(ids, numbers, cost, broadcast))
 
     def receive(self, *, until: float = inf, count: int | None = None) -> Replies:
         """Wait until a time, or for `count` replies, or (with neither) for all in flight; in order of arrival."""
-        events = self.queue.pop(until + TOLERANCE, count)
+        ended = self.queue.pop(until + TOLERANCE, count)
+        events = [e for e in ended if e.lost < 0]
         self._compute(events)
         if until < inf and (count is None or len(events) < count):
             self.now = max(self.now, until)
-        elif events:
-            self.now = max(self.now, events[-1].finish)
+        elif ended:
+            self.now = max(self.now, ended[-1].finish)
+        self._bury([e for e in ended if e.lost >= 0])
         return self._deliver(events)
 
     def cancel(self, ids: Tensor) -> None:
         """Call off jobs in flight (see `Fleet.cancel`); nothing of them is uploaded, counted or kept."""
-        self._end((e.client, e.sent, e.started, self.now) for e in self.queue.take(ids.tolist()))
+        clients = set(ids.tolist())
+        self._end((e.client, e.sent, e.started, self.now) for e in self.queue.take(lambda e: e.client in clients))
 
     def ask(
         self,
@@ -116,54 +146,72 @@ class SimFleet(Account):
         cost: Cost = ONE_STEP,
         fold: Fold | None = None,
         weights: Tensor | None = None,
+        within: float = inf,
+        first: int | None = None,
+        late: Late = "drop",
         **broadcast: Any,
     ) -> Replies:
-        """Send to idle clients and wait for all of them; replies stand in the order of `ids`."""
+        """Send to idle clients and wait for them; replies stand in the order of `ids` (see `Fleet.ask`).
+
+        Raises:
+            ValueError: if a client is still busy, unknown, or named twice, or nobody's job can end within that time.
+        """
         check_foldable(fold)
+        there, started = self._reachable(ids), self.now
+        ids, weights = ids[there], None if weights is None else weights[there]
         second = is_second_half(broadcast)
         numbers = self._number(ids, second)
-        finish, broadcast = self._book(ids, numbers, cost, broadcast)
-        num_examples, started = self.num_examples[ids], self.now
-        attacked = self.byzantine is not None and not bool(self.byzantine.honest(ids).all())
-        early = None if fold is None or attacked else weigh(fold, num_examples, weights)
-        results = self._run(work, ids, numbers, broadcast, early)
-        if len(ids):
-            self.now = max(self.now, float(finish.max()))
-        fields: dict[str, Any] = {**results.fields, **results.sums}
-        arrive = torch.ones(len(ids), dtype=torch.bool)
-        if attacked and self.byzantine is not None and cost.vectors_up:
-            arrive, fields = self.byzantine.deliver(ids, fields, self.round)
-        bits = results.bits_up if cost.vectors_up or cost.bits_up is not None else torch.zeros_like(results.bits_up)
-        self._observe(ids, arrive, results.metrics, bits, count=not second)
-        ids, finish, num_examples = ids[arrive], finish[arrive], num_examples[arrive]
-        if attacked and (fold is not None or not len(ids)):  # of no replies at all the sum is zero, folded or not
-            given = None if weights is None else weights[arrive]
-            late = torch.zeros(0) if fold is None else weigh(fold, num_examples, given)
-            fields = {k: torch.tensordot(late.to(v), v, dims=1) if v.ndim > 1 else v for k, v in fields.items()}
-        logged = _of_those(arrive, results.metrics)
-        fresh = torch.zeros(len(ids), dtype=torch.int64)
-        return Replies(ids, num_examples, finish, fields, fresh, finish - started, logged)
+        ends, received = self._book(ids, numbers, cost, broadcast)
+        close = min(ends.closing(first) if len(ids) else self._next(work.__name__), self.now + within)
+        ended = ends.at <= close + TOLERANCE
+        came, died = ended & ends.well, ended & ~ends.well
+        if within < inf or first is not None:
+            self._observed += Metrics.count(num_late=int((~ended).sum()))
+        if late == "keep" and not bool(ended.all()):
+            self._enqueue(ids[~ended], numbers[~ended], work, Ends(ends.at[~ended], ends.lost[~ended]), received)
+        if bool(died.any()):
+            self._lose(ends.lost[died])
+        kept = self._kept(work.__name__, close)
+        if within < inf and not kept and not bool(came.any()):
+            self.check_possible(cost, within, **broadcast)
+        self.now = max(self.now, close)
+        assert weights is None or not kept, "weights are of the clients asked now"
+        fresh = self._calls.fresh(work, ids[came], numbers[came], received, self.round)
+        weights = None if weights is None else weights[came]
+        return self._answered(fresh, started, ends.at[came], kept, fold, weights, cost, count=not second)
+
+    def check_possible(self, cost: Cost, within: float, **broadcast: Any) -> None:
+        """Refuse to wait for less time than any client's job takes.
+
+        Raises:
+            ValueError: if no job of that cost is known to end within so many seconds.
+        """
+        fastest = least(self.job_times(cost, DRAWS, **broadcast))
+        if fastest > within + TOLERANCE:
+            raise ValueError(
+                f"strategy.deadline={within:g} seconds is less than any client's job takes, the fastest {fastest:.4g}; "
+                "raise it, or change clients.devices"
+            )
 
     def exchange(
         self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
     ) -> Replies:
         """Every client of `replies` reads the others' vectors (see `Fleet.exchange`); each sends n - 1 copies."""
         ids, n = replies.ids, len(replies)
-        sent = dict(replies.fields)
+        arrive, sent = torch.ones(n, dtype=torch.bool), dict(replies.fields)
         if self.byzantine is not None:
             arrive, sent = self.byzantine.deliver(ids, sent, self.round)
-        else:
-            arrive = torch.ones(n, dtype=torch.bool)
         present = torch.nonzero(arrive).flatten()
         numbers = self.job_counts[ids] - 1  # the second half of the job whose reply is exchanged
         streams = Streams(self._seed, ids, numbers)
         heard = who_hears(streams, present, self.honest(ids[present]), missing if arrival == "adversarial" else 0)
         vector = FLOAT_BITS * sum(v[0].numel() for v in sent.values() if v.ndim > 1)
-        results = self._run(work, ids, numbers, broadcast, inbox=Inbox(sent, heard, places(present, n)))
+        inbox = Inbox(sent, heard, places(present, n))
+        results = self._calls.run(self._calls.fresh(work, ids, numbers, broadcast, self.round, inbox))
         up, down = torch.full((n,), vector * (n - 1)), vector * (len(present) - arrive.long())
         self.ledger.bits_down += int(down.sum())
         self._observe(ids, arrive, results.metrics, up, count=False)
-        seconds = self._devices.seconds(streams, torch.zeros(n).double(), down.double(), up.double())
+        seconds = self.timing.devices.seconds(streams, torch.zeros(n).double(), down.double(), up.double())
         finish = self.now + seconds
         self.now = max(self.now, float(finish.max()))
         return Replies(ids, self.num_examples[ids], finish, dict(results.fields), torch.zeros(n, dtype=torch.int64))
@@ -174,32 +222,26 @@ class SimFleet(Account):
 
     def job_times(self, cost: Cost, samples: int, messages: Tensor | None = None, **broadcast: Any) -> Times:
         """How long such a job takes (see `Fleet.job_times`); what must be drawn is, with keys that no real job has."""
-        work = self._work(cost, messages, broadcast)
-        jobs = torch.full_like(self.clients, -1)
-        if (known := law(self._devices, Streams(self._seed, self.clients, jobs), *work)) is not None:
-            return Times(*known)
-        streams = [Streams(self._seed, self.clients, jobs - k) for k in range(samples)]
-        drawn = torch.stack([self._devices.seconds(each, *work) for each in streams], dim=1)
-        return Times(drawn.mean(1), torch.zeros(len(drawn), dtype=torch.float64), drawn)
-
-    def _work(self, cost: Cost, messages: Tensor | None, broadcast: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """(steps, bits down, bits up), [N] each, of a job once clients have a copy: what `_book` will count."""
-        steps = cost.steps_of(self.num_examples)
-        down = torch.zeros(len(steps), dtype=torch.int64)
-        for value in broadcast.values():
+        down = torch.zeros(len(self.clients), dtype=torch.int64)
+        for value in broadcast.values():  # once clients have a copy: what `_book` will count
             if self.downlink is not None and self._compresses(value):
                 down += self.downlink.bits(self._model_size, torch.ones_like(down) if messages is None else messages)
             else:
                 down += bits_of(value)
-        return steps, down.double(), torch.full_like(steps, self._up(cost))
+        return self.timing.times(cost, samples, down)
 
     # The loop's side --------------------------------------------------------------------------------------------
 
     def evaluate(self, ids: Tensor, work: Work, **broadcast: Any) -> Mapping[str, Tensor]:
         """What clients say beside the rounds (see `DrivenFleet.evaluate`)."""
-        which, kept = torch.zeros(len(ids), dtype=torch.int64), self.memory.of(ids)
-        jobs = Jobs(work.__name__, ids, self.job_counts[ids], [broadcast], which, kept, round=self.round)
+        jobs = self._calls.fresh(work, ids, self.job_counts[ids], broadcast, self.round)
         return self.executor.run(jobs).fields
+
+    def end_round(self) -> Metrics:
+        """See `Account`; jobs that died are counted wherever some may."""
+        if self.absence.kills:
+            self._observed += Metrics.count(num_dropped=0)
+        return super().end_round()
 
     state_classes: ClassVar[dict[str, type]] = Account.state_classes | {
         cls.__qualname__: cls for cls in (Event, Knowledge, Results, Parts)
@@ -232,10 +274,18 @@ class SimFleet(Account):
 
     # Inside -----------------------------------------------------------------------------------------------------
 
+    def _reachable(self, ids: Tensor) -> Tensor | slice:
+        """[R] bool, which of some clients are on line; for the others a job ends before it begins."""
+        if not self.absence.away or not len(ids):
+            return slice(None)
+        on = self.absence.on_line(ids, self.now)
+        self._observed += Metrics.count(num_dropped=int((~on).sum()))
+        return on
+
     def _book(
-        self, ids: Tensor, numbers: Tensor, cost: Cost, broadcast: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """(finish times [R], what clients get) of new jobs; counts what they download."""
+        self, ids: Tensor, numbers: Tensor, cost: Cost, broadcast: Mapping[str, Any]
+    ) -> tuple[Ends, dict[str, Any]]:
+        """(how new jobs [R] end, what clients get); counts what they download."""
         down, received = torch.zeros(len(ids), dtype=torch.int64), dict[str, Any]()
         for name, value in broadcast.items():
             if self.downlink is not None and self._compresses(value):
@@ -247,43 +297,71 @@ class SimFleet(Account):
                 received[name] = value.decode()[0] if isinstance(value, Packet) else value
                 down += bits_of(value)
         self.ledger.bits_down += int(down.sum())
-        steps = cost.steps_of(self.num_examples[ids])
-        up = torch.full_like(steps, self._up(cost))
-        return self.now + self._seconds(ids, numbers, steps, down.double(), up), received
+        return self.timing.ends(ids, numbers, self.now, cost, down), received
 
-    def _run(
+    def _enqueue(self, ids: Tensor, numbers: Tensor, work: Work, ends: Ends, broadcast: Mapping[str, Any]) -> None:
+        """Put jobs in flight."""
+        start = self._sequence
+        key = self._begin(ids, work, broadcast)
+        rows = zip(ends.at.tolist(), ids.tolist(), numbers.tolist(), ends.lost.tolist(), strict=True)
+        self.queue.push(Event(at, start + i, c, n, key, self.now, lost) for i, (at, c, n, lost) in enumerate(rows))
+
+    def _next(self, work: str) -> float:
+        """Seconds at which the next reply of this work arrives; now if none is in flight."""
+        return min((e.finish for e in self.queue if e.lost < 0 and self.sent[e.sent].work == work), default=self.now)
+
+    def _kept(self, work: str, until: float) -> list[Event]:
+        """Late jobs of earlier calls for this work that have ended with a reply by a time; those that died are over."""
+        ended = self.queue.take(lambda e: e.finish <= until + TOLERANCE and self.sent[e.sent].work == work)
+        self._bury([e for e in ended if e.lost >= 0])
+        return [e for e in ended if e.lost < 0]
+
+    def _bury(self, dead: list[Event]) -> None:
+        """Take jobs off that died."""
+        if dead:
+            self._end((e.client, e.sent, e.started, e.finish) for e in dead)
+            self._lose(torch.tensor([e.lost for e in dead]))
+
+    def _lose(self, lost: Tensor) -> None:
+        """Count jobs that died, and what they sent [R] of their replies."""
+        self.ledger.bits_up += int(lost.sum())
+        self._observed += Metrics.count(num_dropped=len(lost))
+
+    def _answered(
         self,
-        work: Work,
-        ids: Tensor,
-        numbers: Tensor,
-        broadcast: Mapping[str, Any],
-        weights: Tensor | None = None,
-        inbox: Inbox | None = None,
-    ) -> Results:
-        """Jobs that all start from one broadcast, at once; what they keep is written."""
-        which, kept = torch.zeros(len(ids), dtype=torch.int64), self.memory.of(ids)
-        jobs = Jobs(work.__name__, ids, numbers, [broadcast], which, kept, weights, self.round, inbox=inbox)
-        results = self.executor.run(jobs)
-        self.memory.write(ids, results.memory)
-        return results
-
-    def _seconds(self, ids: Tensor, numbers: Tensor, steps: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """[R] durations of jobs; those of clients that are sent work one by one are looked up where they never vary."""
-        if self._devices.random or len(ids) > 1:
-            return self._devices.seconds(Streams(self._seed, ids, numbers), steps, down, up)
-        client, work = int(ids), (float(steps), float(down), float(up))
-        known = self._durations.get(client)
-        if known is None or known[0] != work:
-            known = work, self._devices.seconds(Streams(self._seed, ids, numbers), steps, down, up)
-            self._durations[client] = known
-        return known[1]
-
-    def _up(self, cost: Cost) -> int:
-        """Bits of a reply."""
-        if cost.bits_up is not None:
-            return cost.bits_up
-        exact = min(cost.exact_up, cost.vectors_up)
-        return (cost.vectors_up - exact) * self._reply_bits + exact * FLOAT_BITS * self._model_size
+        fresh: Jobs,
+        started: float,
+        finish: Tensor,
+        kept: list[Event],
+        fold: Fold | None,
+        given: Tensor | None,
+        cost: Cost,
+        count: bool,
+    ) -> Replies:
+        """Replies to an `ask`, kept ones behind the fresh ones: computed, delivered, counted and folded."""
+        calls, rows = [fresh], [(fresh.ids, finish, torch.zeros_like(fresh.ids), finish - started)]
+        for key in sorted({e.sent for e in kept}):
+            late = [e for e in kept if e.sent == key]
+            calls.append(self._calls.of(late, self.sent, self.round))
+            rows.append(self._end((e.client, key, e.started, e.finish) for e in late))
+        ids, at, staleness, seconds = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        num_examples = self.num_examples[ids]
+        attacked = self.byzantine is not None and not bool(self.byzantine.honest(ids).all())
+        early = None if fold is None or attacked else weigh(fold, num_examples, given)
+        results = self._calls.together(calls, early)
+        fields: dict[str, Any] = {**results.fields, **results.sums}
+        arrive = torch.ones(len(ids), dtype=torch.bool)
+        if attacked and self.byzantine is not None and cost.vectors_up:
+            arrive, fields = self.byzantine.deliver(ids, fields, self.round)
+        bits = results.bits_up if cost.vectors_up or cost.bits_up is not None else torch.zeros_like(results.bits_up)
+        self._observe(ids, arrive, results.metrics, bits, staleness if kept else None, count)
+        if attacked and (fold is not None or not bool(arrive.any())):  # of no replies at all the sum is zero
+            given = None if given is None else given[arrive]
+            weights = torch.zeros(0) if fold is None else weigh(fold, num_examples[arrive], given)
+            fields = {k: torch.tensordot(weights.to(v), v, dims=1) if v.ndim > 1 else v for k, v in fields.items()}
+        each = (ids, num_examples, at, staleness, seconds)
+        ids, num_examples, at, staleness, seconds = (values[arrive] for values in each)
+        return Replies(ids, num_examples, at, fields, staleness, seconds, _of_those(arrive, results.metrics))
 
     def _compute(self, due: list[Event]) -> None:
         """Compute what is due and, in the same stacks, what will be due next, as long as no more than `ahead` wait."""
@@ -292,32 +370,17 @@ class SimFleet(Account):
             return
         waiting, coming = list[Event](), list[Event]()
         for event in self.queue:
-            (coming if event.result is None else waiting).append(event)
+            if event.lost < 0:
+                (coming if event.result is None else waiting).append(event)
         pending = missing + coming[: max(self._ahead - len(waiting) - len(missing), 0)]
         pending.sort(key=lambda e: e.sequence)
         for work in dict.fromkeys(self.sent[e.sent].work for e in pending):
-            self._run_events(work, [e for e in pending if self.sent[e.sent].work == work])
-        if _rows_held(waiting) > 2 * self._ahead:
+            events = [e for e in pending if self.sent[e.sent].work == work]
+            results = self.executor.run(self._calls.of(events, self.sent, self.round))
+            for event, result in zip(events, results.apart(), strict=True):
+                event.result = result
+        if rows_held(waiting) > 2 * self._ahead:
             self._keep_only_what_waits()
-
-    def _run_events(self, work: str, events: list[Event]) -> None:
-        """Compute jobs in flight that do the same work."""
-        keys = {key: i for i, key in enumerate(dict.fromkeys(e.sent for e in events))}
-        ids = torch.tensor([e.client for e in events])
-        results = self.executor.run(
-            Jobs(
-                work,
-                ids,
-                torch.tensor([e.number for e in events]),
-                [self.sent[key].broadcast for key in keys],
-                torch.tensor([keys[e.sent] for e in events]),
-                self.memory.of(ids),
-                round=self.round,
-                rounds=torch.tensor([self.sent[e.sent].round for e in events]),
-            )
-        )
-        for event, result in zip(events, results.apart(), strict=True):
-            event.result = result
 
     def _keep_only_what_waits(self) -> list[Event]:
         """The events whose replies wait; these become copies, so that the rest of their stacks takes no room."""
@@ -343,9 +406,3 @@ class SimFleet(Account):
 def _of_those(which: Tensor, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """{metric: [R]} of some jobs, `which` [R'] bool; of all of them as it is, in the parts that stacks gave."""
     return metrics if bool(which.all()) else {name: values[which] for name, values in metrics.items()}
-
-
-def _rows_held(events: list[Event]) -> int:
-    """Rows of all the stacks to which computed replies belong."""
-    stacks = {id(e.result.fields[0]): e.result.fields[0] for e in events if e.result and e.result.fields}
-    return sum(len(next(iter(fields.values()))) for fields in stacks.values())

@@ -42,6 +42,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "extragradient": {"lr": 0.1},
     "masha1": {"lr": 0.1, "p": 0.4},
     "masha2": {"lr": 0.1, "p": 0.4},
+    "uncoded": {"lr": 0.3},
+    "gradient_coding": {"lr": 0.3, "s": 2},
+    "sr_sgc": {"lr": 0.3, "B": 1, "W": 2, "lam": 3},
+    "m_sgc": {"lr": 0.3, "B": 1, "W": 2, "lam": 2},
     "scaffold, robust": {"cohort_size": 4, **ROBUST},
     "scaffold_m, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
     "fedavg_m_vr, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
@@ -67,7 +71,8 @@ ROWS: dict[str, dict[str, Any]] = {
 
 OWN_LINKS = {"masha1": "rand_k", "masha2": "top_k"}  # these compress by themselves
 PEERS = {"dsgd", "monna"}
-OPERATORS = {"extragradient", "masha1", "masha2"}
+CODING = {"uncoded", "gradient_coding", "sr_sgc", "m_sgc"}
+NO_STEPS = {"extragradient", "masha1", "masha2", *CODING}  # of clients' own
 ASYNCHRONOUS = {"async_fedavg", "fedfix", "fedbuff", "fedbuff_stream"}
 
 every_strategy = pytest.mark.parametrize("name", ROWS)
@@ -91,6 +96,8 @@ def _make(name: str, task: Any, **changes: Any) -> Any:
     given = {"local": local_sgd(task, 0.05, steps=5)} if "local" in signature(kind).parameters else {}
     if "layout" in signature(kind).parameters:  # the entries of a model; a formula has one only, which is shared
         given |= {"layout": task.layout, "personal": ()}
+    known = {"local": local_sgd(task, 0.05, steps=5), "count": len(task.num_examples)}
+    given = {key: value for key, value in known.items() if key in signature(kind).parameters}
     if "aggregator" in ROWS[name]:
         given["aggregator"] = AGGREGATORS[ROWS[name]["aggregator"]]()
     if "selection" in ROWS[name]:
@@ -117,10 +124,10 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
     if _kind(name) in OWN_LINKS:
         strategy["compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.2}
         strategy["server_compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.5}
-    elif _kind(name) not in PEERS:
+    elif _kind(name) not in PEERS | CODING:
         config["uplink"] = {"compressor": {"name": "top_k", "fraction": 0.2}, "error_feedback": True}
         config["downlink"] = {"compressor": "natural"}
-    if _kind(name) in OPERATORS:
+    if _kind(name) in NO_STEPS:
         del config["local"]
     if _kind(name) in PEERS:
         config["clients"]["byzantine"] = {"attack": {"name": "mimic", "warmup": 2}, "count": 1}
@@ -206,7 +213,7 @@ def test_clients_that_agree_on_the_solution_are_taken_there(name: str) -> None:
     task = quadratic([0.5, 0.8, 1.0, 1.2, 1.5, 2.0], [3.0] * 6, 0.0)
     rate = (
         {"local": local_sgd(task, 0.05 if _kind(name) in PEERS else 0.02, steps=5)}
-        if _kind(name) not in OPERATORS
+        if _kind(name) not in NO_STEPS
         else {}
     )
     play = Play.start(task, _make(name, task, **rate), devices=Clocks((1.0,) * 6))

@@ -246,10 +246,12 @@ def test_idle_clients_are_present_and_those_at_work_are_not() -> None:
     assert fleet.present().tolist() == [1]
     fleet.send(_ids(1), HALVES.plus, x=X)
     assert len(fleet.present(at_least=0)) == 0
-    with pytest.raises(ValueError, match="1 clients were wanted and 0 of 3 are idle"):
-        fleet.present()
+    assert len(fleet.present()) == 0, "replies come first"
     fleet.receive(count=2)
     assert fleet.present(at_least=2).tolist() == [0, 1]
+    fleet.receive()
+    with pytest.raises(ValueError, match="4 clients are needed at once, and there are 3"):
+        fleet.present(at_least=4)
 
 
 def test_the_timeline_notes_who_worked_from_when_to_when() -> None:
