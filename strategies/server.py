@@ -245,8 +245,8 @@ class Synchronous(Selecting):
             raise ValueError(f"deadline must be positive seconds, or null for none, got {self.deadline}")
         if self.selection.weighs and (self.over_select > 1 or self.late == "keep"):
             raise ValueError(
-                f"selection {type(self.selection).__name__} weighs replies by the chance to be drawn, which over_select "
-                "and late: keep change by who is fast; leave these out, or take another selection"
+                f"selection {type(self.selection).__name__} weighs replies by their chance to be drawn, which "
+                "over_select and late: keep change by who is fast; leave these out, or take another selection"
             )
         if self.late == "keep":
             self._check_keep()

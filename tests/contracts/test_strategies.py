@@ -93,10 +93,8 @@ def _kind(name: str) -> str:
 def _make(name: str, task: Any, **changes: Any) -> Any:
     """The strategy by hand, with five local steps of noisy gradients."""
     kind = STRATEGIES[_kind(name)]
-    given = {"local": local_sgd(task, 0.05, steps=5)} if "local" in signature(kind).parameters else {}
-    if "layout" in signature(kind).parameters:  # the entries of a model; a formula has one only, which is shared
-        given |= {"layout": task.layout, "personal": ()}
     known = {"local": local_sgd(task, 0.05, steps=5), "count": len(task.num_examples)}
+    known |= {"layout": task.layout, "personal": ()}  # a formula has one entry only, which is shared
     given = {key: value for key, value in known.items() if key in signature(kind).parameters}
     if "aggregator" in ROWS[name]:
         given["aggregator"] = AGGREGATORS[ROWS[name]["aggregator"]]()
