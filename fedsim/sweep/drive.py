@@ -71,7 +71,7 @@ class _Driver:
     """A sweep in progress."""
 
     def __init__(self, sweep: Sweep, watch: Watch) -> None:
-        self.sweep, self.watch, self.target = sweep, watch, sweep.target
+        self.sweep, self.watch, self.target, self.stopping = sweep, watch, sweep.target, False
         self.methods = sweep.space.methods()
         self.machine = Machine.of(sweep)
         key = runs.load(sweep.config, {})[0].get("seed", 0)
@@ -111,6 +111,7 @@ class _Driver:
                     self._hear(word)
                 self._fill(workers)
         except Stopped:
+            self.stopping = True
             self.watch.stopping()
             for word in workers.stop():
                 self._hear(word)
@@ -163,7 +164,7 @@ class _Driver:
         else:
             del self.running[trial.folder]
             if word.ended.status == "stopped":
-                if word.ended.code:
+                if word.ended.code and not self.stopping:
                     raise Stopped(word.ended.code - 128)
                 return
             trial.note(word.ended)

@@ -18,7 +18,7 @@ def test_nothing_after_fedsim_shows_the_help_and_no_empty_error() -> None:
         ("run", ["CONFIG is an experiment file", "OVERRIDES set keys", "runs/<config>-NNN"]),
         ("check", ["CONFIG is an experiment file", "OVERRIDES set keys"]),
         ("tune", ["CONFIG is an experiment file", "OVERRIDES set keys"]),
-        ("sweep", ["CONFIG is an experiment file", "OVERRIDES are lists", "runs/<config>-sweep"]),
+        ("sweep", ["CONFIG is an experiment file", "OVERRIDES are values to go through", "runs/<config>-sweep"]),
         ("list", ["TABLE is one of them"]),
         ("compare", ["FOLDERS are run folders"]),
         ("report", ["FOLDER is a run folder"]),
