@@ -32,7 +32,7 @@ class State(ServerState):
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(Synchronous):
-    """Average local models over a uniformly drawn cohort.
+    """Average the local models of a cohort.
 
     Args:
         aggregator: how updates become one; the mean weighs clients by their samples unless told otherwise.

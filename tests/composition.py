@@ -58,6 +58,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "strategy.pre_aggregators": [{"name": "nnm", "f": 1}],
         "strategy.aggregator": {"name": "trimmed_mean", "f": 1},
     },
+    "chosen by samples": {"strategy.selection": "by_samples", "strategy.cohort_size": 4},
+    "chosen by Oort": {"strategy.selection": "oort"},
     "byzantine ALIE": {"clients.byzantine": {"attack": "alie", "count": 1}},
     "label flip": {"clients.byzantine": {"attack": "label_flip", "count": 1}},
     "random clocks": {"clients.devices": {"name": "exponential", "mean": 1.0, "x": 50}},

@@ -22,7 +22,7 @@ from fedsim.fleet import Fold, Replies
 Known = Mapping[str, Tensor]
 """What a selection remembers, on the host; it is never written to, so that a state stays as it is."""
 
-TINY = 1e-300  # in place of a weight of zero, whose time would be infinite
+TINY = 1e-300  # in place of a weight of zero: it adds nothing to others, and is drawn when no other is left
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Among:
     num_examples: Tensor
     round: int
     losses: Callable[[Tensor], Tensor]
+
+    @property
+    def samples(self) -> Tensor:
+        """[A] float64: samples of those present."""
+        return self.num_examples.index_select(0, self.clients).double()
 
 
 class Selection(ABC):
@@ -98,12 +103,10 @@ def train_losses(replies: Replies, name: str) -> Tensor:
 def drawn(weights: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     """[count] distinct places in the order of drawing, each drawn in proportion to the weights [A] of those left.
 
-    Everybody waits for an exponential time of rate weight, and the first come first: the same law at the cost of one
-    pass over the weights (Efraimidis, Spirakis. Weighted random sampling with a reservoir. IPL 97, 2006).
+    Those of weight zero come after all others.
     """
-    times = rng.standard_exponential(len(weights)) / np.maximum(weights.double().numpy(), TINY)
-    first = np.argpartition(times, count - 1)[:count] if 0 < count < len(times) else np.arange(len(times))
-    return torch.from_numpy(first[np.argsort(times[first])][:count])
+    w = np.maximum(weights.double().numpy(), TINY)
+    return torch.from_numpy(rng.choice(len(w), size=count, replace=False, p=w / w.sum()))
 
 
 def renewed(rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class BySamples(Weighing):
     """In proportion to samples, with weights that keep the mean unbiased; a client without any is not drawn."""
 
     def sizes(self, among: Among) -> Tensor:
-        return among.num_examples[among.clients].to(torch.float64)
+        return among.samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +104,13 @@ def chances(sizes: Tensor, count: int) -> Tensor:
         sizes = torch.ones_like(sizes)
     if int((sizes > 0).sum()) <= count:
         return (sizes > 0).to(torch.float64)
-    full = torch.zeros(len(sizes), dtype=torch.bool)
+    rest, num_full = sizes, 0
     while True:
-        scale = (count - int(full.sum())) / sizes[~full].sum()
-        pi = torch.where(full, 1.0, sizes * scale)
-        if not bool((over := pi > 1).any()):
-            return pi
-        full |= over
+        pi = rest * ((count - num_full) / rest.sum())
+        if float(pi.max()) <= 1:
+            return torch.where(rest == sizes, pi, 1.0) if num_full else pi
+        over = pi > 1
+        rest, num_full = torch.where(over, 0.0, rest), num_full + int(over.sum())
 
 
 def systematic(pi: Tensor, rng: np.random.Generator) -> Tensor:

@@ -52,8 +52,7 @@ class PowerOfChoice(Selection):
 
     def choose(self, known: Known, among: Among, rng: np.random.Generator) -> tuple[Tensor, Known]:
         size = min(max(self.candidates, among.count), len(among.clients))
-        sizes = among.num_examples[among.clients].to(torch.float64)
-        found = among.clients[drawn(sizes, size, rng)]
+        found = among.clients[drawn(among.samples, size, rng)]
         losses = among.losses(found) if self.asks else known["loss"][found]
         # of equal losses the one that was drawn first
         order = losses.nan_to_num(nan=-inf, posinf=inf, neginf=-inf).argsort(descending=True, stable=True)

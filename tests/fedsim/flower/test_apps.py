@@ -49,6 +49,16 @@ CASES: dict[str, dict[str, Any]] = {
         "uplink": {"compressor": {**RAND_K, "shared_seed": True}},
         "downlink": {"compressor": {**RAND_K, "shared_seed": True}},
     },
+    "fedavg, by samples": {**QUADRATIC, "strategy": {"name": "fedavg", "cohort_size": 3, "selection": "by_samples"}},
+    "fedavg, oort": {**QUADRATIC, "strategy": {"name": "fedavg", "cohort_size": 2, "selection": "oort"}},
+    "scaffold, power of choice": {
+        **QUADRATIC,
+        "strategy": {
+            "name": "scaffold",
+            "cohort_size": 2,
+            "selection": {"name": "power_of_choice", "candidates": 4},
+        },
+    },
     "fedavg_m": {**QUADRATIC, "strategy": {"name": "fedavg_m", "beta": 0.5}},
     "fedavg_m_vr": {**QUADRATIC, "strategy": {"name": "fedavg_m_vr", "beta": 0.5}},
     "scaffold": {**QUADRATIC, "strategy": {"name": "scaffold", "cohort_size": 3}},
