@@ -36,6 +36,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "extragradient": {"lr": 0.1},
     "masha1": {"lr": 0.1, "p": 0.4},
     "masha2": {"lr": 0.1, "p": 0.4},
+    "fedavg, absent": {"cohort_size": 4},
+    "fedavg_m, late": {"cohort_size": 4, "beta": 0.5, "deadline": 0.75, "late": "keep"},
+    "scaffold, late": {"cohort_size": 4, "deadline": 0.75, "late": "keep"},
+    "fedfix, absent": {"interval": 0.35},
+    "fedbuff, absent": {"buffer_size": 2},
+    "fedbuff_stream, absent": {"buffer_size": 2, "concurrency": 4},
     "scaffold, robust": {"cohort_size": 4, **ROBUST},
     "scaffold_m, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
     "fedavg_m_vr, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
@@ -50,6 +56,8 @@ OWN_LINKS = {"masha1": "rand_k", "masha2": "top_k"}  # these compress by themsel
 PEERS = {"dsgd", "monna"}
 OPERATORS = {"extragradient", "masha1", "masha2"}
 ASYNCHRONOUS = {"async_fedavg", "fedfix", "fedbuff", "fedbuff_stream"}
+
+ABSENT = {"availability": {"name": "markov", "on": 3.0, "off": 0.5}, "dropout": {"probability": 0.15}}
 
 every_strategy = pytest.mark.parametrize("name", ROWS)
 
@@ -90,6 +98,8 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
         "evaluate": {"every": 3},
         "runtime": {"workers": 1, "stack": 2},
     }
+    if name.endswith("absent"):
+        config["clients"] |= ABSENT
     if _kind(name) in OWN_LINKS:
         strategy["compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.2}
         strategy["server_compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.5}
