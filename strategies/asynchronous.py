@@ -20,7 +20,7 @@ from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Aggregator, Fleet, Replies
 from fedsim.strategies.clocks import Durations, Importance, Times, able, given_jobs, importances, known_jobs
-from fedsim.strategies.server import UNIFORM, S, Server, ServerState
+from fedsim.strategies.server import NO_ROUNDS, UNIFORM, S, Server, ServerState
 from fedsim.strategy import Traits
 
 ALL_WORK = "in this scheme every client with data is at work at all times; lower clients.count for fewer"
@@ -37,7 +37,7 @@ class State(ServerState):
 class Asynchronous(Server):
     """A server that aggregates what has arrived while others are still at work."""
 
-    traits: ClassVar[Traits] = Traits(refused=dict.fromkeys(("cohort_size", "selection"), ALL_WORK))
+    traits: ClassVar[Traits] = Traits(refused=dict.fromkeys(("cohort_size", "selection"), ALL_WORK) | NO_ROUNDS)
 
     def absorb(self, s: S, r: Replies, d: Tensor, rule: Aggregator) -> S:
         """The state after one step along the sum of d_i v_i, d [R]; where nothing arrived, nothing moves."""

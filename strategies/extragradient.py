@@ -17,7 +17,7 @@ from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, linear
 from fedsim.strategies.reference import ALL_OPERATORS, OWN_STEP, check_lr
-from fedsim.strategies.server import Aggregating
+from fedsim.strategies.server import NO_ROUNDS, Aggregating
 from fedsim.strategy import Traits
 
 
@@ -37,7 +37,7 @@ class Extragradient(Aggregating):
     """
 
     lr: float
-    traits: ClassVar[Traits] = Traits(needs_all=ALL_OPERATORS, refused=OWN_STEP)
+    traits: ClassVar[Traits] = Traits(needs_all=ALL_OPERATORS, refused=OWN_STEP | NO_ROUNDS)
 
     def __post_init__(self) -> None:
         check_lr(self.lr)

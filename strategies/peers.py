@@ -13,6 +13,7 @@ from torch import Tensor
 from fedsim.clients.local_training import LocalTraining
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Fleet, Replies
+from fedsim.strategies.server import NO_ROUNDS
 from fedsim.strategy import Strategy, Traits
 
 NO_SERVER = "peers average among themselves, and no server aggregates or steps"
@@ -42,7 +43,8 @@ class Peers(Strategy):
         no_links="peers exchange whole vectors; links compress what goes to and from a server",
         refused=dict.fromkeys(
             ("cohort_size", "selection", "server_lr", "server_optimizer", "aggregator", "pre_aggregators"), NO_SERVER
-        ),
+        )
+        | NO_ROUNDS,
     )
 
     def __post_init__(self) -> None:

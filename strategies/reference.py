@@ -18,7 +18,7 @@ from fedsim.compress.packet import Compressor
 from fedsim.compress.sparsify import Identity
 from fedsim.config import FromTable
 from fedsim.fleet import Cost, Fleet
-from fedsim.strategies.server import UNIFORM
+from fedsim.strategies.server import NO_ROUNDS, UNIFORM
 from fedsim.strategy import Strategy, Traits
 from fedsim.streams import Streams
 
@@ -67,7 +67,7 @@ class Referring(Strategy):
     p: float = 0.1
     compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
     server_compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
-    traits: ClassVar[Traits] = Traits(needs_all=ALL_OPERATORS, refused=OWN_STEP | ONE_MEAN)
+    traits: ClassVar[Traits] = Traits(needs_all=ALL_OPERATORS, refused=OWN_STEP | ONE_MEAN | NO_ROUNDS)
 
     def __post_init__(self) -> None:
         check_lr(self.lr)

@@ -33,6 +33,11 @@ from fedsim.strategy import Strategy
 Rule = Annotated[Aggregator, FromTable("aggregator", "mean")]
 UniformRule = Annotated[Aggregator, FromTable("aggregator", {"name": "mean", "weights": "uniform"})]
 UNIFORM = Mean(weights="uniform")
+NO_ROUNDS = dict.fromkeys(
+    ("over_select", "deadline", "late"),
+    "it does not choose a cohort and wait for its replies, so that none can be late",
+)
+"""Why a strategy that is not synchronous has not these keys."""
 
 
 class Patience(TypedDict):

@@ -63,6 +63,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "byzantine ALIE": {"clients.byzantine": {"attack": "alie", "count": 1}},
     "label flip": {"clients.byzantine": {"attack": "label_flip", "count": 1}},
     "random clocks": {"clients.devices": {"name": "exponential", "mean": 1.0, "x": 50}},
+    "absence": {
+        "clients.availability": {"name": "markov", "on": 3.0, "off": 1.0},
+        "clients.dropout.probability": 0.1,
+    },
+    "late replies kept": {"strategy.deadline": 0.8, "strategy.late": "keep"},
     "server Adam": {"strategy.server_optimizer": {"name": "adam", "lr": 0.01}},
     "local AdamW": {"local.optimizer": {"name": "adamw", "lr": 0.01}},
     "local momentum, clipped": {

@@ -27,10 +27,11 @@ from fedsim.compose.fleets import (
 from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
 from fedsim.compose.refusals import check_local, check_personalise, check_selection, check_state_scope, check_strategy
 from fedsim.compose.sections import File
-from fedsim.compose.work import Work, in_words, selection_in_words, work_of
+from fedsim.compose.work import Work, absence_in_words, in_words, selection_in_words, work_of
 from fedsim.config import ConfigError, at, decode, naming
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Plan
+from fedsim.fleet import Cost
 from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
@@ -38,6 +39,7 @@ from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet, replies_ahead
 from fedsim.sim.in_process import InProcess
 from fedsim.sinks import Sink, make_sinks
+from fedsim.strategies.server import Synchronous
 from fedsim.strategy import Strategy, fields_of
 from fedsim.task import Task
 
@@ -140,12 +142,26 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         device=device,
         threads=file.runtime.threads,
     )
+    if isinstance(strategy, Synchronous) and strategy.deadline is not None:
+        with at("strategy"):
+            fleet.check_possible(strategy.local.cost, strategy.deadline, x=torch.empty(strategy.sent(task.layout).size))
     words = in_words(work, plan, fleet.executor.stacks, task.layout, strategy.sent(task.layout), task.num_examples)
     words |= selection_in_words(resolved["strategy"])
+    if fleet.absence.kills:
+        words["absence"] = _absence(file, strategy, fleet, strategy.sent(task.layout).size)
     words |= {"client rows": ROWS_LIE[kept], "workers": workers, "device": str(device)}
     data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
     return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
+
+
+def _absence(file: File, strategy: Strategy, fleet: SimFleet, size: int) -> str:
+    """Who will be there, in words, for a run whose rounds take as long as a client's job on average."""
+    local = next(iter(fields_of(strategy, LocalTraining).values()), None)
+    jobs = fleet.job_times(Cost() if local is None else local.cost, 1, x=torch.empty(size))
+    seconds = file.stop.virtual_seconds or file.rounds * float(jobs.mean.mean())
+    n = len(fleet.clients)
+    return absence_in_words(fleet.absence, min(strategy.at_work(n), n), n, seconds)
 
 
 def _resolve(

@@ -13,9 +13,11 @@ from torch import Tensor
 from fedsim.clients.local_training import LocalTraining
 from fedsim.engine import Plan
 from fedsim.params import Layout
+from fedsim.sim.absence import Absence
 from fedsim.sim.executor import cut
 from fedsim.strategy import Strategy, fields_of
 
+LOOKS, CLIENT_LOOKS = 200, 20_000_000  # moments at which a plan counts who is on line, and clients counted in all
 WORKERS = (2, 4, 8)  # of which a plan says what they would gain
 
 
@@ -87,6 +89,22 @@ def selection_in_words(strategy: Mapping[str, Any]) -> dict[str, str]:
     section = {k: v for k, v in strategy["selection"].items() if not isinstance(v, list | tuple)}
     settings = ", ".join(f"{k} {v}" for k, v in section.items() if k != "name")
     return {"selection": f"{section['name']} ({settings})" if settings else section["name"]}
+
+
+def absence_in_words(absence: Absence, cohort_size: int, num_clients: int, seconds: float) -> str:
+    """What share of clients and rounds the availability leaves, over so many seconds of a run."""
+    ids, deaths = torch.arange(num_clients), absence.dropout.probability
+    looks = min(LOOKS, max(1, CLIENT_LOOKS // num_clients))
+    times = [seconds * (k + 0.5) / looks for k in range(looks)]
+    there = torch.tensor([int(absence.on_line(ids, t).sum()) for t in times], dtype=torch.float64)
+    enough = float((there >= cohort_size).double().mean())
+    words = [
+        f"{float(there.mean()):,.1f} of {num_clients:,} clients on line on average ({int(there.min()):,} to "
+        f"{int(there.max()):,}) over about {seconds:,.3g} s; {cohort_size:,} at once in {enough:.0%} of rounds"
+    ]
+    if deaths:
+        words.append(f"{deaths:.0%} of jobs die")
+    return "; ".join(words if absence.away else words[1:])
 
 
 def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, num_examples: Tensor) -> dict[str, str]:

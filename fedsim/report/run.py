@@ -20,7 +20,7 @@ from fedsim.report.curves import over_each_axis
 from fedsim.report.draw import Curve, line_panel, look
 from fedsim.report.page import Key, Page, Picture, Section, Table, Tile, shortened
 from fedsim.report.split import split_section
-from fedsim.report.timing import timing_section
+from fedsim.report.timing import absence_section, timing_section
 
 _TABLE_KEYS = (
     "round",
@@ -54,6 +54,7 @@ def write_report(run_dir: str | Path) -> Path:
         spread_section(history, folder),
         split_section(folder),
         timing_section(history, folder),
+        absence_section(history),
         Section(
             title="Spread of the honest clients",
             text=spread,

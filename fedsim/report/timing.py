@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.history import History
-from fedsim.report.draw import Curve, line_panel, timeline
+from fedsim.report.draw import Curve, line_panel, look, timeline
 from fedsim.report.files import read_columns
 from fedsim.report.page import Key, Picture, Section
 
@@ -29,6 +29,25 @@ def timing_section(history: History, folder: Path) -> Section | None:
         text="Staleness: how many server steps a reply missed while its client worked." + (drawn[0] if drawn else ""),
         keys=[Key(text="mean of a step's replies", colour="c1")],
         pictures=[*pictures, Picture(title="Staleness by round", svg=svg)],
+    )
+
+
+def absence_section(history: History) -> Section | None:
+    """Who was away, dropped out or was late in each round; None for a run in which nobody could be."""
+    counts = {"num_clients": "replied", "num_away": "off line", "num_dropped": "dropped out", "num_late": "late"}
+    found = {key: history.series(key) for key in counts}
+    if not any(len(found[key][0]) for key in counts if key != "num_clients"):
+        return None
+    shown = [key for key in counts if len(found[key][0])]
+    curves = [Curve(x=found[key][0], y=found[key][1].astype(float), **look(i)) for i, key in enumerate(shown)]
+    totals = [f"{found[key][1].sum():,.0f} {counts[key]}" for key in shown if key != "num_away"]
+    few = len(history.series("too_few")[0])
+    return Section(
+        title="Absence",
+        text=f"Jobs of all rounds: {', '.join(totals)}. Off line is a mean over a round's looks."
+        + (f" Rounds of too few replies, which changed nothing: {few:,}." if few else ""),
+        keys=[Key(text=counts[key], **look(i)) for i, key in enumerate(shown)],
+        pictures=[Picture(title="Clients by round", svg=line_panel(curves, x_label="round", alt="clients by round"))],
     )
 
 

@@ -32,7 +32,10 @@ class Availability(Protocol):
         ...
 
     def changes(self, seed: int, ids: Tensor, now: float, before: float) -> Tensor:
-        """[R] float64 seconds, after `now`, when each next comes or goes; inf for those that do not `before` a time."""
+        """[R] float64 seconds, after `now`, when each next comes or goes; inf for never.
+
+        A law that has to look for it looks no further than to the time `before`, and says inf for those beyond.
+        """
         ...
 
 
@@ -113,7 +116,7 @@ class Diurnal:
         if self.share == 1:
             return torch.full((len(ids),), inf, dtype=torch.float64)
         on, begins = self._day(seed, ids, now)
-        return (begins + torch.where(on, self.share, 1.0)) * self.period
+        return torch.where(on, begins + self.share, begins + 1) * self.period
 
     def _day(self, seed: int, ids: Tensor, now: float) -> tuple[Tensor, Tensor]:
         """([R] whether each is in the first part of its day, [R] when that began, in periods)."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from fedsim.streams import Streams
+
+FORGOTTEN = 40.0  # of a chain's jobs, in its memories, the state has nothing left: one part in e^40
 
 
 class Devices(Protocol):
@@ -216,7 +218,7 @@ class Exponential:
 
     def law(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> tuple[Tensor, Tensor]:
         works = steps > 0
-        least = bits_down / self.downlink + torch.where(works, self.shift, 0.0) + bits_up / self.uplink
+        least = bits_down / self.downlink + self.shift * works.double() + bits_up / self.uplink
         return least, torch.where(works, self._mean(streams), 0.0)
 
     def _mean(self, streams: Streams) -> Tensor:
@@ -229,6 +231,62 @@ def shifted_exponential(
 ) -> Exponential:
     """Exponential jobs that take at least `shift` seconds."""
     return Exponential(mean=mean, x=x, count=count, shift=shift, downlink=downlink, uplink=uplink)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GilbertElliott:
+    """Bursty clients: each is fast or slow, and changes from one job to the next with a small probability.
+
+    Gilbert. Capacity of a Burst-Noise Channel. 1960; Elliott. 1963. A chain of two states is the same as one that in
+    every job is drawn anew with probability to_slow + to_fast, whatever it was, and else stays: so the state is that of
+    the last draw, and no job needs those before it to have run. [derived; tested by its law]
+
+    Args:
+        seconds_per_step: seconds of one local step of a fast client.
+        slowdown: by which a slow client's steps take longer.
+        to_slow, to_fast: probabilities of a change from one job to the next; they sum to at most 1. A client is slow in
+            to_slow / (to_slow + to_fast) of its jobs, 1 / to_fast of them in a row.
+        downlink, uplink: bits per second; infinite by default.
+    """
+
+    seconds_per_step: float = 0.01
+    slowdown: float = 10.0
+    to_slow: float = 0.05
+    to_fast: float = 0.25
+    downlink: float = inf
+    uplink: float = inf
+
+    def __post_init__(self) -> None:
+        _check("seconds_per_step", self.seconds_per_step, self.downlink, self.uplink)
+        if not 1 <= self.slowdown < inf:
+            raise ValueError(f"slowdown must be at least 1, got {self.slowdown}")
+        if not (self.to_slow > 0 and self.to_fast > 0 and self.to_slow + self.to_fast <= 1):
+            raise ValueError(
+                f"to_slow and to_fast must be positive and sum to at most 1, got {self.to_slow} and {self.to_fast}"
+            )
+
+    @property
+    def random(self) -> bool:
+        return True
+
+    def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
+        per_step = self.seconds_per_step * (1 + (self.slowdown - 1) * self.slow(streams).double())
+        return bits_down / self.downlink + steps * per_step + bits_up / self.uplink
+
+    def slow(self, streams: Streams) -> Tensor:
+        """[R] bool: whether clients are slow in these jobs."""
+        anew = self.to_slow + self.to_fast
+        out, open, jobs = (
+            torch.zeros(len(streams.jobs), dtype=torch.bool),
+            torch.arange(len(streams.jobs)),
+            streams.jobs,
+        )
+        for back in range(ceil(FORGOTTEN / anew)):
+            u = Streams(streams.seed, streams.clients[open], jobs - back).uniform("burst", 2, dtype=torch.float64)
+            out[open] = u[:, 1] * anew < self.to_slow
+            stays = (u[:, 0] >= anew) & (jobs != back)  # the first job is drawn
+            open, jobs = open[stays], jobs[stays]
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,5 +366,6 @@ DEVICES: dict[str, Callable[..., Devices]] = {
     "lognormal": LogNormal,
     "exponential": Exponential,
     "shifted_exponential": shifted_exponential,
+    "gilbert_elliott": GilbertElliott,
     "trace": Trace,
 }

@@ -172,7 +172,7 @@ class SimFleet(Account):
         if bool(died.any()):
             self._lose(ends.lost[died])
         kept = self._kept(work.__name__, close)
-        if within < inf and not kept and not bool(came.any()):
+        if within < inf and len(ids) and not kept and not bool((self.num_examples[ids[came]] > 0).any()):
             self.check_possible(cost, within, **broadcast)
         self.now = max(self.now, close)
         assert weights is None or not kept, "weights are of the clients asked now"
@@ -186,11 +186,11 @@ class SimFleet(Account):
         Raises:
             ValueError: if no job of that cost is known to end within so many seconds.
         """
-        fastest = least(self.job_times(cost, DRAWS, **broadcast))
+        fastest = least(self.job_times(cost, DRAWS, **broadcast), self.num_examples > 0)
         if fastest > within + TOLERANCE:
             raise ValueError(
-                f"strategy.deadline={within:g} seconds is less than any client's job takes, the fastest {fastest:.4g}; "
-                "raise it, or change clients.devices"
+                f"deadline={within:g} seconds is less than any client with data takes for a job, the fastest "
+                f"{fastest:.4g}; raise it, or change clients.devices"
             )
 
     def exchange(

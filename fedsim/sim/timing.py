@@ -76,6 +76,7 @@ class Timing:
         return known[1]
 
 
-def least(times: Times) -> float:
-    """Seconds that the fastest client's fastest known job takes."""
-    return float((times.least if times.drawn is None else times.drawn).min())
+def least(times: Times, which: Tensor) -> float:
+    """Seconds that the fastest known job of some clients [N] bool takes; 0 where there are none."""
+    known = (times.least if times.drawn is None else times.drawn)[which]
+    return float(known.min()) if len(known) else 0.0

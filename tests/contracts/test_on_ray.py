@@ -89,13 +89,16 @@ class Killer:
         once_marked(mark, lambda pid: os.kill(pid, signal.SIGKILL))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+ABSENCE = [("fedavg", "absence"), ("fedbuff", "absence"), ("scaffold", "late replies kept")]
+
+
+@pytest.mark.parametrize(("strategy", "option"), [*((name, None) for name in STRATEGIES), *ABSENCE])
 def test_metrics_on_ray_equal_those_in_process_though_workers_are_killed_in_mid_round(
-    strategy: str, runtime: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str, option: str | None, runtime: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killer = Killer(tmp_path, monkeypatch)
     workers = 1 + list(STRATEGIES).index(strategy) % 3  # one, two and three take turns over the table
-    assert on_ray(strategy, workers=workers) == here(strategy)
+    assert on_ray(strategy, option, workers=workers) == here(strategy, option)
     assert killer.marks and all(mark.exists() for mark in killer.marks.values())
     # Ray may report one death twice, to the call that it cut off and to the next: then that one runs again as well
     assert killer.resubmitted >= len(killer.marks)

@@ -46,6 +46,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "gradient_coding": {"lr": 0.3, "s": 2},
     "sr_sgc": {"lr": 0.3, "B": 1, "W": 2, "lam": 3},
     "m_sgc": {"lr": 0.3, "B": 1, "W": 2, "lam": 2},
+    "fedavg, absent": {"cohort_size": 4},
+    "fedavg_m, late": {"cohort_size": 4, "beta": 0.5, "deadline": 0.75, "late": "keep"},
+    "scaffold, late": {"cohort_size": 4, "deadline": 0.75, "late": "keep"},
+    "fedfix, absent": {"interval": 0.35},
+    "fedbuff, absent": {"buffer_size": 2},
+    "fedbuff_stream, absent": {"buffer_size": 2, "concurrency": 4},
     "scaffold, robust": {"cohort_size": 4, **ROBUST},
     "scaffold_m, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
     "fedavg_m_vr, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
@@ -74,6 +80,8 @@ PEERS = {"dsgd", "monna"}
 CODING = {"uncoded", "gradient_coding", "sr_sgc", "m_sgc"}
 NO_STEPS = {"extragradient", "masha1", "masha2", *CODING}  # of clients' own
 ASYNCHRONOUS = {"async_fedavg", "fedfix", "fedbuff", "fedbuff_stream"}
+
+ABSENT = {"availability": {"name": "markov", "on": 3.0, "off": 0.5}, "dropout": {"probability": 0.15}}
 
 every_strategy = pytest.mark.parametrize("name", ROWS)
 
@@ -119,6 +127,8 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
         "evaluate": {"every": 3},
         "runtime": {"workers": 1, "stack": 2},
     }
+    if name.endswith("absent"):
+        config["clients"] |= ABSENT
     if _kind(name) in OWN_LINKS:
         strategy["compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.2}
         strategy["server_compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.5}

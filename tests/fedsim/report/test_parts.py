@@ -10,7 +10,7 @@ from fedsim.report.draw import MAX_POINTS, Curve, histogram, line_panel, thin, t
 from fedsim.report.files import read_columns
 from fedsim.report.page import shortened
 from fedsim.report.split import class_entropy, split_section
-from fedsim.report.timing import timing_section
+from fedsim.report.timing import absence_section, timing_section
 
 
 def test_thinning_keeps_the_ends_and_every_spike():
@@ -145,3 +145,14 @@ def test_staleness_without_a_timeline_is_one_panel(tmp_path):
 def test_long_text_is_cut_and_says_by_how_much():
     assert shortened("abc", 3) == "abc"
     assert shortened("abcdef", 4) == "abcd\n… 2 more letters"
+
+
+def test_a_run_in_which_clients_could_be_missing_says_who_was():
+    rows = [
+        {"round": 1, "num_clients": 3, "num_away": 2.0, "num_dropped": 1},
+        {"round": 2, "num_clients": 0, "num_away": 4.0, "num_dropped": 3, "too_few": 1},
+    ]
+    section = absence_section(History(rows))
+    assert "3 replied, 4 dropped out. " in section.text and "which changed nothing: 1." in section.text
+    assert [key.text for key in section.keys] == ["replied", "off line", "dropped out"] and len(section.pictures) == 1
+    assert absence_section(History([{"round": 1, "num_clients": 3}])) is None

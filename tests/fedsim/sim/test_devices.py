@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.sim.devices import DEVICES, FX, Constant, Exponential, LogNormal, Trace, Uniform, shifted_exponential
+from fedsim.sim.devices import (
+    DEVICES,
+    FX,
+    Constant,
+    Exponential,
+    GilbertElliott,
+    LogNormal,
+    Trace,
+    Uniform,
+    shifted_exponential,
+)
 from fedsim.streams import Streams
 
 MADE: dict[str, Any] = {
@@ -20,6 +30,7 @@ MADE: dict[str, Any] = {
     "lognormal": LogNormal(median=0.1, sigma=0.5, jitter=0.3, downlink=100.0, uplink=50.0),
     "exponential": Exponential(mean=2.0, x=50, count=6, downlink=100.0, uplink=50.0),
     "shifted_exponential": shifted_exponential(count=6, mean=2.0, shift=0.5, downlink=100.0, uplink=50.0),
+    "gilbert_elliott": GilbertElliott(seconds_per_step=0.1, to_slow=0.2, downlink=100.0, uplink=50.0),
 }
 
 
@@ -34,6 +45,28 @@ def _seconds(devices: Any, steps: float = 4, down: float = 200, up: float = 300,
     ids = torch.arange(n)
     full = [torch.full((n,), v, dtype=torch.float64) for v in (steps, down, up)]
     return devices.seconds(Streams(0, ids, torch.full_like(ids, job)), *full)
+
+
+def _of(ids: Tensor, job: int) -> Streams:
+    return Streams(0, ids, torch.full_like(ids, job))
+
+
+def test_bursts_have_their_share_and_length_and_a_job_needs_no_other() -> None:
+    """A chain of two states: its share of slow jobs, the chance that a slow one follows another, and its lengths."""
+    devices, ids = GilbertElliott(seconds_per_step=0.1, slowdown=5.0, to_slow=0.1, to_fast=0.3), torch.arange(5000)
+    jobs = range(24)
+    slow = torch.stack([devices.slow(_of(ids, job)) for job in jobs]).double()
+    assert float(slow.mean()) == pytest.approx(0.25, abs=0.01) and float(slow[0].mean()) == pytest.approx(
+        0.25, abs=0.03
+    )
+    follows = (slow[1:] * slow[:-1]).sum() / slow[:-1].sum()
+    assert float(follows) == pytest.approx(0.7, abs=0.02)
+    assert float((slow[2:] * slow[:-2]).sum() / slow[:-2].sum()) == pytest.approx(0.7**2 + 0.3 * 0.1, abs=0.02)
+    assert torch.equal(devices.slow(_of(ids.flip(0), 9)).flip(0).double(), slow[9])
+    assert float(devices.slow(_of(ids, -7)).double().mean()) == pytest.approx(0.25, abs=0.03)
+    steps, bits = torch.full((5000,), 2.0).double(), torch.zeros(5000).double()
+    seconds = devices.seconds(_of(ids, 3), steps, bits, bits)
+    torch.testing.assert_close(seconds, 0.2 + 0.8 * slow[3], rtol=0, atol=1e-12)
 
 
 def test_every_model_of_the_table_but_the_trace_is_tested_here() -> None:
@@ -103,6 +136,12 @@ def test_exponential_jobs_have_their_means_and_no_memory() -> None:
 def test_a_shift_is_the_least_a_job_takes() -> None:
     draws = _jobs(MADE["shifted_exponential"], 400, n=6, down=0, up=0)
     assert 0.5 <= float(draws.min()) < 0.52
+
+
+def test_a_shift_that_no_short_float_holds_is_in_the_law_to_the_last_digit() -> None:
+    n = torch.zeros(6).double()
+    least, rest = Exponential(mean=2.0, shift=0.3, count=6).law(_of(torch.arange(6), 0), n + 1, n, n)
+    assert least.tolist() == [0.3] * 6 and rest.tolist() == [2.0] * 6
 
 
 def test_a_trace_gives_every_client_its_own_speed_and_links(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Absence in an experiment file: what its plan says, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsim.compose import compose
+from fedsim.config import ConfigError
+
+SMALL: dict[str, Any] = {
+    "rounds": 40,
+    "task": {"name": "quadratic", "dim": 3},
+    "clients": {"count": 20, "devices": {"name": "constant", "seconds_per_step": 0.5}},
+    "strategy": {"name": "fedavg", "cohort_size": 8},
+    "local": {"steps": 2, "optimizer": {"name": "sgd", "lr": 0.05}},
+}
+
+
+def _with(clients: dict[str, Any] | None = None, **strategy: Any) -> dict[str, Any]:
+    return SMALL | {
+        "clients": SMALL["clients"] | (clients or {}),
+        "strategy": SMALL["strategy"] | strategy,
+    }
+
+
+def _plan(raw: dict[str, Any]) -> dict[str, str]:
+    composition = compose(raw, "x.yaml")
+    composition.close()
+    return composition.plan
+
+
+def test_the_plan_says_how_many_will_be_there_and_in_how_many_rounds_a_cohort_is() -> None:
+    """All are on line in the first quarter of a day of 40 seconds, which is as long as 40 rounds of a second."""
+    day = {"name": "diurnal", "period": 40.0, "share": 0.25, "spread": 0.0}
+    words = _plan(_with({"availability": day, "dropout": {"probability": 0.1}}))["absence"]
+    assert words == (
+        "5.0 of 20 clients on line on average (0 to 20) over about 40 s; 8 at once in 25% of rounds; 10% of jobs die"
+    )
+    assert _plan(_with({"dropout": {"probability": 0.1}}))["absence"] == "10% of jobs die"
+    assert "absence" not in _plan(SMALL)
+
+
+def test_what_makes_no_sense_is_refused_with_its_key(tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("client,active,inactive\n0,0,1\n")
+    trace = {"name": "trace", "path": str(tmp_path / "trace.csv")}
+    for raw, words in (
+        (_with({"availability": trace}), r"clients.availability: path .*: no interval for 19 of 20 clients"),
+        (_with({"availability": {"name": "bernoulli", "p": 2.0}}), r"clients.availability: p must be a probability"),
+        (_with({"availability": {"name": "bernoulli"}}), r"clients.availability.p: missing"),
+        (_with({"dropout": {"probability": 1.0}}), r"clients.dropout: probability must lie in \[0, 1\)"),
+        (_with(deadline=0.9), r"strategy: deadline=0.9 seconds is less than any client .* the fastest 1; raise"),
+        (_with(late="keep"), r"strategy: late: keep needs a deadline or over_select"),
+        (_with(late="lose"), r"strategy.late: "),
+    ):
+        with pytest.raises(ConfigError, match=r"x.yaml: " + words):
+            compose(raw, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    "clients", [{"availability": {"name": "markov", "on": 1, "off": 1}}, {"dropout": {"probability": 0.1}}]
+)
+@pytest.mark.parametrize("name", ["dsgd", "monna", "masha1", "extragradient"])
+def test_strategies_that_need_every_client_refuse_absence(name: str, clients: dict[str, Any]) -> None:
+    raw = _with(clients) | {"strategy": {"name": name, **({} if name in ("dsgd", "monna") else {"lr": 0.1})}}
+    if name in ("masha1", "extragradient"):
+        del raw["local"]
+    with pytest.raises(ConfigError, match=rf"clients.{next(iter(clients))}: does not go with this strategy: every "):
+        compose(raw, "x.yaml")
