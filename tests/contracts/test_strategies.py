@@ -29,6 +29,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "scaffold_m_vr": {"cohort_size": 4, "beta": 0.5},
     "fedbn": {"cohort_size": 4, "personal": ["1.bias"]},
     "fedper": {"cohort_size": 4, "personal": ["1.bias"]},
+    "fedrep": {"cohort_size": 4, "personal": ["1.bias"], "head_epochs": 2},
+    "ditto": {"cohort_size": 4, "lam": 0.5},
+    "pfedme": {"cohort_size": 4, "lam": 5.0, "inner_steps": 3, "inner_lr": 0.1},
+    "apfl": {"cohort_size": 4, "adaptive": True},
     "async_fedavg": {},
     "fedfix": {"interval": 0.35},
     "fedbuff": {"buffer_size": 2},
@@ -38,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "extragradient": {"lr": 0.1},
     "masha1": {"lr": 0.1, "p": 0.4},
     "masha2": {"lr": 0.1, "p": 0.4},
+    "fedper, robust": {"cohort_size": 4, "personal": ["1.bias"], **ROBUST},
     "scaffold, robust": {"cohort_size": 4, **ROBUST},
     "scaffold_m, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
     "fedavg_m_vr, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
@@ -50,6 +55,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 OWN_LINKS = {"masha1": "rand_k", "masha2": "top_k"}  # these compress by themselves
 PEERS = {"dsgd", "monna"}
+PERSONAL = {"fedbn", "fedper", "fedrep", "ditto", "pfedme", "apfl"}  # whose clients have models of their own
 OPERATORS = {"extragradient", "masha1", "masha2"}
 ASYNCHRONOUS = {"async_fedavg", "fedfix", "fedbuff", "fedbuff_stream"}
 
@@ -102,6 +108,8 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
         config["downlink"] = {"compressor": "natural"}
     if _kind(name) in OPERATORS:
         del config["local"]
+    if _kind(name) in PERSONAL:
+        config["data"] = {"client_test": 0.2}
     if _kind(name) in PEERS:
         config["clients"]["byzantine"] = {"attack": {"name": "mimic", "warmup": 2}, "count": 1}
     return config | changes
