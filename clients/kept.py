@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedsim.clients.local_training import LocalTraining
 from fedsim.cohort import Cohort
 
 KNOWN = "/known"  # how the names of rows end that say whose vectors are there
@@ -31,3 +32,16 @@ def keep(clients: Cohort, name: str, rows: Tensor) -> None:
     """Let these clients keep rows [C, H] under a name, once their replies have been received."""
     clients.memory[name] = rows
     clients.memory[name + KNOWN] = torch.ones(len(clients), device=clients.device)
+
+
+def check_one_state(local: LocalTraining) -> None:
+    """Refuse an optimizer whose state outlives a round, for strategies that train twice with it.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if local.optimizer.state_scope != "round":
+        raise ValueError(
+            "this strategy trains two models with local.optimizer, and one kept state can't serve both; set "
+            "local.optimizer.state_scope: round"
+        )

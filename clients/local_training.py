@@ -9,7 +9,7 @@ local model, g the gradient of a minibatch at y, u the direction of a step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,6 +129,20 @@ class LocalTraining:
                 "local.optimizer.state_scope: server is not for this strategy, which averages no states; take round or "
                 "client, or fedavg"
             )
+
+    def only(self, names: Collection[str]) -> LocalTraining:
+        """The same, in which only these tensors move: the others' learning rates are zero.
+
+        Raises:
+            ValueError: for an optimizer that has one rate for all tensors.
+        """
+        optimizer = self.optimizer
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError("this strategy trains parts of the model in turn; take a rule of `fedsim list optimizers`")
+        # written as patterns, for a tensor may be called like a role
+        fixed = {f"[{name[0]}]{name[1:]}": 0.0 for name in optimizer.layout.names if name not in names}
+        multipliers = fixed | (optimizer.spec.get("lr_mult") or {})  # the first that matches counts
+        return replace(self, optimizer=build({**optimizer.spec, "lr_mult": multipliers}, optimizer.layout))
 
     def aside(self, epochs: int) -> LocalTraining:
         """The same for so many epochs, by an optimizer that begins anew: what is learned so leaves no trace."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from fedsim.strategies.apfl import APFL
 from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.ditto import Ditto
 from fedsim.strategies.dsgd import DSGD
 from fedsim.strategies.extragradient import Extragradient
 from fedsim.strategies.fedavg import FedAvg
@@ -15,11 +17,13 @@ from fedsim.strategies.fedfix import FedFix
 from fedsim.strategies.fedper import FedPer
 from fedsim.strategies.gradient_coding import GradientCoding
 from fedsim.strategies.m_sgc import MSGC
+from fedsim.strategies.fedrep import FedRep
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
 from fedsim.strategies.mime import Mime
 from fedsim.strategies.mime_lite import MimeLite
 from fedsim.strategies.monna import Monna
+from fedsim.strategies.pfedme import PFedMe
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
 from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
@@ -38,6 +42,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedper": FedPer,
     "mime": Mime,
     "mime_lite": MimeLite,
+    "fedrep": FedRep,
+    "ditto": Ditto,
+    "pfedme": PFedMe,
+    "apfl": APFL,
     "async_fedavg": AsyncFedAvg,
     "fedfix": FedFix,
     "fedbuff": FedBuff,

@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {
 FIELDS: dict[str, dict[str, Any]] = {
     "fedbn": {"personal": ["1.bias"]},
     "fedper": {"personal": ["1.bias"]},
+    "fedrep": {"personal": ["1.bias"], "head_epochs": 2},
     "fedfix": {"interval": 0.5},
     "fedbuff": {"buffer_size": 3},
     "fedbuff_stream": {"buffer_size": 3, "concurrency": 4},

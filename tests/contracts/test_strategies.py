@@ -33,6 +33,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "fedper": {"cohort_size": 4, "personal": ["1.bias"]},
     "mime": {"cohort_size": 4},
     "mime_lite": {"cohort_size": 4},
+    "fedrep": {"cohort_size": 4, "personal": ["1.bias"], "head_epochs": 2},
+    "ditto": {"cohort_size": 4, "lam": 0.5},
+    "pfedme": {"cohort_size": 4, "lam": 5.0, "inner_steps": 3, "inner_lr": 0.1},
+    "apfl": {"cohort_size": 4, "adaptive": True},
     "async_fedavg": {},
     "fedfix": {"interval": 0.35},
     "fedbuff": {"buffer_size": 2},
@@ -52,6 +56,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "fedfix, absent": {"interval": 0.35},
     "fedbuff, absent": {"buffer_size": 2},
     "fedbuff_stream, absent": {"buffer_size": 2, "concurrency": 4},
+    "fedper, robust": {"cohort_size": 4, "personal": ["1.bias"], **ROBUST},
     "scaffold, robust": {"cohort_size": 4, **ROBUST},
     "scaffold_m, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
     "fedavg_m_vr, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
@@ -77,6 +82,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 OWN_LINKS = {"masha1": "rand_k", "masha2": "top_k"}  # these compress by themselves
 PEERS = {"dsgd", "monna"}
+PERSONAL = {"fedbn", "fedper", "fedrep", "ditto", "pfedme", "apfl"}  # whose clients have models of their own
 CODING = {"uncoded", "gradient_coding", "sr_sgc", "m_sgc"}
 NO_STEPS = {"extragradient", "masha1", "masha2", *CODING}  # of clients' own
 ASYNCHRONOUS = {"async_fedavg", "fedfix", "fedbuff", "fedbuff_stream"}
@@ -137,6 +143,8 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
         config["downlink"] = {"compressor": "natural"}
     if _kind(name) in NO_STEPS:
         del config["local"]
+    if _kind(name) in PERSONAL:
+        config["data"] = {"client_test": 0.2}
     if _kind(name) in PEERS:
         config["clients"]["byzantine"] = {"attack": {"name": "mimic", "warmup": 2}, "count": 1}
     return config | changes

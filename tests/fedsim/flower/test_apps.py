@@ -168,6 +168,10 @@ def test_minibatches_of_a_classifier_agree_to_float32(tmp_path: Path) -> None:
 
 PERSONAL: dict[str, dict[str, Any]] = {
     "fedper": {"name": "fedper", "personal": ["1.bias"], "cohort_size": 3},
+    "fedrep": {"name": "fedrep", "personal": ["1.bias"], "head_epochs": 2},
+    "ditto": {"name": "ditto", "cohort_size": 3},
+    "pfedme": {"name": "pfedme", "lam": 5.0, "inner_lr": 0.05},
+    "apfl": {"name": "apfl", "adaptive": True},
 }
 
 
