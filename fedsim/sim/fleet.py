@@ -260,7 +260,8 @@ class SimFleet(Account):
         if cost.bits_up is not None:
             return cost.bits_up
         exact = min(cost.exact_up, cost.vectors_up)
-        return (cost.vectors_up - exact) * self._reply_bits + exact * FLOAT_BITS * self._model_size
+        whole = exact * self._model_size + cost.scalars_up
+        return (cost.vectors_up - exact) * self._reply_bits + whole * FLOAT_BITS
 
     def _compute(self, due: list[Event]) -> None:
         """Compute what is due and, in the same stacks, what will be due next, as long as no more than `ahead` wait."""
