@@ -10,7 +10,11 @@ from fedsim.strategies.fedavg_m import FedAvgM
 from fedsim.strategies.fedavg_m_vr import FedAvgMVR
 from fedsim.strategies.fedbuff import FedBuff
 from fedsim.strategies.fedbuff_stream import FedBuffStream
+from fedsim.strategies.fedcm import FedCM
+from fedsim.strategies.feddyn import FedDyn
 from fedsim.strategies.fedfix import FedFix
+from fedsim.strategies.fednova import FedNova
+from fedsim.strategies.fedprox import FedProx
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
 from fedsim.strategies.monna import Monna
@@ -26,6 +30,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "scaffold_m": ScaffoldM,
     "fedavg_m_vr": FedAvgMVR,
     "scaffold_m_vr": ScaffoldMVR,
+    "fedcm": FedCM,
+    "fedprox": FedProx,
+    "feddyn": FedDyn,
+    "fednova": FedNova,
     "async_fedavg": AsyncFedAvg,
     "fedfix": FedFix,
     "fedbuff": FedBuff,

@@ -27,6 +27,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "scaffold_m": {"cohort_size": 4, "beta": 0.5},
     "fedavg_m_vr": {"cohort_size": 4, "beta": 0.5},
     "scaffold_m_vr": {"cohort_size": 4, "beta": 0.5},
+    "fedcm": {"cohort_size": 4, "alpha": 0.5},
+    "fedprox": {"cohort_size": 4, "mu": 0.3},
+    "feddyn": {"cohort_size": 4, "alpha": 0.5},
+    "fednova": {"cohort_size": 4, "mu": 0.3},
     "async_fedavg": {},
     "fedfix": {"interval": 0.35},
     "fedbuff": {"buffer_size": 2},
@@ -39,6 +43,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "scaffold, robust": {"cohort_size": 4, **ROBUST},
     "scaffold_m, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
     "fedavg_m_vr, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
+    "fedcm, robust": {"cohort_size": 4, "alpha": 0.5, **ROBUST},
+    "fedprox, robust": {"cohort_size": 4, "mu": 0.3, **ROBUST},
+    "fednova, robust": {"cohort_size": 4, **ROBUST},
     "fedfix, robust": {"interval": 0.35, **ROBUST},
     "fedbuff, robust": {"buffer_size": 3, "weights": "unbiased", **ROBUST},
     "fedbuff_stream, robust": {"buffer_size": 3, "concurrency": 4, **ROBUST},
@@ -48,6 +55,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 OWN_LINKS = {"masha1": "rand_k", "masha2": "top_k"}  # these compress by themselves
 PEERS = {"dsgd", "monna"}
+NO_LINKS = {*PEERS, "feddyn"}  # whose messages nobody may compress
 OPERATORS = {"extragradient", "masha1", "masha2"}
 ASYNCHRONOUS = {"async_fedavg", "fedfix", "fedbuff", "fedbuff_stream"}
 
@@ -93,7 +101,7 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
     if _kind(name) in OWN_LINKS:
         strategy["compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.2}
         strategy["server_compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.5}
-    elif _kind(name) not in PEERS:
+    elif _kind(name) not in NO_LINKS:
         config["uplink"] = {"compressor": {"name": "top_k", "fraction": 0.2}, "error_feedback": True}
         config["downlink"] = {"compressor": "natural"}
     if _kind(name) in OPERATORS:
