@@ -82,6 +82,8 @@ class Direction:
         for weight, term in u.terms:
             if not isinstance(weight, float | int):
                 raise ValueError("a direction's weights are numbers, the same for all clients of a stack")
+            if not weight:
+                continue
             if isinstance(term, Model):
                 pull += weight
             elif not isinstance(term, Gradient):

@@ -93,8 +93,19 @@ class LocalTraining:
         optimizer = self.optimizer
         return optimizer.is_plain_sgd and isinstance(optimizer.lr, float | int) and optimizer.schedule is None
 
+    @property
+    def _one_rate_a_round(self) -> bool:
+        optimizer, schedule = self.optimizer, self.optimizer.schedule
+        return isinstance(optimizer.lr, float | int) and (schedule is None or schedule.unit != "steps")
+
+    def rates(self, cohort: Cohort) -> list[float]:
+        """The learning rate of each client's run, by the round in which it was given its work."""
+        rounds = cohort.rounds.tolist()
+        found = {round: self.rate_at(round) for round in set(rounds)}
+        return [found[round] for round in rounds]
+
     def rate_at(self, round: int) -> float:
-        """The learning rate of a step that a strategy takes itself in a round."""
+        """The learning rate of all steps of a round, or of one that a strategy takes itself."""
         assert isinstance(self.optimizer.lr, float | int), "checked by `check`"
         return self.optimizer.lr * self.factor_at(round)
 
@@ -111,7 +122,7 @@ class LocalTraining:
             ValueError: if it would act on a corrected direction or in a step of the strategy's own, or has no one rate.
         """
         plain, bears = self.optimizer.is_plain_sgd, traits.local_rules
-        if bears == "plain_sgd" and not plain:
+        if bears in ("plain_sgd", "scheduled_sgd") and not plain:
             raise ValueError(
                 "this strategy corrects the direction of every local step, and local.optimizer would clip, decay or "
                 "precondition the correction too; use local.optimizer {name: sgd} without momentum, weight_decay and "
@@ -119,6 +130,17 @@ class LocalTraining:
             )
         if bears == "plain_sgd":
             _ = self.lr
+        if bears in ("scheduled_sgd", "momentum_sgd") and not self._one_rate_a_round:
+            raise ValueError(
+                "this strategy divides by the local learning rate of a round: give one number, and a schedule of unit "
+                "rounds or fraction if any"
+            )
+        if bears == "momentum_sgd" and (self.optimizer.momentum is None or self.optimizer.state_scope != "round"):
+            raise ValueError(
+                "this strategy knows how far plain SGD and SGD with momentum go, and no other rule; use "
+                "local.optimizer {name: sgd}, with momentum if you like, and without nesterov, dampening, ema, "
+                "weight_decay, clip and state_scope"
+            )
         if bears == "rate" and not (plain and isinstance(self.optimizer.lr, float | int)):
             raise ValueError(
                 "this strategy takes its own step: local.optimizer gives it a learning rate and a schedule only; use "

@@ -39,12 +39,14 @@ class Cost:
         vectors_up: vectors of the model's size in one reply: 32 bits an entry, or what the uplink's compressor makes
             of them; 0 if the reply stays with the client until an `exchange`.
         exact_up: how many of these vectors are `Exact`, which no uplink compresses.
+        scalars_up: numbers in one reply beside the vectors, 32 bits each.
         bits_up: bits of one reply, where that is not a number of such vectors.
     """
 
     steps: float | Callable[[Tensor], Tensor] = 1
     vectors_up: int = 1
     exact_up: int = 0
+    scalars_up: int = 0
     bits_up: int | None = None
 
     def steps_of(self, num_examples: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fedsim.compress.packet import Compressor
 from fedsim.fleet import Fleet, TooFewRows
 from fedsim.params import Layout
 
-LocalRules = Literal["any", "plain_sgd", "rate"]
+LocalRules = Literal["any", "momentum_sgd", "scheduled_sgd", "plain_sgd", "rate"]
 T = TypeVar("T")
 
 
@@ -27,8 +27,10 @@ class Traits:
     """What goes with a strategy, and why not what does not.
 
     Args:
-        local_rules: the local optimizers that it bears: any; plain_sgd, with one rate, since it changes the direction
-            of every step and divides by the rate; rate, a rate and its schedule alone, since it takes one step itself.
+        local_rules: the local optimizers that it bears: any; momentum_sgd, SGD with momentum or without, at one rate
+            a round, since it knows how far these go; scheduled_sgd, at one rate a round, or plain_sgd, at one rate for
+            good, since it changes the direction of every step and divides by the rate; rate, a rate and its schedule
+            alone, since it takes one step itself.
         two_points: whether a step looks at the gradient at a second point, so that steps are taken one by one.
         averages_state: whether it sends and averages the local optimizer's state (`state_scope: server`).
         bears_weights: whether what it makes of replies is right for any weights of them, so that a selection may weigh

@@ -13,11 +13,15 @@ from fedsim.strategies.fedavg_m_vr import FedAvgMVR
 from fedsim.strategies.fedbn import FedBN
 from fedsim.strategies.fedbuff import FedBuff
 from fedsim.strategies.fedbuff_stream import FedBuffStream
+from fedsim.strategies.fedcm import FedCM
+from fedsim.strategies.feddyn import FedDyn
 from fedsim.strategies.fedfix import FedFix
+from fedsim.strategies.fednova import FedNova
 from fedsim.strategies.fedper import FedPer
+from fedsim.strategies.fedprox import FedProx
+from fedsim.strategies.fedrep import FedRep
 from fedsim.strategies.gradient_coding import GradientCoding
 from fedsim.strategies.m_sgc import MSGC
-from fedsim.strategies.fedrep import FedRep
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
 from fedsim.strategies.mime import Mime
@@ -46,6 +50,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "ditto": Ditto,
     "pfedme": PFedMe,
     "apfl": APFL,
+    "fedcm": FedCM,
+    "fedprox": FedProx,
+    "feddyn": FedDyn,
+    "fednova": FedNova,
     "async_fedavg": AsyncFedAvg,
     "fedfix": FedFix,
     "fedbuff": FedBuff,

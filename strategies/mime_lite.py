@@ -9,7 +9,7 @@ Letters: S clients in a round, P parameters; x the server's model, s its optimiz
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,6 @@ class MimeLite(Mimicking):
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule, x = self.rule(rng, s.last), s.x
         s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=self.cost, x=x, s=s.sent)
-        if not len(r):
-            return replace(s, round=s.round + 1), {}
         s = self.learned(s, x, r.mean("gradient", self.rule(rng, s.c)))
         return self.step(s, r.mean("delta", rule)), {}
 

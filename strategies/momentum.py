@@ -1,4 +1,4 @@
-"""What FedAvg-M, SCAFFOLD-M and their variance-reduced forms share.
+"""What FedAvg-M, SCAFFOLD-M, their variance-reduced forms and FedCM share.
 
 Letters: C clients of a stack, R replies, P parameters, K_i local steps of a client, eta the local step.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from fedsim.clients.local_training import LocalRun, LocalTraining
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Replies
-from fedsim.strategies.server import Synchronous
+from fedsim.strategies.server import ServerState, Synchronous
 from fedsim.strategy import Traits
 from fedsim.terms import Terms
 
@@ -19,7 +22,24 @@ NO_LATE = "its momentum compares gradients at the two newest models, and a late 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Momentum(Synchronous):
+class Directed(Synchronous):
+    """A server that steps along the mean direction of its clients' local steps."""
+
+    def parity(self, s: ServerState, replies: Replies) -> float:
+        """server_lr * eta * K with the mean K of the clients that have data: a step as long as FedAvg's."""
+        steps = self.local.schedule.num_steps(replies.num_examples)
+        taken = steps[steps > 0].double()
+        return self.server_lr * self.local.rate_at(s.round) * (float(taken.mean()) if len(taken) else 1.0)
+
+    def along(self, clients: Cohort, run: LocalRun) -> Terms:
+        """[C, P]: Delta_i / (eta * K_i), the mean direction of a client's steps; zero for a client that took none."""
+        rates, steps = self.local.rates(clients), run.steps.clamp(min=1).double()
+        eta = rates[0] if len(set(rates)) == 1 else torch.tensor(rates, dtype=torch.float64).to(steps)
+        return shrunk(clients, run, eta * steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Momentum(Directed):
     """Local steps along a mix of fresh gradients and the server's momentum g; the server steps along the new g.
 
     Args:
@@ -41,25 +61,19 @@ class Momentum(Synchronous):
                 f"gamma must be 0 or more, or null for the local step size times the local steps; got {self.gamma}"
             )
 
-    def step_size(self, replies: Replies) -> float:
-        """gamma, by default server_lr * eta * K with the mean K of the clients that have data: parity with FedAvg."""
-        if self.gamma is not None:
-            return self.gamma
-        steps = self.local.schedule.num_steps(replies.num_examples)
-        taken = steps[steps > 0].double()
-        return self.server_lr * self.local.lr * (float(taken.mean()) if len(taken) else 1.0)
+    def step_size(self, s: ServerState, replies: Replies) -> float:
+        """gamma, by default parity with FedAvg."""
+        return self.parity(s, replies) if self.gamma is None else self.gamma
 
-    def along(self, clients: Cohort, run: LocalRun) -> Terms:
-        """[C, P]: Delta_i / (eta * K_i), the mean direction of a client's steps; zero for a client that took none.
 
-        Entries of buffers are left as they are: their change is no direction.
-        """
-        each, n = 1 / (self.local.lr * run.steps.clamp(min=1).double()), clients.task.layout.num_trainable
-        if n == clients.task.layout.size:
-            return run.delta * each
-        delta = run.delta.dense()
-        delta[:, :n] *= each.to(delta)[:, None]
-        return Terms.of(delta)
+def shrunk(clients: Cohort, run: LocalRun, by: Tensor) -> Terms:
+    """[C, P]: each client's change divided by a number of its own [C]; of buffers the change, which is no direction."""
+    each, n = 1 / by, clients.task.layout.num_trainable
+    if n == clients.task.layout.size:
+        return run.delta * each
+    delta = run.delta.dense()
+    delta[:, :n] *= each.to(delta)[:, None]
+    return Terms.of(delta)
 
 
 def twice(local: LocalTraining) -> Cost:

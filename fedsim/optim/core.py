@@ -111,9 +111,14 @@ class Optimizer:
     @cached_property
     def is_plain_sgd(self) -> bool:
         """Whether a step is x -= lr * g and nothing else, so that an engine may fuse it into the backward pass."""
+        return self.momentum == 0
+
+    @cached_property
+    def momentum(self) -> float | None:
+        """The momentum, if a step is m = momentum * m + g, x -= lr * m and nothing else (0: plain SGD); else None."""
         first, s = self.recipe.groups[0], self.settings
         bare = self.recipe.alone and s.clip.value is None and s.average is None and s.gradient_need == "grad"
-        return bare and first.rule.is_descent and not first.decays and first.lr_weights is None
+        return first.rule.heavy_ball if bare and not first.decays and first.lr_weights is None else None
 
     @property
     def constant_rate(self) -> float | None:

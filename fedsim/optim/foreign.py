@@ -54,6 +54,7 @@ class ForeignOptimizer:
     schedule: ClassVar[Schedule | None] = None
     state_scope: ClassVar[str] = "round"
     is_plain_sgd: ClassVar[bool] = False
+    momentum: ClassVar[None] = None
     constant_rate: ClassVar[None] = None  # its steps are its own
     needs: ClassVar[frozenset[str]] = frozenset()
 

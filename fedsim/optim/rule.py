@@ -138,9 +138,9 @@ class Rule(Protocol):
     default_weight_decay: ClassVar[float] = 0.0
 
     @property
-    def is_descent(self) -> bool:
-        """Whether u is the gradient itself, and nothing is kept."""
-        return False
+    def heavy_ball(self) -> float | None:
+        """The momentum, if u is m = momentum * m + g and nothing else (0: the gradient itself); else None."""
+        return None
 
     def of_clients(self, k: int) -> Rule:
         """The rule of a stack's first k clients: arrays [k] in place of hyper-parameters given one per client."""

@@ -60,7 +60,8 @@ class Timing:
         if cost.bits_up is not None:
             return cost.bits_up
         exact = min(cost.exact_up, cost.vectors_up)
-        return (cost.vectors_up - exact) * self._reply_bits + exact * FLOAT_BITS * self._model_size
+        whole = exact * self._model_size + cost.scalars_up
+        return (cost.vectors_up - exact) * self._reply_bits + whole * FLOAT_BITS
 
     def _seconds(self, ids: Tensor, numbers: Tensor, steps: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """[R] durations of jobs; those of clients that are sent work one by one are looked up where they never vary."""

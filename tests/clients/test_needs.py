@@ -237,7 +237,7 @@ def test_a_server_has_a_gradient_and_nothing_else(rule: dict[str, Any]) -> None:
     assert f"strategy.server_optimizer: optimizer {rule['name']!r} needs" in refusal(raw)
 
 
-@pytest.mark.parametrize("strategy", ["scaffold", "fedavg_m", "scaffold_m", "fedavg_m_vr", "scaffold_m_vr"])
+@pytest.mark.parametrize("strategy", ["scaffold", "fedavg_m", "scaffold_m", "fedavg_m_vr", "scaffold_m_vr", "fedcm"])
 def test_a_private_gradient_is_not_mixed_with_raw_ones(strategy: str) -> None:
     raw = {**config(Private, "round"), "strategy": {"name": strategy}}
     assert "{name: sgd} without momentum" in refusal(raw)

@@ -36,6 +36,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "AdamW, scheduled": {"rule": {"name": "adamw", "lr": 0.001, "schedule": SCHEDULE}},
     "SCAFFOLD": {"strategy": {"name": "scaffold"}},
     "SCAFFOLD-M": {"strategy": {"name": "scaffold_m", "beta": 0.5}},
+    "FedProx": {"strategy": {"name": "fedprox", "mu": 0.1}},
+    "FedDyn": {"strategy": {"name": "feddyn", "alpha": 0.1}},
+    "FedNova": {"strategy": {"name": "fednova", "mu": 0.1}},
 }
 WAITS_OF_A_STACK = 7  # ids, sample counts, weights, losses; a flag of its run; memory read and written
 

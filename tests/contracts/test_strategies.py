@@ -37,6 +37,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "ditto": {"cohort_size": 4, "lam": 0.5},
     "pfedme": {"cohort_size": 4, "lam": 5.0, "inner_steps": 3, "inner_lr": 0.1},
     "apfl": {"cohort_size": 4, "adaptive": True},
+    "fedcm": {"cohort_size": 4, "alpha": 0.5},
+    "fedprox": {"cohort_size": 4, "mu": 0.3},
+    "feddyn": {"cohort_size": 4, "alpha": 0.5},
+    "fednova": {"cohort_size": 4, "mu": 0.3},
     "async_fedavg": {},
     "fedfix": {"interval": 0.35},
     "fedbuff": {"buffer_size": 2},
@@ -61,6 +65,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "scaffold_m, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
     "fedavg_m_vr, robust": {"cohort_size": 4, "beta": 0.5, **ROBUST},
     "mime, robust": {"cohort_size": 4, **ROBUST},
+    "fedcm, robust": {"cohort_size": 4, "alpha": 0.5, **ROBUST},
+    "fedprox, robust": {"cohort_size": 4, "mu": 0.3, **ROBUST},
+    "fednova, robust": {"cohort_size": 4, **ROBUST},
     "fedfix, robust": {"interval": 0.35, **ROBUST},
     "fedbuff, robust": {"buffer_size": 3, "weights": "unbiased", **ROBUST},
     "fedbuff_stream, robust": {"buffer_size": 3, "concurrency": 4, **ROBUST},
@@ -84,6 +91,7 @@ OWN_LINKS = {"masha1": "rand_k", "masha2": "top_k"}  # these compress by themsel
 PEERS = {"dsgd", "monna"}
 PERSONAL = {"fedbn", "fedper", "fedrep", "ditto", "pfedme", "apfl"}  # whose clients have models of their own
 CODING = {"uncoded", "gradient_coding", "sr_sgc", "m_sgc"}
+NO_LINKS = {*PEERS, *CODING, "feddyn"}  # whose messages nobody may compress
 NO_STEPS = {"extragradient", "masha1", "masha2", *CODING}  # of clients' own
 ASYNCHRONOUS = {"async_fedavg", "fedfix", "fedbuff", "fedbuff_stream"}
 
@@ -138,7 +146,7 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
     if _kind(name) in OWN_LINKS:
         strategy["compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.2}
         strategy["server_compressor"] = {"name": OWN_LINKS[_kind(name)], "fraction": 0.5}
-    elif _kind(name) not in PEERS | CODING:
+    elif _kind(name) not in NO_LINKS:
         config["uplink"] = {"compressor": {"name": "top_k", "fraction": 0.2}, "error_feedback": True}
         config["downlink"] = {"compressor": "natural"}
     if _kind(name) in NO_STEPS:

@@ -18,7 +18,11 @@ from fedsim.strategies.fedavg_m import FedAvgM
 from fedsim.strategies.fedavg_m_vr import FedAvgMVR
 from fedsim.strategies.fedbuff import FedBuff
 from fedsim.strategies.fedbuff_stream import FedBuffStream
+from fedsim.strategies.fedcm import FedCM
+from fedsim.strategies.feddyn import FedDyn
 from fedsim.strategies.fedfix import FedFix
+from fedsim.strategies.fednova import FedNova
+from fedsim.strategies.fedprox import FedProx
 from fedsim.strategies.monna import Monna
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
@@ -44,6 +48,9 @@ def _bits(play: Play) -> tuple[int, int]:
         (Scaffold, 2, 2),
         (ScaffoldM, 3, 2),
         (ScaffoldMVR, 4, 2),
+        (FedCM, 2, 1),
+        (FedProx, 1, 1),
+        (FedDyn, 1, 1),
     ],
 )
 @pytest.mark.parametrize("size", [None, 2])
@@ -52,6 +59,15 @@ def test_synchronous_round(kind: type, down: int, up: int, size: int | None) -> 
     play = Play.start(task, kind(cohort_size=size, local=local_sgd(task, steps=2)))
     for _ in range(3):
         assert _bits(play) == ((size or 5) * down * VECTOR, (size or 5) * up * VECTOR)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+def test_fednova_sends_one_number_beside_its_vector(mu: float) -> None:
+    task = drawn(5, 3)
+    strategy = FedNova(cohort_size=2, mu=mu, local=local_sgd(task, steps=2))
+    play = Play.start(task, strategy, devices=Clocks((0.0,) * 5, uplink=10.0), reply_bits=VECTOR)
+    assert _bits(play) == (2 * VECTOR, 2 * (VECTOR + 32))
+    assert play.fleet.now == pytest.approx((VECTOR + 32) / 10.0)
 
 
 def test_scaffold_with_option_one_sends_no_more() -> None:
@@ -97,7 +113,19 @@ def test_extragradient_exchanges_twice() -> None:
     assert _bits(play) == (5 * 2 * 32 * 12, 5 * 2 * 32 * 12)
 
 
-@pytest.mark.parametrize("kind, whole", [(FedAvg, 0), (FedAvgM, 0), (Scaffold, 1), (ScaffoldM, 1), (ScaffoldMVR, 1)])
+@pytest.mark.parametrize(
+    "kind, whole",
+    [
+        (FedAvg, 0),
+        (FedAvgM, 0),
+        (FedCM, 0),
+        (FedProx, 0),
+        (FedNova, 32),
+        (Scaffold, VECTOR),
+        (ScaffoldM, VECTOR),
+        (ScaffoldMVR, VECTOR),
+    ],
+)
 def test_a_compressed_uplink_costs_what_its_packets_do_and_drives_the_clock(kind: type, whole: int) -> None:
     task = drawn(4, 3)
     rand = RandK(k=1)
@@ -108,5 +136,5 @@ def test_a_compressed_uplink_costs_what_its_packets_do_and_drives_the_clock(kind
         uplink=Uplink(compressor=rand),
         devices=Clocks((0.0,) * 4, uplink=10.0),
     )
-    assert _bits(play)[1] == 4 * (packet + whole * VECTOR)
-    assert play.fleet.now == pytest.approx((packet + whole * VECTOR) / 10.0)
+    assert _bits(play)[1] == 4 * (packet + whole)
+    assert play.fleet.now == pytest.approx((packet + whole) / 10.0)

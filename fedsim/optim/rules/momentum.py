@@ -44,6 +44,11 @@ class Sgd(Rule):
     def is_descent(self) -> bool:
         return isinstance(self.momentum, float | int) and self.momentum == 0
 
+    @property
+    def heavy_ball(self) -> float | None:
+        bare = not (self.nesterov or self.ema or self.dampening) and isinstance(self.momentum, float | int)
+        return 0.0 if self.is_descent else float(self.momentum) if bare else None
+
     def active_states(self) -> tuple[State, ...]:
         return () if self.is_descent else self.states
 

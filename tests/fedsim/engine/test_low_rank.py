@@ -106,6 +106,8 @@ STRATEGIES = {
     "fedavg": {"cohort_size": 12},
     "scaffold": {"cohort_size": 12},
     "scaffold_m": {"cohort_size": 12, "beta": 0.3},
+    "fedprox": {"cohort_size": 12, "mu": 1.0},
+    "feddyn": {"cohort_size": 12, "alpha": 1.0},
     "fedfix": {"interval": 0.5},
     "fedbuff_stream": {"buffer_size": 4, "concurrency": 12},
 }

@@ -1,6 +1,7 @@
 """The step's semantics: order, decay, roles, masks, additive terms, clients, state, errors."""
 
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -247,6 +248,23 @@ def test_plain_sgd_says_so_and_nothing_else_does() -> None:
     for extra in (*others, {"average": {"name": "swa"}}, {"roles": {"vector": {"name": "sgd", "lr": 1.0}}}):
         assert not build({"name": "sgd", "lr": 0.1, **extra}, LAYOUT).is_plain_sgd, extra
     assert not build({"name": "adam"}, LAYOUT).is_plain_sgd
+
+
+def test_momentum_is_known_of_a_step_that_is_nothing_else() -> None:
+    def momentum(**spec: Any) -> float | None:
+        return build({"name": "sgd", "lr": 0.1, **spec}, LAYOUT).momentum
+
+    assert momentum() == 0 and momentum(momentum=0.9) == 0.9
+    for extra in (
+        {"nesterov": True},
+        {"dampening": 0.1},
+        {"ema": True},
+        {"weight_decay": 0.1},
+        {"clip": {"global": 1}},
+    ):
+        assert momentum(momentum=0.9, **extra) is None, extra
+    assert build({"name": "adam"}, LAYOUT).momentum is None
+    assert momentum(momentum=[0.9, 0.5]) is None
 
 
 @pytest.mark.parametrize(
