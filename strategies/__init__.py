@@ -13,12 +13,14 @@ from fedsim.strategies.fedbuff_stream import FedBuffStream
 from fedsim.strategies.fedfix import FedFix
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
+from fedsim.strategies.mb_storm import MBStorm
 from fedsim.strategies.mime import Mime
 from fedsim.strategies.mime_lite import MimeLite
 from fedsim.strategies.monna import Monna
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
 from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
+from fedsim.strategies.stem import Stem
 from fedsim.strategy import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -30,6 +32,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "scaffold_m_vr": ScaffoldMVR,
     "mime": Mime,
     "mime_lite": MimeLite,
+    "stem": Stem,
+    "mb_storm": MBStorm,
     "async_fedavg": AsyncFedAvg,
     "fedfix": FedFix,
     "fedbuff": FedBuff,
