@@ -23,15 +23,23 @@ from fedsim.strategies.clocks import Durations, Importance, Times, able, given_j
 from fedsim.strategies.server import UNIFORM, S, Server, ServerState
 from fedsim.strategy import Traits
 
+Weights = Literal["unbiased", "observed", "identical"]
 ALL_WORK = "in this scheme every client with data is at work at all times; lower clients.count for fewer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class State(ServerState):
-    """idle: [I] clients to be sent work; d: [N] weights, known from the first round on."""
+    """What the next aggregation needs, known from the first round on.
+
+    Args:
+        idle: [I] clients to be sent work.
+        d: [N] weights; p_i where they are observed.
+        arrivals: [N] how many aggregations contained each client, where weights are observed.
+    """
 
     idle: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     d: Tensor = field(default_factory=lambda: torch.zeros(0))
+    arrivals: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
 class Asynchronous(Server):
@@ -58,27 +66,42 @@ class Weighted(Asynchronous):
     """A scheme whose weights d_i may follow from how long clients' jobs take.
 
     Args:
-        weights: unbiased, so that in the long run every client moves the model by its importance; or identical.
+        weights: unbiased, so that in the long run every client moves the model by its importance; observed, the same
+            where nobody knows clocks, by the share of aggregations so far that contained a client (this one among
+            them, so that a first arrival in the n-th weighs n p_i, what it missed included); or identical.
         importance: p_i, by samples or uniform.
         job_seconds: tau_i, where the fleet can't know; one number a client.
     """
 
-    weights: Literal["unbiased", "identical"] = "unbiased"
+    weights: Weights = "unbiased"
     importance: Importance = "uniform"
     job_seconds: tuple[float, ...] | None = None
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0))
 
-    def work(self, s: State, fleet: Fleet) -> tuple[Tensor, Tensor]:
-        """(clients to be sent work [I], d [N]); at first all that have data."""
-        return (s.idle, s.d) if s.round else (able(fleet), self.client_weights(fleet, s.x))
+    def begun(self, s: State, fleet: Fleet) -> State:
+        """The state with weights, and all clients that have data to be sent work, at first."""
+        if s.round:
+            return s
+        return replace(s, idle=able(fleet), d=self.client_weights(fleet, s.x), arrivals=torch.zeros_like(fleet.clients))
+
+    def noted(self, s: State, r: Replies) -> tuple[State, Tensor]:
+        """(the state that knows who arrived and is idle, their weights d [R])."""
+        s = replace(s, idle=r.ids)
+        if self.weights != "observed":
+            return s, s.d[r.ids]
+        arrivals = s.arrivals.clone()
+        arrivals[r.ids] += 1
+        return replace(s, arrivals=arrivals), s.d[r.ids] * (s.round + 1) / arrivals[r.ids]
 
     def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
         """d [N] for jobs that download x."""
         p = importances(self.importance, fleet.num_examples)
         if self.weights == "identical":
             return self.identical(p)
+        if self.weights == "observed":
+            return p
         if self.job_seconds is None:
             jobs = known_jobs(fleet, self.local.cost, x)
         else:
