@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.centralised import Centralised
 from fedsim.strategies.dsgd import DSGD
 from fedsim.strategies.extragradient import Extragradient
+from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedavg_m import FedAvgM
 from fedsim.strategies.fedavg_m_vr import FedAvgMVR
@@ -24,6 +26,7 @@ from fedsim.strategies.stem import Stem
 from fedsim.strategy import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
+    "centralised": Centralised,
     "fedavg": FedAvg,
     "scaffold": Scaffold,
     "fedavg_m": FedAvgM,
@@ -35,6 +38,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "stem": Stem,
     "mb_storm": MBStorm,
     "async_fedavg": AsyncFedAvg,
+    "fedasync": FedAsync,
     "fedfix": FedFix,
     "fedbuff": FedBuff,
     "fedbuff_stream": FedBuffStream,
