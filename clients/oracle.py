@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.streams import Streams
-from fedsim.task import Schedule
+from fedsim.task import Batches, Schedule
+from fedsim.terms import Terms
 
 FULL = Schedule(epochs=1, batch_size=None, shuffle=False)
 PIECE = 512
@@ -30,7 +31,49 @@ def full_gradient(cohort: Cohort, x: Tensor, part: tuple[int, int, int] | None =
         part: of everybody's data, as in `Schedule.part`; None for all.
     """
     schedule = CHUNK if part is None else replace(CHUNK, part=part)
+    return _over_pieces(cohort, x, cohort.task.batches(cohort.ids, cohort.streams, schedule), schedule)
+
+
+def full_gradient_in_terms(cohort: Cohort, x: Tensor) -> Terms:
+    """The same as terms, which nobody needs to form to add them up; where one piece is all, in factors if it can be."""
+    batches = cohort.task.batches(cohort.ids, cohort.streams, CHUNK)
+    factored = _factored(cohort, x, batches) if len(batches) == 1 else None
+    return Terms.of(_over_pieces(cohort, x, batches, CHUNK)) if factored is None else factored[0]
+
+
+def gradient_sum(cohort: Cohort, x: Tensor, schedule: Schedule) -> tuple[Terms, Tensor, Tensor]:
+    """The gradients of a local run that moves nowhere.
+
+    Args:
+        cohort: the clients.
+        x: [P], where they stay.
+        schedule: how many minibatches each takes.
+
+    Returns:
+        (sum of each client's gradients at x [C, P], sum of its losses [C], its minibatches [C]).
+    """
     batches = cohort.task.batches(cohort.ids, cohort.streams, schedule)
+    factored = _factored(cohort, x, batches)
+    if factored is not None:
+        return *factored, batches.num_steps
+    y = cohort.scratch("y", x)
+    total, losses = torch.zeros_like(y), torch.zeros(len(cohort), device=y.device)
+    for step in range(len(batches)):
+        k = batches.active(step)
+        y[:k] = x  # a training pass moves buffers
+        g, loss = cohort.task.session(y[:k]).gradient(batches[step], cohort.scratch("gradient", y)[:k])
+        total[:k] += g
+        losses[:k] += loss.to(losses.dtype)
+    return Terms.of(total), losses, batches.num_steps
+
+
+def _factored(cohort: Cohort, x: Tensor, batches: Batches) -> tuple[Terms, Tensor] | None:
+    """(sum of the gradients of all batches at x, sum of losses) in factors: a run whose steps have the length 0."""
+    found = cohort.task.factored_run(x, batches, 0.0, 1.0, 0.0, ())
+    return None if found is None else (Terms.of(found[0]), found[1])
+
+
+def _over_pieces(cohort: Cohort, x: Tensor, batches: Batches, schedule: Schedule) -> Tensor:
     point = torch.empty(len(cohort), x.shape[-1], dtype=x.dtype, device=x.device).copy_(x)
     total = torch.zeros_like(point)
     seen = torch.zeros(len(cohort), 1, dtype=x.dtype, device=x.device)

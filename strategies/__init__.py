@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from fedsim.strategies.apfl import APFL
 from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.centralised import Centralised
 from fedsim.strategies.ditto import Ditto
 from fedsim.strategies.dsgd import DSGD
 from fedsim.strategies.extragradient import Extragradient
+from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedavg_m import FedAvgM
 from fedsim.strategies.fedavg_m_vr import FedAvgMVR
@@ -24,6 +26,7 @@ from fedsim.strategies.gradient_coding import GradientCoding
 from fedsim.strategies.m_sgc import MSGC
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
+from fedsim.strategies.mb_storm import MBStorm
 from fedsim.strategies.mime import Mime
 from fedsim.strategies.mime_lite import MimeLite
 from fedsim.strategies.monna import Monna
@@ -32,10 +35,12 @@ from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
 from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
 from fedsim.strategies.sr_sgc import SRSGC
+from fedsim.strategies.stem import Stem
 from fedsim.strategies.uncoded import Uncoded
 from fedsim.strategy import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
+    "centralised": Centralised,
     "fedavg": FedAvg,
     "scaffold": Scaffold,
     "fedavg_m": FedAvgM,
@@ -54,7 +59,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedprox": FedProx,
     "feddyn": FedDyn,
     "fednova": FedNova,
+    "stem": Stem,
+    "mb_storm": MBStorm,
     "async_fedavg": AsyncFedAvg,
+    "fedasync": FedAsync,
     "fedfix": FedFix,
     "fedbuff": FedBuff,
     "fedbuff_stream": FedBuffStream,

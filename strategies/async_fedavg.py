@@ -8,7 +8,7 @@ Letters: N clients, P parameters; d_i the weight of a contribution, p_i a client
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,17 +25,18 @@ class AsyncFedAvg(Weighted):
     """Aggregate each client's update the moment it arrives.
 
     Args:
-        weights: unbiased, d_i = (sum of 1 / tau_j) tau_i p_i; identical, d_i = 1.
+        weights: unbiased, d_i = (sum of 1 / tau_j) tau_i p_i; observed, p_i over the share of i; identical, d_i = 1.
     """
 
     def replies(self, num_clients: int) -> int:
         return 1
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        idle, d = self.work(s, fleet)
-        fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
+        s = self.begun(s, fleet)
+        fleet.send(self.free(s, fleet), self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(count=1)
-        return replace(self.absorb(s, r, d[r.ids], self.rule(rng, s.last)), idle=r.ids, d=d), {}
+        s, d = self.noted(s, r)
+        return self.absorb(s, r, d, self.rule(rng, s.last)), {}
 
     def identical(self, p: Tensor) -> Tensor:
         return torch.ones_like(p)

@@ -23,21 +23,45 @@ from fedsim.strategies.clocks import Durations, Importance, Times, able, given_j
 from fedsim.strategies.server import NO_ROUNDS, UNIFORM, S, Server, ServerState
 from fedsim.strategy import Traits
 
+Weights = Literal["unbiased", "observed", "identical"]
 ALL_WORK = "in this scheme every client with data is at work at all times; lower clients.count for fewer"
+NO_COHORT = dict.fromkeys(("cohort_size", "selection"), ALL_WORK) | NO_ROUNDS
+"""Why a scheme that sends at once has not these keys of a server."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class State(ServerState):
-    """idle: [I] clients whose replies came last; d: [N] weights, known from the first round on."""
+    """What the next aggregation needs, known from the first round on.
+
+    Args:
+        idle: [I] clients whose replies came last, in their order.
+        d: [N] weights; p_i where they are observed.
+        arrivals: [N] how many aggregations contained each client, where weights are observed.
+    """
 
     idle: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     d: Tensor = field(default_factory=lambda: torch.zeros(0))
+    arrivals: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
 class Asynchronous(Server):
     """A server that aggregates what has arrived while others are still at work."""
 
-    traits: ClassVar[Traits] = Traits(refused=dict.fromkeys(("cohort_size", "selection"), ALL_WORK) | NO_ROUNDS)
+    traits: ClassVar[Traits] = Traits(refused=NO_COHORT)
+    waits_for: ClassVar[int] = 1
+    """Clients that a step can't do without where nobody is at work."""
+
+    def free(self, s: State, fleet: Fleet) -> Tensor:
+        """[I] clients to be sent work: all that are idle and on line and have data.
+
+        Those that replied last come first, in the order of their replies: where jobs end at the same time, replies
+        arrive in the order in which the jobs were sent.
+        """
+        there = fleet.present(self.waits_for, with_data=True)
+        if len(there) > 1:
+            again = s.idle[torch.isin(s.idle, there)]
+            there = torch.cat([again, there[~torch.isin(there, again)]])
+        return there
 
     def absorb(self, s: S, r: Replies, d: Tensor, rule: Aggregator) -> S:
         """The state after one step along the sum of d_i v_i, d [R]; where nothing arrived, nothing moves."""
@@ -58,33 +82,35 @@ class Weighted(Asynchronous):
     """A scheme whose weights d_i may follow from how long clients' jobs take.
 
     Args:
-        weights: unbiased, so that in the long run every client moves the model by its importance; or identical.
-            They follow from the clocks alone, and reckon with nobody who is away or drops out.
+        weights: unbiased, so that in the long run every client moves the model by its importance; observed, the same
+            where nobody knows clocks, by the share of aggregations so far that contained a client (this one among
+            them, so that a first arrival in the n-th weighs n p_i, what it missed included); or identical. Unbiased
+            ones follow from the clocks alone, and reckon with nobody who is away or drops out.
         importance: p_i, by samples or uniform.
         job_seconds: tau_i, where the fleet can't know; one number a client.
     """
 
-    weights: Literal["unbiased", "identical"] = "unbiased"
+    weights: Weights = "unbiased"
     importance: Importance = "uniform"
     job_seconds: tuple[float, ...] | None = None
-    waits_for: ClassVar[int] = 1
-    """Clients that a step can't do without where nobody is at work."""
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0))
 
-    def work(self, s: State, fleet: Fleet) -> tuple[Tensor, Tensor]:
-        """(clients to be sent work [I], d [N]): all that are idle and on line and have data.
+    def begun(self, s: State, fleet: Fleet) -> State:
+        """The state with weights, at first."""
+        if s.round:
+            return s
+        return replace(s, d=self.client_weights(fleet, s.x), arrivals=torch.zeros_like(fleet.clients))
 
-        Those that replied last come first, in the order of their replies: where jobs end at the same time, replies
-        arrive in the order in which the jobs were sent.
-        """
-        d = s.d if s.round else self.client_weights(fleet, s.x)
-        there = fleet.present(self.waits_for, with_data=True)
-        if len(there) > 1:
-            again = s.idle[torch.isin(s.idle, there)]
-            there = torch.cat([again, there[~torch.isin(there, again)]])
-        return there, d
+    def noted(self, s: State, r: Replies) -> tuple[State, Tensor]:
+        """(the state that knows who arrived and is idle, their weights d [R])."""
+        s = replace(s, idle=r.ids)
+        if self.weights != "observed":
+            return s, s.d[r.ids]
+        arrivals = s.arrivals.clone()
+        arrivals[r.ids] += 1
+        return replace(s, arrivals=arrivals), s.d[r.ids] * (s.round + 1) / arrivals[r.ids]
 
     def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
         """d [N] for jobs that download x."""
@@ -92,6 +118,8 @@ class Weighted(Asynchronous):
         p = importances(self.importance, fleet.num_examples)
         if self.weights == "identical":
             return self.identical(p)
+        if self.weights == "observed":
+            return p
         if self.job_seconds is None:
             jobs = known_jobs(fleet, self.local.cost, x)
         else:

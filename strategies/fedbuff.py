@@ -8,15 +8,15 @@ Letters: N clients, c the buffer's size, P parameters; d_i the weight of a contr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.fleet import Fleet
-from fedsim.strategies.asynchronous import State, Weighted
+from fedsim.strategies.asynchronous import State, Weighted, Weights
 from fedsim.strategies.clocks import Durations, Times, buffer_weights, fitting, positive, schedule_shares
 
 
@@ -26,11 +26,11 @@ class FedBuff(Weighted):
 
     Args:
         buffer_size: c.
-        weights: unbiased, p_i over the share of aggregations that contain i; identical, 1 / c.
+        weights: unbiased or observed, p_i over the share of aggregations that contain i; identical, 1 / c.
     """
 
     buffer_size: int = 10
-    weights: Literal["unbiased", "identical"] = "identical"
+    weights: Weights = "identical"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,10 +40,11 @@ class FedBuff(Weighted):
         return self.buffer_size
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        idle, d = self.work(s, fleet)
-        fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
+        s = self.begun(s, fleet)
+        fleet.send(self.free(s, fleet), self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(count=self.buffer_size)
-        return replace(self.absorb(s, r, d[r.ids], self.rule(rng, s.last)), idle=r.ids, d=d), {}
+        s, d = self.noted(s, r)
+        return self.absorb(s, r, d, self.rule(rng, s.last)), {}
 
     def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
         fitting("buffer_size", self.buffer_size, fleet)

@@ -51,8 +51,8 @@ class FedDyn(Synchronous):
             raise ValueError(f"alpha is the strength of a pull and must be positive, got {self.alpha}")
         if self.aggregator != UNIFORM or self.pre_aggregators:
             raise ValueError(
-                "feddyn bears the uniform mean alone as aggregator, and no pre_aggregators: its h must stay the mean of "
-                "what all clients keep; leave them out"
+                "feddyn bears the uniform mean alone as aggregator, and no pre_aggregators: its h must stay the mean "
+                "of what all clients keep; leave them out"
             )
 
     def init(self, x0: Tensor) -> State:

@@ -28,7 +28,7 @@ class FedFix(Weighted):
 
     Args:
         interval: seconds of a window.
-        weights: unbiased, d_i = p_i over the chance to arrive in a window; identical, d_i = p_i.
+        weights: unbiased or observed, d_i = p_i over the chance to arrive in a window; identical, d_i = p_i.
     """
 
     interval: float
@@ -40,14 +40,14 @@ class FedFix(Weighted):
             raise ValueError(f"interval must be positive seconds, got {self.interval}")
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        idle, d = self.work(s, fleet)
-        fleet.send(idle, self.local_update, cost=self.local.cost, x=s.x)
+        s = self.begun(s, fleet)
+        fleet.send(self.free(s, fleet), self.local_update, cost=self.local.cost, x=s.x)
         r = fleet.receive(until=(s.round + 1) * self.interval)
+        known, d = self.noted(s, r)
         try:
-            after, metrics = self.absorb(s, r, d[r.ids], self.rule(rng, s.last)), {}
-        except TooFewRows:
-            after, metrics = replace(s, round=s.round + 1), {"too_few": 1}
-        return replace(after, idle=r.ids, d=d), metrics
+            return self.absorb(known, r, d, self.rule(rng, s.last)), {}
+        except TooFewRows:  # nobody contributed
+            return replace(s, idle=r.ids, round=s.round + 1), {"too_few": 1}
 
     def identical(self, p: Tensor) -> Tensor:
         return p

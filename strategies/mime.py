@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedsim.clients.direction import GRADIENT, gradient_at
 from fedsim.clients.local_training import Reply
-from fedsim.clients.oracle import full_gradient
+from fedsim.clients.oracle import full_gradient_in_terms
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, Held, linear
 from fedsim.strategies.momentum import twice
@@ -42,7 +42,7 @@ class Mime(Mimicking):
         return self.step(self.learned(s, x, c), r.mean("delta", rule)), {}
 
     def full_gradient(self, clients: Cohort, x: Tensor) -> Reply:
-        return {"gradient": full_gradient(clients, x)}
+        return {"gradient": full_gradient_in_terms(clients, x)}
 
     def local_update(self, clients: Cohort, x: Tensor, c: Tensor, s: Tensor | None) -> Reply:
         return {"delta": self.local(clients, x, GRADIENT - gradient_at(x) + c, fixed=s).delta}

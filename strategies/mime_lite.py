@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.clients.local_training import Reply
-from fedsim.clients.oracle import full_gradient
+from fedsim.clients.oracle import full_gradient_in_terms
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Fleet
 from fedsim.strategies.statistics import Mimicking, State, full_pass
@@ -39,4 +39,4 @@ class MimeLite(Mimicking):
         return self.step(s, r.mean("delta", rule)), {}
 
     def local_update(self, clients: Cohort, x: Tensor, s: Tensor | None) -> Reply:
-        return {"delta": self.local(clients, x, fixed=s).delta, "gradient": full_gradient(clients, x)}
+        return {"delta": self.local(clients, x, fixed=s).delta, "gradient": full_gradient_in_terms(clients, x)}

@@ -178,7 +178,7 @@ class Selecting(Server):
         """Clients of N that are chosen at a time."""
         return self.at_work(num_clients)
 
-    def start(self, num_clients: int) -> Known:
+    def known_at_first(self, num_clients: int) -> Known:
         """What the selection knows of N clients before the first round.
 
         Raises:
@@ -197,7 +197,7 @@ class Selecting(Server):
 
     def choose(self, s: S, among: Among, rng: np.random.Generator) -> tuple[S, Tensor]:
         """(the state, with what the selection remembers of its choice; [S] clients, ascending)."""
-        ids, known = self.selection.choose(s.known or self.start(len(among.num_examples)), among, rng)
+        ids, known = self.selection.choose(s.known or self.known_at_first(len(among.num_examples)), among, rng)
         return replace(s, known=known), ids
 
     def noted(self, s: S, replies: Replies) -> S:

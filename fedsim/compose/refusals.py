@@ -87,7 +87,7 @@ def check_strategy(strategy: object, num_examples: Tensor) -> Strategy:
         )
     if isinstance(strategy, Selecting):
         with at("strategy.selection"):
-            strategy.start(num_clients)
+            strategy.known_at_first(num_clients)
     if isinstance(strategy, Aggregating):
         _check_aggregation(strategy, strategy.replies(num_clients))
     return strategy

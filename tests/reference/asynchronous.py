@@ -70,6 +70,28 @@ def async_fedavg(
     return out
 
 
+def fedasync(
+    clients: Clients,
+    x: Tensor,
+    aggregations: int,
+    *,
+    tau: Callable[[int, int], float],
+    alpha: float,
+    trust: Callable[[int], float],
+    eta: float,
+) -> Trace:
+    """The model of the first to return is mixed into the server's, and that client starts again."""
+    work, out = Workers(clients, x, tau, eta), Trace()
+    for n in range(aggregations):
+        i = min(range(clients.n), key=lambda j: (work.back[j], work.since[j], j))
+        now, late = work.back[i], n - work.since[i]
+        mix = alpha * trust(late)
+        x = (1 - mix) * x + mix * (work.sent[i] + work.change(i))
+        _note(out, x, now, [i], [late])
+        work.restart(i, x, n + 1, now)
+    return out
+
+
 def fedfix(
     clients: Clients,
     x: Tensor,
