@@ -2,7 +2,8 @@
 
 The same client halves that a simulator runs on hundreds of clients at once run here on one, on a device of its own.
 Every message starts a process, so nothing lives between two messages but the client's memory, which is kept in
-Flower's `Context.state`: it never leaves the device.
+Flower's `Context.state`: it never leaves the device. That state ends with the run, and with the SuperNode; a node that
+was started with `fedsim-memory=FOLDER` keeps a copy in a file there, from which it goes on.
 
 Letters: C = 1 client of the stack, P entries.
 """
@@ -12,13 +13,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fedsim.config import ConfigError
+from fedsim.files import write_tensors
 from fedsim.flower import wire
 from fedsim.flower.downlink import receive_copies
 from fedsim.flower.wire import ABOUT, LOGGED
@@ -27,6 +33,7 @@ from fedsim.sim.links import step_of
 from fedsim.terms import Terms
 
 MEMORY, VERSION, COPIES = "fedsim.memory", "fedsim.version", "fedsim.copies"
+FOLDER = "fedsim-memory"  # the node's setting
 
 Build = Callable[[Context], tuple[StackRunner, wire.Book]]
 """What runs client halves here, and the names of compressors, from the settings that a context holds."""
@@ -43,11 +50,15 @@ def client_app(build: Build) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         runner, book = build(context)
-        return Message(work(runner, book, message.content, context), reply_to=message)
+        recover(message.content, context)
+        answer = work(runner, book, message.content, context)
+        store(context)
+        return Message(answer, reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         runner, book = build(context)
+        recover(message.content, context)
         forgotten = copy.copy(context)
         forgotten.state = RecordDict(dict(context.state))
         return Message(work(runner, book, message.content, forgotten), reply_to=message)
@@ -149,3 +160,43 @@ def remember(state: RecordDict, kind: str, rows: Mapping[str, Tensor]) -> None:
     if rows:
         old = dict(state[kind]) if kind in state else {}
         state[kind] = ArrayRecord(old | {k: wire.raw_array(v) for k, v in rows.items()})
+
+
+def recover(content: RecordDict, context: Context) -> None:
+    """Take what this client remembers from its file, where Flower's own state begins anew in the middle of a run.
+
+    Raises:
+        ConfigError: if the file cannot be read.
+    """
+    path, expected = _file(context), wire.Head.read(content).version
+    if path is None or VERSION in context.state or not expected or not path.exists():
+        return  # a run whose server knows of no memory begins without one
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ConfigError(f"{path} cannot be read ({e}); remove it and start the run anew") from e
+    version = int(found.pop(VERSION))
+    for kind in (MEMORY, COPIES):
+        prefix = kind + "/"
+        remember(context.state, kind, {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
+    context.state[VERSION] = ConfigRecord({"version": version})
+
+
+def store(context: Context) -> None:
+    """Keep a copy of what this client remembers in its file, if it was given a folder for it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path = _file(context)
+    if path is None or VERSION not in context.state:
+        return
+    rows = {f"{kind}/{k}": v for kind in (MEMORY, COPIES) for k, v in recall(context.state, kind).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, {**rows, VERSION: torch.tensor(int(context.state[VERSION]["version"]))})
+
+
+def _file(context: Context) -> Path | None:
+    """Where this client keeps what it remembers."""
+    folder = context.node_config.get(FOLDER)
+    return None if not folder else Path(str(folder)) / f"client-{context.node_config['partition-id']}.safetensors"

@@ -7,7 +7,8 @@ app's pyproject; they find the file through the run's settings. docs/deploy.md s
 Settings of a run (`flwr run -c "..."`): `fedsim-config`, a path or the file's text; `fedsim-overrides`, as after
 `fedsim run`; `fedsim-out`, the run's folder at the server; `fedsim-resume`; `fedsim-reply-seconds`, how long to wait
 for nodes and replies. Settings of a node (`--node-config`): `partition-id`, which client it is; `fedsim-overrides`,
-what is different there (`data.root=/srv/mine runtime.device=cuda:1`).
+what is different there (`data.root=/srv/mine runtime.device=cuda:1`); `fedsim-memory`, a folder of its own for this
+experiment, in which the client keeps what it remembers, for a SuperNode that is started anew or a run that is resumed.
 """
 
 from __future__ import annotations

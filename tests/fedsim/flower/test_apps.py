@@ -258,6 +258,31 @@ def test_resuming_without_the_clients_memory_fails_loudly(tmp_path: Path) -> Non
         deploy(raw, tmp_path / "run", **{"fedsim-resume": True})
 
 
+@pytest.mark.parametrize("name", ["scaffold_m", "scaffold_m, compressed", "local adam that remembers"])
+def test_devices_that_keep_their_memory_in_a_folder_resume(name: str, tmp_path: Path) -> None:
+    raw = experiment(name, rounds=6)
+    settings = {"fedsim-out": str(tmp_path / "run")}
+    for rounds, resume in ((3, False), (6, True)):
+        clock = VirtualClock()
+        grid = LocalGrid(apps.client_app(raw), N, clock=clock)  # new SuperNodes, whose contexts are empty
+        for context in grid.contexts.values():
+            context.node_config["fedsim-memory"] = str(tmp_path / "memory")
+        got = apps.serve(grid, {**raw, "rounds": rounds}, {**settings, "fedsim-resume": resume}, clock).rows
+    assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
+    assert 0 < len(list((tmp_path / "memory").glob("client-*.safetensors"))) <= N
+
+
+def test_a_new_run_does_not_begin_with_the_memory_of_an_old_one(tmp_path: Path) -> None:
+    raw = experiment("scaffold_m", rounds=3)
+    for run in ("one", "two"):
+        clock = VirtualClock()
+        grid = LocalGrid(apps.client_app(raw), N, clock=clock)
+        for context in grid.contexts.values():
+            context.node_config["fedsim-memory"] = str(tmp_path / "memory")
+        got = apps.serve(grid, raw, {"fedsim-out": str(tmp_path / run)}, clock).rows
+        assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
+
+
 def test_attacks_are_refused(tmp_path: Path) -> None:
     raw = experiment("fedavg")
     raw["clients"] = {"count": N, "byzantine": {"attack": "sign_flip", "count": 1}}
