@@ -5,8 +5,8 @@
 W1 with memory: an MLP 784-200-10, of which a client keeps 636 kB; 60 of 60,000 images for each client, drawn for it
 alone, so that an image belongs to several where clients are many; batch 20 (3 steps), 100 clients a round. Each size is
 a run in a process of its own; they take turns round by round, so that a drift of the machine serves them alike. Peak
-memory is what the process took (VmHWM) above what it held before the first round, data and torch. A round with a
-checkpoint shows how much longer that takes, and how many bytes of rows the folder of checkpoints gained.
+memory is what the process took (VmHWM) above what it held before the first round, data and torch; times are medians, by
+the clock and of the processor. A round after a checkpoint includes it; what it wrote is what its folder of rows gained.
 """
 
 from __future__ import annotations
@@ -48,18 +48,19 @@ def run(config: dict[str, Any], folder: Path, parent: Connection) -> None:
     """A run that waits for its turn before every round, and tells what the one before took."""
     composition = compose(config, "config")
     composition.memory.folder = folder / "memory"
-    started, peak_before = 0.0, 0.0
+    started, spent, peak_before = 0.0, 0.0, 0.0
 
     def kilobytes(key: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(key))
 
     def turn(row: Any = None) -> None:
-        nonlocal started
+        nonlocal started, spent
+        took, cpu = time.perf_counter() - started, time.process_time() - spent
         saved = sum(p.stat().st_size for p in (folder / "checkpoints" / "rows").glob("*"))
-        parent.send((time.perf_counter() - started, (kilobytes("VmHWM") - peak_before) * 1024, saved))
+        parent.send((took, cpu, (kilobytes("VmHWM") - peak_before) * 1024, saved))
         parent.recv()
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), time.process_time()
 
     peak_before = kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -91,17 +92,15 @@ def main() -> None:
         for end, process in zip(ends.values(), processes, strict=True):
             end.send(None)  # what is left is the last checkpoint
             process.join()
-    print("clients   a round, ms  ratio  with a checkpoint, ms  ratio  peak, MB  a checkpoint wrote, MB")
-    first: tuple[float, float] | None = None
+    print("clients  a round, ms  CPU, ms  with a checkpoint, ms  CPU, ms  peak, MB  a checkpoint wrote, MB")
     for n, rows in told.items():
-        # the last round evaluates, and the first draws what is kept
-        plain = statistics.median(t for k, (t, _, _) in enumerate(rows[3:-1], 3) if k % args.every != 1)
-        saving = statistics.median(rows[k][0] for k in range(args.every + 1, args.rounds, args.every))
-        first = first or (plain, saving)
-        wrote = rows[-1][2] - rows[-1 - args.every][2]
+        # the first rounds draw what is kept, and the last evaluates
+        plain = [row for k, row in enumerate(rows[3:-1], 3) if k % args.every != 1]
+        saving = rows[args.every + 1 : -1 : args.every]
+        times = [1e3 * statistics.median(row[k] for row in some) for some in (plain, saving) for k in (0, 1)]
+        peak, wrote = max(row[2] for row in rows) / 1e6, (rows[-1][3] - rows[-1 - args.every][3]) / 1e6
         print(
-            f"{n:7,} {1e3 * plain:13,.0f} {plain / first[0]:6.2f} {1e3 * saving:22,.0f} {saving / first[1]:6.2f} "
-            f"{max(peak for _, peak, _ in rows) / 1e6:9,.0f} {wrote / 1e6:23,.0f}"
+            f"{n:7,} {times[0]:12,.0f} {times[1]:8,.0f} {times[2]:22,.0f} {times[3]:8,.0f} {peak:9,.0f} {wrote:23,.0f}"
         )
 
 
