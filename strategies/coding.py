@@ -9,9 +9,10 @@ M >= T + 1 models take turns: job t steps model t mod M. All models start from t
 gradient descent on the pooled data, exactly (up to rounding) and whatever the scheme. What the loop evaluates is the
 model that was stepped last: after J jobs it has seen about J / M of them.
 
-Every worker is asked in every round, whose data set it is does not matter: it computes gradients of others' data too.
+Every worker is asked in every round, and whose data are whose does not matter: it computes gradients of others' data.
 Chunks count as equally large in the durations of jobs: a job takes as many steps as chunks of one client's size that it
-goes through (n times the normalised load), so that `devices` with seconds_per_step give the delay its slope.
+goes through (n times the normalised load), so that `devices` with seconds_per_step give the delay its slope. To a
+code, a worker that is away or drops out is one more that is late.
 
 Letters: n workers, M models, P parameters, t a round and the job that starts in it.
 """

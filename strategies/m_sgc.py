@@ -18,7 +18,7 @@ Letters: n workers, P parameters, t a round and the job that starts in it, J job
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from fedsim.fleet import Cost, Fleet
 from fedsim.strategies.codes import Code, CodeName
 from fedsim.strategies.coding import Bursts, Coding, Part
 from fedsim.strategies.coding import State as CodingState
+from fedsim.strategy import Traits
 
 NOTHING = -1  # a mini-task
 
@@ -66,6 +67,7 @@ class MSGC(Coding):
     W: int
     lam: int
     code: CodeName = "cyclic"
+    traits: ClassVar[Traits] = replace(Coding.traits, needs_all="a job needs the uncoded chunks of every worker")
 
     def __post_init__(self) -> None:
         super().__post_init__()

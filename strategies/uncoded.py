@@ -6,7 +6,7 @@ Every worker sends the gradient of its own chunk. Letters: n workers, P paramete
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -16,11 +16,14 @@ from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from fedsim.strategies.coding import Coding, State
+from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uncoded(Coding):
     """Gradient descent that waits for every worker; mu has no say."""
+
+    traits: ClassVar[Traits] = replace(Coding.traits, needs_all="a step needs every worker's chunk")
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.copies(x0))

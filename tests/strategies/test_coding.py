@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedsim.clients.oracle import coded_gradient
 from fedsim.config import ConfigError
+from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.byzantine import Byzantine
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.codes import Code
@@ -352,6 +353,40 @@ def test_a_worker_that_never_answers_blocks_nothing(name: str) -> None:
     rows = [play.step() for _ in range(12)]
     assert play.fleet.now >= 12.0
     assert rows[-1]["jobs_done"] == {"uncoded": 12, "gradient_coding": 12, "sr_sgc": 12, "m_sgc": 0}[name]
+
+
+def test_to_a_code_a_worker_that_drops_out_is_one_more_straggler() -> None:
+    """Where two of eight may be missing, a job is lost if three die, and takes its step if fewer do."""
+    dropout = Dropout(probability=0.2)
+    play = Play.start(
+        _task(), _of("gradient_coding"), devices=Table(torch.ones(NUM, 40).double()), absence=Absence(dropout=dropout)
+    )
+    verdicts = set()
+    for _ in range(40):
+        before, own = play.state.done, play.step()
+        dead = NUM - play.seen["num_clients"]
+        verdicts.add(dead > 2)
+        assert own["jobs_done"] - before == (dead <= 2)
+        assert own["stragglers"] in (0, dead)
+    assert verdicts == {True, False} and not play.fleet.sent and not len(play.fleet.queue)
+
+
+def test_a_round_of_a_code_waits_until_enough_workers_are_there() -> None:
+    config = {
+        "rounds": 12,
+        "task": {"name": "quadratic", "dim": 2},
+        "clients": {
+            "count": NUM,
+            "devices": {"name": "constant", "seconds_per_step": 0.1},
+            "availability": {"name": "bernoulli", "p": 0.8, "seconds": 5.0},
+        },
+        "strategy": {"name": "gradient_coding", "lr": 0.3, "s": 2},
+    }
+    rows = rows_of(config)
+    assert rows[-1]["jobs_done"] > 6 and rows[-1]["virtual_seconds"] > 12 * 0.3
+    for name, fields in (("uncoded", {}), ("m_sgc", {"B": 1, "W": 2, "lam": 2})):
+        with pytest.raises(ConfigError, match="clients.availability: .*every worker"):
+            rows_of({**config, "strategy": {"name": name, "lr": 0.3, **fields}})
 
 
 BAD = {
