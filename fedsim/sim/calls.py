@@ -78,3 +78,8 @@ class Calls:
             gather.add(rows, self.run(jobs if weights is None else replace(jobs, weights=weights[rows])))
             gather.end_group()
         return gather.results
+
+
+def of_those(which: Tensor, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """{metric: [R]} of some jobs, `which` [R'] bool; of all of them as it is, in the parts that stacks gave."""
+    return metrics if bool(which.all()) else {name: values[which] for name, values in metrics.items()}

@@ -27,7 +27,7 @@ from fedsim.parts import Parts
 from fedsim.sim.absence import Absence, Ends
 from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable, is_second_half
 from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
-from fedsim.sim.calls import Calls
+from fedsim.sim.calls import Calls, of_those
 from fedsim.sim.devices import Devices
 from fedsim.sim.events import Event, EventQueue, rows_held
 from fedsim.sim.executor import Executor, Jobs, Results
@@ -361,7 +361,7 @@ class SimFleet(Account):
             fields = {k: torch.tensordot(weights.to(v), v, dims=1) if v.ndim > 1 else v for k, v in fields.items()}
         each = (ids, num_examples, at, staleness, seconds)
         ids, num_examples, at, staleness, seconds = (values[arrive] for values in each)
-        return Replies(ids, num_examples, at, fields, staleness, seconds, _of_those(arrive, results.metrics))
+        return Replies(ids, num_examples, at, fields, staleness, seconds, of_those(arrive, results.metrics))
 
     def _compute(self, due: list[Event]) -> None:
         """Compute what is due and, in the same stacks, what will be due next, as long as no more than `ahead` wait."""
@@ -399,10 +399,5 @@ class SimFleet(Account):
             arrive, fields = self.byzantine.deliver(ids, fields, self.round)
         self._observe(ids, arrive, results.metrics, results.bits_up, staleness)
         ids, finish, staleness = ids[arrive], finish[arrive], staleness[arrive]
-        logged = _of_those(arrive, results.metrics)
+        logged = of_those(arrive, results.metrics)
         return Replies(ids, self.num_examples[ids], finish, fields, staleness, seconds[arrive], logged)
-
-
-def _of_those(which: Tensor, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """{metric: [R]} of some jobs, `which` [R'] bool; of all of them as it is, in the parts that stacks gave."""
-    return metrics if bool(which.all()) else {name: values[which] for name, values in metrics.items()}
