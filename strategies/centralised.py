@@ -37,9 +37,7 @@ class Centralised(Synchronous):
     traits: ClassVar[Traits] = Traits(
         local_rules="rate",
         bears_buffers=False,
-        refused=dict.fromkeys(
-            ("cohort_size", "selection"), "one machine has all data; fedavg with local.steps: 1 takes a part of them"
-        ),
+        refused={"cohort_size": "one machine has all data; fedavg with local.steps: 1 takes a part of them"},
     )
 
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:

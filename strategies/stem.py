@@ -53,10 +53,7 @@ class Stem(Synchronous):
     traits: ClassVar[Traits] = Traits(
         local_rules="plain_sgd",
         two_points=True,
-        refused=dict.fromkeys(
-            ("cohort_size", "selection"),
-            "every client takes part, since the momentum is that of all; lower clients.count",
-        ),
+        refused={"cohort_size": "every client takes part, since the momentum is that of all; lower clients.count"},
     )
 
     def __post_init__(self) -> None:

@@ -35,8 +35,9 @@ from fedsim.fleet import Cost
 from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
+from fedsim.sim.calls import replies_ahead
 from fedsim.sim.executor import Executor, StackRunner
-from fedsim.sim.fleet import SimFleet, replies_ahead
+from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sinks import Sink, make_sinks
 from fedsim.strategies.server import Synchronous

@@ -17,6 +17,8 @@ from fedsim.memory import Memory
 from fedsim.sim.events import Event, Sent
 from fedsim.sim.executor import Executor, Gather, Jobs, Results
 
+STACKS_AHEAD = 4  # of a CPU, so that its cores have full ones while the last of a call is computed; one fills a GPU
+
 
 @dataclass
 class Calls:
@@ -83,3 +85,8 @@ class Calls:
 def of_those(which: Tensor, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """{metric: [R]} of some jobs, `which` [R'] bool; of all of them as it is, in the parts that stacks gave."""
     return metrics if bool(which.all()) else {name: values[which] for name, values in metrics.items()}
+
+
+def replies_ahead(width: int, stacks: int, device: torch.device) -> int:
+    """How many replies of an asynchronous run may be computed before they are due: what a call's stacks hold."""
+    return width * max(stacks, STACKS_AHEAD if device.type == "cpu" else 1)

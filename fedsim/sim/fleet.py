@@ -37,12 +37,6 @@ from fedsim.streams import Streams
 
 ONE_STEP, PRESENT = Cost(), Absence()
 DRAWS = 64  # durations of each client by which a deadline is judged, where no law is known
-STACKS_AHEAD = 4  # of a CPU, so that its cores have full ones while the last of a call is computed; one fills a GPU
-
-
-def replies_ahead(width: int, stacks: int, device: torch.device) -> int:
-    """How many replies of an asynchronous run may be computed before they are due: what a call's stacks hold."""
-    return width * max(stacks, STACKS_AHEAD if device.type == "cpu" else 1)
 
 
 class SimFleet(Account):
