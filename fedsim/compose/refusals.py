@@ -6,8 +6,8 @@ be seen with two of them in hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import is_dataclass
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -50,18 +50,19 @@ def check_model(module: nn.Module, data: FederatedData, loss: str) -> None:
         raise ConfigError(f"task.model: gives {found} for 2 samples where {expected} is needed: a logit per class")
 
 
-def check_keys(target: Any, keys: Iterable[str]) -> None:
-    """Refuse what is no strategy, and keys of the section that it says it can't have.
+def check_keys(target: Any, section: Mapping[str, Any]) -> None:
+    """Refuse what is no strategy, and keys of the section that it says it can't have, unless they say what is anyway.
 
     Args:
         target: the class, or a function that makes the strategy and is looked at later.
-        keys: of the section.
+        section: of the file.
     """
     if not isinstance(target, type):
         return
     refused = _checked(target).traits.refused
-    for key in keys:
-        if key in refused:
+    usual = {field.name: field.default for field in fields(target)}
+    for key, value in section.items():
+        if key in refused and (key not in usual or value != usual[key]):
             raise ConfigError(f"strategy.{key}: does not go with this strategy: {refused[key]}")
 
 
