@@ -29,10 +29,11 @@ SMALL: dict[str, Any] = {
 }
 """A problem on which every strategy takes a few rounds in no time."""
 
+PART = ["*[bx]*"]  # the bias of a classifier, and the vector x of a formula
 FIELDS: dict[str, dict[str, Any]] = {
-    "fedbn": {"personal": ["1.bias"]},
-    "fedper": {"personal": ["1.bias"]},
-    "fedrep": {"personal": ["1.bias"], "head_epochs": 2},
+    "fedbn": {"personal": PART},
+    "fedper": {"personal": PART},
+    "fedrep": {"personal": PART, "head_epochs": 2},
     "fedfix": {"interval": 0.5},
     "fedbuff": {"buffer_size": 3},
     "fedbuff_stream": {"buffer_size": 3, "concurrency": 4},
