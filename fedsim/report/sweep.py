@@ -61,12 +61,13 @@ class SweepPage:
     def write(self, path: Path) -> Path:
         """Write the page, whole or not at all."""
         num_runs = sum(len(line.folders) for line in self.lines)
-        notices = [f"{len(self.troubled)} runs did not come to their end; they are listed below."] * bool(self.troubled)
+        count = len(self.troubled)
+        trouble = f"{count} run{'s' * (count > 1)} did not come to {'their' if count > 1 else 'its'} end; see below."
         page = Page(
             title=self.title,
             kind="fedsim sweep",
             facts=[f"{len(self.lines)} settings, {num_runs} runs. Bands: mean ± standard deviation over seeds."],
-            notices=notices,
+            notices=[trouble] if count else [],
             sections=[self._best(), *self._axes(), *self._curves(), self._all(), self._trouble()],
         )
         return page.write(path)

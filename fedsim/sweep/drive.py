@@ -53,8 +53,12 @@ class Watch:
         """A signal came: running trials finish their round and save."""
 
 
-def play(sweep: Sweep, watch: Watch) -> Results:
+def play(sweep: Sweep, watch: Watch | None = None) -> Results:
     """Run what was not run before, and write down what came out.
+
+    Args:
+        sweep: what to run.
+        watch: is told how it goes.
 
     Returns:
         The results; trials that diverged or failed are among them.
@@ -64,7 +68,7 @@ def play(sweep: Sweep, watch: Watch) -> Results:
         Stopped: after a signal, once running trials have saved.
     """
     with kept(), _stoppable():
-        return _Driver(sweep, watch).run()
+        return _Driver(sweep, watch or Watch()).run()
 
 
 class _Driver:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -170,8 +171,9 @@ class Processes:
 
 def serve(pipe: Connection, gpu: int | None) -> None:
     """A worker process: run what comes through the pipe until it is closed."""
-    # Ctrl-C reaches every process of a terminal; while a trial runs it ends the round, and else the parent decides
+    # While a trial runs, both end its round. Else Ctrl-C, which reaches every process of a terminal, is the parent's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     threading.Thread(target=_follow_parent, daemon=True).start()
     if gpu is not None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
