@@ -195,7 +195,7 @@ def test_clients_that_agree_on_the_solution_are_taken_there(name: str) -> None:
         if _kind(name) not in OPERATORS
         else {}
     )
-    play = Play.start(task, _make(name, task, **rate), devices=Clocks((1.0,) * 6))
+    play = Play.start(task, _make(name, task, **rate), devices=Clocks((0.7,) * 6))
     assert float(play.path(180)[-1]) == pytest.approx(3.0, abs=1e-3)
 
 
