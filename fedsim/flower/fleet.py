@@ -87,6 +87,7 @@ class FlowerFleet(Account):
             return (count is not None and len(mail.landed) >= count) or (until == inf and not mail.flights)
 
         mail.wait(enough, until)
+        self._bury()
         due = list(mail.landed)[:count]
         return self._deliver([mail.landed.pop(client) for client in due])
 
@@ -113,10 +114,8 @@ class FlowerFleet(Account):
         check_foldable(fold)
         second = is_second_half(broadcast)
         self._dispatch(ids, work, self._number(ids, second), broadcast)
-        if within < inf or first is not None:
-            ids, came = self._in_time(ids, work, within, first, late)
-            weights = None if weights is None else weights[came]
-        return self._collect(ids, fold, weights, count=not second)
+        there, came = self._in_time(ids, work, within, first, late)
+        return self._collect(there, fold, None if weights is None else weights[came], count=not second)
 
     def exchange(
         self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
@@ -127,7 +126,7 @@ class FlowerFleet(Account):
         lost = missing if arrival == "adversarial" else 0
         heard = who_hears(Streams(self._seed, ids, numbers), torch.arange(n), self.honest(ids), lost)
         self._dispatch(ids, work, numbers, broadcast, Inbox(replies.fields, heard, torch.arange(n)))
-        return self._collect(ids, None, count=False)
+        return self._collect(self._in_time(ids, work, inf, None, "drop")[0], None, count=False)
 
     def job_times(self, cost: Cost, samples: int, messages: Tensor | None = None, **broadcast: Any) -> Times:
         """The mean of what jobs took so far, NaN for clients that have done none."""
@@ -213,21 +212,35 @@ class FlowerFleet(Account):
 
         A client that is told to stop goes on all the same, for Flower has no word for that; nobody reads its reply.
         """
-        mail, clients = self.mail, ids.tolist()
+        mail, clients, name = self.mail, ids.tolist(), work.__name__
 
         def kept() -> list[int]:
-            jobs = ((c, self.sent[reply.flight.key].work) for c, reply in mail.landed.items() if c not in clients)
-            return [c for c, of in jobs if of == work.__name__]
+            return [c for c, r in mail.landed.items() if c not in clients and self.sent[r.flight.key].work == name]
 
-        wanted = len(clients) if first is None else min(first, len(clients))
-        mail.wait(
-            lambda: sum(c in mail.landed for c in clients) >= wanted and bool(clients or kept()), self.now + within
-        )
+        def enough() -> bool:
+            missing = sum(c not in mail.landed for c in clients) - sum(f.client in clients for f in mail.lost)
+            if not clients:
+                return bool(kept()) or not mail.flights
+            return missing <= 0 or (first is not None and sum(c in mail.landed for c in clients) >= first)
+
+        mail.wait(enough, self.now + within)
+        self._bury()
         came = torch.tensor([c in mail.landed for c in clients], dtype=torch.bool)
-        self._observed += Metrics.count(num_late=int((~came).sum()))
+        if within < inf or first is not None:
+            flying = {flight.client for flight, _ in mail.flights.values()}
+            self._observed += Metrics.count(num_late=len(flying.intersection(clients)))
         if late == "drop":
-            self._end((f.client, f.key, f.started, self.now) for f in mail.forget(ids[~came].tolist()))
+            self._end((f.client, f.key, f.started, self.now) for f in mail.forget(clients))
         return torch.cat([ids[came], torch.tensor(kept(), dtype=torch.int64)]), came
+
+    def _bury(self) -> None:
+        """Take off the jobs of nodes that are gone; what these know of broadcasts is not known."""
+        if lost := self.mail.lost:
+            ids, *_ = self._end((f.client, f.key, f.started, self.now) for f in lost)
+            self._observed += Metrics.count(num_dropped=len(lost))
+            lost.clear()
+            for copy in () if self.downlink is None else self.downlink.copies.values():
+                copy.seen[ids] = 0
 
     def _collect(self, ids: Tensor, fold: Fold | None, given: Tensor | None = None, count: bool = True) -> Replies:
         """All replies of one call, folded stack by stack as if each client were a stack of its own."""
@@ -238,14 +251,15 @@ class FlowerFleet(Account):
         landed: list[Landed | None] = [None] * len(ids)
         for group in groups:
             for index in group:
-                landed[int(index)] = reply = self.mail.take(int(ids[index]))
+                landed[int(index)] = reply = self.mail.landed.pop(int(ids[index]))
                 gather.add(index, reply.results if weights is None else _folded(reply.results, weights[index]))
             gather.end_group()
-        _, arrived, fresh, seconds = self._close([reply for reply in landed if reply is not None])
-        results = gather.results
-        self._observe(ids, torch.ones_like(ids, dtype=torch.bool), results.metrics, results.bits_up, count=count)
+        _, arrived, staleness, seconds = self._close([reply for reply in landed if reply is not None])
+        results, all_of = gather.results, torch.ones_like(ids, dtype=torch.bool)
+        missed = staleness if bool(staleness.any()) else None
+        self._observe(ids, all_of, results.metrics, results.bits_up, missed, count)
         fields = {**results.fields, **results.sums}
-        return Replies(ids, num_examples, arrived, fields, fresh, seconds, dict(results.metrics))
+        return Replies(ids, num_examples, arrived, fields, staleness, seconds, dict(results.metrics))
 
     def _deliver(self, due: Sequence[Landed]) -> Replies:
         """Replies in order of arrival."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from flwr.app import Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from fedsim.sim.events import Sent
 from fedsim.sim.executor import ClientError, Results
 
 CPU = torch.device("cpu")
+GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+"""Errors that say that a node, and not what ran on it, is at fault: they cost its reply, and no more."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Mail:
         device: where the server's tensors live.
         flights: jobs that have not been answered, and what they were sent, by message.
         landed: replies that nobody has taken yet, by client, in order of arrival.
+        lost: jobs whose nodes are gone and that nobody has noted yet.
         versions: [N] how often each client has written its memory.
         took: [2, N] float64: seconds of all jobs of each client, and how many these were.
     """
@@ -91,6 +95,7 @@ class Mail:
     device: torch.device = CPU
     flights: dict[str, tuple[Flight, Sent]] = field(default_factory=dict)
     landed: dict[int, Landed] = field(default_factory=dict)
+    lost: list[Flight] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         n = len(self.nodes.node_ids)
@@ -181,6 +186,9 @@ class Mail:
         came = {m.metadata.reply_to_message_id: m for m in messages}
         for number in [n for n in self.flights if n in came]:
             flight, sent = self.flights.pop(number)
+            if came[number].has_error() and came[number].error.code in GONE:
+                self.lost.append(flight)
+                continue
             self.landed[flight.client] = Landed(flight, self.now, self._open(flight, sent, came[number]))
             self.took[:, flight.client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
         return bool(messages)
@@ -206,11 +214,6 @@ class Mail:
         """Jobs of these clients, whose replies nobody waits for any more."""
         numbers = [n for n, (flight, _) in self.flights.items() if flight.client in clients]
         return [self.flights.pop(n)[0] for n in numbers]
-
-    def take(self, client: int) -> Landed:
-        """One client's reply, once it is there."""
-        self.wait(lambda: client in self.landed)
-        return self.landed.pop(client)
 
     def _open(self, flight: Flight, sent: Sent, message: Message) -> Results:
         content = content_of(message, f"client {flight.client}, {sent.work} of round {sent.round + 1}")

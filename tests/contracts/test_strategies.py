@@ -249,7 +249,7 @@ def test_clients_that_agree_on_the_solution_are_taken_there(name: str) -> None:
     task = quadratic([0.5, 0.8, 1.0, 1.2, 1.5, 2.0], [3.0] * 6, 0.0)
     lr = 0.1 if _kind(name) in SLOW else 0.05 if _kind(name) in PEERS else 0.02
     rate = {} if _kind(name) in NO_STEPS else {"local": local_sgd(task, lr, steps=5)}
-    play = Play.start(task, _make(name, task, **rate), devices=Clocks((1.0,) * 6))
+    play = Play.start(task, _make(name, task, **rate), devices=Clocks((0.7,) * 6))
     assert float(play.path(180)[-1]) == pytest.approx(3.0, abs=1e-3)
 
 

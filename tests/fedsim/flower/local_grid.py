@@ -22,7 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsim.flower.clock import Clock
 from fedsim.sim.account import TOLERANCE
 
-RAISED = 2  # Flower's code for an exception in a client app
+RAISED, UNAVAILABLE = 2, 5  # Flower's codes for an exception in a client app, and for a node that is gone
 SERVER_NODE = 1
 
 
@@ -69,6 +69,7 @@ class LocalGrid(Grid):
             config = {"partition-id": client, "num-partitions": num_clients}
             self._client_of[node] = client
             self.contexts[node] = Context(1, node, config, RecordDict(), dict(run_config or {}))
+        self.gone: set[int] = set()  # clients whose nodes are not connected
         self._replies: dict[str, tuple[float, Message]] = {}
         self._count = 0
 
@@ -85,7 +86,7 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        return sorted(self.contexts)
+        return sorted(node for node in self.contexts if self._client_of[node] not in self.gone)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -95,7 +96,8 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_message_id"] = number
             node = message.metadata.dst_node_id
             due = self.clock.now() + self._seconds(self._client_of[node])
-            self._replies[number] = due, self._answer(message, self.contexts[node])
+            answer = self._unavailable if self._client_of[node] in self.gone else self._answer
+            self._replies[number] = due, answer(message, self.contexts[node])
             ids.append(number)
         return ids
 
@@ -113,6 +115,12 @@ class LocalGrid(Grid):
             if waiting:
                 self.clock.sleep(0.1)
         return out
+
+    def _unavailable(self, message: Message, context: Context) -> Message:
+        """What a SuperLink says of a node that is not connected."""
+        arrived = Message(message.content, context.node_id, message.metadata.message_type)
+        arrived.metadata.__dict__["_message_id"] = message.metadata.message_id
+        return Message(Error(code=UNAVAILABLE, reason="node unavailable"), reply_to=arrived)
 
     def _answer(self, message: Message, context: Context) -> Message:
         """The client's reply; its context changes only if there is one, as on a SuperNode."""

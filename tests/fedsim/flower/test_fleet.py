@@ -178,6 +178,42 @@ def test_a_silent_client_ends_the_run_when_patience_is_over() -> None:
 fleet_ready: list[bool] = []
 
 
+def test_connected_clients_are_present_and_one_that_is_gone_costs_its_reply() -> None:
+    fleet, grid = build()
+    grid.gone = {1}
+    assert fleet.present().tolist() == [0, 2, 3]
+    r = fleet.ask(ALL, HALVES.tell, fold=Mean(), x=X)
+    assert r.ids.tolist() == [0, 2, 3] and fleet.num_at_work == 0 and not fleet.sent
+    assert r["v"].tolist() == pytest.approx([10 + (0 * 4 + 2 * 2 + 3 * 1) / 7])
+    fleet.send(torch.tensor([1, 2]), HALVES.tell, x=X)
+    assert fleet.receive(count=2).ids.tolist() == [2] and fleet.num_at_work == 0
+    assert fleet.end_round().values()["num_dropped"] == 2
+    grid.gone = set()
+    assert fleet.present(at_least=4).tolist() == [0, 1, 2, 3]
+
+
+def test_too_few_connected_clients_end_the_run_when_patience_is_over() -> None:
+    fleet, grid = build()
+    grid.gone = {0, 1, 2}
+    assert fleet.present(at_least=0).tolist() == [3]
+    with pytest.raises(
+        ClientError, match="1 of 4 clients were connected within 60.0 seconds, and 2 are needed at once"
+    ):
+        fleet.present(at_least=2)
+
+
+@pytest.mark.parametrize("late", ["drop", "keep"])
+def test_a_deadline_ends_a_round_and_late_replies_are_dropped_or_kept(late: Any) -> None:
+    fleet, _ = build(lambda client: 1.0 + 2 * client)
+    r = fleet.ask(ALL, HALVES.tell, within=2.0, late=late, x=X)
+    assert r.ids.tolist() == [0] and fleet.now == pytest.approx(2.0)
+    assert fleet.end_round().values()["num_late"] == 3
+    r = fleet.ask(torch.tensor([0]), HALVES.tell, within=9.0, first=1, late=late, x=2 * X)
+    kept = [1] if late == "keep" else []
+    assert r.ids.tolist() == [0, *kept] and r.staleness.tolist() == [0, *(1 for _ in kept)]
+    assert r["v"].flatten().tolist() == [20.0, *(11.0 for _ in kept)] and fleet.num_at_work == 2 * len(kept)
+
+
 def test_memory_lasts_from_message_to_message_and_a_node_that_lost_it_says_so() -> None:
     fleet, grid = build()
     fleet.ask(ALL, HALVES.count)
