@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -33,7 +33,7 @@ from fedsim.files import put, sync
 KEEP = 2
 FILES = ("state.json", "tensors.safetensors")
 SUMS_FILE = "SHA256SUMS"
-ROWS = "rows"  # the folder of blocks
+ROWS, SUFFIX = "rows", ".safetensors"  # the folder of blocks, and their files
 MISSING = object()
 
 
@@ -47,11 +47,11 @@ class Block:
 
     Args:
         rows: gives them, [n, ...].
-        file: that holds them; None where they have changed since.
+        file: the name of what holds them, which tells its content; None where they have changed since.
     """
 
     rows: Callable[[], Tensor]
-    file: Path | None = None
+    file: str | None = None
 
 
 @dataclass
@@ -167,9 +167,7 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
         for left in folder.glob(".part-*"):  # by a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
-        names = [_save_block(block, folder / ROWS) for block in aside.blocks]
-        if names:
-            sync(folder / ROWS)
+        names = _save_blocks(aside.blocks, folder / ROWS)
         (part / "state.json").write_text(json.dumps({"entries": tree, "blocks": names}), encoding="utf-8")
         save_file(_apart(aside.tensors), part / "tensors.safetensors")
         (part / SUMS_FILE).write_bytes(_sums(part, FILES) + _sums_of_blocks(names))
@@ -202,15 +200,19 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _save_block(block: Block, folder: Path) -> str:
-    """The name of the block's file in the folder, which is written unless it is there."""
-    if block.file is None or block.file.parent != folder or not block.file.exists():
-        content = safetensors.torch.save({ROWS: block.rows().contiguous()})
-        folder.mkdir(exist_ok=True)
-        file = folder / f"{hashlib.sha256(content).hexdigest()}.safetensors"
-        put(file, content)
-        block.file = file
-    return block.file.name
+def _save_blocks(blocks: Sequence[Block], folder: Path) -> list[str]:
+    """The names of the blocks' files in the folder, in which those are written that are not there."""
+    there = _names(folder)
+    for block in blocks:
+        if block.file not in there:
+            content = safetensors.torch.save({ROWS: block.rows().contiguous()})
+            block.file = f"{hashlib.sha256(content).hexdigest()}{SUFFIX}"
+            folder.mkdir(exist_ok=True)
+            put(folder / block.file, content)
+            there.add(block.file)
+    if blocks:
+        sync(folder)
+    return [block.file for block in blocks if block.file is not None]
 
 
 def _drop_blocks(folder: Path) -> None:
@@ -219,10 +221,15 @@ def _drop_blocks(folder: Path) -> None:
     with suppress(OSError):
         for path in checkpoints(folder):
             with suppress(FileNotFoundError):  # a checkpoint without its sums is none
-                kept |= {os.fsdecode(line.rpartition(b"/")[2]) for line in (path / SUMS_FILE).read_bytes().splitlines()}
-        for file in (folder / ROWS).glob("*"):
-            if file.name not in kept:
-                file.unlink()
+                lines = os.fsdecode((path / SUMS_FILE).read_bytes()).splitlines()
+                kept |= {line.rpartition("/")[2] for line in lines}
+        for name in _names(folder / ROWS) - kept:
+            (folder / ROWS / name).unlink()
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies in a folder, if there is one: as text, for there may be a hundred thousand."""
+    return set(os.listdir(folder)) if folder.exists() else set()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -260,10 +267,10 @@ def load(path: Path) -> Saved:
         sums, own = (path / SUMS_FILE).read_bytes(), _sums(path, FILES)
         whole = sums.startswith(own)
         state = json.loads((path / "state.json").read_text(encoding="utf-8")) if whole else {}
-        if not whole or sums != own + _sums(path, _paths(state["blocks"])):
+        if not whole or sums != own + _sums(path, _paths(state["blocks"]).values()):
             raise ValueError(f"its files do not match {SUMS_FILE}")
         files = [path.parent / ROWS / name for name in state["blocks"]]
-        blocks = [Block(partial(_load_block, file), file) for file in files]
+        blocks = [Block(partial(_load_block, file), file.name) for file in files]
         return Saved(path, dict(state["entries"]["$map"]), Packed(load_file(path / "tensors.safetensors"), blocks))
     except Exception as e:
         raise _unreadable(path, e) from e
@@ -273,12 +280,12 @@ def _load_block(file: Path) -> Tensor:
     return load_file(file)[ROWS]
 
 
-def _paths(names: Sequence[str]) -> list[str]:
-    """Blocks as seen from a checkpoint's folder; several may have one content, and so one file."""
-    return [f"../{ROWS}/{name}" for name in dict.fromkeys(names)]
+def _paths(names: Sequence[str]) -> dict[str, str]:
+    """{name: path} of blocks as seen from a checkpoint's folder; several may have one content, and so one file."""
+    return {name: f"../{ROWS}/{name}" for name in names}
 
 
-def _sums(path: Path, names: Sequence[str]) -> bytes:
+def _sums(path: Path, names: Iterable[str]) -> bytes:
     """Lines of `sha256sum`."""
     lines = []
     for name in names:
@@ -289,7 +296,7 @@ def _sums(path: Path, names: Sequence[str]) -> bytes:
 
 def _sums_of_blocks(names: Sequence[str]) -> bytes:
     """The same of blocks, whose names are their sums: what lies there from before is not read again."""
-    return "".join(f"{Path(path).stem}  {path}\n" for path in _paths(names)).encode()
+    return "".join(f"{name.removesuffix(SUFFIX)}  {path}\n" for name, path in _paths(names).items()).encode()
 
 
 def _round(path: Path) -> int:

@@ -285,14 +285,15 @@ def test_sums_hold_every_block_and_damage_is_noticed_by_those_that_hold_it(tmp_p
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=second, capture_output=True, text=True)
     assert done.stdout.count(": OK") == 4 and done.stdout.count("../rows/") == 2
     assert blocks[1].file is not None
-    whole = blocks[1].file.read_bytes()
+    file = tmp_path / "rows" / blocks[1].file
+    whole = file.read_bytes()
     for damaged in (whole[:-1], whole[:-1] + b"\x01", None):
-        blocks[1].file.unlink() if damaged is None else blocks[1].file.write_bytes(damaged)
+        file.unlink() if damaged is None else file.write_bytes(damaged)
         with pytest.raises(Damaged, match=r"^round-000002: can't be read"):
             load(second)
         assert values(first) == [1, 2]
     save(tmp_path, 3, {"memory": blocks})  # which finds that the file is gone
-    assert values(second) == [1, 7] and blocks[1].file.read_bytes() == whole
+    assert values(second) == [1, 7] and file.read_bytes() == whole
 
 
 @pytest.mark.parametrize("step", ["save_file", "sync", "os.replace"])
