@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 OUT ?=
+NAME ?= coding
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types contract unit extras live gpu bench bench-optim figures clean
+.PHONY: help run test lint types contract unit extras live gpu bench bench-optim figures reproduce clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -68,6 +69,9 @@ bench-optim: $(BIN)/.test ## the optimizer core beside torch's own kernels, as r
 figures: $(BIN)/.run ## the figures of docs/first-results.md and docs/optimizers.md
 	$(BIN)/python -m benchmarks.first_results
 	$(BIN)/python -m benchmarks.optimizer_study
+
+reproduce: $(BIN)/.run ## published results run again, one page each in docs/reproductions (NAME=coding)
+	$(BIN)/python -m benchmarks.reproduce $(NAME)
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
