@@ -91,11 +91,10 @@ class Code:
             return a
         if not self.s:
             return torch.ones_like(a)
-        answers = self.matrix[answered]
-        a[answered] = solution = torch.from_numpy(
-            np.linalg.lstsq(answers.T.numpy(), np.ones(self.n), rcond=None)[0]  # of least norm, where more answered
-        )
-        if (worst := float((solution @ answers - 1).abs().max())) > RESIDUAL:
+        late, (everybody, free) = ~answered, _solutions(self.n, self.s)
+        z = np.linalg.lstsq(free[late].numpy(), -everybody[late].numpy(), rcond=None)[0]  # so that a is 0 there
+        a = torch.where(late, 0.0, everybody + free @ torch.from_numpy(z))
+        if (worst := float((a @ self.matrix - 1).abs().max())) > RESIDUAL:
             raise ValueError(
                 f"the cyclic code of {self.n} workers and s={self.s} is too large for float64, and leaves an error of "
                 f"{worst:.1e}; take code: repetition or a smaller s"
@@ -117,6 +116,18 @@ def _cyclic(n: int, s: int) -> Tensor:
     rest = (torch.arange(n)[:, None] + torch.arange(1, s + 1)) % n  # [n, s]
     solved = torch.linalg.solve(h[:, rest].transpose(0, 1), h.T)
     return torch.eye(n, dtype=torch.float64).scatter(1, rest, -solved)
+
+
+@lru_cache(maxsize=8)
+def _solutions(n: int, s: int) -> tuple[Tensor, Tensor]:
+    """(a_0 [n], free [n, s]): all a with a' B = 1' are a_0 + free z, a_0 the one of least norm and free orthonormal.
+
+    So the a of least norm that is 0 for some workers follows from a system of their number.
+    """
+    u, sigma, v = torch.linalg.svd(_cyclic(n, s))
+    rank = n - s
+    least = u[:, :rank] @ ((v[:rank] @ torch.ones(n, dtype=torch.float64)) / sigma[:rank])
+    return least, u[:, rank:]
 
 
 @lru_cache(maxsize=8)

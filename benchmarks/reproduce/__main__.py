@@ -13,10 +13,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.reproduce import momentum
+from benchmarks.reproduce import coding, momentum
 
 # NAME -> function of (folder of the runs, folder of the figures, quick) that gives the page's text
-TABLE: dict[str, Callable[[Path, Path, bool], str]] = {"momentum": momentum.reproduce}
+TABLE: dict[str, Callable[[Path, Path, bool], str]] = {
+    "coding": coding.reproduce,
+    "momentum": momentum.reproduce,
+}
 
 
 def main() -> None:

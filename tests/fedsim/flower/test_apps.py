@@ -30,6 +30,8 @@ SADDLE: dict[str, Any] = {"task": {"name": "bilinear", "dim": 6}}
 RAND_K, TOP_K, QSGD = {"name": "rand_k", "k": 4}, {"name": "top_k", "k": 2}, {"name": "qsgd", "levels": 4}
 SECOND = {"name": "constant", "seconds_per_step": 0.25}  # four local steps take one second
 
+DESCENT = {key: value for key, value in QUADRATIC.items() if key != "local"}
+
 CASES: dict[str, dict[str, Any]] = {
     "fedavg": {**QUADRATIC, "strategy": {"name": "fedavg", "cohort_size": 3}},
     "fedavg, server optimizer": {
@@ -113,6 +115,10 @@ CASES: dict[str, dict[str, Any]] = {
         "strategy": {"name": "masha2", "lr": 0.05, "p": 0.5, "compressor": TOP_K, "server_compressor": TOP_K},
     },
     "extragradient": {**SADDLE, "strategy": {"name": "extragradient", "lr": 0.1}},
+    "uncoded": {**DESCENT, "strategy": {"name": "uncoded", "lr": 0.1}},
+    "gradient_coding": {**DESCENT, "strategy": {"name": "gradient_coding", "lr": 0.1, "s": 2}},
+    "sr_sgc": {**DESCENT, "strategy": {"name": "sr_sgc", "lr": 0.1, "B": 1, "W": 2, "lam": 3}},
+    "m_sgc": {**DESCENT, "strategy": {"name": "m_sgc", "lr": 0.1, "B": 1, "W": 2, "lam": 2}},
 }
 RELAYED = ("monna", "dsgd")
 AGAIN = {"mime, compressed both ways": 3 * 6 * 32}  # bits a round: vectors that simulated clients hold travel again
@@ -218,6 +224,18 @@ def test_windows_close_on_whoever_arrived_as_in_the_simulator(tmp_path: Path) ->
     for row, other in zip(got, simulated, strict=True):
         assert row["x"] == pytest.approx(other["x"], rel=1e-6)  # a look finds several replies, whose order it can't see
     assert len((tmp_path / "run" / "timeline.jsonl").read_text().splitlines()) == sum(r["num_clients"] for r in got)
+
+
+@pytest.mark.parametrize("name", ["gradient_coding", "sr_sgc"])
+def test_a_device_that_is_always_late_is_done_without(name: str) -> None:
+    plain = experiment("uncoded", rounds=8)
+    plain["strategy"] = {**plain["strategy"], "num_models": 1 if name == "gradient_coding" else 2}
+    expected = [row["x"] for row in rows_of(plain)]
+    rows = rows_of(experiment(name, rounds=8), seconds=lambda i: 9.0 if i == 1 else 1.0)
+    assert [row["stragglers"] for row in rows] == [1] * 8 and rows[-1]["virtual_seconds"] < 8 * 2.5
+    assert [row["jobs_done"] for row in rows] == [*range(1, 9)]
+    for row, x in zip(rows, expected, strict=True):
+        assert row["x"] == pytest.approx(x, rel=1e-4, abs=1e-6)
 
 
 def test_an_exchange_is_paid_for_twice_once_up_and_once_down(tmp_path: Path) -> None:
