@@ -42,7 +42,7 @@ class FedDyn(Synchronous):
 
     alpha: float = 0.1
     traits: ClassVar[Traits] = Traits(
-        no_links="its h must stay the mean of what all clients keep, and they keep their change uncompressed"
+        no_links="it needs whole vectors, since its h must stay the mean of what all clients keep"
     )
 
     def __post_init__(self) -> None:
@@ -51,8 +51,8 @@ class FedDyn(Synchronous):
             raise ValueError(f"alpha is the strength of a pull and must be positive, got {self.alpha}")
         if self.aggregator != UNIFORM or self.pre_aggregators:
             raise ValueError(
-                "aggregator: feddyn bears the uniform mean alone, without pre_aggregators: its h must stay the mean of "
-                "what all clients keep; leave them out"
+                "feddyn bears the uniform mean alone as aggregator, and no pre_aggregators: its h must stay the mean "
+                "of what all clients keep; leave them out"
             )
 
     def init(self, x0: Tensor) -> State:

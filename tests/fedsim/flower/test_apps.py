@@ -64,6 +64,18 @@ CASES: dict[str, dict[str, Any]] = {
         "local": {**LOCAL, "optimizer": {"name": "adam", "lr": 0.01, "state_scope": "client"}},
     },
     "scaffold_m_vr": {**QUADRATIC, "strategy": {"name": "scaffold_m_vr", "beta": 0.5}},
+    "fedcm": {
+        **QUADRATIC,
+        "strategy": {"name": "fedcm", "cohort_size": 3},
+        "local": {**LOCAL, "optimizer": {"name": "sgd", "lr": 0.05, "schedule": {"name": "exponential", "gamma": 0.8}}},
+    },
+    "fedprox": {**QUADRATIC, "strategy": {"name": "fedprox", "mu": 0.5}},
+    "feddyn": {**QUADRATIC, "strategy": {"name": "feddyn", "cohort_size": 3}},
+    "fednova, compressed": {
+        **QUADRATIC,
+        "strategy": {"name": "fednova", "cohort_size": 3, "mu": 0.5},
+        "uplink": {"compressor": RAND_K},
+    },
     "async_fedavg": {**QUADRATIC, "strategy": {"name": "async_fedavg", "weights": "identical"}},
     "fedbuff": {**QUADRATIC, "strategy": {"name": "fedbuff", "buffer_size": 2, "weights": "identical"}},
     "fedbuff_stream": {**QUADRATIC, "strategy": {"name": "fedbuff_stream", "buffer_size": 2, "concurrency": 4}},
