@@ -134,5 +134,6 @@ def _plus(out: Tensor, weight: Weight, term: Any) -> Tensor:
     if not isinstance(term, Tensor):
         term, weight = term.dense(weight), 1.0
     if isinstance(weight, Tensor):
-        return out + term * _column(weight, out)
+        part = term * _column(weight, out)
+        return part.add_(out) if out.ndim < part.ndim else out.add_(part)
     return torch.add(out, term, alpha=weight, out=out if out.ndim >= term.ndim else None)
