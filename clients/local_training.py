@@ -160,7 +160,10 @@ class LocalTraining:
         batches = task.batches(cohort.ids, cohort.streams, self.schedule)
         steps, all_stepped = batches.num_steps, len(batches) > 0 and batches.active(0) == len(cohort)
         known = self.constant_rate and u.other is None  # the model follows from the gradients' sum
-        factored = task.factored_run(x, batches, self.lr, u.scale, u.terms) if known else None
+        # so it does from the sum of their differences to those where the run starts
+        differs = self.constant_rate and u.other is x and u.other_scale == -u.scale and not mean_grad
+        run_at_once = known or differs
+        factored = task.factored_run(x, batches, self.lr, u.scale, u.terms, differs) if run_at_once else None
         if factored is not None:
             sums, losses = Terms.of(factored[0]), factored[1]
             mean = (sums * (1 / steps.clamp(min=1).double())).dense() if mean_grad else None

@@ -27,7 +27,8 @@ class Traits:
     Args:
         local_rules: the local optimizers that it bears: any; plain_sgd, with one rate, since it changes the direction
             of every step and divides by the rate; rate, a rate and its schedule alone, since it takes one step itself.
-        two_points: whether a step looks at the gradient at a second point, so that steps are taken one by one.
+        two_points: whether a step looks at the gradient at a point other than the local model and the run's start, so
+            that steps are taken one by one.
         averages_state: whether it sends and averages the local optimizer's state (`state_scope: server`).
         bears_buffers: whether models may have entries that no gradient moves (BatchNorm).
         no_links: why nobody may compress what goes to and from its server; None where that works.

@@ -207,7 +207,13 @@ class Task(ABC):
         return PlainSession(self.field, x)
 
     def factored_run(
-        self, x: Tensor, batches: Any, lr: float, scale: float, terms: Sequence[tuple[float, Tensor]]
+        self,
+        x: Tensor,
+        batches: Any,
+        lr: float,
+        scale: float,
+        terms: Sequence[tuple[float, Tensor]],
+        less_start: bool = False,
     ) -> tuple[Factors, Tensor] | None:
         """A whole run of x <- x - lr * (scale * g + shift) at once, where that costs less than its steps; else None.
 
@@ -217,10 +223,15 @@ class Task(ABC):
             lr: of the steps.
             scale: of the gradients g.
             terms: the shift, a sum of (weight, tensor [P] or [C, P]).
+            less_start: take from each g the gradient of the same minibatch at x [P].
 
         Returns:
             (sum of each client's gradients g, sum of the losses of its steps [C]).
         """
+        return None
+
+    def factored_gradients(self, x: Tensor, batches: Any) -> tuple[Factors, Tensor] | None:
+        """(sum of each client's gradients of all batches at x [P], sum of its losses [C]) in factors; else None."""
         return None
 
     def lacks(self, need: str) -> str | None:

@@ -144,6 +144,8 @@ class Elsewhere(FedAvg):
         ("fedavg_m", {}, True),
         ("scaffold_m", {}, True),
         ({"name": "fedbuff", "buffer_size": 4}, {}, True),
+        ("mime", {}, True),
+        ("mime", {"momentum": 0.9}, False),
         ("scaffold_m_vr", {}, False),
         ("fedavg_m_vr", {}, False),
         ("dsgd", {}, False),
