@@ -202,10 +202,12 @@ class LocalTraining:
         task, u = cohort.task, Direction.of(direction)
         batches = task.batches(cohort.ids, cohort.streams, self.schedule)
         steps, all_stepped = batches.num_steps, len(batches) > 0 and batches.active(0) == len(cohort)
-        # the model follows from the gradients' sum; with a pull it is not the sum that their mean comes from
-        known = self.constant_rate and u.other is None and not (u.pull and mean_grad)
+        # the model follows from the gradients' sum, or from that of their differences to those where the run starts;
+        # with a pull it is not the sum that their mean comes from
+        differs = u.other is x and u.other_scale == -u.scale and not mean_grad
+        known = self.constant_rate and (u.other is None or differs) and not (u.pull and mean_grad)
         shift = u.about(x)
-        factored = task.factored_run(x, batches, self.lr, u.scale, u.pull, shift) if known else None
+        factored = task.factored_run(x, batches, self.lr, u.scale, u.pull, shift, differs) if known else None
         if factored is not None:
             sums, losses = Terms.of(factored[0]), factored[1]
             mean = (sums * (1 / steps.clamp(min=1).double())).dense() if mean_grad else None

@@ -37,8 +37,8 @@ def full_gradient(cohort: Cohort, x: Tensor, part: tuple[int, int, int] | None =
 def full_gradient_in_terms(cohort: Cohort, x: Tensor) -> Terms:
     """The same as terms, which nobody needs to form to add them up; where one piece is all, in factors if it can be."""
     batches = cohort.task.batches(cohort.ids, cohort.streams, CHUNK)
-    factored = _factored(cohort, x, batches) if len(batches) == 1 else None
-    return Terms.of(_over_pieces(cohort, x, batches, CHUNK)) if factored is None else factored[0]
+    factored = cohort.task.factored_gradients(x, batches) if len(batches) == 1 else None
+    return Terms.of(_over_pieces(cohort, x, batches, CHUNK) if factored is None else factored[0])
 
 
 def gradient_sum(cohort: Cohort, x: Tensor, schedule: Schedule) -> tuple[Terms, Tensor, Tensor]:
@@ -53,9 +53,9 @@ def gradient_sum(cohort: Cohort, x: Tensor, schedule: Schedule) -> tuple[Terms, 
         (sum of each client's gradients at x [C, P], sum of its losses [C], its minibatches [C]).
     """
     batches = cohort.task.batches(cohort.ids, cohort.streams, schedule)
-    factored = _factored(cohort, x, batches)
+    factored = cohort.task.factored_gradients(x, batches)
     if factored is not None:
-        return *factored, batches.num_steps
+        return Terms.of(factored[0]), factored[1], batches.num_steps
     y = cohort.scratch("y", x)
     total, losses = torch.zeros_like(y), torch.zeros(len(cohort), device=y.device)
     for step in range(len(batches)):
@@ -65,12 +65,6 @@ def gradient_sum(cohort: Cohort, x: Tensor, schedule: Schedule) -> tuple[Terms, 
         total[:k] += g
         losses[:k] += loss.to(losses.dtype)
     return Terms.of(total), losses, batches.num_steps
-
-
-def _factored(cohort: Cohort, x: Tensor, batches: Batches) -> tuple[Terms, Tensor] | None:
-    """(sum of the gradients of all batches at x, sum of losses) in factors: a run whose steps have the length 0."""
-    found = cohort.task.factored_run(x, batches, 0.0, 1.0, 0.0, ())
-    return None if found is None else (Terms.of(found[0]), found[1])
 
 
 def _over_pieces(cohort: Cohort, x: Tensor, batches: Batches, schedule: Schedule) -> Tensor:

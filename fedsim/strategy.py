@@ -31,7 +31,8 @@ class Traits:
             a round, since it knows how far these go; scheduled_sgd, at one rate a round, or plain_sgd, at one rate for
             good, since it changes the direction of every step and divides by the rate; rate, a rate and its schedule
             alone, since it takes one step itself.
-        two_points: whether a step looks at the gradient at a second point, so that steps are taken one by one.
+        two_points: whether a step looks at the gradient at a point other than the local model and the run's start, so
+            that steps are taken one by one.
         averages_state: whether it sends and averages the local optimizer's state (`state_scope: server`).
         bears_weights: whether what it makes of replies is right for any weights of them, so that a selection may weigh
             each by its chance to be drawn (`Selection.weighs`).

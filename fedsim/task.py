@@ -249,7 +249,14 @@ class Task(ABC):
         return PlainSession(self.field, x)
 
     def factored_run(
-        self, x: Tensor, batches: Any, lr: float, scale: float, pull: float, terms: Sequence[tuple[float, Tensor]]
+        self,
+        x: Tensor,
+        batches: Any,
+        lr: float,
+        scale: float,
+        pull: float,
+        terms: Sequence[tuple[float, Tensor]],
+        less_start: bool = False,
     ) -> tuple[Factors, Tensor] | None:
         """A whole run at once, where that costs less than its steps; else None.
 
@@ -262,10 +269,15 @@ class Task(ABC):
             scale: of the gradients g.
             pull: towards x.
             terms: the shift, a sum of (weight, tensor [P] or [C, P]).
+            less_start: take from each g the gradient of the same minibatch at x [P].
 
         Returns:
             (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
         """
+        return None
+
+    def factored_gradients(self, x: Tensor, batches: Any) -> tuple[Factors, Tensor] | None:
+        """(sum of each client's gradients of all batches at x [P], sum of its losses [C]) in factors; else None."""
         return None
 
     def lacks(self, need: str) -> str | None:

@@ -134,7 +134,7 @@ def known_jobs(fleet: Fleet, cost: Cost, x: Tensor) -> JobTimes:
     if not bool(torch.isfinite(jobs.one.least).all()):
         raise ValueError(
             "weights=unbiased needs every client's job time, which this fleet does not know; give "
-            "strategy.job_seconds, one number a client, or weights: identical"
+            "strategy.job_seconds, one number a client, or weights: observed, or weights: identical"
         )
     return jobs
 
@@ -178,7 +178,7 @@ def first_weights(p: Tensor, times: Times) -> Tensor:
     if bool((mean[p > 0] <= 0).any()):
         raise ValueError(
             "weights=unbiased follow from how long jobs take, and some take no time; give clients.devices seconds, or "
-            "weights: identical"
+            "weights: observed, or weights: identical"
         )
     return (1 / mean[p > 0]).sum() * mean * p
 

@@ -13,7 +13,7 @@ optimizer state, c the mean of the clients' full gradients at x.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -25,14 +25,11 @@ from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, Held, linear
 from fedsim.strategies.momentum import twice
 from fedsim.strategies.statistics import Mimicking, State, full_pass
-from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mime(Mimicking):
     """Local steps by an optimizer whose state is the server's, along gradients corrected to the global one."""
-
-    traits: ClassVar[Traits] = Traits(two_points=True)
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule = self.rule(rng, s.c)

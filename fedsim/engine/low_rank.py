@@ -127,6 +127,7 @@ def low_rank_run(
     scale: float = 1.0,
     pull: float = 0.0,
     terms: Sequence[tuple[float, Tensor]] = (),
+    less_start: bool = False,
 ) -> tuple[LowRank, Tensor]:
     """K steps y <- y - lr * (scale * g + pull * (y - x) + shift) from x on C clients.
 
@@ -141,21 +142,29 @@ def low_rank_run(
         scale: of the gradient.
         pull: towards x.
         terms: the shift, a sum of (weight, tensor) with tensors [P] that clients share or [C, P] of their own.
+        less_start: take from each g the gradient of the same minibatch at x [P], where the run starts.
 
     Returns:
         (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
     """
     first = whole.inputs.flatten(2)
     num_clients, samples = first.shape[:2]
+    block, a, d = width, None, None
+    if less_start:  # every step's rows are followed by those of the start
+        start, _ = gradients_at(chain, layout, x, whole, width, active)
+        block, samples = 2 * width, 2 * samples
+        a = [_beside(torch.zeros_like(rows) if i else rows, rows, width) for i, rows in enumerate(start.inputs)]
+        d = [_beside(torch.zeros_like(rows), -rows, width) for rows in start.gradients]
     shared = [weight * term for weight, term in terms if term.ndim == 1]
     shift = sum(shared[1:], shared[0]) if shared else None
     steps = _Steps(
-        a=[first] + [first.new_zeros(num_clients, samples, i) for _, i in chain.shapes[1:]],
-        d=[first.new_zeros(num_clients, samples, o) for o, _ in chain.shapes],
+        a=a or [first] + [first.new_zeros(num_clients, samples, i) for _, i in chain.shapes[1:]],
+        d=d or [first.new_zeros(num_clients, samples, o) for o, _ in chain.shapes],
         own=[(lr * weight, _layers(chain, layout, term)) for weight, term in terms if term.ndim == 2],
         rate=lr * scale,
         pull=lr * pull,
         width=width,
+        block=block,
     )
     losses = first.new_zeros(num_clients)
     layers = _layers(chain, layout, x)
@@ -173,6 +182,42 @@ def low_rank_run(
     return LowRank(layout, chain, tuple(steps.a), tuple(steps.d)), losses
 
 
+def gradients_at(
+    chain: Chain, layout: Layout, x: Tensor, whole: Batch, width: int, active: list[int]
+) -> tuple[LowRank, Tensor]:
+    """The gradients of all minibatches at one point x [P]: a run that goes nowhere, all of whose steps are one.
+
+    Args:
+        chain, layout, whole, width, active: see `low_rank_run`.
+        x: the point.
+
+    Returns:
+        (sum of each client's gradients, sum of its losses [C]).
+    """
+    first, layers = whole.inputs.flatten(2), _layers(chain, layout, x)
+    num_clients = len(first)
+    a, losses = [first], first.new_zeros(num_clients)
+    for layer in layers[:-1]:
+        a.append(torch.relu(_times(a[-1], layer, num_clients)))
+    z = _times(a[-1], layers[-1], num_clients)
+    dz = torch.zeros_like(z)
+    for step, k in enumerate(active):
+        now = slice(step * width, (step + 1) * width)
+        shares = None if whole.weights is None else whole.weights[:k, now]
+        loss, dz[:k, now] = loss_and_gradient(cross_entropy, z[:k, now], whole.targets[:k, now], shares, 1)
+        losses[:k] += loss
+    d = [dz]
+    for layer, h in zip(layers[:0:-1], a[:0:-1], strict=True):
+        d.insert(0, _back(d[0], layer, num_clients).mul_(h > 0))
+    return LowRank(layout, chain, tuple(a), tuple(d)), losses
+
+
+def _beside(own: Tensor, other: Tensor, width: int) -> Tensor:
+    """[C, 2 R, n] from [C, R, n] twice: the rows of every step, and then the other ones of that step."""
+    steps = own.shape[1] // width
+    return torch.cat([t.unflatten(1, (steps, width)) for t in (own, other)], dim=2).flatten(1, 2)
+
+
 @dataclass(frozen=True)
 class _Steps:
     """The factors as they grow, step by step; `a` and `d` are those of `LowRank`.
@@ -182,6 +227,7 @@ class _Steps:
         rate: by which gradients move the weights.
         pull: by which a step takes back what earlier ones did.
         width: B of every step.
+        block: rows of every step in the factors, of which B are the step's own.
     """
 
     a: list[Tensor]
@@ -190,13 +236,14 @@ class _Steps:
     rate: float
     pull: float
     width: int
+    block: int
 
     def forward(self, layers: list[Layer], step: int, k: int, base: Tensor | None) -> Tensor:
         """The first k clients' logits [k, B, classes]; `base` holds the first layer's products of all steps, if any."""
-        now, past = slice(step * self.width, (step + 1) * self.width), slice(step * self.width)
+        now, past = slice(step * self.block, step * self.block + self.width), slice(step * self.block)
         h = self.a[0][:k, now]
         for i, layer in enumerate(layers):
-            z = _times(h, layer, k) if i or base is None else base[:k, now]
+            z = _times(h, layer, k) if i or base is None else base[:k, step * self.width : (step + 1) * self.width]
             if step:
                 for rate, term in self.own:
                     z = z.sub_(_times(h, term[i], k), alpha=rate * reach(step, self.pull))
@@ -209,7 +256,7 @@ class _Steps:
 
     def backward(self, layers: list[Layer], step: int, k: int, dz: Tensor) -> None:
         """Notes the gradients at every layer's outputs, from those at the logits dz [k, B, classes]."""
-        now, past = slice(step * self.width, (step + 1) * self.width), slice(step * self.width)
+        now, past = slice(step * self.block, step * self.block + self.width), slice(step * self.block)
         for i in range(len(layers) - 1, -1, -1):
             self.d[i][:k, now] = dz
             if i:

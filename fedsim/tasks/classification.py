@@ -17,7 +17,7 @@ from fedsim import pages
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Batch, Engine
 from fedsim.engine.losses import per_sample
-from fedsim.engine.low_rank import LowRank, low_rank_run
+from fedsim.engine.low_rank import LowRank, gradients_at, low_rank_run
 from fedsim.params import Layout, on_device
 from fedsim.streams import Streams
 from fedsim.task import Pool, Schedule, Session, Task
@@ -103,13 +103,26 @@ class ClassificationTask(Task):
         return self.engine.session(x)
 
     def factored_run(
-        self, x: Tensor, batches: BatchPlan, lr: float, scale: float, pull: float, terms: Sequence[tuple[float, Tensor]]
+        self,
+        x: Tensor,
+        batches: BatchPlan,
+        lr: float,
+        scale: float,
+        pull: float,
+        terms: Sequence[tuple[float, Tensor]],
+        less_start: bool = False,
     ) -> tuple[LowRank, Tensor] | None:
         """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
         chain = self.engine.chain
-        if chain is None or not len(batches) or not chain.worthwhile(batches.samples):
+        if chain is None or not len(batches) or not chain.worthwhile(batches.samples * (1 + less_start)):
             return None
-        return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, pull, terms)
+        return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, pull, terms, less_start)
+
+    def factored_gradients(self, x: Tensor, batches: BatchPlan) -> tuple[LowRank, Tensor] | None:
+        chain = self.engine.chain
+        if chain is None or not len(batches):
+            return None
+        return gradients_at(chain, self.layout, x, *batches.whole())
 
     @cached_property
     def _program(self) -> Program:

@@ -148,6 +148,8 @@ class Elsewhere(FedAvg):
         ("feddyn", {}, True),
         ({"name": "fednova", "mu": 0.1}, {}, True),
         ({"name": "fedbuff", "buffer_size": 4}, {}, True),
+        ("mime", {}, True),
+        ("mime", {"momentum": 0.9}, False),
         ("scaffold_m_vr", {}, False),
         ("fedavg_m_vr", {}, False),
         ("dsgd", {}, False),

@@ -13,6 +13,7 @@ from fedsim.sim.links import Downlink
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.mime import Mime
 from fedsim.strategies.mime_lite import MimeLite
+from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import mlp, resnet_bn
 from fedsim.tasks.quadratic import QuadraticTask
 from tests.build import Clocks, Play, digits_task, local_sgd, play, quadratic, two_clients, watched
@@ -57,6 +58,18 @@ def test_equals_a_plain_loop_of_autograd(kind: Any, spec: dict[str, Any]) -> Non
     full, base = (lambda i, x, job: twin.full(i, x)), _base(spec, task.x0)
     expected = mime(twin, task.x0, 4, eta=0.1, base=base, full=full, lite=kind is MimeLite, size=3)
     torch.testing.assert_close(play(task, strategy, 4, width=2), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_steps_in_factors_equal_a_plain_loop_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    real = ClassificationTask.factored_run
+    monkeypatch.setattr(ClassificationTask, "factored_run", lambda *of: found.append(real(*of)) or found[-1])
+    task, twin = images(lambda shape, k: mlp(shape, k, hidden=(200, 100)), [7, 20, 1, 13], 5, steps=2)
+    game = Play.start(task, Mime(local=local_sgd(task, 0.1, steps=2, batch_size=5)), width=3)
+    base = HeavyBall(0.0, torch.zeros_like(task.x0))
+    expected = mime(twin, task.x0, 4, eta=0.1, base=base, full=lambda i, x, job: twin.full(i, x))
+    torch.testing.assert_close(game.path(4), expected, rtol=1e-4, atol=2e-5)
+    assert len(found) == 8 and all(run is not None for run in found)
 
 
 @pytest.mark.parametrize(
