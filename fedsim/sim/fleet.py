@@ -301,8 +301,8 @@ class SimFleet(Account):
         self.queue.push(Event(at, start + i, c, n, key, self.now, lost) for i, (at, c, n, lost) in enumerate(rows))
 
     def _next(self, work: str) -> float:
-        """Seconds at which the next reply of this work arrives; now if none is in flight."""
-        return min((e.finish for e in self.queue if e.lost < 0 and self.sent[e.sent].work == work), default=self.now)
+        """Seconds at which the next job of this work ends; now if none is in flight."""
+        return min((e.finish for e in self.queue if self.sent[e.sent].work == work), default=self.now)
 
     def _kept(self, work: str, until: float) -> list[Event]:
         """Late jobs of earlier calls for this work that have ended with a reply by a time; those that died are over."""

@@ -226,6 +226,14 @@ def test_where_nobody_can_be_asked_a_round_waits_for_the_next_kept_reply() -> No
     assert fleet.ask(_ids(), HALVES.plus, late="keep", x=X).ids.tolist() == [1] and fleet.now == 3.0
 
 
+def test_a_kept_job_that_dies_holds_nobody_up() -> None:
+    fleet = _fleet((2.0, 3.0), ((0.0, 2.0), (0.0, 2.5)))
+    assert fleet.ask(fleet.clients, HALVES.plus, within=2.0, late="keep", x=X).ids.tolist() == [0]
+    assert len(fleet.present()) == 0 and fleet.num_at_work == 1
+    assert len(fleet.ask(_ids(), HALVES.plus, late="keep", x=X)) == 0 and fleet.now == 2.5
+    assert fleet.num_at_work == 0 and not fleet.sent and _seen(fleet)["num_dropped"] == 1
+
+
 def test_late_and_dead_jobs_survive_a_checkpoint(tmp_path: Path) -> None:
     def start() -> SimFleet:
         return _fleet((1.0, 20.0, 2.5, 3.0, 3.5, 3.7), absence=DROPOUT)
