@@ -148,23 +148,20 @@ def low_rank_run(
         (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
     """
     first = whole.inputs.flatten(2)
-    num_clients, samples = first.shape[:2]
-    block, a, d = width, None, None
-    if less_start:  # every step's rows are followed by those of the start
-        start, _ = gradients_at(chain, layout, x, whole, width, active)
-        block, samples = 2 * width, 2 * samples
-        a = [_beside(torch.zeros_like(rows) if i else rows, rows, width) for i, rows in enumerate(start.inputs)]
-        d = [_beside(torch.zeros_like(rows), -rows, width) for rows in start.gradients]
+    num_clients = len(first)
+    start = gradients_at(chain, layout, x, whole, width, active)[0] if less_start else None
+    a, d, blocks = _room(chain, first, width) if start is None else _room_beside(start, width)
     shared = [weight * term for weight, term in terms if term.ndim == 1]
     shift = sum(shared[1:], shared[0]) if shared else None
     steps = _Steps(
-        a=a or [first] + [first.new_zeros(num_clients, samples, i) for _, i in chain.shapes[1:]],
-        d=d or [first.new_zeros(num_clients, samples, o) for o, _ in chain.shapes],
+        a=a,
+        d=d,
         own=[(lr * weight, _layers(chain, layout, term)) for weight, term in terms if term.ndim == 2],
         rate=lr * scale,
         pull=lr * pull,
         width=width,
-        block=block,
+        blocks=blocks,
+        adds=less_start,
     )
     losses = first.new_zeros(num_clients)
     layers = _layers(chain, layout, x)
@@ -212,6 +209,23 @@ def gradients_at(
     return LowRank(layout, chain, tuple(a), tuple(d)), losses
 
 
+Room = tuple[list[Tensor], list[Tensor], list[int]]
+"""(inputs, gradients, rows of a step) of each layer, to be filled step by step."""
+
+
+def _room(chain: Chain, first: Tensor, width: int) -> Room:
+    """Room for the factors of a run whose first layer sees `first` [C, R, in]."""
+    a = [first, *(first.new_zeros(*first.shape[:2], i) for _, i in chain.shapes[1:])]
+    return a, [first.new_zeros(*first.shape[:2], o) for o, _ in chain.shapes], [width] * len(a)
+
+
+def _room_beside(start: LowRank, width: int) -> Room:
+    """Room beside minus the gradients at the start; the first layer sees the same inputs, so there these are added."""
+    a = [start.inputs[0], *(_beside(torch.zeros_like(rows), rows, width) for rows in start.inputs[1:])]
+    d = [-start.gradients[0], *(_beside(torch.zeros_like(rows), -rows, width) for rows in start.gradients[1:])]
+    return a, d, [width, *[2 * width] * (len(a) - 1)]
+
+
 def _beside(own: Tensor, other: Tensor, width: int) -> Tensor:
     """[C, 2 R, n] from [C, R, n] twice: the rows of every step, and then the other ones of that step."""
     steps = own.shape[1] // width
@@ -227,7 +241,8 @@ class _Steps:
         rate: by which gradients move the weights.
         pull: by which a step takes back what earlier ones did.
         width: B of every step.
-        block: rows of every step in the factors, of which B are the step's own.
+        blocks: rows of every step in each layer's factors, of which the first B are the step's own.
+        adds: whether the first layer's rows hold what the step's gradients are added to.
     """
 
     a: list[Tensor]
@@ -236,14 +251,20 @@ class _Steps:
     rate: float
     pull: float
     width: int
-    block: int
+    blocks: list[int]
+    adds: bool
+
+    def rows(self, i: int, step: int) -> tuple[slice, slice]:
+        """(rows of a step's own, rows of earlier steps) in the factors of layer i."""
+        start = step * self.blocks[i]
+        return slice(start, start + self.width), slice(start)
 
     def forward(self, layers: list[Layer], step: int, k: int, base: Tensor | None) -> Tensor:
         """The first k clients' logits [k, B, classes]; `base` holds the first layer's products of all steps, if any."""
-        now, past = slice(step * self.block, step * self.block + self.width), slice(step * self.block)
-        h = self.a[0][:k, now]
+        h = self.a[0][:k, self.rows(0, step)[0]]
         for i, layer in enumerate(layers):
-            z = _times(h, layer, k) if i or base is None else base[:k, step * self.width : (step + 1) * self.width]
+            now, past = self.rows(i, step)
+            z = _times(h, layer, k) if i or base is None else base[:k, now]
             if step:
                 for rate, term in self.own:
                     z = z.sub_(_times(h, term[i], k), alpha=rate * reach(step, self.pull))
@@ -251,14 +272,14 @@ class _Steps:
                 gram = gram if layer[1] is None else gram.add_(1.0)
                 z = torch.baddbmm(z, gram, self.d[i][:k, past], alpha=-self.rate)
             if i + 1 < len(layers):
-                self.a[i + 1][:k, now] = h = torch.relu(z)
+                self.a[i + 1][:k, self.rows(i + 1, step)[0]] = h = torch.relu(z)
         return z
 
     def backward(self, layers: list[Layer], step: int, k: int, dz: Tensor) -> None:
         """Notes the gradients at every layer's outputs, from those at the logits dz [k, B, classes]."""
-        now, past = slice(step * self.block, step * self.block + self.width), slice(step * self.block)
         for i in range(len(layers) - 1, -1, -1):
-            self.d[i][:k, now] = dz
+            now, past = self.rows(i, step)
+            self.d[i][:k, now] = self.d[i][:k, now] + dz if self.adds and not i else dz
             if i:
                 da = _back(dz, layers[i], k)
                 if step:
