@@ -55,7 +55,7 @@ class Problem:
             f"clients.count={self.clients}",
             f"partition.alpha={self.alpha}",
             "strategy.cohort_size=10",
-            f"rounds={2 if quick else ROUNDS}",
+            f"rounds={4 if quick else ROUNDS}",
             f"evaluate.every={1 if quick else 5}",
         ]
         return Sweep(
@@ -176,7 +176,7 @@ def page(swept: Mapping[Problem, Results], found: Found, quick: bool) -> list[st
         "",
     ]
     for problem, results in swept.items():
-        lines += [f"## {str(problem).capitalize()}", "", f"![Accuracy](figures/{problem.name}.png)", ""]
+        lines += [f"## {str(problem)[0].upper()}{str(problem)[1:]}", "", f"![Accuracy](figures/{problem.name}.png)", ""]
         lines += ["| method | best rate | accuracy | halfway | training loss |", "| --- | --- | --- | --- | --- |"]
         for method, runs in found[problem].items():
             rate = results.best[method].setting.values["local.optimizer.lr"]

@@ -1,0 +1,25 @@
+"""A process that makes many runs on one data set reads it once."""
+
+from __future__ import annotations
+
+from fedsim.data import build
+from fedsim.data.sources import kept, load
+
+
+def test_inside_the_last_data_set_read_stays_and_no_other() -> None:
+    with kept():
+        first = load("digits")
+        assert load({"name": "digits"}) is first
+        one = load({"name": "blobs", "num_examples": 30, "shape": [4]}, seed=1)
+        assert load({"name": "blobs", "num_examples": 30, "shape": [4]}, seed=1) is one
+        assert load({"name": "blobs", "num_examples": 30, "shape": [4]}, seed=2) is not one
+        assert load("digits") is not first
+    assert load("digits") is not load("digits")
+
+
+def test_the_split_is_that_of_a_data_set_read_anew() -> None:
+    with kept():
+        splits = [build("digits", {"name": "dirichlet", "alpha": 0.5}, 10, seed) for seed in (0, 1, 0)]
+    alone = build("digits", {"name": "dirichlet", "alpha": 0.5}, 10, 0)
+    assert splits[0].order.equal(alone.order) and splits[2].order.equal(alone.order)
+    assert not splits[1].order.equal(alone.order) and splits[0].inputs.equal(alone.inputs)
