@@ -205,7 +205,7 @@ class LocalTraining:
         # the model follows from the gradients' sum, or from that of their differences to those where the run starts;
         # with a pull it is not the sum that their mean comes from
         differs = u.other is x and u.other_scale == -u.scale and not mean_grad
-        known = self.constant_rate and (u.other is None or differs) and not (u.pull and mean_grad)
+        known = self.constant_rate and (u.other is None or differs) and not (u.pull and (mean_grad or differs))
         shift = u.about(x)
         factored = task.factored_run(x, batches, self.lr, u.scale, u.pull, shift, differs) if known else None
         if factored is not None:

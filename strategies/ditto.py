@@ -11,7 +11,7 @@ Letters: P parameters; x the server's model, v_i a client's own, x^0 at first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from fedsim.strategies.momentum import twice
 from fedsim.strategies.server import Rule, ServerState, Synchronous
+from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Ditto(Synchronous):
 
     lam: float = 0.1
     aggregator: Rule = Mean()
+    traits: ClassVar[Traits] = Traits(bears_weights=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ Letters: P parameters; x the server's model, y a local one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,7 @@ from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
 from fedsim.strategies.server import Rule, ServerState, Synchronous
+from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class FedProx(Synchronous):
 
     mu: float = 0.01
     aggregator: Rule = Mean()
+    traits: ClassVar[Traits] = Traits(bears_weights=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

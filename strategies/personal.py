@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from torch import Tensor
 from fedsim.aggregate import Aggregator, Mean
 from fedsim.clients.kept import keep, recalled, x0
 from fedsim.clients.local_training import Reply
+from fedsim.clients.oracle import full_loss
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Fleet
 from fedsim.params import Layout, Split
 from fedsim.strategies.server import Rule, ServerState, Synchronous
+from fedsim.strategy import Traits
 
 S = TypeVar("S", bound=ServerState)
 OWN = "personal"  # the name of these entries in a client's memory
@@ -46,6 +48,7 @@ class Personal(Synchronous):
     personal: tuple[str, ...] | None = None
     aggregator: Rule = Mean()
     layout: Layout
+    traits: ClassVar[Traits] = Traits(bears_weights=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,6 +101,12 @@ class Personal(Synchronous):
 
     def personal_model(self, clients: Cohort, x: Tensor) -> Tensor:
         return self.opened(clients, self.split.shared(x))
+
+    def losses_at(self, fleet: Fleet, x: Tensor, ids: Tensor) -> Tensor:
+        return super().losses_at(fleet, self.split.shared(x), ids)
+
+    def local_loss(self, clients: Cohort, x: Tensor) -> Reply:
+        return {"loss": full_loss(clients, self.opened(clients, x))}
 
     def rule(self, rng: np.random.Generator, last: Tensor | None = None) -> Aggregator:
         return super().rule(rng, None if last is None else self.split.shared(last))
