@@ -42,7 +42,8 @@ class FedDyn(Synchronous):
 
     alpha: float = 0.1
     traits: ClassVar[Traits] = Traits(
-        no_links="it needs whole vectors, since its h must stay the mean of what all clients keep"
+        no_late="its step begins at the mean of the clients' models, and these must have begun at this round's",
+        no_links="it needs whole vectors, since its h must stay the mean of what all clients keep",
     )
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import gradient_sum
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet
-from fedsim.strategies.momentum import Momentum, twice
+from fedsim.strategies.momentum import NO_LATE, Momentum, twice
 from fedsim.strategies.server import ServerState
 from fedsim.strategy import Traits
 
@@ -40,7 +40,7 @@ class State(ServerState):
 class MBStorm(Momentum):
     """STORM with one large minibatch a round; beta is the weight of the fresh gradient."""
 
-    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", bears_buffers=False)
+    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", bears_buffers=False, no_late=NO_LATE)
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), x_prev=x0, g=torch.zeros_like(x0))

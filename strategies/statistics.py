@@ -54,7 +54,9 @@ class Mimicking(Synchronous):
         local: local.optimizer is the base algorithm (U, V), with eta as its learning rate.
     """
 
-    traits: ClassVar[Traits] = Traits()
+    traits: ClassVar[Traits] = Traits(
+        no_late="the optimizer's state and the mean gradient that local steps follow are those of one round"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

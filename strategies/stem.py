@@ -28,7 +28,7 @@ from fedsim.clients.oracle import full_gradient_in_terms
 from fedsim.clients.recursive import recursive_run
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, Held, linear
-from fedsim.strategies.momentum import twice
+from fedsim.strategies.momentum import NO_LATE, twice
 from fedsim.strategies.server import ServerState, Synchronous
 from fedsim.strategies.statistics import full_pass
 from fedsim.strategy import Traits
@@ -53,6 +53,7 @@ class Stem(Synchronous):
     traits: ClassVar[Traits] = Traits(
         local_rules="plain_sgd",
         two_points=True,
+        no_late=NO_LATE,
         refused={"cohort_size": "every client takes part, since the momentum is that of all; lower clients.count"},
     )
 
