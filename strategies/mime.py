@@ -22,7 +22,7 @@ from fedsim.clients.direction import GRADIENT, gradient_at
 from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import full_gradient_in_terms
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, Held, linear
+from fedsim.fleet import Fleet, Held
 from fedsim.strategies.momentum import twice
 from fedsim.strategies.statistics import Mimicking, State, full_pass
 
@@ -33,9 +33,9 @@ class Mime(Mimicking):
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule = self.rule(rng, s.c)
-        s, r = self.ask(s, fleet, rng, self.full_gradient, rule=rule, cost=full_pass(self.local), x=s.x)
+        s, r = self.begin(s, fleet, rng, self.full_gradient, rule=rule, cost=full_pass(self.local), x=s.x)
         x, c, rule, cost = s.x, r.mean("gradient", rule), self.rule(rng, s.last), twice(self.local)
-        r = fleet.ask(r.ids, self.local_update, cost=cost, fold=linear(rule), x=Held(x), c=c, s=s.sent)
+        s, r = self.go_on(s, fleet, r, self.local_update, rule=rule, cost=cost, x=Held(x), c=c, s=s.sent)
         return self.step(self.learned(s, x, c), r.mean("delta", rule)), {}
 
     def full_gradient(self, clients: Cohort, x: Tensor) -> Reply:

@@ -302,14 +302,38 @@ class Synchronous(Selecting):
         Raises:
             TooFewRows: if nobody replied.
         """
-        fold, cost = linear(rule), self.local.cost if cost is None else cost
+        s, r = self.begin(s, fleet, rng, work, rule=rule, cost=self.local.cost if cost is None else cost, **broadcast)
+        return self.noted(s, r), r
+
+    def begin(
+        self,
+        s: S,
+        fleet: Fleet,
+        rng: np.random.Generator,
+        work: Work,
+        /,
+        *,
+        rule: Aggregator,
+        cost: Cost,
+        **broadcast: Any,
+    ) -> tuple[S, Replies]:
+        """As `ask`, with the first half of clients' work: only the second one, in `go_on`, shows how they did."""
+        fold = linear(rule)
         among = self.among(s, fleet, fleet.present(), self.to_ask(len(fleet.clients)))
         s, cohort = self.choose(s, among, rng)
         weights = self.selection.weights(fold, among, cohort)
         r = fleet.ask(cohort, work, cost=cost, fold=fold, weights=weights, **self.patience, **broadcast)
         if not len(r):
             raise TooFewRows("nobody replied")
-        return self.noted(s, r), r
+        return s, r
+
+    def go_on(
+        self, s: S, fleet: Fleet, begun: Replies, work: Work, /, *, rule: Aggregator, cost: Cost, **broadcast: Any
+    ) -> tuple[S, Replies]:
+        """Give those that replied to `begin` the second half of their work; all that come are waited for."""
+        r = fleet.ask(begun.ids, work, cost=cost, fold=linear(rule), **broadcast)
+        whole = begun.seconds[torch.isin(begun.ids, r.ids)] + r.seconds
+        return self.noted(s, replace(r, seconds=whole)), r
 
     @property
     def patience(self) -> Patience:

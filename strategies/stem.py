@@ -27,7 +27,7 @@ from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import full_gradient_in_terms
 from fedsim.clients.recursive import recursive_run
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, Held, linear
+from fedsim.fleet import Fleet, Held
 from fedsim.strategies.momentum import NO_LATE, twice
 from fedsim.strategies.server import ServerState, Synchronous
 from fedsim.strategies.statistics import full_pass
@@ -70,9 +70,9 @@ class Stem(Synchronous):
         if s.round:
             s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=x, d=s.d)
         else:
-            s, r = self.ask(s, fleet, rng, self.start, rule=rule, cost=full_pass(self.local), x=x)
+            s, r = self.begin(s, fleet, rng, self.start, rule=rule, cost=full_pass(self.local), x=x)
             s = replace(s, d=r.mean("gradient", rule))
-            r = fleet.ask(r.ids, self.local_update, cost=cost, fold=linear(rule), x=Held(x), d=s.d)
+            s, r = self.go_on(s, fleet, r, self.local_update, rule=rule, cost=cost, x=Held(x), d=s.d)
         d = s.d + r.mean("d", self.rule(rng))
         return replace(self.step(s, r.mean("delta", rule)), d=d), {}
 

@@ -14,9 +14,11 @@ from fedsim.cohort import Cohort
 from fedsim.fleet import Replies
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedbuff_stream import FedBuffStream
+from fedsim.strategies.mime import Mime
 from fedsim.strategies.selection import Among
 from fedsim.strategies.selection.oort import Oort, quantile
 from fedsim.strategies.selection.power_of_choice import PowerOfChoice
+from fedsim.strategies.stem import Stem
 from fedsim.streams import server_rng
 from fedsim.tasks.models import mlp
 from tests.build import Clocks, Play, digits_task, local_sgd, quadratic, watched
@@ -221,6 +223,18 @@ class Silent(FedAvg):
 
     def local_update(self, clients: Cohort, x: Tensor, state: Tensor | None = None) -> Any:
         return {"delta": torch.zeros(len(clients), len(x), dtype=x.dtype)}
+
+
+@pytest.mark.parametrize("kind", [Mime, Stem])
+def test_work_in_two_halves_is_judged_as_a_whole(kind: Any) -> None:
+    task = quadratic([1.0] * 3, [0.0, 1.0, 2.0], 4.0, num_examples=[1, 2, 3])
+    strategy = kind(selection=Oort(epsilon=0.0), local=local_sgd(task, 0.1, steps=1))
+    play = Play.start(task, strategy, devices=Clocks((1.0, 2.0, 4.0)))
+    play.step()
+    assert play.state.known["seconds"].tolist() == [2.0, 4.0, 8.0], "a full gradient, and a step"
+    at = 4.0 if kind is Mime else 4.0 - 0.1 * 3.0  # STEM first steps along the mean gradient, 4 - 1
+    expected = [n * (at - b) ** 2 / 2 for n, b in ((1, 0.0), (2, 1.0), (3, 2.0))]
+    assert play.state.known["utility"].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("chooser", [Oort(), PowerOfChoice(candidates=2, losses="remembered")])
