@@ -207,6 +207,7 @@ class Fleet(Protocol):
 
     clients: Tensor
     num_examples: Tensor
+    round: int  # of the run, those included that changed nothing: schedules of clients' learning rates follow it
 
     @property
     def now(self) -> float:
@@ -324,7 +325,6 @@ class Traffic(Protocol):
 class DrivenFleet(Fleet, Protocol):
     """A fleet that the loop can run on: it keeps an account, and can be saved."""
 
-    round: int
     timeline: list[tuple[int, float, float, int]]  # (client, start, finish, round) of the first jobs, if asynchronous
     state_classes: ClassVar[dict[str, type]]
 

@@ -43,7 +43,7 @@ class Centralised(Synchronous):
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
         rule, cost = self.rule(rng, s.last), replace(self.local.cost, steps=1)
         s, r = self.ask(s, fleet, rng, self.gradient, rule=rule, cost=cost, x=s.x)
-        return self.step(s, r.mean("gradient", rule), self.server_lr * self.local.rate_at(s.round)), {}
+        return self.step(s, r.mean("gradient", rule), self.server_lr * self.local.rate_at(fleet.round)), {}
 
     def gradient(self, clients: Cohort, x: Tensor) -> Reply:
         total, loss, _ = gradient_sum(clients, x, replace(self.local.schedule, epochs=None, steps=1))

@@ -44,7 +44,7 @@ class FedAvgM(Momentum):
         rule = self.rule(rng, s.last)
         s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x, g=s.g)
         g = r.mean("u", rule)
-        return replace(self.step(s, g, self.step_size(s, r)), g=g), {}
+        return replace(self.step(s, g, self.step_size(fleet, r)), g=g), {}
 
     def local_update(self, clients: Cohort, x: Tensor, g: Tensor) -> Reply:
         return {"u": self.along(clients, self.local(clients, x, self.beta * GRADIENT + (1 - self.beta) * g))}

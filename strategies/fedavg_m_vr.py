@@ -46,7 +46,7 @@ class FedAvgMVR(Momentum):
         rule, cost = self.rule(rng, s.last), twice(self.local)
         s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x, x_prev=s.x_prev, g=s.g)
         g = r.mean("u", rule)
-        return replace(self.step(s, g, self.step_size(s, r)), x_prev=s.x, g=g), {}
+        return replace(self.step(s, g, self.step_size(fleet, r)), x_prev=s.x, g=g), {}
 
     def local_update(self, clients: Cohort, x: Tensor, x_prev: Tensor, g: Tensor) -> Reply:
         u = GRADIENT + (1 - self.beta) * (g - gradient_at(x_prev))

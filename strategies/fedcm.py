@@ -58,7 +58,7 @@ class FedCM(Directed):
         rule = self.rule(rng, s.last)
         s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x, d=s.d)
         d = r.mean("d", rule)
-        return replace(self.step(s, d, self.parity(s, r)), d=d), {}
+        return replace(self.step(s, d, self.parity(fleet, r)), d=d), {}
 
     def local_update(self, clients: Cohort, x: Tensor, d: Tensor) -> Reply:
         return {"d": self.along(clients, self.local(clients, x, self.alpha * GRADIENT + (1 - self.alpha) * d))}

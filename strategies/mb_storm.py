@@ -49,7 +49,7 @@ class MBStorm(Momentum):
         rule, cost, x = self.rule(rng, s.last), twice(self.local), s.x
         s, r = self.ask(s, fleet, rng, self.gradients, rule=rule, cost=cost, x=x, x_prev=s.x_prev)
         g = r.mean("u", rule) + (1 - self.beta) * s.g
-        return replace(self.step(s, g, self.step_size(s, r)), x_prev=x, g=g), {}
+        return replace(self.step(s, g, self.step_size(fleet, r)), x_prev=x, g=g), {}
 
     def gradients(self, clients: Cohort, x: Tensor, x_prev: Tensor) -> Reply:
         here, losses, steps = gradient_sum(clients, x, self.local.schedule)

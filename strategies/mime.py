@@ -36,7 +36,7 @@ class Mime(Mimicking):
         s, r = self.begin(s, fleet, rng, self.full_gradient, rule=rule, cost=full_pass(self.local), x=s.x)
         x, c, rule, cost = s.x, r.mean("gradient", rule), self.rule(rng, s.last), twice(self.local)
         s, r = self.go_on(s, fleet, r, self.local_update, rule=rule, cost=cost, x=Held(x), c=c, s=s.sent)
-        return self.step(self.learned(s, x, c), r.mean("delta", rule)), {}
+        return self.step(self.learned(s, fleet, x, c), r.mean("delta", rule)), {}
 
     def full_gradient(self, clients: Cohort, x: Tensor) -> Reply:
         return {"gradient": full_gradient_in_terms(clients, x)}

@@ -35,7 +35,7 @@ class MimeLite(Mimicking):
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule, x = self.rule(rng, s.last), s.x
         s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=self.cost, x=x, s=s.sent)
-        s = self.learned(s, x, r.mean("gradient", self.rule(rng, s.c)))
+        s = self.learned(s, fleet, x, r.mean("gradient", self.rule(rng, s.c)))
         return self.step(s, r.mean("delta", rule)), {}
 
     def local_update(self, clients: Cohort, x: Tensor, s: Tensor | None) -> Reply:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedsim.clients.local_training import LocalRun, LocalTraining
 from fedsim.cohort import Cohort
-from fedsim.fleet import Cost, Replies
-from fedsim.strategies.server import ServerState, Synchronous
+from fedsim.fleet import Cost, Fleet, Replies
+from fedsim.strategies.server import Synchronous
 from fedsim.strategy import Traits
 from fedsim.terms import Terms
 
@@ -25,11 +25,11 @@ NO_LATE = "its momentum compares gradients at the two newest models, and a late 
 class Directed(Synchronous):
     """A server that steps along the mean direction of its clients' local steps."""
 
-    def parity(self, s: ServerState, replies: Replies) -> float:
+    def parity(self, fleet: Fleet, replies: Replies) -> float:
         """server_lr * eta * K with the mean K of the clients that have data: a step as long as FedAvg's."""
         steps = self.local.schedule.num_steps(replies.num_examples)
         taken = steps[steps > 0].double()
-        return self.server_lr * self.local.rate_at(s.round) * (float(taken.mean()) if len(taken) else 1.0)
+        return self.server_lr * self.local.rate_at(fleet.round) * (float(taken.mean()) if len(taken) else 1.0)
 
     def along(self, clients: Cohort, run: LocalRun) -> Terms:
         """[C, P]: Delta_i / (eta * K_i), the mean direction of a client's steps; zero for a client that took none."""
@@ -61,9 +61,9 @@ class Momentum(Directed):
                 f"gamma must be 0 or more, or null for the local step size times the local steps; got {self.gamma}"
             )
 
-    def step_size(self, s: ServerState, replies: Replies) -> float:
+    def step_size(self, fleet: Fleet, replies: Replies) -> float:
         """gamma, by default parity with FedAvg."""
-        return self.parity(s, replies) if self.gamma is None else self.gamma
+        return self.parity(fleet, replies) if self.gamma is None else self.gamma
 
 
 def shrunk(clients: Cohort, run: LocalRun, by: Tensor) -> Terms:

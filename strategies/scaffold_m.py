@@ -46,7 +46,7 @@ class ScaffoldM(Momentum):
         s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x, g=s.g, c=s.c)
         g = r.mean("u", rule)
         c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
-        return replace(self.step(s, g, self.step_size(s, r)), g=g, c=c), {}
+        return replace(self.step(s, g, self.step_size(fleet, r)), g=g, c=c), {}
 
     def local_update(self, clients: Cohort, x: Tensor, g: Tensor, c: Tensor) -> Reply:
         c_i = clients.memory["c"]

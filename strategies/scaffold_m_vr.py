@@ -51,7 +51,7 @@ class ScaffoldMVR(Momentum):
         s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, **sent)
         g = r.mean("u", rule)
         c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
-        return replace(self.step(s, g, self.step_size(s, r)), x_prev=s.x, g=g, c=c), {}
+        return replace(self.step(s, g, self.step_size(fleet, r)), x_prev=s.x, g=g, c=c), {}
 
     def local_update(self, clients: Cohort, x: Tensor, x_prev: Tensor, g: Tensor, c: Tensor) -> Reply:
         c_i = clients.memory["c"]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedsim.clients.local_training import LocalTraining
-from fedsim.fleet import Cost
+from fedsim.fleet import Cost, Fleet
 from fedsim.optim import Optimizer, OptState, Rule
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.strategies.server import ServerState, Synchronous
@@ -67,12 +67,12 @@ class Mimicking(Synchronous):
         base = None if rule.is_plain_sgd else rule.init(x0[None, : rule.layout.size])
         return State(x0, self.optimizer_state(x0), base=base, c=torch.zeros_like(x0))
 
-    def learned(self, s: State, x: Tensor, c: Tensor) -> State:
+    def learned(self, s: State, fleet: Fleet, x: Tensor, c: Tensor) -> State:
         """The state with s <- V(c, s), c [P] the mean gradient at x [P]."""
         if s.base is None:
             return replace(s, c=c)
         rule, base = self.local.optimizer, s.base.gather([0])
-        n, factor = rule.layout.size, self.local.factor_at(s.round)
+        n, factor = rule.layout.size, self.local.factor_at(fleet.round)
         rule.step_(x[None, :n].clone(), c[None, :n], base, lr_scale=factor)
         return replace(s, base=base, c=c)
 

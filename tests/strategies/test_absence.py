@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,15 +10,18 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from fedsim.aggregate import Mean
 from fedsim.aggregate.coordinatewise import TrimmedMean
 from fedsim.optim import build
 from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.availability import Bernoulli, Diurnal
 from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.centralised import Centralised
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedavg_m_vr import FedAvgMVR
 from fedsim.strategies.fedbuff import FedBuff
 from fedsim.strategies.fedbuff_stream import FedBuffStream
+from fedsim.strategies.fedcm import FedCM
 from fedsim.strategies.fedfix import FedFix
 from fedsim.strategies.scaffold import Scaffold
 from tests.build import Clocks, Play, drawn, local_sgd, quadratic
@@ -41,6 +45,20 @@ def _local(task: Any) -> dict[str, Any]:
 
 def _mean(changes: dict[int, float]) -> float:
     return sum(N[i] * d for i, d in changes.items()) / sum(N[i] for i in changes)
+
+
+@pytest.mark.parametrize("kind", [FedCM, Centralised])
+def test_the_server_steps_by_the_rate_that_clients_used_after_rounds_of_nobody(kind: Any) -> None:
+    """Either is FedAvg here, whose server needs no rate."""
+    task, absence = _task(), Absence(dropout=Dropout(probability=0.85))
+    halved = {"name": "sgd", "lr": ETA, "schedule": {"name": "exponential", "gamma": 0.5}}
+    local = local_sgd(task, optimizer=halved, steps=1)
+    own: dict[str, Any] = {"alpha": 1.0, "aggregator": Mean()} if kind is FedCM else {}
+    plays = [Play.start(task, s, absence=absence) for s in (kind(local=local, **own), FedAvg(local=local))]
+    notes = [[play.step() for play in plays] for _ in range(12)]
+    assert all(one == other for one, other in notes)
+    assert ({"too_few": 1}, {}) in [(a, b) for (a, _), (b, _) in pairwise(notes)]
+    assert float(plays[0].state.x) == pytest.approx(float(plays[1].state.x), abs=1e-12)
 
 
 def test_fedavg_with_a_deadline_that_keeps_late_replies_follows_its_schedule_by_hand() -> None:
