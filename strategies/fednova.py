@@ -4,7 +4,8 @@ Wang, Liu, Liang, Joshi, Poor. Tackling the Objective Inconsistency Problem in H
 arXiv:2007.07481. Client i sends d_i = Delta_i / a_i, and the server steps along tau_eff times their mean. a_i is how
 far gradients of one take K_i local steps, in units of the local step: K_i with plain SGD, the sum of c <- m * c + 1
 with local momentum m, and a <- (1 - eta * mu) * a + 1 with a pull mu towards x. tau_eff is the mean of a_i, with a pull
-that of K_i, as in the authors' code.
+that of K_i, as in the authors' code; behind a rule that is more than a mean it is their median, for a rule that cuts
+long vectors means the length of d_i and not of a count.
 
 Letters: P parameters; x the server's model, y a local one, eta the local step.
 """
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.aggregate import Mean
+from fedsim.aggregate import Mean, Median
 from fedsim.clients.direction import GRADIENT, MODEL
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
@@ -53,7 +54,7 @@ class FedNova(Synchronous):
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
         rule, cost = self.rule(rng, s.last), replace(self.local.cost, scalars_up=1)
         s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x)
-        tau_eff = float(r.mean("tau", self.rule(rng)))
+        tau_eff = float(r.mean("tau", rule if rule.foldable else Median()))
         return self.step(s, r.mean("d", rule), self.server_lr * tau_eff), {}
 
     def local_update(self, clients: Cohort, x: Tensor) -> Reply:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.aggregate import Mean, Median
+from fedsim.aggregate import CenteredClipping, Mean, Median
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fednova import FedNova
 from fedsim.strategies.fedprox import FedProx
@@ -175,6 +175,13 @@ def test_a_robust_rule_judges_directions_and_lengths() -> None:
         directions.append((task.x0 - y) / twin.steps(i))
     expected = task.x0 - 2 * torch.stack(directions).median(0).values
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-12)
+
+
+def test_a_rule_that_cuts_lengths_cuts_no_counts() -> None:
+    task, _ = noisy(steps=6)
+    found = play(task, make(task, "plain", 0.01, CenteredClipping(tau=5.0), steps=6), 4)
+    expected = play(task, make(task, "plain", 0.01, Mean(weights="uniform"), steps=6), 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_buffers_of_a_model_follow_the_mean_whatever_the_steps() -> None:
