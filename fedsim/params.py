@@ -117,7 +117,8 @@ class Layout:
     def last_layer(self) -> tuple[str, ...]:
         """Names of the head's layer, its bias included; none where the model has one layer only."""
         heads = [name for name, role in zip(self.names, self.roles, strict=True) if role == "head"]
-        return tuple(n for n in self.names for head in heads if n.rpartition(".")[0] == head.rpartition(".")[0])
+        found = tuple(n for n in self.names for head in heads if n.rpartition(".")[0] == head.rpartition(".")[0])
+        return found if len(found) < len(self.names) else ()
 
     def part(self, names: Collection[str]) -> Layout:
         """The layout of some of the tensors, in the order in which they stand here."""

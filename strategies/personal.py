@@ -12,7 +12,7 @@ Letters: C clients of a stack, P entries of a model, Q of them shared, H a clien
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
@@ -112,6 +112,7 @@ class Personal(Synchronous):
         return super().rule(rng, None if last is None else self.split.shared(last))
 
     def step(self, s: S, d: Tensor, lr: float | None = None, weight: float = 1.0) -> S:
-        """As any server's, along d [Q]: entries that stay with the clients have no direction."""
-        still = torch.zeros_like(self.split.own(s.x))
-        return super().step(s, self.split.joined(d, still), lr, weight)
+        """As any server's, along d [Q]; entries that stay with the clients are left as they are, by decay too."""
+        own = self.split.own(s.x)
+        after = super().step(s, self.split.joined(d, torch.zeros_like(own)), lr, weight)
+        return replace(after, x=self.split.joined(self.split.shared(after.x), own))

@@ -106,6 +106,8 @@ def test_a_server_optimizer_and_a_rule_that_begins_at_the_last_step_see_vectors_
     rule = build({"name": "adam", "lr": 0.1}, task.layout)
     x = play(task, _fedper(task, server_optimizer=rule), 4)
     assert torch.equal(x[:, 1], task.x0[1].expand(4)) and float((x[-1] - task.x0)[::2].abs().min()) > 0.01
+    decaying = build({"name": "adamw", "lr": 0.1, "weight_decay": 0.5, "decay_vectors": True}, task.layout)
+    assert torch.equal(play(task, _fedper(task, server_optimizer=decaying), 4)[:, 1], task.x0[1].expand(4))
     clipped = play(task, _fedper(task, aggregator=CenteredClipping(tau=1e-3)), 4)
     assert torch.equal(clipped[:, 1], task.x0[1].expand(4)) and not torch.equal(clipped[-1], clipped[-2])
 
@@ -140,6 +142,8 @@ def test_entries_that_are_not_there_are_refused_in_one_line(fields: dict[str, An
 def test_the_last_layer_and_normalisation_layers_are_found() -> None:
     assert Layout.of_module(cnn((1, 8, 8), 10)).last_layer == ("9.weight", "9.bias")
     assert drawn(2, 3).layout.last_layer == ()
+    loose = nn.ParameterDict({"w": torch.zeros(4, 3), "b": torch.zeros(4), "v": torch.zeros(2, 4)})
+    assert Layout.of_module(loose).last_layer == ()  # no layer is apart from the rest
     task = digits_task(lambda shape, classes: resnet_bn(shape, classes, width=2, stages=2), [4, 4])
     strategy = FedBN(layout=task.layout, local=local_sgd(task, 0.1, steps=1, batch_size=4))
     norms = {k for k, m in task.module.named_modules() if isinstance(m, nn.BatchNorm2d)}
