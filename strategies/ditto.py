@@ -11,6 +11,7 @@ Letters: P parameters; x the server's model, v_i a client's own, x^0 at first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,7 +43,7 @@ class Ditto(Synchronous):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.lam >= 0:
+        if not 0 <= self.lam < inf:
             raise ValueError(f"lam pulls towards the server's model and must be 0 or more, got {self.lam}")
         check_one_state(self.local)
 

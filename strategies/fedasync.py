@@ -12,6 +12,7 @@ Letters: P parameters; x the server's model, y the one that a client sends, alph
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -50,7 +51,7 @@ class FedAsync(Asynchronous):
         super().__post_init__()
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha is the weight of an arriving model and must lie in (0, 1], got {self.alpha}")
-        if (self.a is not None and not self.a >= 0) or self.b < 0:
+        if (self.a is not None and not 0 <= self.a < inf) or self.b < 0:
             raise ValueError(f"a and b shape the weight of stale models and must not be negative: {self.a}, {self.b}")
 
     def replies(self, num_clients: int) -> int:

@@ -9,6 +9,7 @@ Letters: N clients, c the buffer's size, P parameters, a the exponent of the sta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,8 +45,8 @@ class FedBuffStream(Asynchronous, Selecting):
         super().__post_init__()
         positive("buffer_size", self.buffer_size)
         positive("concurrency", self.concurrency)
-        if self.exponent < 0:
-            raise ValueError(f"exponent must not be negative, got {self.exponent}")
+        if not 0 <= self.exponent < inf:
+            raise ValueError(f"exponent must be 0 or more, got {self.exponent}")
         if self.selection.asks:
             raise ValueError("selection: clients are replaced at once, without asking others; use remembered losses")
 

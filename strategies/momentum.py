@@ -6,6 +6,7 @@ Letters: C clients of a stack, R replies, P parameters, K_i local steps of a cli
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 import torch
@@ -56,7 +57,7 @@ class Momentum(Directed):
         super().__post_init__()
         if not 0 < self.beta <= 1:
             raise ValueError(f"beta is the weight of the fresh gradient and must lie in (0, 1], got {self.beta}")
-        if self.gamma is not None and not self.gamma >= 0:
+        if self.gamma is not None and not 0 <= self.gamma < inf:
             raise ValueError(
                 f"gamma must be 0 or more, or null for the local step size times the local steps; got {self.gamma}"
             )

@@ -12,6 +12,7 @@ Letters: K local steps, P parameters; x the server's model, w a client's local o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,9 +46,9 @@ class PFedMe(Synchronous):
         super().__post_init__()
         if self.inner_steps < 1:
             raise ValueError(f"inner_steps must be at least 1, got {self.inner_steps}")
-        if not self.lam > 0:
+        if not 0 < self.lam < inf:
             raise ValueError(f"lam pulls towards the local model and must be positive, got {self.lam}")
-        if not self.inner_lr > 0:
+        if not 0 < self.inner_lr < inf:
             raise ValueError(f"inner_lr must be positive, got {self.inner_lr}")
 
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:

@@ -113,7 +113,7 @@ class Server(Aggregating):
     local: LocalTraining
 
     def __post_init__(self) -> None:
-        if not self.server_lr > 0:
+        if not 0 < self.server_lr < inf:
             raise ValueError(f"server_lr must be positive, got {self.server_lr}")
         self.local.check(self.traits)
 

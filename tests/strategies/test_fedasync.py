@@ -74,7 +74,12 @@ def test_clients_without_data_neither_stop_the_clock_nor_enter_the_model() -> No
 
 @pytest.mark.parametrize(
     "given, message",
-    [({"alpha": 0.0}, "alpha is the weight"), ({"alpha": 1.1}, "alpha is the weight"), ({"a": -1.0}, "a and b shape")],
+    [
+        ({"alpha": 0.0}, "alpha is the weight"),
+        ({"alpha": 1.1}, "alpha is the weight"),
+        ({"a": -1.0}, "a and b shape"),
+        ({"a": float("inf"), "staleness": "hinge"}, "a and b shape"),  # inf times zero stale steps is no number
+    ],
 )
 def test_weights_out_of_range_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -129,7 +129,9 @@ def test_a_round_whose_clients_have_no_data_changes_nothing() -> None:
     assert True in moved and False in moved and bool(path.isfinite().all())
 
 
-@pytest.mark.parametrize("bad", [{"cohort_size": 0}, {"server_lr": 0.0}, {"server_lr": -1.0}])
+@pytest.mark.parametrize(
+    "bad", [{"cohort_size": 0}, {"server_lr": 0.0}, {"server_lr": -1.0}, {"server_lr": float("inf")}]
+)
 def test_an_empty_cohort_and_a_server_that_stands_still_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         FedAvg(local=local_sgd(two_clients()), **bad)

@@ -72,7 +72,9 @@ def test_default_gamma_moves_as_far_as_fedavg_would() -> None:
     torch.testing.assert_close(given, default, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("bad", [{"beta": 0.0}, {"beta": 1.5}, {"gamma": -1.0}, {"cohort_size": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"beta": 0.0}, {"beta": 1.5}, {"gamma": -1.0}, {"gamma": float("inf")}, {"cohort_size": 0}]
+)
 def test_hyper_parameters_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         FedAvgM(local=local_sgd(two_clients()), **bad)

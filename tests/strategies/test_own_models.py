@@ -172,6 +172,9 @@ def test_buffers_of_own_models_follow_their_own_passes_and_all_stay_finite() -> 
     "kind, fields, message",
     [
         (Ditto, {"lam": -1.0}, "lam pulls"),
+        (Ditto, {"lam": float("inf")}, "lam pulls"),
+        (PFedMe, {"lam": float("inf")}, "lam pulls"),
+        (PFedMe, {"inner_lr": float("inf")}, "inner_lr must be positive"),
         (PFedMe, {"lam": 0.0}, "lam pulls"),
         (PFedMe, {"inner_steps": 0}, "inner_steps must be at least 1"),
         (PFedMe, {"inner_lr": 0.0}, "inner_lr must be positive"),
