@@ -300,7 +300,7 @@ class Synchronous(Selecting):
             (the state, with what the replies show of the clients; replies, one at least).
 
         Raises:
-            TooFewRows: if nobody replied.
+            TooFewRows: if nobody replied; the selection remembers all the same whom it chose.
         """
         fold, cost = linear(rule), self.local.cost if cost is None else cost
         among = self.among(s, fleet, fleet.present(), self.to_ask(len(fleet.clients)))
@@ -308,8 +308,9 @@ class Synchronous(Selecting):
         weights = self.selection.weights(fold, among, cohort)
         r = fleet.ask(cohort, work, cost=cost, fold=fold, weights=weights, **self.patience, **broadcast)
         if not len(r):
-            raise TooFewRows("nobody replied")
-        return self.noted(s, r), r
+            raise TooFewRows("nobody replied", s)
+        s = self.noted(s, r)
+        return s, replace(r, in_vain=s)
 
     @property
     def patience(self) -> Patience:
