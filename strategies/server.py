@@ -293,7 +293,7 @@ class Synchronous(Selecting):
             fleet, rng: of the round.
             work: the client half.
             rule: what replies will be aggregated by; where it is linear they are folded as they come.
-            cost: of the job; None is that of local training.
+            cost: of the job; None is the strategy's.
             broadcast: what clients are sent.
 
         Returns:
@@ -302,7 +302,7 @@ class Synchronous(Selecting):
         Raises:
             TooFewRows: if nobody replied; the selection remembers all the same whom it chose.
         """
-        fold, cost = linear(rule), self.local.cost if cost is None else cost
+        fold, cost = linear(rule), self.cost if cost is None else cost
         among = self.among(s, fleet, fleet.present(), self.to_ask(len(fleet.clients)))
         s, cohort = self.choose(s, among, rng)
         weights = self.selection.weights(fold, among, cohort)
@@ -311,6 +311,11 @@ class Synchronous(Selecting):
             raise TooFewRows("nobody replied", s)
         s = self.noted(s, r)
         return s, replace(r, in_vain=s)
+
+    @property
+    def cost(self) -> Cost:
+        """Of the job that a round waits for, or of a shorter one: a deadline below it is refused before the run."""
+        return self.local.cost
 
     @property
     def patience(self) -> Patience:
