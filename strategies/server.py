@@ -248,10 +248,10 @@ class Synchronous(Selecting):
             )
         if self.deadline is not None and not 0 < self.deadline < inf:
             raise ValueError(f"deadline must be positive seconds, or null for none, got {self.deadline}")
-        if self.selection.weighs and (self.over_select > 1 or self.late == "keep"):
+        if self.selection.weighs and (self.over_select > 1 or self.deadline is not None):
             raise ValueError(
                 f"selection {type(self.selection).__name__} weighs replies by their chance to be drawn, which "
-                "over_select and late: keep change by who is fast; leave these out, or take another selection"
+                "over_select and a deadline change by who is fast; leave these out, or take another selection"
             )
         if self.late == "keep":
             self._check_keep()

@@ -225,6 +225,8 @@ def test_without_a_size_everybody_takes_part_whoever_chooses(name: str) -> None:
         (lambda: Fixed(probabilities=(float("nan"), 1.0)), "must all be positive"),
         (lambda: Fixed(probabilities=(0.5, 0.5)).start(3, 1), "got 2 probabilities for 3 clients"),
         (lambda: FedAvg(selection=BySamples(), aggregator=Median(), local=LOCAL), "counts each once"),
+        (lambda: FedAvg(selection=BySamples(), cohort_size=2, over_select=1.5, local=LOCAL), "change by who is fast"),
+        (lambda: FedAvg(selection=BySamples(), cohort_size=2, deadline=1.0, local=LOCAL), "change by who is fast"),
         (lambda: Scaffold(selection=BySamples(), local=LOCAL), "more of replies than their weighted sum"),
         (lambda: FedBuffStream(selection=BySamples(), local=LOCAL), "more of replies than their weighted sum"),
         (
