@@ -33,6 +33,8 @@ from fedsim.sim.links import step_of
 from fedsim.terms import Terms
 
 MEMORY, VERSION, COPIES = "fedsim.memory", "fedsim.version", "fedsim.copies"
+BEFORE = "fedsim.before"  # the memory before the last job that wrote to it
+KEPT = (MEMORY, BEFORE, COPIES)
 FOLDER = "fedsim-memory"  # the node's setting
 
 Build = Callable[[Context], tuple[StackRunner, wire.Book]]
@@ -105,8 +107,10 @@ def work(runner: StackRunner, book: wire.Book, content: RecordDict, context: Con
     client = partition(context, len(runner.task.num_examples))
     if client != head.client:
         raise ValueError(f"a job of client {head.client} reached client {client}; two nodes share a partition-id")
-    memory = recall(context.state, MEMORY)
     version = int(context.state[VERSION]["version"]) if VERSION in context.state else 0
+    if BEFORE in context.state and version == head.version + 1:
+        version = undo(context.state, head.version)
+    memory = recall(context.state, MEMORY)
     if version != head.version:
         raise ValueError(
             f"client {client} wrote its memory {version} times and the server knows of {head.version}: the node was "
@@ -129,6 +133,7 @@ def work(runner: StackRunner, book: wire.Book, content: RecordDict, context: Con
     remember(context.state, COPIES, copies)
     if answer.memory:
         version += 1
+        context.state[BEFORE] = context.state[MEMORY] if MEMORY in context.state else ArrayRecord()
         remember(context.state, MEMORY, answer.memory)
         context.state[VERSION] = ConfigRecord({"version": version})
     values = {k: v.dense() if isinstance(v, Terms) else v for k, v in answer.values.items()}
@@ -137,6 +142,13 @@ def work(runner: StackRunner, book: wire.Book, content: RecordDict, context: Con
     replace(head, version=version).write(out)
     out[LOGGED] = MetricRecord({k: float(v[0]) for k, v in answer.metrics.items()})
     return out
+
+
+def undo(state: RecordDict, version: int) -> int:
+    """Forget what the last job wrote, whose reply the server never took: it was late, or lost. The version then."""
+    state[MEMORY] = state.pop(BEFORE)
+    state[VERSION] = ConfigRecord({"version": version})
+    return version
 
 
 def check_half(strategy: Any, name: str) -> None:
@@ -176,7 +188,7 @@ def recover(content: RecordDict, context: Context) -> None:
     except (OSError, SafetensorError) as e:
         raise ConfigError(f"{path} cannot be read ({e}); remove it and start the run anew") from e
     version = int(found.pop(VERSION))
-    for kind in (MEMORY, COPIES):
+    for kind in KEPT:
         prefix = kind + "/"
         remember(context.state, kind, {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})
     context.state[VERSION] = ConfigRecord({"version": version})
@@ -191,7 +203,7 @@ def store(context: Context) -> None:
     path = _file(context)
     if path is None or VERSION not in context.state:
         return
-    rows = {f"{kind}/{k}": v for kind in (MEMORY, COPIES) for k, v in recall(context.state, kind).items()}
+    rows = {f"{kind}/{k}": v for kind in KEPT for k, v in recall(context.state, kind).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {**rows, VERSION: torch.tensor(int(context.state[VERSION]["version"]))})
 

@@ -26,7 +26,16 @@ Work = Callable[..., Mapping[str, Any]]
 
 
 class TooFewRows(ValueError):
-    """There are fewer replies than a rule can judge, or none; a round that ends with it changes nothing."""
+    """There are fewer replies than a rule can judge, or none; a round that ends with it moves no model.
+
+    Args:
+        message: what is missing.
+        state: the server's state from which the next round begins; None for that of before the round.
+    """
+
+    def __init__(self, message: str, state: Any = None) -> None:
+        super().__init__(message)
+        self.state = state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +150,7 @@ class Replies:
         staleness: [R] server steps between the model each worked on and now.
         seconds: [R] float64, from when each was sent its work until its reply was here; of `ask` and `receive`.
         logged: {metric: [R] float64}, what each said of its work (`Cohort.log`), unproven; of `ask` and `receive`.
+        in_vain: the server's state from which the next round begins, should these be too few (see `TooFewRows`).
     """
 
     ids: Tensor
@@ -150,6 +160,7 @@ class Replies:
     staleness: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     seconds: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     logged: Mapping[str, Tensor] = field(default_factory=dict)
+    in_vain: Any = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.fields[name]
@@ -158,14 +169,17 @@ class Replies:
         """[P]: one field aggregated; taken as it is where `fold=linear(aggregator)` already did it.
 
         Raises:
-            TooFewRows: if nobody replied.
+            TooFewRows: if nobody replied, or fewer than the rule can judge.
         """
         if not len(self):
-            raise TooFewRows("nobody replied")
+            raise TooFewRows("nobody replied", self.in_vain)
         value: Tensor = self.fields[name]
-        if value.ndim > 1:
+        if value.ndim <= 1:
+            return value
+        try:
             return aggregator(value, self.num_examples)
-        return value
+        except TooFewRows as e:
+            raise TooFewRows(str(e), self.in_vain) from e
 
     def __len__(self) -> int:
         return len(self.ids)

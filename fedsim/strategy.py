@@ -103,11 +103,11 @@ class Strategy(ABC):
 
 
 def step(strategy: Strategy, state: Any, fleet: Fleet, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
-    """One round: (new state, metrics); with fewer replies than it can judge it changes nothing, and says so."""
+    """One round: (new state, metrics); with fewer replies than it can judge no model moves, and it says so."""
     try:
         return strategy.round(state, fleet, rng)
-    except TooFewRows:
-        return state, {"too_few": 1}
+    except TooFewRows as e:
+        return state if e.state is None else e.state, {"too_few": 1}
 
 
 def fields_of(strategy: Strategy, kind: type[T]) -> dict[str, T]:

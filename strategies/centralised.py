@@ -19,7 +19,7 @@ from fedsim.aggregate import Mean
 from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import gradient_sum
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet
+from fedsim.fleet import Cost, Fleet
 from fedsim.strategies.server import Rule, ServerState, Synchronous
 from fedsim.strategy import Traits
 
@@ -40,9 +40,13 @@ class Centralised(Synchronous):
         refused={"cohort_size": "one machine has all data; fedavg with local.steps: 1 takes a part of them"},
     )
 
+    @property
+    def cost(self) -> Cost:
+        return replace(self.local.cost, steps=1)
+
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
-        rule, cost = self.rule(rng, s.last), replace(self.local.cost, steps=1)
-        s, r = self.ask(s, fleet, rng, self.gradient, rule=rule, cost=cost, x=s.x)
+        rule = self.rule(rng, s.last)
+        s, r = self.ask(s, fleet, rng, self.gradient, rule=rule, x=s.x)
         return self.step(s, r.mean("gradient", rule), self.server_lr * self.local.rate_at(fleet.round)), {}
 
     def gradient(self, clients: Cohort, x: Tensor) -> Reply:

@@ -69,5 +69,5 @@ class FedBuffStream(Asynchronous, Selecting):
                 rows.append(r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x))
                 num_examples.append(r.num_examples.sum())
         if not rows:
-            raise TooFewRows("nobody replied")
+            raise TooFewRows("nobody replied", s)
         return self.step(s, rule(torch.stack(rows), torch.stack(num_examples))), {}

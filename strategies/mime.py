@@ -22,7 +22,7 @@ from fedsim.clients.direction import GRADIENT, gradient_at
 from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import full_gradient_in_terms
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet, Held
+from fedsim.fleet import Cost, Fleet, Held
 from fedsim.strategies.momentum import twice
 from fedsim.strategies.statistics import Mimicking, State, full_pass
 
@@ -31,9 +31,14 @@ from fedsim.strategies.statistics import Mimicking, State, full_pass
 class Mime(Mimicking):
     """Local steps by an optimizer whose state is the server's, along gradients corrected to the global one."""
 
+    @property
+    def cost(self) -> Cost:
+        """Of the first message's job: it alone has a deadline."""
+        return full_pass(self.local)
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule = self.rule(rng, s.c)
-        s, r = self.begin(s, fleet, rng, self.full_gradient, rule=rule, cost=full_pass(self.local), x=s.x)
+        s, r = self.begin(s, fleet, rng, self.full_gradient, rule=rule, cost=self.cost, x=s.x)
         x, c, rule, cost = s.x, r.mean("gradient", rule), self.rule(rng, s.last), twice(self.local)
         s, r = self.go_on(s, fleet, r, self.local_update, rule=rule, cost=cost, x=Held(x), c=c, s=s.sent)
         return self.step(self.learned(s, fleet, x, c), r.mean("delta", rule)), {}

@@ -34,7 +34,7 @@ class MimeLite(Mimicking):
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule, x = self.rule(rng, s.last), s.x
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=self.cost, x=x, s=s.sent)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=x, s=s.sent)
         s = self.learned(s, fleet, x, r.mean("gradient", self.rule(rng, s.c)))
         return self.step(s, r.mean("delta", rule)), {}
 

@@ -25,7 +25,7 @@ from fedsim.clients.kept import keep, recalled, x0
 from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import full_loss
 from fedsim.cohort import Cohort
-from fedsim.fleet import Cost, Fleet
+from fedsim.fleet import Fleet
 from fedsim.params import Layout, Split
 from fedsim.strategies.server import Rule, ServerState, Synchronous
 from fedsim.strategy import Traits
@@ -72,17 +72,12 @@ class Personal(Synchronous):
         except ValueError as e:
             raise ValueError(f"personal: {e}") from e
 
-    @property
-    def cost(self) -> Cost:
-        """Of a client's job."""
-        return self.local.cost
-
     def sent(self, layout: Layout) -> Layout:
         return self.split.shared_layout
 
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
         rule = self.rule(rng, s.last)
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=self.cost, x=self.split.shared(s.x))
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=self.split.shared(s.x))
         return self.step(s, r.mean("delta", rule)), {}
 
     @abstractmethod

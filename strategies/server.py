@@ -248,10 +248,10 @@ class Synchronous(Selecting):
             )
         if self.deadline is not None and not 0 < self.deadline < inf:
             raise ValueError(f"deadline must be positive seconds, or null for none, got {self.deadline}")
-        if self.selection.weighs and (self.over_select > 1 or self.late == "keep"):
+        if self.selection.weighs and (self.over_select > 1 or self.deadline is not None):
             raise ValueError(
                 f"selection {type(self.selection).__name__} weighs replies by their chance to be drawn, which "
-                "over_select and late: keep change by who is fast; leave these out, or take another selection"
+                "over_select and a deadline change by who is fast; leave these out, or take another selection"
             )
         if self.late == "keep":
             self._check_keep()
@@ -293,17 +293,18 @@ class Synchronous(Selecting):
             fleet, rng: of the round.
             work: the client half.
             rule: what replies will be aggregated by; where it is linear they are folded as they come.
-            cost: of the job; None is that of local training.
+            cost: of the job; None is the strategy's.
             broadcast: what clients are sent.
 
         Returns:
             (the state, with what the replies show of the clients; replies, one at least).
 
         Raises:
-            TooFewRows: if nobody replied.
+            TooFewRows: if nobody replied; the selection remembers all the same whom it chose.
         """
-        s, r = self.begin(s, fleet, rng, work, rule=rule, cost=self.local.cost if cost is None else cost, **broadcast)
-        return self.noted(s, r), r
+        s, r = self.begin(s, fleet, rng, work, rule=rule, cost=self.cost if cost is None else cost, **broadcast)
+        s = self.noted(s, r)
+        return s, replace(r, in_vain=s)
 
     def begin(
         self,
@@ -324,8 +325,8 @@ class Synchronous(Selecting):
         weights = self.selection.weights(fold, among, cohort)
         r = fleet.ask(cohort, work, cost=cost, fold=fold, weights=weights, **self.patience, **broadcast)
         if not len(r):
-            raise TooFewRows("nobody replied")
-        return s, r
+            raise TooFewRows("nobody replied", s)
+        return s, replace(r, in_vain=s)
 
     def go_on(
         self, s: S, fleet: Fleet, begun: Replies, work: Work, /, *, rule: Aggregator, cost: Cost, **broadcast: Any
@@ -333,7 +334,13 @@ class Synchronous(Selecting):
         """Give those that replied to `begin` the second half of their work; all that come are waited for."""
         r = fleet.ask(begun.ids, work, cost=cost, fold=linear(rule), **broadcast)
         whole = begun.seconds[torch.isin(begun.ids, r.ids)] + r.seconds
-        return self.noted(s, replace(r, seconds=whole)), r
+        s = self.noted(s, replace(r, seconds=whole))
+        return s, replace(r, in_vain=s)
+
+    @property
+    def cost(self) -> Cost:
+        """Of the job that a round waits for, or of a shorter one: a deadline below it is refused before the run."""
+        return self.local.cost
 
     @property
     def patience(self) -> Patience:

@@ -145,7 +145,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     )
     if isinstance(strategy, Synchronous) and strategy.deadline is not None:
         with at("strategy"):
-            fleet.check_possible(strategy.local.cost, strategy.deadline, x=torch.empty(strategy.sent(task.layout).size))
+            fleet.check_possible(strategy.cost, strategy.deadline, x=torch.empty(strategy.sent(task.layout).size))
     words = in_words(work, plan, fleet.executor.stacks, task.layout, strategy.sent(task.layout), task.num_examples)
     words |= selection_in_words(resolved["strategy"])
     if fleet.absence.kills:

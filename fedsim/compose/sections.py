@@ -69,7 +69,10 @@ class ByzantineClients:
             bad = [i for i in self.ids if not 0 <= i < num_clients]
             if bad:
                 raise ValueError(f"ids: client {bad[0]} is not one of the {num_clients} clients 0..{num_clients - 1}")
-            return torch.tensor(sorted(set(self.ids)), dtype=torch.int64)
+            found = sorted(set(self.ids))
+            if len(found) == num_clients:
+                raise ValueError(f"ids: must leave at least one honest client of {num_clients}, got all of them")
+            return torch.tensor(found, dtype=torch.int64)
         if not 0 <= self.count < num_clients:
             raise ValueError(f"count must leave at least one honest client of {num_clients}, got {self.count}")
         picked = server_rng(seed, "byzantine").choice(num_clients, size=self.count, replace=False)

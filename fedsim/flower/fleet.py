@@ -210,7 +210,8 @@ class FlowerFleet(Account):
     def _in_time(self, ids: Tensor, work: Work, within: float, first: int | None, late: Late) -> tuple[Tensor, Tensor]:
         """(clients whose replies are there when a call's time is over, kept ones of earlier calls last; [R] bool).
 
-        A client that is told to stop goes on all the same, for Flower has no word for that; nobody reads its reply.
+        A client that is told to stop goes on all the same, for Flower has no word for that; nobody reads its reply, and
+        what it wrote to its memory it forgets when it is sent its next job.
         """
         mail, clients, name = self.mail, ids.tolist(), work.__name__
 

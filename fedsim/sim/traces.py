@@ -97,7 +97,7 @@ def trace(*, path: str, count: int, period: float | None = None) -> Trace:
             f"path {path}: has the columns {', '.join(columns)}; needs client, active, inactive, or id, timestamp"
         )
     clients, starts, ends = kind(columns, columns[name])
-    _check(path, clients, starts, ends, count)
+    _check(path, columns[name], clients, starts, ends, count)
     order = np.argsort(clients, kind="stable")
     clients, starts, ends = clients[order].astype(np.int64), starts[order], ends[order]
     wrong = (clients[1:] == clients[:-1]) & (starts[1:] < ends[:-1])
@@ -140,8 +140,12 @@ def _read(path: Path) -> dict[str, Any]:
         if column.null_count:
             raise ValueError(f"path {path}: column {name} has {column.null_count} missing values; fill or drop them")
         out[name] = column.to_pylist() if name in lists else column.to_numpy()
-    for name in (n for n in (*NAMES, "active", "inactive", "finish_time", "timestamp") if n in out and n not in lists):
-        if out[name].dtype.kind not in "iuf" or not np.isfinite(out[name]).all():
+    for name in (n for n in (*NAMES, "active", "inactive", "finish_time", "timestamp") if n in out):
+        if name in lists and name in ("active", "inactive"):
+            kind = table[name].type.value_type
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+                raise ValueError(f"path {path}: column {name} must hold lists of numbers")
+        elif name in lists or out[name].dtype.kind not in "iuf" or not np.isfinite(out[name]).all():
             raise ValueError(f"path {path}: column {name} must hold finite numbers")
     if ("active" in lists) != ("inactive" in lists):
         raise ValueError(f"path {path}: active and inactive must both hold numbers, or both lists of numbers")
@@ -169,12 +173,12 @@ def _pings(columns: dict[str, Any], clients: np.ndarray) -> tuple[np.ndarray, np
     return of[~again], when[~again], when[~again] + PING
 
 
-def _check(path: str, clients: np.ndarray, starts: np.ndarray, ends: np.ndarray, count: int) -> None:
+def _check(path: str, rows: np.ndarray, clients: np.ndarray, starts: np.ndarray, ends: np.ndarray, count: int) -> None:
     """Refuse intervals that are none, clients that the experiment has not, and clients that the file has not."""
-    other = (clients < 0) | (clients >= count) | (clients != np.floor(clients))
+    other = (rows < 0) | (rows >= count) | (rows != np.floor(rows))
     if other.any():
         raise ValueError(
-            f"path {path}: client {clients[other][0]:g} is not one of the {count} clients 0..{count - 1}; number the "
+            f"path {path}: client {rows[other][0]:g} is not one of the {count} clients 0..{count - 1}; number the "
             "file's clients from 0, or change clients.count"
         )
     none = ~((0 <= starts) & (starts < ends))

@@ -2,7 +2,8 @@
 
 With chances pi_i the sum of (p_i / pi_i) v_i over those drawn has the mean over all clients as its expectation, p_i
 being the weight of a client in that mean (Horvitz, Thompson. A generalization of sampling without replacement from a
-finite universe. JASA 47, 1952). Its weights add up to one in expectation only.
+finite universe. JASA 47, 1952). Its weights add up to one in expectation only. Of a client that was drawn and drops out
+the weight is lost: where a share of all jobs dies, steps are as much shorter on average.
 
 Letters: N clients, A of them present, S of these chosen; pi_i the chance of client i to be among them, v_i its change.
 """

@@ -304,6 +304,9 @@ def test_byzantine_clients_are_drawn_by_the_seed_or_named() -> None:
 
     assert len(liars(count=4)) == 4 and liars(count=4) == liars(count=4)
     assert liars(ids=[7, 3, 7]) == [3, 7] and liars(count=0) == []
+    for everybody in ({"count": 20}, {"ids": [*range(20)]}):
+        with pytest.raises(ConfigError, match="clients.byzantine: .* must leave at least one honest client of 20"):
+            liars(**everybody)
 
 
 def test_links_are_compressed_where_the_file_says_so() -> None:

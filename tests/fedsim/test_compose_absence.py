@@ -59,6 +59,15 @@ def test_what_makes_no_sense_is_refused_with_its_key(tmp_path: Path) -> None:
             compose(raw, "x.yaml")
 
 
+@pytest.mark.parametrize("name", ["centralised", "mime"])
+def test_a_deadline_is_judged_by_the_job_that_a_round_waits_for(name: str) -> None:
+    """A step, or a pass over all data; local training would be two passes, which take twice as long."""
+    raw = SMALL | {"local": {"epochs": 2, "batch_size": "full", "optimizer": {"name": "sgd", "lr": 0.05}}}
+    compose(raw | {"strategy": {"name": name, "deadline": 0.6}}, "x.yaml").close()
+    with pytest.raises(ConfigError, match=r"strategy: deadline=0.4 seconds is less than any client .* fastest 0.5"):
+        compose(raw | {"strategy": {"name": name, "deadline": 0.4}}, "x.yaml")
+
+
 @pytest.mark.parametrize(
     "clients", [{"availability": {"name": "markov", "on": 1, "off": 1}}, {"dropout": {"probability": 0.1}}]
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate import Mean, Median
+from fedsim.aggregate.coordinatewise import TrimmedMean
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.strategies.fedavg import FedAvg
@@ -22,7 +23,7 @@ from fedsim.strategies.selection.base import drawn
 from fedsim.strategies.selection.chances import BySamples, Fixed, chances, places, systematic
 from fedsim.strategies.selection.cyclic import Cyclic
 from fedsim.streams import server_rng
-from tests.build import Play, local_sgd, quadratic, rows_of, two_clients, watched
+from tests.build import Clocks, Play, local_sgd, quadratic, rows_of, two_clients, watched
 
 SAMPLES = [1, 2, 3, 6, 4]
 V = torch.tensor([3.0, -1.0, 4.0, 1.0, -5.0], dtype=torch.float64)
@@ -170,6 +171,19 @@ def test_who_is_away_misses_the_turn_and_nobody_else_does() -> None:
     assert turns(Cyclic(), 3, absent=lambda k: {3, 4} if k == 1 else set()) == [[0, 1], [2], [3, 4]]
 
 
+@pytest.mark.parametrize(
+    "options, clocks",
+    [({"deadline": 2.0}, (9.0, 9.0, 9.0, 1.0, 1.0)), ({"aggregator": TrimmedMean(f=1)}, (1.0,) * 5)],
+    ids=["all of a group are late", "the last group is too small"],
+)
+def test_the_turn_passes_on_from_a_group_that_moves_nothing(options: dict[str, Any], clocks: Any) -> None:
+    task = quadratic([1.0] * 5, [0.0, 1.0, 2.0, 3.0, 4.0], 9.0, num_examples=SAMPLES)
+    strategy = FedAvg(cohort_size=3, selection=Cyclic(), local=local_sgd(task, steps=1), **options)
+    play = Play.start(task, strategy, devices=Clocks(clocks))
+    few = ["too_few" in play.step() for _ in range(6)]
+    assert sum(few) == 3 and play.fleet.job_counts.tolist() == [3] * 5
+
+
 # In a server -----------------------------------------------------------------------------------------------------
 
 MANY: dict[str, Any] = {
@@ -211,6 +225,8 @@ def test_without_a_size_everybody_takes_part_whoever_chooses(name: str) -> None:
         (lambda: Fixed(probabilities=(float("nan"), 1.0)), "must all be positive"),
         (lambda: Fixed(probabilities=(0.5, 0.5)).start(3, 1), "got 2 probabilities for 3 clients"),
         (lambda: FedAvg(selection=BySamples(), aggregator=Median(), local=LOCAL), "counts each once"),
+        (lambda: FedAvg(selection=BySamples(), cohort_size=2, over_select=1.5, local=LOCAL), "change by who is fast"),
+        (lambda: FedAvg(selection=BySamples(), cohort_size=2, deadline=1.0, local=LOCAL), "change by who is fast"),
         (lambda: Scaffold(selection=BySamples(), local=LOCAL), "more of replies than their weighted sum"),
         (lambda: FedBuffStream(selection=BySamples(), local=LOCAL), "more of replies than their weighted sum"),
         (

@@ -94,6 +94,15 @@ def test_a_rule_that_is_not_linear_cannot_fold() -> None:
         fleet.ask(ALL, HALVES.tell, fold=Median(), x=X)  # type: ignore[arg-type]
 
 
+def test_what_a_late_job_wrote_is_forgotten_when_its_reply_was() -> None:
+    fleet, _ = build(lambda i: 5.0 if i == 3 else 1.0)
+    assert fleet.ask(ALL, HALVES.count)["n"].tolist() == [[1.0]] * NUM
+    for _ in range(2):  # client 3 does its jobs all the same
+        assert fleet.ask(ALL, HALVES.count, within=2.0)["n"].numel() == NUM - 1
+    assert fleet.ask(ALL, HALVES.count)["n"].tolist() == [[4.0]] * (NUM - 1) + [[2.0]]
+    assert fleet.ask(ALL, HALVES.count)["n"].tolist() == [[5.0]] * (NUM - 1) + [[3.0]]
+
+
 def test_jobs_are_numbered_for_each_client_on_its_own() -> None:
     fleet, _ = build()
     fleet.ask(torch.tensor([1, 3]), HALVES.tell, x=X)

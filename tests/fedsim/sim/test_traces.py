@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,6 +90,22 @@ def test_a_ping_stands_for_its_quarter_of_a_minute(tmp_path: Path) -> None:
 def test_a_trace_with_a_mistake_is_refused_by_name(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path .*trace\.csv: .*" + words):
         trace(path=_written(tmp_path, text), count=3)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"client": [0, 7]}, "client 7 is not one of the 2 clients"),
+        ({"client": [[0], [1]]}, "column client must hold finite numbers"),
+        ({"finish_time": [[5.0], [5.0]]}, "column finish_time must hold finite numbers"),
+        ({"active": [["now"], []]}, "column active must hold lists of numbers"),
+    ],
+)
+def test_lists_with_a_mistake_are_refused_by_name(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    columns = {"client": [0, 1], "active": [[0.0], []], "inactive": [[1.0], []], "finish_time": [5.0, 5.0], **changes}
+    pq.write_table(pa.table(columns), tmp_path / "trace.parquet")
+    with pytest.raises(ValueError, match=words):
+        trace(path=str(tmp_path / "trace.parquet"), count=2)
 
 
 def test_a_trace_that_is_not_there_is_refused(tmp_path: Path) -> None:
