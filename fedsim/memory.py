@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedsim.checkpoint import Block
 from fedsim.parts import Parts
-from fedsim.stores import Filed, Held, Store
+from fedsim.stores import Filed, InTensor, Store
 from fedsim.terms import Terms
 
 BLOCK_BYTES = 2**20  # of rows in one file of a checkpoint; a larger row has a file to itself
@@ -104,7 +104,7 @@ class Memory:
             table.write(ids.cpu(), value)
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, rows_per_block: int) -> _Table:
-        store: Store = Held(shape, dtype, self.device)
+        store: Store = InTensor(shape, dtype, self.device)
         if self.folder is not None:
             store = Filed(shape, dtype, self.folder / f"{name.replace('/', '_')}.rows")
         self.tables[name] = _Table(self.num_clients, store, rows_per_block)

@@ -43,7 +43,7 @@ class Store(Protocol):
         """Keep rows [C, *shape] in slots [C], for which there is room."""
 
 
-class Held:
+class InTensor:
     """Rows in one tensor, which grows by doubling.
 
     Args:

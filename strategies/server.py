@@ -40,7 +40,7 @@ NO_ROUNDS = dict.fromkeys(
 """Why a strategy that is not synchronous has not these keys."""
 
 
-class Patience(TypedDict):
+class Wait(TypedDict):
     """How long `Fleet.ask` waits."""
 
     within: float
@@ -343,7 +343,7 @@ class Synchronous(Selecting):
         return self.local.cost
 
     @property
-    def patience(self) -> Patience:
+    def patience(self) -> Wait:
         """How long a round waits, as `fleet.ask` takes it."""
         within = inf if self.deadline is None else self.deadline
         return {"within": within, "first": self.cohort_size if self.over_select > 1 else None, "late": self.late}

@@ -194,7 +194,7 @@ class FlowerFleet(Account):
         each: list[dict[str, Any]] = [{} for _ in ids]
         keys: list[wire.Key] = [(self._seed, SERVER, self.round, 0)]
         for name, value in broadcast.items():
-            if self._copies is not None and self._compresses(value):
+            if self._copies is not None and len(ids) and self._compresses(value):
                 received[name], parts, more = self._copies.send(name, value, ids, len(self.clients))
                 keys += more
             elif isinstance(value, Held):

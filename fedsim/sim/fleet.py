@@ -282,7 +282,7 @@ class SimFleet(Account):
         """(how new jobs [R] end, what clients get); counts what they download."""
         down, received = torch.zeros(len(ids), dtype=torch.int64), dict[str, Any]()
         for name, value in broadcast.items():
-            if self.downlink is not None and self._compresses(value):
+            if self.downlink is not None and len(ids) and self._compresses(value):
                 received[name], bits, _ = self.downlink.send(name, value, ids, len(self.clients))
                 down += bits
             elif isinstance(value, Held):

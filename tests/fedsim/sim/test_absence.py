@@ -226,6 +226,16 @@ def test_where_nobody_can_be_asked_a_round_waits_for_the_next_kept_reply() -> No
     assert fleet.ask(_ids(), HALVES.plus, late="keep", x=X).ids.tolist() == [1] and fleet.now == 3.0
 
 
+def test_a_broadcast_to_nobody_is_no_message_that_others_missed() -> None:
+    fleet = _fleet((2.0, 3.0), downlink=Downlink(compressor=TopK(fraction=0.5), seed=0))
+    fleet.ask(fleet.clients, HALVES.plus, x=X)
+    before = fleet.ledger.bits_down
+    for missed in (2 * X, 3 * X):
+        assert len(fleet.ask(fleet.clients[:0], HALVES.plus, x=missed)) == 0
+    fleet.ask(fleet.clients, HALVES.plus, x=2 * X)
+    assert fleet.ledger.bits_down == before + 2 * TopK(fraction=0.5).bits(2) < before + 2 * BITS
+
+
 def test_a_kept_job_that_dies_holds_nobody_up() -> None:
     fleet = _fleet((2.0, 3.0), ((0.0, 2.0), (0.0, 2.5)))
     assert fleet.ask(fleet.clients, HALVES.plus, within=2.0, late="keep", x=X).ids.tolist() == [0]
