@@ -148,7 +148,6 @@ def low_rank_run(
         (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
     """
     first = whole.inputs.flatten(2)
-    num_clients = len(first)
     start = gradients_at(chain, layout, x, whole, width, active)[0] if less_start else None
     a, d, blocks = _room(chain, first, width) if start is None else _room_beside(start, width)
     shared = [weight * term for weight, term in terms if term.ndim == 1]
@@ -163,10 +162,10 @@ def low_rank_run(
         blocks=blocks,
         adds=less_start,
     )
-    losses = first.new_zeros(num_clients)
+    losses = first.new_zeros(len(first))
     layers = _layers(chain, layout, x)
     # one product for all steps, where the first layer's common part stays what it is
-    base = _times(first, layers[0], num_clients) if x.ndim == 1 and shift is None else None
+    base = _times(first, layers[0], len(first)) if x.ndim == 1 and shift is None else None
     for step, k in enumerate(active):
         if step and shift is not None:
             layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * reach(step, lr * pull)))
