@@ -162,7 +162,7 @@ def sweep(
     CONFIG is an experiment file (YAML); OVERRIDES are values to go through, "local.optimizer.lr=0.05,0.1", ranges to
     search, "local.optimizer.lr=log(1e-3,1)", and values for all runs. See docs/sweeps.md.
     """
-    from fedsim.sweep import Stopped, Sweep, parse_space, play, whole_numbers
+    from fedsim.sweep import Stopped, Sweep, parse_space, play, whole_number, whole_numbers
     from fedsim.sweep.shown import Shown, show_results
 
     folder = out or Path("runs") / f"{config.stem}-sweep"
@@ -176,7 +176,7 @@ def sweep(
         ahead=ahead,
         target=target,
         minimise=minimise,
-        jobs="auto" if jobs == "auto" else whole_numbers("--jobs", jobs)[0],
+        jobs="auto" if jobs == "auto" else whole_number("--jobs", jobs),
         address=address,
     )
     with Shown(folder) as shown:

@@ -196,7 +196,8 @@ class _Driver:
     def _results(self) -> Results:
         records = [self.ended[folder] for folder in self.order if folder in self.ended]
         minimise = small_is_good(self.target, self.sweep.minimise)
-        return Results(self.sweep.folder, self.methods, records, self.target, minimise)
+        count = max(1, len(self.sweep.seeds))
+        return Results(self.sweep.folder, self.methods, records, self.target, minimise, count)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Sweep:
         search: one of `SEARCHES`.
         trials: settings that each method is tried with, in a search.
         ahead: settings that TPE tries at once without knowing of each other; part of what fixes its proposals.
-        target: the metric to judge by; None: test_accuracy, distance, test_loss or train_loss.
+        target: the metric to judge by; None: the first of `fedsim.report.compare.MEASURES` that runs report.
         minimise: small is good; of a loss or a distance it always is.
         jobs: trials at a time; auto: one a core (or GPU), or one where the file itself asks for Ray.
         address: of a Ray cluster to run on instead of on this machine.
@@ -66,6 +66,18 @@ class Sweep:
             raise ConfigError(f"sweep: no axis{of} to search; give key=log(1e-3,1), or key=a,b")
         if bare and not self.seeds and self.space.per is None:
             raise ConfigError("sweep: no axis; give key=a,b for some keys, or --seeds 0,1,2")
+
+
+def whole_number(option: str, text: str) -> int:
+    """The number of an option that takes one.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    try:
+        return int(text)
+    except ValueError as e:
+        raise ConfigError(f"{option}: expected auto or a whole number, got {text!r}") from e
 
 
 def whole_numbers(option: str, text: str) -> tuple[int, ...]:

@@ -57,11 +57,11 @@ class Row:
     """A setting with its seeds folded.
 
     Args:
-        records: its trials that have ended, one a seed.
+        records: its trials that have ended, at most one a seed.
         value: the target's mean over those that are done; None if there is none. deviation: the sample standard
             deviation, None of fewer than two.
         num: how many have a value.
-        whole: whether all of them have.
+        whole: whether all seeds have.
     """
 
     setting: Setting
@@ -82,6 +82,7 @@ class Results:
         records: of all trials that ended, in the order in which they were proposed.
         target: the metric that settings are judged by; None if no trial has one.
         minimise: whether a small one is good.
+        num_seeds: that each setting is run with.
     """
 
     folder: Path
@@ -89,6 +90,7 @@ class Results:
     records: list[Record]
     target: str | None
     minimise: bool
+    num_seeds: int
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -133,9 +135,12 @@ class Results:
         table = StringIO()
         pd.DataFrame(lines).to_csv(table, index=False)
         write_whole(self.folder / "sweep.csv", table.getvalue())
-        for method, row in self.best.items():
-            file = f"best-{method}.yaml" if method else "best.yaml"
-            write_config(self.folder / file, row.records[0].trial.raw)
+        for name in (method.name for method in self.methods):
+            file = self.folder / (f"best-{name}.yaml" if name else "best.yaml")
+            if name in self.best:
+                write_config(file, self.best[name].records[0].trial.raw)
+            else:
+                file.unlink(missing_ok=True)  # of an earlier call with fewer seeds
 
     def _row(self, records: list[Record]) -> Row:
         values = [value for record in records if (value := value_of(record, self.target)) is not None]
@@ -145,7 +150,7 @@ class Results:
             value=mean(values) if values else None,
             deviation=stdev(values) if len(values) > 1 else None,
             num=len(values),
-            whole=len(values) == len(records),
+            whole=len(values) == self.num_seeds,
         )
 
     def _rank(self, value: float | None) -> float:

@@ -159,6 +159,11 @@ class Space:
                 raise ConfigError(f"sweep: {next(iter(self.own))}: names a method; say by --per KEY whose value it is")
             return
         axis = self.common.get(self.per)
+        for method, entries in self.own.items():
+            if "seed" in entries:
+                raise ConfigError(f"{method}:seed: give seeds as --seeds 0,1,2; all methods are run with the same")
+            if self.per in entries:
+                raise ConfigError(f"{method}:{self.per}: is what --per tells methods apart by; leave it out here")
         if not isinstance(axis, Choice):
             raise ConfigError(f"--per {self.per}: is no list of values here; give {self.per}=a,b")
         names = [text_of(value) for value in axis.values]
@@ -201,13 +206,14 @@ def parse_space(texts: Iterable[str], per: str | None, source: str) -> Space:
 def text_of(value: Any) -> str:
     """A value as part of a folder's name; an entry of a table begins with its name.
 
-    >>> text_of({"name": "dirichlet", "alpha": 0.1}), text_of([20, 30])
-    ('dirichlet-alpha-0.1', '20-30')
+    >>> text_of({"name": "dirichlet", "alpha": 0.1}), text_of([20, 30]), text_of(-0.5)
+    ('dirichlet-alpha-0.1', '20-30', '-0.5')
     """
     if isinstance(value, Mapping):
         name = [value["name"]] if "name" in value else []
         value = [*name, *(part for key, v in value.items() if key != "name" for part in (key, v))]
-    return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
+    text = re.sub(r"^[^\w.+-]+|[^\w.+-]+$", "", str(value))  # brackets at the ends; a minus sign stays
+    return re.sub(r"[^\w.+-]+", "-", text)
 
 
 def _entry(key: str, text: str, source: str) -> Any:

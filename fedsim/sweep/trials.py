@@ -121,8 +121,10 @@ class Trial:
         A run that diverged would do so again; one that failed may not.
         """
         said = self._said() or {}
-        if said.get("status") == "diverged" or (self.folder / "summary.json").exists():
-            return Ended(said.get("status") or "done", said.get("why", ""), said.get("seconds", 0.0))
+        if (self.folder / "summary.json").exists():  # be it that `fedsim run --resume` completed it
+            return Ended("done", seconds=said.get("seconds", 0.0))
+        if said.get("status") == "diverged":
+            return Ended("diverged", said["why"], said["seconds"])
         return None
 
     def final(self) -> dict[str, Any]:

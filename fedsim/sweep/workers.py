@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import Any, Protocol
 
 from fedsim.sweep.trials import Ended, Job
@@ -173,7 +174,7 @@ def serve(pipe: Connection, gpu: int | None) -> None:
     """A worker process: run what comes through the pipe until it is closed."""
     # While a trial runs, both end its round. Else Ctrl-C, which reaches every process of a terminal, is the parent's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_follow_parent, daemon=True).start()
     if gpu is not None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -186,8 +187,15 @@ def serve(pipe: Connection, gpu: int | None) -> None:
             try:
                 job = pipe.recv()
             except EOFError:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself
                 return
             pipe.send((0, "", _run(job, pipe)))
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End on a signal; a second one must not break into what Python does at its exit."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _run(job: Job, pipe: Connection) -> Ended:

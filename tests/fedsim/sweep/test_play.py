@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import pytest
 from fedsim import runs
 from fedsim.config import ConfigError
 from fedsim.history import History
-from fedsim.sweep import Results, Sweep, Watch, parse_space, play
+from fedsim.sweep import Results, Stopped, Sweep, Watch, parse_space, play
+from fedsim.sweep.machine import Machine
 from fedsim.sweep.results import Record
+from fedsim.sweep.space import Setting
+from fedsim.sweep.trials import Trial
 from tests.fedsim.console import Outcome, contents, fedsim
 
 QUAD = """\
@@ -177,13 +182,51 @@ def test_what_diverges_or_fails_does_not_stop_the_others_and_is_named(
 
 def test_a_setting_that_lost_a_seed_is_not_the_best(config: Path) -> None:
     results(config, "rounds=1,9", seeds=(0, 1))
-    folder = Path("grid/rounds=9,seed=1")
-    said = json.loads((folder / "trial.json").read_text())
-    (folder / "summary.json").unlink()
-    (folder / "trial.json").write_text(json.dumps({**said, "status": "diverged", "why": "as a test"}))
+    diverge(Path("grid/rounds=9,seed=1"))
     found = results(config, "rounds=1,9", seeds=(0, 1))
     assert found.best[""].setting.values == {"rounds": 1}
     assert [(row.num, row.whole) for row in found.rows] == [(2, True), (1, False)]
+    assert runs.load("grid/best.yaml", {})[0]["rounds"] == 1
+    diverge(Path("grid/rounds=1,seed=0"))
+    assert results(config, "rounds=1,9", seeds=(0, 1)).best == {} and not Path("grid/best.yaml").exists()
+
+
+def diverge(folder: Path) -> None:
+    """Have a trial's folder say that it diverged."""
+    said = json.loads((folder / "trial.json").read_text())
+    (folder / "summary.json").unlink()
+    (folder / "trial.json").write_text(json.dumps({**said, "status": "diverged", "why": "as a test"}))
+
+
+def test_a_setting_whose_seeds_are_still_to_come_is_not_the_best(config: Path) -> None:
+    class Stops(Watch):
+        def ended(self, record: Record, target: str | None, before: bool) -> None:
+            if record.trial.folder.name == "rounds=9,seed=0":
+                raise Stopped(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        results(config, "rounds=1,9", seeds=(0, 1), watch=Stops())
+    assert len(Path("grid/sweep.jsonl").read_text().splitlines()) == 3
+    assert runs.load("grid/best.yaml", {})[0]["rounds"] == 1  # although 9 rounds come nearer
+
+
+def test_a_failed_trial_that_was_completed_by_hand_is_done(config: Path) -> None:
+    results(config, seeds=(0,))
+    file = Path("grid/seed=0/trial.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "status": "failed", "why": "memory ran out"}))
+    heard = Heard()
+    assert results(config, seeds=(0,), watch=heard).troubled == []
+    assert heard.said == [("seed=0", "done", True)]
+
+
+def test_a_trial_goes_on_with_the_stacks_that_it_began_with(config: Path) -> None:
+    raw, source = runs.load(config, {"runtime.memory": "ram"})
+    folder = Path("grid/seed=0")
+    runs.execute({**raw, "runtime": {**raw["runtime"], "stacks": 3}}, source, folder)
+    machine = Machine(jobs=2, threads=1, gpus=0, address=None, folder=Path("grid"))
+    trial = Trial(Setting("", {}, {}), None, raw, source, folder)
+    assert machine.job(trial).raw["runtime"]["stacks"] == 3
+    assert machine.job(replace(trial, folder=Path("elsewhere"))).raw["runtime"]["stacks"] != 3
 
 
 def test_a_search_draws_from_ranges_and_is_the_same_again(config: Path) -> None:
@@ -222,7 +265,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "seeds and a seed": ([*LR, "seed=1", "--seeds", "0,1"], "seed: is given twice"),
     "seeds as an axis": ([*LR, "seed=0,1"], "seed: give seeds as --seeds"),
     "no jobs": ([*LR, "--jobs", "0"], "--jobs: must be at least 1 or auto"),
-    "jobs that are none": ([*LR, "--jobs", "many"], "--jobs: expected whole numbers"),
+    "jobs that are none": ([*LR, "--jobs", "many"], "--jobs: expected auto or a whole number, got 'many'"),
+    "two numbers of jobs": ([*LR, "--jobs", "2,3"], "--jobs: expected auto or a whole number, got '2,3'"),
     "nothing ahead": ([*LR, "--ahead", "0"], "--ahead: must be at least 1"),
     "per no axis": ([*LR, "--per", "strategy.name"], "--per strategy.name: is no list of values"),
     "workers of its own": ([*LR, "runtime.executor=ray", "--jobs", "2"], "use --jobs 1"),

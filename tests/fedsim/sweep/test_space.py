@@ -40,6 +40,11 @@ def test_folders_are_named_by_what_tells_them_apart() -> None:
     assert all(len(name) < 200 for name in long) and long[0] != long[1]
 
 
+def test_a_minus_sign_tells_values_apart() -> None:
+    (method,) = space("a=-1,1", "b=[-1,2],[1,2]").methods()
+    assert [s.name for s in method.grid()] == ["a=-1,b=-1-2", "a=-1,b=1-2", "a=1,b=-1-2", "a=1,b=1-2"]
+
+
 def test_a_method_has_its_own_axes_before_the_common_ones() -> None:
     found = space(
         "strategy.name=fedavg,fedavg_m,scaffold_m",
@@ -112,5 +117,11 @@ def test_methods_that_are_none_are_refused() -> None:
         space("a=1,2", per="strategy.name")
     with pytest.raises(ConfigError, match="fedavgm: is no value of strategy.name; did you mean 'fedavg_m'"):
         space("strategy.name=fedavg,fedavg_m", "fedavgm:a=1,2", per="strategy.name")
+    for own, message in {
+        "fedavg:seed=1,2": "fedavg:seed: give seeds as --seeds",
+        "fedavg:strategy.name=scaffold": "fedavg:strategy.name: is what --per tells methods apart by",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            space("strategy.name=fedavg,fedavg_m", own, per="strategy.name")
     with pytest.raises(ConfigError, match=r"a=log\(1,2\) is a range; add --search"):
         space("a=log(1,2)").methods()[0].grid()

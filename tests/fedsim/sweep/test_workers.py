@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from fedsim import runs
 from fedsim.compose import compose
+from fedsim.sweep.workers import serve
 from tests.build import without_wall_time
 from tests.fedsim.console import fedsim
 
@@ -120,6 +123,23 @@ def test_ctrl_c_saves_stops_every_process_and_the_same_command_goes_on(folder: P
     assert found.code == 0 and found.out.count(": done, test_accuracy") == 3, found
     assert fedsim("run", *args[:4], "seed=1", "--out", "alone", "-q").code == 0
     assert without_wall_time(rows("grid/seed=1")) == without_wall_time(rows("alone"))
+
+
+def served_and_signalled(pipe: Connection) -> None:
+    serve(pipe, None)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_a_worker_that_ends_by_itself_is_not_disturbed_by_the_signal_to_end() -> None:
+    spawn = get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=served_and_signalled, args=(theirs,))
+    process.start()
+    theirs.close()
+    ours.close()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
