@@ -371,7 +371,10 @@ def test_a_metric_named_like_the_ledgers_is_refused_with_whose_it_is(name: str, 
 
 def test_every_name_that_fedsim_reports_is_reserved_and_no_other(tmp_path: Path) -> None:
     reported: set[str] = set()
-    for i, args in enumerate(((Q,), (D, "evaluate.every=1"), (Q, "strategy={name: fedfix, interval: 0.1}"))):
+    own, away = ("data.client_test=0.2", "evaluate.every=1"), ("clients.dropout.probability=0.1", "strategy.deadline=9")
+    fedfix = "strategy={name: fedfix, interval: 0.1}"
+    bernoulli = "clients.availability={name: bernoulli, p: 0.9}"
+    for i, args in enumerate(((Q,), (D, *own), (D, *away, bernoulli), (Q, fedfix))):
         assert fedsim("run", *args, "--out", tmp_path / str(i), "-q").code == 0
         lines = (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()
         reported |= {key for line in lines for key in json.loads(line)}

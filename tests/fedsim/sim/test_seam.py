@@ -76,16 +76,15 @@ def test_what_a_half_replies_and_keeps_is_each_clients_own(place: str, width: in
         folded = fleet.ask(fleet.clients, work, fold=Mean(), x=X)["v"]
         torch.testing.assert_close(folded, expected.mean(0), msg=half)
         torch.testing.assert_close(fleet.memory.of(fleet.clients)["last"], expected, msg=half)
-        for table in fleet.memory.tables.values():  # a clean store for the same again, unfolded
-            table.rows.zero_()
+        nothing = {"last": torch.zeros_like(expected)}
+        fleet.memory.write(fleet.clients, nothing)  # for the same again, unfolded
         r = fleet.ask(fleet.clients, work, x=X)
         torch.testing.assert_close(r["v"], expected, msg=half)
         torch.testing.assert_close(fleet.memory.of(fleet.clients)["last"], expected, msg=half)
         for value in r.fields.values():
             value.zero_()  # a server half may do with replies what it likes
         torch.testing.assert_close(fleet.memory.of(fleet.clients)["last"], expected, msg=half)
-        for table in fleet.memory.tables.values():
-            table.rows.zero_()
+        fleet.memory.write(fleet.clients, nothing)
     assert X.tolist() == [1.0, 2.0]
     fleet.executor.close()
 
