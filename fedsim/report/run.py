@@ -76,13 +76,14 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def facts(config: Mapping[str, Any]) -> list[str]:
-    """What the run is, in a few words of its configuration: strategy, data, model, split, clients, seed."""
+    """What the run is, in a few words of its configuration: strategy, selection, data, model, split, clients, seed."""
     data = _dig(config, "task.dataset") or _dig(config, "task.name") or _dig(config, "task")
     count = _dig(config, "clients.count")
     alpha = _dig(config, "partition.alpha")
-    partition = _name(_dig(config, "partition"))
+    partition, selection = _name(_dig(config, "partition")), _name(_dig(config, "strategy.selection"))
     found = [
         _name(_dig(config, "strategy")),
+        f"selection {selection}" if selection not in ("", "uniform") else "",
         _name(data),
         _name(_dig(config, "task.model")),
         f"{partition} {alpha:g}" if partition and isinstance(alpha, int | float) else partition,

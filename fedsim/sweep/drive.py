@@ -95,7 +95,10 @@ class _Driver:
                 trial.claim()
                 self.jobs[trial.folder] = self.machine.job(trial)
             count = len(settings) if sweep.search != "tpe" else (sweep.trials or 0) * len(self.methods)
-            sweep.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                sweep.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise ConfigError(f"{sweep.folder}: can't write here: {e}; choose another --out") from e
             with held(sweep.folder):
                 self.watch.plan(count * max(1, len(sweep.seeds)), workers.words)
                 try:

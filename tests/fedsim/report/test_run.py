@@ -187,4 +187,6 @@ def test_facts_take_names_from_text_and_from_mappings():
     config = {"strategy": {"name": "m:S"}, "task": {"dataset": {"name": "d"}, "model": "mlp"}, "partition": "iid"}
     assert facts(config) == ["m:S", "d", "mlp", "iid"]
     assert facts({"partition": {"name": "dirichlet", "alpha": 0.5}, "task": 3}) == ["3", "dirichlet 0.5"]
+    for selection, said in ({"name": "oort"}, ["selection oort"]), ({"name": "uniform"}, []):
+        assert facts({"strategy": {"name": "fedavg", "selection": selection}}) == ["fedavg", *said]
     assert facts({}) == []

@@ -270,6 +270,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "nothing ahead": ([*LR, "--ahead", "0"], "--ahead: must be at least 1"),
     "per no axis": ([*LR, "--per", "strategy.name"], "--per strategy.name: is no list of values"),
     "workers of its own": ([*LR, "runtime.executor=ray", "--jobs", "2"], "use --jobs 1"),
+    "a file for a folder": ([*LR, "--jobs", "1", "--out", "quad.yaml"], "quad.yaml: can't write here"),
     "no such file": (["quat.yaml", "rounds=1,2"], "quat.yaml: no such file"),
 }
 
