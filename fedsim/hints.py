@@ -7,6 +7,7 @@ import json
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
@@ -15,7 +16,7 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 def parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (type hint, default)} of a callable's parameters."""
     body = target.__init__ if isinstance(target, type) and not is_dataclass(target) else target  # type: ignore[misc]
-    hints = typing.get_type_hints(body, include_extras=True)
+    hints = _hints(body)
     if is_dataclass(target) and isinstance(target, type):
         out = {}
         for f in fields(target):
@@ -31,6 +32,12 @@ def parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
         for k, p in signature.parameters.items()
         if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     }
+
+
+@cache
+def _hints(body: Callable[..., Any]) -> dict[str, Any]:
+    """Kept, since a file asks for the same parameters many times and working out hints is most of reading it."""
+    return typing.get_type_hints(body, include_extras=True)
 
 
 def checked(value: Any, hint: Any) -> Any:

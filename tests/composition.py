@@ -9,6 +9,7 @@ refused with the reason that a user would read; a test runs every pair that is a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def pair(strategy: str, option: str | None) -> dict[str, Any]:
     return apply_overrides(raw, OPTIONS[option] if option else {}, "pair")
 
 
+@cache
 def refusal(strategy: str, option: str | None) -> str | None:
     """Why a pair is refused, or None if it composes."""
     try:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 
 import pytest
 
+from fedsim.data.sources import kept
 from fedsim.runs import run
 from fedsim.strategies import STRATEGIES
 from tests.composition import OPTIONS, page, pair, refusal
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_reading_of_the_data() -> Iterator[None]:
+    with kept():
+        yield
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
