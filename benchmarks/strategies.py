@@ -28,6 +28,8 @@ W1: dict[str, Any] = {
 }
 STRATEGIES: dict[str, tuple[dict[str, Any], int]] = {
     "FedAvg": ({"name": "fedavg", "cohort_size": 100}, 100),
+    "Mime": ({"name": "mime", "cohort_size": 100}, 100),
+    "MimeLite": ({"name": "mime_lite", "cohort_size": 100}, 100),
     "FedProx": ({"name": "fedprox", "cohort_size": 100, "mu": 0.1}, 100),
     "FedDyn": ({"name": "feddyn", "cohort_size": 100, "alpha": 0.1}, 100),
     "SCAFFOLD-M": ({"name": "scaffold_m", "cohort_size": 100}, 100),
