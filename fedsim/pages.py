@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 PAGE = 1 << 21  # bytes
+NO_RESERVE = (
+    0x4000  # MAP_NORESERVE of Linux on x86 and ARM, which `mmap` does not name: more than there is may be asked for
+)
 SMALL_PAGE, LINE = 1 << 12, 64
 SMALLEST = PAGE  # bytes; a smaller array is an ordinary one
 APART = 1088  # bytes between the beginnings of arrays that are used together: 17 lines of the cache
@@ -32,7 +35,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     if torch.device(device).type != "cpu" or nbytes < SMALLEST or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(*shape, dtype=dtype, device=device)
     # room to start and to end with a whole page; what is never touched takes no memory
-    block = mmap.mmap(-1, (nbytes // PAGE + 2) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    block = mmap.mmap(-1, (nbytes // PAGE + 2) * PAGE, flags=flags)
     try:
         block.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel built without them

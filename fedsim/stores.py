@@ -65,7 +65,8 @@ class InTensor:
         old = self._rows
         if needed <= len(old):
             return
-        capacity = max(needed, min(2 * len(old), most))
+        # on the host what is not touched takes no memory, so that nothing need ever be moved
+        capacity = most if self._device.type == "cpu" else max(needed, min(2 * len(old), most))
         try:
             self._rows = pages.empty((capacity, *self.shape), self.dtype, self._device)
         except torch.OutOfMemoryError as e:

@@ -14,6 +14,7 @@ from fedsim.checkpoint import load, save
 from fedsim.config import ConfigError
 from fedsim.memory import BLOCK_BYTES, Memory, MemoryRows
 from fedsim.parts import Parts
+from fedsim.stores import InTensor
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -23,6 +24,18 @@ def test_rows_are_kept_by_client_and_start_at_zero(on_disk: bool, tmp_path: Path
     assert memory.of(torch.tensor([3, 5, 999_999]))["c"].tolist() == [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
     memory.write(torch.arange(10), {"c": torch.arange(20.0).view(10, 2)})
     assert memory.of(torch.tensor([9, 999_999]))["c"].tolist() == [[18.0, 19.0], [1.0, 2.0]]
+
+
+def test_rows_in_ram_stay_where_they_are_as_more_clients_write() -> None:
+    memory = Memory(1_000_000)  # 400 GB if every client wrote
+    ids = torch.randperm(1_000_000)[:6]
+    memory.write(ids[:2], {"c": torch.arange(2.0)[:, None].expand(2, 100_000)})
+    store = memory.tables["c"].store
+    assert isinstance(store, InTensor)
+    start = store._rows.data_ptr()
+    memory.write(ids[2:5], {"c": torch.arange(2.0, 5.0)[:, None].expand(3, 100_000)})
+    assert store._rows.data_ptr() == start
+    assert memory.of(ids)["c"][:, -1].tolist() == [0, 1, 2, 3, 4, 0]
 
 
 def test_a_file_of_rows_takes_the_room_of_those_that_were_written(tmp_path: Path) -> None:
