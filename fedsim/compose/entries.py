@@ -17,15 +17,17 @@ from fedsim.clients.byzantine import ATTACKS
 from fedsim.compose.problems import TASKS
 from fedsim.compose.refusals import check_keys, check_server_optimizer
 from fedsim.compress import COMPRESSORS
-from fedsim.config import Call, ConfigError, Kinds, decode_entry, named
+from fedsim.config import Call, ConfigError, Kinds, at, decode, decode_entry, named
 from fedsim.data import PARTITIONS
 from fedsim.data.sources import entry as dataset
+from fedsim.hints import checked
 from fedsim.optim import build
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
 from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
+from fedsim.stop import Patience, Stop
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
 from fedsim.tasks.models import MODELS
@@ -70,6 +72,22 @@ def _pre_aggregators(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
     return tuple(decode_entry(PRE_AGGREGATORS, entry, f"{key}[{i}]", kinds) for i, entry in enumerate(value))
 
 
+def _stop(value: Any, key: str, kinds: Kinds) -> Call:
+    """{metric: bound}, whatever the metric, and `patience`; null is no bound."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: expected a section such as {{test_accuracy: 0.9}}, got {value!r}")
+    bounds: dict[str, Any] = {}
+    for name, bound in value.items():
+        if name != "patience" and bound is not None:
+            with at(f"{key}.{name}"):
+                bounds[str(name)] = checked(bound, float)
+    arguments: dict[str, Any] = {"bounds": bounds}
+    if value.get("patience") is not None:
+        arguments["patience"] = decode(Patience, value["patience"], f"{key}.patience")
+    nested = {name: call.resolved for name, call in arguments.items() if isinstance(call, Call)}
+    return Call(Stop, arguments, {**bounds, **nested}, key)
+
+
 def _as_module(made: Any, name: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name} gave a {type(made).__name__}, not a torch.nn.Module")
@@ -77,6 +95,7 @@ def _as_module(made: Any, name: str) -> nn.Module:
 
 
 KINDS: Kinds = {
+    "stop": _stop,
     "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition", "client_test")),
     "strategy": _strategy,
     "selection": _from(SELECTIONS),

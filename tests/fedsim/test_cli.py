@@ -446,7 +446,7 @@ def test_compare_fits_in_100_columns_and_writes_a_page(tmp_path: Path) -> None:
     assert found.code == 0
     lines = found.out.splitlines()
     assert max(map(len, lines[:-1])) <= 100 and "slow" in found.out and "fast" in found.out
-    assert "local.optimizer.lr=0.2" in found.out and "which every run reached" in found.out
+    assert "local.optimizer.lr=0.2" in found.out and "the best that every run reached" in found.out
     assert lines[-1] == f"report: {tmp_path / 'both.html'}" and (tmp_path / "both.html").stat().st_size > 5000
 
 
