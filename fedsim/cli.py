@@ -302,6 +302,10 @@ def _outcome() -> tuple[int, str | None, BaseException | None]:
         return 1, str(e), e.__cause__
     except ValueError as e:
         return 2, str(e), None
+    except OSError as e:
+        if e.filename is None:
+            raise
+        return 2, f"{e.filename}: {e.strerror}; name another file or folder", None
     except Exception as e:
         if not hasattr(e, "format_message"):  # only the command line parser's own errors can format themselves
             raise

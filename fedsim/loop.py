@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedsim import checkpoint
 from fedsim.config import ConfigError, place
@@ -32,7 +31,7 @@ from fedsim.metrics import check_names
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
 from fedsim.stop import Course, Stop
-from fedsim.strategy import Strategy, step
+from fedsim.strategy import Strategy, begin, step
 from fedsim.streams import server_rng
 from fedsim.task import Pool, Task
 
@@ -141,6 +140,20 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def _named(strategy: Strategy, half: str, when: str) -> Iterator[None]:
+    """What a server half raises is named by strategy and round; a ValueError of ours is a mistake of the file."""
+    try:
+        yield
+    except (ClientError, ConfigError, Lost):
+        raise
+    except Exception as e:
+        name = type(strategy).__name__
+        if isinstance(e, ValueError) and place(e, strategy) is None:
+            raise ConfigError(f"{when}: {name}: {e}") from e
+        raise ServerError(f"{name}.{half} failed in {when}: {type(e).__name__}: {e}") from e
+
+
 def _rounds(run: _Run, sinks: Sequence[Sink], watch: Watch) -> tuple[Any, list[dict[str, Any]], str]:
     experiment = run.experiment
     rows: list[dict[str, Any]] = []
@@ -170,10 +183,8 @@ class _Run:
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
         self.experiment = experiment
         self.folder = folder / "checkpoints" if folder else None
-        self.state = experiment.strategy.init(experiment.task.init(experiment.seed).to(experiment.device))
-        if not isinstance(getattr(self.state, "x", None), Tensor):
-            made = f"{type(experiment.strategy).__name__}.init returned a {type(self.state).__name__}"
-            raise ConfigError(f"{made}; return a dataclass whose field x is the server's model [P]")
+        with _named(experiment.strategy, "init", "the start"):
+            self.state = begin(experiment.strategy, experiment.task.init(experiment.seed).to(experiment.device))
         self.round = 0
         self.course = Course(experiment.stop)
         self._started = time.perf_counter()  # less the seconds of the calls that this one goes on from
@@ -204,16 +215,8 @@ class _Run:
         return row
 
     def _server_half(self, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
-        strategy, number = self.experiment.strategy, self.round + 1
-        try:
-            return step(strategy, self.state, self.experiment.fleet, rng)
-        except (ClientError, ConfigError, Lost):
-            raise
-        except Exception as e:
-            if isinstance(e, ValueError) and place(e, strategy) is None:
-                raise ConfigError(f"round {number}: {type(strategy).__name__}: {e}") from e
-            name = f"{type(strategy).__name__}.round"
-            raise ServerError(f"{name} failed in round {number}: {type(e).__name__}: {e}") from e
+        with _named(self.experiment.strategy, "round", f"round {self.round + 1}"):
+            return step(self.experiment.strategy, self.state, self.experiment.fleet, rng)
 
     def evaluation(self) -> dict[str, Any]:
         """Metrics of the server's model, and of clients' own."""

@@ -12,7 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +53,20 @@ def check_names(names: Iterable[str], owner: str) -> None:
     """
     if taken := sorted(RESERVED.intersection(names)):
         raise ConfigError(f"{owner}: metric {taken[0]!r} is reserved (fedsim itself reports it); give it another name")
+
+
+def plain_numbers(values: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Metrics as plain numbers, or lists of them; tensors and arrays become such.
+
+    Raises:
+        ConfigError: naming a metric that is neither, and its owner.
+    """
+    out = {name: v.tolist() if isinstance(v, Tensor | np.ndarray | np.generic) else v for name, v in values.items()}
+    for name, value in out.items():
+        if not all(isinstance(v, int | float) for v in (value if isinstance(value, list | tuple) else [value])):
+            found = type(values[name]).__name__
+            raise ConfigError(f"{owner}: metric {name!r} is no number but a {found}; give a number, or a list of them")
+    return out
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
@@ -91,6 +92,12 @@ def _stop(value: Any, key: str, kinds: Kinds) -> Call:
 def _as_module(made: Any, name: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name} gave a {type(made).__name__}, not a torch.nn.Module")
+    for path, module in made.named_modules():
+        if any(is_lazy(p) for p in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise ValueError(
+                f"{path or name} is a {type(module).__name__}, whose size is not known before it sees data; use the "
+                "layer that says its size (its factory is given input_shape and num_classes)"
+            )
     return made
 
 

@@ -96,8 +96,8 @@ def test_the_resolved_section_reads_back_to_the_same() -> None:
         ({"needed": 1, "flag": "maybe"}, r"part.flag: expected true or false, got 'maybe'"),
         ({"needed": 1, "inner": {"deep": 1}}, r"part.inner.deep: unknown key; did you mean 'depth'\?"),
         ({"needed": 1, "inner": {"depth": 0}}, r"part.inner: depth must be at least 1, got 0 \(test_config.py, line"),
-        ({"needed": 1, "inner": 3}, r"part.inner: expected a section of key: value lines, got 3"),
-        ([1], r"part: expected a section of key: value lines, got \[1\]"),
+        ({"needed": 1, "inner": 3}, r"part.inner: expected a section of key: value lines \(depth\), got 3"),
+        ([1], r"part: expected a section of key: value lines \(needed, .*\), got \[1\]"),
     ],
 )
 def test_what_does_not_fit_is_named_by_file_key_and_value(section: Any, message: str) -> None:
