@@ -31,6 +31,7 @@ from fedsim.sim.devices import DEVICES
 from fedsim.stop import Patience, Stop
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
+from fedsim.strategy import Strategy
 from fedsim.tasks.models import MODELS
 
 Table = Mapping[str, Callable[..., Any]]
@@ -57,6 +58,31 @@ def _optimizer(check: Check | None = None) -> Callable[[Any, str, Kinds], Call]:
         return Call(ForeignOptimizer, {"make": target, "arguments": rest}, section, key, needs, check or say)
 
     return decode_optimizer
+
+
+def shared_fields(key: str, before: str, after: str) -> frozenset[str] | None:
+    """Fields that two entries of a section have from one definition, as strategies have those of their common bases.
+
+    Rules of local training share none: a rate of one is no rate for another. None for other sections, whose fields are
+    their entries' own, and for a name that is unknown, of which more is said when it is decoded.
+    """
+    if key == "local.optimizer" and {before, after} <= RULES.keys():
+        return frozenset()
+    if key != "strategy":
+        return None
+    try:
+        old, new = (named(STRATEGIES, name, key)[0] for name in (before, after))
+    except ConfigError:
+        return None
+    if not (isinstance(old, type) and isinstance(new, type) and issubclass(new, Strategy)):
+        return None
+    found = _definitions(new).items() & _definitions(old).items()
+    return frozenset(name for name, _ in found) - new.traits.refused.keys()
+
+
+def _definitions(target: type) -> dict[str, type]:
+    """{field: the class whose body has it}."""
+    return {name: each for each in reversed(target.__mro__) for name in vars(each).get("__annotations__", ())}
 
 
 def _strategy(value: Any, key: str, kinds: Kinds) -> Call:
