@@ -26,7 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsim import runs
 from fedsim.clients import flower_app
-from fedsim.compose import Composition, compose
+from fedsim.compose import Composition, compose, shared_fields
 from fedsim.config import ConfigError
 from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.flower.export import write_app
@@ -131,7 +131,7 @@ def experiment_of(
     texts = [text for place in (settings, node or {}) for text in shlex.split(str(place.get("fedsim-overrides", "")))]
     overrides = parse_overrides(texts, "fedsim-overrides")
     if isinstance(config, str) and (config.lstrip().startswith("{") or "\n" in config):
-        return apply_overrides(config, overrides, "fedsim-config"), "fedsim-config"
+        return apply_overrides(config, overrides, "fedsim-config", shared_fields), "fedsim-config"
     return runs.load(config, overrides)
 
 

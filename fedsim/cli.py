@@ -102,7 +102,14 @@ def list_(table: Annotated[str | None, typer.Argument(help="Which table; all if 
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Where to write the HTML report.")] = Path("comparison.html"),
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Where to write it: .html, .csv or .tex; again for several.  [default: comparison.html]"),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="What to compare by; test_accuracy where all have it.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Its value to count costs to; the best that all reached if left out.")
+    ] = None,
 ) -> None:
     """Compare runs over rounds, virtual seconds and bits: one table and one HTML report.
 
@@ -111,10 +118,10 @@ def compare(
     from rich.table import Column, Table
 
     from fedsim.history import show
-    from fedsim.report import comparison_table, write_comparison
+    from fedsim.report import compared
 
-    rows = comparison_table(folders)
-    measure, target = rows[0]["measure"], rows[0]["target"]
+    comparison = compared(folders, metric, target)
+    measure = comparison.measure
     columns = {
         "final": measure,
         "best": measure,
@@ -124,14 +131,15 @@ def compare(
     }
     titles = ("run", "seeds", "final", "best", "rounds", "virtual time", "sent up", "differs")
     table = Table(*(Column(title, overflow="fold") for title in titles), box=None)
-    for row in rows:
+    for row in comparison.rows:
         cells = ["–" if row[k] is None else show(kind, row[k]) for k, kind in columns.items()]
         differs = " ".join(f"{key}={value}" for key, value in row["differs"].items())
         table.add_row(_plain(row["name"]), str(row["num_runs"]), *cells, _plain(differs))
     _console().print(table)
-    if target is not None:
-        print(f"rounds, time and bits: until {measure} {show(measure, target)}, which every run reached")
-    print(f"report: {write_comparison(folders, out)}")
+    if words := comparison.in_words():
+        print(f"rounds, time and bits: until {words}")
+    for path in out or [Path("comparison.html")]:
+        print(f"report: {comparison.write(path)}")
 
 
 @app.command()
@@ -294,6 +302,10 @@ def _outcome() -> tuple[int, str | None, BaseException | None]:
         return 1, str(e), e.__cause__
     except ValueError as e:
         return 2, str(e), None
+    except OSError as e:
+        if e.filename is None:
+            raise
+        return 2, f"{e.filename}: {e.strerror}; name another file or folder", None
     except Exception as e:
         if not hasattr(e, "format_message"):  # only the command line parser's own errors can format themselves
             raise

@@ -145,12 +145,12 @@ def decode(
         ConfigError: for a key that is unknown or missing, or a value of the wrong type.
     """
     values = {} if values is None else values
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{key}: expected a section of key: value lines, got {values!r}")
     try:
         own = {k: p for k, p in parameters(target).items() if k not in later}
     except (NameError, TypeError) as e:
         raise ConfigError(f"{key}: the type hints of {target!r} can't be read: {e}; import what they name") from e
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{key}: expected a section of key: value lines ({', '.join(own)}), got {values!r}")
     below = f"{key}." if key else ""
     for name in values:
         if name in later:

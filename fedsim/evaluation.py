@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim.config import ConfigError
 from fedsim.fleet import DrivenFleet
-from fedsim.metrics import Metrics, spread
+from fedsim.metrics import Metrics, small_is_good, spread
 from fedsim.strategy import Strategy
 from fedsim.task import Pool, Task
 
@@ -60,7 +60,7 @@ class Evaluate:
         if self.per_client:
             for name, values in task.evaluate_clients(x, pool).items():
                 has_data = torch.isfinite(values) | (task.num_examples > 0)
-                found = spread(values[has_data], higher_is_better=name != "loss")
+                found = spread(values[has_data], higher_is_better=not small_is_good(name))
                 out |= {f"client_{name}_{k}": v for k, v in found.items()}
         return out | (own_metrics(self.own_scores(strategy, fleet, x), self.per_client) if task.holds_out else {})
 
@@ -90,6 +90,6 @@ def own_metrics(scores: Mapping[str, Tensor], per_client: bool) -> dict[str, flo
     for name, values in scores.items():
         if name != "examples":
             out |= Metrics.mean_over(values, weights, name=name).values()
-            found = spread(values[weights > 0], higher_is_better="loss" not in name) if per_client else {}
+            found = spread(values[weights > 0], higher_is_better=not small_is_good(name)) if per_client else {}
             out |= {f"{name}_{k}": v for k, v in found.items() if k != "mean"}
     return out

@@ -77,6 +77,8 @@ def _describe(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     if hint in words:
         return words[hint]
+    if isinstance(hint, type) and is_dataclass(hint):
+        return f"a section {{{', '.join(f'{f.name}: ...' for f in fields(hint)[:3])}}}"
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _describe(arguments[0])

@@ -13,7 +13,7 @@ import warnings
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedsim import checkpoint
 from fedsim.config import ConfigError, place
@@ -31,7 +30,8 @@ from fedsim.fleet import DrivenFleet
 from fedsim.metrics import check_names
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
-from fedsim.strategy import Strategy, step
+from fedsim.stop import Course, Stop
+from fedsim.strategy import Strategy, begin, step
 from fedsim.streams import server_rng
 from fedsim.task import Pool, Task
 
@@ -50,37 +50,6 @@ class Interrupted(RuntimeError):
     def __init__(self, round: int, number: int) -> None:
         super().__init__(f"stopped after round {round}")
         self.exit_code = 128 + number
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stop:
-    """What ends a run before its last round; the first that holds does.
-
-    Args:
-        virtual_seconds, bits_up, bits_down: ends when at least so much was used.
-        test_accuracy: ends when reached. test_loss, distance: ends when as small.
-    """
-
-    virtual_seconds: float | None = None
-    bits_up: float | None = None
-    bits_down: float | None = None
-    test_accuracy: float | None = None
-    test_loss: float | None = None
-    distance: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.test_accuracy is not None and not 0 <= self.test_accuracy <= 1:
-            raise ValueError(f"test_accuracy is a share and must lie in [0, 1], got {self.test_accuracy:g}")
-
-    def reason(self, row: Mapping[str, Any]) -> str | None:
-        """Why this row ends the run, or None."""
-        for name, bound in asdict(self).items():
-            if bound is None or row.get(name) is None:
-                continue
-            small = name in ("test_loss", "distance")
-            if row[name] <= bound if small else row[name] >= bound:
-                return f"{name} {row[name]:.6g} reached {bound:.6g}"
-        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +140,25 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def _named(strategy: Strategy, half: str, when: str) -> Iterator[None]:
+    """What a server half raises is named by strategy and round; a ValueError of ours is a mistake of the file."""
+    try:
+        yield
+    except (ClientError, ConfigError, Lost):
+        raise
+    except Exception as e:
+        name = type(strategy).__name__
+        if isinstance(e, ValueError) and place(e, strategy) is None:
+            raise ConfigError(f"{when}: {name}: {e}") from e
+        raise ServerError(f"{name}.{half} failed in {when}: {type(e).__name__}: {e}") from e
+
+
 def _rounds(run: _Run, sinks: Sequence[Sink], watch: Watch) -> tuple[Any, list[dict[str, Any]], str]:
     experiment = run.experiment
     rows: list[dict[str, Any]] = []
-    reason = experiment.stop.reason(run.last)
     with _interruptible() as asked:
-        while run.round < experiment.rounds and not reason:
+        while run.round < experiment.rounds and not run.course.ended:
             row = run.step()
             rows.append(row)
             for sink in sinks:
@@ -184,13 +166,15 @@ def _rounds(run: _Run, sinks: Sequence[Sink], watch: Watch) -> tuple[Any, list[d
             watch(row)
             if not experiment.allow_divergence:
                 run.check_finite(row)
-            reason = experiment.stop.reason(row)
+            reason = run.course.ended
             every = experiment.checkpoint.every
             if asked or reason or run.round == experiment.rounds or (every and run.round % every == 0):
                 run.save()
             if asked and not reason and run.round < experiment.rounds:
                 raise Interrupted(run.round, asked[0])
-    return run.state, rows, reason or f"all {experiment.rounds} rounds done"
+    if not experiment.allow_divergence and (what := run.course.exploded()):
+        warnings.warn(what, stacklevel=2)
+    return run.state, rows, run.course.ended or f"all {experiment.rounds} rounds done"
 
 
 class _Run:
@@ -199,12 +183,10 @@ class _Run:
     def __init__(self, experiment: Experiment, folder: Path | None) -> None:
         self.experiment = experiment
         self.folder = folder / "checkpoints" if folder else None
-        self.state = experiment.strategy.init(experiment.task.init(experiment.seed).to(experiment.device))
-        if not isinstance(getattr(self.state, "x", None), Tensor):
-            made = f"{type(experiment.strategy).__name__}.init returned a {type(self.state).__name__}"
-            raise ConfigError(f"{made}; return a dataclass whose field x is the server's model [P]")
+        with _named(experiment.strategy, "init", "the start"):
+            self.state = begin(experiment.strategy, experiment.task.init(experiment.seed).to(experiment.device))
         self.round = 0
-        self.last: dict[str, Any] = {}
+        self.course = Course(experiment.stop)
         self._started = time.perf_counter()  # less the seconds of the calls that this one goes on from
 
     def step(self) -> dict[str, Any]:
@@ -223,22 +205,18 @@ class _Run:
             **fleet.end_round().values(),
             **own,
         }
-        if self.round % e.evaluate.every == 0 or self.round == e.rounds:
+        evaluates = self.round % e.evaluate.every == 0 or self.round == e.rounds
+        if evaluates:
             row |= self.evaluation()
-        self.last = row
+        if self.course.take(row) and not evaluates:
+            row |= self.evaluation()  # the last round of a run is evaluated whatever ends it
+        elif evaluates:
+            self.course.check_known()
         return row
 
     def _server_half(self, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
-        strategy, number = self.experiment.strategy, self.round + 1
-        try:
-            return step(strategy, self.state, self.experiment.fleet, rng)
-        except (ClientError, ConfigError, Lost):
-            raise
-        except Exception as e:
-            if isinstance(e, ValueError) and place(e, strategy) is None:
-                raise ConfigError(f"round {number}: {type(strategy).__name__}: {e}") from e
-            name = f"{type(strategy).__name__}.round"
-            raise ServerError(f"{name} failed in round {number}: {type(e).__name__}: {e}") from e
+        with _named(self.experiment.strategy, "round", f"round {self.round + 1}"):
+            return step(self.experiment.strategy, self.state, self.experiment.fleet, rng)
 
     def evaluation(self) -> dict[str, Any]:
         """Metrics of the server's model, and of clients' own."""
@@ -267,18 +245,17 @@ class _Run:
             "strategy": self.state,
             "fleet": self.experiment.fleet.state(),
             "config": fingerprint(self.experiment.config),
-            "last": {k: self.last[k] for k in asdict(self.experiment.stop) if k in self.last},
         }
         checkpoint.save(self.folder, self.round, parts)
 
     def restore(self) -> None:
         """Go on from the newest sound checkpoint whose rows are all there; from the start if none was ever made."""
         assert self.folder is not None
-        num_rows = len(rows_in_order(self.folder.parent / METRICS_FILE))
+        rows = rows_in_order(self.folder.parent / METRICS_FILE)
         trouble: list[str] = []
         for path in reversed(checkpoint.checkpoints(self.folder)):
             try:
-                self._restore(checkpoint.load(path), num_rows)
+                self._restore(checkpoint.load(path), rows)
                 break
             except checkpoint.Damaged as e:
                 trouble.append(str(e))
@@ -288,7 +265,7 @@ class _Run:
         if trouble:
             warnings.warn(f"{found}; going on from round {self.round} instead", stacklevel=2)
 
-    def _restore(self, found: checkpoint.Saved, num_rows: int) -> None:
+    def _restore(self, found: checkpoint.Saved, rows: Sequence[Mapping[str, Any]]) -> None:
         """Go on from a checkpoint.
 
         Raises:
@@ -299,11 +276,11 @@ class _Run:
         _check_same(path, fingerprint(e.config), found.take("config"))
         saved = found.take("strategy", checkpoint.classes_of(self.state), e.device)
         fleet = found.take("fleet", e.fleet.state_classes, e.device)
-        round, before, last = found.take("round"), found.take("wall_seconds"), found.take("last")
+        round, before = found.take("round"), found.take("wall_seconds")
         layout = e.task.layout
         wrong = checkpoint.misfit(saved, self.state, (layout.size, layout.num_trainable))
-        if wrong is None and round > num_rows:
-            wrong = f"{METRICS_FILE} lacks row {num_rows + 1} or holds it twice"
+        if wrong is None and round > len(rows):
+            wrong = f"{METRICS_FILE} lacks row {len(rows) + 1} or holds it twice"
         if wrong:
             raise checkpoint.Damaged(f"{path.name}: {wrong}")
         if round > e.rounds:
@@ -312,7 +289,7 @@ class _Run:
                 "or start anew in another folder"
             )
         e.fleet.load(fleet)
-        self.state, self.round, self.last = saved, round, last
+        self.state, self.round, self.course = saved, round, Course(e.stop, rows[:round])
         self._started -= before
 
 

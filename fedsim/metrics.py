@@ -9,9 +9,12 @@ Letters: C clients in a stack, N clients in all.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +33,18 @@ RESERVED = frozenset(
 """Names that a row gets from the loop, the fleet and the evaluation: no strategy and no client half may use them."""
 
 
+_SMALL = re.compile(r"loss|distance|error|perplexity|(^|_)(mae|mse|rmse|nll|ece)(_|$)")
+
+
+def small_is_good(name: str) -> bool:
+    """Whether small values of a metric are good: of losses, distances and errors they are, going by the name.
+
+    >>> [small_is_good(name) for name in ("test_loss", "test_mae", "test_accuracy")]
+    [True, True, False]
+    """
+    return _SMALL.search(name) is not None
+
+
 def check_names(names: Iterable[str], owner: str) -> None:
     """Refuse metrics that would overwrite those of the ledger or the evaluation.
 
@@ -38,6 +53,20 @@ def check_names(names: Iterable[str], owner: str) -> None:
     """
     if taken := sorted(RESERVED.intersection(names)):
         raise ConfigError(f"{owner}: metric {taken[0]!r} is reserved (fedsim itself reports it); give it another name")
+
+
+def plain_numbers(values: Mapping[str, Any], owner: str) -> dict[str, Any]:
+    """Metrics as plain numbers, or lists of them; tensors and arrays become such.
+
+    Raises:
+        ConfigError: naming a metric that is neither, and its owner.
+    """
+    out = {name: v.tolist() if isinstance(v, Tensor | np.ndarray | np.generic) else v for name, v in values.items()}
+    for name, value in out.items():
+        if not all(isinstance(v, int | float) for v in (value if isinstance(value, list | tuple) else [value])):
+            found = type(values[name]).__name__
+            raise ConfigError(f"{owner}: metric {name!r} is no number but a {found}; give a number, or a list of them")
+    return out
 
 
 @dataclass(frozen=True)

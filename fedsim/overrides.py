@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedsim.config import ConfigError
 
+Shared = Callable[[str, str, str], Collection[str] | None]
+"""(key of a section, the entry that stands there, another one) -> fields that mean the same in both; None if nobody
+expects that of such entries."""
 
-def read_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+
+def nothing_shared(key: str, before: str, after: str) -> None:
+    """Where nobody knows the entries."""
+
+
+def read_file(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, shared: Shared = nothing_shared
+) -> dict[str, Any]:
     """A YAML file with dotted overrides applied, as plain dictionaries; what refers to an overridden key follows it.
+
+    Arguments as of `apply_overrides`.
 
     Raises:
         ConfigError: if the file is missing or is not YAML.
@@ -28,7 +41,7 @@ def read_file(path: str | Path, overrides: Mapping[str, Any] | None = None) -> d
         from omegaconf import OmegaConf
 
         loaded = OmegaConf.load(path)
-    return apply_overrides(loaded, overrides or {}, str(path))
+    return apply_overrides(loaded, overrides or {}, str(path), shared)
 
 
 def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:
@@ -52,11 +65,20 @@ def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:
     return out
 
 
-def apply_overrides(raw: Any, overrides: Mapping[str, Any], source: str) -> dict[str, Any]:
+def apply_overrides(
+    raw: Any, overrides: Mapping[str, Any], source: str, shared: Shared = nothing_shared
+) -> dict[str, Any]:
     """Plain dictionaries from a mapping, or YAML as text, and dotted overrides.
 
-    A value with a name of its own (`strategy=fedavg`, `strategy={name: fedfix, interval: 3}`) replaces the entry that
-    was there, since fields of one entry mean nothing to another; other sections are merged.
+    An entry written whole (`strategy={name: fedfix, interval: 3}`) replaces the one that was there, since fields of one
+    entry mean nothing to another. One that is only named (`strategy=scaffold`) keeps the fields that both share, and a
+    warning says which it drops. Other sections are merged.
+
+    Args:
+        raw: a mapping, or YAML as text.
+        overrides: {dotted key: value}.
+        source: the file's name, for messages.
+        shared: knows which fields two entries share.
 
     Raises:
         ConfigError: if a key leads into a value that is no section, or the text is not YAML.
@@ -69,6 +91,8 @@ def apply_overrides(raw: Any, overrides: Mapping[str, Any], source: str) -> dict
             raise ConfigError(f"{source}: expected sections at the top, got a list or text")
         for key, value in overrides.items():
             _open_entry(config, key)
+            if isinstance(value, str):
+                value = _renamed(config, key, value, overrides, shared)
             named = isinstance(value, Mapping) and "name" in value
             OmegaConf.update(config, key, value, merge=not named, force_add=True)
         plain = OmegaConf.to_container(config, resolve=True)
@@ -88,6 +112,27 @@ def plain_errors(source: str, hint: str = "") -> Iterator[None]:
         yield
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as e:
         raise ConfigError(f"{source}: not readable: {' '.join(str(e).split())}{hint}") from e
+
+
+def _renamed(config: Any, key: str, name: str, overrides: Mapping[str, Any], shared: Shared) -> Any:
+    """The entry of this name, with what it keeps of the one that stands at the key; the name alone if none does."""
+    from omegaconf import OmegaConf
+
+    before = OmegaConf.select(config, key)
+    if not OmegaConf.is_dict(before) or not isinstance(before.get("name"), str):
+        return name
+    fields = dict(OmegaConf.to_container(before, resolve=False))
+    old = str(fields.pop("name"))
+    keeps = fields if old == name else shared(key, old, name)
+    if keeps is None:
+        return {"name": name}
+    lost = [
+        f"{k}: {v}" for k, v in fields.items() if k not in keeps and v is not None and f"{key}.{k}" not in overrides
+    ]
+    if lost:
+        whole = f"{key}={{name: {name}, ...}}"
+        warnings.warn(f"{key}={name} drops {', '.join(lost)} of {old}; write {whole} to replace it whole", stacklevel=3)
+    return {"name": name, **{k: v for k, v in fields.items() if k in keeps}}
 
 
 def _open_entry(config: Any, key: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.compose import Composition, compose
+from fedsim.compose import Composition, compose, shared_fields
 from fedsim.config import ConfigError
 from fedsim.files import held, write_tensors, write_whole
 from fedsim.fleet import DrivenFleet
@@ -62,8 +62,8 @@ def run(
 def load(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """(content after overrides, name for messages) of a config given as a file or as mappings."""
     if isinstance(config, Mapping):
-        return apply_overrides(config, overrides, "config"), "config"
-    return read_file(config, overrides), str(config)
+        return apply_overrides(config, overrides, "config", shared_fields), "config"
+    return read_file(config, overrides, shared_fields), str(config)
 
 
 def execute(

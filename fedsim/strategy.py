@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Compressor
+from fedsim.config import ConfigError
 from fedsim.fleet import Fleet, TooFewRows
+from fedsim.metrics import plain_numbers
 from fedsim.params import Layout
 
 LocalRules = Literal["any", "momentum_sgd", "scheduled_sgd", "plain_sgd", "rate"]
@@ -102,12 +104,37 @@ class Strategy(ABC):
         return layout
 
 
+def begin(strategy: Strategy, x0: Tensor) -> Any:
+    """The state before the first round, from the model x0 [P].
+
+    Raises:
+        ConfigError: if it holds no model.
+    """
+    return _checked(strategy.init(x0), f"{type(strategy).__name__}.init")
+
+
 def step(strategy: Strategy, state: Any, fleet: Fleet, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
-    """One round: (new state, metrics); with fewer replies than it can judge no model moves, and it says so."""
+    """One round: (new state, metrics); with fewer replies than it can judge no model moves, and it says so.
+
+    Raises:
+        ConfigError: if it returned something else.
+    """
     try:
-        return strategy.round(state, fleet, rng)
+        made = strategy.round(state, fleet, rng)
     except TooFewRows as e:
         return state if e.state is None else e.state, {"too_few": 1}
+    whose = f"{type(strategy).__name__}.round"
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[1], Mapping):
+        parts = "a pair" if isinstance(made, tuple) and len(made) == 2 else f"a {type(made).__name__}"
+        raise ConfigError(f"{whose} returned {parts}; return (state, metrics), metrics {{}} where there are none")
+    return _checked(made[0], whose), plain_numbers(made[1], whose)
+
+
+def _checked(state: Any, whose: str) -> Any:
+    if not isinstance(getattr(state, "x", None), Tensor):
+        made = f"{whose} returned a {type(state).__name__}"
+        raise ConfigError(f"{made}; return a dataclass whose field x is the server's model [P]")
+    return state
 
 
 def fields_of(strategy: Strategy, kind: type[T]) -> dict[str, T]:

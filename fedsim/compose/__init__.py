@@ -13,7 +13,8 @@ docs/tutorial.md. Its files, from the top down:
     tables    every table by the name that `fedsim list` gives it
 """
 
+from fedsim.compose.entries import shared_fields
 from fedsim.compose.root import Composition, compose
 from fedsim.compose.tables import TABLES
 
-__all__ = ["TABLES", "Composition", "compose"]
+__all__ = ["TABLES", "Composition", "compose", "shared_fields"]

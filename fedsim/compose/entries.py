@@ -11,23 +11,27 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
 from fedsim.compose.problems import TASKS
 from fedsim.compose.refusals import check_keys, check_server_optimizer
 from fedsim.compress import COMPRESSORS
-from fedsim.config import Call, ConfigError, Kinds, decode_entry, named
+from fedsim.config import Call, ConfigError, Kinds, at, decode, decode_entry, named
 from fedsim.data import PARTITIONS
 from fedsim.data.sources import entry as dataset
+from fedsim.hints import checked
 from fedsim.optim import build
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
 from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
+from fedsim.stop import Patience, Stop
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
+from fedsim.strategy import Strategy
 from fedsim.tasks.models import MODELS
 
 Table = Mapping[str, Callable[..., Any]]
@@ -56,6 +60,31 @@ def _optimizer(check: Check | None = None) -> Callable[[Any, str, Kinds], Call]:
     return decode_optimizer
 
 
+def shared_fields(key: str, before: str, after: str) -> frozenset[str] | None:
+    """Fields that two entries of a section have from one definition, as strategies have those of their common bases.
+
+    Rules of local training share none: a rate of one is no rate for another. None for other sections, whose fields are
+    their entries' own, and for a name that is unknown, of which more is said when it is decoded.
+    """
+    if key == "local.optimizer" and {before, after} <= RULES.keys():
+        return frozenset()
+    if key != "strategy":
+        return None
+    try:
+        old, new = (named(STRATEGIES, name, key)[0] for name in (before, after))
+    except ConfigError:
+        return None
+    if not (isinstance(old, type) and isinstance(new, type) and issubclass(new, Strategy)):
+        return None
+    found = _definitions(new).items() & _definitions(old).items()
+    return frozenset(name for name, _ in found) - new.traits.refused.keys()
+
+
+def _definitions(target: type) -> dict[str, type]:
+    """{field: the class whose body has it}."""
+    return {name: each for each in reversed(target.__mro__) for name in vars(each).get("__annotations__", ())}
+
+
 def _strategy(value: Any, key: str, kinds: Kinds) -> Call:
     """Like any entry, but what it says that it can't have is refused first."""
     target, _, keys = named(STRATEGIES, value, key)
@@ -70,13 +99,36 @@ def _pre_aggregators(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
     return tuple(decode_entry(PRE_AGGREGATORS, entry, f"{key}[{i}]", kinds) for i, entry in enumerate(value))
 
 
+def _stop(value: Any, key: str, kinds: Kinds) -> Call:
+    """{metric: bound}, whatever the metric, and `patience`; null is no bound."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: expected a section such as {{test_accuracy: 0.9}}, got {value!r}")
+    bounds: dict[str, Any] = {}
+    for name, bound in value.items():
+        if name != "patience" and bound is not None:
+            with at(f"{key}.{name}"):
+                bounds[str(name)] = checked(bound, float)
+    arguments: dict[str, Any] = {"bounds": bounds}
+    if value.get("patience") is not None:
+        arguments["patience"] = decode(Patience, value["patience"], f"{key}.patience")
+    nested = {name: call.resolved for name, call in arguments.items() if isinstance(call, Call)}
+    return Call(Stop, arguments, {**bounds, **nested}, key)
+
+
 def _as_module(made: Any, name: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name} gave a {type(made).__name__}, not a torch.nn.Module")
+    for path, module in made.named_modules():
+        if any(is_lazy(p) for p in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise ValueError(
+                f"{path or name} is a {type(module).__name__}, whose size is not known before it sees data; use the "
+                "layer that says its size (its factory is given input_shape and num_classes)"
+            )
     return made
 
 
 KINDS: Kinds = {
+    "stop": _stop,
     "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition", "client_test")),
     "strategy": _strategy,
     "selection": _from(SELECTIONS),

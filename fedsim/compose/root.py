@@ -160,7 +160,7 @@ def _absence(file: File, strategy: Strategy, fleet: SimFleet, size: int) -> str:
     """Who will be there, in words, for a run whose rounds take as long as a client's job on average."""
     local = next(iter(fields_of(strategy, LocalTraining).values()), None)
     jobs = fleet.job_times(Cost() if local is None else local.cost, 1, x=torch.empty(size))
-    seconds = file.stop.virtual_seconds or file.rounds * float(jobs.mean.mean())
+    seconds = file.stop.bounds.get("virtual_seconds") or file.rounds * float(jobs.mean.mean())
     n = len(fleet.clients)
     return absence_in_words(fleet.absence, min(strategy.at_work(n), n), n, seconds)
 

@@ -16,7 +16,7 @@ from fedsim.config import Call, ConfigError, FromTable
 from fedsim.data.checks import check_fraction
 from fedsim.engine import ENGINES
 from fedsim.evaluation import Evaluate
-from fedsim.loop import Checkpoint, Stop
+from fedsim.loop import Checkpoint
 from fedsim.sim.absence import Dropout
 from fedsim.streams import server_rng
 from fedsim.task import Schedule
@@ -204,7 +204,7 @@ class File:
     strategy: Annotated[Call, FromTable("strategy", "fedavg")]
     seed: int = 0
     rounds: int = 100
-    stop: Stop
+    stop: Annotated[Any, FromTable("stop", {})] = None
     runtime: Runtime
     clients: Clients
     data: Data

@@ -117,6 +117,8 @@ def _settings(values: dict[str, Any], key: str) -> Settings:
         values["clip"] = decode(Clip, renamed, f"{key}.clip")
     elif clip is None:
         values.pop("clip", None)
+    elif not is_dataclass(clip):
+        raise ConfigError(f"{key}.clip: write {{global: {clip}}}, or value, adaptive or tensor, got {clip!r} alone")
     if isinstance(perp := values.get("perp_grad"), bool):
         values["perp_grad"] = {} if perp else None
     return typing.cast("Settings", decode(Settings, values, key))

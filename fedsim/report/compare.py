@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,20 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.config import did_you_mean
+from fedsim.files import write_whole
 from fedsim.history import History, show
+from fedsim.metrics import small_is_good
 from fedsim.report.curves import AXES, over_each_axis
 from fedsim.report.draw import look
 from fedsim.report.page import Key, Page, Section, Table, shortened
 from fedsim.sinks import flat
 
-# The first of these that every run has is compared; True where higher is better.
-MEASURES = {
-    "test_accuracy": True,
-    "personal_accuracy": True,
-    "distance": False,
-    "test_loss": False,
-    "train_loss": False,
-}
+# The first of these that every run has is compared.
+MEASURES = ("test_accuracy", "personal_accuracy", "distance", "test_loss", "train_loss")
+APART = "sets it apart"
 _IRRELEVANT = ("versions", "log", "checkpoint", "runtime", "out")
 
 
@@ -46,95 +45,140 @@ class Group:
         return _settings(self.runs[0].config)
 
 
-def comparison_table(dirs: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """One row per configuration of the runs in some folders.
+@dataclass(frozen=True)
+class Comparison:
+    """Configurations side by side.
 
-    Returns:
+    Args:
+        groups: one for each configuration.
+        measure: the metric by which they are compared.
+        given: the value of it to count costs to; None for the best that every run reached.
+    """
+
+    groups: tuple[Group, ...]
+    measure: str
+    given: float | None = None
+
+    @cached_property
+    def target(self) -> float | None:
+        """What costs are counted to; None if no run was ever finite."""
+        bests = [b for g in self.groups for b in (_best(run, self.measure) for run in g.runs) if b is not None]
+        if self.given is not None or not bests:
+            return self.given
+        return max(bests) if small_is_good(self.measure) else min(bests)
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per configuration.
+
         Dicts of `name`, `num_runs`, `seeds`, `differs` ({key: value} that sets it apart), `measure` (the key
         compared), `final`, `final_std`, `best`, `best_std`, `target`, `rounds_to_target`,
         `virtual_seconds_to_target`, `bits_up_to_target`. Numbers are means over the seeds, the deviations sample
-        standard deviations; None where there is no number (one run; a key that a run lacks; never finite).
+        standard deviations; None where there is no number (one run; a key that a run lacks; never finite; a target
+        that a run never reached).
+        """
+        return [self._row(group, name) for group, name in zip(self.groups, _names(self.groups), strict=True)]
 
-    Raises:
-        ValueError: if no folder is given, one holds no metrics, or the runs have no measure in common.
-    """
-    groups, measure = _load(dirs)
-    return _table(groups, measure)
+    def in_words(self) -> str:
+        """What rounds, time and bits are counted to; empty if nothing."""
+        if self.target is None:
+            return ""
+        value, what = show(self.measure, self.target), self.measure.replace("_", " ")
+        return f"{value} {what}" + (", the best that every run reached" if self.given is None else "")
 
+    def write(self, out: str | Path) -> Path:
+        """Write it as one file, .html, .csv or .tex, or as `comparison.html` into a folder.
 
-def write_comparison(dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the comparison as one HTML file `out`, or as `comparison.html` into a folder; errors as above."""
-    groups, measure = _load(dirs)
-    rows = _table(groups, measure)
-    path = Path(out)
-    if path.is_dir() or not path.suffix:
-        path.mkdir(parents=True, exist_ok=True)
-        path = path / "comparison.html"
-    num_runs = sum(len(g.runs) for g in groups)
-    keys = [Key(text=row["name"], band=row["num_runs"] > 1, **look(i)) for i, row in enumerate(rows)]
-    sections = [_table_section(rows, measure)]
-    for key in dict.fromkeys([measure, *MEASURES]):
-        pictures = over_each_axis([(group.runs, key) for group in groups], log=key == "distance")
-        sections.append(Section(title=_title(key), keys=keys, pictures=pictures))
-    seeds = " Bands: mean ± standard deviation over seeds." if num_runs > len(groups) else ""
-    page = Page(
-        title=f"{len(groups)} configurations" if len(groups) > 1 else rows[0]["name"],
-        kind="fedsim comparison",
-        facts=[f"{num_runs} run{'s' * (num_runs != 1)}.{seeds}"],
-        sections=sections,
-    )
-    return page.write(path)
+        Raises:
+            ValueError: for another ending.
+            OSError: if it cannot be written.
+        """
+        path = Path(out)
+        if path.is_dir() or not path.suffix:
+            path.mkdir(parents=True, exist_ok=True)
+            path = path / "comparison.html"
+        if path.suffix not in WRITERS:
+            raise ValueError(f"{path}: a comparison is written as {', '.join(WRITERS)}; give one of these endings")
+        write_whole(path, WRITERS[path.suffix](self))
+        return path
 
-
-def _load(dirs: Sequence[str | Path]) -> tuple[list[Group], str]:
-    if not dirs:
-        raise ValueError("nothing to compare; give the folders of one or more runs")
-    folders = list(dict.fromkeys(Path(d).resolve() for d in dirs))
-    groups: dict[str, list[History]] = {}
-    for folder in folders:
-        run = History.load(folder)
-        # A run without a configuration is nobody's sibling.
-        same = json.dumps(_settings(run.config), sort_keys=True) if run.config else str(folder)
-        groups.setdefault(same, []).append(run)
-    runs = [run for members in groups.values() for run in members]
-    for measure in MEASURES:
-        if all(len(run.series(measure)[0]) for run in runs):
-            return [Group(tuple(members)) for members in groups.values()], measure
-    lacking = ", ".join(run.name for run in runs if not any(len(run.series(m)[0]) for m in MEASURES)) or "these runs"
-    raise ValueError(f"no measure ({', '.join(MEASURES)}) is common to all runs; look at {lacking}")
-
-
-def _table(groups: Sequence[Group], measure: str) -> list[dict[str, Any]]:
-    higher = MEASURES[measure]
-    bests = [b for g in groups for b in (_best(run, measure) for run in g.runs) if b is not None]
-    target = (min(bests) if higher else max(bests)) if bests else None
-    rows = []
-    for group, name in zip(groups, _names(groups), strict=True):
+    def _row(self, group: Group, name: str) -> dict[str, Any]:
+        measure = self.measure
         final, final_std = _mean([_finite(float(run.last(measure))) for run in group.runs])
         best, best_std = _mean([_best(run, measure) for run in group.runs])
         row: dict[str, Any] = {
             "name": name,
             "num_runs": len(group.runs),
             "seeds": [run.config.get("seed") for run in group.runs],
-            "differs": _differs(group, groups),
+            "differs": _differs(group, self.groups),
             "measure": measure,
             "final": final,
             "final_std": final_std,
             "best": best,
             "best_std": best_std,
-            "target": target,
+            "target": self.target,
         }
         for axis in AXES:
-            costs = [_cost(run, measure, axis, target) for run in group.runs]
+            costs = [_cost(run, measure, axis, self.target) for run in group.runs]
             row[f"{'rounds' if axis == 'round' else axis}_to_target"] = _mean(costs)[0] if None not in costs else None
-        rows.append(row)
-    return rows
+        return row
+
+
+def compared(dirs: Sequence[str | Path], metric: str | None = None, target: float | None = None) -> Comparison:
+    """The runs in some folders side by side. Of runs with the same settings and seeds one counts, with a warning.
+
+    Args:
+        dirs: run folders.
+        metric: to compare by; the first of `MEASURES` that all runs have if left out.
+        target: the value of it to count rounds, seconds and bits to; the best that every run reached if left out.
+
+    Raises:
+        ValueError: if no folder is given, one holds no metrics, the runs have no measure in common, or the target is
+            no value of it.
+    """
+    groups = _grouped(dirs)
+    runs = [run for group in groups for run in group.runs]
+    measure = _measure(runs) if metric is None else metric
+    for run in runs:
+        if not len(run.series(measure)[0]):
+            raise ValueError(f"{run.path}: no row has {measure!r}{did_you_mean(measure, run.keys())}")
+        if run.series(measure)[1].ndim > 1:
+            raise ValueError(f"{measure!r} is a list in every row; compare by a number")
+    if target is not None and "accuracy" in measure and not 0 <= target <= 1:
+        raise ValueError(f"the target of {measure} is a share and must lie in [0, 1], got {target:g}")
+    return Comparison(tuple(groups), measure, target)
+
+
+def _grouped(dirs: Sequence[str | Path]) -> list[Group]:
+    if not dirs:
+        raise ValueError("nothing to compare; give the folders of one or more runs")
+    groups: dict[str, dict[str, History]] = {}
+    for folder in dict.fromkeys(Path(d).resolve() for d in dirs):
+        run = History.load(folder)
+        # A run without a configuration is nobody's sibling.
+        same = json.dumps(_settings(run.config), sort_keys=True) if run.config else str(folder)
+        members, seeds = groups.setdefault(same, {}), json.dumps(_seeds(run.config), sort_keys=True)
+        if (twin := members.get(seeds)) is not None:
+            first, second = sorted((twin, run), key=len, reverse=True)  # the one that went further is looked at
+            warnings.warn(f"{second.path}: same settings and seed as {first.path}, so it does not count", stacklevel=3)
+            run = first
+        members[seeds] = run
+    return [Group(tuple(members.values())) for members in groups.values()]
+
+
+def _measure(runs: Sequence[History]) -> str:
+    """What all of these runs have."""
+    for measure in MEASURES:
+        if all(len(run.series(measure)[0]) for run in runs):
+            return measure
+    lacking = ", ".join(run.name for run in runs if not any(len(run.series(m)[0]) for m in MEASURES)) or "these runs"
+    raise ValueError(f"no measure ({', '.join(MEASURES)}) is common to all runs; look at {lacking}")
 
 
 def _best(run: History, measure: str) -> float | None:
     values = run.series(measure)[1].astype(float)
     values = values[np.isfinite(values)]
-    return None if not len(values) else float(values.max() if MEASURES[measure] else values.min())
+    return None if not len(values) else float(values.min() if small_is_good(measure) else values.max())
 
 
 def _cost(run: History, measure: str, axis: str, target: float | None) -> float | None:
@@ -142,7 +186,7 @@ def _cost(run: History, measure: str, axis: str, target: float | None) -> float 
     x, y = run.pairs(axis, measure)
     if target is None or not len(x) or (axis != "round" and not x.any()):
         return None
-    reached = np.flatnonzero(y >= target if MEASURES[measure] else y <= target)
+    reached = np.flatnonzero(y <= target if small_is_good(measure) else y >= target)
     return float(x[reached[0]]) if len(reached) else None
 
 
@@ -158,7 +202,10 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _table_section(rows: Sequence[Mapping[str, Any]], measure: str) -> Section:
+def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of the table as people read it; a column in which nobody has anything to say is left out."""
+    measure = comparison.measure
+
     def text(key: str, value: float | None, deviation: float | None = None) -> str:
         if value is None:
             return "–"
@@ -172,25 +219,61 @@ def _table_section(rows: Sequence[Mapping[str, Any]], measure: str) -> Section:
         ("rounds to target", lambda r: text("round", r["rounds_to_target"])),
         ("time to target", lambda r: text("virtual_seconds", r["virtual_seconds_to_target"])),
         ("bits to target", lambda r: text("bits_up", r["bits_up_to_target"])),
-        ("sets it apart", lambda r: shortened("  ".join(f"{k}={v}" for k, v in r["differs"].items()), 160)),
+        (APART, lambda r: shortened("  ".join(f"{k}={v}" for k, v in r["differs"].items()), 160)),
     ]
-    cells = [[read(row) for _, read in columns] for row in rows]
-    # A column in which nobody has anything to say is left out.
+    cells = [[read(row) for _, read in columns] for row in comparison.rows]
     kept = [i for i in range(len(columns)) if i == 0 or any(row[i] not in ("–", "") for row in cells)]
-    target = rows[0]["target"]
-    note = ""
-    if target is not None:
-        note = f"Target: {show(measure, target)}, the best {_title(measure).lower()} that every run reached."
-    table = Table(
-        header=[columns[i][0] for i in kept],
-        rows=[[row[i] for i in kept] for row in cells],
-        style="left" if kept[-1] == len(columns) - 1 else "",
-    )
-    return Section(title="Result", text=note, table=table)
+    return [columns[i][0] for i in kept], [[row[i] for i in kept] for row in cells]
+
+
+def _html(comparison: Comparison) -> str:
+    groups, measure = comparison.groups, comparison.measure
+    header, cells = _cells(comparison)
+    note = f"Target: {comparison.in_words()}." if comparison.in_words() else ""
+    table = Table(header=header, rows=cells, style="left" if header[-1] == APART else "")
+    sections = [Section(title="Result", text=note, table=table)]
+    keys = [Key(text=row["name"], band=row["num_runs"] > 1, **look(i)) for i, row in enumerate(comparison.rows)]
+    for key in dict.fromkeys([measure, *MEASURES]):
+        pictures = over_each_axis([(group.runs, key) for group in groups], log=key == "distance")
+        sections.append(Section(title=_title(key), keys=keys, pictures=pictures))
+    num_runs = sum(len(g.runs) for g in groups)
+    seeds = " Bands: mean ± standard deviation over seeds." if num_runs > len(groups) else ""
+    return Page(
+        title=f"{len(groups)} configurations" if len(groups) > 1 else comparison.rows[0]["name"],
+        kind="fedsim comparison",
+        facts=[f"{num_runs} run{'s' * (num_runs != 1)}.{seeds}"],
+        sections=sections,
+    ).html()
+
+
+def _csv(comparison: Comparison) -> str:
+    """Numbers as they are, a column for each key that sets configurations apart, seeds with spaces between."""
+    import pandas as pd
+
+    lines = []
+    for row in comparison.rows:
+        seeds = " ".join(str(seed) for seed in row["seeds"])
+        lines.append({k: v for k, v in row.items() if k != "differs"} | {"seeds": seeds} | row["differs"])
+    return str(pd.DataFrame(lines).to_csv(index=False))
+
+
+def _latex(comparison: Comparison) -> str:
+    """The table as people read it, as a tabular of the package booktabs."""
+    import pandas as pd
+
+    header, cells = _cells(comparison)
+    return str(pd.DataFrame(cells, columns=header).to_latex(index=False, escape=True))
+
+
+WRITERS = {".html": _html, ".csv": _csv, ".tex": _latex}
 
 
 def _title(key: str) -> str:
     return key.replace("_", " ").capitalize()
+
+
+def _seeds(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flat(config) if key.rsplit(".", 1)[-1] == "seed"}
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:

@@ -82,10 +82,14 @@ class Page:
     tiles: Sequence[Tile] = ()
     sections: Sequence[Section | None] = ()
 
-    def write(self, path: Path) -> Path:
-        """Render to `path`, whole or not at all; all text is escaped."""
+    def html(self) -> str:
+        """The page rendered; all text is escaped."""
         shown = [s for s in self.sections if s is not None and (s.pictures or s.table or s.code)]
-        write_whole(path, _template().render(page=replace(self, sections=shown)))
+        return _template().render(page=replace(self, sections=shown))
+
+    def write(self, path: Path) -> Path:
+        """Render to `path`, whole or not at all."""
+        write_whole(path, self.html())
         return path
 
 

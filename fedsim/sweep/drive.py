@@ -14,9 +14,10 @@ from fedsim import runs
 from fedsim.config import ConfigError
 from fedsim.data.sources import kept
 from fedsim.files import held
+from fedsim.metrics import small_is_good
 from fedsim.sweep.machine import Machine
 from fedsim.sweep.plan import Sweep
-from fedsim.sweep.results import Record, Results, folded, small_is_good, target_of
+from fedsim.sweep.results import Record, Results, folded, target_of
 from fedsim.sweep.search import Listed, Search, Tpe, random_settings
 from fedsim.sweep.space import Method, Setting
 from fedsim.sweep.trials import Ended, Job, Trial
@@ -187,8 +188,7 @@ class _Driver:
         records = [self.ended.get(t.folder) for t in self.order.values() if t.setting.name == setting.name]
         if None not in records:
             value = None if self.target is None else folded([r for r in records if r is not None], self.target)
-            good = small_is_good(self.target, self.sweep.minimise)
-            self.searches[setting.method].tell(setting, value if value is None or good else -value)
+            self.searches[setting.method].tell(setting, value if value is None or self.minimises else -value)
 
     def _search(self, method: Method, key: int) -> Search:
         sweep, count = self.sweep, self.sweep.trials or 0
@@ -198,9 +198,13 @@ class _Driver:
 
     def _results(self) -> Results:
         records = [self.ended[folder] for folder in self.order if folder in self.ended]
-        minimise = small_is_good(self.target, self.sweep.minimise)
         count = max(1, len(self.sweep.seeds))
-        return Results(self.sweep.folder, self.methods, records, self.target, minimise, count)
+        return Results(self.sweep.folder, self.methods, records, self.target, self.minimises, count)
+
+    @property
+    def minimises(self) -> bool:
+        """Whether small values of the target are good: where the user says so, and where its name does."""
+        return self.sweep.minimise or (self.target is not None and small_is_good(self.target))
 
 
 @contextmanager

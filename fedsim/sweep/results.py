@@ -187,11 +187,6 @@ def target_of(record: Record, target: str | None) -> str:
     return target
 
 
-def small_is_good(target: str | None, minimise: bool) -> bool:
-    """Whether small values of a metric are good: where the user says so, and of every loss and distance."""
-    return minimise or (target is not None and ("loss" in target or "distance" in target))
-
-
 def folded(records: Iterable[Record], target: str) -> float | None:
     """A setting's value for a search: the mean over its seeds, None unless all of them have one."""
     values = [value_of(record, target) for record in records]

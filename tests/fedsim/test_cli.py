@@ -65,6 +65,10 @@ def wrong_shape(*, num_classes):
     return nn.Linear(5, num_classes)
 
 
+def lazy(*, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+
 def holes():
     x = np.zeros((10, 4), np.float32)
     x[3, 2] = np.nan
@@ -136,6 +140,20 @@ class NoModel(ClientFails):
 
 class Subclass(NoModel):
     pass
+
+
+@dataclass(frozen=True)
+class InitFails(ClientFails):
+    def init(self, x0):
+        raise IndexError("the server's own trouble")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returns(ClientFails):
+    what: str
+
+    def round(self, s, fleet, rng):
+        return eval(self.what)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +291,18 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no module made": ([D, "task.model=cli_mine:a_list"], ["task.model:", "gave a list, not a torch.nn.Module"]),
     "factory that raises": ([D, "task.model=cli_mine:raising"], ["task.model: KeyError", "cli_mine.py, line"]),
     "too few logits": ([D, "task.model=cli_mine:too_few_classes"], ["task.model:", "(2, 3)", "(2, 10)"]),
+    "layer of no size": (
+        [D, "task.model=cli_mine:lazy"],
+        ["task.model: 1 is a LazyLinear, whose size is not known", "num_classes"],
+    ),
+    "a number to clip by": ([D, "local.optimizer.clip=1.0"], ["local.optimizer.clip: write {global: 1.0}", "got 1.0"]),
+    "schedule by name": (
+        [D, "local.optimizer.schedule=cosine"],
+        ["local.optimizer.schedule: expected a section {name: ..., unit: ..., length: ...} or null, got 'cosine'"],
+    ),
+    "schedule without end": ([D, "local.optimizer.schedule={name: cosine}"], ["schedule: length must be a positive"]),
+    "file name too long": ([f"{'x' * 300}.yaml"], ["xxx.yaml: File name too long; name another"]),
+    "out too long": ([Q, "--out", "x" * 300], ["File name too long; name another file or folder"]),
     "model of other inputs": ([D, "task.model=cli_mine:wrong_shape"], ["task.model: can't take samples of", "8, 8"]),
     "no strategy": ([Q, "strategy=cli_mine:NotAStrategy"], ["strategy.name:", "no strategy", "(fedsim.Strategy)"]),
     "counts on itself": ([Q, "strategy=cli_mine:Plain"], ["strategy.name: Plain is not a frozen dataclass"]),
@@ -356,6 +386,38 @@ def test_a_failing_server_half_is_shown_with_its_round_and_its_own_exception(tmp
     assert found.code == 1 and "cli_mine.py" in found.err
     last = found.err.splitlines()[-1]
     assert last == "fedsim: ServerFails.round failed in round 1: IndexError: the server's own trouble"
+
+
+def test_a_failing_start_of_a_strategy_is_shown_with_its_own_exception(tmp_path: Path) -> None:
+    found = fedsim("run", Q, "strategy=cli_mine:InitFails", "--out", tmp_path / "run")
+    assert found.code == 1 and "cli_mine.py" in found.err
+    last = found.err.splitlines()[-1]
+    assert last == "fedsim: InitFails.init failed in the start: IndexError: the server's own trouble"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("s", "Returns.round returned a State; return (state, metrics)"),
+        ("(s, None)", "Returns.round returned a pair; return (state, metrics)"),
+        ("(s.x, {})", "Returns.round returned a Tensor; return a dataclass whose field x"),
+        ("(s, {'colour': 'red'})", "Returns.round: metric 'colour' is no number but a str"),
+        ("(s, {'colour': {'red': 1}})", "metric 'colour' is no number but a dict"),
+        ("(s, {'colour': ['red']})", "metric 'colour' is no number but a list"),
+        ("(s, {'colour': None})", "metric 'colour' is no number but a NoneType"),
+    ],
+)
+def test_what_a_round_may_not_return_is_one_message(what: str, words: str, tmp_path: Path) -> None:
+    found = fedsim("run", Q, f'strategy={{name: "cli_mine:Returns", what: "{what}"}}', "--out", tmp_path / "run")
+    assert found.code == 2 and found.err.count("\n") == 1 and words in found.err, found
+
+
+def test_metrics_may_be_tensors_and_arrays_and_are_kept_as_numbers(tmp_path: Path) -> None:
+    values = "(s, {'a': torch.tensor(0.5), 'b': np.float32(1.5), 'c': torch.ones(2), 'd': True})"
+    found = fedsim("run", Q, f'strategy={{name: "cli_mine:Returns", what: "{values}"}}', "--out", tmp_path / "run")
+    assert found.code == 0, found
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert (row["a"], row["b"], row["c"], row["d"]) == (0.5, 1.5, [1.0, 1.0], True)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +508,7 @@ def test_compare_fits_in_100_columns_and_writes_a_page(tmp_path: Path) -> None:
     assert found.code == 0
     lines = found.out.splitlines()
     assert max(map(len, lines[:-1])) <= 100 and "slow" in found.out and "fast" in found.out
-    assert "local.optimizer.lr=0.2" in found.out and "which every run reached" in found.out
+    assert "local.optimizer.lr=0.2" in found.out and "the best that every run reached" in found.out
     assert lines[-1] == f"report: {tmp_path / 'both.html'}" and (tmp_path / "both.html").stat().st_size > 5000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,8 +97,8 @@ def test_the_resolved_section_reads_back_to_the_same() -> None:
         ({"needed": 1, "flag": "maybe"}, r"part.flag: expected true or false, got 'maybe'"),
         ({"needed": 1, "inner": {"deep": 1}}, r"part.inner.deep: unknown key; did you mean 'depth'\?"),
         ({"needed": 1, "inner": {"depth": 0}}, r"part.inner: depth must be at least 1, got 0 \(test_config.py, line"),
-        ({"needed": 1, "inner": 3}, r"part.inner: expected a section of key: value lines, got 3"),
-        ([1], r"part: expected a section of key: value lines, got \[1\]"),
+        ({"needed": 1, "inner": 3}, r"part.inner: expected a section of key: value lines \(depth\), got 3"),
+        ([1], r"part: expected a section of key: value lines \(needed, .*\), got \[1\]"),
     ],
 )
 def test_what_does_not_fit_is_named_by_file_key_and_value(section: Any, message: str) -> None:
@@ -335,6 +336,51 @@ def test_overrides_set_merge_or_replace(override: str, expected: dict[str, Any])
 def test_later_overrides_win_and_see_earlier_ones() -> None:
     texts = ["s={name: scaffold}", "s.size=5", "s.size=6"]
     assert apply_overrides({}, parse_overrides(texts, "x"), "x") == {"s": {"name": "scaffold", "size": 6}}
+
+
+FEDFIX = {"name": "fedfix", "interval": 3, "server_lr": 0.5, "weights": "identical"}
+FEDAVG = {"name": "fedavg", "cohort_size": 5, "server_lr": 0.5, "selection": {"name": "power_of_choice"}}
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "kept", "dropped"),
+    [
+        (FEDAVG, "scaffold", {"cohort_size", "server_lr", "selection"}, ""),
+        (FEDAVG, "fedavg", {"cohort_size", "server_lr", "selection"}, ""),
+        (FEDAVG, "fedfix", {"server_lr"}, "cohort_size: 5, selection: {'name': 'power_of_choice'} of fedavg"),
+        (FEDFIX, "fedavg", {"server_lr"}, "interval: 3, weights: identical of fedfix"),
+        (FEDFIX, "async_fedavg", {"server_lr", "weights"}, "interval: 3 of fedfix"),
+        ({"name": "fedavg_m", "beta": 0.3}, "scaffold_m", {"beta"}, ""),
+        # the same letter, and another thing
+        ({"name": "fedprox", "mu": 0.3}, "ditto", set(), "mu: 0.3 of fedprox"),
+        (FEDAVG, "fedagv", set(), ""),  # unknown, as is said later
+    ],
+)
+def test_naming_another_strategy_keeps_what_both_have_and_says_what_is_dropped(
+    file: dict[str, Any], name: str, kept: set[str], dropped: str
+) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = runs.load({"strategy": file}, {"strategy": name})[0]["strategy"]
+    assert found == {"name": name} | {k: file[k] for k in kept}
+    words = [f"strategy={name} drops {dropped}; write strategy={{name: {name}, ...}} to replace it whole"]
+    assert [str(w.message) for w in said] == (words if dropped else [])
+
+
+def test_an_entry_written_whole_replaces_without_a_word_and_so_does_the_name_of_another_section() -> None:
+    whole = {"name": "scaffold", "server_lr": 2.0}
+    assert runs.load({"strategy": FEDAVG}, {"strategy": whole})[0]["strategy"] == whole
+    assert runs.load({"partition": {"name": "dirichlet", "alpha": 1}}, {"partition": "iid"})[0]["partition"] == {
+        "name": "iid"
+    }
+
+
+def test_another_optimizer_keeps_no_rate_and_says_so_unless_it_is_given_one() -> None:
+    file = {"local": {"steps": 2, "optimizer": {"name": "sgd", "lr": 0.5, "momentum": 0.9}}}
+    with pytest.warns(UserWarning, match=r"local.optimizer=adam drops lr: 0.5, momentum: 0.9 of sgd"):
+        assert runs.load(file, {"local.optimizer": "adam"})[0]["local"]["optimizer"] == {"name": "adam"}
+    both = {"local.optimizer": "adam", "local.optimizer.lr": 0.1, "local.optimizer.momentum": 0.8}
+    assert runs.load(file, both)[0]["local"] == {"steps": 2, "optimizer": {"name": "adam", "lr": 0.1, "momentum": 0.8}}
 
 
 @pytest.mark.parametrize("text", ["rounds", "=3", ""])

@@ -17,8 +17,9 @@ from torch import Tensor
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.evaluation import Evaluate
-from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, ServerError, Stop, fingerprint, train
+from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, ServerError, fingerprint, train
 from fedsim.sinks import JsonLines
+from fedsim.stop import Patience, Stop
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class Walk:
             raise action
         x = s.x + self.step if action is None else torch.full_like(s.x, action)
         return State(x, number), {"own": number}
+
+
+class Ticking(Walk):
+    """Walks, and each round takes a second."""
+
+    def round(self, s: State, fleet: Any, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
+        fleet.receive(until=fleet.now + 1)
+        return super().round(s, fleet, rng)
 
 
 def experiment(strategy: Any = None, rounds: int = 8, **fields: Any) -> Experiment:
@@ -84,29 +93,50 @@ def test_wall_time_rises_and_totals_are_there() -> None:
     assert {"virtual_seconds", "bits_up", "bits_down"} <= set(rows[0])
 
 
-@pytest.mark.parametrize(
-    ("stop", "row", "reason"),
-    [
-        (Stop(), {"test_accuracy": 1.0}, None),
-        (Stop(test_accuracy=0.9), {}, None),
-        (Stop(test_accuracy=0.9), {"test_accuracy": 0.899}, None),
-        (Stop(test_accuracy=0.9), {"test_accuracy": 0.9}, "test_accuracy 0.9 reached 0.9"),
-        (Stop(distance=1e-3), {"distance": 2e-3}, None),
-        (Stop(distance=1e-3), {"distance": 5e-4}, "distance 0.0005 reached 0.001"),
-        (Stop(test_loss=0.5), {"test_loss": nan}, None),
-        (Stop(bits_up=1e9), {"bits_up": 2_000_000_000}, "bits_up 2e+09 reached 1e+09"),
-        (Stop(virtual_seconds=5, bits_up=1), {"virtual_seconds": 6.0, "bits_up": 2}, "virtual_seconds 6 reached 5"),
-    ],
-)
-def test_a_bound_stops_when_it_is_reached(stop: Stop, row: dict[str, Any], reason: str | None) -> None:
-    assert stop.reason(row) == reason
-
-
 def test_a_stop_ends_the_run_with_its_reason_and_a_checkpoint(tmp_path: Path) -> None:
-    e = experiment(evaluate=Evaluate(every=1), stop=Stop(distance=0.3))
+    e = experiment(evaluate=Evaluate(every=1), stop=Stop({"distance": 0.3}))
     _, rows, why = train(e, folder=tmp_path)
     assert len(rows) == 4 and why == "distance 0.25 reached 0.3"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["round-000004"]
+
+
+@pytest.mark.parametrize("name", ["virtual_seconds", "own"])
+def test_a_run_that_a_stop_ends_is_evaluated_at_its_last_round(name: str) -> None:
+    rows = train(experiment(Ticking(), stop=Stop({name: 4})))[1]
+    assert [row["round"] for row in rows if "distance" in row] == [3, 4]
+    assert rows[-1]["distance"] == pytest.approx(0.25)
+
+
+def test_patience_ends_a_run_that_no_longer_improves_and_survives_a_resume(tmp_path: Path) -> None:
+    """The distance is 1, 0.75, ..., 0 at round 5, and grows again."""
+    fields: dict[str, Any] = {
+        "evaluate": Evaluate(every=1),
+        "stop": Stop(patience=Patience(metric="distance", rounds=3)),
+    }
+    _, rows, why = train(experiment(rounds=20, **fields))
+    assert len(rows) == 8 and why == "distance was best in round 5 (0), 3 rounds ago"
+    train(experiment(rounds=7, **fields), sinks=[JsonLines()], folder=tmp_path)
+    _, rows, again = train(experiment(rounds=20, **fields), sinks=[JsonLines()], folder=tmp_path, resume=True)
+    assert [row["round"] for row in rows] == [8] and again == why
+    assert train(experiment(rounds=20, **fields), sinks=[JsonLines()], folder=tmp_path, resume=True)[1:] == ([], why)
+
+
+def test_a_stop_that_no_row_can_reach_is_refused_once_the_model_was_evaluated() -> None:
+    with pytest.raises(ConfigError, match=r"^stop.distanse: no row has a number 'distanse'; did you mean 'distance'\?"):
+        train(experiment(stop=Stop({"distanse": 0.1})))
+    lost = Stop(patience=Patience(metric="test_mae", rounds=3))
+    with pytest.raises(
+        ConfigError, match=r"^stop.patience.metric: no row has a number 'test_mae'; known: round, .*own"
+    ):
+        train(experiment(stop=lost))
+    assert len(train(experiment(stop=Stop({"own": 2})))[1]) == 2
+
+
+def test_a_loss_that_explodes_and_stays_finite_is_a_warning_unless_that_was_allowed() -> None:
+    wild: dict[str, Any] = {"strategy": Walk(step=7.0), "evaluate": Evaluate(every=1)}
+    with pytest.warns(UserWarning, match=r"test_loss rose from .* the run went astray; lower local.optimizer.lr"):
+        train(experiment(**wild))
+    train(experiment(allow_divergence=True, **wild))
 
 
 def test_checkpoints_come_every_so_often_and_at_the_end(tmp_path: Path) -> None:
