@@ -30,6 +30,11 @@ RESERVED = frozenset(
 """Names that a row gets from the loop, the fleet and the evaluation: no strategy and no client half may use them."""
 
 
+def small_is_good(name: str) -> bool:
+    """Whether small values of a metric are good ones: of losses and distances they are."""
+    return "loss" in name or "distance" in name
+
+
 def check_names(names: Iterable[str], owner: str) -> None:
     """Refuse metrics that would overwrite those of the ledger or the evaluation.
 

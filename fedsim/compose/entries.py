@@ -10,8 +10,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torch import nn
-
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
 from fedsim.compose.problems import TASKS
@@ -28,7 +26,7 @@ from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
-from fedsim.tasks.models import MODELS
+from fedsim.tasks.models import MODELS, as_module
 
 Table = Mapping[str, Callable[..., Any]]
 Check = Callable[[Any, str], Any]
@@ -70,19 +68,13 @@ def _pre_aggregators(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
     return tuple(decode_entry(PRE_AGGREGATORS, entry, f"{key}[{i}]", kinds) for i, entry in enumerate(value))
 
 
-def _as_module(made: Any, name: str) -> nn.Module:
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{name} gave a {type(made).__name__}, not a torch.nn.Module")
-    return made
-
-
 KINDS: Kinds = {
     "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition", "client_test")),
     "strategy": _strategy,
     "selection": _from(SELECTIONS),
     "partition": _from(PARTITIONS),
     "dataset": dataset,
-    "model": _from(MODELS, needs=("input_shape", "num_classes"), check=_as_module),
+    "model": _from(MODELS, needs=("input_shape", "num_classes"), check=as_module),
     "optimizer": _optimizer(),
     "server_optimizer": _optimizer(check_server_optimizer),
     "device": _from(DEVICES, needs=("count",)),
