@@ -68,7 +68,7 @@ class FromTable:
     """
 
     kind: str
-    default: str | Mapping[str, Any] | None = None
+    default: str | Mapping[str, Any] | tuple[str, ...] | None = None
 
 
 OBJECT = "<object>"
@@ -180,7 +180,7 @@ def decode(
         raise ConfigError(f"{key}: expected a section of key: value lines, got {values!r}")
     try:
         own = {k: p for k, p in parameters(target).items() if k not in later}
-    except (NameError, TypeError) as e:
+    except (NameError, TypeError, ValueError) as e:  # a ValueError for classes of C, which have none
         raise ConfigError(f"{key}: the type hints of {target!r} can't be read: {e}; import what they name") from e
     below = f"{key}." if key else ""
     for name in values:

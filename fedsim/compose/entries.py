@@ -24,6 +24,7 @@ from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
 from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
+from fedsim.sinks import SINKS, as_sink
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
 from fedsim.tasks.models import MODELS, as_module
@@ -68,6 +69,17 @@ def _pre_aggregators(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
     return tuple(decode_entry(PRE_AGGREGATORS, entry, f"{key}[{i}]", kinds) for i, entry in enumerate(value))
 
 
+def _sinks(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
+    """A list of entries; each of the table's stands there once, for it has a place of its own in the run's folder."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{key}: expected a list such as [tensorboard, {{name: wandb, group: a}}], got {value!r}")
+    calls = tuple(decode_entry(SINKS, entry, f"{key}[{i}]", kinds, check=as_sink) for i, entry in enumerate(value))
+    for i, call in enumerate(calls):
+        if call.name in SINKS and call.name in [before.name for before in calls[:i]]:
+            raise ConfigError(f"{key}[{i}]: {call.name} stands there twice; leave one out")
+    return calls
+
+
 KINDS: Kinds = {
     "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition", "client_test")),
     "strategy": _strategy,
@@ -83,4 +95,5 @@ KINDS: Kinds = {
     "pre_aggregators": _pre_aggregators,
     "attack": _from(ATTACKS),
     "compressor": _from(COMPRESSORS),
+    "sinks": _sinks,
 }

@@ -39,7 +39,7 @@ from fedsim.sim.calls import replies_ahead
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
-from fedsim.sinks import Sink, make_sinks
+from fedsim.sinks import Sink, json_lines_first
 from fedsim.strategies.server import Synchronous
 from fedsim.strategy import Strategy, fields_of
 from fedsim.task import Task
@@ -126,8 +126,6 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     check_local(file.strategy.name, strategy, task)
     check_personalise(file.evaluate.personalise.epochs, strategy, task)
     check_selection(strategy, task)
-    with at("log.sinks"):
-        sinks = make_sinks(list(file.log.sinks))
     _resolve(resolved, problem, strategy, plan, device)
     fleet, pool, workers, kept = _fleet(file, task, strategy, work, plan.width, device)
     resolved["runtime"] |= {"stacks": fleet.executor.stacks, "memory": kept}
@@ -157,7 +155,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     samples = problem if isinstance(problem, Samples) else None
     data, module, sizes = (samples.data, samples.module, samples.sizes) if samples else (None, None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
-    made = experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks
+    made = experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, json_lines_first(file.log.sinks)
     return Composition(*made, data, module, sizes)
 
 
