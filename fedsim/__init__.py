@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from fedsim.fleet import Replies as Replies
     from fedsim.fleet import choose as choose
     from fedsim.history import History as History
+    from fedsim.runs import Simulation as Simulation
     from fedsim.runs import run as run
+    from fedsim.runs import simulate as simulate
     from fedsim.sim.fleet import SimFleet as SimFleet
     from fedsim.strategy import Strategy as Strategy
     from fedsim.strategy import Traits as Traits
@@ -43,11 +45,13 @@ _PLACES = {
     "QuadraticTask": "fedsim.tasks.quadratic",
     "Replies": "fedsim.fleet",
     "SimFleet": "fedsim.sim.fleet",
+    "Simulation": "fedsim.runs",
     "Strategy": "fedsim.strategy",
     "Traits": "fedsim.strategy",
     "Task": "fedsim.task",
     "choose": "fedsim.fleet",
     "run": "fedsim.runs",
+    "simulate": "fedsim.runs",
 }
 
 __all__ = [*_PLACES, "__version__"]

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import typing
+from ast import literal_eval
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -30,7 +31,6 @@ from torch import Tensor
 from fedsim.config import ConfigError
 from fedsim.files import put, sync
 
-KEEP = 2
 FILES = ("state.json", "tensors.safetensors")
 SUMS_FILE = "SHA256SUMS"
 ROWS, SUFFIX = "rows", ".safetensors"  # the folder of blocks, and their files
@@ -150,8 +150,8 @@ def classes_of(value: Any) -> dict[str, type]:
     return found
 
 
-def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
-    """Write `folder/round-NNNNNN` whole, then drop all but the newest checkpoints up to this one.
+def save(folder: Path, round: int, state: Mapping[str, Any], keep: int | None = 2) -> Path:
+    """Write `folder/round-NNNNNN` whole, then drop all but the newest `keep` checkpoints up to this one.
 
     Raises:
         ConfigError: if the disk is full or cannot be written, or the state holds what a checkpoint can't; earlier
@@ -182,7 +182,7 @@ def save(folder: Path, round: int, state: Mapping[str, Any]) -> Path:
         raise ConfigError(
             f"{final}: can't write the checkpoint: {e}; make room or set --out elsewhere, then --resume"
         ) from e
-    kept = [p for p in checkpoints(folder) if _round(p) <= round][-KEEP:]
+    kept = [p for p in checkpoints(folder) if _round(p) <= round][-(keep or 0) :]  # [-0:] is all
     for old in checkpoints(folder):
         if old not in kept:  # later ones belong to what was given up when the run went on from an earlier one
             shutil.rmtree(old, ignore_errors=True)
@@ -334,3 +334,33 @@ def misfit(saved: Any, fresh: Any, sizes: tuple[int, ...], path: str = "state") 
         return None
     wrong = (misfit(a, b, sizes, f"{path}.{name}") for name, a, b in pairs)
     return next(filter(None, wrong), None)
+
+
+def check_same(path: Path, config: Mapping[str, Any], there: Mapping[str, str]) -> None:
+    """Refuse the checkpoint of another config, of which it holds the fingerprint.
+
+    Raises:
+        ConfigError: naming the sections that differ.
+    """
+    here = fingerprint(config)
+    changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
+    if changed:
+        verb = "differs" if len(changed) == 1 else "differ"
+        chosen = " ".join(f"{k}={literal_eval(there[k])}" for k in changed if k.startswith("runtime.") and k in there)
+        same = f"overrides (where `auto` chose: {chosen})" if chosen else "overrides"
+        raise ConfigError(
+            f"{path}: belongs to another config ({', '.join(changed)} {verb}); resume with the same file and {same}, "
+            "or start anew in another folder"
+        )
+
+
+FREE_TO_CHANGE = ("rounds", "stop", "log", "checkpoint", "versions", "allow_divergence")
+"""Sections that may differ on resume: they change how long a run is or what is kept of it, not its numbers."""
+
+
+def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+    """One text per section, to compare the config of a checkpoint with today's."""
+    out = {k: repr(v) for k, v in config.items() if k not in (*FREE_TO_CHANGE, "runtime")}
+    runtime = config.get("runtime", {})
+    bits = ("engine", "stack", "stacks", "native", "precision", "threads", "device")
+    return out | {f"runtime.{k}": repr(runtime[k]) for k in bits if k in runtime}

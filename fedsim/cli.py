@@ -286,6 +286,7 @@ def main() -> None:
 def _outcome() -> tuple[int, str | None, BaseException | None]:
     """(exit code, what to say, the exception of a half of the strategy) of the command."""
     from fedsim.loop import Diverged, Interrupted, ServerError
+    from fedsim.observers import ObserverError
     from fedsim.sim.executor import ClientError, Lost
 
     try:
@@ -298,7 +299,7 @@ def _outcome() -> tuple[int, str | None, BaseException | None]:
         return 1, f"a rank was lost ({e}); start all again, with --resume to go on from the last checkpoint", None
     except Diverged as e:
         return 1, str(e), None
-    except (ClientError, ServerError) as e:
+    except (ClientError, ObserverError, ServerError) as e:
         return 1, str(e), e.__cause__
     except ValueError as e:
         return 2, str(e), None

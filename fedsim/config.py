@@ -68,7 +68,38 @@ class FromTable:
     """
 
     kind: str
-    default: str | Mapping[str, Any] | None = None
+    default: str | Mapping[str, Any] | tuple[str, ...] | None = None
+
+
+OBJECT = "<object>"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What stands in a file for the name of a table entry when that was given from Python.
+
+    Args:
+        target: what to call.
+        name: for the resolved file: an import path, where one leads there, else OBJECT and the class or function.
+        made: whether the target gives an object that the user has made, and so takes no fields.
+    """
+
+    target: Callable[..., Any]
+    name: str
+    made: bool = False
+
+    @classmethod
+    def object(cls, value: object, target: Callable[[], Any]) -> Given:
+        """An object, which the target gives."""
+        return cls(target, f"{OBJECT} {type(value).__module__}.{type(value).__qualname__}", made=True)
+
+    @classmethod
+    def factory(cls, target: Callable[..., Any]) -> Given:
+        """A function or a class."""
+        named = target if hasattr(target, "__qualname__") else type(target)  # an object may be called, too
+        module, name = named.__module__, named.__qualname__
+        found = getattr(sys.modules.get(module), name, None) is target and module != "__main__"
+        return cls(target, f"{module}:{name}" if found else f"{OBJECT} {module}.{name}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +178,7 @@ def decode(
     values = {} if values is None else values
     try:
         own = {k: p for k, p in parameters(target).items() if k not in later}
-    except (NameError, TypeError) as e:
+    except (NameError, TypeError, ValueError) as e:  # a ValueError for classes of C, which have none
         raise ConfigError(f"{key}: the type hints of {target!r} can't be read: {e}; import what they name") from e
     if not isinstance(values, Mapping):
         raise ConfigError(f"{key}: expected a section of key: value lines ({', '.join(own)}), got {values!r}")
@@ -202,10 +233,15 @@ def named(table: Mapping[str, Any], value: Any, key: str) -> tuple[Any, str, dic
     """(row of the table or the user's own callable, name, remaining fields) of a table entry."""
     if isinstance(value, str):
         value = {"name": value}
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str | Given):
         raise ConfigError(f"{key}: expected a name or {{name: ..., ...}}, got {value!r}; known: {', '.join(table)}")
     name = value["name"]
     rest = {k: v for k, v in value.items() if k != "name"}
+    if isinstance(name, Given):
+        own = (k for k, v in table.items() if v is name.target)
+        return name.target, next(own, name.name), rest
+    if name.startswith(OBJECT):
+        raise ConfigError(f"{key}.name: {name} was given from Python, where a file can't find it; give it there again")
     if ":" in name:
         return imported(name, f"{key}.name"), name, rest
     if name not in table:

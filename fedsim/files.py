@@ -49,8 +49,8 @@ def put(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
         raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tensors (safetensors) in the same way, from where they lie.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
+    """Write a file of tensors (safetensors) in the same way, from where they lie, with notes in its head.
 
     Raises:
         OSError: if it cannot be written.
@@ -58,7 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     def save(part: Path) -> None:
         try:
-            save_file(dict(tensors), part)
+            save_file(dict(tensors), part, None if notes is None else dict(notes))
         except SafetensorError as e:
             raise OSError(f"{part}: {e}") from e
 

@@ -6,6 +6,7 @@ rows of rounds that evaluated.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -13,12 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedsim.best import best_row
 from fedsim.overrides import plain_errors
 from fedsim.sinks import METRICS_FILE, read_rows
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
+    from torch import nn
+
+MODEL_FILE, BEST_FILE = "model.safetensors", "model.best.safetensors"
+JUDGED_BY = ("test_accuracy", "distance", "test_loss")
+"""What a round is best by, the first that rows have, where `checkpoint.best` names nothing."""
+NO_MODULE = "the task of this run has no module"
 
 HEADLINES = (
     ("test_accuracy", "Test accuracy"),
@@ -53,6 +61,7 @@ class History:
         rows: one mapping per server step, in order; each has a `round`.
         config: the resolved configuration, nested; may be empty.
         path: the run's folder, if it has one.
+        models: {"model", "best_model": what makes it}, where that was trained by this process.
 
     >>> h = History([{"round": 1, "test_loss": 2.0}, {"round": 2}, {"round": 3, "test_loss": 1.5}])
     >>> h.last("test_loss")
@@ -64,6 +73,7 @@ class History:
     rows: list[dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    models: Mapping[str, Callable[[], nn.Module]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def load(cls, run_dir: str | Path) -> History:
@@ -105,6 +115,50 @@ class History:
             if row.get(key) is not None:
                 return row[key]
         raise KeyError(f"no row has '{key}'; there are {', '.join(self.keys()) or 'no rows'}")
+
+    @property
+    def best(self) -> Mapping[str, Any]:
+        """The row of the round that was best by `checkpoint.best`, else by the first of `JUDGED_BY` that rows have.
+
+        Raises:
+            ValueError: if no round was evaluated by it.
+        """
+        named = (self.config.get("checkpoint") or {}).get("best")
+        for metric in (named,) if named else JUDGED_BY:
+            if (row := best_row(self.rows, metric)) is not None:
+                return row
+        raise ValueError(
+            f"no row has {named or ' or '.join(JUDGED_BY)}; there are {', '.join(self.keys()) or 'no rows'}"
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The module with the final parameters, in evaluation mode; a new one each time.
+
+        Raises:
+            ValueError: if the task has none, or the run's folder can't tell which it was.
+        """
+        return self._trained("model", MODEL_FILE)
+
+    @property
+    def best_model(self) -> nn.Module:
+        """The module of the round in which `checkpoint.best` was best; see `model`.
+
+        Raises:
+            ValueError: if it was not kept; the others of `model`.
+        """
+        if not (self.config.get("checkpoint") or {}).get("best"):
+            raise ValueError("the best model was not kept; name a metric by checkpoint.best, such as test_accuracy")
+        return self._trained("best_model", BEST_FILE)
+
+    def _trained(self, which: str, file: str) -> nn.Module:
+        if which in self.models:
+            return self.models[which]()
+        from fedsim.tasks.models import stored_model
+
+        if self.path is None:
+            raise ValueError(NO_MODULE)
+        return stored_model(self.path / file, self.config.get("task") or {})
 
     def to_pandas(self) -> pandas.DataFrame:
         """A data frame of all rows, indexed by round; what a row lacks is NaN."""

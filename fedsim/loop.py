@@ -6,28 +6,27 @@ neither how clients are reached nor what the strategy's state is made of.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 import warnings
-from ast import literal_eval
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
 from fedsim import checkpoint
+from fedsim.best import Best, best_of
 from fedsim.config import ConfigError, place
 from fedsim.evaluation import Evaluate
 from fedsim.files import sync
 from fedsim.fleet import DrivenFleet
 from fedsim.metrics import check_names
+from fedsim.observers import observing
+from fedsim.signals import interruptible
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
 from fedsim.stop import Course, Stop
@@ -54,17 +53,23 @@ class Interrupted(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """When to save.
+    """When to save, and what is kept of it.
 
     Args:
         every: rounds between checkpoints; null saves only when interrupted and at the end.
+        keep: how many of the newest checkpoints are kept; null keeps all.
+        best: a metric of evaluated rounds (test_accuracy); the model of the round in which it is best is kept too.
     """
 
     every: int | None = 20
+    keep: int | None = 2
+    best: str | None = None
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"every must be at least 1 round or null, got {self.every}")
+        for name, unit in (("every", "round"), ("keep", "checkpoint")):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 {unit} or null, got {value}")
 
 
 @dataclass(kw_only=True)
@@ -96,37 +101,12 @@ def train(
     folder: Path | None = None,
     resume: bool = False,
     watch: Watch = lambda row: None,
-    started: Callable[[], None] = lambda: None,
 ) -> tuple[Any, list[dict[str, Any]], str]:
-    """Run an experiment.
-
-    Args:
-        experiment: what to run.
-        sinks: where rows go, opened and closed here; they need a folder.
-        folder: the run's folder, for checkpoints; None keeps nothing.
-        resume: go on from the newest sound checkpoint in `folder`, as far as the rows of its metrics.jsonl reach.
-        watch: called with every row, for a progress line.
-        started: called once when nothing can be refused any more, before anything is written.
-
-    Returns:
-        (final state, rows of this call, why it ended).
-
-    Raises:
-        Diverged: if the model is not finite; the rows so far are written.
-        ClientError, ServerError: if a half of the strategy raised.
-        ConfigError: if the strategy found that its settings don't fit, or a checkpoint can't be read or written.
-        Interrupted: after Ctrl-C or SIGTERM, once the running round is finished and saved.
-    """
-    with _threads(experiment.threads), ExitStack() as stack:
-        run = _Run(experiment, folder)
-        if resume:
-            run.restore()
-        started()
-        for sink in sinks:
-            assert folder is not None, "sinks write to a folder"
-            stack.callback(sink.close)
-            sink.open(folder, experiment.config, run.round if resume else None)
-        return _rounds(run, sinks, watch)
+    """Run an experiment to its end: (final state, rows of this call, why it ended); see `Run`."""
+    with Run(experiment, sinks=sinks, folder=folder, resume=resume, watch=watch) as run:
+        rows = list(run.rounds())
+    assert run.ended is not None
+    return run.state, rows, run.ended
 
 
 @contextmanager
@@ -154,43 +134,129 @@ def _named(strategy: Strategy, half: str, when: str) -> Iterator[None]:
         raise ServerError(f"{name}.{half} failed in {when}: {type(e).__name__}: {e}") from e
 
 
-def _rounds(run: _Run, sinks: Sequence[Sink], watch: Watch) -> tuple[Any, list[dict[str, Any]], str]:
-    experiment = run.experiment
-    rows: list[dict[str, Any]] = []
-    with _interruptible() as asked:
-        while run.round < experiment.rounds and not run.course.ended:
-            row = run.step()
-            rows.append(row)
-            for sink in sinks:
-                sink.write(row)
-            watch(row)
-            if not experiment.allow_divergence:
-                run.check_finite(row)
-            reason = run.course.ended
-            every = experiment.checkpoint.every
-            if asked or reason or run.round == experiment.rounds or (every and run.round % every == 0):
-                run.save()
-            if asked and not reason and run.round < experiment.rounds:
-                raise Interrupted(run.round, asked[0])
-    if not experiment.allow_divergence and (what := run.course.exploded()):
-        warnings.warn(what, stacklevel=2)
-    return run.state, rows, run.course.ended or f"all {experiment.rounds} rounds done"
+class Run:
+    """A run in progress, one round after the other; a context that closes its sinks.
 
+    Args:
+        experiment: what to run.
+        sinks: where rows go, opened here; they need a folder.
+        folder: the run's folder, for checkpoints; None keeps nothing.
+        resume: go on from the newest sound checkpoint in `folder`, as far as the rows of its metrics.jsonl reach.
+        watch: called with every row, for a progress line.
+        callbacks: called after every round, before its row is written; a text ends the run and says why.
+        started: called once when nothing can be refused any more, before anything is written.
 
-class _Run:
-    """A run in progress."""
+    Attributes:
+        state: the strategy's; its field `x` is the server's model.
+        round: how many are done.
+        last: the row of the last one.
+        ended: why no round is left, None while there is one.
+        best: where `checkpoint.best` was best so far.
+        saved: the round of the last checkpoint, None before there is one.
 
-    def __init__(self, experiment: Experiment, folder: Path | None) -> None:
-        self.experiment = experiment
+    Raises:
+        ConfigError: if the strategy found that its settings don't fit, or a checkpoint can't be read or written.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        *,
+        sinks: Sequence[Sink] = (),
+        folder: Path | None = None,
+        resume: bool = False,
+        watch: Watch = lambda row: None,
+        callbacks: Sequence[Callable[[], str | None]] = (),
+        started: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.experiment, self.sinks, self.watch, self.callbacks = experiment, sinks, watch, callbacks
         self.folder = folder / "checkpoints" if folder else None
-        with _named(experiment.strategy, "init", "the start"):
+        with _threads(experiment.threads), _named(experiment.strategy, "init", "the start"):
             self.state = begin(experiment.strategy, experiment.task.init(experiment.seed).to(experiment.device))
         self.round = 0
         self.course = Course(experiment.stop)
+        self.last: dict[str, Any] = {}
+        self.best: Best | None = None
+        self.saved: int | None = None
         self._started = time.perf_counter()  # less the seconds of the calls that this one goes on from
+        if resume:
+            self.restore()
+        self.ended = self.course.ended or self._all_done()
+        started()
+        with ExitStack() as stack:
+            for sink in sinks:
+                assert folder is not None, "sinks write to a folder"
+                stack.callback(sink.close)
+                with observing(f"sink {type(sink).__name__}", sink, "when it was opened"):
+                    sink.open(folder, experiment.config, self.round if resume else None)
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def rounds(self) -> Generator[dict[str, Any]]:
+        """The rounds that are left; their rows.
+
+        Raises:
+            Diverged, ClientError, ServerError, ConfigError: see `step`.
+            Interrupted: after Ctrl-C or SIGTERM, once the running round is finished and saved.
+        """
+        with interruptible() as asked:
+            while self.ended is None:
+                yield self.step()
+                if asked and self.ended is None:
+                    if self.saved != self.round:
+                        self.save()
+                    raise Interrupted(self.round, asked[0])
 
     def step(self) -> dict[str, Any]:
-        """One round, and its row."""
+        """One round, and its row, which is written to the sinks; what is due is saved.
+
+        Raises:
+            ValueError: if no round is left.
+            Diverged: if the model is not finite; the rows so far are written.
+            ClientError, ServerError: if a half of the strategy raised.
+            ConfigError: if the strategy found that its settings don't fit, or a checkpoint can't be written.
+        """
+        e = self.experiment
+        if self.ended is not None:
+            raise ValueError(f"round {self.round + 1}: the run has ended, {self.ended}")
+        with _threads(e.threads):
+            row = self._round()
+            if due := self.round % e.evaluate.every == 0 or self.round == e.rounds:
+                row |= self.evaluation()
+            said = [self.course.take(row), *(callback() for callback in self.callbacks)]
+            reason = next(filter(None, said), None)
+            if reason and not due:
+                row |= self.evaluation()  # the last round of a run is evaluated whatever ends it
+            elif due:
+                self.course.check_known()
+        for sink in self.sinks:
+            with observing(f"sink {type(sink).__name__}", sink, f"in round {self.round}"):
+                sink.write(row)
+        self.watch(row)
+        if not e.allow_divergence:
+            self.check_finite(row)
+        self.ended = reason or self._all_done()
+        if self.ended and not e.allow_divergence and (what := self.course.exploded()):
+            warnings.warn(what, stacklevel=2)
+        if e.checkpoint.best and (due or reason):
+            self.best = best_of(self.best, e.checkpoint.best, row, self.state.x)
+        every = e.checkpoint.every
+        asked = self.saved == self.round  # by a callback, before the row was written
+        if self.ended or asked or (every and self.round % every == 0):
+            self.save()
+        return row
+
+    def _all_done(self) -> str | None:
+        rounds = self.experiment.rounds
+        return f"all {rounds} rounds done" if self.round >= rounds else None
+
+    def _round(self) -> dict[str, Any]:
+        """The round itself, and its row without an evaluation."""
         e, fleet = self.experiment, self.experiment.fleet
         rng = server_rng(e.seed, "server", self.round)
         self.state, own = self._server_half(rng)
@@ -205,13 +271,7 @@ class _Run:
             **fleet.end_round().values(),
             **own,
         }
-        evaluates = self.round % e.evaluate.every == 0 or self.round == e.rounds
-        if evaluates:
-            row |= self.evaluation()
-        if self.course.take(row) and not evaluates:
-            row |= self.evaluation()  # the last round of a run is evaluated whatever ends it
-        elif evaluates:
-            self.course.check_known()
+        self.last = row
         return row
 
     def _server_half(self, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
@@ -244,9 +304,11 @@ class _Run:
             "wall_seconds": time.perf_counter() - self._started,
             "strategy": self.state,
             "fleet": self.experiment.fleet.state(),
-            "config": fingerprint(self.experiment.config),
+            "config": checkpoint.fingerprint(self.experiment.config),
+            "best": self.best,
         }
-        checkpoint.save(self.folder, self.round, parts)
+        checkpoint.save(self.folder, self.round, parts, self.experiment.checkpoint.keep)
+        self.saved = self.round
 
     def restore(self) -> None:
         """Go on from the newest sound checkpoint whose rows are all there; from the start if none was ever made."""
@@ -273,10 +335,11 @@ class _Run:
             ConfigError: if it belongs to another run than this one.
         """
         e, path = self.experiment, found.path
-        _check_same(path, fingerprint(e.config), found.take("config"))
+        checkpoint.check_same(path, e.config, found.take("config"))
         saved = found.take("strategy", checkpoint.classes_of(self.state), e.device)
         fleet = found.take("fleet", e.fleet.state_classes, e.device)
         round, before = found.take("round"), found.take("wall_seconds")
+        best = found.take("best", {"Best": Best}, e.device)
         layout = e.task.layout
         wrong = checkpoint.misfit(saved, self.state, (layout.size, layout.num_trainable))
         if wrong is None and round > len(rows):
@@ -289,49 +352,7 @@ class _Run:
                 "or start anew in another folder"
             )
         e.fleet.load(fleet)
-        self.state, self.round, self.course = saved, round, Course(e.stop, rows[:round])
+        self.state, self.round, self.saved, self.course = saved, round, round, Course(e.stop, rows[:round])
+        self.last = dict(rows[round - 1]) if round else {}
+        self.best = best if best is not None and best.metric == e.checkpoint.best else None
         self._started -= before
-
-
-def _check_same(path: Path, here: Mapping[str, str], there: Mapping[str, str]) -> None:
-    """Refuse the checkpoint of another config."""
-    changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
-    if changed:
-        verb = "differs" if len(changed) == 1 else "differ"
-        chosen = " ".join(f"{k}={literal_eval(there[k])}" for k in changed if k.startswith("runtime.") and k in there)
-        same = f"overrides (where `auto` chose: {chosen})" if chosen else "overrides"
-        raise ConfigError(
-            f"{path}: belongs to another config ({', '.join(changed)} {verb}); resume with the same file and {same}, "
-            "or start anew in another folder"
-        )
-
-
-FREE_TO_CHANGE = ("rounds", "stop", "log", "checkpoint", "versions", "allow_divergence")
-"""Sections that may differ on resume: they change how long a run is or what is kept of it, not its numbers."""
-
-
-def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
-    """One text per section, to compare the config of a checkpoint with today's."""
-    out = {k: repr(v) for k, v in config.items() if k not in (*FREE_TO_CHANGE, "runtime")}
-    runtime = config.get("runtime", {})
-    bits = ("engine", "stack", "stacks", "native", "precision", "threads", "device")
-    return out | {f"runtime.{k}": repr(runtime[k]) for k in bits if k in runtime}
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Signals that asked to stop after this round: Ctrl-C and SIGTERM. A second Ctrl-C stops at once."""
-    asked: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

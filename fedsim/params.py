@@ -235,3 +235,24 @@ def on_device(module: nn.Module, device: torch.device | str) -> nn.Module:
     """`program_of` a module, on a device; one that lies elsewhere keeps its own parameters there."""
     elsewhere = any(p.device != torch.device(device) for p in module.parameters())
     return copy.deepcopy(module).to(device) if elsewhere else program_of(module).to(device)
+
+
+def trained(module: nn.Module, x: Tensor) -> nn.Module:
+    """A copy of a module with the parameters and buffers of a flat vector x [P], in evaluation mode."""
+    return filled(copy.deepcopy(module), Layout.of_module(module).state_dict(x.cpu(), module))
+
+
+def filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module with these values of its parameters and buffers, in evaluation mode.
+
+    Raises:
+        ValueError: if they are those of another module.
+    """
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    wrong = sorted(k for k in {*own, *tensors} if k not in own or k not in tensors or own[k].shape != tensors[k].shape)
+    if wrong:
+        raise ValueError(f"the tensors are not those of {type(module).__name__}: {', '.join(wrong[:4])} don't fit")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
+    return module.eval()

@@ -1,44 +1,48 @@
-"""Run folders: what a run leaves behind, and running an experiment into one.
-
-A folder holds config.yaml (resolved, with versions), env.json, metrics.jsonl, summary.json, model.safetensors,
-clients.jsonl, split.npz, checkpoints/ and report.html.
-"""
+"""Running an experiment: whole (`run`), or round by round (`simulate`), into a folder or not."""
 
 from __future__ import annotations
 
-import io
-import json
-import platform
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-import torch
+from torch import nn
 
 from fedsim.compose import Composition, compose, shared_fields
+from fedsim.compose.objects import with_objects
 from fedsim.config import ConfigError
-from fedsim.files import held, write_tensors, write_whole
+from fedsim.files import held
 from fedsim.fleet import DrivenFleet
-from fedsim.history import History
-from fedsim.loop import Experiment, Watch, train
+from fedsim.history import NO_MODULE, History
+from fedsim.loop import Run, Watch
+from fedsim.observers import observing
 from fedsim.overrides import apply_overrides, read_file
-from fedsim.params import Layout
+from fedsim.params import trained
+from fedsim.results import write_best, write_inputs, write_results
 from fedsim.sim.torchrun import follows
-from fedsim.sinks import METRICS_FILE, encode_row
+from fedsim.sinks import METRICS_FILE
 
-PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
-MAX_CLIENTS_LISTED = 100_000
 CHOSEN_ONCE = ("engine", "native", "stack", "stacks")  # by `auto`, when a run begins
+BY_HAND = "left before its end"  # why a run that was stepped through is over
+
+Callback = Callable[["Simulation"], str | None]
+Started = Callable[[Composition, Path | None], None]
 
 
 def run(
-    config: str | Path | Mapping[str, Any], *, out: str | Path | None = None, resume: bool = False, **overrides: Any
+    config: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    model: Any = None,
+    data: Any = None,
+    strategy: Any = None,
+    callbacks: Sequence[Callback] = (),
+    **overrides: Any,
 ) -> History:
     """Run an experiment and return its history.
 
@@ -46,17 +50,46 @@ def run(
         config: a file, or its content as nested mappings.
         out: folder to write to; None writes nothing.
         resume: go on from the newest checkpoint in `out`.
+        model: a module, whose parameters are where training starts, or a function or class that makes one, called
+            with those of `input_shape`, `num_classes` and the fields of `task.model` that it has parameters for.
+        data: a `Dataset`, a `FederatedData`, arrays (x, y), (x, y, clients) or (x, y, x_test, y_test), or a function
+            that returns one of these; a mapping is the section `data` of the file.
+        strategy: a strategy, or a class (or `functools.partial` of one) whose fields the section `strategy` sets; a
+            name or a mapping is that section.
+        callbacks: called after every round with the simulation; a text that one returns ends the run and says why.
         overrides: top-level keys (`rounds=5`), or dotted ones as `**{"local.optimizer.lr": 0.1}`.
 
     Raises:
         ConfigError: for a mistake in the file or the data.
         fedsim.loop.Diverged: if the model is not finite any more.
+        fedsim.observers.ObserverError: if a callback raised.
     """
+    given = {"model": model, "data": data, "strategy": strategy}
+    with simulate(config, out=out, resume=resume, callbacks=callbacks, **given, **overrides) as simulation:
+        return simulation.finish()
+
+
+def simulate(
+    config: str | Path | Mapping[str, Any],
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    model: Any = None,
+    data: Any = None,
+    strategy: Any = None,
+    callbacks: Sequence[Callback] = (),
+    **overrides: Any,
+) -> Simulation:
+    """The same run, to step through by hand: ready, with no round done yet. Arguments and errors are those of `run`."""
     folder = None if out is None else Path(out)
     if resume and folder is None:
         raise ConfigError("resume=True needs out=, the folder of the run to go on with")
-    raw, source = load(config, overrides)
-    return execute(raw, source, folder, resume=resume)
+    given, plain = {"model": model, "data": data, "strategy": strategy}, dict(overrides)
+    for name, value in given.items():
+        if name != "model" and isinstance(value, str | Mapping):  # what a file says, and no object
+            plain[name], given[name] = value, None
+    raw, source = load(config, plain)
+    return Simulation(with_objects(raw, source, **given), source, folder, resume=resume, callbacks=callbacks)
 
 
 def load(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -66,66 +99,233 @@ def load(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -
     return read_file(config, overrides, shared_fields), str(config)
 
 
-def execute(
-    raw: Mapping[str, Any],
-    source: str,
-    folder: Path | None,
-    *,
-    numbered: bool = False,
-    resume: bool = False,
-    watch: Watch = lambda row: None,
-    started: Callable[[Composition, Path], None] = lambda composition, folder: None,
-    fleet: Callable[[Composition], DrivenFleet] | None = None,
-) -> History:
-    """Compose and run; with a folder, leave everything a run leaves.
-
-    Args:
-        raw: the file's content after overrides.
-        source: the file's name, for messages.
-        folder: the run's folder, or None.
-        numbered: take the first free of `folder`-001, `folder`-002, ... instead.
-        resume: go on from the folder's newest checkpoint.
-        watch: called with every row.
-        started: called with the composition and the folder just before the first round.
-        fleet: makes the fleet to run on from the composition, before anything is written; None keeps the simulated one.
+def execute(raw: Mapping[str, Any], source: str, folder: Path | None, **options: Any) -> History:
+    """Compose and run to the end; see `Simulation`.
 
     Returns:
         The rows; none on a rank of a torchrun but the first, which alone writes and prints.
     """
-    if resume and folder is not None:
-        raw = as_it_began(raw, source, folder)
-    if follows():
-        folder = None
-    if folder is not None and not numbered:
-        check_folder(folder, resume)
-    composition = compose(raw, source)
-    try:
-        if composition.executor.serve():
-            return History([], dict(composition.resolved), None)
-        if fleet is not None:
-            composition.experiment.fleet = fleet(composition)
+    with Simulation(raw, source, folder, **options) as simulation:
+        return simulation.finish()
+
+
+class Simulation:
+    """A run in progress, made by `fedsim.simulate`: a context that stops its workers and completes its folder.
+
+        with fedsim.simulate("configs/quickstart.yaml", rounds=20) as simulation:
+            for metrics in simulation.rounds():
+                print(metrics["round"], metrics["train_loss"])
+
+    Args:
+        raw: the file's content after overrides; objects stand in it as `fedsim.compose.objects` puts them.
+        source: the file's name, for messages.
+        folder: the run's folder, or None.
+        numbered: take the first free of `folder`-001, `folder`-002, ... instead.
+        resume: go on from the folder's newest checkpoint.
+        callbacks: see `run`.
+        watch: called with every row.
+        started: called with the composition and the folder just before the first round.
+        fleet: makes the fleet to run on from the composition, before anything is written; None keeps the simulated one.
+    """
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        source: str,
+        folder: Path | None,
+        *,
+        numbered: bool = False,
+        resume: bool = False,
+        callbacks: Sequence[Callback] = (),
+        watch: Watch = lambda row: None,
+        started: Started = lambda composition, folder: None,
+        fleet: Callable[[Composition], DrivenFleet] | None = None,
+    ) -> None:
+        if resume and folder is not None:
+            raw = as_it_began(raw, folder)
+        if follows():
+            folder, fleet = None, None
+        if folder is not None and not numbered:
+            check_folder(folder, resume)
+        self._rows: list[dict[str, Any]] = []  # without a folder, which holds them otherwise
+        with ExitStack() as stack:
+            self._made = made = compose(raw, source)
+            stack.callback(made.close)
+            if fleet is not None:
+                made.experiment.fleet = fleet(made)
+            self._folder = folder
+            with self._writing():
+                if folder is not None:
+                    self._folder = stack.enter_context(_claimed(folder, numbered))
+                    check_folder(self._folder, resume)  # again, now that nobody else writes there
+                self._run = stack.enter_context(self._begin(resume, callbacks, watch, started))
+                if self._folder is not None and self._run.best is not None:
+                    write_best(self._folder, made, self._run.best)  # that of the checkpoint
+            self._stack: ExitStack | None = stack.pop_all()
+
+    def _begin(self, resume: bool, callbacks: Sequence[Callback], watch: Watch, started: Started) -> Run:
+        made, folder = self._made, self._folder
+        if folder is not None and made.resolved["runtime"]["memory"] == "disk":
+            made.memory.folder = folder / "memory"
+
+        def start() -> None:
+            if folder is not None:
+                write_inputs(folder, made)
+            started(made, folder)
+
+        return Run(
+            made.experiment,
+            sinks=() if folder is None else made.sinks,
+            folder=folder,
+            resume=resume and folder is not None,  # of the ranks of a torchrun only the first has it
+            watch=watch,
+            callbacks=[partial(self._told, callback) for callback in callbacks],
+            started=start,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._close(complete=kind is None)
+
+    @property
+    def state(self) -> Any:
+        """The strategy's state; its field `x` is the server's model as one vector [P]."""
+        return self._run.state
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The row of the last round."""
+        return self._run.last
+
+    @property
+    def round(self) -> int:
+        """How many rounds are done."""
+        return self._run.round
+
+    @property
+    def ended(self) -> str | None:
+        """Why no round is left; None while there is one."""
+        return self._run.ended
+
+    @property
+    def model(self) -> nn.Module:
+        """A copy of the module with the server's present parameters, in evaluation mode.
+
+        Raises:
+            ValueError: if the task has no module.
+        """
+        if self._made.module is None:
+            raise ValueError(f"{NO_MODULE}; simulation.state.x holds the server's vector")
+        return trained(self._made.module, self.state.x)
+
+    @property
+    def history(self) -> History:
+        """The rows so far, with their models."""
+        run, folder, module = self._run, self._folder, self._made.module
+        models = {}
+        if module is not None:
+            models["model"] = partial(trained, module, run.state.x)
+        if module is not None and run.best is not None:
+            models["best_model"] = partial(trained, module, run.best.x)
         if folder is None:
-            _, rows, _ = train(composition.experiment, watch=watch)
-            return History(rows, dict(composition.resolved), None)
+            return History(list(self._rows), dict(self._made.resolved), None, models)
+        return replace(History.load(folder), models=models)
+
+    def rounds(self) -> Generator[dict[str, Any]]:
+        """Play the rounds that are left, each when its row is asked for.
+
+        Raises:
+            ConfigError, Diverged, ClientError, ServerError, ObserverError: see `run` and `fedsim.loop.Run.step`.
+            Interrupted: after Ctrl-C or SIGTERM, once the running round is finished and saved.
+        """
+        if self._made.executor.serve():
+            return
+        rounds = self._run.rounds()
         try:
-            with _claimed(folder, numbered) as folder:
-                check_folder(folder, resume)  # again, now that nobody else writes there
-                return _into(composition, folder, resume, watch, started)
+            while True:
+                with self._writing():
+                    if (row := next(rounds, None)) is None:
+                        return
+                    self._note(row)
+                yield row
+        finally:
+            rounds.close()
+
+    def step(self) -> dict[str, Any]:
+        """Play one round; its row.
+
+        Raises:
+            ValueError: if no round is left; for the others see `rounds`.
+        """
+        with self._writing():
+            row = self._run.step()
+            self._note(row)
+        return row
+
+    def finish(self) -> History:
+        """Play the rounds that are left and close; what the run was."""
+        for _ in self.rounds():
+            pass
+        self.close()
+        return self.history
+
+    def save(self) -> None:
+        """Save a checkpoint now, from which `resume=True` goes on; nothing without a folder."""
+        with self._writing():
+            self._run.save()
+
+    def close(self) -> None:
+        """Complete the folder with a checkpoint, the model, the summary and the report, and stop the workers."""
+        self._close(complete=True)
+
+    def _close(self, complete: bool) -> None:
+        stack, self._stack = self._stack, None
+        if stack is None:
+            return
+        with self._writing(), stack:
+            folder, run = self._folder, self._run
+            if complete and folder is not None and run.round:
+                if run.saved != run.round:
+                    run.save()
+                write_results(folder, self._made, run.state.x, History.load(folder), run.ended or BY_HAND)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        """What is kept of a round beside its row in the folder."""
+        if self._folder is None:
+            self._rows.append(row)
+        elif (best := self._run.best) is not None and best.round == row["round"]:
+            write_best(self._folder, self._made, best)
+
+    def _told(self, callback: Callback) -> str | None:
+        """What a callback says to the last round."""
+        name = getattr(callback, "__qualname__", type(callback).__name__)
+        with observing(f"callback {name}", callback, f"in round {self.round}"):
+            said = callback(self)
+            if said is not None and not isinstance(said, str):
+                raise TypeError(f"it returned {said!r}; return None, or why the run is to end, as text")
+        return said
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A disk that is full or gone, in one line."""
+        try:
+            yield
         except OSError as e:
-            way_out = "then add --resume to go on" if holds_run(folder) else "or choose another --out"
-            raise ConfigError(f"{folder}: can't write here: {e}; make room, {way_out}") from e
-    finally:
-        composition.close()
+            if self._folder is None:
+                raise
+            way_out = "then add --resume to go on" if holds_run(self._folder) else "or choose another --out"
+            raise ConfigError(f"{self._folder}: can't write here: {e}; make room, {way_out}") from e
 
 
-def as_it_began(raw: Mapping[str, Any], source: str, folder: Path) -> dict[str, Any]:
+def as_it_began(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A file to resume by: what it leaves to `auto` and fixes the bits is as the folder's run has it.
 
     So a run goes on to the same bits with more or fewer workers, for which `auto` might choose otherwise.
 
     Args:
         raw: the file's content after overrides.
-        source: the file's name, for messages.
         folder: of the run.
 
     Raises:
@@ -134,7 +334,7 @@ def as_it_began(raw: Mapping[str, Any], source: str, folder: Path) -> dict[str, 
     path, said = folder / "config.yaml", raw.get("runtime") or {}
     began = read_file(path).get("runtime", {}) if path.exists() and isinstance(said, Mapping) else {}
     kept = {k: v for k, v in began.items() if k in CHOSEN_ONCE and "auto" == said.get(k, "auto") != v}
-    return apply_overrides(raw, {f"runtime.{k}": v for k, v in kept.items()}, source)
+    return {**raw, "runtime": {**said, **kept}} if kept else dict(raw)
 
 
 def holds_run(folder: Path) -> bool:
@@ -180,129 +380,3 @@ def _claimed(folder: Path, numbered: bool) -> Iterator[Path]:
                 raise
     with held(mine):
         yield mine
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
-    out = {"fedsim": _version("fedsim-stacks"), "python": platform.python_version()}
-    return out | {name: _version(name) for name in PACKAGES}
-
-
-@cache
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _into(
-    composition: Composition, folder: Path, resume: bool, watch: Watch, started: Callable[[Composition, Path], None]
-) -> History:
-    """Run into a folder."""
-    if composition.resolved["runtime"]["memory"] == "disk":
-        composition.memory.folder = folder / "memory"
-
-    def start() -> None:
-        _write_inputs(folder, composition)
-        started(composition, folder)
-
-    state, _, why = train(
-        composition.experiment, sinks=composition.sinks, folder=folder, resume=resume, watch=watch, started=start
-    )
-    history = History.load(folder)
-    _write_results(folder, composition, state, history, why)
-    from fedsim.report import write_report
-
-    try:
-        write_report(folder)
-    except Exception as e:
-        warnings.warn(
-            f"{folder}: the run is complete, but not its report ({type(e).__name__}: {e}); `fedsim report {folder}` "
-            "writes it again",
-            stacklevel=2,
-        )
-    return history
-
-
-def _write_inputs(folder: Path, composition: Composition) -> None:
-    """What is known before the first round; a resume adds what is missing, and what it may change of the config."""
-    write_config(folder / "config.yaml", {**composition.resolved, "versions": versions()})
-    if not (folder / "env.json").exists():
-        _write_environment(folder, composition.experiment.device)
-    if not (folder / "split.npz").exists():
-        _write_split(folder, composition)
-
-
-def write_config(path: Path, resolved: Mapping[str, Any]) -> None:
-    """The resolved configuration as YAML; running it again gives the same metrics."""
-    from omegaconf import OmegaConf
-
-    write_whole(path, OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
-
-
-def _write_environment(folder: Path, device: torch.device) -> None:
-    info = {
-        **versions(),
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-    write_whole(folder / "env.json", json.dumps(info, indent=2) + "\n")
-
-
-def _write_split(folder: Path, composition: Composition) -> None:
-    """Which client has how many samples of each class, for the report's picture."""
-    data = composition.data
-    if data is None or data.num_clients > MAX_CLIENTS_LISTED or data.num_classes > 1000:
-        return
-    names = [str(k) for k in range(data.num_classes)] if data.class_names is None else list(data.class_names)
-    content = io.BytesIO()
-    np.savez_compressed(content, counts=data.class_counts().cpu().numpy(), class_names=np.array(names))
-    write_whole(folder / "split.npz", content.getvalue())
-
-
-def _write_results(folder: Path, composition: Composition, state: Any, history: History, why: str) -> None:
-    """What is known after the last round; the summary comes last and tells that all is there."""
-    experiment = composition.experiment
-    if composition.module is not None:
-        tensors = Layout.of_module(composition.module).state_dict(state.x.cpu(), composition.module)
-    else:
-        tensors = {k: v.contiguous() for k, v in experiment.task.layout.views(state.x.cpu()).items()}
-    write_tensors(folder / "model.safetensors", tensors)
-    _write_timeline(folder, experiment.fleet)
-    if experiment.evaluate.per_client and composition.data is not None:
-        _write_clients(folder, experiment, state.x)
-    final = {key: history.last(key) for key in history.keys()}
-    summary = {"rounds": history.rows[-1]["round"], "ended": why, "final": json.loads(encode_row(final))}
-    best = [row["test_accuracy"] for row in history.rows if row.get("test_accuracy") is not None]
-    if best:
-        summary["best_test_accuracy"] = max(best)
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def _write_timeline(folder: Path, fleet: DrivenFleet) -> None:
-    """Who worked when and which server step took the reply, for the first jobs of an asynchronous run."""
-    if fleet.timeline:
-        keys = ("client", "start", "finish", "round")
-        lines = [json.dumps(dict(zip(keys, job, strict=True))) for job in fleet.timeline]
-        write_whole(folder / "timeline.jsonl", "\n".join(lines) + "\n")
-
-
-def _write_clients(folder: Path, experiment: Experiment, x: torch.Tensor) -> None:
-    """How the final model does on every client's own data, and clients' own models on what they hold out."""
-    task = experiment.task
-    if len(task.num_examples) > MAX_CLIENTS_LISTED:
-        return
-    values = dict(task.evaluate_clients(x, experiment.pool))
-    if task.holds_out:
-        own = experiment.evaluate.own_scores(experiment.strategy, experiment.fleet, x)
-        values |= {"held_out": own.pop("examples").long(), **own}
-    counts = task.num_examples.tolist()
-    columns = {k: v.tolist() for k, v in values.items()}
-    lines = [
-        encode_row({"client": i, "num_examples": n, **{k: v[i] for k, v in columns.items()}})
-        for i, n in enumerate(counts)
-        if n > 0
-    ]
-    write_whole(folder / "clients.jsonl", "\n".join(lines) + "\n")

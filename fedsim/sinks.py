@@ -1,4 +1,4 @@
-"""Where the rows of a run go: JSON lines always, and TensorBoard, W&B, MLflow or trackio when asked.
+"""Where the rows of a run go: JSON lines always, and TensorBoard, W&B, MLflow, trackio or the user's own when asked.
 
 A row is one server step: {"round": 3, "test_accuracy": 0.71, ...}. `metrics.jsonl` is the record that everything
 else (resume, History, the report) reads; the others are mirrors for their own viewers. A resumed run computes
@@ -12,18 +12,19 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
-from fedsim.config import did_you_mean
 from fedsim.files import write_whole
 
 METRICS_FILE = "metrics.jsonl"
 PROJECT = "fedsim"  # what the viewers file runs under
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Takes the rows of one run, in order."""
 
@@ -117,26 +118,57 @@ class _Logging:
             self._run = None
 
 
+@dataclass(kw_only=True)
 class WandB(_Logging):
-    """Weights & Biases; offline, in the run's folder, unless WANDB_MODE says online (extra: wandb)."""
+    """Weights & Biases; offline, in the run's folder, unless told otherwise (extra: wandb).
+
+    Args:
+        project: that the run belongs to.
+        entity: whose project; the user's own if left out.
+        group: of runs that belong together, such as the seeds of one setting.
+        name: of the run; its folder's if left out.
+        tags: to find it by.
+        mode: offline (sent later by `wandb sync`), online or disabled; if left out what WANDB_MODE says, else offline.
+    """
+
+    project: str = PROJECT
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        _package("wandb")
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. W&B drops rows of steps it has seen; a resumed run repeats them to the same bits."""
-        self._run = _package(
-            "wandb"
-        ).init(
-            project=PROJECT,
-            name=run_dir.resolve().name,
+        self._run = _package("wandb").init(
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            name=self.name or run_dir.resolve().name,
+            tags=list(self.tags),
             dir=str(run_dir),
             config=dict(config),
-            mode=os.environ.get("WANDB_MODE") or "offline",  # sent later by `wandb sync`
+            mode=self.mode or os.environ.get("WANDB_MODE") or "offline",
             id=_known_as(run_dir / "wandb_run_id", resume_at, lambda: uuid.uuid4().hex[:8]),
             resume="allow",
         )
 
 
+@dataclass(kw_only=True)
 class Trackio(_Logging):
-    """trackio: runs in a local database, shown by `trackio show` (extra: trackio)."""
+    """trackio: runs in a local database, shown by `trackio show` (extra: trackio).
+
+    Args:
+        project: that the run belongs to.
+    """
+
+    project: str = PROJECT
+
+    def __post_init__(self) -> None:
+        _package("trackio")
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. Runs go by name; on resume the rows are added to the run of that name."""
@@ -144,24 +176,38 @@ class Trackio(_Logging):
         new = f"{run_dir.resolve().name}-{uuid.uuid4().hex[:8]}"
         name = _known_as(run_dir / "trackio_run_name", resume_at, lambda: new)
         self._run = _package("trackio").init(
-            project=PROJECT, name=name, config=dict(config), resume=resume, embed=False
+            project=self.project, name=name, config=dict(config), resume=resume, embed=False
         )
 
 
+@dataclass(kw_only=True)
 class MLflow:
-    """MLflow: parameters and metrics of a run, sent to where MLFLOW_TRACKING_URI says (extra: mlflow)."""
+    """MLflow: parameters and metrics of a run, sent to where MLFLOW_TRACKING_URI says (extra: mlflow).
 
-    _client: Any = None
-    _run_id = ""
+    Args:
+        experiment: that the run belongs to, by name; made if there is none.
+        name: of the run; its folder's if left out.
+        tags: of the run.
+    """
+
+    experiment: str = PROJECT
+    name: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    _client: Any = field(default=None, init=False, repr=False)
+    _run_id: str = field(default="", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _package("mlflow")
 
     def open(self, run_dir: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         """See `Sink.open`. A resumed run writes on into the same MLflow run; repeated steps have equal values."""
         self._client = client = _package("mlflow").MlflowClient()
 
         def begin() -> str:
-            found = client.get_experiment_by_name(PROJECT)
-            experiment = found.experiment_id if found else client.create_experiment(PROJECT)
-            run_id = str(client.create_run(experiment, run_name=run_dir.resolve().name).info.run_id)
+            found = client.get_experiment_by_name(self.experiment)
+            experiment = found.experiment_id if found else client.create_experiment(self.experiment)
+            named = self.name or run_dir.resolve().name
+            run_id = str(client.create_run(experiment, tags=dict(self.tags), run_name=named).info.run_id)
             for key, value in flat(config):
                 client.log_param(run_id, key, str(value)[:500])  # MLflow's oldest limit on a value
             return run_id
@@ -190,23 +236,20 @@ SINKS: dict[str, type[Sink]] = {
 }
 
 
-EXTRAS = ("wandb", "mlflow", "trackio")
-"""Sinks whose package is an extra of the same name."""
-
-
-def make_sinks(names: list[str]) -> list[Sink]:
-    """Sinks by name, with their defaults; JSON lines are always among them, first.
+def as_sink(made: object, name: str) -> Sink:
+    """What an entry of `log.sinks` gave, if it is a sink.
 
     Raises:
-        ValueError: for a name that is not in `SINKS`, or whose package is not installed: better here than when the
-            run has a folder.
+        ValueError: if it is something else.
     """
-    for name in names:
-        if name not in SINKS:
-            raise ValueError(f"unknown sink {name!r}{did_you_mean(name, SINKS)}")
-        if name in EXTRAS:
-            _package(name)
-    return [SINKS[name]() for name in dict.fromkeys(["jsonl", *names])]
+    if not isinstance(made, Sink):
+        raise ValueError(f"{name} gave a {type(made).__name__}, not a sink; it needs methods open, write and close")
+    return made
+
+
+def json_lines_first(sinks: Sequence[Sink]) -> list[Sink]:
+    """The sinks of a run: JSON lines are always among them, first."""
+    return [JsonLines(), *(sink for sink in sinks if not isinstance(sink, JsonLines))]
 
 
 def encode_row(row: Mapping[str, Any]) -> str:

@@ -10,9 +10,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torch import nn
-from torch.nn.parameter import is_lazy
-
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
 from fedsim.compose.problems import TASKS
@@ -28,11 +25,12 @@ from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
 from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
+from fedsim.sinks import SINKS, as_sink
 from fedsim.stop import Patience, Stop
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
 from fedsim.strategy import Strategy
-from fedsim.tasks.models import MODELS
+from fedsim.tasks.models import MODELS, as_module
 
 Table = Mapping[str, Callable[..., Any]]
 Check = Callable[[Any, str], Any]
@@ -115,16 +113,15 @@ def _stop(value: Any, key: str, kinds: Kinds) -> Call:
     return Call(Stop, arguments, {**bounds, **nested}, key)
 
 
-def _as_module(made: Any, name: str) -> nn.Module:
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{name} gave a {type(made).__name__}, not a torch.nn.Module")
-    for path, module in made.named_modules():
-        if any(is_lazy(p) for p in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-            raise ValueError(
-                f"{path or name} is a {type(module).__name__}, whose size is not known before it sees data; use the "
-                "layer that says its size (its factory is given input_shape and num_classes)"
-            )
-    return made
+def _sinks(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
+    """A list of entries; each of the table's stands there once, for it has a place of its own in the run's folder."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{key}: expected a list such as [tensorboard, {{name: wandb, group: a}}], got {value!r}")
+    calls = tuple(decode_entry(SINKS, entry, f"{key}[{i}]", kinds, check=as_sink) for i, entry in enumerate(value))
+    for i, call in enumerate(calls):
+        if call.name in SINKS and call.name in [before.name for before in calls[:i]]:
+            raise ConfigError(f"{key}[{i}]: {call.name} stands there twice; leave one out")
+    return calls
 
 
 KINDS: Kinds = {
@@ -134,7 +131,7 @@ KINDS: Kinds = {
     "selection": _from(SELECTIONS),
     "partition": _from(PARTITIONS),
     "dataset": dataset,
-    "model": _from(MODELS, needs=("input_shape", "num_classes"), check=_as_module),
+    "model": _from(MODELS, needs=("input_shape", "num_classes"), check=as_module),
     "optimizer": _optimizer(),
     "server_optimizer": _optimizer(check_server_optimizer),
     "device": _from(DEVICES, needs=("count",)),
@@ -143,4 +140,5 @@ KINDS: Kinds = {
     "pre_aggregators": _pre_aggregators,
     "attack": _from(ATTACKS),
     "compressor": _from(COMPRESSORS),
+    "sinks": _sinks,
 }

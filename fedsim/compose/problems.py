@@ -8,7 +8,7 @@ of that section, which otherwise may not stand in the file).
 from __future__ import annotations
 
 from abc import ABCMeta
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -45,6 +45,7 @@ class Samples:
         module: to train.
         x0: [P], its start.
         loss: per sample.
+        sizes: what the model was made for.
     """
 
     data: FederatedData
@@ -52,6 +53,7 @@ class Samples:
     module: nn.Module
     x0: Tensor
     loss: Loss
+    sizes: Mapping[str, Any]
 
     @property
     def layout(self) -> Layout:
@@ -112,7 +114,7 @@ def classification(
     sizes = {"input_shape": tuple(data.inputs.shape[1:]), "num_classes": data.num_classes}
     module, x0 = init_parameters(lambda: model(**sizes), seed)
     check_model(module, data, loss)
-    return Samples(data, held, module, x0, _sample_loss(loss))
+    return Samples(data, held, module, x0, _sample_loss(loss), sizes)
 
 
 def _sample_loss(loss: str) -> Loss:

@@ -28,7 +28,7 @@ from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
 from fedsim.compose.refusals import check_local, check_personalise, check_selection, check_state_scope, check_strategy
 from fedsim.compose.sections import File
 from fedsim.compose.work import Work, absence_in_words, in_words, selection_in_words, work_of
-from fedsim.config import ConfigError, at, decode, naming
+from fedsim.config import OBJECT, ConfigError, at, decode, naming
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Plan
 from fedsim.fleet import Cost
@@ -39,7 +39,7 @@ from fedsim.sim.calls import replies_ahead
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
-from fedsim.sinks import Sink, make_sinks
+from fedsim.sinks import Sink, json_lines_first
 from fedsim.strategies.server import Synchronous
 from fedsim.strategy import Strategy, fields_of
 from fedsim.task import Task
@@ -59,7 +59,8 @@ class Composition:
         resolved: the file with every default, and with what `auto` chose.
         plan: {what: in words}.
         sinks: where rows go.
-        data, module: of a classification task.
+        data, module: of a task on samples.
+        sizes: what the module was made for, by the names of its factory's parameters.
     """
 
     experiment: Experiment
@@ -71,6 +72,7 @@ class Composition:
     sinks: list[Sink]
     data: FederatedData | None = None
     module: nn.Module | None = None
+    sizes: Mapping[str, Any] | None = None
 
     def close(self) -> None:
         """Stop the workers."""
@@ -106,6 +108,7 @@ def read_file(raw: Mapping[str, Any]) -> tuple[File, dict[str, Any]]:
     ):
         if not reader.takes(key):
             if raw.get(key):
+                why = "brings its own" if reader.name.startswith(OBJECT) else why
                 reason = f"{reader.name} {why}, so nothing would read this section"
                 raise ConfigError(f"{key}: {reason}; leave it out")
             del resolved[key]
@@ -123,8 +126,6 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     check_local(file.strategy.name, strategy, task)
     check_personalise(file.evaluate.personalise.epochs, strategy, task)
     check_selection(strategy, task)
-    with at("log.sinks"):
-        sinks = make_sinks(list(file.log.sinks))
     _resolve(resolved, problem, strategy, plan, device)
     fleet, pool, workers, kept = _fleet(file, task, strategy, work, plan.width, device)
     resolved["runtime"] |= {"stacks": fleet.executor.stacks, "memory": kept}
@@ -151,9 +152,11 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     if fleet.absence.kills:
         words["absence"] = _absence(file, strategy, fleet, strategy.sent(task.layout).size)
     words |= {"client rows": ROWS_LIE[kept], "workers": workers, "device": str(device)}
-    data, module = (problem.data, problem.module) if isinstance(problem, Samples) else (None, None)
+    samples = problem if isinstance(problem, Samples) else None
+    data, module, sizes = (samples.data, samples.module, samples.sizes) if samples else (None, None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
-    return Composition(experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, sinks, data, module)
+    made = experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, json_lines_first(file.log.sinks)
+    return Composition(*made, data, module, sizes)
 
 
 def _absence(file: File, strategy: Strategy, fleet: SimFleet, size: int) -> str:
@@ -173,6 +176,8 @@ def _resolve(
     out["runtime"] |= {"stack": plan.width, "device": str(device)}
     if isinstance(problem, Samples):
         out["runtime"] |= {"engine": plan.engine, "native": plan.native}
+    if out["strategy"]["name"].startswith(OBJECT):
+        return  # what it is made of stands in no file
     rules = [(rule, out["strategy"][name]) for name, rule in fields_of(strategy, Optimizer).items()]
     rules += [(local.optimizer, out["local"]["optimizer"]) for local in fields_of(strategy, LocalTraining).values()]
     for rule, section in rules:

@@ -191,9 +191,13 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """Where metrics go besides metrics.jsonl."""
+    """Where rows go.
 
-    sinks: tuple[str, ...] = ("jsonl",)
+    Args:
+        sinks: a list of entries, each with settings of its own; metrics.jsonl is always written.
+    """
+
+    sinks: Annotated[Any, FromTable("sinks", ("jsonl",))] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,7 +86,7 @@ class Machine:
         Raises:
             ConfigError: for a mistake.
         """
-        raw = runs.as_it_began(trial.raw, trial.source, trial.folder)
+        raw = runs.as_it_began(trial.raw, trial.folder)
         runtime = {**_runtime(raw), "executor": "in_process", "address": None}
         if self.gpus > 1 and runtime.get("workers", "auto") == "auto":
             runtime["workers"] = self.gpus  # as many actors as a run of its own would have here

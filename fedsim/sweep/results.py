@@ -19,7 +19,7 @@ from typing import Any
 from fedsim.config import ConfigError, did_you_mean
 from fedsim.files import write_whole
 from fedsim.report.compare import MEASURES
-from fedsim.runs import write_config
+from fedsim.results import write_config
 from fedsim.sweep.space import Choice, Method, Setting
 from fedsim.sweep.trials import Ended, Trial
 

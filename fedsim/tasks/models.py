@@ -9,15 +9,21 @@ Letters: B samples, T positions, V vocabulary, K classes, E width.
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod, sqrt
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
-from fedsim.params import Layout
+from fedsim.config import decode_entry
+from fedsim.params import Layout, filled
 
 Factory = Callable[..., nn.Module]
 
@@ -142,6 +148,44 @@ def init_parameters(factory: Callable[[], nn.Module], seed: int) -> tuple[nn.Mod
         if (tensor := tensors[name]).dtype == x0.dtype:
             tensor.data = view  # the module's own parameters would be one more copy of a large model
     return module, x0
+
+
+def as_module(made: object, name: str) -> nn.Module:
+    """What a factory gave, if it is a module of known sizes.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{name} gave a {type(made).__name__}, not a torch.nn.Module")
+    for path, module in made.named_modules():
+        if any(is_lazy(p) for p in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            raise ValueError(
+                f"{path or name} is a {type(module).__name__}, whose size is not known before it sees data; use the "
+                "layer that says its size (its factory is given input_shape and num_classes)"
+            )
+    return made
+
+
+def stored_model(path: Path, task: Mapping[str, Any]) -> nn.Module:
+    """The trained module of a run's folder, in evaluation mode.
+
+    Args:
+        path: its tensors (safetensors), with the sizes it was made for in the head.
+        task: that section of the run's resolved config.
+
+    Raises:
+        ValueError: if there is no such file, the task has no module, or its model is no longer what it was.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it is written when the run is complete")
+    with safe_open(path, "pt") as file:
+        sizes = json.loads((file.metadata() or {}).get("fedsim", "{}")).get("sizes")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if sizes is None or "model" not in task:
+        raise ValueError(f"{path}: its task has no module; safetensors.torch.load_file reads the tensors")
+    call = decode_entry(MODELS, task["model"], "task.model", needs=sizes, check=as_module)
+    return filled(call(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}), tensors)
 
 
 class ResNet(nn.Module):

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.checkpoint import fingerprint
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.evaluation import Evaluate
-from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, ServerError, fingerprint, train
+from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, ServerError, train
 from fedsim.sinks import JsonLines
 from fedsim.stop import Patience, Stop
 

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import fedsim
+from fedsim.compose.entries import KINDS
+from fedsim.compose.sections import Log
+from fedsim.config import ConfigError, decode
 from fedsim.history import History
+from fedsim.observers import ObserverError
 from fedsim.sinks import (
-    EXTRAS,
     SINKS,
     JsonLines,
     MLflow,
@@ -18,7 +22,7 @@ from fedsim.sinks import (
     Trackio,
     WandB,
     encode_row,
-    make_sinks,
+    json_lines_first,
     read_rows,
     rows_in_order,
     scalars,
@@ -206,7 +210,8 @@ def test_mlflow_gets_parameters_once_and_metrics_by_step(tmp_path, monkeypatch):
         def create_experiment(self, name):
             return "e-" + name
 
-        def create_run(self, experiment_id, run_name):
+        def create_run(self, experiment_id, tags, run_name):
+            self.tags = tags
             return SimpleNamespace(info=SimpleNamespace(run_id=f"{experiment_id}/{run_name}"))
 
         def log_param(self, run_id, key, value):
@@ -232,6 +237,9 @@ def test_mlflow_gets_parameters_once_and_metrics_by_step(tmp_path, monkeypatch):
     assert clients[1].params == {}
     assert clients[0].metrics + clients[1].metrics == [(run_id, "train_loss", 1.0, 1), (run_id, "train_loss", 0.5, 2)]
     assert clients[1].ended == [run_id]
+    (tmp_path / "other").mkdir()
+    write(MLflow(experiment="mine", name="best", tags={"who": "me"}), tmp_path / "other", [1])
+    assert clients[2].ended == ["e-mine/best"] and clients[2].tags == {"who": "me"}
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
@@ -241,20 +249,105 @@ def test_a_sink_that_is_not_installed_names_its_extra(tmp_path, monkeypatch, nam
         SINKS[name]().open(tmp_path, CONFIG, None)
 
 
-@pytest.mark.parametrize("name", EXTRAS)
+def sinks(*entries):
+    """As a file names them."""
+    return json_lines_first(decode(Log, {"sinks": list(entries)}, "log", KINDS)().sinks)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_a_sink_that_is_not_installed_is_refused_before_there_is_a_folder(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        ValueError, match=rf"'{name}' is not installed; run pip install 'fedsim-stacks\[{name}\]', or leave"
+        ConfigError, match=rf"^log.sinks\[1\]: '{name}' is not installed; run pip install 'fedsim-stacks\[{name}\]', or"
     ):
-        make_sinks([name])
+        sinks("jsonl", name)
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    assert [type(s) for s in make_sinks([name])] == [JsonLines, SINKS[name]]
+    assert [type(s) for s in sinks("jsonl", name)] == [JsonLines, SINKS[name]]
 
 
 def test_json_lines_are_always_first_and_an_unknown_name_gets_a_hint():
-    assert [type(s) for s in make_sinks(["tensorboard", "tensorboard"])] == [JsonLines, TensorBoard]
-    with pytest.raises(ValueError, match="'tensorbord'; did you mean 'tensorboard'"):
-        make_sinks(["tensorbord"])
-    with pytest.raises(ValueError, match="known: jsonl, "):
-        make_sinks(["qqq"])
+    assert [type(s) for s in sinks("tensorboard")] == [JsonLines, TensorBoard]
+    with pytest.raises(
+        ConfigError, match=r"log.sinks\[0\].name: unknown name 'tensorbord'; did you mean 'tensorboard'"
+    ):
+        sinks("tensorbord")
+    with pytest.raises(ConfigError, match="known: jsonl, "):
+        sinks("qqq")
+    with pytest.raises(ConfigError, match=r"^log.sinks\[2\]: tensorboard stands there twice"):
+        sinks("tensorboard", "jsonl", {"name": "tensorboard"})
+    with pytest.raises(ConfigError, match=r"^log.sinks: expected a list such as"):
+        decode(Log, {"sinks": "tensorboard"}, "log", KINDS)
+
+
+def test_settings_of_a_sink_reach_its_package(tmp_path, monkeypatch):
+    runs = fake_init(monkeypatch, "wandb")
+    entry = {"name": "wandb", "project": "x", "entity": "lab", "group": "y", "tags": ["a", "b"], "mode": "online"}
+    write(sinks(entry)[1], tmp_path, [1])
+    kwargs = runs[0].kwargs
+    assert {k: kwargs[k] for k in ("project", "entity", "group", "tags", "mode")} == {
+        k: v for k, v in entry.items() if k != "name"
+    }
+    trackio = fake_init(monkeypatch, "trackio")
+    write(sinks({"name": "trackio", "project": "z"})[1], tmp_path, [1])
+    assert trackio[0].kwargs["project"] == "z"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "wandb", "projekt": "x"}, r"^log.sinks\[0\].projekt: unknown key; did you mean 'project'\?"),
+        ({"name": "wandb", "tags": "a"}, r"^log.sinks\[0\].tags: expected a list of text"),
+        ({"name": "jsonl", "file": "x"}, r"^log.sinks\[0\].file: unknown key"),
+    ],
+)
+def test_unknown_settings_of_a_sink_are_refused(monkeypatch, entry, message):
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    with pytest.raises(ConfigError, match=message):
+        sinks(entry)
+
+
+class Kept:
+    """A sink of the user's own."""
+
+    def __init__(self, file: str = "kept.txt", trouble: str | None = None) -> None:
+        self.file, self.trouble = file, trouble
+
+    def open(self, run_dir, config, resume_at):
+        self.path = run_dir / self.file
+        self.path.write_text(f"seed {config['seed']}\n")
+
+    def write(self, row):
+        if self.trouble:
+            raise ValueError(self.trouble)
+        self.path.write_text(self.path.read_text() + f"{row['round']}\n")
+
+    def close(self):
+        self.path.write_text(self.path.read_text() + "closed\n")
+
+
+CLEAN = {"task": {"name": "quadratic", "dim": 2}, "clients": {"count": 3}, "rounds": 2, "runtime": {"workers": 1}}
+
+
+def test_a_sink_of_ones_own_gets_the_rows_and_its_settings(tmp_path):
+    entry = {"name": f"{__name__}:Kept", "file": "mine.txt"}
+    history = fedsim.run({**CLEAN, "log": {"sinks": [entry]}}, out=tmp_path / "run")
+    assert (tmp_path / "run" / "mine.txt").read_text() == "seed 0\n1\n2\nclosed\n"
+    assert history.config["log"]["sinks"] == [{**entry, "trouble": None}]
+
+
+def test_an_error_in_a_sink_of_ones_own_is_named_with_its_place(tmp_path):
+    entry = {"name": f"{__name__}:Kept", "trouble": "no room"}
+    message = r"^sink Kept failed in round 1: ValueError: no room \(test_sinks.py, line \d+\)$"
+    with pytest.raises(ObserverError, match=message):
+        fedsim.run({**CLEAN, "log": {"sinks": [entry]}}, out=tmp_path / "run")
+
+
+def no_sink():
+    return 3
+
+
+def test_what_is_no_sink_is_refused():
+    with pytest.raises(ConfigError, match="no_sink gave a int, not a sink; it needs methods open, write and close"):
+        sinks(f"{__name__}:no_sink")
+    with pytest.raises(ConfigError, match=r"^log.sinks\[0\]: the type hints of <class 'dict'> can't be read"):
+        sinks("builtins:dict")

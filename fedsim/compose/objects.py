@@ -1,0 +1,114 @@
+"""Objects that stand in a file's place: a module, data or a strategy given from Python.
+
+They enter as the name of a table entry (`fedsim.config.Given`), and from there on all goes as for any other entry: the
+fields beside the name are checked, what is known only later is passed, and the resolved file says what was given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from fedsim.config import ConfigError, Given, first_line, naming
+from fedsim.data import Dataset
+from fedsim.data.dataset import from_arrays
+from fedsim.strategy import Strategy
+
+PLACES = {"model": "task.model", "data": "task.dataset", "strategy": "strategy"}
+"""Where in the file each stands."""
+
+
+def with_objects(
+    raw: Mapping[str, Any], source: str, *, model: Any = None, data: Any = None, strategy: Any = None
+) -> dict[str, Any]:
+    """A file's content with objects in it; for what they may be see `fedsim.run`.
+
+    Args:
+        raw: the content after overrides.
+        source: the file's name, for messages.
+        model, data, strategy: None leaves what the file says.
+
+    Raises:
+        ConfigError: if the file says something else at the same place, or an object can't stand there.
+    """
+    out, taken = dict(raw), []
+    with naming(source):
+        entries = {"model": _model(model), "data": _data(data), "strategy": _strategy(strategy)}
+        for name, entry in entries.items():
+            if entry is None:
+                continue
+            section = out if name == "strategy" else _as_entry(out.get("task")) or {"name": "classification"}
+            key = PLACES[name].rpartition(".")[2]
+            said = _as_entry(section.get(key))
+            if entry["name"].made and said or said.keys() & entry.keys():
+                taken.append(name)
+            section[key] = {**said, **entry}
+            if section is not out:
+                out["task"] = section
+        if taken:
+            where, names = (" and ".join(f(name) for name in taken) for f in (PLACES.__getitem__, "{}=".format))
+            raise ConfigError(f"{where}: the file says it, and so does {names} from Python; set it to null in the file")
+    made = None if entries["data"] is None else data
+    if isinstance(made, tuple) and len(made) == 3 or isinstance(made, Dataset) and made.groups is not None:
+        out["partition"] = (
+            "natural" if out.get("partition") is None else out["partition"]
+        )  # who names owners means them
+    return out
+
+
+Entry = dict[str, Any] | None
+
+
+def _model(value: Any) -> Entry:
+    if isinstance(value, nn.Module):
+        return {"name": Given.object(value, lambda: _copied(value))}
+    return _factory("model", value, "a torch.nn.Module, or a function or class that makes one")
+
+
+def _data(value: Any) -> Entry:
+    if isinstance(value, tuple) and len(value) == 3:
+        x, y, clients = value
+        return {"name": Given.object(value, lambda: from_arrays(x, y, clients=clients))}
+    return _factory("data", value) if isinstance(value, FunctionType | type | partial) else _object(value)
+
+
+def _strategy(value: Any) -> Entry:
+    if isinstance(value, Strategy):
+        return _object(value)
+    return _factory("strategy", value, "a fedsim.Strategy, or a class or function that makes one")
+
+
+def _object(value: Any) -> Entry:
+    return None if value is None else {"name": Given.object(value, lambda: value)}
+
+
+def _factory(name: str, value: Any, wanted: str = "") -> Entry:
+    """A function or class by the name of the file's entry; a partial one brings fields along."""
+    if value is None:
+        return None
+    fields: Mapping[str, Any] = {}
+    if isinstance(value, partial):
+        if value.args:
+            raise ConfigError(f"{PLACES[name]}: {name}= is a partial with places; give its arguments by name")
+        value, fields = value.func, value.keywords
+    if not callable(value):
+        raise ConfigError(f"{PLACES[name]}: {name}= takes {wanted}, got {type(value).__name__}")
+    return {**fields, "name": Given.factory(value)}
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A run trains a copy."""
+    try:
+        return copy.deepcopy(module)
+    except Exception as e:  # whatever the user's module holds
+        raise ValueError(f"{type(module).__name__} can't be copied: {first_line(e)}; give what makes it") from e
+
+
+def _as_entry(said: Any) -> dict[str, Any]:
+    """A table entry as a mapping of its own; nothing for null."""
+    return dict(said) if isinstance(said, Mapping) else {} if said is None else {"name": said}
