@@ -76,10 +76,16 @@ def adapted(module: nn.Module, train: Sequence[str], lora: Lora | None) -> nn.Mo
         lora: adapters that train too.
 
     Raises:
-        ValueError: for a pattern that matches nothing.
+        ValueError: for a pattern that matches nothing, or a module in which nothing trains.
     """
-    if not train and lora is None:
-        return module
+    if train or lora is not None:
+        module = _changed(module, train, lora)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError("every parameter of the model is frozen; name some in task.train, or set task.lora")
+    return module
+
+
+def _changed(module: nn.Module, train: Sequence[str], lora: Lora | None) -> nn.Module:
     named = dict(module.named_parameters(remove_duplicate=False))
     chosen = {id(named[name]) for name in matching(list(named), train, "parameter of the model; its parameters")}
     for parameter in module.parameters():
@@ -99,7 +105,7 @@ def adapted(module: nn.Module, train: Sequence[str], lora: Lora | None) -> nn.Mo
 
 
 def check_frozen(module: nn.Module, forward: Callable[[nn.Module], Any]) -> None:
-    """Refuse a module in which nothing trains, or whose frozen part would change or leave adapters out.
+    """Refuse a module whose frozen part would change in training, or that would leave adapters out in evaluation.
 
     Args:
         module: it stays as it is.
@@ -108,8 +114,6 @@ def check_frozen(module: nn.Module, forward: Callable[[nn.Module], Any]) -> None
     Raises:
         ValueError: in these cases.
     """
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError("nothing in it trains: every parameter is frozen; name some in task.train, or set task.lora")
     if not (frozen := frozen_tensors(module)):
         return
     trial = program_of(module)
