@@ -284,8 +284,9 @@ def _argument(value: Any, hint: Any, key: str, kinds: Kinds) -> Any:
         if isinstance(mark, FromTable):
             value = mark.default if value is None else value
             return None if value is None else kinds[mark.kind](value, key, kinds)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return decode(hint, value, key, kinds)
+    for section in (hint, *typing.get_args(hint)):  # X, or X | None where there is something to decode
+        if is_dataclass(section) and isinstance(section, type) and (section is hint or value is not None):
+            return decode(section, value, key, kinds)
     with at(key):
         return checked(value, hint)
 

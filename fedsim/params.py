@@ -3,7 +3,8 @@
 Letters: C clients in a stack, P entries of one client's vector. A stack of clients is one tensor [C, P];
 `Layout.views` shows it as {name: [C, *shape]} without copying. Trainable parameters come first; buffers
 (BatchNorm's running statistics) follow them, so that they are averaged, sent and counted like anything else
-while optimizers work on the first `num_trainable` entries alone.
+while optimizers work on the first `num_trainable` entries alone. What is frozen is no part of the vector: it stays in
+the module, of which every worker has one.
 """
 
 from __future__ import annotations
@@ -53,15 +54,15 @@ class Layout:
 
     @classmethod
     def of_module(cls, module: nn.Module) -> Layout:
-        """The layout of a module's parameters, then its buffers.
+        """The layout of a module's parameters that train, then of the buffers that go with them (`moving_buffers`).
 
-        Parameters with `requires_grad=False` are kept with the buffers: they travel, and are never trained.
+        Parameters with `requires_grad=False` are no part of it: whoever runs the module has them.
         The last matrix is the `head`; weights of `nn.Embedding` are `embed`. A normalisation layer is one whose
         class is called so (`BatchNorm2d`, `RMSNorm`).
         """
         embeds = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        kept = {k: p for k, p in module.named_parameters() if not p.requires_grad} | dict(module.named_buffers())
+        kept = moving_buffers(module)
         roles = ["embed" if id(p) in embeds else "matrix" if p.ndim >= 2 else "vector" for p in trained.values()]
         matrices = [i for i, role in enumerate(roles) if role == "matrix"]
         if len(matrices) > 1:
@@ -149,12 +150,22 @@ class Layout:
         return torch.cat(parts, dim=-1)
 
     def state_dict(self, flat: Tensor, like: nn.Module) -> dict[str, Tensor]:
-        """A module's state dict from a flat [P], in the module's own dtypes: views of it, save for other dtypes."""
-        own = dict(like.named_parameters()) | dict(like.named_buffers())
-        return {
-            k: (v.round() if not own[k].is_floating_point() else v).to(own[k].dtype)
-            for k, v in self.views(flat.detach()).items()
-        }
+        """A module's whole state dict, with what trained from a flat [P] and what is frozen as the module has it.
+
+        Tensors have the module's own dtypes. Those of that dtype already are views, but for a second name of one.
+        """
+        trained, seen = self.views(flat.detach()), set[str]()
+        first = {id(t): k for k, t in (*like.named_parameters(), *like.named_buffers())}
+        out = {}
+        for key, own in like.state_dict(keep_vars=True).items():
+            if not isinstance(own, Tensor):  # extra state, which is no tensor
+                continue
+            name = first[id(own)]
+            value = trained.get(name, own.detach())
+            value = (value if own.is_floating_point() else value.round()).to(own.dtype)
+            out[key] = value.clone() if name in seen else value
+            seen.add(name)
+        return out
 
 
 @dataclass(frozen=True)
@@ -183,13 +194,7 @@ class Split:
         Raises:
             ValueError: for a pattern that matches nothing.
         """
-        for pattern in patterns:
-            if not any(fnmatch(name, pattern) for name in layout.names):
-                shown = ", ".join(layout.names[:8]) + (", ..." if len(layout.names) > 8 else "")
-                raise ValueError(
-                    f"{pattern!r} of {list(patterns)} matches no entry of the model; its entries are {shown}"
-                )
-        return cls(layout, tuple(n for n in layout.names if any(fnmatch(n, pattern) for pattern in patterns)))
+        return cls(layout, matching(layout.names, patterns, "entry of the model; its entries"))
 
     @cached_property
     def shared_layout(self) -> Layout:
@@ -224,6 +229,53 @@ class Split:
             first = spans.pop()[1].start if spans and spans[-1][0] == own else start
             spans.append((own, slice(first, start + size)))
         return tuple(spans)
+
+
+def matching(names: Sequence[str], patterns: Sequence[str], what: str) -> tuple[str, ...]:
+    """The names that match one of the patterns (`head.*`, as in a shell).
+
+    Args:
+        names: in the order in which they are returned.
+        patterns: every one has to match something.
+        what: the names are, for the message, such as "entry of the model; its entries".
+
+    Raises:
+        ValueError: for a pattern that matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ValueError(f"{pattern!r} of {list(patterns)} matches no {what} are {shown}")
+    return tuple(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
+
+
+def moving_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that go with a module's parameters.
+
+    Not among them are those that are no part of the state dict (`persistent=False`: positions, masks), and those of
+    frozen layers. A layer is frozen if it has parameters none of which trains; one without parameters goes with the
+    nearest module around it that has some.
+    """
+    saved = module.state_dict(keep_vars=True).keys()
+    return {k: b for k, b in module.named_buffers() if k in saved and _trains(module, k)}
+
+
+def frozen_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that stay in the module: what `Layout.of_module` leaves out."""
+    kept = {k: p for k, p in module.named_parameters() if not p.requires_grad}
+    moving = moving_buffers(module)
+    return kept | {k: b for k, b in module.named_buffers() if k not in moving}
+
+
+def _trains(module: nn.Module, buffer: str) -> bool:
+    """Whether something trains in the layer that a buffer belongs to."""
+    path = buffer
+    while path:
+        path = path.rpartition(".")[0]
+        parameters = list(module.get_submodule(path).parameters())
+        if parameters:
+            return any(p.requires_grad for p in parameters)
+    return False
 
 
 def program_of(module: nn.Module) -> nn.Module:

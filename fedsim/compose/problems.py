@@ -26,6 +26,7 @@ from fedsim.engine import Plan, build_engine, choose_engine
 from fedsim.engine.losses import LOSSES, Loss
 from fedsim.params import Layout
 from fedsim.task import Task
+from fedsim.tasks.adapted import Lora, adapted, check_frozen
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import init_parameters
@@ -104,16 +105,26 @@ def classification(
     dataset: Annotated[Any, FromTable("dataset", "digits")],
     model: Annotated[Any, FromTable("model", "mlp")],
     loss: str = "cross_entropy",
+    train: tuple[str, ...] = (),
+    lora: Lora | None = None,
     client_test: float = 0.0,
 ) -> Samples:
-    """Classes or next tokens: any data set, any torch module."""
+    """Classes or next tokens: any data set, any torch module.
+
+    Args:
+        train: names of the parameters that train, such as `classifier.*`; without it and `lora` the module says.
+        lora: adapters that train beside linear layers, and beside what `train` names.
+    """
     natural = isinstance(dataset, FederatedData) or isinstance(partition, Natural)
     with at("partition"):
         data = build_data(dataset, partition, clients.count if natural else clients.count or NUM_CLIENTS, seed)
     data, held = held_out(data, client_test, seed) if client_test else (data, None)
     sizes = {"input_shape": tuple(data.inputs.shape[1:]), "num_classes": data.num_classes}
-    module, x0 = init_parameters(lambda: model(**sizes), seed)
+    with at("task"):
+        module, x0 = init_parameters(lambda: adapted(model(**sizes), train, lora), seed)
     check_model(module, data, loss)
+    with at("task.model"):
+        check_frozen(module, lambda module: module(data.inputs[:2]))
     return Samples(data, held, module, x0, _sample_loss(loss), sizes)
 
 

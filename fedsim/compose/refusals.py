@@ -113,7 +113,7 @@ def check_local(name: str, strategy: Strategy, task: Task) -> None:
     traits = strategy.traits
     if not traits.bears_buffers and task.layout.num_buffers:
         raise ConfigError(
-            f"strategy: {name} steps on parameters only, and this model has buffers (BatchNorm or frozen parameters); "
+            f"strategy: {name} steps on parameters only, and this model has buffers (BatchNorm); "
             "use a model without, such as resnet with GroupNorm"
         )
     for local in fields_of(strategy, LocalTraining).values():

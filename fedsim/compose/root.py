@@ -27,7 +27,7 @@ from fedsim.compose.fleets import (
 from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
 from fedsim.compose.refusals import check_local, check_personalise, check_selection, check_state_scope, check_strategy
 from fedsim.compose.sections import File
-from fedsim.compose.work import Work, absence_in_words, in_words, selection_in_words, work_of
+from fedsim.compose.work import Work, absence_in_words, frozen_in_words, in_words, selection_in_words, work_of
 from fedsim.config import OBJECT, ConfigError, at, decode, naming
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Plan
@@ -148,6 +148,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         with at("strategy"):
             fleet.check_possible(strategy.cost, strategy.deadline, x=torch.empty(strategy.sent(task.layout).size))
     words = in_words(work, plan, fleet.executor.stacks, task.layout, strategy.sent(task.layout), task.num_examples)
+    words |= frozen_in_words(problem.module) if isinstance(problem, Samples) else {}
     words |= selection_in_words(resolved["strategy"])
     if fleet.absence.kills:
         words["absence"] = _absence(file, strategy, fleet, strategy.sent(task.layout).size)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim.clients.local_training import LocalTraining
 from fedsim.engine import Plan
-from fedsim.params import Layout
+from fedsim.params import Layout, frozen_tensors
 from fedsim.sim.absence import Absence
 from fedsim.sim.executor import cut
 from fedsim.strategy import Strategy, fields_of
@@ -129,3 +129,13 @@ def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, 
         "bits per round": f"{model_bits * work.cohort_size / 1e6:,.2f} Mbit down and as many up for every model-sized "
         "message",
     }
+
+
+def frozen_in_words(module: nn.Module) -> dict[str, str]:
+    """{"frozen": what every worker has one copy of} where a model has frozen parameters."""
+    tensors = frozen_tensors(module)
+    frozen = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
+    if not frozen:
+        return {}
+    mebibytes = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
+    return {"frozen": f"{frozen:,} parameters ({mebibytes:,.1f} MiB), one copy a worker; they never travel"}

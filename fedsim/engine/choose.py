@@ -170,9 +170,10 @@ def _width(
     if engine == "loop":
         return 1, "the loop engine takes one client at a time"
     if device.type != "cpu":
-        return _gpu_width(layout, device, batch_size)
-    # a convolution that cuts an image into patches is a linear layer
-    if any(isinstance(layer, _CONVOLUTIONS) and layer.stride != layer.kernel_size for layer in module.modules()):
+        return _gpu_width(module, layout, device, batch_size, sample)
+    # a convolution that cuts an image into patches is a linear layer, and a frozen one sees all clients at once
+    images = [m for m in module.modules() if isinstance(m, _CONVOLUTIONS) and m.stride != m.kernel_size]
+    if any(m.weight.requires_grad for m in images):
         return 1, "on a CPU convolutions are fastest one client at a time"
     each = 4 * layout.size
     width = min(max(1, STACK_BYTES // each), MAX_WIDTH_CPU)
@@ -196,10 +197,13 @@ def _even(num_clients: int, width: int) -> int:
     return max(-(-num_clients // num_stacks), 1)
 
 
-def _gpu_width(layout: Layout, device: torch.device, batch_size: int) -> tuple[int, str]:
+def _gpu_width(
+    module: nn.Module, layout: Layout, device: torch.device, batch_size: int, sample: Tensor | None
+) -> tuple[int, str]:
     total = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 8 * 2**30
-    width = min(max(1, int(GPU_SHARE * total) // memory_bytes(layout, 1, batch_size)), MAX_WIDTH_GPU)
-    need = memory_bytes(layout, width, batch_size) / 2**30
+    each = memory_bytes(layout, 1, batch_size) + 4 * batch_size * _frozen_activations(module, sample)
+    width = min(max(1, int(GPU_SHARE * total) // each), MAX_WIDTH_GPU)
+    need = width * each / 2**30
     return width, f"a GPU takes as many clients as fit in half its memory, up to {MAX_WIDTH_GPU}: about {need:.1f} GiB"
 
 
@@ -212,3 +216,11 @@ def _activations(layout: Layout) -> int:
         elif len(shape) == 2:
             numbers += shape[0] + shape[1]
     return 2 * numbers  # values and their gradients
+
+
+def _frozen_activations(module: nn.Module, sample: Tensor | None) -> int:
+    """The same of layers that are frozen: a sample of class indices has as many positions as numbers."""
+    positions = sample.numel() if sample is not None and not sample.is_floating_point() else 1
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    frozen = {k: tuple(p.shape) for k, p in module.named_parameters() if not (p.requires_grad or id(p) in tables)}
+    return positions * _activations(Layout.of(frozen))

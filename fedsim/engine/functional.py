@@ -1,6 +1,7 @@
 """What the autograd engines share: a module called as a function of a client's vector.
 
-`torch.func.functional_call` swaps tensors into the module itself, so every thread works on its own copy.
+`torch.func.functional_call` swaps tensors into the module itself, so every thread works on its own copy. What is frozen
+is not swapped: it is one tensor for all clients and all threads, under torch.func.vmap without a client axis.
 
 Letters: C clients, B samples, P entries of a client's vector.
 """
@@ -8,13 +9,14 @@ Letters: C clients, B samples, P entries of a client's vector.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fedsim.engine.noise import keyed_copy
-from fedsim.params import Layout, program_of
+from fedsim.params import Layout, moving_buffers, program_of
 
 
 class ThreadModules:
@@ -22,14 +24,33 @@ class ThreadModules:
 
     def __init__(self, module: nn.Module, change: Callable[[nn.Module], nn.Module] = keyed_copy) -> None:
         self._source = change(module)
+        self._still = still_norms(self._source)
         self._local = threading.local()
 
     def get(self, training: bool) -> nn.Module:
         """This thread's copy, switched to the mode asked for."""
         found = getattr(self._local, "module", None)
         if found is None:
-            found = self._local.module = program_of(self._source)
-        return found.train(training) if found.training != training else found
+            found = self._local.module = switch(program_of(self._source), training, self._still)
+        return switch(found, training, self._still) if found.training != training else found
+
+
+def switch(module: nn.Module, training: bool, still: Sequence[str]) -> nn.Module:
+    """The module in training or in evaluation mode, in which the layers `still` are in any case.
+
+    Otherwise BatchNorm in a frozen part would use each minibatch's own statistics, and the model would change.
+    """
+    module.train(training)
+    for path in still:
+        module.get_submodule(path).training = False
+    return module
+
+
+def still_norms(module: nn.Module) -> list[str]:
+    """Names of the layers that keep running statistics which no training changes."""
+    moving = moving_buffers(module)
+    tracks = [k for k, m in module.named_modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    return [k for k in tracks if (f"{k}.running_mean" if k else "running_mean") not in moving]
 
 
 class Tensors:

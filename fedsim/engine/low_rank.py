@@ -50,8 +50,8 @@ class Chain:
 
 
 def chain_of(module: nn.Module) -> Chain | None:
-    """The chain that a module is, or None: Flatten, then Linear layers with one ReLU between any two."""
-    if not isinstance(module, nn.Sequential):
+    """The chain that a module is, or None: Flatten, then Linear layers that train, with one ReLU between any two."""
+    if not isinstance(module, nn.Sequential) or not all(p.requires_grad for p in module.parameters()):
         return None
     found = [(name, m) for name, m in module.named_modules() if not isinstance(m, nn.Sequential)]
     found = [(name, m) for name, m in found if not isinstance(m, nn.Flatten | nn.Identity)]

@@ -106,6 +106,8 @@ def suits(module: nn.Module, loss: Loss, device: torch.device, precision: str) -
     """Whether a module ends so, as far as its layers tell, on a machine with a C++ compiler."""
     if device.type != "cpu" or precision != "fp32" or loss is not cross_entropy:
         return False
+    if not all(p.requires_grad for p in module.parameters()):  # it has no tape
+        return False
     layers = list(module.modules())
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     if not linear or any(isinstance(layer, _SEQUENCES) for layer in layers):

@@ -1,0 +1,92 @@
+"""Models of Hugging Face's `transformers`, as modules from token ids to logits.
+
+    model: {name: "fedsim.tasks.huggingface:pretrained", path: my/folder}
+
+Departures, so that clients of a stack run as one program and a run can be repeated: attention is the eager one, and has
+no dropout of its own, which transformers draws from torch's global generator. Other dropout stays as configured.
+
+Letters: B samples, T positions, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_dropout", "attn_pdrop")
+
+
+class Logits(nn.Module):
+    """A model of transformers that is called with token ids [B, T] and gives its logits.
+
+    Args:
+        model: of transformers.
+        pad: the token whose positions nobody looks at, unless a mask is given; None if there is none. Models that look
+            back only need no mask where padding stands behind the tokens.
+    """
+
+    def __init__(self, model: nn.Module, pad: int | None) -> None:
+        super().__init__()
+        self.model, self.pad = model, pad
+
+    def forward(self, input_ids: Tensor, **more: Any) -> Tensor:
+        if self.pad is not None and "attention_mask" not in more:
+            # of four axes, added to the scores: of one with two transformers asks whether it masks anything
+            padding = (input_ids == self.pad)[:, None, None, :]
+            lowest = torch.finfo(torch.float32).min
+            more["attention_mask"] = torch.zeros(padding.shape, device=padding.device).masked_fill(padding, lowest)
+        return self.model(input_ids=input_ids, **more).logits
+
+
+def pretrained(
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    path: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    head: str = "AutoModelForSequenceClassification",
+) -> nn.Module:
+    """A model from a folder or the hub, or one of a configuration that starts from random numbers.
+
+    Args:
+        input_shape: [T] token ids.
+        num_classes: K, the labels of a classifier's head.
+        path: what `from_pretrained` takes; None for a model of `config`.
+        config: `model_type` and its settings, such as {model_type: bert, num_hidden_layers: 2}.
+        head: one of transformers' `AutoModelFor...` classes.
+
+    Raises:
+        ValueError: without transformers, or if not just one of path and config is given.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError as e:
+        raise ValueError("needs the package transformers: pip install 'fedsim-stacks[transformers]'") from e
+    if (path is None) == (config is None):
+        raise ValueError("give either path, a folder or a model of the hub, or config, settings with a model_type")
+    known = [name for name in dir(transformers) if name.startswith("AutoModelFor")]
+    if head not in known:
+        raise ValueError(f"head must be one of transformers' {', '.join(known)}, got {head!r}")
+    make = getattr(transformers, head)
+    if path is not None:
+        settings = transformers.AutoConfig.from_pretrained(path, num_labels=num_classes)
+    else:
+        settings = transformers.AutoConfig.for_model(**dict(config or {}), num_labels=num_classes)
+    for name in ATTENTION_DROPOUT:
+        if name in settings.to_dict():
+            setattr(settings, name, 0.0)
+    options = {"config": settings, "attn_implementation": "eager"}
+    model = make.from_config(**options) if path is None else make.from_pretrained(path, **options)
+    return Logits(model, None if _looks_back_only(model, *input_shape) else settings.pad_token_id)
+
+
+def _looks_back_only(model: nn.Module, length: int) -> bool:
+    """Whether the first position sees nothing of the last one: tried, as configurations do not say."""
+    ids = torch.ones(2, length, dtype=torch.int64)
+    ids[1, -1] = 2
+    with torch.no_grad():
+        first = model.eval().base_model(ids)[0][:, 0]
+    return length > 1 and torch.equal(first[0], first[1])
