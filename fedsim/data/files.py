@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedsim.data.arrays import from_arrays
 from fedsim.data.checks import as_inputs, as_targets, one_line
-from fedsim.data.dataset import Dataset, from_arrays, row
+from fedsim.data.dataset import Dataset, row
+from fedsim.trees import one
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,14 @@ def _read_folder(folder: Path, suffix: str, read: Callable[[Path], _Table]) -> _
             )
         # converted here already, so that a message names the client's own file
         x, y = as_inputs(table.x, f"{file}: inputs"), as_targets(table.y, f"{file}: labels")
-        if len(x) != len(y):
-            raise ValueError(f"{file}: {len(x)} inputs but {len(y)} labels; one label per row is needed")
+        if len(one(x)) != len(one(y)):
+            raise ValueError(f"{file}: {len(one(x))} inputs but {len(one(y))} labels; one label per row is needed")
         rows = row(x, y)
         first = first or rows
         if rows != first:
             raise ValueError(f"{file}: rows are {rows}, but {files[0].name} has {first}; every client needs the same")
         xs.append(table.x)
-        ys.append(y.numpy())
+        ys.append(one(y).numpy())
     clients = np.repeat([file.stem for file in files], [len(x) for x in xs])
     held = folder / f"test{suffix}"
     pooled = _Table(np.concatenate(xs), np.concatenate(ys), clients)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedsim.config import Call, Kinds, decode_entry
-from fedsim.data.dataset import Dataset, from_arrays
+from fedsim.data.arrays import from_arrays
+from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.data.files import npz, parquet
 from fedsim.data.hub import huggingface, torchvision

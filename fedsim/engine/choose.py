@@ -21,6 +21,7 @@ from fedsim.engine.noise import keyed_copy
 from fedsim.engine.precision import check_precision
 from fedsim.engine.tape import Unsupported, trace
 from fedsim.params import Layout
+from fedsim.trees import Tree
 
 STACK_BYTES = 4 * 2**20  # of parameters: stacks this small stay in a core's caches from step to step
 LOW_RANK_BYTES = 8 * 2**20  # of layer inputs and output gradients in one stack of low-rank changes
@@ -67,7 +68,7 @@ def choose_engine(
     precision: str = "fp32",
     plain: bool = False,
     loss: Loss = cross_entropy,
-    sample: Tensor | None = None,
+    sample: Tree | None = None,
 ) -> Plan:
     """The engine and the stack width for a module.
 
@@ -165,7 +166,7 @@ def _engine(module: nn.Module, engine: str, in_one_call: bool) -> tuple[str, str
 
 
 def _width(
-    module: nn.Module, layout: Layout, device: torch.device, batch_size: int, engine: str, sample: Tensor | None
+    module: nn.Module, layout: Layout, device: torch.device, batch_size: int, engine: str, sample: Tree | None
 ) -> tuple[int, str]:
     if engine == "loop":
         return 1, "the loop engine takes one client at a time"
@@ -178,6 +179,8 @@ def _width(
     width = min(max(1, STACK_BYTES // each), MAX_WIDTH_CPU)
     if width < MIN_WIDTH_VMAP and engine == "stacked" and sample is not None:
         try:
+            if not isinstance(sample, Tensor):
+                raise Unsupported("samples are dictionaries")
             trace(keyed_copy(module), sample)
         except Unsupported as unknown:
             return 1, f"without a stacked form of every layer ({unknown}) one client at a time is fastest"
