@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim import pages
 from fedsim.data.checks import as_inputs, as_keys, as_targets, check_fraction
 from fedsim.data.dataset import Dataset
 from fedsim.streams import server_rng
-from fedsim.trees import IGNORED, Tree, one, pick
+from fedsim.trees import IGNORED, Tree, one, pick, tensors
 
 MAX_LISTED = 1 << 16  # classes that are looked through for gaps
 
@@ -60,7 +61,7 @@ def from_arrays(
     if x_test is not None:
         test_inputs, test_targets = _pair(x_test, y_test, "test ", images, origin)
     else:
-        train, test = hold_out(targets, test_fraction, origin)
+        train, test = _rows(inputs, targets, test_fraction, origin)
         test_inputs, test_targets = pick(inputs, test), pick(targets, test)
         if len(test):
             inputs, targets = pick(inputs, train), pick(targets, train)
@@ -90,6 +91,18 @@ def _pair(x: object, y: object, part: str, images: bool, origin: str) -> tuple[T
             f"{origin}: {len(one(inputs))} {part}inputs but {len(one(targets))} labels; one label per row is needed"
         )
     return inputs, targets
+
+
+def _rows(inputs: Tree, targets: Tree, fraction: float, origin: str) -> tuple[Tensor, Tensor]:
+    """(rows to train on, rows held out), which are copied; refused where memory has no room for that."""
+    train, test = hold_out(targets, fraction, origin)
+    size = sum(t.nbytes for t in tensors(inputs).values())
+    if len(test) and not pages.room_for(size):
+        raise ValueError(
+            f"{origin}: there is no room to copy {size / 2**30:,.1f} GiB of inputs, as holding out a share of them "
+            "does; give x_test and y_test, or test_fraction: 0"
+        )
+    return train, test
 
 
 def next_tokens(inputs: Tree, origin: str = "inputs") -> Tensor:

@@ -125,7 +125,7 @@ def check_finite(x: Tensor, what: str) -> Tensor:
 
 def _numeric(array: object, origin: str, wanted: str) -> np.ndarray:
     try:
-        values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+        values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asanyarray(array)
     except (ValueError, TypeError) as error:  # ragged lists, bfloat16
         raise ValueError(f"{origin}: cannot be read as an array ({error}); give every row the same shape") from None
     if values.dtype.kind not in "fiub":

@@ -5,6 +5,7 @@ Letters: n samples, T length of a sequence, L labels, K classes.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from math import prod
 from typing import Literal, TypeVar
@@ -43,6 +44,13 @@ def as_kind(data: Data, kind: Kind) -> Data:
             )
         if kind == "classes" and int(targets.min()) < 0:
             raise ValueError("some of its labels are -100, which do not count; take task.name: language_model")
+        if data.gaps:
+            shown = ", ".join(map(str, data.gaps[:5])) + (", ..." if len(data.gaps) > 5 else "")
+            warnings.warn(
+                f"task.dataset: labels go up to {data.num_classes - 1}, but no row has class {shown}, so the model has "
+                "outputs that nothing trains; number the labels from 0 without gaps, or set num_classes",
+                stacklevel=2,
+            )
         return data
     if kind == "labels":
         for part in (targets, held):

@@ -27,7 +27,7 @@ from fedsim.task import Pool, Schedule, Session, Task
 from fedsim.tasks.batches import BatchPlan
 from fedsim.tasks.metrics import Metric
 from fedsim.tasks.samples import Program, SamplesOracle
-from fedsim.trees import Tree, each, one, pick
+from fedsim.trees import Tree, each, one, pick, tensors
 
 EVALUATION_ROWS = 1024  # samples of one piece of evaluation; part of what fixes the bits
 
@@ -64,6 +64,7 @@ class SupervisedTask(Task):
         self.metrics = dict(metrics)
         self._means = {name: metric for name, metric in metrics.items() if not metric.whole}
         self._wholes = {name: metric for name, metric in metrics.items() if metric.whole}
+        self._chain = engine.chain if isinstance(data.inputs, Tensor) else None  # chains have one input
         self.small_is_good = self.small_is_good | {name for name, m in metrics.items() if m.small_is_good}
         self._poisoned: Tensor | None = None
         self._poison: Callable[[Tensor, int], Tensor] | None = None
@@ -131,13 +132,13 @@ class SupervisedTask(Task):
         less_start: bool = False,
     ) -> tuple[LowRank, Tensor] | None:
         """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
-        chain = self.engine.chain
+        chain = self._chain
         if chain is None or not len(batches) or not chain.worthwhile(batches.samples * (1 + less_start)):
             return None
         return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, pull, terms, less_start)
 
     def factored_gradients(self, x: Tensor, batches: BatchPlan) -> tuple[LowRank, Tensor] | None:
-        chain = self.engine.chain
+        chain = self._chain
         if chain is None or not len(batches):
             return None
         return gradients_at(chain, self.layout, x, *batches.whole())
@@ -250,9 +251,12 @@ class _Here:
 def by_client(data: FederatedData) -> FederatedData:
     """The same data with each client's samples side by side in memory, so that gathering a batch reads in a row.
 
-    Samples that nobody owns are dropped; data whose samples have several owners stay as they are.
+    Samples that nobody owns are dropped; data whose samples have several owners stay as they are, and so do data that
+    memory has no room for twice (a file mapped into it): the same samples are then gathered from further apart.
     """
     order = data.order
+    if not pages.room_for(sum(t.nbytes for t in tensors(data.inputs).values())):
+        return data
     if len(torch.unique(order)) != len(order) or torch.equal(order, torch.arange(len(order), device=order.device)):
         return data
     inputs = each(lambda t: pages.take(t, order), data.inputs)
