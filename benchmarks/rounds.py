@@ -44,8 +44,8 @@ from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.task import Schedule
-from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import MODELS, init_parameters
+from fedsim.tasks.supervised import SupervisedTask
 
 LR = 0.05
 
@@ -97,7 +97,7 @@ class Fedsim:
             plain=True,
         )
         built = build_engine(plan.engine, module, layout, device=device, precision=precision, native=plan.native)
-        self.task = ClassificationTask(data, module, x0, built, LOSSES["cross_entropy"])
+        self.task = SupervisedTask(data, module, x0, built, LOSSES["cross_entropy"])
         local = LocalTraining(
             optimizer=build({"name": "sgd", "lr": LR}, layout),
             schedule=Schedule(epochs=1, batch_size=load.batch, shuffle=False),

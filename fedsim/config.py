@@ -68,7 +68,7 @@ class FromTable:
     """
 
     kind: str
-    default: str | Mapping[str, Any] | tuple[str, ...] | None = None
+    default: str | Mapping[str, Any] | tuple[Any, ...] | None = None
 
 
 OBJECT = "<object>"

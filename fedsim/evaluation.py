@@ -5,7 +5,7 @@ Letters: N clients, P entries of a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim.config import ConfigError
 from fedsim.fleet import DrivenFleet
-from fedsim.metrics import Metrics, small_is_good, spread
+from fedsim.metrics import Metrics, spread, undefined
 from fedsim.strategy import Strategy
 from fedsim.task import Pool, Task
 
@@ -58,11 +58,15 @@ class Evaluate:
         if task.layout.size <= 16 and "distance" in out:
             out["x"] = x.tolist()
         if self.per_client:
-            for name, values in task.evaluate_clients(x, pool).items():
+            scores = task.evaluate_clients(x, pool)
+            for name, values in scores.items():
                 has_data = torch.isfinite(values) | (task.num_examples > 0)
-                found = spread(values[has_data], higher_is_better=not small_is_good(name))
+                counts = has_data & ~undefined(values, scores.get("loss", values))
+                found = spread(values[counts], higher_is_better=name not in task.small_is_good)
                 out |= {f"client_{name}_{k}": v for k, v in found.items()}
-        return out | (own_metrics(self.own_scores(strategy, fleet, x), self.per_client) if task.holds_out else {})
+        if not task.holds_out:
+            return out
+        return out | own_metrics(self.own_scores(strategy, fleet, x), self.per_client, task.small_is_good)
 
     def own_scores(self, strategy: Strategy, fleet: DrivenFleet, x: Tensor) -> dict[str, Tensor]:
         """What clients' own models, and x [P], do on samples that these hold out (`Strategy.own_scores`), [N] each.
@@ -76,20 +80,26 @@ class Evaluate:
         return dict(scores)
 
 
-def own_metrics(scores: Mapping[str, Tensor], per_client: bool) -> dict[str, float]:
+def own_metrics(
+    scores: Mapping[str, Tensor], per_client: bool, small_is_good: Collection[str] = ("loss",)
+) -> dict[str, float]:
     """What a row says of clients' own models.
 
     Args:
-        scores: {"examples": [N], metric: [N]}; clients without an example are left out.
+        scores: {"examples": [N], "personal_" or "global_" and a metric: [N]}; clients without an example, or for which
+            a metric is undefined, are left out.
         per_client: whether to say how they differ, too.
+        small_is_good: metrics of which less is better.
 
     Returns:
         {metric: the mean over all examples, metric_std and metric_worst_decile: over clients}.
     """
-    weights, out = scores["examples"], dict[str, float]()
+    examples, out = scores["examples"], dict[str, float]()
     for name, values in scores.items():
         if name != "examples":
+            whose, _, metric = name.partition("_")
+            weights = examples * ~undefined(values, scores.get(f"{whose}_loss", values))
             out |= Metrics.mean_over(values, weights, name=name).values()
-            found = spread(values[weights > 0], higher_is_better=not small_is_good(name)) if per_client else {}
+            found = spread(values[weights > 0], higher_is_better=metric not in small_is_good) if per_client else {}
             out |= {f"{name}_{k}": v for k, v in found.items() if k != "mean"}
     return out

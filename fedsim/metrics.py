@@ -121,6 +121,11 @@ class Metrics:
         return {**means, **self.counts}
 
 
+def undefined(values: Tensor, losses: Tensor) -> Tensor:
+    """Where a metric has no value although the loss has one: nothing counts (no label, no position to predict)."""
+    return values.isnan() & losses.isfinite()
+
+
 def spread(values: Tensor, *, higher_is_better: bool = True) -> dict[str, float]:
     """How a value differs over clients.
 

@@ -16,6 +16,7 @@ import mmap
 from collections.abc import Sequence
 from math import prod
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -63,6 +64,11 @@ def take(source: Tensor, rows: Tensor) -> Tensor:
     """source[rows], on such pages."""
     out = empty((len(rows), *source.shape[1:]), source.dtype, source.device)
     return torch.index_select(source, 0, rows, out=out)
+
+
+def room_for(nbytes: int) -> bool:
+    """Whether so much fits into the memory that is free, and leaves as much for the rest."""
+    return 2 * nbytes < psutil.virtual_memory().available
 
 
 def keep_freed_memory() -> None:

@@ -74,7 +74,7 @@ def _write_environment(folder: Path, device: torch.device) -> None:
 def _write_split(folder: Path, composition: Composition) -> None:
     """Which client has how many samples of each class, for the report's picture."""
     data = composition.data
-    if data is None or data.num_clients > MAX_CLIENTS_LISTED or data.num_classes > 1000:
+    if data is None or not data.has_classes or data.num_clients > MAX_CLIENTS_LISTED or data.num_classes > 1000:
         return
     names = [str(k) for k in range(data.num_classes)] if data.class_names is None else list(data.class_names)
     content = io.BytesIO()

@@ -30,7 +30,7 @@ from fedsim.sim.executor import ClientError, Jobs, StackRunner
 from fedsim.sim.in_process import InProcess
 from fedsim.strategy import fields_of
 from fedsim.streams import server_rng
-from fedsim.tasks.classification import ClassificationTask
+from fedsim.tasks.supervised import SupervisedTask
 
 SECONDS = 0.5  # that one measured call should take
 REPEATS = 3
@@ -76,8 +76,8 @@ class Bench:
         self.experiment = composition.experiment
         task, strategy = self.experiment.task, self.experiment.strategy
         trained = fields_of(strategy, LocalTraining)
-        if not isinstance(task, ClassificationTask) or not trained:
-            raise ConfigError("fedsim tune: nothing to choose; only local steps on a classification task use an engine")
+        if not isinstance(task, SupervisedTask) or not trained:
+            raise ConfigError("fedsim tune: nothing to choose; only local steps on a supervised task use an engine")
         (local,) = trained.values()
         self.task, self.local = task, local
         clients = torch.arange(len(task.num_examples))
@@ -107,7 +107,7 @@ class Bench:
         experiment, task = self.experiment, self.task
         made = task.module, task.layout, task.sample_loss, experiment.device, self.precision
         engine = build_engine(candidate.engine, *made, native=candidate.native)
-        here = ClassificationTask(task.data, task.module, task.x0, engine, task.sample_loss)
+        here = SupervisedTask(task.data, task.module, task.x0, engine, task.sample_loss)
         schedule = replace(self.local.schedule, epochs=None, steps=self.steps)
         runner = StackRunner(
             here, LocalWork(replace(self.local, schedule=schedule)), experiment.seed, experiment.device

@@ -34,10 +34,11 @@ from fedsim.strategy import step
 from fedsim.streams import Streams, server_rng
 from fedsim.task import Schedule, Task
 from fedsim.tasks.bilinear import BilinearTask
-from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.formula import FormulaBatch
+from fedsim.tasks.metrics import METRICS
 from fedsim.tasks.models import Factory, init_parameters
 from fedsim.tasks.quadratic import QuadraticTask
+from fedsim.tasks.supervised import SupervisedTask
 
 
 def quadratic(a: Any, b: Any, x0: Any, noise: float = 0.0, num_examples: list[int] | None = None) -> QuadraticTask:
@@ -240,7 +241,7 @@ def f_80(clients: int = 5) -> tuple[float, ...]:
     return tuple(1 - 0.8 * i / (clients - 1) for i in range(clients))
 
 
-def digits_task(model: Factory, counts: list[int], engine: str = "stacked") -> ClassificationTask:
+def digits_task(model: Factory, counts: list[int], engine: str = "stacked") -> SupervisedTask:
     """Handwritten digits, so many to each client."""
     source = digits()
     data = FederatedData(
@@ -255,4 +256,4 @@ def digits_task(model: Factory, counts: list[int], engine: str = "stacked") -> C
     module, x0 = init_parameters(lambda: model((1, 8, 8), 10), 0)
     loss = LOSSES["cross_entropy"]
     built = build_engine(engine, module, Layout.of_module(module), loss, torch.device("cpu"))
-    return ClassificationTask(data, module, x0, built, loss)
+    return SupervisedTask(data, module, x0, built, loss, metrics={"accuracy": METRICS["accuracy"]})

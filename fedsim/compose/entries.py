@@ -12,6 +12,7 @@ from typing import Any
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
+from fedsim.compose.functions import loss, metrics
 from fedsim.compose.problems import TASKS
 from fedsim.compose.refusals import check_keys, check_server_optimizer
 from fedsim.compress import COMPRESSORS
@@ -131,6 +132,8 @@ KINDS: Kinds = {
     "selection": _from(SELECTIONS),
     "partition": _from(PARTITIONS),
     "dataset": dataset,
+    "loss": loss,
+    "metrics": metrics,
     "model": _from(MODELS, needs=("input_shape", "num_classes"), check=as_module),
     "optimizer": _optimizer(),
     "server_optimizer": _optimizer(check_server_optimizer),

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedsim.config import ConfigError, Given, first_line, naming
 from fedsim.data import Dataset
-from fedsim.data.dataset import from_arrays
+from fedsim.data.arrays import from_arrays
 from fedsim.strategy import Strategy
 
 PLACES = {"model": "task.model", "data": "task.dataset", "strategy": "strategy"}

@@ -8,61 +8,31 @@ of that section, which otherwise may not stand in the file).
 from __future__ import annotations
 
 from abc import ABCMeta
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsim.compose.refusals import check_model
 from fedsim.compose.sections import Clients, File, Runtime
+from fedsim.compose.supervised import (
+    NUM_CLIENTS,
+    Classification,
+    LanguageModel,
+    Multilabel,
+    Regression,
+    Samples,
+    Supervised,
+)
 from fedsim.compose.work import Work
-from fedsim.config import ConfigError, FromTable, at, imported
-from fedsim.data import build as build_data
-from fedsim.data.federated import FederatedData, held_out
-from fedsim.data.partition import Natural, Partition
+from fedsim.config import ConfigError, at
 from fedsim.engine import Plan, build_engine, choose_engine
-from fedsim.engine.losses import LOSSES, Loss
-from fedsim.params import Layout
 from fedsim.task import Task
-from fedsim.tasks.adapted import Lora, adapted, check_frozen
 from fedsim.tasks.bilinear import BilinearTask
-from fedsim.tasks.classification import ClassificationTask
-from fedsim.tasks.models import init_parameters
 from fedsim.tasks.own import check_task
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
-
-NUM_CLIENTS = 100  # unless the file or the data say how many there are
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A task once the engine is known.
-
-    Args:
-        data: of every client.
-        held: what clients hold out of theirs; None if nothing.
-        module: to train.
-        x0: [P], its start.
-        loss: per sample.
-        sizes: what the model was made for.
-    """
-
-    data: FederatedData
-    held: FederatedData | None
-    module: nn.Module
-    x0: Tensor
-    loss: Loss
-    sizes: Mapping[str, Any]
-
-    @property
-    def layout(self) -> Layout:
-        return Layout.of_module(self.module)
-
-    @property
-    def num_examples(self) -> Tensor:
-        return self.data.num_examples
+from fedsim.tasks.supervised import SupervisedTask
+from fedsim.trees import pick
 
 
 def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch.device) -> Plan:
@@ -83,7 +53,7 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
         precision=runtime.precision,
         plain=work.in_factors,
         loss=problem.loss,
-        sample=problem.data.inputs[0],
+        sample=pick(problem.data.inputs, 0),
     )
 
 
@@ -94,46 +64,8 @@ def task_of(problem: Task | Samples, plan: Plan, runtime: Runtime, device: torch
     made = problem.module, problem.layout, problem.loss, device, runtime.precision
     engine = build_engine(plan.engine, *made, native=plan.native)
     held = None if problem.held is None else problem.held.to(device)
-    return ClassificationTask(problem.data.to(device), problem.module, problem.x0, engine, problem.loss, held)
-
-
-def classification(
-    *,
-    seed: int,
-    clients: Clients,
-    partition: Partition,
-    dataset: Annotated[Any, FromTable("dataset", "digits")],
-    model: Annotated[Any, FromTable("model", "mlp")],
-    loss: str = "cross_entropy",
-    train: tuple[str, ...] = (),
-    lora: Lora | None = None,
-    client_test: float = 0.0,
-) -> Samples:
-    """Classes or next tokens: any data set, any torch module.
-
-    Args:
-        train: names of the parameters that train, such as `classifier.*`; without it and `lora` the module says.
-        lora: adapters that train beside linear layers, and beside what `train` names.
-    """
-    natural = isinstance(dataset, FederatedData) or isinstance(partition, Natural)
-    with at("partition"):
-        data = build_data(dataset, partition, clients.count if natural else clients.count or NUM_CLIENTS, seed)
-    data, held = held_out(data, client_test, seed) if client_test else (data, None)
-    sizes = {"input_shape": tuple(data.inputs.shape[1:]), "num_classes": data.num_classes}
-    with at("task"):
-        module, x0 = init_parameters(lambda: adapted(model(**sizes), train, lora), seed)
-    check_model(module, data, loss)
-    with at("task.model"):
-        check_frozen(module, lambda module: module(data.inputs[:2]))
-    return Samples(data, held, module, x0, _sample_loss(loss), sizes)
-
-
-def _sample_loss(loss: str) -> Loss:
-    if loss in LOSSES:
-        return LOSSES[loss]
-    if ":" in loss:
-        return imported(loss, "task.loss")
-    raise ConfigError(f"task.loss: unknown loss {loss!r}; known: {', '.join(LOSSES)}, or pkg.module:name")
+    data, metrics = problem.data.to(device), problem.metrics
+    return SupervisedTask(data, problem.module, problem.x0, engine, problem.loss, held, metrics)
 
 
 def quadratic(
@@ -195,8 +127,12 @@ def bilinear(
     return BilinearTask.drawn(clients.count or 25, dim, seed, low=low, high=high, lam=lam, noise=noise).to(device)
 
 
-TASKS: dict[str, Callable[..., Task | Samples]] = {
-    "classification": classification,
+TASKS: dict[str, Callable[..., Task | Supervised]] = {
+    "classification": Classification,
+    "regression": Regression,
+    "multilabel": Multilabel,
+    "language_model": LanguageModel,
+    "supervised": Supervised,
     "quadratic": quadratic,
     "bilinear": bilinear,
 }
@@ -222,8 +158,8 @@ def problem_of(file: File, device: torch.device) -> Task | Samples:
         partition=file.partition,
         client_test=file.data.client_test,
     )
-    if isinstance(made, Samples):
-        return made
+    if isinstance(made, Supervised):
+        return made.samples()
     if file.data.client_test and not made.holds_out:
         raise ConfigError(
             f"data.client_test: {file.task.name} has no samples that clients could hold out; leave it out"

@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compress.packet import Compressor
 from fedsim.config import ConfigError, at
-from fedsim.data.federated import FederatedData
-from fedsim.engine.losses import LOSSES
 from fedsim.optim import Optimizer
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
@@ -31,23 +29,6 @@ from fedsim.task import Task
 
 NO_STRATEGY = "{0} is no strategy; write `class {0}(fedsim.Strategy)` with methods init and round, see docs/tutorial.md"
 MAX_TRIED = 1000  # clients of a cohort up to which its aggregation rule is tried before the run starts
-
-
-def check_model(module: nn.Module, data: FederatedData, loss: str) -> None:
-    """Refuse a model that can't take the data or whose logits don't count its classes."""
-    was_training = module.training
-    try:
-        with torch.no_grad():
-            logits = module.eval()(data.inputs[:2])
-    except Exception as e:
-        shape = list(data.inputs.shape[1:])
-        raise ConfigError(f"task.model: can't take samples of shape {shape}: {type(e).__name__}: {e}") from e
-    finally:
-        module.train(was_training)
-    expected = (*data.targets[:2].shape, data.num_classes)
-    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if loss in LOSSES and found != expected:
-        raise ConfigError(f"task.model: gives {found} for 2 samples where {expected} is needed: a logit per class")
 
 
 def check_keys(target: Any, section: Mapping[str, Any]) -> None:

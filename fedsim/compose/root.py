@@ -24,9 +24,10 @@ from fedsim.compose.fleets import (
     build_memory,
     compute_device,
 )
-from fedsim.compose.problems import Samples, plan_of, problem_of, task_of
+from fedsim.compose.problems import plan_of, problem_of, task_of
 from fedsim.compose.refusals import check_local, check_personalise, check_selection, check_state_scope, check_strategy
 from fedsim.compose.sections import File
+from fedsim.compose.supervised import Samples
 from fedsim.compose.work import Work, absence_in_words, frozen_in_words, in_words, selection_in_words, work_of
 from fedsim.config import OBJECT, ConfigError, at, decode, naming
 from fedsim.data.federated import FederatedData
@@ -59,7 +60,7 @@ class Composition:
         resolved: the file with every default, and with what `auto` chose.
         plan: {what: in words}.
         sinks: where rows go.
-        data, module: of a task on samples.
+        data, module: of a supervised task.
         sizes: what the module was made for, by the names of its factory's parameters.
     """
 

@@ -18,6 +18,7 @@ from fedsim.sim.devices import DEVICES
 from fedsim.sinks import SINKS
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
+from fedsim.tasks.metrics import METRICS
 from fedsim.tasks.models import MODELS
 
 SCHEDULES = {
@@ -55,6 +56,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "attacks": ATTACKS,
     "tasks": TASKS,
     "losses": LOSSES,
+    "metrics": METRICS,
     "engines": ENGINES,
     "executors": EXECUTORS,
     "sinks": SINKS,

@@ -69,13 +69,14 @@ def split(
                 f"out or choose another partition"
             )
         num_clients = len(data.group_names)
-    if num_clients is None or num_clients < 1:
+    if not isinstance(recipe, Natural) and (num_clients is None or num_clients < 1):
         raise ValueError(f"clients.count must be 1 or more, got {num_clients}")
-    order, offsets = recipe(data, num_clients, server_rng(seed, "data.partition"))
+    order, offsets = recipe(data, num_clients or 0, server_rng(seed, "data.partition"))
     same = {f.name: getattr(data, f.name) for f in fields(LabelledRows)}
     return FederatedData(
         **same,
         offsets=torch.from_numpy(np.asarray(offsets, dtype=np.int64)),
         order=torch.from_numpy(np.asarray(order, dtype=np.int64)),
         client_names=data.group_names if natural else None,
+        test_owners=data.test_groups if natural else None,
     ).check("data")

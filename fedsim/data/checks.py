@@ -5,24 +5,35 @@ Letters: n samples, T length of a sequence.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.trees import Tree, tensors
 
-def as_inputs(array: object, origin: str, images: bool = False) -> Tensor:
-    """Inputs as float32, or int64 where they are tokens.
+_ROWS = 1 << 16  # rows looked at together when searching for NaN
 
-    Floating-point, boolean and uint8 arrays become float32 as they are; every other integer type is read as tokens.
+
+def as_inputs(array: object, origin: str, images: bool = False) -> Tree:
+    """Inputs as float32, or int64 where they are tokens; a dictionary of them entry by entry.
+
+    Floating-point, boolean and uint8 arrays become float32 as they are; every other integer type is read as tokens. In
+    a dictionary, booleans stay what they are (masks) and a row may hold a single number.
 
     Args:
-        array: [n, ...], a tensor, a numpy array or nested lists of numbers.
+        array: [n, ...], a tensor, a numpy array (which may be a memory map) or nested lists of numbers, or several of
+            these by name.
         origin: where it came from (file and key), for the message.
         images: they are pixels of type uint8, to be divided by 255.
 
     Raises:
-        ValueError: if it does not hold numbers, a row holds a single bare number, or images are not uint8.
+        ValueError: if it does not hold finite numbers, a row holds a single bare number, or images are not uint8.
     """
+    if isinstance(array, Mapping):
+        return _by_name(lambda part, where: _input(_numeric(part, where, "numbers"), where, masks=True), array, origin)
     values = _numeric(array, origin, "numbers")
     if values.ndim < 2:
         raise ValueError(
@@ -35,30 +46,86 @@ def as_inputs(array: object, origin: str, images: bool = False) -> Tensor:
                 f"{origin}: images are pixels of type uint8, these are {values.dtype}; convert or scale them"
             )
         return torch.from_numpy(values.astype(np.float32) / 255)
-    kind = np.int64 if values.dtype.kind in "iu" and values.dtype != np.uint8 else np.float32
-    return torch.from_numpy(np.require(values, dtype=kind, requirements=["C", "W"]))
+    return _input(values, origin)
 
 
-def as_targets(array: object, origin: str) -> Tensor:
-    """Targets as int64, [n] or [n, T].
+def as_targets(array: object, origin: str) -> Tree:
+    """Targets as int64 where they are integers (classes, tokens), else float32; a dictionary entry by entry.
 
     Raises:
-        ValueError: if they are not integers.
+        ValueError: if they are no finite numbers.
     """
-    values = _numeric(array, origin, "integer classes")
-    if values.dtype.kind not in "iub":
-        raise ValueError(
-            f"{origin}: labels must be integers from 0, got {values.dtype}; save them with .astype('int64') and "
-            f"without missing values"
-        )
-    if values.ndim not in (1, 2):
-        raise ValueError(f"{origin}: labels must be [n], or [n, T] for sequences, got shape {list(values.shape)}")
-    return torch.from_numpy(np.require(values, dtype=np.int64, requirements=["C", "W"]))
+    if isinstance(array, Mapping):
+        return _by_name(as_targets, array, origin)
+    values = _numeric(array, origin, "integer classes or numbers")
+    if not values.ndim:
+        raise ValueError(f"{origin}: expected one target per row, [n, ...], got a single number")
+    return check_finite(_tensor(values, np.int64 if values.dtype.kind in "iub" else np.float32), origin)
+
+
+def _by_name(read: Callable[[object, str], Tree], arrays: Mapping[str, object], origin: str) -> dict[str, Tensor]:
+    """A dictionary of tensors that have the same rows."""
+    found = {}
+    for name, array in arrays.items():
+        part = read(array, f"{origin} '{name}'")
+        assert isinstance(part, Tensor)
+        found[str(name)] = part
+    check_rows(found, origin)
+    return found
+
+
+def _input(values: np.ndarray, origin: str, masks: bool = False) -> Tensor:
+    kind: type = np.int64 if values.dtype.kind in "iu" and values.dtype != np.uint8 else np.float32
+    return check_finite(_tensor(values, np.bool_ if masks and values.dtype.kind == "b" else kind), origin)
+
+
+def _tensor(values: np.ndarray, kind: type) -> Tensor:
+    """The same numbers as a tensor, which shares their memory where it can."""
+    ready = np.require(values, dtype=kind, requirements=["C"])
+    if not ready.flags.writeable and not isinstance(ready, np.memmap):
+        ready = ready.copy()
+    with warnings.catch_warnings():  # a file that is mapped to be read is only read: nothing writes to samples
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(ready)
+
+
+def check_rows(tree: Tree, origin: str) -> int:
+    """How many rows all tensors of it have.
+
+    Raises:
+        ValueError: if there are none, or they differ.
+    """
+    lengths = {name: len(t) if t.ndim else 0 for name, t in tensors(tree).items()}
+    if not lengths:
+        raise ValueError(f"{origin}: there is nothing in this dictionary; give at least one array")
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"'{name}' {n}" for name, n in lengths.items())
+        raise ValueError(f"{origin}: every entry needs one row per sample, but there are {found}")
+    return next(iter(lengths.values()))
+
+
+def check_finite(x: Tensor, what: str) -> Tensor:
+    """The tensor itself.
+
+    Raises:
+        ValueError: naming the first row with NaN or infinity.
+    """
+    if not x.is_floating_point() or not x.numel():
+        return x
+    low, high = x.aminmax()  # one cheap pass; NaN wins over every number
+    if torch.isfinite(low) and torch.isfinite(high):
+        return x
+    for first in range(0, len(x), _ROWS):
+        finite = torch.isfinite(x[first : first + _ROWS]).view(len(x[first : first + _ROWS]), -1).all(1)
+        if not finite.all():
+            bad = first + int((~finite).nonzero()[0])
+            raise ValueError(f"{what}: row {bad} holds NaN or infinity; drop the row or fill the gap before training")
+    raise AssertionError("what is not finite lies in some row")
 
 
 def _numeric(array: object, origin: str, wanted: str) -> np.ndarray:
     try:
-        values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+        values = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asanyarray(array)
     except (ValueError, TypeError) as error:  # ragged lists, bfloat16
         raise ValueError(f"{origin}: cannot be read as an array ({error}); give every row the same shape") from None
     if values.dtype.kind not in "fiub":

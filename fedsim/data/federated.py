@@ -18,6 +18,7 @@ from torch import Tensor
 from fedsim.data.checks import check_fraction
 from fedsim.data.dataset import LabelledRows
 from fedsim.streams import Streams
+from fedsim.trees import Tree, each, one, pick
 
 _ENTRIES = 1 << 22  # of the clients' orders that are looked at together
 
@@ -30,11 +31,14 @@ class FederatedData(LabelledRows):
         offsets: [N+1] int64; client i owns the rows `order[offsets[i]:offsets[i+1]]`.
         order: [m] int64 rows of the pool. A row may belong to several clients, or to none.
         client_names: one per client, where the data has names for them.
+        test_owners: [n_test] int64, the client that holds out each held-out row, -1 for the server alone; None if
+            clients hold out nothing.
     """
 
     offsets: Tensor
     order: Tensor
     client_names: tuple[str, ...] | None = None
+    test_owners: Tensor | None = None
 
     @property
     def num_clients(self) -> int:
@@ -59,6 +63,7 @@ class FederatedData(LabelledRows):
     def class_counts(self) -> Tensor:
         """[N, num_classes] int64: targets of each class that clients have; a sequence counts once per element."""
         owner = torch.repeat_interleave(torch.arange(self.num_clients, device=self.order.device), self.num_examples)
+        assert isinstance(self.targets, Tensor)
         labels = self.targets[self.order]
         cell = owner.view(-1, *[1] * (labels.ndim - 1)) * self.num_classes + labels
         counts = torch.bincount(cell.flatten(), minlength=self.num_clients * self.num_classes)
@@ -66,13 +71,24 @@ class FederatedData(LabelledRows):
 
     def to(self, device: torch.device | str) -> FederatedData:
         """The same data with its tensors on a device."""
-        tensors = ("inputs", "targets", "offsets", "order", "test_inputs", "test_targets")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device)
+
+        return replace(
+            self,
+            inputs=each(moved, self.inputs),
+            targets=each(moved, self.targets),
+            offsets=moved(self.offsets),
+            order=moved(self.order),
+            test_inputs=each(moved, self.test_inputs),
+            test_targets=each(moved, self.test_targets),
+        )
 
     def check(self, origin: str = "data") -> Self:
         """See `LabelledRows.check`; a partition may not name rows that do not exist, nor give nobody any."""
         super().check(origin)
-        offsets, order, n = self.offsets, self.order, len(self.inputs)
+        offsets, order, n = self.offsets, self.order, len(self)
         if offsets.dtype != torch.int64 or order.dtype != torch.int64 or offsets.ndim != 1 or order.ndim != 1:
             raise ValueError(
                 f"{origin}: offsets and order must be one-dimensional int64, got {offsets.dtype}{list(offsets.shape)} "
@@ -94,7 +110,22 @@ class FederatedData(LabelledRows):
             )
         if self.client_names is not None and len(self.client_names) != self.num_clients:
             raise ValueError(f"{origin}: {len(self.client_names)} client names for {self.num_clients} clients")
+        if (held := self.test_owners) is not None:
+            num_held = len(one(self.test_targets))
+            if held.dtype != torch.int64 or held.shape != (num_held,):
+                raise ValueError(f"{origin}: test_owners must be int64 with one entry for each of {num_held} rows")
+            if num_held and (held.min() < -1 or held.max() >= self.num_clients):
+                raise ValueError(f"{origin}: test_owners must be clients 0 to {self.num_clients - 1}, or -1")
         return self
+
+
+def given_out(data: FederatedData) -> FederatedData:
+    """What clients hold out where the data says it (`test_owners`): these rows, with the same clients."""
+    assert data.test_owners is not None
+    order = torch.argsort(data.test_owners, stable=True)
+    order = order[data.test_owners[order] >= 0]
+    counts = torch.bincount(data.test_owners[order], minlength=data.num_clients)
+    return _only(data, data.test_inputs, data.test_targets, order, counts)
 
 
 def held_out(data: FederatedData, share: float, seed: int) -> tuple[FederatedData, FederatedData]:
@@ -123,14 +154,18 @@ def held_out(data: FederatedData, share: float, seed: int) -> tuple[FederatedDat
         chosen[(start[ids, None] + order)[taken]] = True
     rows = data.order[chosen]
     left = replace(data, order=data.order[~chosen], offsets=_ends(counts - held))
-    own = replace(
+    return left, _only(data, data.inputs, data.targets, rows, held)
+
+
+def _only(data: FederatedData, inputs: Tree, targets: Tree, rows: Tensor, counts: Tensor) -> FederatedData:
+    """Data with these rows of a pool, in the order of the clients, who have so many each."""
+    return replace(
         data,
-        inputs=data.inputs[rows],
-        targets=data.targets[rows],
+        inputs=pick(inputs, rows),
+        targets=pick(targets, rows),
         order=torch.arange(len(rows)),
-        offsets=_ends(held),
+        offsets=_ends(counts),
     )
-    return left, own
 
 
 def _ends(counts: Tensor) -> Tensor:

@@ -11,22 +11,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from fedsim.data.arrays import from_arrays
 from fedsim.data.checks import as_inputs, as_targets, one_line
-from fedsim.data.dataset import Dataset, from_arrays, row
+from fedsim.data.dataset import Dataset, row
+from fedsim.trees import one
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Arrays of one file; `clients` and the test pair may be missing."""
+    """Arrays of one file; all but the first two may be missing."""
 
     x: np.ndarray
     y: np.ndarray
     clients: np.ndarray | None = None
     x_test: np.ndarray | None = None
     y_test: np.ndarray | None = None
+    test_clients: np.ndarray | None = None
 
 
 def npz(
@@ -39,8 +43,10 @@ def npz(
 ) -> Dataset:
     """Your own arrays: an .npz file with x, y and perhaps client, x_test, y_test, or a folder with a file per client.
 
-    In a folder every `NAME.npz` with x and y is the client NAME, and `test.npz`, if there is one, is held out.
-    Floating-point and uint8 x is taken as it is, other integers are tokens.
+    In a folder every `NAME.npz` with x and y is the client NAME, and `test.npz`, if there is one, is held out; a client
+    whose file has x_test and y_test holds these out itself; in a single file `client_test` names the client of each row
+    of x_test. Floating-point and uint8 x is taken as it is, other integers are tokens; integer y are classes or tokens,
+    others are numbers.
 
     Args:
         path: the file or folder; relative to `root` where that is given and has it.
@@ -59,7 +65,7 @@ def parquet(
     *,
     path: str,
     root: str | None = None,
-    label: str = "label",
+    label: str | tuple[str, ...] = "label",
     client: str = "client",
     features: str | None = None,
     shape: tuple[int, ...] | None = None,
@@ -74,8 +80,9 @@ def parquet(
 
     Args:
         path, root, num_classes, test_fraction: as for `npz`.
-        label: the column of classes, integers from 0.
-        client: the column of client keys; in a single file it may be missing.
+        label: the column of targets: classes (integers from 0) or numbers; or several such columns.
+        client: the column of client keys; in a single file it may be missing. Held-out rows that have it are held out
+            by these clients.
         features: one column that holds a list per row: floating-point numbers or uint8, taken as they are, or tokens
             (other integers). By default all other columns, each of them one measurement.
         shape: of one sample, such as [1, 28, 28]; by default a vector.
@@ -85,9 +92,36 @@ def parquet(
     Raises:
         ValueError: naming the file and the column that is missing or does not fit.
     """
-    read = partial(_read_parquet, label=label, client=client, features=features, shape=shape)
+    read = partial(_read_table, label=label, client=client, features=features, shape=shape)
     test = None if test_path is None else _resolve(test_path, root)
     return _load(_resolve(path, root), ".parquet", read, num_classes, test_fraction, images, test)
+
+
+def csv(
+    *,
+    path: str,
+    root: str | None = None,
+    label: str | tuple[str, ...] = "label",
+    client: str = "client",
+    test_path: str | None = None,
+    num_classes: int | None = None,
+    test_fraction: float = 0.2,
+) -> Dataset:
+    """Your own table: a CSV file with label, numbers and perhaps client, or a folder with a file per client.
+
+    In a folder every `NAME.csv` is the client NAME, and `test.csv`, if there is one, is held out. The first line names
+    the columns.
+
+    Args:
+        path, root, num_classes, test_fraction: as for `npz`.
+        label, client, test_path: as for `parquet`.
+
+    Raises:
+        ValueError: naming the file and the column that is missing or does not fit.
+    """
+    read = partial(_read_table, label=label, client=client, features=None, shape=None)
+    test = None if test_path is None else _resolve(test_path, root)
+    return _load(_resolve(path, root), ".csv", read, num_classes, test_fraction, False, test)
 
 
 def _resolve(path: str, root: str | None) -> Path:
@@ -111,16 +145,17 @@ def _load(
     test_file: Path | None = None,
 ) -> Dataset:
     table = _read_folder(path, suffix, read) if path.is_dir() else read(path)
-    x_test, y_test = table.x_test, table.y_test
     if test_file is not None:
         held = read(test_file)
-        x_test, y_test = held.x, held.y
+        owners = None if table.clients is None else held.clients
+        table = replace(table, x_test=held.x, y_test=held.y, test_clients=owners)
     return from_arrays(
         table.x,
         table.y,
-        x_test,
-        y_test,
+        table.x_test,
+        table.y_test,
         clients=table.clients,
+        test_clients=table.test_clients,
         num_classes=num_classes,
         test_fraction=test_fraction,
         images=images,
@@ -132,28 +167,30 @@ def _read_folder(folder: Path, suffix: str, read: Callable[[Path], _Table]) -> _
     files = sorted(file for file in folder.glob(f"*{suffix}") if file.stem != "test")
     if not files:
         raise ValueError(f"{folder}: no *{suffix} files in this folder; put one file per client there, named after it")
-    xs: list[np.ndarray] = []
-    ys: list[np.ndarray] = []
+    tables: list[_Table] = []
     first = ""
     for file in files:
         table = read(file)
-        if table.x_test is not None:
-            raise ValueError(
-                f"{file}: x_test in a client's file is not read; put held-out rows into {folder}/test{suffix}"
-            )
         # converted here already, so that a message names the client's own file
         x, y = as_inputs(table.x, f"{file}: inputs"), as_targets(table.y, f"{file}: labels")
-        if len(x) != len(y):
-            raise ValueError(f"{file}: {len(x)} inputs but {len(y)} labels; one label per row is needed")
+        if len(one(x)) != len(one(y)):
+            raise ValueError(f"{file}: {len(one(x))} inputs but {len(one(y))} labels; one label per row is needed")
         rows = row(x, y)
         first = first or rows
         if rows != first:
             raise ValueError(f"{file}: rows are {rows}, but {files[0].name} has {first}; every client needs the same")
-        xs.append(table.x)
-        ys.append(y.numpy())
-    clients = np.repeat([file.stem for file in files], [len(x) for x in xs])
+        tables.append(replace(table, y=one(y).numpy()))
+    names = [file.stem for file in files]
+    clients = np.repeat(names, [len(table.x) for table in tables])
+    pooled = _Table(np.concatenate([t.x for t in tables]), np.concatenate([t.y for t in tables]), clients)
     held = folder / f"test{suffix}"
-    pooled = _Table(np.concatenate(xs), np.concatenate(ys), clients)
+    own = [(name, t.x_test, t.y_test) for name, t in zip(names, tables, strict=True) if t.x_test is not None]
+    if own and held.exists():
+        raise ValueError(f"{held}: clients' own files hold x_test already; take one of the two away")
+    if own:
+        owners = np.repeat([name for name, *_ in own], [len(x) for _, x, _ in own])
+        x_test, y_test = (np.concatenate([part[i] for part in own]) for i in (1, 2))
+        return replace(pooled, x_test=x_test, y_test=y_test, test_clients=owners)
     if not held.exists():
         return pooled
     test = read(held)
@@ -165,7 +202,9 @@ def _read_npz(file: Path) -> _Table:
         raise ValueError(f"{file}: not an .npz archive, or cut short; write it with numpy.savez(file, x=..., y=...)")
     try:
         with np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in ("x", "y", "client", "x_test", "y_test") if key in archive}
+            arrays = {
+                key: archive[key] for key in ("x", "y", "client", "x_test", "y_test", "client_test") if key in archive
+            }
             keys = ", ".join(archive)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
@@ -178,29 +217,27 @@ def _read_npz(file: Path) -> _Table:
             )
     if ("x_test" in arrays) != ("y_test" in arrays):
         raise ValueError(f"{file}: x_test and y_test must be there together, it has {keys}")
-    return _Table(arrays["x"], arrays["y"], arrays.get("client"), arrays.get("x_test"), arrays.get("y_test"))
+    rest = (arrays.get(key) for key in ("client", "x_test", "y_test", "client_test"))
+    return _Table(arrays["x"], arrays["y"], *rest)
 
 
-def _read_parquet(file: Path, label: str, client: str, features: str | None, shape: tuple[int, ...] | None) -> _Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{file}: cannot be read as Parquet ({one_line(error)}); write it again, or correct the path"
-        ) from None
-    columns = table.column_names
-    for key, column in (("label", label), ("features", features)):
+def _read_table(
+    file: Path, label: str | tuple[str, ...], client: str, features: str | None, shape: tuple[int, ...] | None
+) -> _Table:
+    table = _arrow(file)
+    columns, labels = table.column_names, [label] if isinstance(label, str) else list(label)
+    for key, column in (*(("label", name) for name in labels), ("features", features)):
         if column is not None and column not in columns:
             raise ValueError(f"{file}: no column '{column}', it has {', '.join(columns)}; set task.dataset.{key}")
-    chosen = [features] if features else [name for name in columns if name not in (label, client)]
+    chosen = [features] if features else [name for name in columns if name not in (*labels, client)]
     if not chosen:
         raise ValueError(f"{file}: no column left for features beside '{label}'; set task.dataset.features")
-    for name in [*chosen, label]:
-        if table[name].null_count:
-            raise ValueError(f"{file}: column '{name}' has {table[name].null_count} missing values; fill or drop them")
+    for name in [*chosen, *labels]:
+        if missing := table[name].null_count:
+            first = int(np.flatnonzero(table[name].is_null().to_numpy())[0])
+            raise ValueError(
+                f"{file}: column '{name}' has {missing} missing values, the first in row {first}; fill or drop them"
+            )
     if features:
         x = _list_column(table[features].combine_chunks(), f"{file}: column '{features}'")
     else:
@@ -210,7 +247,23 @@ def _read_parquet(file: Path, label: str, client: str, features: str | None, sha
             raise ValueError(f"{file}: {x.shape[1]} numbers per row do not fill task.dataset.shape={list(shape)}")
         x = x.reshape(len(x), *shape)
     clients = table[client].to_numpy() if client in columns else None
-    return _Table(x, table[label].to_numpy(), clients)
+    y = [table[name].to_numpy() for name in labels]
+    return _Table(x, y[0] if isinstance(label, str) else np.stack(y, axis=1), clients)
+
+
+def _arrow(file: Path) -> Any:
+    """The pyarrow table of a Parquet or CSV file."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    kind = "CSV" if file.suffix == ".csv" else "Parquet"
+    try:
+        return pyarrow.csv.read_csv(file) if kind == "CSV" else pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{file}: cannot be read as {kind} ({one_line(error)}); write it again, or correct the path"
+        ) from None
 
 
 def _list_column(column: object, what: str) -> np.ndarray:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsim.data.arrays import from_arrays
 from fedsim.data.checks import one_line
-from fedsim.data.dataset import Dataset, from_arrays
+from fedsim.data.dataset import Dataset
 
 _TEXT_WAY_OUT = "turn it into numbers in a Python factory, task.dataset: mypkg.mymodule:my_factory"
 
@@ -151,6 +152,7 @@ def _pixels(samples: Iterable[tuple[object, int]], origin: str) -> tuple[np.ndar
 
 def _standardized(data: Dataset) -> Dataset:
     """Images with every channel at mean 0 and deviation 1 over the training rows."""
+    assert isinstance(data.inputs, torch.Tensor) and isinstance(data.test_inputs, torch.Tensor)
     axes = [0, *range(2, data.inputs.ndim)]
     deviation, mean = torch.std_mean(data.inputs, dim=axes, keepdim=True)
     for part in (data.inputs, data.test_inputs):

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data.dataset import Dataset, from_arrays
+from fedsim.data.arrays import from_arrays
+from fedsim.data.dataset import Dataset
 from fedsim.files import write_whole
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts the files

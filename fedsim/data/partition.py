@@ -47,7 +47,7 @@ class Iid:
     """Rows dealt out at random, sizes equal to within one."""
 
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
-        n = len(data.targets)
+        n = len(data)
         return rng.permutation(n), even_cuts(n, num_clients)
 
 
@@ -212,10 +212,10 @@ class QuantitySkew:
     def __call__(self, data: Dataset, num_clients: int, rng: np.random.Generator) -> Split:
         def owners() -> np.ndarray:
             shares = dirichlet(self.alpha, num_clients, 1, rng)[0]
-            return repeat_owners(round_shares(shares, len(data.targets), rng))
+            return repeat_owners(round_shares(shares, len(data), rng))
 
         owner = until_enough(owners, num_clients, self.min_examples, "quantity_skew")
-        return rng.permutation(len(data.targets)), offsets_of(owner, num_clients)
+        return rng.permutation(len(data)), offsets_of(owner, num_clients)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,24 +12,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
 from fedsim.config import Call, Kinds, decode_entry
-from fedsim.data.dataset import Dataset, from_arrays
+from fedsim.data.arrays import from_arrays
+from fedsim.data.bundled import diabetes
+from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
-from fedsim.data.files import npz, parquet
+from fedsim.data.files import csv, npz, parquet
 from fedsim.data.hub import huggingface, torchvision
 from fedsim.data.images import digits, fashion_mnist
-from fedsim.data.synthetic import blobs, synthetic
+from fedsim.data.synthetic import blobs, marks, synthetic
+from fedsim.data.tables import from_samples
 from fedsim.data.text import shakespeare
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "shakespeare": shakespeare,
+    "diabetes": diabetes,
     "npz": npz,
     "parquet": parquet,
+    "csv": csv,
     "huggingface": huggingface,
     "torchvision": torchvision,
     "blobs": blobs,
+    "marks": marks,
     "synthetic": synthetic,
 }
 
@@ -96,8 +104,8 @@ def as_dataset(made: object, origin: str) -> Dataset | FederatedData:
     """What a source returned as a checked data set.
 
     Args:
-        made: a Dataset, a FederatedData, or arrays or tensors (x, y) or (x, y, x_test, y_test), which `from_arrays`
-            takes; without test rows a fifth of every class is held out.
+        made: a Dataset, a FederatedData, arrays or tensors (x, y), (x, y, clients) or (x, y, x_test, y_test), which
+            `from_arrays` takes, or a torch Dataset; without test rows a fifth of every class is held out.
 
     Raises:
         ValueError: if it is something else, or does not pass the checks.
@@ -106,6 +114,11 @@ def as_dataset(made: object, origin: str) -> Dataset | FederatedData:
         return made.check(origin)
     if isinstance(made, tuple) and len(made) in (2, 4):
         return from_arrays(*made, origin=origin)
+    if isinstance(made, tuple) and len(made) == 3:
+        return from_arrays(made[0], made[1], clients=made[2], origin=origin)
+    if isinstance(made, torch.utils.data.Dataset):
+        return from_samples(made, origin=origin)
     raise ValueError(
-        f"{origin} returned {type(made).__name__}; return a Dataset, a FederatedData, (x, y) or (x, y, x_test, y_test)"
+        f"{origin} returned {type(made).__name__}; return a Dataset, a FederatedData, (x, y), (x, y, clients), "
+        "(x, y, x_test, y_test), a torch Dataset, or what fedsim.data.from_table makes of a table or dictionary"
     )

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedsim.data.dataset import Dataset
+from fedsim.trees import one
 
 _TRIES = 100  # draws before min_examples is given up
 
@@ -23,12 +26,14 @@ def by_class(data: Dataset, name: str, rng: np.random.Generator) -> tuple[np.nda
     Raises:
         ValueError: for sequences, whose rows hold many classes.
     """
-    labels = data.targets.numpy()
-    if labels.ndim != 1:
+    targets = data.targets
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 1:
+        what = "numbers" if one(targets).is_floating_point() else "sequences"
         raise ValueError(
-            f"partition {name} sorts rows by their class, but the rows of this data are sequences, which have none; "
+            f"partition {name} sorts rows by their class, but the rows of this data are {what}, which have none; "
             f"choose iid, quantity_skew or natural"
         )
+    labels = targets.numpy()
     shuffled = rng.permutation(len(labels))
     rows = shuffled[np.argsort(small(labels[shuffled], data.num_classes), kind="stable")]
     return rows, offsets_of(labels, data.num_classes)

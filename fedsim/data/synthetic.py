@@ -10,6 +10,7 @@ from math import prod
 import numpy as np
 import torch
 
+from fedsim.data.arrays import from_arrays
 from fedsim.data.checks import check_fraction, check_least
 from fedsim.data.dataset import Dataset
 from fedsim.streams import server_rng
@@ -55,6 +56,48 @@ def blobs(
     return Dataset(inputs=x[:n], targets=y[:n], test_inputs=x[n:], test_targets=y[n:], num_classes=num_classes).check(
         "blobs"
     )
+
+
+def marks(
+    *,
+    num_examples: int = 2000,
+    num_test: int = 500,
+    num_labels: int = 6,
+    size: int = 12,
+    present: float = 0.3,
+    noise: float = 0.5,
+    seed: int = 0,
+) -> Dataset:
+    """Images with several marks or none, one label for each mark that is there; no files.
+
+    A mark is a small patch of standard normal numbers at a place of its own. An image is the sum of its marks plus
+    standard normal noise.
+
+    Args:
+        num_examples: n.
+        num_test: held-out samples with the same marks.
+        num_labels: L, how many marks there are.
+        size: an image has size x size pixels.
+        present: the share of images that have a mark.
+        noise: standard deviation of the noise.
+        seed: the data's own seed; the run's, where the configuration gives none.
+
+    Returns:
+        inputs [n, 1, size, size], targets [n, L] of 1 and 0.
+    """
+    check_least("marks: ", 1, num_examples=num_examples, num_labels=num_labels)
+    check_least("marks: ", 0, noise=noise, num_test=num_test, present=present)
+    check_least("marks: ", 4, size=size)
+    rng = server_rng(seed, "data.marks")
+    stencils = np.zeros((num_labels, size, size), dtype=np.float32)
+    for stencil in stencils:
+        i, j = rng.integers(size - 3, size=2)
+        stencil[i : i + 4, j : j + 4] = rng.standard_normal((4, 4))
+    there = rng.random((num_examples + num_test, num_labels)) < present
+    x = np.einsum("nl,lij->nij", there.astype(np.float32), stencils)
+    x += np.float32(noise) * rng.standard_normal(x.shape, dtype=np.float32)
+    n = num_examples
+    return from_arrays(x[:n, None], there[:n].astype(int), x[n:, None], there[n:].astype(int), origin="marks")
 
 
 def synthetic(

@@ -21,6 +21,8 @@ from fedsim.engine.noise import keyed_copy
 from fedsim.engine.precision import check_precision
 from fedsim.engine.tape import Unsupported, trace
 from fedsim.params import Layout
+from fedsim.trees import Tree, tensors
+
 
 STACK_BYTES = 4 * 2**20  # of parameters: stacks this small stay in a core's caches from step to step
 LOW_RANK_BYTES = 8 * 2**20  # of layer inputs and output gradients in one stack of low-rank changes
@@ -67,7 +69,7 @@ def choose_engine(
     precision: str = "fp32",
     plain: bool = False,
     loss: Loss = cross_entropy,
-    sample: Tensor | None = None,
+    sample: Tree | None = None,
 ) -> Plan:
     """The engine and the stack width for a module.
 
@@ -165,7 +167,7 @@ def _engine(module: nn.Module, engine: str, in_one_call: bool) -> tuple[str, str
 
 
 def _width(
-    module: nn.Module, layout: Layout, device: torch.device, batch_size: int, engine: str, sample: Tensor | None
+    module: nn.Module, layout: Layout, device: torch.device, batch_size: int, engine: str, sample: Tree | None
 ) -> tuple[int, str]:
     if engine == "loop":
         return 1, "the loop engine takes one client at a time"
@@ -179,6 +181,8 @@ def _width(
     width = min(max(1, STACK_BYTES // each), MAX_WIDTH_CPU)
     if width < MIN_WIDTH_VMAP and engine == "stacked" and sample is not None:
         try:
+            if not isinstance(sample, Tensor):
+                raise Unsupported("samples are dictionaries")
             trace(keyed_copy(module), sample)
         except Unsupported as unknown:
             return 1, f"without a stacked form of every layer ({unknown}) one client at a time is fastest"
@@ -198,7 +202,7 @@ def _even(num_clients: int, width: int) -> int:
 
 
 def _gpu_width(
-    module: nn.Module, layout: Layout, device: torch.device, batch_size: int, sample: Tensor | None
+    module: nn.Module, layout: Layout, device: torch.device, batch_size: int, sample: Tree | None
 ) -> tuple[int, str]:
     total = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 8 * 2**30
     each = memory_bytes(layout, 1, batch_size) + 4 * batch_size * _frozen_activations(module, sample)
@@ -218,9 +222,10 @@ def _activations(layout: Layout) -> int:
     return 2 * numbers  # values and their gradients
 
 
-def _frozen_activations(module: nn.Module, sample: Tensor | None) -> int:
+def _frozen_activations(module: nn.Module, sample: Tree | None) -> int:
     """The same of layers that are frozen: a sample of class indices has as many positions as numbers."""
-    positions = sample.numel() if sample is not None and not sample.is_floating_point() else 1
+    indices = [] if sample is None else [t for t in tensors(sample).values() if not t.is_floating_point()]
+    positions = max((t.numel() for t in indices), default=1)
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     frozen = {k: tuple(p.shape) for k, p in module.named_parameters() if not (p.requires_grad or id(p) in tables)}
     return positions * _activations(Layout.of(frozen))

@@ -18,6 +18,7 @@ from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.vmapped import Vmapped, warn_of_change
 from fedsim.params import Layout
 from fedsim.task import PlainSession, Session
+from fedsim.trees import Tree
 
 
 class CompiledEngine(Engine):
@@ -42,7 +43,7 @@ class CompiledEngine(Engine):
     def session(self, x: Tensor) -> Session:
         return self.stacked.session(x) if self.failed else PlainSession(self._gradient, x)
 
-    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+    def logits(self, x: Tensor, inputs: Tree) -> Tensor:
         return self.stacked.logits(x, inputs)
 
     def _gradient(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

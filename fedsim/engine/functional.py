@@ -9,14 +9,17 @@ Letters: C clients, B samples, P entries of a client's vector.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from fedsim.engine.noise import keyed_copy
 from fedsim.params import Layout, moving_buffers, program_of
+from fedsim.trees import Tree
 
 
 class ThreadModules:
@@ -74,6 +77,32 @@ class Tensors:
             if name in buffers and buffers[name].data_ptr() != view.data_ptr():
                 value = buffers[name].to(view.dtype)
                 view.copy_(value if active is None else torch.where(_like(active, value), value, view))
+
+
+def outputs_of(module: nn.Module, tensors: dict[str, Tensor], inputs: Tree) -> Tensor:
+    """What a module gives for inputs [B, ...] with other tensors in place of its own; see `tensor_of`."""
+    if isinstance(inputs, Tensor):
+        return tensor_of(functional_call(module, tensors, (inputs,)))
+    return tensor_of(functional_call(module, tensors, (), inputs))
+
+
+def tensor_of(made: Any) -> Tensor:
+    """The tensor that losses and metrics see: of a tuple the first entry, of a dictionary (ModelOutput) its `logits`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = made
+    if isinstance(made, Mapping):
+        found = made.get("logits")
+    elif isinstance(made, Sequence) and len(made):
+        found = made[0]
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the model gives a {type(made).__name__}; return a tensor, a tuple that begins with one, or a dictionary "
+            "with one under 'logits'"
+        )
+    return found
 
 
 def _like(active: Tensor, value: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.losses import Loss, cross_entropy, sample_shares
+from fedsim.trees import Tree, each
 
 FEW_CLASSES = 16
 
@@ -31,12 +32,12 @@ class End(Protocol):
     @property
     def length(self) -> int: ...
 
-    def __call__(self, value: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, value: Tensor, targets: Tree, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(loss [C] or [], gradient by the value or None where nothing before it is trained).
 
         Args:
             value: [C, B, ...].
-            targets: [C, B] class indices, or [C, B, T].
+            targets: [C, B] class indices, or whatever the loss takes.
             weights: [C, B], or None for equal ones.
         """
         ...
@@ -51,20 +52,21 @@ class Head:
     start: int
     length: int = 0
 
-    def __call__(self, value: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, value: Tensor, targets: Tree, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return loss_and_gradient(self.loss, value, targets, weights, self.lead)
 
 
 def loss_and_gradient(
-    loss: Loss, logits: Tensor, targets: Tensor, weights: Tensor | None, lead: int
+    loss: Loss, logits: Tensor, targets: Tree, weights: Tensor | None, lead: int
 ) -> tuple[Tensor, Tensor]:
     """(loss [C] or [], gradient by the logits), for weights [.., B] or None."""
     if loss is cross_entropy:
+        assert isinstance(targets, Tensor)
         return _cross_entropy(logits, targets, weights, lead)
     rows = logits.shape[: lead + 1]
     leaf = logits.detach().flatten(0, lead).requires_grad_()
     with torch.enable_grad():
-        losses = loss(leaf, targets.flatten(0, lead)).view(rows)
+        losses = loss(leaf, each(lambda t: t.flatten(0, lead), targets)).view(rows)
         losses = (losses * sample_shares(weights, losses)).sum(-1)
         (grad,) = torch.autograd.grad(losses.sum(), leaf)
     return losses.detach(), grad.view(logits.shape)

@@ -9,16 +9,16 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fedsim.engine.base import Batch
-from fedsim.engine.functional import Tensors, ThreadModules
+from fedsim.engine.functional import Tensors, ThreadModules, outputs_of
 from fedsim.engine.losses import Loss, sample_shares
 from fedsim.engine.noise import dropout_keys, start_calls
 from fedsim.engine.precision import products
 from fedsim.engine.protocol import Engine
 from fedsim.params import Layout
 from fedsim.task import PlainSession, Session
+from fedsim.trees import Tree, pick
 
 
 class LoopEngine(Engine):
@@ -44,13 +44,13 @@ class LoopEngine(Engine):
     def session(self, x: Tensor) -> Session:
         return PlainSession(self._gradient, x)
 
-    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+    def logits(self, x: Tensor, inputs: Tree) -> Tensor:
         if x.ndim > 1:
-            return torch.stack([self.logits(row, inputs[i]) for i, row in enumerate(x)])
+            return torch.stack([self.logits(row, pick(inputs, i)) for i, row in enumerate(x)])
         module = self.modules.get(training=False)
         trained, buffers = self.tensors.of(x)
         with torch.no_grad(), products(self.precision, x.device):
-            return functional_call(module, trained | buffers, (inputs,)).to(x.dtype)
+            return outputs_of(module, trained | buffers, inputs).to(x.dtype)
 
     def _gradient(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         module = self.modules.get(training=True)
@@ -72,14 +72,16 @@ class LoopEngine(Engine):
         """Writes client i's gradient to out [P], its buffers to x [P], and returns its loss."""
         if n == 0:
             return x.new_zeros(())
+
+        own = (i, slice(n))
         start_calls(module)
         trained, buffers = self.tensors.of(x.detach())
         leaves = {k: v.requires_grad_() for k, v in trained.items()}
         # copies: views of one storage share a version counter, so autograd would take a new mean for a new weight
         buffers = {k: v.clone() for k, v in buffers.items()}
         with torch.enable_grad(), products(self.precision, x.device):
-            logits = functional_call(module, leaves | buffers | keys, (batch.inputs[i, :n],))
-            losses = self.loss(logits.to(x.dtype), batch.targets[i, :n])
+            logits = outputs_of(module, leaves | buffers | keys, pick(batch.inputs, own))
+            losses = self.loss(logits.to(x.dtype), pick(batch.targets, own))
             shares = sample_shares(None if batch.weights is None else batch.weights[i, :n], losses)
             loss = (losses * shares).sum()
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -102,7 +104,7 @@ class LoopEngine(Engine):
 
 def _num_samples(batch: Batch) -> list[int]:
     """How many leading rows of each client hold samples."""
-    clients, width = batch.targets.shape[:2]
+    clients, width = batch.rows
     if batch.weights is None:
         return [width] * clients
     position = torch.arange(1, width + 1, device=batch.weights.device)

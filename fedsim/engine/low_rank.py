@@ -147,7 +147,7 @@ def low_rank_run(
     Returns:
         (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
     """
-    first = whole.inputs.flatten(2)
+    first, targets = _tensors(whole)
     start = gradients_at(chain, layout, x, whole, width, active)[0] if less_start else None
     a, d, blocks = _room(chain, first, width) if start is None else _room_beside(start, width)
     shared = [weight * term for weight, term in terms if term.ndim == 1]
@@ -172,7 +172,7 @@ def low_rank_run(
         z = steps.forward(layers, step, k, base)
         now = slice(step * width, (step + 1) * width)
         shares = None if whole.weights is None else whole.weights[:k, now]
-        loss, dz = loss_and_gradient(cross_entropy, z, whole.targets[:k, now], shares, 1)
+        loss, dz = loss_and_gradient(cross_entropy, z, targets[:k, now], shares, 1)
         losses[:k] += loss
         steps.backward(layers, step, k, dz)
     return LowRank(layout, chain, tuple(steps.a), tuple(steps.d)), losses
@@ -190,7 +190,7 @@ def gradients_at(
     Returns:
         (sum of each client's gradients, sum of its losses [C]).
     """
-    first, layers = whole.inputs.flatten(2), _layers(chain, layout, x)
+    (first, targets), layers = _tensors(whole), _layers(chain, layout, x)
     num_clients = len(first)
     a, losses = [first], first.new_zeros(num_clients)
     for layer in layers[:-1]:
@@ -200,12 +200,18 @@ def gradients_at(
     for step, k in enumerate(active):
         now = slice(step * width, (step + 1) * width)
         shares = None if whole.weights is None else whole.weights[:k, now]
-        loss, dz[:k, now] = loss_and_gradient(cross_entropy, z[:k, now], whole.targets[:k, now], shares, 1)
+        loss, dz[:k, now] = loss_and_gradient(cross_entropy, z[:k, now], targets[:k, now], shares, 1)
         losses[:k] += loss
     d = [dz]
     for layer, h in zip(layers[:0:-1], a[:0:-1], strict=True):
         d.insert(0, _back(d[0], layer, num_clients).mul_(h > 0))
     return LowRank(layout, chain, tuple(a), tuple(d)), losses
+
+
+def _tensors(whole: Batch) -> tuple[Tensor, Tensor]:
+    """(inputs [C, R, in], classes [C, R]); chains have no other."""
+    assert isinstance(whole.inputs, Tensor) and isinstance(whole.targets, Tensor)
+    return whole.inputs.flatten(2), whole.targets
 
 
 Room = tuple[list[Tensor], list[Tensor], list[int]]

@@ -21,6 +21,7 @@ from fedsim.engine.losses import Loss, cross_entropy, sample_shares
 from fedsim.engine.ops import Bound, Linear, ReLU
 from fedsim.engine.tape import Tape
 from fedsim.native import TYPES, library
+from fedsim.trees import Tree
 
 FEWEST_INPUTS = 16  # the widest register's worth of numbers
 MOST_CLASSES = 100  # beyond, torch's products are about as fast
@@ -66,8 +67,9 @@ class LastLayer:
         assert code is not None
         self._code = code
 
-    def __call__(self, value: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, value: Tensor, targets: Tree, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
         h = value if value.stride(-1) == 1 else value.contiguous()
+        assert isinstance(targets, Tensor)
         y = targets if targets.stride(-1) == 1 else targets.contiguous()
         if h.dtype != self.grads[0].dtype or y.dtype != torch.int64 or y.shape != h.shape[:-1]:
             raise ValueError(

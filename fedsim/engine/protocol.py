@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsim.engine.low_rank import Chain
 from fedsim.task import Session
+from fedsim.trees import Tree
 
 
 class Engine(Protocol):
@@ -35,10 +36,10 @@ class Engine(Protocol):
         """
         ...
 
-    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+    def logits(self, x: Tensor, inputs: Tree) -> Tensor:
         """The model's outputs in evaluation mode: x [P] with inputs [B, ...], or x [C, P] with inputs [C, B, ...]."""
         ...
 
-    def reads_only(self, sample: Tensor) -> bool:
+    def reads_only(self, sample: Tree) -> bool:
         """Whether samples like this one [...] may be handed over as a view of the data set: nobody writes to them."""
         return False

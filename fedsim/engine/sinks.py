@@ -78,7 +78,7 @@ class SampleSink:
 
     def weighted_sum(self, layout: Layout, x: Tensor, batch: Batch, weigh: Callable[[Tensor], Tensor]) -> Tensor:
         """[C, P]; see `Session.weighted_sum`."""
-        absent = x.new_zeros(batch.targets.shape[:2])
+        absent = x.new_zeros(batch.rows)
         # the pass was that of the mean loss, so gradients came divided by the number of samples
         count = absent.new_full((), absent.shape[1]) if batch.weights is None else batch.weights.sum(1).to(x)
         count = count.view(-1, 1, 1)

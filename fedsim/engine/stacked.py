@@ -31,6 +31,7 @@ from fedsim.engine.sinks import GradientSink, SampleSink, SgdSink, Sink
 from fedsim.engine.tape import Tape, Unsupported, trace
 from fedsim.engine.vmapped import Vmapped, warn_of_change
 from fedsim.params import Layout
+from fedsim.trees import Tree, pick
 
 
 class StackedEngine(Engine):
@@ -75,7 +76,7 @@ class StackedEngine(Engine):
     def session(self, x: Tensor) -> TapeSession:
         return TapeSession(self, x)
 
-    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+    def logits(self, x: Tensor, inputs: Tree) -> Tensor:
         if x.ndim == 1 or not x.is_cuda or self.path == "loop":
             return self.loop.logits(x, inputs)
         return self.vmapped.logits(x, inputs)
@@ -89,8 +90,8 @@ class StackedEngine(Engine):
                     self._tapes[key] = self._trace(sample)
         return self._tapes[key]
 
-    def reads_only(self, sample: Tensor) -> bool:
-        tape = self.tape(sample)
+    def reads_only(self, sample: Tree) -> bool:
+        tape = self.tape(sample) if isinstance(sample, Tensor) else None
         return tape is not None and tape.reads_only
 
     def _trace(self, sample: Tensor) -> Tape | None:
@@ -185,6 +186,8 @@ class TapeSession:
 
     def _prepare(self, batch: Batch, by_sample: bool = False) -> bool:
         """Binds the tape for this kind of batch; False if there is none."""
+        if not isinstance(batch.inputs, Tensor):  # a tape has one input
+            return False
         key = batch.inputs.shape[2:], batch.inputs.dtype, by_sample
         if key != self._key:
             self._key = key
@@ -204,8 +207,9 @@ class TapeSession:
         """One forward and backward pass; parameters' gradients go to the sink. Returns the loss [C]."""
         assert self._tape is not None
         inputs, targets, weights = batch.inputs, batch.targets, batch.weights
+        assert isinstance(inputs, Tensor)
         if not self.lead:
-            inputs, targets = inputs[0], targets[0]
+            inputs, targets = inputs[0], pick(targets, 0)
             weights = None if weights is None else weights[0]
         self.bound.batch, self.bound.sink = batch, sink
         values: list[Tensor] = [inputs] * self._tape.num_slots

@@ -1,6 +1,5 @@
 """The gradient of any module on a stack, by torch.func.vmap over the clients; eager or compiled.
 
-from fedsim.config import first_line
 Letters: C clients, B samples, P entries of a client's vector.
 """
 
@@ -13,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 
 from fedsim.config import first_line
 from fedsim.engine.base import Batch
-from fedsim.engine.functional import Tensors, ThreadModules
+from fedsim.engine.functional import Tensors, ThreadModules, outputs_of
 from fedsim.engine.losses import Loss, sample_shares
 from fedsim.engine.noise import dropout_keys, start_calls
 from fedsim.engine.precision import products
 from fedsim.engine.twins import batchable_copy, share_names
 from fedsim.params import Layout
+from fedsim.trees import Tree
 
 
 class Vmapped:
@@ -41,7 +41,7 @@ class Vmapped:
         """See `Engine.session`."""
         module = self.modules.get(training=True)
         trained, buffers = self.tensors.of(x.detach())
-        rows = x.new_empty(batch.targets.shape[:2])
+        rows = x.new_empty(batch.rows)
         shares = sample_shares(batch.weights, rows).expand(rows.shape)
         extra = dropout_keys(module, batch.streams, batch.step) | {name: shares for name in share_names(module)}
         with torch.no_grad(), products(self.precision, x.device):
@@ -67,13 +67,13 @@ class Vmapped:
             tail.copy_(before)
             return instead(), error  # if this fails too, it raises: then the way to compute is not the matter
 
-    def logits(self, x: Tensor, inputs: Tensor) -> Tensor:
+    def logits(self, x: Tensor, inputs: Tree) -> Tensor:
         """x [C, P] and inputs [C, B, ...] -> outputs in evaluation mode."""
         module = self.modules.get(training=False)
         trained, buffers = self.tensors.of(x)
 
-        def one(tensors: dict[str, Tensor], sample: Tensor) -> Tensor:
-            return functional_call(module, tensors, (sample,))
+        def one(tensors: dict[str, Tensor], samples: Tree) -> Tensor:
+            return outputs_of(module, tensors, samples)
 
         with torch.no_grad(), products(self.precision, x.device):
             return vmap(one)(trained | buffers, inputs).to(x.dtype)
@@ -93,13 +93,13 @@ class Vmapped:
             trained: dict[str, Tensor],
             buffers: dict[str, Tensor],
             extra: dict[str, Tensor],
-            inputs: Tensor,
-            targets: Tensor,
+            inputs: Tree,
+            targets: Tree,
             shares: Tensor,
         ) -> tuple[Tensor, dict[str, Tensor]]:
             start_calls(module)
             tensors = trained | buffers | extra
-            logits = functional_call(module, tensors, (inputs,))
+            logits = outputs_of(module, tensors, inputs)
             losses = self.loss(logits.to(shares.dtype), targets)
             # the call leaves new values of changed buffers in the dictionary it was given
             return (losses * shares).sum(), {name: tensors[name] for name in buffers}

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, vmap
+from torch.func import grad, grad_and_value, vmap
 
 from fedsim.config import first_line
 from fedsim.engine.base import Batch
+from fedsim.engine.functional import outputs_of
 from fedsim.engine.losses import Loss, cross_entropy, sample_shares
 from fedsim.engine.noise import dropout_keys, start_calls
 from fedsim.engine.stacked import StackedEngine
@@ -26,6 +27,7 @@ from fedsim.engine.twins import share_names
 from fedsim.optim.needs import sample_factors
 from fedsim.params import Layout
 from fedsim.streams import mix64
+from fedsim.trees import Tree, one, pick
 
 CHUNK = 1 << 24  # entries of per-sample gradients alive at once: 64 MiB in float32
 Named = dict[str, Tensor]
@@ -84,20 +86,20 @@ class SamplesOracle:
         self.loss: Tensor | None = None
 
     def batch_sizes(self) -> Tensor:
-        weights, shape = self.batch.weights, self.batch.inputs.shape
+        weights, (clients, width) = self.batch.weights, self.batch.rows
         if weights is not None:
             return weights.sum(1)
-        return torch.full((shape[0],), shape[1], device=self.batch.inputs.device)
+        return torch.full((clients,), width, device=one(self.batch.targets).device)
 
     def num_labels(self) -> Tensor:
-        return self.batch_sizes() * self.batch.targets[0, 0].numel()
+        return self.batch_sizes() * one(self.batch.targets)[0, 0].numel()
 
     def losses(self, points: Tensor) -> Tensor:
         """[q, k] mean losses at points [q, k, n], in evaluation mode."""
         module, batch = self.program.modules.get(training=False), self.batch
         _, shares = self._shares(points)
 
-        def client(trained: Named, buffers: Named, inputs: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        def client(trained: Named, buffers: Named, inputs: Tree, targets: Tree, shares: Tensor) -> Tensor:
             return (self._sample_losses(module, trained | buffers, inputs, targets, shares) * shares).sum()
 
         each = vmap(client)
@@ -112,14 +114,12 @@ class SamplesOracle:
     def sampled_grad(self, x: Tensor) -> Tensor:
         """[k, n] at labels drawn from the model's own predictions, keyed by client, job, step and sample."""
         streams, targets = self.batch.streams, self.batch.targets
-        assert streams is not None
+        assert streams is not None and isinstance(targets, Tensor)
         uniform = streams.uniform("optimizer labels", *targets.shape[1:], step=self.batch.step).to(x.device)
 
-        def loss(
-            module: nn.Module, tensors: Named, inputs: Tensor, targets: Tensor, shares: Tensor, u: Tensor
-        ) -> Tensor:
+        def loss(module: nn.Module, tensors: Named, inputs: Tree, targets: Tree, shares: Tensor, u: Tensor) -> Tensor:
             start_calls(module)
-            logits = functional_call(module, tensors, (inputs,)).to(shares.dtype)
+            logits = outputs_of(module, tensors, inputs).to(shares.dtype)
             below = logits.detach().softmax(-1).cumsum(-1) < u.to(logits.dtype).unsqueeze(-1)
             drawn = below.sum(-1).clamp(max=logits.shape[-1] - 1)
             return (self.program.sample_loss(logits, drawn) * shares).sum()
@@ -159,15 +159,13 @@ class SamplesOracle:
         module, batch = self.program.modules.get(training=True), self.batch
         trained, buffers = self._split(x)
         counted, shares = self._shares(x)
-        keys = self._sample_keys(module, batch.inputs.shape[1])
-        one = x.new_ones(1)
+        keys = self._sample_keys(module, batch.rows[1])
+        share = x.new_ones(1)
 
-        def sample(
-            trained: Named, buffers: Named, keys: Named, inputs: Tensor, targets: Tensor
-        ) -> tuple[Named, Tensor]:
+        def sample(trained: Named, buffers: Named, keys: Named, inputs: Tree, targets: Tree) -> tuple[Named, Tensor]:
             def loss(trained: Named) -> Tensor:
                 tensors = trained | buffers | keys
-                return self._sample_losses(module, tensors, inputs[None], targets[None], one).sum()
+                return self._sample_losses(module, tensors, pick(inputs, None), pick(targets, None), share).sum()
 
             return grad_and_value(loss)(trained)
 
@@ -175,11 +173,12 @@ class SamplesOracle:
         total, losses = x.new_zeros(x.shape), []
         views = self.program.layout.trainable.views(total)
         chunk = max(1, CHUNK // x.numel())
-        for i in range(0, batch.inputs.shape[1], chunk):
+        for i in range(0, batch.rows[1], chunk):
             some = slice(i, i + chunk)
             own = {name: key[:, some] for name, key in keys.items()}
             with torch.no_grad():
-                grads, found = program(trained, buffers, own, batch.inputs[:, some], batch.targets[:, some])
+                inputs, targets = (pick(part, (slice(None), some)) for part in (batch.inputs, batch.targets))
+                grads, found = program(trained, buffers, own, inputs, targets)
             norms = torch.stack([g.flatten(2).square().sum(-1) for g in grads.values()], -1)
             factors = sample_factors(norms, bounds) * counted[:, some, None]
             for j, (name, g) in enumerate(grads.items()):
@@ -204,7 +203,7 @@ class SamplesOracle:
         tangents = [] if along is None else [self.program.layout.trainable.views(along)]
 
         def client(
-            trained: Named, tangents: list[Named], others: Named, inputs: Tensor, targets: Tensor, *rest: Tensor
+            trained: Named, tangents: list[Named], others: Named, inputs: Tree, targets: Tree, *rest: Tensor
         ) -> Named:
             # a copy of the tensors: BatchNorm leaves its new statistics in the dictionary it is given
             program = transform(lambda own: loss(module, {**others, **own}, inputs, targets, *rest))
@@ -213,15 +212,13 @@ class SamplesOracle:
         with torch.no_grad():
             return vmap(client)(trained, tangents, buffers | extra, batch.inputs, batch.targets, shares, *more)
 
-    def _mean_loss(self, module: nn.Module, tensors: Named, inputs: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+    def _mean_loss(self, module: nn.Module, tensors: Named, inputs: Tree, targets: Tree, shares: Tensor) -> Tensor:
         return (self._sample_losses(module, tensors, inputs, targets, shares) * shares).sum()
 
-    def _sample_losses(
-        self, module: nn.Module, tensors: Named, inputs: Tensor, targets: Tensor, like: Tensor
-    ) -> Tensor:
+    def _sample_losses(self, module: nn.Module, tensors: Named, inputs: Tree, targets: Tree, like: Tensor) -> Tensor:
         """[B] of one client."""
         start_calls(module)
-        return self.program.sample_loss(functional_call(module, tensors, (inputs,)).to(like.dtype), targets)
+        return self.program.sample_loss(outputs_of(module, tensors, inputs).to(like.dtype), targets)
 
     def _split(self, x: Tensor) -> tuple[Named, Named]:
         """(trained tensors of x [k, n], the clients' buffers)."""
@@ -234,7 +231,7 @@ class SamplesOracle:
     def _shares(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """([k, B] 1 for samples and 0 for padding, [k, B] each one's share of its client's mean)."""
         weights = self.batch.weights
-        counted = like.new_ones(self.batch.inputs.shape[:2]) if weights is None else weights.to(like)
+        counted = like.new_ones(self.batch.rows) if weights is None else weights.to(like)
         return counted, sample_shares(counted, counted)
 
     def _sample_keys(self, module: nn.Module, num_samples: int) -> Named:

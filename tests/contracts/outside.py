@@ -15,7 +15,7 @@ from fedsim.aggregate import Mean
 from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.compress.packet import Compressor, Field, Packet
 from fedsim.data import Dataset
-from fedsim.data.dataset import from_arrays
+from fedsim.data.arrays import from_arrays
 from fedsim.engine.loop import LoopEngine
 from fedsim.optim import Rule
 from fedsim.params import Layout

@@ -23,8 +23,8 @@ from fedsim.overrides import read_file
 from fedsim.sim.in_process import InProcess
 from fedsim.sinks import JsonLines, TensorBoard
 from fedsim.tasks.bilinear import BilinearTask
-from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.quadratic import QuadraticTask
+from fedsim.tasks.supervised import SupervisedTask
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 BLOBS: dict[str, Any] = {
@@ -166,13 +166,13 @@ def test_the_plan_announces_factors_where_clients_are_then_kept_in_factors(
     (tmp_path / "own_strategies_for_compose.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     taken = []
-    real = ClassificationTask.factored_run
+    real = SupervisedTask.factored_run
 
     def watched(*args: Any) -> Any:
         taken.append(real(*args))
         return taken[-1]
 
-    monkeypatch.setattr(ClassificationTask, "factored_run", watched)
+    monkeypatch.setattr(SupervisedTask, "factored_run", watched)
     local = {**WIDE["local"], "optimizer": {**WIDE["local"]["optimizer"], **optimizer}}
     raw = {**WIDE, "strategy": strategy, "local": local}
     assert ("low-rank" in made(raw).plan["engine"]) is factors

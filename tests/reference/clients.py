@@ -6,7 +6,8 @@ Of the simulator only the keyed streams are used, so that both sides see the sam
 from __future__ import annotations
 
 import copy
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -82,15 +83,16 @@ class Modules:
     def __init__(
         self,
         module: nn.Module,
-        inputs: list[Tensor],
-        targets: list[Tensor],
+        inputs: Sequence[Any],
+        targets: Sequence[Tensor],
         batch_size: int | None,
         *,
         epochs: int = 1,
         steps: int | None = None,
         seed: int = 0,
+        loss: Callable[[Any, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
-        self.module = copy.deepcopy(module)
+        self.module, self.loss = copy.deepcopy(module), loss
         self.inputs, self.targets, self.n = inputs, targets, len(inputs)
         self.batch_size, self.epochs, self.seed, self._steps = batch_size, epochs, seed, steps
 
@@ -114,10 +116,13 @@ class Modules:
         order = stream(self.seed, i, job).permutation("batches", torch.tensor([self.samples(i)]), step=epoch)[0]
         size = self.batch_size or self.samples(i)
         rows = order[at * size : (at + 1) * size]
-        return self._autograd(y, self.inputs[i][rows], self.targets[i][rows])
+        mine = self.inputs[i]
+        some = {name: t[rows] for name, t in mine.items()} if isinstance(mine, dict) else mine[rows]
+        return self._autograd(y, some, self.targets[i][rows])
 
-    def _autograd(self, x: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _autograd(self, x: Tensor, inputs: Any, targets: Tensor) -> Tensor:
         parameters = list(self.module.parameters())
         nn.utils.vector_to_parameters(x, parameters)
-        loss = F.cross_entropy(self.module(inputs), targets)
+        made = self.module(**inputs) if isinstance(inputs, dict) else self.module(inputs)
+        loss = self.loss(made, targets)
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])

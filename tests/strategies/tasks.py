@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import Factory
 from fedsim.tasks.quadratic import QuadraticTask
+from fedsim.tasks.supervised import SupervisedTask
 from tests.build import digits_task, quadratic
 from tests.reference.clients import Formulas, Modules
 
@@ -22,7 +22,7 @@ def noisy(steps: int, clients: int = 5, dim: int = 3) -> tuple[QuadraticTask, Fo
 
 def images(
     model: Factory, counts: list[int], batch_size: int | None, *, epochs: int = 1, steps: int | None = None
-) -> tuple[ClassificationTask, Modules]:
+) -> tuple[SupervisedTask, Modules]:
     """A model on handwritten digits, and its twin."""
     task = digits_task(model, counts)
     data, ends = task.data, task.data.offsets.tolist()

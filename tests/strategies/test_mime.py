@@ -13,9 +13,9 @@ from fedsim.sim.links import Downlink
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.mime import Mime
 from fedsim.strategies.mime_lite import MimeLite
-from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import mlp, resnet_bn
 from fedsim.tasks.quadratic import QuadraticTask
+from fedsim.tasks.supervised import SupervisedTask
 from tests.build import Clocks, Play, digits_task, local_sgd, play, quadratic, two_clients, watched
 from tests.reference.mime import Adam, HeavyBall, mime
 from tests.strategies.tasks import images, noisy
@@ -62,8 +62,8 @@ def test_equals_a_plain_loop_of_autograd(kind: Any, spec: dict[str, Any]) -> Non
 
 def test_steps_in_factors_equal_a_plain_loop_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    real = ClassificationTask.factored_run
-    monkeypatch.setattr(ClassificationTask, "factored_run", lambda *of: found.append(real(*of)) or found[-1])
+    real = SupervisedTask.factored_run
+    monkeypatch.setattr(SupervisedTask, "factored_run", lambda *of: found.append(real(*of)) or found[-1])
     task, twin = images(lambda shape, k: mlp(shape, k, hidden=(200, 100)), [7, 20, 1, 13], 5, steps=2)
     game = Play.start(task, Mime(local=local_sgd(task, 0.1, steps=2, batch_size=5)), width=3)
     base = HeavyBall(0.0, torch.zeros_like(task.x0))

@@ -10,9 +10,9 @@ import torch
 from fedsim.strategies.fedavg_m_vr import FedAvgMVR
 from fedsim.strategies.mb_storm import MBStorm
 from fedsim.strategies.stem import Stem
-from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import mlp, resnet_bn
 from fedsim.tasks.quadratic import QuadraticTask
+from fedsim.tasks.supervised import SupervisedTask
 from tests.build import Play, digits_task, local_sgd, play, quadratic, two_clients
 from tests.reference.clients import Formulas
 from tests.reference.storm import mb_storm, stem
@@ -48,9 +48,9 @@ def test_mb_storm_equals_its_twin_on_noisy_quadratics(size: int | None) -> None:
 @pytest.mark.parametrize("hidden", [8, 200])
 def test_mb_storm_equals_a_plain_loop_of_autograd(hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
     in_factors = []
-    real = ClassificationTask.factored_gradients
+    real = SupervisedTask.factored_gradients
     monkeypatch.setattr(
-        ClassificationTask, "factored_gradients", lambda *of: in_factors.append(real(*of)) or in_factors[-1]
+        SupervisedTask, "factored_gradients", lambda *of: in_factors.append(real(*of)) or in_factors[-1]
     )
     task, twin = images(lambda shape, k: mlp(shape, k, hidden=(hidden,)), [7, 20, 1, 13], 5, steps=4)
     strategy = MBStorm(cohort_size=3, beta=0.4, local=local_sgd(task, 0.1, steps=4, batch_size=5))

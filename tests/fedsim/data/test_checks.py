@@ -36,8 +36,11 @@ def test_read_only_arrays_are_copied_and_writable_ones_shared():
         (as_inputs, [[1.0], [1.0, 2.0]], "give every row the same shape"),
         (as_inputs, np.zeros(3), "one row per sample"),
         (as_inputs, np.zeros((2, 2), dtype=complex), "type complex128"),
-        (as_targets, np.zeros(3), "labels must be integers from 0, got float64"),
-        (as_targets, np.zeros((2, 2, 2), dtype=int), r"must be \[n\]"),
+        (as_targets, np.array([0.0, np.nan, 1.0]), "row 1 holds NaN"),
+        (as_targets, np.zeros(()), "a single number"),
+        (as_targets, ["cat", "dog"], "expected integer classes or numbers"),
+        (as_inputs, {"a": [1, 2], "b": [[1.0]]}, "one row per sample, but there are 'a' 2, 'b' 1"),
+        (as_inputs, {}, "there is nothing"),
     ],
 )
 def test_other_arrays_are_refused_by_name(read, array, message):

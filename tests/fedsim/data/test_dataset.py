@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.data.dataset import from_arrays, hold_out
+from fedsim.data.arrays import from_arrays, hold_out
 
 
 def test_the_held_out_share_is_the_same_in_every_class():
@@ -55,7 +55,7 @@ def test_num_classes_counts_the_test_labels_and_can_be_given():
         ((np.array([[0.0], [np.nan]]), [0, 1]), "holds NaN"),
         ((np.zeros((0, 2)), np.zeros(0, dtype=int)), "is empty"),
         ((np.eye(2), [0, 1], np.ones((1, 3)), [0]), "they must agree"),
-        ((np.eye(2), [0.0, 1.0]), "labels must be integers"),
+        ((np.eye(2), [0.0, float("inf")]), "labels: row 1 holds NaN or infinity"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(arguments, message):

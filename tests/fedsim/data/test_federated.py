@@ -107,7 +107,7 @@ def test_good_data_passes_and_comes_back():
         ({"targets": torch.tensor([0, 1, 3, 1, 0])}, "label of row 2 is 3, but labels must be 0 to 2"),
         ({"targets": torch.tensor([0, -1, 1, 1, 0])}, "label of row 1 is -1"),
         ({"targets": torch.tensor([0, 1])}, "5 training inputs but 2 labels"),
-        ({"targets": torch.tensor([0.0, 1, 2, 1, 0])}, "must be int64"),
+        ({"targets": torch.tensor([0.0, 1, 2, 1, 0]).double()}, "must be int64 classes or float32"),
         ({"inputs": torch.zeros(5, 2, dtype=torch.float64)}, "must be float32"),
         ({"test_inputs": torch.zeros(1, 3)}, "must agree"),
         ({"inputs": torch.zeros(0, 2), "targets": torch.zeros(0, dtype=torch.int64)}, "is empty"),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.data.dataset import Dataset, from_arrays
+from fedsim.data.arrays import from_arrays
+from fedsim.data.dataset import Dataset
 from fedsim.data.federated import FederatedData
 from fedsim.data.sources import DATASETS, entry, load
 

@@ -12,7 +12,7 @@ from fedsim.params import Layout
 from fedsim.runs import run
 from fedsim.streams import Streams
 from fedsim.task import Schedule
-from fedsim.tasks import classification
+from fedsim.tasks import supervised
 from fedsim.tasks.batches import BatchPlan
 from fedsim.tasks.models import MODELS, init_parameters
 
@@ -125,7 +125,7 @@ def test_a_run_in_factors_equals_one_in_steps(name: str, monkeypatch: pytest.Mon
         "evaluate": {"every": 1},
     }
     taken = []
-    monkeypatch.setattr(classification, "low_rank_run", lambda *given: taken.append(1) or low_rank_run(*given))
+    monkeypatch.setattr(supervised, "low_rank_run", lambda *given: taken.append(1) or low_rank_run(*given))
     factors = run(config)
     assert taken, "some stacks are taken in factors"
     taken.clear()

@@ -17,9 +17,9 @@ from fedsim.optim import build
 from fedsim.optim.needs import check_needs, sample_factors
 from fedsim.task import Task
 from fedsim.tasks import samples
-from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.formula import FormulaBatch
 from fedsim.tasks.models import MODELS
+from fedsim.tasks.supervised import SupervisedTask
 from tests.build import drawn, saddle
 from tests.fedsim.engine import zoo
 from tests.fedsim.engine.test_agreement import TAPED
@@ -33,7 +33,7 @@ RULES = {
 }
 
 
-def task_of(module: nn.Module, x0: Tensor, b: Batch, loss: str = "cross_entropy") -> ClassificationTask:
+def task_of(module: nn.Module, x0: Tensor, b: Batch, loss: str = "cross_entropy") -> SupervisedTask:
     """A task whose training samples are those of a batch; its engine is the plain one."""
     inputs, targets = b.inputs.flatten(0, 1), b.targets.flatten(0, 1)
     n = len(targets)
@@ -47,7 +47,7 @@ def task_of(module: nn.Module, x0: Tensor, b: Batch, loss: str = "cross_entropy"
         num_classes=zoo.K,
     )
     engine = LoopEngine(module, zoo.Layout.of_module(module), LOSSES[loss])
-    return ClassificationTask(data, module, x0, engine, LOSSES[loss])
+    return SupervisedTask(data, module, x0, engine, LOSSES[loss])
 
 
 class Case:

@@ -15,8 +15,8 @@ from fedsim.sim.executor import StackRunner
 from fedsim.sim.in_process import InProcess
 from fedsim.streams import Streams
 from fedsim.task import Schedule
-from fedsim.tasks.classification import ClassificationTask
 from fedsim.tasks.models import logistic, mlp
+from fedsim.tasks.supervised import SupervisedTask
 from tests.build import cohort, digits_task
 from tests.strategies.tasks import images
 
@@ -138,7 +138,7 @@ def test_without_held_out_samples_there_is_nothing_to_report() -> None:
     data = task.data.__class__(
         **{**task.data.__dict__, "test_inputs": task.data.inputs[:0], "test_targets": task.data.targets[:0]}
     )
-    empty = ClassificationTask(data, task.module, task.x0, task.engine, task.sample_loss)
+    empty = SupervisedTask(data, task.module, task.x0, task.engine, task.sample_loss)
     assert empty.evaluate(task.x0, _pool()) == {}
 
 

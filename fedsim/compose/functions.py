@@ -1,0 +1,87 @@
+"""Losses and metrics as a file names them: a row of a table, or the user's own function or class by import path.
+
+Whatever else stands in such an entry goes to the function as keyword arguments, or to the class when it is made:
+`loss: {name: huber, delta: 0.5}`, `loss: {name: "torch.nn:SmoothL1Loss", reduction: none}`,
+`metrics: [mae, {name: "torchmetrics.functional:f1_score", task: multiclass, num_classes: 10, average: macro}]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from fedsim.config import Call, ConfigError, Kinds, decode, named
+from fedsim.engine.losses import LOSSES, Loss, per_sample
+from fedsim.hints import parameters
+from fedsim.tasks.metrics import METRICS, Metric
+
+OWN = ("as", "small_is_good")  # keys of a metric's entry that are not its function's
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """The user's own loss, whose values [B, ...] count as their mean over everything but the samples."""
+
+    function: Callable[[Tensor, Any], Tensor]
+
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
+        return per_sample(self.function(outputs, targets))
+
+
+def loss(value: Any, key: str, kinds: Kinds) -> Call:
+    """A loss per sample."""
+    target, name, rest = named(LOSSES, value, key)
+    function, call = _function(target, rest, key)
+    made: Loss = function if name in LOSSES else PerSample(function)
+    return Call(lambda: made, {}, {"name": name, **call}, key)
+
+
+def metrics(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
+    """A list of entries; each call gives (name, metric)."""
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{key}: expected a list such as [accuracy], got {value!r}; known: {', '.join(METRICS)}")
+    calls = tuple(_metric(entry, f"{key}[{i}]") for i, entry in enumerate(value))
+    names = [call()[0] for call in calls]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ConfigError(
+            f"{key}: two metrics are called {twice!r}; give one another name, {{name: ..., as: {twice}_2}}"
+        )
+    return calls
+
+
+def _metric(value: Any, key: str) -> Call:
+    target, name, rest = named(METRICS, value, key)
+    own = {k: rest.pop(k) for k in OWN if k in rest}
+    made = target if isinstance(target, Metric) else Metric(target)
+    function, arguments = _function(made.function, rest, key)
+    label, small = own.get("as", name.rpartition(":")[2]), own.get("small_is_good", made.small_is_good)
+    if not isinstance(label, str) or not label.isidentifier() or label == "loss":
+        raise ConfigError(f"{key}.as: expected a name for the row, such as macro_f1, got {label!r}")
+    if not isinstance(small, bool):
+        raise ConfigError(f"{key}.small_is_good: expected true or false, got {small!r}")
+    made = replace(made, function=function, small_is_good=small)
+    return Call(lambda: (label, made), {}, {"name": name, **own, **arguments}, key)
+
+
+def _function(target: Any, arguments: Mapping[str, Any], key: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """(a function of outputs and targets, its arguments with every default): the class made, or the function bound."""
+    if isinstance(target, type):
+        call = decode(target, arguments, key)
+        return call(), _plain(call, arguments)
+    try:
+        own = parameters(target)
+    except (TypeError, ValueError):  # a callable object, or a function written in C
+        own = {}
+    if not own:
+        return (partial(target, **arguments) if arguments else target), dict(arguments)
+    call = decode(target, arguments, key, later=list(own)[:2])
+    return (partial(target, **call.arguments) if call.arguments else target), _plain(call, arguments)
+
+
+def _plain(call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file can hold of a call's arguments: a library's defaults may be anything."""
+    return {k: v for k, v in call.resolved.items() if k in given or isinstance(v, bool | int | float | str)}

@@ -1,0 +1,277 @@
+"""Samples with targets on federated data: any torch module, any loss per sample, any metrics.
+
+Letters: N clients, C clients of a stack, B samples of a batch, P entries of a client's vector, n training samples,
+M metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedsim import pages
+from fedsim.data.federated import FederatedData
+from fedsim.engine import Batch, Engine
+from fedsim.engine.losses import Loss, per_sample
+from fedsim.engine.low_rank import LowRank, gradients_at, low_rank_run
+from fedsim.metrics import undefined
+from fedsim.params import Layout, on_device
+from fedsim.streams import Streams
+from fedsim.task import Pool, Schedule, Session, Task
+from fedsim.tasks.batches import BatchPlan
+from fedsim.tasks.metrics import Metric
+from fedsim.tasks.samples import Program, SamplesOracle
+from fedsim.trees import Tree, each, one, pick, tensors
+
+EVALUATION_ROWS = 1024  # samples of one piece of evaluation; part of what fixes the bits
+
+
+class SupervisedTask(Task):
+    """One module trained on every client's samples.
+
+    Args:
+        data: the federated data set.
+        module: any module that takes inputs [B, ...], those of a dictionary as keyword arguments, and gives what
+            `engine.functional.tensor_of` finds a tensor in.
+        x0: [P], the initial parameters and buffers in `Layout.of_module(module)`'s order.
+        engine: computes the gradients of a stack.
+        sample_loss: (outputs, targets) -> [B] losses; the same that the engine minimises.
+        held: what the same clients hold out of their samples, in the clients' order; None if nothing.
+        metrics: by the names that rows give them, beside the loss.
+    """
+
+    def __init__(
+        self,
+        data: FederatedData,
+        module: nn.Module,
+        x0: Tensor,
+        engine: Engine,
+        sample_loss: Loss,
+        held: FederatedData | None = None,
+        metrics: Mapping[str, Metric] = MappingProxyType({}),
+    ) -> None:
+        data = by_client(data)
+        self.data, self.module, self.x0, self.engine, self.sample_loss = data, module, x0, engine, sample_loss
+        self.layout = Layout.of_module(module)
+        self.held, self.holds_out = held, held is not None
+        self.num_examples = data.num_examples.cpu()
+        self.metrics = dict(metrics)
+        self._means = {name: metric for name, metric in metrics.items() if not metric.whole}
+        self._wholes = {name: metric for name, metric in metrics.items() if metric.whole}
+        self._chain = engine.chain if isinstance(data.inputs, Tensor) else None  # chains have one input
+        self.small_is_good = self.small_is_good | {name for name, m in metrics.items() if m.small_is_good}
+        self._poisoned: Tensor | None = None
+        self._poison: Callable[[Tensor, int], Tensor] | None = None
+
+    def poison(self, ids: Tensor, labels: Callable[[Tensor, int], Tensor]) -> None:
+        targets = self.data.targets
+        if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or int(targets.min()) < 0:
+            raise ValueError("poisons labels, and the targets of this task are not all classes; choose another attack")
+        self._poisoned = torch.zeros(len(self.num_examples), dtype=torch.bool, device=targets.device)
+        self._poisoned[ids.to(self._poisoned.device)] = True
+        self._poison = labels
+
+    def init(self, seed: int) -> Tensor:
+        return self.x0.clone()
+
+    def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> BatchPlan:
+        data = self.data
+        views = not schedule.shuffle and self._may_view()
+
+        def gather(step: int | None, k: int, columns: slice, weights: Tensor | None) -> Batch:
+            labels = read(plan.rows[:k, columns]) if at_once is None else pick(at_once, (slice(k), columns))
+            line = plan.lines[step] if views and step is not None else None
+            if line is None:
+                inputs = _copy(data.inputs, plan.rows[:k, columns])
+            else:
+                inputs = _view(data.inputs, one(labels).shape[:2], *line)
+            own = streams if k == len(ids) else streams.rows(slice(k))
+            return Batch(inputs, labels, weights, own, step or 0)
+
+        def read(rows: Tensor) -> Tree:
+            found = _copy(data.targets, rows)
+            if self._poisoned is None or self._poison is None:
+                return found
+            assert isinstance(found, Tensor)
+            lying = self._poisoned[streams.clients[: len(rows)]].view(-1, *[1] * (found.ndim - 1))
+            return torch.where(lying, self._poison(found, data.num_classes), found)
+
+        def locate(positions: Tensor) -> Tensor:
+            return data.rows(streams.clients, positions)
+
+        plan = BatchPlan(self.num_examples[ids], schedule, streams, gather, locate)
+        at_once = None
+        if isinstance(data.targets, Tensor) and data.targets.ndim == 1:  # this takes no more than the rows themselves
+            at_once = read(plan.rows)
+        return plan
+
+    def _may_view(self) -> bool:
+        """Whether samples in their own order may be a view of the data set."""
+        return self.engine.reads_only(pick(self.data.inputs, 0))
+
+    def field(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.session(x).gradient(batch)
+
+    def session(self, x: Tensor) -> Session:
+        return self.engine.session(x)
+
+    def factored_run(
+        self,
+        x: Tensor,
+        batches: BatchPlan,
+        lr: float,
+        scale: float,
+        pull: float,
+        terms: Sequence[tuple[float, Tensor]],
+        less_start: bool = False,
+    ) -> tuple[LowRank, Tensor] | None:
+        """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
+        chain = self._chain
+        if chain is None or not len(batches) or not chain.worthwhile(batches.samples * (1 + less_start)):
+            return None
+        return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, pull, terms, less_start)
+
+    def factored_gradients(self, x: Tensor, batches: BatchPlan) -> tuple[LowRank, Tensor] | None:
+        chain = self._chain
+        if chain is None or not len(batches):
+            return None
+        return gradients_at(chain, self.layout, x, *batches.whole())
+
+    @cached_property
+    def _program(self) -> Program:
+        return Program(on_device(self.module, one(self.data.inputs).device), self.layout, self.sample_loss)
+
+    def lacks(self, need: str) -> str | None:
+        data = self.data
+        first = torch.zeros(1, dtype=torch.int64, device=one(data.inputs).device)
+        inputs, targets = (pick(part, (None, slice(2))) for part in (data.inputs, data.targets))
+        batch = Batch(inputs, targets, None, Streams(0, first, first))
+        return self._program.lacks(need, self.x0[None].to(first.device), batch)
+
+    def oracle(self, batch: Batch, buffers: Tensor) -> SamplesOracle:
+        return SamplesOracle(self._program, batch, buffers)
+
+    def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
+        data = self.data
+        found = self._score(x, data.test_inputs, data.test_targets, None, pool, keep=bool(self._wholes))
+        if not found.parts.shape[-1]:
+            return {}
+        values = self._values(*_sums(found.parts))
+        out = {f"test_{name}": float(v) for name, v in values.items() if not undefined(v, values["loss"])}
+        for name, metric in self._wholes.items():
+            assert found.outputs is not None
+            out[f"test_{name}"] = float(metric(found.outputs, each(Tensor.cpu, data.test_targets)))
+        return out
+
+    def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
+        """[N] mean loss and metrics of the one model x [P] on every client's own training samples."""
+        data, n = self.data, len(self.num_examples)
+        found = self._score(x, data.inputs, data.targets, data.order, pool)
+        owner = torch.repeat_interleave(torch.arange(n), self.num_examples)
+        sums = torch.zeros(*found.parts.shape[:2], n, dtype=torch.float64)
+        for total, parts in zip(sums.flatten(0, 1), found.parts.flatten(0, 1), strict=True):
+            total.index_add_(0, owner, parts)
+        return self._values(*sums)
+
+    def evaluate_own(self, ids: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """See `Task`: mean loss and metrics, one client after the other."""
+        assert self.held is not None
+        ends, found = self.held.offsets.cpu(), []
+        for i, own in zip(ids.tolist(), x, strict=True):
+            span = slice(int(ends[i]), int(ends[i + 1]))
+            inputs, targets = (pick(part, span) for part in (self.held.inputs, self.held.targets))
+            parts = self._score(own, inputs, targets, None, _Here()).parts
+            found.append({"examples": torch.tensor(parts.shape[-1])} | self._values(*_sums(parts)))
+        return {name: torch.stack([row[name] for row in found]).double() for name in found[0]}
+
+    def _values(self, totals: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """The loss and the metrics that are means, [] or [N], of sums [1 + M] or [1 + M, N]."""
+        values = zip(self._means.items(), totals[1:], counts[1:], strict=True)
+        return {"loss": totals[0] / counts[0]} | {name: m.value(total, count) for (name, m), total, count in values}
+
+    def _score(
+        self, x: Tensor, inputs: Tree, targets: Tree, rows: Tensor | None, pool: Pool, keep: bool = False
+    ) -> Scores:
+        """What n samples add to loss and metrics; they are cut at fixed places, so no number of workers shows."""
+        total = len(one(targets)) if rows is None else len(rows)
+        views = rows is None and self._may_view()
+
+        def piece(start: int) -> Scores:
+            span = slice(start, min(start + EVALUATION_ROWS, total))
+            which = span if rows is None else rows[span]
+            samples, aims = (pick(part, which) for part in (inputs, targets))
+            if rows is None and not views:  # a module may write to what it is given
+                samples = each(Tensor.clone, samples)
+            with torch.no_grad():
+                outputs = self.engine.logits(x, samples)
+                loss = per_sample(self.sample_loss(outputs, aims).double())
+                parts = [(loss, torch.ones_like(loss)), *(m.parts(outputs, aims) for m in self._means.values())]
+            both = torch.stack([torch.stack(each_kind) for each_kind in zip(*parts, strict=True)])
+            return Scores(both.cpu(), outputs.cpu() if keep else None)
+
+        found = pool.map(piece, list(range(0, total, EVALUATION_ROWS)))
+        if not found:
+            return Scores(torch.zeros(2, 1 + len(self._means), 0, dtype=torch.float64), None)
+        return Scores(
+            torch.cat([f.parts for f in found], -1),
+            torch.cat([f.outputs for f in found if f.outputs is not None]) if keep else None,
+        )
+
+
+def _sums(parts: Tensor) -> Tensor:
+    """[2, 1 + M] of [2, 1 + M, n]; row by row, since torch may add up several rows in another order."""
+    return torch.stack([row.sum() for row in parts.flatten(0, 1)]).view(parts.shape[:2])
+
+
+class Scores(NamedTuple):
+    """What n samples add to a result.
+
+    Args:
+        parts: [2, 1 + M, n] float64: totals and counts of the loss and of metrics that are means.
+        outputs: [n, ...], where they were asked for.
+    """
+
+    parts: Tensor
+    outputs: Tensor | None
+
+
+class _Here:
+    """Pieces of an evaluation one after the other, by whoever asks."""
+
+    def map(self, function: Any, pieces: list[Any]) -> list[Any]:
+        return [function(piece) for piece in pieces]
+
+
+def by_client(data: FederatedData) -> FederatedData:
+    """The same data with each client's samples side by side in memory, so that gathering a batch reads in a row.
+
+    Samples that nobody owns are dropped; data whose samples have several owners stay as they are, and so do data that
+    memory has no room for twice (a file mapped into it): the same samples are then gathered from further apart.
+    """
+    order = data.order
+    if not pages.room_for(sum(t.nbytes for t in tensors(data.inputs).values())):
+        return data
+    if len(torch.unique(order)) != len(order) or torch.equal(order, torch.arange(len(order), device=order.device)):
+        return data
+    inputs = each(lambda t: pages.take(t, order), data.inputs)
+    targets = each(lambda t: t.index_select(0, order), data.targets)
+    return replace(data, inputs=inputs, targets=targets, order=torch.arange(len(order), device=order.device))
+
+
+def _copy(pool: Tree, rows: Tensor) -> Tree:
+    """[k, B, ...] from rows [k, B] of a pool of samples."""
+    return each(lambda t: t.index_select(0, rows.reshape(-1)).view(*rows.shape, *t.shape[1:]), pool)
+
+
+def _view(pool: Tree, shape: Sequence[int], first: int, gap: int) -> Tensor:
+    """The same of one tensor, without a copy, for `shape` [k, B] where rows[i, j] = first + i * gap + j."""
+    assert isinstance(pool, Tensor)
+    sample, *inner = pool.stride()
+    start = pool.storage_offset() + first * sample
+    return pool.as_strided((*shape, *pool.shape[1:]), (gap * sample, sample, *inner), start)
