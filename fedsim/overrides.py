@@ -25,15 +25,18 @@ def read_file(
 ) -> dict[str, Any]:
     """A YAML file with dotted overrides applied, as plain dictionaries; what refers to an overridden key follows it.
 
-    Arguments as of `apply_overrides`.
+    Arguments as of `apply_overrides`. A bare name (`quickstart`) that is no file is one of the files that come with fedsim.
 
     Raises:
         ConfigError: if the file is missing or is not YAML.
     """
     path = Path(path)
+    if not path.is_file() and path.name == str(path):
+        path = shipped().get(path.name, path)
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
-        near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1)
+        names = [*(p.name for p in folder.glob("*.yaml")), *(shipped() if path.name == str(path) else ())]
+        near = difflib.get_close_matches(path.name, names, n=1)
         what = "is a folder" if path.is_dir() else "no such file"
         hint = f"did you mean {str(folder / near[0])!r}?" if near else "name an experiment file (YAML)"
         raise ConfigError(f"{path}: {what}; {hint}")
@@ -42,6 +45,11 @@ def read_file(
 
         loaded = OmegaConf.load(path)
     return apply_overrides(loaded, overrides or {}, str(path), shared)
+
+
+def shipped() -> dict[str, Path]:
+    """{name: path} of the experiment files that come with fedsim."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
 def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:

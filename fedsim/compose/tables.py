@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
@@ -13,6 +14,7 @@ from fedsim.data import DATASETS, PARTITIONS
 from fedsim.engine import ENGINES
 from fedsim.engine.losses import LOSSES
 from fedsim.optim.table import RULES
+from fedsim.overrides import shipped
 from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
 from fedsim.sinks import SINKS
@@ -40,6 +42,14 @@ EXECUTORS = {
 }
 """The values of `runtime.executor` beside auto."""
 
+CONFIGS = {
+    name: " ".join(takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())).replace(
+        "# ", ""
+    )
+    for name, path in shipped().items()
+}
+"""The experiment files that come with fedsim (`fedsim run quickstart`), with the remark at the head of each."""
+
 TABLES: dict[str, Mapping[str, Any]] = {
     "strategies": STRATEGIES,
     "selections": SELECTIONS,
@@ -60,4 +70,5 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "engines": ENGINES,
     "executors": EXECUTORS,
     "sinks": SINKS,
+    "configs": CONFIGS,
 }

@@ -34,7 +34,7 @@ def shakespeare(
 
     Args:
         path: the text, gzipped if its name ends in .gz; by default tinyshakespeare.txt, or the same with .gz, in
-            `root`, then in ./data (where the checkout has it).
+            `root`, then in ./data, else the one that comes with fedsim.
         root: the folder of the configuration's `data.root`.
         sequence_length: T.
         test_fraction: the share of each speaker's windows, the last ones, that is held out (rounded down).
@@ -107,7 +107,8 @@ def parse_speakers(text: str) -> dict[str, str]:
 
 
 def _find(path: str | None, root: str | None) -> Path:
-    plain = [Path(path)] if path is not None else [Path(folder) / FILE for folder in (root, "data") if folder]
+    folders = (root, "data", Path(__file__).parent)
+    plain = [Path(path)] if path is not None else [Path(folder) / FILE for folder in folders if folder]
     candidates = [file.with_name(name) for file in plain for name in (file.name, file.name + ".gz")]
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:

@@ -23,7 +23,6 @@ from fedsim.engine.tape import Unsupported, trace
 from fedsim.params import Layout
 from fedsim.trees import Tree, tensors
 
-
 STACK_BYTES = 4 * 2**20  # of parameters: stacks this small stay in a core's caches from step to step
 LOW_RANK_BYTES = 8 * 2**20  # of layer inputs and output gradients in one stack of low-rank changes
 MAX_WIDTH_LOW_RANK = 64

@@ -13,7 +13,7 @@ import pytest
 
 from fedsim import runs
 from fedsim.config import Call, ConfigError, FromTable, at, decode, decode_entry, did_you_mean, naming, place
-from fedsim.overrides import apply_overrides, parse_overrides, read_file
+from fedsim.overrides import apply_overrides, parse_overrides, read_file, shipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,3 +403,17 @@ def test_values_may_refer_to_other_keys_of_the_file(tmp_path: Path) -> None:
 )
 def test_the_nearest_name_is_offered_or_all(known: Sequence[str], hint: str) -> None:
     assert did_you_mean("fedagv", known) == hint
+
+
+def test_a_bare_name_is_a_file_that_comes_with_fedsim_unless_one_of_that_name_lies_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_file("quickstart", {"rounds": 3})["rounds"] == 3
+    assert read_file("quickstart") == read_file(shipped()["quickstart"])
+    with pytest.raises(ConfigError, match="quickstrat: no such file; did you mean 'quickstart'"):
+        read_file("quickstrat")
+    with pytest.raises(ConfigError, match="here/quickstart: no such file"):
+        read_file("here/quickstart")
+    (tmp_path / "quickstart").write_text("rounds: 7\n")
+    assert read_file("quickstart") == {"rounds": 7}

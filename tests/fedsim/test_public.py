@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,3 +40,10 @@ def test_a_users_own_folders_called_strategies_and_clients_do_not_stand_in_the_w
     code = f"import sys; sys.path.insert(1, {str(ROOT)!r}); from fedsim.compose import TABLES; print(*TABLES)"
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "strategies" in out.split()
+
+
+def test_what_the_wheel_is_to_carry_beside_code_lies_in_the_package() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fedsim"]
+    carried = {p.resolve() for pattern in patterns for p in (ROOT / "fedsim").glob(pattern)}
+    assert {*(ROOT / "configs").glob("*.yaml"), ROOT / "data" / "tinyshakespeare.txt.gz"} <= carried
+    assert all((ROOT / "fedsim" / pattern.partition("/")[0]).exists() for pattern in patterns)

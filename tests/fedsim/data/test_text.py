@@ -61,10 +61,15 @@ def test_the_working_folders_data_is_found_and_a_path_wins(tmp_path, monkeypatch
     assert shakespeare(path="mine.txt", sequence_length=4).group_names == ("ME",)
 
 
+def test_without_a_text_of_ones_own_there_is_the_one_that_comes_with_fedsim(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "First Citizen" in shakespeare().group_names
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        (None, {}, f"no file .*{FILE} or data/{FILE}, nor one with .gz; .*data.root"),
+        (None, {"path": "none.txt"}, "no file none.txt, nor one with .gz; .*data.root"),
         ("no names here", {}, "no line 'NAME:'"),
         (PLAY, {"sequence_length": 80}, "no speaker has more than sequence_length=80 characters; lower it"),
         (PLAY, {"sequence_length": 0}, "sequence_length must be 1 or more, got 0"),
