@@ -6,17 +6,16 @@ the paper's models, data and K were is not copied (CIFAR-10, ResNet-18): an MLP 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
 
 from benchmarks.first_results import Figure, draw
+from benchmarks.reproduce.claims import QUICK, RULE, Claim, Found, best_runs, claims_table, gain, growth, played, spread
 from fedsim.history import History
-from fedsim.sweep import Results, Sweep, parse_space, play
-from fedsim.sweep.shown import Shown, write_page
+from fedsim.sweep import Results, Sweep, parse_space
 
 CONFIG = Path("configs/figures/momentum.yaml")
 NAMES = {
@@ -68,25 +67,6 @@ class Problem:
 
 
 PROBLEMS = [Problem(n, alpha) for n in (10, 100) for alpha in (0.1, 0.5)]
-Found = Mapping[Problem, Mapping[str, Sequence[History]]]  # {method: its best setting's runs, one a seed}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What the paper leads one to expect: the numbers of each seed should be above zero."""
-
-    text: str
-    gains: Callable[[Found], list[float]]
-
-    def line(self, found: Found) -> str:
-        """Its line in the page's table."""
-        gains = self.gains(found)
-        return f"| {self.text} | {', '.join(f'{gain:+.4f}' for gain in gains)} | {verdict(gains)} |"
-
-
-def gain(better: str, than: str, problem: Problem, read: Callable[[History], float]) -> Callable[[Found], list[float]]:
-    """By how much one method is above another in each seed."""
-    return lambda found: [read(a) - read(b) for a, b in zip(found[problem][better], found[problem][than], strict=True)]
 
 
 def accuracy(run: History) -> float:
@@ -110,18 +90,11 @@ def accuracy_halfway(run: History) -> float:
 
 
 FULL, FULL_MILD, PART, PART_MILD = PROBLEMS
-
-
-def _gap_grows(found: Found) -> list[float]:
-    strong = gain("fedavg_m", "fedavg", FULL, accuracy)(found)
-    mild = gain("fedavg_m", "fedavg", FULL_MILD, accuracy)(found)
-    return [a - b for a, b in zip(strong, mild, strict=True)]
-
-
+GAIN, GAIN_MILD = (gain("fedavg_m", "fedavg", problem, accuracy) for problem in (FULL, FULL_MILD))
 LESS_LOSS = "(iii) All clients, Dirichlet 0.1: FedAvg-M-VR has less training loss than FedAvg-M"
 CLAIMS = [
-    Claim("(i) All clients, Dirichlet 0.1: FedAvg-M above FedAvg", gain("fedavg_m", "fedavg", FULL, accuracy)),
-    Claim("(i) That gain grows from Dirichlet 0.5 to 0.1", _gap_grows),
+    Claim("(i) All clients, Dirichlet 0.1: FedAvg-M above FedAvg", GAIN),
+    Claim("(i) That gain grows from Dirichlet 0.5 to 0.1", growth(GAIN, GAIN_MILD)),
     Claim("(ii) 10 of 100, Dirichlet 0.1: SCAFFOLD-M above SCAFFOLD", gain("scaffold_m", "scaffold", PART, accuracy)),
     Claim("(ii) 10 of 100, Dirichlet 0.5: the same", gain("scaffold_m", "scaffold", PART_MILD, accuracy)),
     Claim("(ii) 10 of 100, Dirichlet 0.1: SCAFFOLD-M smoother", gain("scaffold_m", "scaffold", PART, smoothness)),
@@ -132,23 +105,12 @@ CLAIMS = [
 
 def reproduce(runs: Path, figures: Path, quick: bool) -> str:
     """Run what is missing, draw, and give the page's text."""
-    swept: dict[Problem, Results] = {}
-    for problem in PROBLEMS:
-        plan = problem.sweep(runs, quick)
-        with Shown(plan.folder) as shown:
-            swept[problem] = play(plan, shown)
-        write_page(swept[problem])
+    swept = {problem: played(problem.sweep(runs, quick)) for problem in PROBLEMS}
     found = {problem: best_runs(results) for problem, results in swept.items()}
     for problem, methods in found.items():
         figure = Figure(title=str(problem), x="round", y="test_accuracy", variants={})
         draw(figure, {NAMES[name]: histories for name, histories in methods.items()}, figures / f"{problem.name}.png")
     return "\n".join(page(swept, found, quick))
-
-
-def best_runs(results: Results) -> dict[str, list[History]]:
-    return {
-        method: [History.load(record.trial.folder) for record in row.records] for method, row in results.best.items()
-    }
 
 
 def page(swept: Mapping[Problem, Results], found: Found, quick: bool) -> list[str]:
@@ -164,15 +126,12 @@ def page(swept: Mapping[Problem, Results], found: Found, quick: bool) -> list[st
         f"{seeds} seeds; the tables show its best rate by mean final accuracy, mean ± standard deviation over seeds.",
         "Halfway: after half of the rounds, where the VR forms, which take two gradients a step, have taken as many",
         "gradients as the others at the end.",
-        "",
-        *(["**A quick run, of a budget that shows nothing.**", ""] if quick else []),
+        QUICK * quick,
         "## What was to appear, and what did",
         "",
-        "| claim | gain in each seed | verdict |",
-        "| --- | --- | --- |",
-        *(claim.line(found) for claim in CLAIMS),
+        *claims_table(CLAIMS, found),
         "",
-        "A gain appears where its mean is above two standard errors of the seeds; below minus two it is reversed.",
+        RULE,
         "",
     ]
     for problem, results in swept.items():
@@ -186,18 +145,3 @@ def page(swept: Mapping[Problem, Results], found: Found, quick: bool) -> list[st
         diverged = sum(record.ended.status == "diverged" for record in results.records)
         lines += ["", f"{len(results.records)} runs, {diverged} of them diverged.", ""]
     return lines
-
-
-def verdict(gains: Sequence[float]) -> str:
-    """
-    >>> verdict([0.02, 0.03, 0.02]), verdict([0.02, -0.01, 0.0]), verdict([-0.02, -0.03, -0.02])
-    ('appears', 'not told apart', 'reversed')
-    """
-    error = stdev(gains) / len(gains) ** 0.5
-    middle = mean(gains)
-    return "appears" if middle > 2 * error else "reversed" if middle < -2 * error else "not told apart"
-
-
-def spread(runs: Sequence[History], read: Callable[[History], float]) -> str:
-    values = [read(run) for run in runs]
-    return f"{mean(values):.4f} ± {stdev(values):.4f}"

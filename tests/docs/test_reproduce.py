@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.reproduce import momentum
 from benchmarks.reproduce.__main__ import TABLE
+from benchmarks.reproduce.claims import verdict
 from fedsim.history import History
 
 ROOT = Path(__file__).parents[2]
@@ -41,5 +42,5 @@ def test_a_verdict_follows_the_seeds() -> None:
         return runs
 
     everything = {problem: found(0.1 if problem.alpha == 0.1 else 0.05) for problem in momentum.PROBLEMS}
-    verdicts = [momentum.verdict(claim.gains(everything)) for claim in momentum.CLAIMS]
+    verdicts = [verdict(claim.gains(everything)) for claim in momentum.CLAIMS]
     assert verdicts == ["appears", "appears", "reversed", "reversed", "reversed", "appears", "not told apart"]
