@@ -25,7 +25,7 @@ def read_file(
 ) -> dict[str, Any]:
     """A YAML file with dotted overrides applied, as plain dictionaries; what refers to an overridden key follows it.
 
-    Arguments as of `apply_overrides`. A bare name (`quickstart`) that is no file is one of the files that come with fedsim.
+    Arguments as of `apply_overrides`. A bare name (`quickstart`) that is no file is one of those that come with fedsim.
 
     Raises:
         ConfigError: if the file is missing or is not YAML.
