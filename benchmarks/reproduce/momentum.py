@@ -138,11 +138,22 @@ def reproduce(runs: Path, figures: Path, quick: bool) -> str:
         with Shown(plan.folder) as shown:
             swept[problem] = play(plan, shown)
         write_page(swept[problem])
+        check_complete(problem, swept[problem])
     found = {problem: best_runs(results) for problem, results in swept.items()}
     for problem, methods in found.items():
         figure = Figure(title=str(problem), x="round", y="test_accuracy", variants={})
         draw(figure, {NAMES[name]: histories for name, histories in methods.items()}, figures / f"{problem.name}.png")
     return "\n".join(page(swept, found, quick))
+
+
+def check_complete(problem: Problem, results: Results) -> None:
+    """Refuse to compare with a method of which no rate has a value for every seed."""
+    for method in NAMES:
+        if method not in results.best:
+            raise SystemExit(
+                f"{problem}: no rate of {NAMES[method]} came to its end with every seed; see "
+                f"{results.folder}/sweep.csv, and call the same again"
+            )
 
 
 def best_runs(results: Results) -> dict[str, list[History]]:
