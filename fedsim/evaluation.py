@@ -71,13 +71,17 @@ class Evaluate:
     def own_scores(self, strategy: Strategy, fleet: DrivenFleet, x: Tensor) -> dict[str, Tensor]:
         """What clients' own models, and x [P], do on samples that these hold out (`Strategy.own_scores`), [N] each.
 
+        A client that does not answer counts as one that holds out nothing.
+
         Raises:
             ConfigError: if nobody holds out anything.
         """
         scores = fleet.evaluate(fleet.clients, strategy.own_scores, x=x, epochs=self.personalise.epochs)
+        if not scores:  # nobody is there
+            return {"examples": torch.zeros(len(fleet.clients), dtype=torch.float64)}
         if not bool(scores["examples"].any()):
             raise ConfigError("data.client_test: no client has so many samples that this is one of them; raise it")
-        return dict(scores)
+        return {**scores, "examples": scores["examples"].nan_to_num(0.0)}
 
 
 def own_metrics(

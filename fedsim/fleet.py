@@ -46,7 +46,7 @@ class Cost:
         steps: local steps, or what takes as long as so many: a number, or a function of the clients' sample counts [R]
             that returns [R].
         vectors_up: vectors of the model's size in one reply: 32 bits an entry, or what the uplink's compressor makes
-            of them; 0 if the reply stays with the client until an `exchange`.
+            of them; 0 if the reply stays with the client until an `exchange`, or is numbers alone.
         exact_up: how many of these vectors are `Exact`, which no uplink compresses.
         scalars_up: numbers in one reply beside the vectors, 32 bits each.
         bits_up: bits of one reply, where that is not a number of such vectors.
@@ -57,6 +57,16 @@ class Cost:
     exact_up: int = 0
     scalars_up: int = 0
     bits_up: int | None = None
+
+    @property
+    def answers(self) -> bool:
+        """Whether a reply is numbers alone: no work of a round, but what was asked before it."""
+        return self.bits_up is None and not self.vectors_up and self.scalars_up > 0
+
+    @property
+    def stays(self) -> bool:
+        """Whether a reply stays with its client until an `exchange`."""
+        return self.bits_up is None and not self.vectors_up and not self.scalars_up
 
     def steps_of(self, num_examples: Tensor) -> Tensor:
         """[R] float64 local steps."""
@@ -346,7 +356,7 @@ class DrivenFleet(Fleet, Protocol):
     def ledger(self) -> Traffic: ...
 
     def evaluate(self, ids: Tensor, work: Work, **broadcast: Any) -> Mapping[str, Tensor]:
-        """{field: [R]} of what clients say beside the rounds, in the order of `ids`.
+        """{field: [R]} of what clients say beside the rounds, in the order of `ids`; NaN where one does not answer.
 
         It takes no time, nothing of it is counted, and what clients write to their memory is forgotten.
         """

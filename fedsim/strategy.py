@@ -38,6 +38,7 @@ class Traits:
         averages_state: whether it sends and averages the local optimizer's state (`state_scope: server`).
         bears_weights: whether what it makes of replies is right for any weights of them, so that a selection may weigh
             each by its chance to be drawn (`Selection.weighs`).
+        own_models: whether clients have models of their own in the end (`Strategy.personal_model`).
         bears_buffers: whether models may have entries that no gradient moves (BatchNorm).
         no_late: why a reply to what was sent in an earlier round is of no use to it (`late: keep`); None where it is.
         needs_all: why every client must take part in every step, so that none may be away or drop out; None where
@@ -50,6 +51,7 @@ class Traits:
     two_points: bool = False
     averages_state: bool = False
     bears_weights: bool = False
+    own_models: bool = False
     bears_buffers: bool = True
     no_late: str | None = None
     needs_all: str | None = None
@@ -73,6 +75,25 @@ class Strategy(ABC):
     def at_work(self, num_clients: int) -> int:
         """Clients of N that work at a time, which the width of a stack is chosen for."""
         return num_clients
+
+    def check_fleet(self, fleet: Fleet, x: Tensor, /) -> None:  # noqa: B027
+        """Refuse clients with which the first round could not begin.
+
+        Args:
+            fleet: the clients.
+            x: [P], of what they are sent, whose size alone counts.
+
+        Raises:
+            ValueError: if there are too few, or something is not known of them that must be.
+        """
+
+    def replies(self, num_clients: int) -> int:
+        """Replies of N clients that it takes at a time, at most."""
+        return self.at_work(num_clients)
+
+    def needed(self, num_clients: int) -> int:
+        """Clients of N without whose replies it never takes a step."""
+        return 1
 
     def personal_model(self, clients: Cohort, x: Tensor, /) -> Tensor:
         """[C, P]: the models that these clients would use themselves, now that the server has x [P]."""

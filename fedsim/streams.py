@@ -56,7 +56,7 @@ class Streams:
     Args:
         seed: the run's seed.
         clients: [C] int64 client ids.
-        jobs: [C] int64 job indices: how many jobs that client had before.
+        jobs: [C] int64 job indices: how many jobs that client had before; or [1], the same for all.
 
     >>> s = Streams(0, torch.tensor([3, 5]), torch.tensor([0, 0]))
     >>> torch.equal(s.uniform("x", 4)[1], s.rows([1]).uniform("x", 4)[0])

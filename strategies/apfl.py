@@ -42,7 +42,7 @@ class APFL(Synchronous):
     alpha: float = 0.5
     adaptive: bool = False
     aggregator: Rule = Mean()
-    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", two_points=True)
+    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", two_points=True, own_models=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsim.fleet import Fleet
 from fedsim.strategies.asynchronous import State, Weighted
-from fedsim.strategies.clocks import Durations, Times, first_weights, schedule_shares
+from fedsim.strategies.clocks import Durations, Times, first_weights, importances, schedule_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,11 @@ class AsyncFedAvg(Weighted):
 
     def replies(self, num_clients: int) -> int:
         return 1
+
+    def check_fleet(self, fleet: Fleet, x: Tensor) -> None:
+        super().check_fleet(fleet, x)
+        if self.weights == "unbiased" and self.job_seconds is None:
+            first_weights(importances(self.importance, fleet.num_examples), fleet.job_times(self.local.cost, 1, x=x))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         s = self.begun(s, fleet)

@@ -51,6 +51,9 @@ class Asynchronous(Server):
     waits_for: ClassVar[int] = 1
     """Clients that a step can't do without where nobody is at work."""
 
+    def check_fleet(self, fleet: Fleet, x: Tensor) -> None:
+        able(fleet)
+
     def free(self, s: State, fleet: Fleet) -> Tensor:
         """[I] clients to be sent work: all that are idle and on line and have data.
 
@@ -96,6 +99,11 @@ class Weighted(Asynchronous):
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0))
+
+    def check_fleet(self, fleet: Fleet, x: Tensor) -> None:
+        super().check_fleet(fleet, x)
+        if self.job_seconds is not None:
+            given_jobs(self.job_seconds, importances(self.importance, fleet.num_examples))
 
     def begun(self, s: State, fleet: Fleet) -> State:
         """The state with weights, at first."""

@@ -20,7 +20,7 @@ from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import gradient_sum
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Fleet
-from fedsim.strategies.server import Rule, ServerState, Synchronous
+from fedsim.strategies.server import EVERYBODY, Rule, ServerState, Synchronous
 from fedsim.strategy import Traits
 
 
@@ -37,7 +37,9 @@ class Centralised(Synchronous):
     traits: ClassVar[Traits] = Traits(
         local_rules="rate",
         bears_buffers=False,
-        refused={"cohort_size": "one machine has all data; fedavg with local.steps: 1 takes a part of them"},
+        refused=dict.fromkeys(
+            EVERYBODY, "one machine has all data; fedavg with local.steps: 1 takes a part of the clients"
+        ),
     )
 
     @property

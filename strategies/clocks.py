@@ -54,7 +54,7 @@ def fitting(key: str, size: int, fleet: Fleet) -> Tensor:
     """
     clients = able(fleet)
     if size > len(clients):
-        raise ValueError(f"strategy.{key}={size} exceeds the {len(clients)} clients with data; lower it")
+        raise ValueError(f"{key}={size} exceeds the {len(clients)} clients with data; lower it")
     return clients
 
 
@@ -77,7 +77,7 @@ def given_seconds(job_seconds: tuple[float, ...], p: Tensor) -> Times:
         ValueError: if there is not one positive number a client.
     """
     if len(job_seconds) != len(p) or not all(0 < t < inf for t in job_seconds):
-        raise ValueError(f"strategy.job_seconds needs one positive number for each of the {len(p)} clients")
+        raise ValueError(f"job_seconds needs one positive number for each of the {len(p)} clients")
     return Times(torch.tensor(job_seconds, dtype=torch.float64), torch.zeros_like(p))
 
 

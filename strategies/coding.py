@@ -145,6 +145,17 @@ class Coding(Strategy):
         """Share of all the data that a worker goes through in a round."""
         return 1 / self.count
 
+    @property
+    def borne(self) -> int:
+        """Workers that may never answer, and still every job is done."""
+        return 0
+
+    def replies(self, num_clients: int) -> int:
+        return 1  # the first of a round is waited for alone
+
+    def needed(self, num_clients: int) -> int:
+        return self.count - self.borne
+
     def steps(self, part: float = 1.0) -> float:
         """What a round's work, or a part of it, costs a worker: 1 is to go through an average client's data."""
         return self.load * self.count * part

@@ -39,7 +39,7 @@ class Ditto(Synchronous):
 
     lam: float = 0.1
     aggregator: Rule = Mean()
-    traits: ClassVar[Traits] = Traits(bears_weights=True)
+    traits: ClassVar[Traits] = Traits(bears_weights=True, own_models=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,6 +39,10 @@ class FedBuff(Weighted):
     def replies(self, num_clients: int) -> int:
         return self.buffer_size
 
+    def check_fleet(self, fleet: Fleet, x: Tensor) -> None:
+        super().check_fleet(fleet, x)
+        fitting("buffer_size", self.buffer_size, fleet)
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         s = self.begun(s, fleet)
         fleet.send(self.free(s, fleet), self.local_update, cost=self.local.cost, x=s.x)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedsim.fleet import Fleet, TooFewRows
 from fedsim.strategies.asynchronous import Asynchronous
@@ -55,6 +56,10 @@ class FedBuffStream(Asynchronous, Selecting):
 
     def wanted(self, num_clients: int) -> int:
         return 1
+
+    def check_fleet(self, fleet: Fleet, x: Tensor) -> None:
+        super().check_fleet(fleet, x)
+        fitting("concurrency", self.concurrency, fleet)
 
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
         rule, rows, num_examples = self.rule(rng, s.last), [], []

@@ -45,6 +45,10 @@ class GradientCoding(Coding):
         return Code(self.code, self.count, self.s)
 
     @property
+    def borne(self) -> int:
+        return self.s
+
+    @property
     def load(self) -> float:
         return (self.s + 1) / self.count
 
@@ -54,7 +58,7 @@ class GradientCoding(Coding):
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         t = s.round
         asked = torch.full((self.count,), self.starts(t))
-        fleet.present(self.count - self.s)  # waits for as many as it takes
+        fleet.present(self.needed(self.count))  # waits for as many as it takes
         fleet.send(fleet.clients[asked], self.coded, cost=Cost(steps=self.steps()), x=self.model(s, t))
         heard = self.listen(fleet, asked, self.gc.suffices)
         if self.gc.suffices(heard.answered):

@@ -48,7 +48,7 @@ class Personal(Synchronous):
     personal: tuple[str, ...] | None = None
     aggregator: Rule = Mean()
     layout: Layout
-    traits: ClassVar[Traits] = Traits(bears_weights=True)
+    traits: ClassVar[Traits] = Traits(bears_weights=True, own_models=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,7 +40,7 @@ class PFedMe(Synchronous):
     lam: float = 15.0
     inner_steps: int = 5
     inner_lr: float = 0.01
-    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", two_points=True)
+    traits: ClassVar[Traits] = Traits(local_rules="plain_sgd", two_points=True, own_models=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

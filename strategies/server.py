@@ -23,7 +23,6 @@ from fedsim.aggregate import Aggregator, CenteredClipping, Mean, PreAggregator, 
 from fedsim.clients.local_training import LocalTraining, Reply, apart
 from fedsim.clients.oracle import full_loss
 from fedsim.cohort import Cohort
-from fedsim.compress.packet import FLOAT_BITS
 from fedsim.config import FromTable
 from fedsim.fleet import Cost, Fleet, Late, Replies, TooFewRows, Work, linear
 from fedsim.optim import Optimizer, OptState
@@ -38,6 +37,8 @@ NO_ROUNDS = dict.fromkeys(
     "it does not choose a cohort and wait for its replies, so that none can be late",
 )
 """Why a strategy that is not synchronous has not these keys."""
+EVERYBODY = ("cohort_size", "selection", "over_select")
+"""Keys that a synchronous strategy has not which asks every client in every round."""
 
 
 class Wait(TypedDict):
@@ -88,10 +89,6 @@ class Aggregating(Strategy):
     def folds(self) -> bool:
         """Whether replies are added up as they come."""
         return not self.pre_aggregators and self.aggregator.foldable
-
-    def replies(self, num_clients: int) -> int:
-        """Replies that are aggregated at a time, at most, of N clients with data."""
-        return self.at_work(num_clients)
 
     def rule(self, rng: np.random.Generator, last: Tensor | None = None) -> Aggregator:
         """What to aggregate a round's replies by; it folds where it is linear, and may begin at its last result [P]."""
@@ -207,14 +204,23 @@ class Selecting(Server):
     def losses_at(self, fleet: Fleet, x: Tensor, ids: Tensor) -> Tensor:
         """[d] float64 mean losses of clients at x [P], asked of them; minus infinity for one that does not answer.
 
-        A pass forward counts as a third of a step.
+        They have as long as a round's replies by themselves.
         """
-        cost = Cost(steps=lambda n: self.local.schedule.steps_per_epoch(n) / 3, bits_up=FLOAT_BITS)
-        r = fleet.ask(ids.sort().values, self.local_loss, cost=cost, x=x)
+        r = fleet.ask(ids.sort().values, self.local_loss, cost=self.query, within=self.within, x=x)
         losses = torch.full((len(fleet.clients),), -inf, dtype=torch.float64)
         if len(r):
             losses[r.ids] = r["loss"].to(losses)
         return losses[ids]
+
+    @property
+    def query(self) -> Cost:
+        """Of asking for a loss: one number up; a pass forward counts as a third of a step."""
+        return Cost(steps=lambda n: self.local.schedule.steps_per_epoch(n) / 3, vectors_up=0, scalars_up=1)
+
+    @property
+    def within(self) -> float:
+        """Seconds for which replies are waited for at most."""
+        return inf
 
     def local_loss(self, clients: Cohort, x: Tensor) -> Reply:
         return {"loss": full_loss(clients, x)}
@@ -227,7 +233,9 @@ class Synchronous(Selecting):
     Args:
         cohort_size: S; null means every client. Where fewer are on line and idle it is all that are.
         over_select: as many times S clients are asked, and the first S replies end the round.
-        deadline: seconds after which a round ends with the replies that are there; null waits for all that come.
+        deadline: seconds after which a round ends with the replies that are there; null waits for all that come. What
+            a selection asks before has as long by itself, and whoever does not answer by then comes last; of work in
+            two messages the first has a deadline.
         late: what becomes of the others: drop, their clients stop and nobody computes what they would have sent; keep,
             they go on, and their replies are aggregated in the round in which they arrive, on top of its own.
     """
@@ -339,14 +347,22 @@ class Synchronous(Selecting):
 
     @property
     def cost(self) -> Cost:
-        """Of the job that a round waits for, or of a shorter one: a deadline below it is refused before the run."""
+        """Of the job that a round waits for, or of a shorter one."""
         return self.local.cost
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """Of everything that has a deadline: one that nobody can meet is refused before the run."""
+        return (self.cost, self.query) if self.selection.asks else (self.cost,)
+
+    @property
+    def within(self) -> float:
+        return inf if self.deadline is None else self.deadline
 
     @property
     def patience(self) -> Wait:
         """How long a round waits, as `fleet.ask` takes it."""
-        within = inf if self.deadline is None else self.deadline
-        return {"within": within, "first": self.cohort_size if self.over_select > 1 else None, "late": self.late}
+        return {"within": self.within, "first": self.cohort_size if self.over_select > 1 else None, "late": self.late}
 
 
 def step_along(x: Tensor, d: Tensor, lr: float, num_trainable: int, weight: float = 1.0) -> Tensor:

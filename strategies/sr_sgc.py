@@ -79,6 +79,10 @@ class SRSGC(Coding):
         return Code(self.code, self.count, s, f" (from B={self.B}, W={self.W}, lam={self.lam})")
 
     @property
+    def borne(self) -> int:
+        return self.gc.s
+
+    @property
     def delay(self) -> int:
         return self.B
 
@@ -95,7 +99,7 @@ class SRSGC(Coding):
         again = nobody if due is None else self.repeating(due)
         fresh = ~again & self.starts(t)
         cost = Cost(steps=self.steps())
-        fleet.present(self.count - gc.s)  # waits for as many as it takes to decode a job at once
+        fleet.present(self.needed(self.count))  # waits for as many as it takes to decode a job at once
         fleet.send(fleet.clients[again], self.repeat, cost=cost, x=self.model(s, t - self.B))
         fleet.send(fleet.clients[fresh], self.coded, cost=cost, x=self.model(s, t))
 

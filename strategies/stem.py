@@ -29,7 +29,7 @@ from fedsim.clients.recursive import recursive_run
 from fedsim.cohort import Cohort
 from fedsim.fleet import Fleet, Held
 from fedsim.strategies.momentum import NO_LATE, twice
-from fedsim.strategies.server import ServerState, Synchronous
+from fedsim.strategies.server import EVERYBODY, ServerState, Synchronous
 from fedsim.strategies.statistics import full_pass
 from fedsim.strategy import Traits
 
@@ -54,7 +54,9 @@ class Stem(Synchronous):
         local_rules="plain_sgd",
         two_points=True,
         no_late=NO_LATE,
-        refused={"cohort_size": "every client takes part, since the momentum is that of all; lower clients.count"},
+        refused=dict.fromkeys(
+            EVERYBODY, "every client takes part, since the momentum is that of all; lower clients.count"
+        ),
     )
 
     def __post_init__(self) -> None:

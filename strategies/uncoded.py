@@ -28,11 +28,15 @@ class Uncoded(Coding):
     def init(self, x0: Tensor) -> State:
         return State(x0, self.copies(x0))
 
+    def replies(self, num_clients: int) -> int:
+        return num_clients
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         t = s.round
         if self.starts(t):
             r = fleet.ask(fleet.clients, self.gradient, fold=Mean(), x=self.model(s, t))
-            s = self.step(s, t, r["g"]) if len(r) else s
+            if len(r) == self.count:  # else a worker never answered, and the job is lost
+                s = self.step(s, t, r["g"])
         return replace(s, round=t + 1), {"jobs_done": s.done}
 
     def gradient(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:

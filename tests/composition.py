@@ -86,7 +86,10 @@ def pair(strategy: str, option: str | None) -> dict[str, Any]:
     raw = {**SMALL, "strategy": {"name": strategy, **FIELDS.get(strategy, {})}}
     if "local" not in signature(STRATEGIES[strategy]).parameters:
         raw.pop("local")
-    return apply_overrides(raw, OPTIONS[option] if option else {}, "pair")
+    given = apply_overrides(raw, OPTIONS[option] if option else {}, "pair")
+    if STRATEGIES[strategy].traits.own_models and given["task"]["name"] == "classification":
+        given["data"] = {"client_test": 0.2}  # or nothing would say how good these models are
+    return given
 
 
 @cache

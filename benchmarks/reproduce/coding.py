@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedsim.history import History
 from fedsim.runs import run
+from fedsim.sim.devices import GilbertElliott
 from fedsim.strategies import STRATEGIES
 from fedsim.streams import Streams
 
@@ -53,8 +54,7 @@ class Bursty:
     count: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.enter + self.leave <= 1:
-            raise ValueError(f"enter + leave must lie in (0, 1], got {self.enter} + {self.leave}")
+        _ = self.chain
 
     @property
     def random(self) -> bool:
@@ -65,22 +65,14 @@ class Bursty:
         extra = torch.where(self.slow(streams), self.slow_shift + self.slow_jitter * u[:, 1], 0.0)
         return self.shift + self.jitter * u[:, 0] + extra + self.slope * steps / self.count
 
-    def slow(self, streams: Streams) -> Tensor:
-        """[R] bool: the state of each worker in its job.
+    @property
+    def chain(self) -> GilbertElliott:
+        """Who is slow when; its own seconds are of another law, a fixed multiple for each step of a slow client."""
+        return GilbertElliott(to_slow=self.enter, to_fast=self.leave)
 
-        The chain is drawn anew from its stationary law with chance enter + leave a job, and stays as it is otherwise:
-        so a state follows from the last job that drew it, and nothing need be kept.
-        """
-        fresh = self.enter + self.leave
-        out, open = torch.zeros(len(streams.jobs), dtype=torch.bool), torch.arange(len(streams.jobs))
-        jobs = streams.jobs.clone()
-        while len(open):
-            u = Streams(streams.seed, streams.clients[open], jobs[open]).uniform("burst", 2, dtype=torch.float64)
-            drawn = (u[:, 0] < fresh) | (jobs[open] == 0)
-            out[open[drawn]] = u[drawn, 1] < self.enter / fresh
-            open = open[~drawn]
-            jobs[open] -= 1
-        return out
+    def slow(self, streams: Streams) -> Tensor:
+        """[R] bool: the state of each worker in its job."""
+        return self.chain.slow(streams)
 
 
 PROFILES: dict[str, dict[str, float]] = {"mild": {}, "heavy": {"slow_shift": 0.8, "slow_jitter": 0.5}}

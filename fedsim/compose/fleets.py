@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedsim.compose.refusals import check_absence, check_compressor, check_link
+from fedsim.compose.refusals import check_absence, check_attack, check_compressor, check_link
 from fedsim.compose.sections import ByzantineClients, File, Runtime
 from fedsim.compose.work import Work
 from fedsim.compress.sparsify import Identity
@@ -76,11 +76,11 @@ def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink 
     return uplink, None if made[1] is None else Downlink(compressor=made[1], seed=file.seed)
 
 
-def build_byzantine(section: ByzantineClients, task: Task, seed: int) -> Byzantine | None:
+def build_byzantine(section: ByzantineClients, task: Task, strategy: Strategy, seed: int) -> Byzantine | None:
     """Byzantine clients, None where all are honest; an attack on data poisons the task's labels here.
 
     Raises:
-        ConfigError: for clients that do not exist, or an attack that the task does not have data for.
+        ConfigError: for clients that do not exist, or an attack that task or strategy do not bear or is not defined.
     """
     with at("clients.byzantine"):
         ids = section.draw(len(task.num_examples), seed)
@@ -89,19 +89,21 @@ def build_byzantine(section: ByzantineClients, task: Task, seed: int) -> Byzanti
     if section.attack.on_data:
         with at("clients.byzantine.attack"):
             task.poison(ids, section.attack.poison)
-    return Byzantine(ids=ids, attack=section.attack, on_data=section.attack.on_data, seed=seed)
+    byzantine = Byzantine(ids=ids, attack=section.attack, on_data=section.attack.on_data, seed=seed)
+    check_attack(byzantine, strategy, len(task.num_examples))
+    return byzantine
 
 
 def build_absence(file: File, strategy: Strategy, num_clients: int) -> Absence:
     """Who is away when, and which jobs die.
 
     Raises:
-        ConfigError: where the strategy needs all clients in every step.
+        ConfigError: where the strategy needs all clients in every step, or more than are ever there at once.
     """
     absence = Absence(
         availability=file.clients.availability(count=num_clients), dropout=file.clients.dropout, seed=file.seed
     )
-    check_absence(absence, strategy.traits)
+    check_absence(absence, strategy, num_clients)
     return absence
 
 

@@ -6,6 +6,7 @@ be seen with two of them in hand.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.clients.byzantine import Silence
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compress.packet import Compressor
 from fedsim.config import ConfigError, at
@@ -22,9 +24,11 @@ from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
 from fedsim.params import Layout
 from fedsim.sim.absence import Absence
+from fedsim.sim.byzantine import Byzantine, Knowledge
 from fedsim.sim.links import Uplink
 from fedsim.strategies.server import Aggregating, Selecting, Server
 from fedsim.strategy import Strategy, Traits, fields_of
+from fedsim.streams import Streams
 from fedsim.task import Task
 
 NO_STRATEGY = "{0} is no strategy; write `class {0}(fedsim.Strategy)` with methods init and round, see docs/tutorial.md"
@@ -147,11 +151,45 @@ def check_link(key: str, traits: Traits, own: list[str]) -> None:
         raise ConfigError(f"{key}.compressor: this strategy compresses by itself; set strategy.{own[0]} instead")
 
 
-def check_absence(absence: Absence, traits: Traits) -> None:
-    """Refuse that clients are away or drop out where a strategy needs all of them."""
-    if traits.needs_all is not None and absence.kills:
+def check_absence(absence: Absence, strategy: Strategy, num_clients: int) -> None:
+    """Refuse that clients are away or drop out where a strategy needs all of them, and that too few ever come."""
+    needs_all = strategy.traits.needs_all
+    if needs_all is not None and absence.kills:
         key, way = ("availability", "take always") if absence.away else ("dropout", "leave it out")
-        raise ConfigError(f"clients.{key}: does not go with this strategy: {traits.needs_all}; {way}")
+        raise ConfigError(f"clients.{key}: does not go with this strategy: {needs_all}; {way}")
+    if absence.away:
+        with at("clients.availability"):
+            absence.wait(torch.arange(num_clients), 0.0, strategy.needed(num_clients))
+
+
+def check_attack(byzantine: Byzantine, strategy: Strategy, num_clients: int) -> None:
+    """Refuse silence that no step could be taken after, and an attack that is not defined for so many, by trying it."""
+    b, attack = len(byzantine.ids), byzantine.attack
+    if isinstance(attack, Silence) and num_clients - b < (needed := strategy.needed(num_clients)):
+        raise ConfigError(
+            f"clients.byzantine: {b} of {num_clients} clients are silent, and without {needed} that answer this "
+            "strategy never takes a step; make fewer silent, take another attack, or a strategy that bears so many"
+        )
+    replies = strategy.replies(num_clients)
+    if byzantine.on_data or replies > MAX_TRIED:
+        return
+    if replies < num_clients:  # at best one of those that reply together is byzantine
+        honest, b = min(num_clients - b, max(replies - 1, 1)), 1
+    else:
+        honest = num_clients - b
+    streams = Streams(byzantine.seed, byzantine.ids[:b], torch.zeros(b, dtype=torch.int64))
+    with at("clients.byzantine.attack"):
+        attack(torch.zeros(honest, 1), b, streams, Knowledge())
+
+
+def check_seen(strategy: Strategy, task: Task) -> None:
+    """Say of a task with samples that nobody will see how good the models are that clients have for themselves."""
+    if strategy.traits.own_models and not task.holds_out:
+        warnings.warn(
+            "clients have models of their own, and nothing will say how good they are; set data.client_test: 0.2, so "
+            "that each client holds out samples to evaluate its own on",
+            stacklevel=2,
+        )
 
 
 def check_state_scope(strategy: Strategy, uplink: Uplink | None) -> None:

@@ -25,7 +25,14 @@ from fedsim.compose.fleets import (
     compute_device,
 )
 from fedsim.compose.problems import plan_of, problem_of, task_of
-from fedsim.compose.refusals import check_local, check_personalise, check_selection, check_state_scope, check_strategy
+from fedsim.compose.refusals import (
+    check_local,
+    check_personalise,
+    check_seen,
+    check_selection,
+    check_state_scope,
+    check_strategy,
+)
 from fedsim.compose.sections import File
 from fedsim.compose.supervised import Samples
 from fedsim.compose.work import Work, absence_in_words, frozen_in_words, in_words, selection_in_words, work_of
@@ -127,6 +134,8 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     check_local(file.strategy.name, strategy, task)
     check_personalise(file.evaluate.personalise.epochs, strategy, task)
     check_selection(strategy, task)
+    if isinstance(problem, Samples):
+        check_seen(strategy, task)
     _resolve(resolved, problem, strategy, plan, device)
     fleet, pool, workers, kept = _fleet(file, task, strategy, work, plan.width, device)
     resolved["runtime"] |= {"stacks": fleet.executor.stacks, "memory": kept}
@@ -145,9 +154,12 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         device=device,
         threads=file.runtime.threads,
     )
-    if isinstance(strategy, Synchronous) and strategy.deadline is not None:
-        with at("strategy"):
-            fleet.check_possible(strategy.cost, strategy.deadline, x=torch.empty(strategy.sent(task.layout).size))
+    with at("strategy"):
+        x = torch.empty(strategy.sent(task.layout).size)
+        strategy.check_fleet(fleet, x)
+        if isinstance(strategy, Synchronous) and strategy.deadline is not None:
+            for cost in strategy.costs:
+                fleet.check_possible(cost, strategy.deadline, x=x)
     words = in_words(work, plan, fleet.executor.stacks, task.layout, strategy.sent(task.layout), task.num_examples)
     words |= frozen_in_words(problem.module) if isinstance(problem, Samples) else {}
     words |= selection_in_words(resolved["strategy"])
@@ -203,7 +215,7 @@ def _fleet(
     n, runtime, sent = len(task.num_examples), file.runtime, strategy.sent(task.layout)
     uplink, downlink = build_links(file, strategy, sent)
     check_state_scope(strategy, uplink)
-    byzantine = build_byzantine(file.clients.byzantine, task, file.seed)
+    byzantine = build_byzantine(file.clients.byzantine, task, strategy, file.seed)
     devices, absence = file.clients.devices(count=n), build_absence(file, strategy, n)
     runner = StackRunner(task, strategy, file.seed, device, uplink)
     executor, workers = build_executor(runtime, runner, work, width, device)

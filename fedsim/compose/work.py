@@ -114,6 +114,7 @@ def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, 
     stack_bytes = 4 * layout.size * min(plan.width, work.cohort_size)
     model_bits = 32 * sent.size
     kept = f", of which {layout.size - sent.size:,} stay with the client" if sent.size < layout.size else ""
+    wide = f"{plan.width} client{'s' * (plan.width != 1)}"
     shares = shares_of(work, n, plan.width, stacks)
     counts, gains = zip(*((str(w), f"{speedup(shares, w):.1f}") for w in WORKERS), strict=True)
     return {
@@ -122,7 +123,7 @@ def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, 
         f"{int((n == 0).sum()):,} clients have none",
         "local steps": f"{int(steps.min()):,} to {int(steps.max()):,}",
         "model": f"{layout.num_trainable:,} parameters{buffers}{kept}",
-        "engine": f"{plan.engine}{' with C++' if plan.native else ''}, {plan.width} clients a stack ({plan.reason})",
+        "engine": f"{plan.engine}{' with C++' if plan.native else ''}, {wide} a stack ({plan.reason})",
         "stacks": f"{len(shares):,} a round; with {', '.join(counts)} workers {', '.join(gains)} times one worker's "
         "speed at best",
         "memory": f"about {3 * stack_bytes / 2**20:,.1f} MiB a worker for parameters, gradients and one buffer",

@@ -9,8 +9,9 @@ Letters: N clients, R jobs or replies, M vectors sent to peers, P entries of a v
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from math import inf
+from math import inf, nan
 from typing import Any, ClassVar
 
 import torch
@@ -114,8 +115,9 @@ class FlowerFleet(Account):
         check_foldable(fold)
         second = is_second_half(broadcast)
         self._dispatch(ids, work, self._number(ids, second), broadcast)
-        there, came = self._in_time(ids, work, within, first, late)
-        return self._collect(there, fold, None if weights is None else weights[came], count=not second)
+        there, came = self._in_time(ids, work, within, first, late, cost)
+        counts = not (second or cost.answers)
+        return self._collect(there, fold, None if weights is None else weights[came], count=counts)
 
     def exchange(
         self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
@@ -136,10 +138,20 @@ class FlowerFleet(Account):
     # The loop's side --------------------------------------------------------------------------------------------
 
     def evaluate(self, ids: Tensor, work: Work, **broadcast: Any) -> Mapping[str, Tensor]:
-        """What clients say beside the rounds (see `DrivenFleet.evaluate`), in messages that train nobody."""
+        """What clients say beside the rounds (see `DrivenFleet.evaluate`), in messages that train nobody.
+
+        NaN stands for whoever is not there or does not answer in time; a warning says who that is.
+        """
         letters = [Letter(int(i), int(self.job_counts[i]), broadcast) for i in ids]
-        fields = self.mail.aside(Sent(work.__name__, broadcast, self.round), letters)
-        return {name: torch.cat([each[name] for each in fields]) for name in fields[0]} if fields else {}
+        said = self.mail.aside(Sent(work.__name__, broadcast, self.round), letters)
+        if missing := [letter.client for letter in letters if letter.client not in said]:
+            warnings.warn(f"{work.__name__} goes on without client(s) {', '.join(map(str, missing))}", stacklevel=2)
+        some = next(iter(said.values()), {})
+        nothing = {name: torch.full_like(value.double(), nan) for name, value in some.items()}
+        rows = [said.get(letter.client, nothing) for letter in letters]
+        return {
+            name: torch.cat([row[name].to(nothing[name]) if missing else row[name] for row in rows]) for name in some
+        }
 
     state_classes: ClassVar[dict[str, type]] = {**Account.state_classes, "Flight": Flight}
 
@@ -207,7 +219,9 @@ class FlowerFleet(Account):
                 values |= part
         return received, each, keys
 
-    def _in_time(self, ids: Tensor, work: Work, within: float, first: int | None, late: Late) -> tuple[Tensor, Tensor]:
+    def _in_time(
+        self, ids: Tensor, work: Work, within: float, first: int | None, late: Late, cost: Cost = ONE_STEP
+    ) -> tuple[Tensor, Tensor]:
         """(clients whose replies are there when a call's time is over, kept ones of earlier calls last; [R] bool).
 
         A client that is told to stop goes on all the same, for Flower has no word for that; nobody reads its reply, and
@@ -227,7 +241,7 @@ class FlowerFleet(Account):
         mail.wait(enough, self.now + within)
         self._bury()
         came = torch.tensor([c in mail.landed for c in clients], dtype=torch.bool)
-        if within < inf or first is not None:
+        if not cost.answers and (within < inf or first is not None):
             flying = {flight.client for flight, _ in mail.flights.values()}
             self._observed += Metrics.count(num_late=len(flying.intersection(clients)))
         if late == "drop":

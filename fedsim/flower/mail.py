@@ -152,12 +152,14 @@ class Mail:
         self.flights |= dict(zip(posted, flights, strict=True))
         return bits
 
-    def aside(self, sent: Sent, letters: Sequence[Letter]) -> list[dict[str, Tensor]]:
-        """What clients answer to letters that are no jobs, in the order of the letters.
+    def aside(self, sent: Sent, letters: Sequence[Letter]) -> dict[int, dict[str, Tensor]]:
+        """{client: what it answers} to letters that are no jobs; of those that are there and answer in time.
 
         Raises:
-            ClientError: if a client failed, or did not answer in time.
+            ClientError: if a client failed.
         """
+        there = self.connected([letter.client for letter in letters], 0)
+        letters = [letter for letter, on in zip(letters, there, strict=True) if on]
         contents = []
         for letter in letters:
             content = wire.write(letter.values, self.book)
@@ -171,14 +173,15 @@ class Mail:
         while waiting:
             for message in self.grid.pull_messages(list(waiting)):
                 client = waiting.pop(message.metadata.reply_to_message_id).client
+                if message.has_error() and message.error.code in GONE:
+                    continue
                 values = wire.read(content_of(message, f"client {client}, {sent.work}"), self.book)
                 answers[client] = {k: v for k, v in values.items() if isinstance(v, Tensor)}
-            if waiting and self.now - start > self.patience.reply_seconds:
-                missing = ", ".join(str(letter.client) for letter in waiting.values())
-                raise ClientError(f"no answer to {sent.work} in time from client(s) {missing}")
+            if self.now - start > self.patience.reply_seconds:
+                break
             if waiting:
                 self.clock.sleep(self.patience.poll_seconds)
-        return [answers[letter.client] for letter in letters]
+        return answers
 
     def look(self) -> bool:
         """Take in replies; those of one look count as having come in the order of sending. True if any did."""

@@ -81,7 +81,14 @@ def look(index: int) -> dict[str, Any]:
 
 
 def line_panel(
-    curves: Sequence[Curve], *, x_label: str, alt: str, percent: bool = False, log: bool = False, log_x: bool = False
+    curves: Sequence[Curve],
+    *,
+    x_label: str,
+    alt: str,
+    percent: bool = False,
+    counts: bool = False,
+    log: bool = False,
+    log_x: bool = False,
 ) -> str:
     """Curves over one x axis, as SVG.
 
@@ -90,6 +97,7 @@ def line_panel(
         x_label: with its unit.
         alt: what a screen reader says.
         percent: y is a share, shown times 100 and kept within 0 and 1.
+        counts: y are numbers of something, on an axis from 0.
         log: logarithmic y (values of 0 or less are then left out), unless no value is above 0.
         log_x: the same for x.
     """
@@ -108,6 +116,8 @@ def line_panel(
             _log_axis(ax.yaxis)
         else:
             _linear_axis(ax, percent)
+        if counts:
+            ax.set_ylim(bottom=0)
         return _svg(figure, alt)
 
 

@@ -39,7 +39,9 @@ def absence_section(history: History) -> Section | None:
     if not any(len(found[key][0]) for key in counts if key != "num_clients"):
         return None
     shown = [key for key in counts if len(found[key][0])]
-    curves = [Curve(x=found[key][0], y=found[key][1].astype(float), **look(i)) for i, key in enumerate(shown)]
+    curves = {key: Curve(x=found[key][0], y=found[key][1].astype(float), **look(i)) for i, key in enumerate(shown)}
+    away = curves.pop("num_away", None)  # often many times as many as take part
+    drawn = [("Jobs by round", [*curves.values()])] + ([("Clients off line by round", [away])] if away else [])
     totals = [f"{found[key][1].sum():,.0f} {counts[key]}" for key in shown if key != "num_away"]
     few = len(history.series("too_few")[0])
     return Section(
@@ -47,7 +49,10 @@ def absence_section(history: History) -> Section | None:
         text=f"Jobs of all rounds: {', '.join(totals)}. Off line is a mean over a round's looks."
         + (f" Rounds of too few replies, which changed nothing: {few:,}." if few else ""),
         keys=[Key(text=counts[key], **look(i)) for i, key in enumerate(shown)],
-        pictures=[Picture(title="Clients by round", svg=line_panel(curves, x_label="round", alt="clients by round"))],
+        pictures=[
+            Picture(title=title, svg=line_panel(lines, x_label="round", alt=title.lower(), counts=True))
+            for title, lines in drawn
+        ],
     )
 
 

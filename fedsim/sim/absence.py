@@ -27,6 +27,8 @@ BLOCK = 1 << 17  # clients that are asked about at a time
 class Dropout:
     """Jobs that die by themselves: each with this probability, at a share of its time that is drawn evenly.
 
+    Of work in two messages each half may die.
+
     Args:
         probability: in [0, 1).
     """
@@ -117,7 +119,16 @@ class Absence:
             f"at most {looked}; change clients.availability"
         )
 
-    def ends(self, ids: Tensor, numbers: Tensor, now: float, finish: Tensor, upload: Tensor, bits: Tensor) -> Ends:
+    def ends(
+        self,
+        ids: Tensor,
+        numbers: Tensor,
+        now: float,
+        finish: Tensor,
+        upload: Tensor,
+        bits: Tensor,
+        second: bool = False,
+    ) -> Ends:
         """How jobs end that are sent now.
 
         Args:
@@ -126,10 +137,11 @@ class Absence:
             finish: [R] seconds at which the replies arrive, if they do.
             upload: [R] seconds at which they begin to be sent.
             bits: [R] of the replies.
+            second: whether these are the second halves of jobs whose first halves did not die.
         """
         dies, at = torch.zeros(len(ids), dtype=torch.bool), torch.full_like(finish, inf)
         if self.dropout.probability:
-            u = Streams(self.seed, ids, numbers).uniform("dropout", 2, dtype=torch.float64)
+            u = Streams(self.seed, ids, numbers).uniform("dropout", 2, step=int(second), dtype=torch.float64)
             dies = u[:, 0] < self.dropout.probability
             at = torch.where(dies, now + u[:, 1] * (finish - now), inf)
         if self.away:

@@ -21,6 +21,8 @@ from torch import Tensor
 from fedsim.sim.traces import trace
 from fedsim.streams import Streams
 
+AT_ONCE = 1 << 17  # draws that are made together at most, where one moment needs fewer
+MOST = 1 << 26  # draws, some seconds' worth, after which a law says that whoever has not changed by then never does
 ROUNDING = 1e-9  # of a period or a slot: whoever is asked of at the moment of a change must see it
 
 
@@ -34,7 +36,8 @@ class Availability(Protocol):
     def changes(self, seed: int, ids: Tensor, now: float, before: float) -> Tensor:
         """[R] float64 seconds, after `now`, when each next comes or goes; inf for never.
 
-        A law that has to look for it looks no further than to the time `before`, and says inf for those beyond.
+        A law that has to look for it looks no further than to the time `before`, and not for ever: it says inf for
+        those beyond.
         """
         ...
 
@@ -68,23 +71,26 @@ class Bernoulli:
         _positive("seconds", self.seconds)
 
     def on_line(self, seed: int, ids: Tensor, now: float) -> Tensor:
-        return self._in_slot(seed, ids, self._slot(now))
+        return self._in_slot(seed, ids, torch.tensor([self._slot(now)]))
 
     def changes(self, seed: int, ids: Tensor, now: float, before: float) -> Tensor:
         slot, out = self._slot(now), torch.full((len(ids),), inf, dtype=torch.float64)
-        here, open = self._in_slot(seed, ids, slot), torch.arange(len(ids))
-        while len(open) and (at := (slot := slot + 1) * self.seconds) < before:
-            turned = self._in_slot(seed, ids[open], slot) != here[open]
-            out[open[turned]] = at
-            open = open[~turned]
+        here, open, looked = self._in_slot(seed, ids, torch.tensor([slot])), torch.arange(len(ids)), 0
+        slot += 1
+        while len(open) and slot * self.seconds < before and looked < MOST:
+            slots = slot + torch.arange(_stretch(looked, len(open)))
+            of, at = open.repeat_interleave(len(slots)), (slots.double() * self.seconds).repeat(len(open))
+            turned = (self._in_slot(seed, ids[of], slots.repeat(len(open))) != here[of]) & (at < before)
+            out.scatter_reduce_(0, of[turned], at[turned], "amin")
+            open, slot, looked = open[out[open].isinf()], slot + len(slots), looked + len(of)
         return out
 
     def _slot(self, now: float) -> int:
         return floor(now / self.seconds + ROUNDING)
 
-    def _in_slot(self, seed: int, ids: Tensor, slot: int) -> Tensor:
-        streams = Streams(seed, ids, torch.full_like(ids, slot))
-        return streams.uniform("availability", 1, dtype=torch.float64)[:, 0] < self.p
+    def _in_slot(self, seed: int, ids: Tensor, slots: Tensor) -> Tensor:
+        """[R] bool, in a slot of each, [R], or one of all, [1]."""
+        return Streams(seed, ids, slots).uniform("availability", 1, dtype=torch.float64)[:, 0] < self.p
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,26 +152,27 @@ class Markov:
         _positive("off", self.off)
 
     def on_line(self, seed: int, ids: Tensor, now: float) -> Tensor:
-        at = now * self._rate + ROUNDING
-        first = Streams(seed, ids, torch.full_like(ids, -1)).uniform("availability", 1, dtype=torch.float64)[:, 0]
-        on, open, span = first < self._share, torch.arange(len(ids)), floor(at)
+        at, on, open = now * self._rate + ROUNDING, torch.empty(len(ids), dtype=torch.bool), torch.arange(len(ids))
+        span = floor(at)
         while len(open) and span >= 0:
             drawn = torch.zeros(len(open), dtype=torch.bool)
-            for rows, times, states in self._draws(seed, ids[open], span):
-                seen = times <= at
-                on[open[rows[seen]]], drawn[rows[seen]] = states[seen], True
+            for rows, _, states in self._draws(seed, ids[open], torch.tensor([span]), until=at):
+                on[open[rows]], drawn[rows] = states, True
             open, span = open[~drawn], span - 1
+        first = Streams(seed, ids[open], torch.tensor([-1])).uniform("availability", 1, dtype=torch.float64)[:, 0]
+        on[open] = first < self._share
         return on
 
     def changes(self, seed: int, ids: Tensor, now: float, before: float) -> Tensor:
         at, out = now * self._rate + ROUNDING, torch.full((len(ids),), inf, dtype=torch.float64)
-        on, open, span = self.on_line(seed, ids, now), torch.arange(len(ids)), floor(at)
-        while len(open) and span < before * self._rate:
-            for rows, times, states in self._draws(seed, ids[open], span):
-                of = open[rows]
-                turned = (times > at) & (states != on[of]) & out[of].isinf()
-                out[of[turned]] = times[turned] / self._rate
-            open, span = open[out[open].isinf()], span + 1
+        on, open, span, looked = self.on_line(seed, ids, now), torch.arange(len(ids)), floor(at), 0
+        while len(open) and span < before * self._rate and looked < MOST:
+            spans = span + torch.arange(_stretch(looked, len(open)))
+            each = open.repeat_interleave(len(spans))
+            for rows, times, states in self._draws(seed, ids[each], spans.repeat(len(open))):
+                turned = (times > at) & (states != on[each[rows]])
+                out.scatter_reduce_(0, each[rows[turned]], times[turned] / self._rate, "amin")
+            open, span, looked = open[out[open].isinf()], span + len(spans), looked + len(each)
         return torch.where(out < before, out, inf)
 
     @property
@@ -176,18 +183,31 @@ class Markov:
     def _share(self) -> float:
         return self.on / (self.on + self.off)
 
-    def _draws(self, seed: int, ids: Tensor, span: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(whose [K], when [K] in spans, whether on line then [K]) of a span's first draws, its second draws, ..."""
-        streams, rows = Streams(seed, ids, torch.full_like(ids, span)), torch.arange(len(ids))
-        passed = torch.zeros(len(ids), dtype=torch.float64)
+    def _draws(
+        self, seed: int, ids: Tensor, spans: Tensor, until: float = inf
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(whose [K], when [K] in spans, whether on line then [K]) of the first draws, the second draws, ...
+
+        Args:
+            seed, ids: of the run, and [R] clients.
+            spans: [R] in which, or one for all, [1].
+            until: draws after this time are left out, in spans.
+        """
+        rows, passed = torch.arange(len(ids)), torch.zeros(len(ids), dtype=torch.float64)
         for k in count():
-            u = streams.rows(rows).uniform("availability", 2, step=k, dtype=torch.float64)
+            u = Streams(seed, ids, spans).uniform("availability", 2, step=k, dtype=torch.float64)
             passed = passed - torch.log1p(-u[:, 0])
-            inside = passed < 1
-            rows, passed, on = rows[inside], passed[inside], u[inside, 1] < self._share
-            if not len(rows):
+            at = spans + passed
+            left = torch.nonzero((passed < 1) & (at <= until)).flatten()
+            if not len(left):
                 return
-            yield rows, span + passed, on
+            rows, passed, ids, spans = rows[left], passed[left], ids[left], spans if len(spans) == 1 else spans[left]
+            yield rows, at[left], u[left, 1] < self._share
+
+
+def _stretch(looked: int, clients: int) -> int:
+    """How many slots to look at together for so many clients: as many as were before, so that few are in vain."""
+    return max(1, min(looked, AT_ONCE) // clients)
 
 
 def _positive(name: str, seconds: float) -> None:

@@ -155,11 +155,11 @@ class SimFleet(Account):
         ids, weights = ids[there], None if weights is None else weights[there]
         second = is_second_half(broadcast)
         numbers = self._number(ids, second)
-        ends, received = self._book(ids, numbers, cost, broadcast)
+        ends, received = self._book(ids, numbers, cost, broadcast, second)
         close = min(ends.closing(first) if len(ids) else self._next(work.__name__), self.now + within)
         ended = ends.at <= close + TOLERANCE
         came, died = ended & ends.well, ended & ~ends.well
-        if within < inf or first is not None:
+        if not cost.answers and (within < inf or first is not None):
             self._observed += Metrics.count(num_late=int((~ended).sum()))
         if late == "keep" and not bool(ended.all()):
             self._enqueue(ids[~ended], numbers[~ended], work, Ends(ends.at[~ended], ends.lost[~ended]), received)
@@ -172,7 +172,8 @@ class SimFleet(Account):
         assert weights is None or not kept, "weights are of the clients asked now"
         fresh = self._calls.fresh(work, ids[came], numbers[came], received, self.round)
         weights = None if weights is None else weights[came]
-        return self._answered(fresh, started, ends.at[came], kept, fold, weights, cost, count=not second)
+        count = not (second or cost.answers)
+        return self._answered(fresh, started, ends.at[came], kept, fold, weights, cost, count)
 
     def check_possible(self, cost: Cost, within: float, **broadcast: Any) -> None:
         """Refuse to wait for less time than any client's job takes.
@@ -277,9 +278,9 @@ class SimFleet(Account):
         return on
 
     def _book(
-        self, ids: Tensor, numbers: Tensor, cost: Cost, broadcast: Mapping[str, Any]
+        self, ids: Tensor, numbers: Tensor, cost: Cost, broadcast: Mapping[str, Any], second: bool = False
     ) -> tuple[Ends, dict[str, Any]]:
-        """(how new jobs [R] end, what clients get); counts what they download."""
+        """(how jobs [R], or their second halves, end, what clients get); counts what they download."""
         down, received = torch.zeros(len(ids), dtype=torch.int64), dict[str, Any]()
         for name, value in broadcast.items():
             if self.downlink is not None and len(ids) and self._compresses(value):
@@ -291,7 +292,7 @@ class SimFleet(Account):
                 received[name] = value.decode()[0] if isinstance(value, Packet) else value
                 down += bits_of(value)
         self.ledger.bits_down += int(down.sum())
-        return self.timing.ends(ids, numbers, self.now, cost, down), received
+        return self.timing.ends(ids, numbers, self.now, cost, down, second), received
 
     def _enqueue(self, ids: Tensor, numbers: Tensor, work: Work, ends: Ends, broadcast: Mapping[str, Any]) -> None:
         """Put jobs in flight."""
@@ -347,7 +348,7 @@ class SimFleet(Account):
         arrive = torch.ones(len(ids), dtype=torch.bool)
         if attacked and self.byzantine is not None and cost.vectors_up:
             arrive, fields = self.byzantine.deliver(ids, fields, self.round)
-        bits = results.bits_up if cost.vectors_up or cost.bits_up is not None else torch.zeros_like(results.bits_up)
+        bits = torch.zeros_like(results.bits_up) if cost.stays else results.bits_up
         self._observe(ids, arrive, results.metrics, bits, staleness if kept else None, count)
         if attacked and (fold is not None or not bool(arrive.any())):  # of no replies at all the sum is zero
             given = None if given is None else given[arrive]

@@ -34,8 +34,8 @@ class Timing:
         self._num_examples, self._model_size, self._reply_bits, self._seed = num_examples, model_size, reply_bits, seed
         self._durations: dict[int, tuple[tuple[float, float, float], Tensor]] = {}
 
-    def ends(self, ids: Tensor, numbers: Tensor, now: float, cost: Cost, down: Tensor) -> Ends:
-        """How jobs end that are sent now and download so many bits [R]."""
+    def ends(self, ids: Tensor, numbers: Tensor, now: float, cost: Cost, down: Tensor, second: bool = False) -> Ends:
+        """How jobs, or their second halves, end that are sent now and download so many bits [R]."""
         steps = cost.steps_of(self._num_examples[ids])
         up = torch.full_like(steps, self.up(cost))
         finish = now + self._seconds(ids, numbers, steps, down.double(), up)
@@ -43,7 +43,7 @@ class Timing:
             return Ends(finish, torch.full_like(ids, -1))
         streams = Streams(self._seed, ids, numbers)
         upload = now + self.devices.seconds(streams, steps, down.double(), torch.zeros_like(up))
-        return self.absence.ends(ids, numbers, now, finish, upload, up)
+        return self.absence.ends(ids, numbers, now, finish, upload, up, second)
 
     def times(self, cost: Cost, samples: int, down: Tensor) -> Times:
         """How long jobs take that download so many bits [N]; what must be drawn is, with keys that no real job has."""

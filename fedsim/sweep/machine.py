@@ -16,7 +16,8 @@ import torch
 
 from fedsim import runs
 from fedsim.compose import compose
-from fedsim.config import ConfigError
+from fedsim.compose.sections import Runtime
+from fedsim.config import ConfigError, decode, naming
 from fedsim.sweep.plan import Sweep
 from fedsim.sweep.space import Choice, Range
 from fedsim.sweep.trials import Job, Trial
@@ -46,24 +47,24 @@ class Machine:
         """By what the command line and the section `runtime` say.
 
         Raises:
-            ConfigError: if they contradict each other.
+            ConfigError: if they contradict each other, or the section says what can't be.
         """
         fixed = {k: v for k, v in sweep.space.common.items() if not isinstance(v, Choice | Range)}
         raw, source = runs.load(sweep.config, fixed)
-        runtime = _runtime(raw)
-        ray = runtime.get("executor") in ("ray", "torchrun") or runtime.get("address") is not None
+        with naming(source):
+            runtime: Runtime = decode(Runtime, raw.get("runtime") or {}, "runtime")()
+        ray = runtime.executor in ("ray", "torchrun") or runtime.address is not None
         several = sweep.jobs not in ("auto", 1) or sweep.address is not None
         if ray and several:
             raise ConfigError(
                 f"{source}: runtime: asks for workers of its own for every run, and --jobs and --address give every "
                 "trial one; use --jobs 1, or leave executor and address out"
             )
-        threads, device = runtime.get("threads", 1), runtime.get("device", "auto")
-        gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-        cores = max(1, len(os.sched_getaffinity(0)) // threads) if isinstance(threads, int) and threads > 0 else 1
-        own = str(device).startswith("cuda:")  # all on the one that it names
+        gpus = torch.cuda.device_count() if runtime.device in ("auto", "cuda") else 0
+        cores = max(1, len(os.sched_getaffinity(0)) // runtime.threads)
+        own = runtime.device.startswith("cuda:")  # all on the one that it names
         auto = 0 if sweep.address is not None else 1 if ray or own else gpus or cores
-        return cls(auto if sweep.jobs == "auto" else sweep.jobs, threads, gpus, sweep.address, sweep.folder)
+        return cls(auto if sweep.jobs == "auto" else sweep.jobs, runtime.threads, gpus, sweep.address, sweep.folder)
 
     @property
     def apart(self) -> bool:

@@ -1,4 +1,6 @@
-"""Tasks whose clients are one function each, given by a formula: every step uses it whole, and an epoch is one step.
+"""Tasks whose clients are one function each, given by a formula, that every step uses whole.
+
+Examples count as copies of it: a client of one takes one step an epoch, of more as many as minibatches of these.
 
 Letters: C clients of a stack, k of them with examples, P entries of a client's vector, q points.
 """
@@ -57,26 +59,25 @@ class FormulaTask(Task):
 
 
 class OwnFunction:
-    """The batches of a stack, clients with examples first: `steps`, or `epochs` as steps, whatever the batch size."""
+    """The batches of a stack, those that take most steps first: as many as of samples, and each the whole function."""
 
     def __init__(self, num_examples: Tensor, streams: Streams, schedule: Schedule) -> None:
-        has_data = schedule.span(num_examples)[1] > 0
-        self._active = int(has_data.sum())
-        assert bool(has_data[: self._active].all()), "a stack must be ordered by number of local steps"
-        self._streams = streams if self._active == len(num_examples) else streams.rows(slice(self._active))
-        steps = schedule.steps if schedule.steps is not None else schedule.epochs
-        assert steps is not None
-        self._length = steps if self._active else 0
-        self.num_steps = torch.where(has_data, steps, 0).to(streams.clients.device)
+        num_steps = schedule.num_steps(schedule.span(num_examples)[1])
+        assert not bool((num_steps[1:] > num_steps[:-1]).any()), "a stack must be ordered by number of local steps"
+        length = int(num_steps.max()) if len(num_steps) else 0
+        self._active: list[int] = (num_steps[:, None] > torch.arange(length)).sum(0).tolist()
+        self._streams = {k: streams if k == len(num_steps) else streams.rows(slice(k)) for k in set(self._active)}
+        self.num_steps = num_steps.to(streams.clients.device)
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._active)
 
     def active(self, step: int) -> int:
-        return self._active
+        return self._active[step]
 
     def __getitem__(self, step: int) -> FormulaBatch:
-        return FormulaBatch(self._streams.clients, self._streams, step)
+        streams = self._streams[self._active[step]]
+        return FormulaBatch(streams.clients, streams, step)
 
 
 class FormulaOracle:

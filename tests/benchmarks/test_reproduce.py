@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks.reproduce.coding import Bursty
+from benchmarks.reproduce.momentum import PROBLEMS, check_complete
 from fedsim.streams import Streams
+from fedsim.sweep import Results
 
 
 def test_bursts_follow_the_two_state_chain() -> None:
@@ -23,6 +27,12 @@ def test_bursts_follow_the_two_state_chain() -> None:
         assert float(after[where].mean()) == pytest.approx(chance, abs=4 * error)
     some = torch.tensor([7, 5, 3999])
     assert torch.equal(devices.slow(Streams(3, some, torch.tensor([2, 5, 0]))), slow[[2, 5, 0], some])
+
+
+def test_a_method_without_a_complete_rate_is_named(tmp_path: Path) -> None:
+    nothing = Results(tmp_path, [], [], "test_accuracy", False, 3)
+    with pytest.raises(SystemExit, match=r"all of 10 clients, Dirichlet 0.1: no rate of FedAvg came .*sweep.csv"):
+        check_complete(PROBLEMS[0], nothing)
 
 
 def test_a_job_takes_longer_by_its_load() -> None:

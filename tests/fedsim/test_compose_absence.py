@@ -78,3 +78,58 @@ def test_strategies_that_need_every_client_refuse_absence(name: str, clients: di
         del raw["local"]
     with pytest.raises(ConfigError, match=rf"clients.{next(iter(clients))}: does not go with this strategy: every "):
         compose(raw, "x.yaml")
+
+
+def test_a_deadline_is_judged_by_the_question_before_the_work_as_well() -> None:
+    """A third of a pass of 3 steps of half a second, where the work itself is one step."""
+    raw = SMALL | {"task": {"name": "classification", "model": "logistic"}, "partition": {"name": "iid"}}
+    raw["local"] = {"steps": 1, "batch_size": 10, "optimizer": {"name": "sgd", "lr": 0.05}}
+    asking = {"name": "fedavg", "cohort_size": 2, "selection": {"name": "power_of_choice", "candidates": 4}}
+    with pytest.raises(ConfigError, match=r"strategy: deadline=1 seconds is less than any client .* the fastest 1.3"):
+        compose(raw | {"strategy": asking | {"deadline": 1.0}}, "x.yaml")
+    remembered = asking | {"selection": asking["selection"] | {"losses": "remembered"}, "deadline": 1.0}
+    compose(raw | {"strategy": remembered}, "x.yaml").close()
+
+
+@pytest.mark.parametrize(
+    "name, fields, words",
+    [
+        ("stem", {"selection": "oort"}, "strategy.selection: does not go with this strategy: every client takes part"),
+        ("stem", {"over_select": 1.5}, "strategy.over_select: does not go with this strategy: every client takes part"),
+        (
+            "centralised",
+            {"selection": "cyclic"},
+            "strategy.selection: does not go with this strategy: one machine has all",
+        ),
+        ("fedbuff", {"buffer_size": 21}, "strategy: buffer_size=21 exceeds the 20 clients with data; lower it"),
+        ("fedbuff_stream", {"concurrency": 21}, "strategy: concurrency=21 exceeds the 20 clients with data; lower it"),
+        (
+            "fedfix",
+            {"interval": 1.0, "job_seconds": [1.0]},
+            "strategy: job_seconds needs one positive number for each of",
+        ),
+    ],
+)
+def test_what_the_first_round_would_refuse_is_refused_before_it(name: str, fields: dict[str, Any], words: str) -> None:
+    raw = SMALL | {"strategy": {"name": name, **fields}}
+    with pytest.raises(ConfigError, match=r"x.yaml: " + words):
+        compose(raw, "x.yaml")
+
+
+def test_unbiased_weights_are_refused_before_the_run_where_jobs_take_no_time() -> None:
+    raw = SMALL | {"clients": {"count": 4, "devices": {"name": "constant", "seconds_per_step": 0.0}}}
+    with pytest.raises(ConfigError, match=r"x.yaml: strategy: weights=unbiased follow from how long jobs take"):
+        compose(raw | {"strategy": {"name": "async_fedavg", "weights": "unbiased"}}, "x.yaml")
+    compose(raw | {"strategy": {"name": "async_fedavg", "weights": "identical"}}, "x.yaml").close()
+
+
+def test_more_clients_than_ever_come_at_once_are_refused_before_the_run(tmp_path: Path) -> None:
+    """Of four workers two come first and two later; a code needs two at once if it bears two, and else three."""
+    (tmp_path / "trace.csv").write_text("client,active,inactive\n0,0,5\n1,0,5\n2,6,9\n3,6,9\n")
+    trace = {"name": "trace", "path": str(tmp_path / "trace.csv")}
+    raw = SMALL | {"clients": {"count": 4, "availability": trace}}
+    del raw["local"]
+    code = {"name": "gradient_coding", "lr": 0.1}
+    compose(raw | {"strategy": code | {"s": 2}}, "x.yaml").close()
+    with pytest.raises(ConfigError, match=r"clients.availability: 3 of 4 clients are needed at once from second 0 on"):
+        compose(raw | {"strategy": code | {"s": 1}}, "x.yaml")

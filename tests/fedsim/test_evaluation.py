@@ -151,3 +151,11 @@ def test_a_share_of_which_nobody_has_a_sample_is_refused() -> None:
 def test_a_strategy_whose_clients_have_no_model_of_their_own_is_scored_with_the_servers() -> None:
     last = rows_of(config({"name": "fedavg"}, rounds=2))[-1]
     assert last["personal_loss"] == last["global_loss"] and Evaluate().personalise.epochs == 0
+
+
+def test_models_of_their_own_that_nobody_would_see_are_warned_of() -> None:
+    for strategy in ({"name": "fedrep"}, {"name": "ditto"}):
+        with pytest.warns(UserWarning, match="clients have models of their own, .* set data.client_test: 0.2"):
+            compose(config(strategy, data={}), "config").close()
+        compose(config(strategy), "config").close()
+    compose(config({"name": "fedavg"}, data={}), "config").close()

@@ -347,12 +347,13 @@ def test_a_worker_uploads_its_part_and_a_straggler_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["uncoded", "gradient_coding", "sr_sgc", "m_sgc"])
 def test_a_worker_that_never_answers_blocks_nothing(name: str) -> None:
-    """M-SGC needs every worker's own chunks: its jobs are lost without them, and its models stay as they are."""
+    """Uncoded jobs and those of M-SGC need every worker's own chunks: they are lost, and models stay as they are."""
     silent = Byzantine(ids=torch.tensor([1]), attack=lambda *_: None, on_data=False, seed=0)
     play = Play.start(_task(), _of(name), devices=Table(torch.ones(NUM, 12).double()), byzantine=silent)
     rows = [play.step() for _ in range(12)]
     assert play.fleet.now >= 12.0
-    assert rows[-1]["jobs_done"] == {"uncoded": 12, "gradient_coding": 12, "sr_sgc": 12, "m_sgc": 0}[name]
+    assert rows[-1]["jobs_done"] == {"uncoded": 0, "gradient_coding": 12, "sr_sgc": 12, "m_sgc": 0}[name]
+    assert torch.equal(play.state.models[0], _task().x0) == (name in ("uncoded", "m_sgc"))
 
 
 def test_to_a_code_a_worker_that_drops_out_is_one_more_straggler() -> None:

@@ -223,6 +223,22 @@ def test_a_deadline_ends_a_round_and_late_replies_are_dropped_or_kept(late: Any)
     assert r["v"].flatten().tolist() == [20.0, *(11.0 for _ in kept)] and fleet.num_at_work == 2 * len(kept)
 
 
+@pytest.mark.parametrize("why", ["gone", "silent"])
+def test_an_evaluation_leaves_out_whom_it_does_not_hear_of(why: str) -> None:
+    fleet, grid = build(lambda client: 1e9 if client == 1 and why == "silent" and fleet_ready else 1.0)
+    fleet_ready.append(True)
+    try:
+        grid.gone = {1} if why == "gone" else set()
+        with pytest.warns(UserWarning, match=r"tell goes on without client\(s\) 1$"):
+            found = fleet.evaluate(ALL, HALVES.tell, x=X)
+        assert found["v"].flatten().nan_to_num(-1.0).tolist() == [10.0, -1.0, 12.0, 13.0]
+        grid.gone = set(range(4))
+        with pytest.warns(UserWarning, match=r"goes on without client\(s\) 0, 1, 2, 3$"):
+            assert fleet.evaluate(ALL, HALVES.tell, x=X) == {}
+    finally:
+        fleet_ready.clear()
+
+
 def test_memory_lasts_from_message_to_message_and_a_node_that_lost_it_says_so() -> None:
     fleet, grid = build()
     fleet.ask(ALL, HALVES.count)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from math import floor, inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from fedsim.aggregate import Mean
 from fedsim.checkpoint import load, save
 from fedsim.cohort import Cohort
 from fedsim.compress.sparsify import TopK
-from fedsim.fleet import Cost
+from fedsim.fleet import Cost, Held
 from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.devices import Constant, Exponential
 from fedsim.sim.fleet import SimFleet
@@ -128,6 +129,29 @@ def _deaths(seed: int, clients: int, job: int = 0, probability: float = 0.5) -> 
 
 
 DROPOUT = Absence(dropout=Dropout(probability=0.5))
+
+
+def test_a_second_half_may_die_by_itself_and_is_counted_up_to_its_death() -> None:
+    """The reply takes one second of the three, at whose end it is sent; the broadcast is held and is not sent again."""
+    ids, seed = torch.arange(12), 4
+    u = [Streams(0, ids, ids * 0).uniform("dropout", 2, step=half, dtype=torch.float64) for half in (0, 1)]
+    begun = [i for i in range(12) if float(u[0][i, 0]) >= 0.5]
+    lost = {i: float(u[1][i, 1]) for i in begun if float(u[1][i, 0]) < 0.5}
+    assert 1 < len(lost) < len(begun) - 1, "the seed must give some of each"
+    fleet = _fleet((2.0,) * 12, absence=DROPOUT, seed=seed, devices=Clocks((2.0,) * 12, uplink=BITS))
+    first = fleet.ask(fleet.clients, HALVES.plus, cost=Cost(vectors_up=1), x=X)
+    assert first.ids.tolist() == begun
+    up, down, numbers = fleet.ledger.bits_up, fleet.ledger.bits_down, fleet.job_counts.clone()
+    seen = _seen(fleet)
+    second = fleet.ask(first.ids, HALVES.count, cost=Cost(vectors_up=1), x=Held(X))
+    left = [i for i in begun if i not in lost]
+    assert second.ids.tolist() == left and _seen(fleet)["num_dropped"] == len(lost)
+    assert seen["num_dropped"] == 12 - len(begun)
+    sent = sum(floor(BITS * max(3 * share - 2, 0.0) + 1e-9) for share in lost.values())
+    assert fleet.ledger.bits_up - up == len(left) * BITS + sent and fleet.ledger.bits_down == down
+    assert torch.equal(fleet.job_counts, numbers) and not fleet.sent and not len(fleet.queue)
+    assert fleet.memory.of(ids)["n"][:, 0].tolist() == [float(i in left) for i in range(12)]
+    assert fleet.present().tolist() == ids.tolist()
 
 
 def test_a_job_that_dies_ends_at_its_share_and_leaves_nothing_behind() -> None:
@@ -261,6 +285,93 @@ def test_late_and_dead_jobs_survive_a_checkpoint(tmp_path: Path) -> None:
     three.load(load(save(tmp_path, 1, {"fleet": two.state()})).take("fleet", three.state_classes))
     after = end(one)
     assert any(after[2]) and after == end(three)
+
+
+# All of it at once ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Diary:
+    """What a fleet should say of its rounds, event by event: (end, replies or not, round, start) of who is at work."""
+
+    tau: tuple[float, ...]
+    hours: tuple[tuple[float, float], ...]
+    deaths: tuple[dict[int, float], ...]
+    now: float = 0.0
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        self.jobs, self.work = [0] * len(self.tau), dict[int, tuple[float, bool, int, float]]()
+
+    def present(self) -> list[int]:
+        there = [i for i, (a, b) in enumerate(self.hours) if i not in self.work and a <= self.now < b]
+        if there or self.work:
+            return there
+        self.now = min(a for a, _ in self.hours if a > self.now)
+        return [i for i, (a, b) in enumerate(self.hours) if a <= self.now < b]
+
+    def ask(self, ids: list[int], first: int | None, within: float, late: str) -> tuple[Any, ...]:
+        start, ends = self.now, dict[int, tuple[float, bool]]()
+        for i in ids:
+            share = self.deaths[self.jobs[i]].get(i)
+            self.jobs[i] += 1
+            end, death = start + self.tau[i], start + self.tau[i] * (inf if share is None else share)
+            death = min(death, self.hours[i][1])
+            ends[i] = (death, False) if death < end else (end, True)
+        well = sorted(at for at, replies in ends.values() if replies)
+        close = (
+            well[first - 1]
+            if first is not None and len(well) >= first
+            else max((e for e, _ in ends.values()), default=inf)
+        )
+        if not ids:
+            close = min((job[0] for job in self.work.values()), default=start)
+        self.now = close = min(close, start + within)
+        came = [(i, 0, self.tau[i]) for i in ids if ends[i][1] and ends[i][0] <= close]
+        dropped = sum(not replies and at <= close for at, replies in ends.values())
+        over = {i: job for i, job in self.work.items() if job[0] <= close}
+        ended = sorted(over.items(), key=lambda item: (item[1][2], item[1][0]))
+        came += [(i, self.round - sent, at - begun) for i, (at, replies, sent, begun) in ended if replies]
+        dropped += sum(not job[1] for job in over.values())
+        self.work = {i: job for i, job in self.work.items() if i not in over}
+        late_ones = [i for i in ids if ends[i][0] > close]
+        if late == "keep":
+            self.work |= {i: (*ends[i], self.round, start) for i in late_ones}
+        self.round += 1
+        return came, dropped, len(late_ones), close
+
+
+@pytest.mark.parametrize("late", ["drop", "keep"])
+@pytest.mark.parametrize("seed", range(6))
+def test_rounds_are_those_of_a_diary_kept_by_hand(seed: int, late: Any) -> None:
+    """Over-selection, a deadline, late replies, dropout and hours, all together; saved and loaded half way."""
+    rng = np.random.default_rng(seed)
+    tau = tuple(np.round(0.5 + 4 * rng.random(9), 3).tolist())
+    hours = tuple((round(6 * rng.random(), 3), round(25 + 60 * rng.random(), 3)) for _ in tau)
+    absence = Absence(availability=Hours(hours), dropout=Dropout(probability=0.3))
+    diary = Diary(tau, hours, tuple(_deaths(0, len(tau), job, 0.3) for job in range(200)))
+    fleet, seen = _fleet(tau, absence=absence), set[str]()
+    for k in range(12):
+        if k == 6:
+            state, fleet = fleet.state(), _fleet(tau, absence=absence)
+            fleet.load(state)
+        there = fleet.present().tolist()
+        assert there == diary.present() and fleet.now == pytest.approx(diary.now)
+        ids = sorted(rng.permutation(there)[:5].tolist())
+        first, within = (3, inf) if k % 3 == 0 else (None, 2.5) if k % 3 == 1 else (2, 3.5)
+        came, dropped, num_late, now = diary.ask(ids, first, within, late)
+        r = fleet.ask(_ids(*ids), HALVES.plus, first=first, within=within, late=late, x=X)
+        assert r.ids.tolist() == [i for i, _, _ in came] and r.staleness.tolist() == [s for _, s, _ in came]
+        assert r.seconds.tolist() == pytest.approx([s for _, _, s in came]) and fleet.now == pytest.approx(now)
+        row = _seen(fleet)
+        assert (row["num_clients"], row["num_dropped"], row["num_late"]) == (len(came), dropped, num_late)
+        seen |= {
+            name
+            for name, many in (("late", num_late), ("dropped", dropped), ("kept", any(s for _, s, _ in came)))
+            if many
+        }
+        assert fleet.num_at_work == len(diary.work)
+    assert seen >= {"late", "dropped"} and (late == "drop" or "kept" in seen)
 
 
 # Deadlines nobody can meet ---------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from fedsim.sim import availability
 from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.availability import Always, Availability, Bernoulli, Diurnal, Markov
+from fedsim.streams import Streams
 
 LAWS: list[Availability] = [
     Bernoulli(p=0.4, seconds=0.7),
@@ -109,6 +111,29 @@ def test_waiting_ends_at_the_first_moment_at_which_enough_are_there() -> None:
     now, on = start.wait(IDS[:10], 0.5, most)
     assert now == first and int(on.sum()) == most
     assert start.wait(IDS[:10], 0.5, 0)[0] == 0.5
+
+
+@pytest.mark.parametrize("law", [Bernoulli(p=1e-15, seconds=1.0), Markov(on=1e-6, off=1e9)])
+def test_whoever_hardly_ever_comes_is_not_waited_for_for_ever(
+    law: Availability, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(availability, "MOST", 20_000)
+    assert law.changes(0, IDS[:7], 3.0, inf).isinf().all()
+    with pytest.raises(ValueError, match="1 of 7 clients are needed at once .* nobody comes any more; change clients"):
+        Absence(availability=law).wait(IDS[:7], 0.0, 1)
+
+
+def test_the_change_of_one_client_is_found_far_ahead_as_slot_by_slot() -> None:
+    law, client = Bernoulli(p=0.002, seconds=0.5), IDS[:1]
+    slots = Streams(9, torch.zeros(20_000, dtype=torch.int64), torch.arange(20_000))
+    on = slots.uniform("availability", 1, dtype=torch.float64)[:, 0] < 0.002
+    comes = [k for k in range(1, 20_000) if on[k] and not on[k - 1]]
+    assert len(comes) > 10
+    now = 0.0
+    for k in comes:
+        assert float(law.changes(9, client, now, inf)) == 0.5 * k
+        assert float(law.changes(9, client, now, 0.5 * k)) == inf, "not there yet"
+        now = float(law.changes(9, client, 0.5 * k, inf))  # when it leaves again
 
 
 def test_waiting_for_more_than_are_ever_there_says_how_many_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,3 +107,21 @@ def test_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> None:
     )
     assert found.code == 2 and "--address=127.0.0.1:1: cannot join a Ray cluster there" in found.err
     assert found.err.count("\n") == 1 and not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("threads", "0", "runtime: threads must be at least 1 or auto, got 0"),
+        ("threads", "some", "runtime.threads: "),
+        ("thread", "1", "runtime.thread: unknown key; did you mean 'threads'?"),
+    ],
+)
+def test_nonsense_in_the_file_is_refused_before_a_cluster_is_joined(
+    tmp_path: Path, key: str, value: str, words: str
+) -> None:
+    (tmp_path / "quad.yaml").write_text(QUAD)
+    args = ("rounds=1,2", f"runtime.{key}={value}", "--address", "127.0.0.1:1", "--out", tmp_path / "grid")
+    found = fedsim("sweep", tmp_path / "quad.yaml", *args)
+    assert found.code == 2 and words in found.err and found.err.count("\n") == 1
+    assert not (tmp_path / "grid").exists()

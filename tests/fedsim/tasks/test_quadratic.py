@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.clients.oracle import full_gradient
+from fedsim.clients.oracle import full_gradient, full_loss
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.tasks.quadratic import QuadraticTask
 from tests.build import Play, cohort, drawn, formula_batch, local_sgd, quadratic
@@ -96,6 +96,19 @@ def test_epochs_are_steps_and_the_batch_size_changes_nothing() -> None:
         )
     ]
     assert torch.equal(paths[0], paths[1]) and torch.equal(paths[0], paths[2])
+
+
+def test_clients_of_several_examples_take_as_many_steps_as_the_schedule_counts() -> None:
+    """Each towards its minimiser at 8 by a half: so many steps leave 8 / 2^steps."""
+    num_examples, schedule = [600, 5, 2, 0], {"steps": None, "epochs": 2, "batch_size": 300}
+    task = quadratic([1.0] * 4, [8.0] * 4, 0.0, num_examples=num_examples)
+    clients, local = cohort(task, [0, 1, 2, 3]), local_sgd(task, lr=0.5, **schedule)
+    run = local(clients, torch.zeros(1, dtype=torch.float64))
+    steps = local.schedule.num_steps(task.num_examples)
+    assert steps.tolist() == [4, 2, 2, 0] == run.steps.tolist()
+    assert (-run.delta.dense()[:, 0]).tolist() == [8 - 8 / 2**k for k in steps.tolist()]
+    assert full_loss(clients, torch.zeros(1, dtype=torch.float64)).tolist() == [32.0, 32.0, 32.0, 0.0]
+    assert full_gradient(clients, torch.zeros(1, dtype=torch.float64))[:, 0].tolist() == [-8.0, -8.0, -8.0, 0.0]
 
 
 def test_a_client_without_examples_takes_no_step() -> None:

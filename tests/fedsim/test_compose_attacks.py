@@ -1,0 +1,71 @@
+"""Attacks that a strategy cannot bear, or that are not defined for so many clients, are refused before the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedsim.compose import compose
+from fedsim.config import ConfigError
+from tests.build import rows_of
+
+SMALL: dict[str, Any] = {"rounds": 4, "task": {"name": "quadratic", "dim": 3}}
+CODES: dict[str, dict[str, Any]] = {
+    "uncoded": {},
+    "gradient_coding": {"s": 2},
+    "sr_sgc": {"B": 1, "W": 2, "lam": 4},  # a code of s = 2
+    "m_sgc": {"B": 1, "W": 2, "lam": 3},
+}
+BORNE = {"uncoded": 0, "gradient_coding": 2, "sr_sgc": 2, "m_sgc": 0}
+
+
+def _with(attack: Any, count: int, **strategy: Any) -> dict[str, Any]:
+    clients = {"count": 8, "byzantine": {"attack": attack, "count": count}}
+    return SMALL | {"clients": clients, "strategy": strategy}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_code_bears_as_many_silent_workers_as_it_can_decode_without_and_refuses_more(name: str) -> None:
+    coded, borne = {"name": name, "lr": 0.1, **CODES[name]}, BORNE[name]
+    if borne:
+        there, gone = (rows_of(_with("silence", count, **coded)) for count in (0, borne))
+        assert gone[-1]["jobs_done"] == there[-1]["jobs_done"] >= 3
+        assert gone[-1]["distance"] == pytest.approx(there[-1]["distance"], rel=1e-4), "it is gradient descent on all"
+    words = f"clients.byzantine: {borne + 1} of 8 clients are silent, and without {8 - borne} that answer this strategy"
+    with pytest.raises(ConfigError, match=words):
+        compose(_with("silence", borne + 1, **coded), "x.yaml")
+
+
+def test_servers_and_peers_that_go_on_without_the_silent_are_left_alone() -> None:
+    for name in ("fedavg", "dsgd", "fedbuff_stream"):
+        fields = {"buffer_size": 2, "concurrency": 4} if name == "fedbuff_stream" else {}
+        compose(_with("silence", 7, name=name, **fields), "x.yaml").close()
+
+
+@pytest.mark.parametrize(
+    "attack, count, words",
+    [
+        ({"name": "alie", "k": "max"}, 5, "alie.k=max is not defined for n=8 clients with b=5"),
+        ({"name": "mimic", "target": 7}, 2, "mimic.target=7 is not one of the 6 honest clients"),
+    ],
+)
+def test_an_attack_that_is_not_defined_for_all_clients_is_refused_before_the_run(
+    attack: dict[str, Any], count: int, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"x.yaml: clients.byzantine.attack: {words}"):
+        compose(_with(attack, count, name="fedavg"), "x.yaml")
+
+
+def test_of_a_cohort_an_attack_is_refused_that_no_draw_of_it_could_bear() -> None:
+    copy = {"name": "mimic", "target": 2}
+    compose(_with(copy, 2, name="fedavg", cohort_size=4), "x.yaml").close()
+    with pytest.raises(ConfigError, match="mimic.target=2 is not one of the 2 honest clients"):
+        compose(_with(copy, 2, name="fedavg", cohort_size=3), "x.yaml")
+
+
+def test_a_code_whose_workers_are_heard_one_by_one_has_nobody_else_to_copy() -> None:
+    coded = {"name": "gradient_coding", "lr": 0.1, "s": 2}
+    compose(_with({"name": "mimic", "target": 0}, 1, **coded), "x.yaml").close()
+    with pytest.raises(ConfigError, match="mimic.target=1 is not one of the 1 honest clients"):
+        compose(_with({"name": "mimic", "target": 1}, 1, **coded), "x.yaml")
