@@ -9,6 +9,7 @@ Letters: C clients in a stack, N clients in all.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +29,18 @@ RESERVED = frozenset(
     "global_accuracy global_accuracy_std global_accuracy_worst_decile".split()
 )
 """Names that a row gets from the loop, the fleet and the evaluation: no strategy and no client half may use them."""
+
+
+_SMALL = re.compile(r"loss|distance|error|perplexity|(^|_)(mae|mse|rmse|nll|ece)(_|$)")
+
+
+def small_is_good(name: str) -> bool:
+    """Whether small values of a metric are good: of losses, distances and errors they are, going by the name.
+
+    >>> [small_is_good(name) for name in ("test_loss", "test_mae", "test_accuracy")]
+    [True, True, False]
+    """
+    return _SMALL.search(name) is not None
 
 
 def check_names(names: Iterable[str], owner: str) -> None:
