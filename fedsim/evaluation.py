@@ -5,7 +5,7 @@ Letters: N clients, P entries of a model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim.config import ConfigError
 from fedsim.fleet import DrivenFleet
-from fedsim.metrics import Metrics, spread, undefined
+from fedsim.metrics import Metrics, small_is_good, spread, undefined
 from fedsim.strategy import Strategy
 from fedsim.task import Pool, Task
 
@@ -62,11 +62,11 @@ class Evaluate:
             for name, values in scores.items():
                 has_data = torch.isfinite(values) | (task.num_examples > 0)
                 counts = has_data & ~undefined(values, scores.get("loss", values))
-                found = spread(values[counts], higher_is_better=name not in task.small_is_good)
+                found = spread(values[counts], higher_is_better=not small_is_good(name))
                 out |= {f"client_{name}_{k}": v for k, v in found.items()}
         if not task.holds_out:
             return out
-        return out | own_metrics(self.own_scores(strategy, fleet, x), self.per_client, task.small_is_good)
+        return out | own_metrics(self.own_scores(strategy, fleet, x), self.per_client)
 
     def own_scores(self, strategy: Strategy, fleet: DrivenFleet, x: Tensor) -> dict[str, Tensor]:
         """What clients' own models, and x [P], do on samples that these hold out (`Strategy.own_scores`), [N] each.
@@ -84,16 +84,13 @@ class Evaluate:
         return {**scores, "examples": scores["examples"].nan_to_num(0.0)}
 
 
-def own_metrics(
-    scores: Mapping[str, Tensor], per_client: bool, small_is_good: Collection[str] = ("loss",)
-) -> dict[str, float]:
+def own_metrics(scores: Mapping[str, Tensor], per_client: bool) -> dict[str, float]:
     """What a row says of clients' own models.
 
     Args:
         scores: {"examples": [N], "personal_" or "global_" and a metric: [N]}; clients without an example, or for which
             a metric is undefined, are left out.
         per_client: whether to say how they differ, too.
-        small_is_good: metrics of which less is better.
 
     Returns:
         {metric: the mean over all examples, metric_std and metric_worst_decile: over clients}.
@@ -101,9 +98,9 @@ def own_metrics(
     examples, out = scores["examples"], dict[str, float]()
     for name, values in scores.items():
         if name != "examples":
-            whose, _, metric = name.partition("_")
+            whose = name.partition("_")[0]
             weights = examples * ~undefined(values, scores.get(f"{whose}_loss", values))
             out |= Metrics.mean_over(values, weights, name=name).values()
-            found = spread(values[weights > 0], higher_is_better=metric not in small_is_good) if per_client else {}
+            found = spread(values[weights > 0], higher_is_better=not small_is_good(name)) if per_client else {}
             out |= {f"{name}_{k}": v for k, v in found.items() if k != "mean"}
     return out

@@ -95,6 +95,10 @@ class History:
         """Every key that some row has, in order of first appearance."""
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
+    def test_metrics(self) -> list[str]:
+        """The keys of what was measured on held-out samples, the loss aside."""
+        return [key for key in self.keys() if key.startswith("test_") and key != "test_loss"]
+
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(rounds [R], values [R] or [R, ...]) of the R rows that have `key`; both empty if none has."""
         found = [row for row in self.rows if row.get(key) is not None]
@@ -198,8 +202,9 @@ class History:
 
     def headlines(self) -> list[tuple[str, str, str]]:
         """(key, label, final value as text with its unit) of the results that exist; totals of 0 say nothing."""
-        out = []
-        for key, label in HEADLINES:
+        out, known = [], [key for key, _ in HEADLINES]
+        own = [(key, key.replace("_", " ").capitalize()) for key in self.test_metrics() if key not in known]
+        for key, label in [*own, *HEADLINES]:
             values = self.series(key)[1]
             total = key.startswith("bits") or key.endswith("seconds")
             if len(values) and values.ndim == 1 and not (total and values[-1] == 0):

@@ -88,8 +88,9 @@ class Progress:
         """Take one row."""
         if self.quiet:
             return
-        self._seen |= {k: row[k] for k in SHOWN if k in row}
-        best = [k for k in SHOWN if k in self._seen][:2]  # two fit beside the bar in 80 columns
+        self._seen |= {k: v for k, v in row.items() if k in SHOWN or k.startswith("test_")}
+        own = [k for k in self._seen if k not in SHOWN]
+        best = [k for k in (*own, *SHOWN) if k in self._seen][:2]  # two fit beside the bar in 80 columns
         shown = "  ".join(f"{k} {self._seen[k]:.4f}" for k in best)
         if self._bar is not None:
             self._bar.update(self._task, completed=row["round"], shown=shown)

@@ -199,14 +199,12 @@ class Task(ABC):
         num_examples: [N] int64 on the host, samples of each client; one without any takes no step.
         no_local_steps: why more than one step between two averages cannot work here; None where it can.
         holds_out: whether clients have samples that they do not train on (`data.client_test`).
-        small_is_good: the metrics of `evaluate_clients` and `evaluate_own` of which less is better.
     """
 
     layout: Layout
     num_examples: Tensor
     no_local_steps: str | None = None
     holds_out: bool = False
-    small_is_good: frozenset[str] = frozenset({"loss"})
 
     @abstractmethod
     def init(self, seed: int) -> Tensor:

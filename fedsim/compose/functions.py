@@ -2,7 +2,8 @@
 
 Whatever else stands in such an entry goes to the function as keyword arguments, or to the class when it is made:
 `loss: {name: huber, delta: 0.5}`, `loss: {name: "torch.nn:SmoothL1Loss", reduction: none}`,
-`metrics: [mae, {name: "torchmetrics.functional:f1_score", task: multiclass, num_classes: 10, average: macro}]`.
+`metrics: [mae, {name: "torchmetrics.functional:f1_score", task: multiclass, num_classes: 10, average: macro}]`. The
+key `as` is the name that a metric has in rows, where that of the function will not do.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from fedsim.config import Call, ConfigError, Kinds, decode, named
 from fedsim.engine.losses import LOSSES, Loss, per_sample
 from fedsim.hints import parameters
 from fedsim.tasks.metrics import METRICS, Metric
-
-OWN = ("as", "small_is_good")  # keys of a metric's entry that are not its function's
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,14 @@ def metrics(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
 
 def _metric(value: Any, key: str) -> Call:
     target, name, rest = named(METRICS, value, key)
-    own = {k: rest.pop(k) for k in OWN if k in rest}
+    label = rest.pop("as", None)
     made = target if isinstance(target, Metric) else Metric(target)
     function, arguments = _function(made.function, rest, key)
-    label, small = own.get("as", name.rpartition(":")[2]), own.get("small_is_good", made.small_is_good)
+    own = {} if label is None else {"as": label}
+    label = name.rpartition(":")[2] if label is None else label
     if not isinstance(label, str) or not label.isidentifier() or label == "loss":
         raise ConfigError(f"{key}.as: expected a name for the row, such as macro_f1, got {label!r}")
-    if not isinstance(small, bool):
-        raise ConfigError(f"{key}.small_is_good: expected true or false, got {small!r}")
-    made = replace(made, function=function, small_is_good=small)
+    made = replace(made, function=function)
     return Call(lambda: (label, made), {}, {"name": name, **own, **arguments}, key)
 
 

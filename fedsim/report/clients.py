@@ -14,8 +14,9 @@ from fedsim.report.page import Key, Picture, Section
 
 def spread_section(history: History, folder: Path) -> Section:
     """The section, empty if the run evaluated no client."""
-    found = [_by_round(history, "client", "accuracy"), _by_round(history, "client", "loss")]
-    found += [_by_round(history, whose, "accuracy") for whose in ("personal", "global")]
+    measured = [key.removeprefix("test_") for key in history.test_metrics()] or ["accuracy"]
+    found = [_by_round(history, "client", what) for what in (*measured, "loss")]
+    found += [_by_round(history, whose, what) for whose in ("personal", "global") for what in measured]
     pictures = [p for p in found if p is not None]
     keys = [
         Key(text="mean ± standard deviation over clients", colour="c1", band=True),
@@ -40,14 +41,14 @@ def _by_round(history: History, whose: str, what: str) -> Picture | None:
     curves = [Curve(x=rounds, y=mean.astype(float))]
     deviations = history.series(f"{whose}_{what}_std")
     if np.array_equal(deviations[0], rounds):
-        std, most = deviations[1].astype(float), 1 if what == "accuracy" else np.inf
+        std, most = deviations[1].astype(float), 1 if "accuracy" in what else np.inf
         curves = [Curve(x=rounds, y=mean, low=np.maximum(mean - std, 0), high=np.minimum(mean + std, most))]
     worst_rounds, worst = history.series(f"{whose}_{what}_worst_decile")
     if len(worst_rounds):
         curves.append(Curve(x=worst_rounds, y=worst.astype(float), colour="c2"))
     title = TITLES[whose].format(what)
     alt = f"{title}: mean, standard deviation and worst tenth"
-    svg = line_panel(curves, x_label="round", alt=alt, percent=what == "accuracy")
+    svg = line_panel(curves, x_label="round", alt=alt, percent="accuracy" in what)
     return Picture(title=title, svg=svg)
 
 

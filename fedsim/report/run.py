@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.history import History, show
+from fedsim.metrics import small_is_good
 from fedsim.report.clients import spread_section
 from fedsim.report.curves import over_each_axis
 from fedsim.report.draw import Curve, line_panel, look
@@ -48,7 +49,10 @@ def write_report(run_dir: str | Path) -> Path:
     history = History.load(folder)
     spread = "How far the honest clients are from one another: they agree as this goes to zero."
     sections = [
-        Section(title="Test accuracy", pictures=over_each_axis([([history], "test_accuracy")])),
+        *(
+            Section(title=key.replace("_", " ").capitalize(), pictures=over_each_axis([([history], key)]))
+            for key in history.test_metrics()
+        ),
         _loss(history),
         _distance(history),
         spread_section(history, folder),
@@ -98,8 +102,8 @@ def _tiles(history: History) -> list[Tile]:
     for key, label, value in history.headlines():
         remark = ""
         rounds, values = history.series(key)
-        if key in ("test_accuracy", "test_loss", "distance") and np.isfinite(values).any():
-            best = np.nanargmax(values) if key == "test_accuracy" else np.nanargmin(values)
+        if (key.startswith("test_") or key == "distance") and np.isfinite(values).any():
+            best = np.nanargmin(values) if small_is_good(key) else np.nanargmax(values)
             text = show(key, float(values[best]))
             remark = f"best {text}, round {rounds[best]:,}" if text != value else ""
         tiles.append(Tile(label=label, value=value, remark=remark))
@@ -137,9 +141,13 @@ def _distance(history: History) -> Section:
 
 def _numbers(history: History) -> Section | None:
     """The evaluated rounds as text, at most 60 of them."""
-    evaluated = ("test_accuracy", "test_loss", "distance")
+    evaluated = (*history.test_metrics(), "test_loss", "distance")
     rows = [row for row in history.rows if any(key in row for key in evaluated)] or history.rows
-    keys = [key for key in _TABLE_KEYS if any(row.get(key) is not None for row in rows)]
+    keys = [
+        key
+        for key in dict.fromkeys([*_TABLE_KEYS, *history.test_metrics()])
+        if any(row.get(key) is not None for row in rows)
+    ]
     if not rows:
         return None
     chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 60)).astype(int))]

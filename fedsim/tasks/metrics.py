@@ -9,6 +9,8 @@ A metric takes outputs [B, ...] and targets [B, ...] and gives one of three thin
   (the R2 of all samples is not the mean of R2s of some), so it is called once, with all held-out samples of the server,
   and there is no such metric by client.
 
+Whether less is better follows from the name (`fedsim.metrics.small_is_good`): that of an error ends in `error`.
+
 Letters: B samples, K classes, T positions of a sequence, L labels, M metrics, n samples in all.
 """
 
@@ -33,13 +35,11 @@ class Metric:
         function: see the module's head.
         whole: it gives one number for all samples that it is given.
         after: what becomes of the mean, such as the root.
-        small_is_good: whether less is better.
     """
 
     function: Callable[[Tensor, Any], Any]
     whole: bool = False
     after: Callable[[Tensor], Tensor] | None = None
-    small_is_good: bool = False
 
     def __call__(self, outputs: Tensor, targets: Any) -> Any:
         return self.function(outputs, targets)
@@ -94,10 +94,10 @@ def r2(outputs: Tensor, targets: Tensor) -> Tensor:
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy),
     "token_accuracy": Metric(token_accuracy),
-    "perplexity": Metric(token_losses, after=torch.exp, small_is_good=True),
-    "mae": Metric(mae, small_is_good=True),
-    "mse": Metric(mse, small_is_good=True),
-    "rmse": Metric(mse, after=torch.sqrt, small_is_good=True),
+    "perplexity": Metric(token_losses, after=torch.exp),
+    "mae": Metric(mae),
+    "mse": Metric(mse),
+    "rmse": Metric(mse, after=torch.sqrt),
     "r2": Metric(r2, whole=True),
     "label_accuracy": Metric(label_accuracy),
     "exact_match": Metric(exact_match),

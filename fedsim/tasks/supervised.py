@@ -65,7 +65,6 @@ class SupervisedTask(Task):
         self._means = {name: metric for name, metric in metrics.items() if not metric.whole}
         self._wholes = {name: metric for name, metric in metrics.items() if metric.whole}
         self._chain = engine.chain if isinstance(data.inputs, Tensor) else None  # chains have one input
-        self.small_is_good = self.small_is_good | {name for name, m in metrics.items() if m.small_is_good}
         self._poisoned: Tensor | None = None
         self._poison: Callable[[Tensor, int], Tensor] | None = None
 

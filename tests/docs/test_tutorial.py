@@ -58,9 +58,17 @@ def test_files_of_all_forms_make_the_same_federation(played: tuple[Path, dict[st
 
 def test_the_task_of_the_tutorial_reaches_its_closed_form(played: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = played
-    assert summary(folder, "regression")["distance"] <= 1e-5
-    rows = (folder / "runs" / "regression" / "metrics.jsonl").read_text().splitlines()
+    assert summary(folder, "squares")["distance"] <= 1e-5
+    rows = (folder / "runs" / "squares" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[0])["train_loss"] > 1 and len(rows) < 100
+
+
+def test_clinics_predict_numbers_and_quantiles_cover_what_they_should(played: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = played
+    assert summary(folder, "clinics")["test_r2"] > 0.9 and summary(folder, "clinics")["personal_mae"] < 0.5
+    assert summary(folder, "quantile")["test_covered"] > 0.7
+    page = (folder / "runs" / "clinics" / "report.html").read_text()
+    assert "Test mae" in page and "Clients&#x27; mae by round" in page or "Clients' mae by round" in page
 
 
 def test_a_strategys_own_metrics_are_in_its_rows(played: tuple[Path, dict[str, Any]]) -> None:

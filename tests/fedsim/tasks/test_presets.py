@@ -249,8 +249,8 @@ def test_losses_and_metrics_of_ones_own_are_as_good_as_those_of_the_table() -> N
     theirs["task"]["loss"] = {"name": "torch.nn:L1Loss", "reduction": "none"}
     theirs["task"]["metrics"] = [
         {"name": f"{__name__}:near", "within": 0.5, "as": "nearly"},
-        {"name": f"{__name__}:per_row", "small_is_good": True},
-        {"name": "torch.nn.functional:mse_loss", "as": "error", "small_is_good": True},
+        f"{__name__}:per_row",
+        {"name": "torch.nn.functional:mse_loss", "as": "error"},
     ]
     ours, theirs = compose(ours, "test"), compose(theirs, "test")
     a, b = (run.experiment.task for run in (ours, theirs))
@@ -260,7 +260,6 @@ def test_losses_and_metrics_of_ones_own_are_as_good_as_those_of_the_table() -> N
     assert found["test_loss"] == table["test_loss"] and found["test_error"] == pytest.approx(table["test_mse"])
     assert found["test_nearly"] == pytest.approx(np.mean(np.abs(z - y) < 0.5))
     assert found["test_per_row"] == pytest.approx(np.mean(np.abs(z - y)))
-    assert b.small_is_good == {"loss", "per_row", "error"} and a.small_is_good == {"loss", "mse"}
     assert theirs.resolved["task"]["metrics"][0] == {"name": f"{__name__}:near", "as": "nearly", "within": 0.5}
     ours.close(), theirs.close()
 
