@@ -34,7 +34,7 @@ from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail, connect
 from fedsim.flower.wire import Book
 from fedsim.overrides import apply_overrides, parse_overrides
-from fedsim.progress import run_shown
+from fedsim.shown import run_shown
 from fedsim.sim.executor import StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess

@@ -55,7 +55,7 @@ def run(
     CONFIG is an experiment file (YAML); OVERRIDES set keys of it: rounds=20 strategy.cohort_size=5.
     """
     from fedsim import runs
-    from fedsim.progress import run_shown
+    from fedsim.shown import run_shown
 
     raw, source = runs.load(config, parse_overrides(overrides or (), str(config)))
     run_shown(raw, source, out, name=config.stem, resume=resume, quiet=quiet)

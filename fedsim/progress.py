@@ -1,9 +1,11 @@
-"""What `fedsim run` shows while it runs and when it has ended."""
+"""What a terminal, a log or a notebook shows of a run while it goes on and when it has ended."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,66 +15,40 @@ from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedsim import runs
 from fedsim.compose import Composition
-from fedsim.fleet import DrivenFleet
 from fedsim.history import History
-from fedsim.sim.torchrun import follows
-
-
-def run_shown(
-    raw: Mapping[str, Any],
-    source: str,
-    out: Path | None,
-    *,
-    name: str,
-    resume: bool,
-    quiet: bool = False,
-    fleet: Callable[[Composition], DrivenFleet] | None = None,
-) -> History:
-    """Run into a folder, by default the next of `runs/<name>-NNN`, and show how it goes; see `execute`."""
-    stem, quiet = Path("runs") / name, quiet or follows()
-    folder = out or (runs.last_folder(stem) if resume and not follows() else stem)
-    with Progress(quiet) as progress:
-        history = runs.execute(
-            raw,
-            source,
-            folder,
-            numbered=out is None and not resume,
-            resume=resume,
-            watch=progress.watch,
-            started=progress.start,
-            fleet=fleet,
-        )
-    if history.path is not None:
-        progress.summary(history)
-    return history
-
 
 SHOWN = ("test_accuracy", "test_loss", "distance", "train_loss")
 
 
 class Progress:
-    """A live line on a terminal, a plain line now and then elsewhere, nothing when quiet."""
+    """A live line on a terminal or under a notebook's cell, a plain line now and then elsewhere, nothing when quiet.
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet = quiet
+    Args:
+        quiet: whether to show nothing; None shows what there is in a notebook alone.
+    """
+
+    def __init__(self, quiet: bool | None) -> None:
         self.console = Console()
+        self.quiet = not self.console.is_jupyter if quiet is None else quiet
         self._bar: Bar | None = None
+        self._cell: _Cell | None = None
         self._seen: dict[str, Any] = {}
         self._last_line = 0.0
 
     def __enter__(self) -> Progress:
         return self
 
-    def start(self, composition: Composition, folder: Path) -> None:
+    def start(self, composition: Composition, folder: Path | None) -> None:
         """Say what is about to run."""
         if self.quiet:
             return
         plan, rounds = composition.plan, composition.experiment.rounds
         about = f"clients: {plan['clients']}; {plan['engine']}; {plan['workers']}"
-        self.console.print(Text.assemble((str(folder), "bold"), f": {about}"), soft_wrap=True)
-        if self.console.is_terminal:
+        self.console.print(Text.assemble((f"{folder}: " if folder else "", "bold"), about), soft_wrap=True)
+        if self.console.is_jupyter:
+            self._cell = _Cell(rounds)
+        elif self.console.is_terminal:
             self._bar = Bar(
                 TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=16),
@@ -92,7 +68,9 @@ class Progress:
         own = [k for k in self._seen if k not in SHOWN]
         best = [k for k in (*own, *SHOWN) if k in self._seen][:2]  # two fit beside the bar in 80 columns
         shown = "  ".join(f"{k} {self._seen[k]:.4f}" for k in best)
-        if self._bar is not None:
+        if self._cell is not None:
+            self._cell.show(row["round"], shown)
+        elif self._bar is not None:
             self._bar.update(self._task, completed=row["round"], shown=shown)
         elif time.monotonic() - self._last_line > 10 and self._seen.keys() - {"train_loss"}:
             self._last_line = time.monotonic()
@@ -101,6 +79,8 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._cell is not None:
+            self._cell.end()
 
     def summary(self, history: History) -> None:
         """The result table of a run in a folder, and where its report is."""
@@ -114,3 +94,42 @@ class Progress:
             table.add_row(label, value)
         self.console.print(table)
         self.console.print(f"report: {history.path / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass
+class _Line:
+    """How far a run is, as a notebook shows it."""
+
+    round: int
+    rounds: int
+    shown: str
+
+    def __repr__(self) -> str:
+        return f"round {self.round}/{self.rounds}  {self.shown}".rstrip()
+
+    def _repr_html_(self) -> str:
+        bar = f'<progress value="{self.round}" max="{self.rounds}"></progress>'
+        return f'{bar} <span style="font-variant-numeric:tabular-nums">{escape(repr(self))}</span>'
+
+
+class _Cell:
+    """One line under a notebook's cell that is written over, four times a second at most.
+
+    IPython's own display does it: rich would need ipywidgets for that, which not every notebook has.
+    """
+
+    def __init__(self, rounds: int) -> None:
+        from IPython.display import display
+
+        self.line = _Line(0, rounds, "")
+        self._handle = display(self.line, display_id=True)
+        self._next = 0.0
+
+    def show(self, round: int, shown: str) -> None:
+        self.line.round, self.line.shown = round, shown
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + 0.25
+            self._handle.update(self.line)
+
+    def end(self) -> None:
+        self._handle.update(self.line)

@@ -22,6 +22,7 @@ from fedsim.loop import Run, Watch
 from fedsim.observers import observing
 from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import trained
+from fedsim.progress import Progress
 from fedsim.results import write_best, write_inputs, write_results
 from fedsim.sim.torchrun import follows
 from fedsim.sinks import METRICS_FILE
@@ -42,6 +43,7 @@ def run(
     data: Any = None,
     strategy: Any = None,
     callbacks: Sequence[Callback] = (),
+    progress: bool | None = None,
     **overrides: Any,
 ) -> History:
     """Run an experiment and return its history.
@@ -57,6 +59,7 @@ def run(
         strategy: a strategy, or a class (or `functools.partial` of one) whose fields the section `strategy` sets; a
             name or a mapping is that section.
         callbacks: called after every round with the simulation; a text that one returns ends the run and says why.
+        progress: whether to show how it goes; by default in a notebook alone.
         overrides: top-level keys (`rounds=5`), or dotted ones as `**{"local.optimizer.lr": 0.1}`.
 
     Raises:
@@ -64,9 +67,10 @@ def run(
         fedsim.loop.Diverged: if the model is not finite any more.
         fedsim.observers.ObserverError: if a callback raised.
     """
-    given = {"model": model, "data": data, "strategy": strategy}
-    with simulate(config, out=out, resume=resume, callbacks=callbacks, **given, **overrides) as simulation:
-        return simulation.finish()
+    raw, source = _content(config, overrides, {"model": model, "data": data, "strategy": strategy})
+    folder = _folder(out, resume)
+    with Progress(True if follows() else None if progress is None else not progress) as shown:
+        return execute(raw, source, folder, resume=resume, callbacks=callbacks, watch=shown.watch, started=shown.start)
 
 
 def simulate(
@@ -81,15 +85,23 @@ def simulate(
     **overrides: Any,
 ) -> Simulation:
     """The same run, to step through by hand: ready, with no round done yet. Arguments and errors are those of `run`."""
-    folder = None if out is None else Path(out)
-    if resume and folder is None:
+    raw, source = _content(config, overrides, {"model": model, "data": data, "strategy": strategy})
+    return Simulation(raw, source, _folder(out, resume), resume=resume, callbacks=callbacks)
+
+
+def _content(
+    config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """(the file's content with all that is to be different there, its name for messages)."""
+    sections = {k: v for k, v in given.items() if k != "model" and isinstance(v, str | Mapping)}  # and no objects
+    raw, source = load(config, {**sections, **overrides})
+    return with_objects(raw, source, **{k: v for k, v in given.items() if k not in sections}), source
+
+
+def _folder(out: str | Path | None, resume: bool) -> Path | None:
+    if resume and out is None:
         raise ConfigError("resume=True needs out=, the folder of the run to go on with")
-    given, plain = {"model": model, "data": data, "strategy": strategy}, dict(overrides)
-    for name, value in given.items():
-        if name != "model" and isinstance(value, str | Mapping):  # what a file says, and no object
-            plain[name], given[name] = value, None
-    raw, source = load(config, plain)
-    return Simulation(with_objects(raw, source, **given), source, folder, resume=resume, callbacks=callbacks)
+    return None if out is None else Path(out)
 
 
 def load(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

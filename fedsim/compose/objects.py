@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from types import FunctionType
+from inspect import isroutine
 from typing import Any
 
 from torch import nn
@@ -53,11 +53,9 @@ def with_objects(
         if taken:
             where, names = (" and ".join(f(name) for name in taken) for f in (PLACES.__getitem__, "{}=".format))
             raise ConfigError(f"{where}: the file says it, and so does {names} from Python; set it to null in the file")
-    made = None if entries["data"] is None else data
-    if isinstance(made, tuple) and len(made) == 3 or isinstance(made, Dataset) and made.groups is not None:
-        out["partition"] = (
-            "natural" if out.get("partition") is None else out["partition"]
-        )  # who names owners means them
+    owners = isinstance(data, tuple) and len(data) == 3 or isinstance(data, Dataset) and data.groups is not None
+    if owners and out.get("partition") is None:
+        out["partition"] = "natural"  # who names owners means them
     return out
 
 
@@ -74,7 +72,7 @@ def _data(value: Any) -> Entry:
     if isinstance(value, tuple) and len(value) == 3:
         x, y, clients = value
         return {"name": Given.object(value, lambda: from_arrays(x, y, clients=clients))}
-    return _factory("data", value) if isinstance(value, FunctionType | type | partial) else _object(value)
+    return _factory("data", value) if isroutine(value) or isinstance(value, type | partial) else _object(value)
 
 
 def _strategy(value: Any) -> Entry:

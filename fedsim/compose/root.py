@@ -190,8 +190,9 @@ def _resolve(
     out["runtime"] |= {"stack": plan.width, "device": str(device)}
     if isinstance(problem, Samples):
         out["runtime"] |= {"engine": plan.engine, "native": plan.native}
-    if out["strategy"]["name"].startswith(OBJECT):
-        return  # what it is made of stands in no file
+    if out["strategy"]["name"].startswith(OBJECT):  # for readers, and to tell it from another on resume
+        out["strategy"] |= {k: v for k, v in vars(strategy).items() if isinstance(v, bool | int | float | str | None)}
+        return
     rules = [(rule, out["strategy"][name]) for name, rule in fields_of(strategy, Optimizer).items()]
     rules += [(local.optimizer, out["local"]["optimizer"]) for local in fields_of(strategy, LocalTraining).values()]
     for rule, section in rules:

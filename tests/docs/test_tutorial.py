@@ -85,6 +85,15 @@ def test_pictures_and_comparisons_are_written(played: tuple[Path, dict[str, Any]
     assert "</html>" in (folder / "runs" / "clipping.html").read_text()
 
 
+def test_runs_from_python_are_as_the_text_says(played: tuple[Path, dict[str, Any]]) -> None:
+    folder, names = played
+    assert names["history"].rows[-1]["train_loss"] < 0.9 <= names["history"].rows[-2]["train_loss"]
+    assert names["best"]["round"] > 1 and names["trained"].training is False
+    assert names["simulation"].round == 4 and (folder / "runs" / "stepped" / "checkpoints" / "round-000004").exists()
+    assert (folder / "runs" / "logged" / "table.txt").read_text() == "1 10\n2 10\n3 10\n4 10\n"
+    assert (folder / "runs" / "logged" / "model.best.safetensors").exists()
+
+
 def test_the_pieces_by_hand_take_no_more_than_a_screen() -> None:
     last = [b for b in blocks(TUTORIAL) if b.language == "python"][-1]
     assert len(last.text.splitlines()) < 45

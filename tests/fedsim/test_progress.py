@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -53,6 +56,50 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then(
             shown.watch({**ROW, "round": number})
     lines = out.getvalue().splitlines()[1:]
     assert lines == [f"round {n}: test_accuracy 0.5320  test_loss 1.4025" for n in (17, 19)]
+
+
+class Display:
+    """What IPython's display does, on record."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lines: list[str] = []
+        module = ModuleType("IPython.display")
+        module.display = self  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+        monkeypatch.setitem(sys.modules, "IPython.display", module)
+
+    def __call__(self, line: Any, display_id: bool) -> Display:
+        assert display_id
+        self.update(line)
+        return self
+
+    def update(self, line: Any) -> None:
+        self.lines.append(line._repr_html_())
+
+
+def test_a_notebook_has_one_line_that_is_written_over_now_and_then(
+    composition: Composition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([10.0, 10.0, 10.1, 10.2, 10.3, 10.3])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    display, out = Display(monkeypatch), io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda: Console(file=out, force_jupyter=True))
+    monkeypatch.setattr(Console, "print", lambda self, text, **options: out.write(str(text)))  # it has a display, too
+    with Progress(None) as shown:
+        assert not shown.quiet
+        shown.start(composition, None)
+        for number in range(1, 6):
+            if number == 5:
+                clock = iter([10.4])
+            shown.watch({**ROW, "round": number})
+    bars = [line.partition("</progress>")[0] for line in display.lines]
+    assert bars == [f'<progress value="{n}" max="100">' for n in (0, 1, 4, 5)]
+    assert "round 5/100  test_accuracy 0.5320  test_loss 1.4025" in display.lines[-1]
+    assert out.getvalue().startswith("clients: ")
+
+
+def test_outside_of_a_notebook_python_is_quiet_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Progress(None).quiet and not Progress(False).quiet
 
 
 def test_quiet_is_silent(composition: Composition) -> None:

@@ -1,0 +1,208 @@
+"""Objects given from Python in a file's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fedsim
+from fedsim.clients.local_training import LocalTraining
+from fedsim.config import ConfigError
+from fedsim.data.dataset import from_arrays
+from fedsim.overrides import read_file
+from fedsim.strategies.fedavg import FedAvg
+from tests.build import without_wall_time
+
+CONFIG: dict[str, Any] = {
+    "rounds": 3,
+    "task": {"name": "classification"},
+    "clients": {"count": 6},
+    "evaluate": {"every": 3, "per_client": False},
+    "runtime": {"workers": 1},
+}
+
+
+def numbers() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples, their classes and their owners."""
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 3
+    return (rng.normal(size=(90, 4)) + y[:, None]).astype(np.float32), y, np.arange(90) // 18
+
+
+def points(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    return numbers()[:2]
+
+
+class Net(nn.Sequential):
+    """A model of the user's own, which a file can name."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, width: int = 5) -> None:
+        super().__init__(nn.Linear(input_shape[0], width), nn.ReLU(), nn.Linear(width, num_classes))
+
+
+@dataclass(frozen=True)
+class State:
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class Still(fedsim.Strategy):
+    """Moves the model by some step, and asks nobody."""
+
+    step: float = 0.0
+
+    def init(self, x0: Tensor) -> State:
+        return State(x0)
+
+    def round(self, s: State, fleet: fedsim.Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
+        return State(s.x + self.step), {}
+
+
+NAMED = {**CONFIG, "task": {"name": "classification", "dataset": f"{__name__}:points", "model": f"{__name__}:Net"}}
+
+
+def rows(**given: Any) -> list[dict[str, Any]]:
+    return without_wall_time(fedsim.run(CONFIG, **given).rows)
+
+
+def test_what_a_file_can_name_gives_the_same_bits_and_the_same_file_from_python(tmp_path: Path) -> None:
+    named = fedsim.run({**NAMED, "strategy": {"name": "fedavg", "cohort_size": 4}}, out=tmp_path / "named")
+    given = fedsim.run(CONFIG, data=points, model=Net, strategy=partial(FedAvg, cohort_size=4), out=tmp_path / "given")
+    assert without_wall_time(given.rows) == without_wall_time(named.rows)
+    files = [read_file(tmp_path / name / "config.yaml") for name in ("named", "given")]
+    assert files[0] == files[1] and files[1]["task"]["model"] == {"name": f"{__name__}:Net", "width": 5}
+    again = fedsim.run(tmp_path / "given" / "config.yaml")
+    assert without_wall_time(again.rows) == without_wall_time(named.rows)
+
+
+def test_a_module_starts_where_its_parameters_are_and_stays_as_it_is() -> None:
+    net = Net((4,), 3)
+    before = [p.detach().clone() for p in net.parameters()]
+    with fedsim.simulate(CONFIG, data=points(), model=net, strategy=Still()) as simulation:
+        assert torch.equal(simulation.state.x, torch.cat([p.flatten() for p in before]))
+    history = fedsim.run(CONFIG, data=points(), model=net)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert isinstance(history.model, Net) and not torch.equal(history.model[0].weight, before[0])
+
+
+def test_data_come_as_arrays_with_owners_or_as_a_data_set() -> None:
+    x, y, owners = numbers()
+    made = from_arrays(x, y)
+    by_owner = fedsim.run(CONFIG, data=(x, y, owners), model=Net, **{"clients.count": None})
+    assert by_owner.config["partition"]["name"] == "natural" and by_owner.config["clients"]["count"] == 5
+    assert rows(data=(x, y), model=Net) == rows(data=made, model=Net) == rows(data=lambda: (x, y), model=Net)
+    assert fedsim.run(CONFIG, data=made, model=Net).config["partition"]["name"] == "iid"
+    other = {"partition": {"name": "shards"}}
+    assert fedsim.run({**CONFIG, **other}, data=(x, y, owners), model=Net).config["partition"]["name"] == "shards"
+    with pytest.raises(ConfigError, match="^config: task.dataset: .*one label per row is needed"):
+        fedsim.run(CONFIG, data=(x, y[:-1]))
+
+
+def test_a_strategy_may_be_an_object_or_a_function_that_takes_what_it_needs() -> None:
+    still = fedsim.run(CONFIG, data=points(), model=Net, strategy=Still(step=0.0))
+    assert (
+        still.config["strategy"] == {"name": f"<object> {__name__}.Still", "step": 0.0} and "local" not in still.config
+    )
+
+    def made(local: LocalTraining, count: int) -> FedAvg:
+        return FedAvg(local=local, cohort_size=count // 2)
+
+    given = rows(data=points(), model=Net, strategy=made)
+    assert given == rows(data=points(), model=Net, strategy={"name": "fedavg", "cohort_size": 3})
+    assert given == rows(data=points(), model=Net, strategy=FedAvg, **{"strategy.cohort_size": 3})
+
+
+def test_sections_keep_their_keyword() -> None:
+    history = fedsim.run(
+        CONFIG, data={"client_test": 0.2}, strategy="fedprox", model=Net, **{"task.dataset": NAMED["task"]["dataset"]}
+    )
+    assert history.config["data"]["client_test"] == 0.2 and history.config["strategy"]["name"] == "fedprox"
+
+
+def test_what_was_given_is_in_the_config_which_then_says_the_way_out(tmp_path: Path) -> None:
+    net, folder = Net((4,), 3), tmp_path / "run"
+    first = fedsim.run(CONFIG, data=points(), model=net, strategy=Still(0.1), out=folder)
+    task = read_file(folder / "config.yaml")["task"]
+    assert task["model"] == {"name": f"<object> {__name__}.Net"} and task["dataset"] == {
+        "name": "<object> builtins.tuple"
+    }
+    message = (
+        r"config.yaml: task.dataset.name: <object> builtins.tuple was given from Python, where a file can't find it; "
+    )
+    with pytest.raises(ConfigError, match=message + "give it there again"):
+        fedsim.run(folder / "config.yaml")
+    more = fedsim.run(CONFIG, data=points(), model=net, strategy=Still(0.1), out=folder, resume=True, rounds=5)
+    assert len(more) == 5 and without_wall_time(more.rows)[:2] == without_wall_time(first.rows)[:2]
+    assert torch.allclose(more.model[0].bias, first.model[0].bias + 0.2)
+    with pytest.raises(ConfigError, match=r"belongs to another config \(strategy differs\)"):
+        fedsim.run(CONFIG, data=points(), model=net, strategy=Still(0.2), out=folder, resume=True, rounds=6)
+    with pytest.raises(ConfigError, match="task.model.name: <object>"):
+        fedsim.History.load(folder).model  # noqa: B018
+
+
+def test_a_place_that_the_file_fills_too_is_refused_in_one_message() -> None:
+    said = {**NAMED, "strategy": {"name": "fedavg"}}
+    where = "^config: task.model and task.dataset and strategy: the file says it"
+    message = where + ", and so does model= and data= and strategy= from Python; set it to null in the file$"
+    with pytest.raises(ConfigError, match=message):
+        fedsim.run(said, model=Net, data=points, strategy=FedAvg)
+    nulls = {"task.model": None, "task.dataset": None}
+    assert len(fedsim.run({**said, "strategy": None}, model=Net, data=points, strategy=FedAvg, **nulls)) == 3
+    with pytest.raises(ConfigError, match="^config: strategy: the file says it"):  # an object has its own fields
+        fedsim.run({**CONFIG, "strategy": {"step": 1.0}}, strategy=Still())
+    with pytest.raises(ConfigError, match="^config: strategy: the file says it"):
+        fedsim.run({**CONFIG, "strategy": {"cohort_size": 2}}, strategy=partial(FedAvg, cohort_size=4))
+    with pytest.raises(
+        ConfigError, match="^config: local: <object> .*Still brings its own, so nothing would read this"
+    ):
+        fedsim.run({**CONFIG, "local": {"steps": 3}}, strategy=Still())
+
+
+Given = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda: {"model": "mlp"}, "task.model: model= takes a torch.nn.Module, or a function or class .*, got str"),
+        (lambda: {"model": lambda: 3}, "task.model: .*lambda> gave a int, not a torch.nn.Module"),
+        (lambda: {"model": nn.Linear(5, 3), "data": points()}, r"task.model: can't take samples of shape \[4\]"),
+        (lambda: {"strategy": 3}, "strategy: strategy= takes a fedsim.Strategy, or a class or function .*, got int"),
+        (lambda: {"strategy": dict}, "strategy.name: dict is no strategy"),
+        (
+            lambda: {"strategy": partial(FedAvg, 4)},
+            "strategy: strategy= is a partial with places; give its arguments by",
+        ),
+        (lambda: {"strategy": partial(FedAvg, cohort=4)}, "strategy.cohort: unknown key"),
+        (lambda: {"data": 3}, "task.dataset: <object> builtins.int returned int; return a Dataset"),
+        (
+            lambda: {"data": (points()[0],) * 5},
+            "task.dataset: <object> builtins.tuple returned tuple; return a Dataset",
+        ),
+    ],
+)
+def test_what_can_not_stand_there_is_refused(given: Callable[[], Given], message: str) -> None:
+    with pytest.raises(ConfigError, match="^config: " + message):
+        fedsim.run(CONFIG, **given())
+
+
+def test_objects_that_no_copy_or_no_worker_can_have_are_refused() -> None:
+    net, endless = Net((4,), 3), iter(int, 1)
+    net.numbers = (n for n in endless)  # type: ignore[assignment]
+    with pytest.raises(
+        ConfigError, match="task.model: Net can't be copied: TypeError: .*generator.*; give what makes it"
+    ):
+        fedsim.run(CONFIG, data=points(), model=net)
+    held = Still(step=(n for n in endless))  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="^the task or the strategy cannot be sent to Ray workers: .*generator.*; keep"
+    ):
+        fedsim.run(CONFIG, data=points(), model=Net, strategy=held, **{"runtime.executor": "ray"})
