@@ -18,6 +18,7 @@ import inspect
 import os
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -284,8 +285,9 @@ def _argument(value: Any, hint: Any, key: str, kinds: Kinds) -> Any:
         if isinstance(mark, FromTable):
             value = mark.default if value is None else value
             return None if value is None else kinds[mark.kind](value, key, kinds)
-    for section in (hint, *typing.get_args(hint)):  # X, or X | None where there is something to decode
-        if is_dataclass(section) and isinstance(section, type) and (section is hint or value is not None):
+    optional = typing.get_origin(hint) is types.UnionType and value is not None
+    for section in typing.get_args(hint) if optional else (hint,):
+        if is_dataclass(section) and isinstance(section, type):
             return decode(section, value, key, kinds)
     with at(key):
         return checked(value, hint)

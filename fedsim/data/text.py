@@ -106,6 +106,15 @@ def parse_speakers(text: str) -> dict[str, str]:
     return {name: "".join(lines) for name, lines in said.items()}
 
 
+def read_plays(root: str | None = None) -> str:
+    """The text of `shakespeare`, from `root` or ./data.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    return _read(_find(None, root))
+
+
 def _find(path: str | None, root: str | None) -> Path:
     folders = (root, "data", Path(__file__).parent)
     plain = [Path(path)] if path is not None else [Path(folder) / FILE for folder in folders if folder]

@@ -83,7 +83,7 @@ def pretrained(
     return Logits(model, None if _looks_back_only(model, *input_shape) else settings.pad_token_id)
 
 
-def _looks_back_only(model: nn.Module, length: int) -> bool:
+def _looks_back_only(model: Any, length: int) -> bool:
     """Whether the first position sees nothing of the last one: tried, as configurations do not say."""
     ids = torch.ones(2, length, dtype=torch.int64)
     ids[1, -1] = 2

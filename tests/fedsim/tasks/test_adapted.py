@@ -15,6 +15,7 @@ import fedsim
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.params import Layout, frozen_tensors
+from fedsim.sim.packing import pack
 from fedsim.tasks.adapted import Lora, LoraLinear, adapted, check_frozen
 from fedsim.tasks.models import MODELS, init_parameters
 from tests.build import rows_of
@@ -138,6 +139,13 @@ def test_bits_are_those_of_what_trains_and_the_plan_says_so() -> None:
     rows = rows_of(config(lora=LORA, train=["3.*"]))
     assert rows[-1]["bits_up"] == rows[-1]["bits_down"] == 2 * 4 * 32 * trained
     assert "frozen" not in compose(config(), "x.yaml").plan
+
+
+def test_a_worker_gets_frozen_weights_once() -> None:
+    composition = compose(config(model={"name": "mlp", "hidden": [2000]}, lora=LORA), "x.yaml")
+    composition.close()
+    _, buffers = pack(composition.experiment.task)
+    assert [b.nbytes for b in buffers].count(4 * 64 * 2000) == 1
 
 
 def test_a_run_gives_the_same_bits_with_any_workers_and_engines_agree() -> None:
