@@ -17,7 +17,7 @@ from fedsim import runs
 from fedsim.compose import Composition
 from fedsim.fleet import DrivenFleet
 from fedsim.history import History
-from fedsim.sim.torchrun import follows
+from fedsim.sim.place import follows
 
 
 def run_shown(

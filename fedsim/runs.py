@@ -29,7 +29,7 @@ from fedsim.history import History
 from fedsim.loop import Experiment, Watch, train
 from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import Layout
-from fedsim.sim.torchrun import follows
+from fedsim.sim.place import follows
 from fedsim.sinks import METRICS_FILE, encode_row
 
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
