@@ -1,4 +1,6 @@
-"""The command line: `fedsim run`, `check`, `list`, `compare`, `sweep`, `report`, `tune`.
+"""The command line: `fedsim run`, `init`, `check`, `list`, `compare`, `sweep`, `report`, `tune`.
+
+Commands import what they need: help and version come without torch.
 
 Exit codes: 0 success; 1 the run diverged or a half of the strategy failed; 2 a mistake in the config or the data,
 with one message and no traceback; 130 Ctrl-C and 143 SIGTERM, after a checkpoint.
@@ -15,8 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedsim.config import ConfigError
-from fedsim.overrides import parse_overrides
+from fedsim import __version__
 
 app = typer.Typer(
     add_completion=False,
@@ -28,14 +29,25 @@ Config = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_def
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", show_default=False)]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fedsim {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def alone(context: typer.Context) -> None:
+def alone(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Federated learning on stacks of clients."""
-    from fedsim.sim.torchrun import place
+    from fedsim.sim.place import place
 
     command, here = context.invoked_subcommand, place()
     if here is not None and here.size > 1 and command not in ("run", "check"):
-        raise ConfigError(
+        raise ValueError(
             f"fedsim {command}: {here.size} processes of torchrun would all do the same; call it without torchrun"
         )
 
@@ -55,6 +67,7 @@ def run(
     CONFIG is an experiment file (YAML); OVERRIDES set keys of it: rounds=20 strategy.cohort_size=5.
     """
     from fedsim import runs
+    from fedsim.overrides import parse_overrides
     from fedsim.shown import run_shown
 
     raw, source = runs.load(config, parse_overrides(overrides or (), str(config)))
@@ -69,6 +82,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     """
     from fedsim import runs
     from fedsim.compose import compose
+    from fedsim.overrides import parse_overrides
 
     raw, source = runs.load(config, parse_overrides(overrides or (), str(config)))
     composition = compose(raw, source)
@@ -78,17 +92,40 @@ def check(config: Config, overrides: Overrides = None) -> None:
         _print_pairs(f"Plan of {config}", composition.plan)
 
 
-@app.command("list")
-def list_(table: Annotated[str | None, typer.Argument(help="Which table; all if left out.")] = None) -> None:
-    """List what can be named in an experiment file, with one line each.
+@app.command()
+def init(
+    strategy: Annotated[str, typer.Option(help="A name of `fedsim list strategies`, or an import path.")] = "fedavg",
+    dataset: Annotated[str, typer.Option(help="A name of `fedsim list datasets`, or an import path.")] = "digits",
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("experiment.yaml"),
+) -> None:
+    """Write a first experiment file, with every key that it may have and what each means."""
+    from fedsim.compose.starter import starter
+    from fedsim.files import write_whole
 
-    TABLE is one of them, such as strategies or optimizers; all are shown if it is left out.
+    if out.exists():
+        raise ValueError(f"{out} is already there; give another --out or remove it")
+    write_whole(out, starter(strategy, dataset))
+    print(f"wrote {out}; look at it, then: fedsim check {out}, fedsim run {out}")
+
+
+@app.command("list")
+def list_(
+    table: Annotated[str | None, typer.Argument(help="Which table; all if left out.")] = None,
+    entry: Annotated[str | None, typer.Argument(help="One of its entries, to show its keys.")] = None,
+) -> None:
+    """List what can be named in an experiment file, with one line each, or every key of one entry.
+
+    TABLE is one of them, such as strategies or optimizers; all are shown if it is left out. ENTRY is a name in it:
+    fedsim list strategies fedfix.
     """
     from fedsim.compose import TABLES
     from fedsim.config import did_you_mean
 
     if table is not None and table not in TABLES:
-        raise ConfigError(f"list: unknown table {table!r}{did_you_mean(table, TABLES)}")
+        raise ValueError(f"list: unknown table {table!r}{did_you_mean(table, TABLES)}")
+    if table is not None and entry is not None:
+        _show_entry(table, entry)
+        return
     for kind in [table] if table else TABLES:
         if kind == "optimizers":
             from fedsim.optim.listing import listing
@@ -219,6 +256,7 @@ def tune(config: Config, overrides: Overrides = None) -> None:
     CONFIG is an experiment file (YAML); OVERRIDES set keys of it: clients.count=50.
     """
     from fedsim import runs
+    from fedsim.overrides import parse_overrides
     from fedsim.tune import tune as measure
 
     raw, source = runs.load(config, parse_overrides(overrides or (), str(config)))
@@ -230,6 +268,28 @@ def one_line(entry: Any) -> str:
     """An entry's own description in one line: itself, its `note`, or the first line of its docstring."""
     text = entry if isinstance(entry, str) else getattr(entry, "note", None) or entry.__doc__ or ""
     return str(text).strip().split("\n")[0]
+
+
+def _show_entry(table: str, entry: str) -> None:
+    """What an entry is, where it stands in a file, and its keys with their defaults, types and meanings."""
+    from rich.table import Table
+
+    from fedsim.compose.keys import NEEDED, PLACES, keys_of_entry, paragraph
+
+    keys = keys_of_entry(table, entry)
+    print(f"{paragraph(table, entry)}\n")
+    if table in PLACES:
+        needed = "".join(f", {key.name}: ..." for key in keys if key.default is NEEDED)
+        print(f"{PLACES[table][1]}: {{name: {entry}{needed}}}\n")
+    if not keys:
+        print("no keys")
+        return
+    shown = Table(box=None, pad_edge=False)
+    for title, width in (("key", 22), ("default", 16), ("type", 20), ("meaning", None)):
+        shown.add_column(title, overflow="fold", max_width=width)
+    for key in keys:
+        shown.add_row(*map(_plain, (key.name, key.default_text, key.type, key.meaning)))
+    _console().print(shown)
 
 
 def _print_pairs(title: str, pairs: Mapping[str, str]) -> None:
@@ -261,20 +321,17 @@ def _console() -> Any:
 
 def main() -> None:
     """The console script: mistakes become one message and an exit code."""
-    warnings.showwarning = _plain_warning
-    try:
-        from fedsim.sim import torchrun
+    from fedsim.sim.place import follows, place
 
-        if torchrun.follows():
-            warnings.simplefilter("ignore")
-        code, message, cause = _outcome()
-    except KeyboardInterrupt:  # importing torch takes a second or two
-        _say("stopped while starting; nothing was written")
-        sys.exit(130)
-    here = torchrun.place()
-    if here is not None and message:
-        torchrun.refuse(here, message)
-    if torchrun.follows():
+    warnings.showwarning = _plain_warning
+    if follows():
+        warnings.simplefilter("ignore")
+    code, message, cause = _outcome()
+    if message and (here := place()) is not None:
+        from fedsim.sim.torchrun import refuse
+
+        refuse(here, message)
+    if follows():
         sys.exit(0)  # the run's exit code and message are those of rank 0
     if cause is not None:
         traceback.print_exception(cause, limit=-4, file=sys.stderr)
@@ -285,32 +342,37 @@ def main() -> None:
 
 def _outcome() -> tuple[int, str | None, BaseException | None]:
     """(exit code, what to say, the exception of a half of the strategy) of the command."""
+    try:
+        code = app(standalone_mode=False) or 0  # what typer.Exit carried, or None; 130 for Ctrl-C
+        early = code == 130 and "fedsim.runs" not in sys.modules  # importing torch takes a second or two
+        return code, "stopped while starting; nothing was written" if early else None, None
+    except (KeyboardInterrupt, typer.Abort):
+        return 130, "stopped at once; --resume goes on from the last checkpoint", None
+    except Exception as e:
+        if hasattr(e, "format_message"):  # only the command line parser's own errors can format themselves
+            return 2, e.format_message() or None, None  # none where the help was asked for by giving nothing
+        if isinstance(e, ValueError):
+            return 2, str(e), None
+        if isinstance(e, OSError) and e.filename is not None:
+            return 2, f"{e.filename}: {e.strerror}; name another file or folder", None
+        return _end_of_run(e)
+
+
+def _end_of_run(e: Exception) -> tuple[int, str, BaseException | None]:
+    """The same of an exception that says how a run ended; any other is raised again."""
     from fedsim.loop import Diverged, Interrupted, ServerError
     from fedsim.observers import ObserverError
     from fedsim.sim.executor import ClientError, Lost
 
-    try:
-        return app(standalone_mode=False) or 0, None, None  # what typer.Exit carried, or None
-    except Interrupted as e:
+    if isinstance(e, Interrupted):
         return e.exit_code, f"{e}; add --resume to go on", None
-    except (KeyboardInterrupt, typer.Abort):
-        return 130, "stopped at once; --resume goes on from the last checkpoint", None
-    except Lost as e:
+    if isinstance(e, Lost):
         return 1, f"a rank was lost ({e}); start all again, with --resume to go on from the last checkpoint", None
-    except Diverged as e:
+    if isinstance(e, Diverged):
         return 1, str(e), None
-    except (ClientError, ObserverError, ServerError) as e:
+    if isinstance(e, ClientError | ObserverError | ServerError):
         return 1, str(e), e.__cause__
-    except ValueError as e:
-        return 2, str(e), None
-    except OSError as e:
-        if e.filename is None:
-            raise
-        return 2, f"{e.filename}: {e.strerror}; name another file or folder", None
-    except Exception as e:
-        if not hasattr(e, "format_message"):  # only the command line parser's own errors can format themselves
-            raise
-        return 2, e.format_message() or None, None  # none where the help was asked for by giving nothing
+    raise e
 
 
 def _say(message: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any
@@ -51,11 +51,11 @@ def checked(value: Any, hint: Any) -> Any:
     try:
         adapter = TypeAdapter(hint)
     except PydanticSchemaGenerationError as e:
-        raise ValueError(f"a file can't hold a {_describe(hint)}; give it a default and leave it out") from e
+        raise ValueError(f"a file can't hold a {described(hint)}; give it a default and leave it out") from e
     try:
         return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as e:
-        raise ValueError(f"expected {_describe(hint)}, got {_shown(value)}") from e
+        raise ValueError(f"expected {described(hint)}, got {_shown(value)}") from e
     except TypeError as e:
         raise ValueError(f"can't be written as plain data: {value!r}") from e
 
@@ -72,23 +72,32 @@ def _shown(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
-def _describe(hint: Any) -> str:
+def described(hint: Any) -> str:
     """A type in a user's words."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    words[Any] = "anything"
     if hint in words:
         return words[hint]
     if isinstance(hint, type) and is_dataclass(hint):
         return f"a section {{{', '.join(f'{f.name}: ...' for f in fields(hint)[:3])}}}"
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _describe(arguments[0])
+        return described(arguments[0])
     if origin is typing.Literal:
         return "one of " + ", ".join(str(a) for a in arguments)
     if origin in (list, tuple, Sequence):
         inner = [a for a in arguments if a is not Ellipsis]
-        return f"a list of {_describe(inner[0])}s".replace("a list of a ", "a list of ") if inner else "a list"
-    if origin is dict:
+        return f"a list of {_several(described(inner[0]))}" if inner else "a list"
+    if origin in (dict, Mapping):
         return "a section"
     if arguments:
-        return " or ".join(dict.fromkeys(_describe(a) for a in arguments))
+        return " or ".join(dict.fromkeys(described(a) for a in arguments))
     return getattr(hint, "__name__", str(hint))
+
+
+def _several(one: str) -> str:
+    """More than one of something, in a user's words: numbers, lists of numbers."""
+    if " or " in one:
+        return one
+    head, of, rest = one.removeprefix("a ").partition(" of ")
+    return f"{head}s{of}{rest}"

@@ -24,7 +24,7 @@ from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import trained
 from fedsim.progress import Progress
 from fedsim.results import write_best, write_inputs, write_results
-from fedsim.sim.torchrun import follows
+from fedsim.sim.place import follows
 from fedsim.sinks import METRICS_FILE
 
 CHOSEN_ONCE = ("engine", "native", "stack", "stacks")  # by `auto`, when a run begins

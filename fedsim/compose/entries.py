@@ -33,6 +33,15 @@ from fedsim.strategies.selection import SELECTIONS
 from fedsim.strategy import Strategy
 from fedsim.tasks.models import MODELS, as_module
 
+GIVEN: dict[str, tuple[str, ...]] = {
+    "task": ("seed", "count", "clients", "device", "partition", "client_test"),
+    "strategy": ("local", "layout", "count"),
+    "model": ("input_shape", "num_classes"),
+    "device": ("count",),
+    "availability": ("count",),
+}
+"""{kind: parameters of its entries that come from elsewhere in the file, so that they are no keys of theirs}."""
+
 Table = Mapping[str, Callable[..., Any]]
 Check = Callable[[Any, str], Any]
 
@@ -80,15 +89,15 @@ def shared_fields(key: str, before: str, after: str) -> frozenset[str] | None:
 
 
 def _definitions(target: type) -> dict[str, type]:
-    """{field: the class whose body has it}."""
-    return {name: each for each in reversed(target.__mro__) for name in vars(each).get("__annotations__", ())}
+    """{field: the class that has it first; those below may change its default}."""
+    return {name: each for each in target.__mro__ for name in vars(each).get("__annotations__", ())}
 
 
 def _strategy(value: Any, key: str, kinds: Kinds) -> Call:
     """Like any entry, but what it says that it can't have is refused first."""
     target, _, keys = named(STRATEGIES, value, key)
     check_keys(target, keys)
-    return decode_entry(STRATEGIES, value, key, kinds, needs=("local", "layout", "count"))
+    return decode_entry(STRATEGIES, value, key, kinds, needs=GIVEN["strategy"])
 
 
 def _pre_aggregators(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
@@ -127,18 +136,18 @@ def _sinks(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
 
 KINDS: Kinds = {
     "stop": _stop,
-    "task": _from(TASKS, needs=("seed", "count", "clients", "device", "partition", "client_test")),
+    "task": _from(TASKS, needs=GIVEN["task"]),
     "strategy": _strategy,
     "selection": _from(SELECTIONS),
     "partition": _from(PARTITIONS),
     "dataset": dataset,
     "loss": loss,
     "metrics": metrics,
-    "model": _from(MODELS, needs=("input_shape", "num_classes"), check=as_module),
+    "model": _from(MODELS, needs=GIVEN["model"], check=as_module),
     "optimizer": _optimizer(),
     "server_optimizer": _optimizer(check_server_optimizer),
-    "device": _from(DEVICES, needs=("count",)),
-    "availability": _from(AVAILABILITY, needs=("count",)),
+    "device": _from(DEVICES, needs=GIVEN["device"]),
+    "availability": _from(AVAILABILITY, needs=GIVEN["availability"]),
     "aggregator": _from(AGGREGATORS),
     "pre_aggregators": _pre_aggregators,
     "attack": _from(ATTACKS),

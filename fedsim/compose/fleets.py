@@ -22,7 +22,7 @@ from fedsim.sim.collectives import backend_for
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Downlink, Uplink
-from fedsim.sim.torchrun import Place, place, take_gpu
+from fedsim.sim.place import Place, place, take_gpu
 from fedsim.strategy import Strategy, compressors
 from fedsim.task import Task
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from fedsim.sim.collectives import Backend
 from fedsim.sim.executor import Executor, Jobs, Lost, Results, StackRunner, cut, grouped
 from fedsim.sim.in_process import InProcess
+from fedsim.sim.place import Place
 from fedsim.sim.shares import Share, broadcasts, run_share, share_out, together
-from fedsim.sim.torchrun import Place, join
+from fedsim.sim.torchrun import join
 
 
 class Ranks(Executor):

@@ -1,4 +1,4 @@
-"""Processes that torchrun started: which of them this is, and how they find each other, or learn why one cannot come.
+"""Processes that torchrun started: how they find each other, or learn why one cannot come.
 
 Every rank composes the run by itself. Rank 0 then runs the loop, writes and prints; what another rank has to say
 before it joins, rank 0 says for it, so that a mistake is one message however many ranks make it.
@@ -9,7 +9,6 @@ Letters: W ranks.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 
@@ -17,59 +16,13 @@ import torch.distributed as dist
 
 from fedsim.config import ConfigError
 from fedsim.sim.collectives import Backend, Group, said
+from fedsim.sim.place import Place
 
 JOIN_SECONDS = 300.0  # for a rank to import torch and to load the data
 SHARE_SECONDS = 1800.0  # for one rank's part of one call
 READY, REFUSED = "ready: ", "refused: "
 
 _joined = count()  # a process that runs several experiments joins as many groups, one after the other
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process among those of a torchrun.
-
-    Args:
-        rank: of all processes; local_rank: of those on this machine.
-        size: W; local_size: processes on this machine.
-        host: where the store of the ranks is.
-    """
-
-    rank: int
-    local_rank: int
-    size: int
-    local_size: int
-    host: str
-
-
-def place() -> Place | None:
-    """This process's place, None if no torchrun started it."""
-    env = os.environ
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        return None
-    return Place(
-        rank=int(env["RANK"]),
-        local_rank=int(env["LOCAL_RANK"]),
-        size=int(env["WORLD_SIZE"]),
-        local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
-        host=env["MASTER_ADDR"],
-    )
-
-
-def follows() -> bool:
-    """Whether another process runs the loop, prints and writes."""
-    here = place()
-    return here is not None and here.rank > 0
-
-
-def take_gpu(here: Place) -> None:
-    """Let this process see the GPU of its local rank alone; before CUDA starts."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = None if visible is None else [name for name in visible.split(",") if name]
-    if names is None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(here.local_rank)
-    elif len(names) > 1 or here.local_size > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[here.local_rank : here.local_rank + 1])
 
 
 def join(here: Place, what: str, backend: Backend) -> Group:

@@ -28,7 +28,7 @@ from fedsim.engine.build import ENGINES
 from fedsim.optim import build
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Knowledge
-from fedsim.sim.torchrun import Place
+from fedsim.sim.place import Place
 from fedsim.strategies import STRATEGIES
 from fedsim.streams import Streams
 from fedsim.tasks.models import MODELS, init_parameters

@@ -343,6 +343,9 @@ def test_a_mistake_is_one_message_exit_2_and_nothing_touched(mistake: str, folde
         (("run",), ["Missing argument 'CONFIG'"]),
         (("sweep", "digits.yaml"), ["sweep: no axis", "key=a,b"]),
         (("sweep", "digits.yaml", "rounds=1"), ["sweep: no axis", "key=a,b"]),
+        (("list", "strategies", "fedfx"), ["strategies.name: unknown name 'fedfx'; did you mean 'fedfix'"]),
+        (("init", "--strategy", "fedfx"), ["--strategy.name: unknown name 'fedfx'; did you mean 'fedfix'"]),
+        (("init", "--out", "digits.yaml"), ["digits.yaml is already there", "another --out"]),
         (("list", "strateges"), ["unknown table 'strateges'", "did you mean 'strategies'"]),
         (("compare", "nowhere"), ["nowhere", "metrics.jsonl"]),
         (("report", "nowhere"), ["nowhere", "metrics.jsonl"]),
@@ -530,10 +533,12 @@ def test_a_warning_is_one_line() -> None:
 def test_ctrl_c_while_starting_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Impatient:
         def find_spec(self, name: str, *rest: object) -> None:
-            if name == "fedsim.loop":
+            if name == "fedsim.runs":
                 raise KeyboardInterrupt
 
-    monkeypatch.delitem(sys.modules, "fedsim.loop")
+    monkeypatch.delitem(sys.modules, "fedsim.runs")
+    monkeypatch.delattr("fedsim.runs", raising=False)
+    monkeypatch.setattr(sys, "argv", ["fedsim", "run", Q])
     monkeypatch.setattr(sys, "meta_path", [Impatient(), *sys.meta_path])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -338,7 +338,7 @@ def test_later_overrides_win_and_see_earlier_ones() -> None:
     assert apply_overrides({}, parse_overrides(texts, "x"), "x") == {"s": {"name": "scaffold", "size": 6}}
 
 
-FEDFIX = {"name": "fedfix", "interval": 3, "server_lr": 0.5, "weights": "identical"}
+FEDFIX = {"name": "fedfix", "interval": 3, "server_lr": 0.5, "weights": "identical", "aggregator": {"name": "median"}}
 FEDAVG = {"name": "fedavg", "cohort_size": 5, "server_lr": 0.5, "selection": {"name": "power_of_choice"}}
 
 
@@ -348,8 +348,8 @@ FEDAVG = {"name": "fedavg", "cohort_size": 5, "server_lr": 0.5, "selection": {"n
         (FEDAVG, "scaffold", {"cohort_size", "server_lr", "selection"}, ""),
         (FEDAVG, "fedavg", {"cohort_size", "server_lr", "selection"}, ""),
         (FEDAVG, "fedfix", {"server_lr"}, "cohort_size: 5, selection: {'name': 'power_of_choice'} of fedavg"),
-        (FEDFIX, "fedavg", {"server_lr"}, "interval: 3, weights: identical of fedfix"),
-        (FEDFIX, "async_fedavg", {"server_lr", "weights"}, "interval: 3 of fedfix"),
+        (FEDFIX, "fedavg", {"server_lr", "aggregator"}, "interval: 3, weights: identical of fedfix"),
+        (FEDFIX, "async_fedavg", {"server_lr", "weights", "aggregator"}, "interval: 3 of fedfix"),
         ({"name": "fedavg_m", "beta": 0.3}, "scaffold_m", {"beta"}, ""),
         # the same letter, and another thing
         ({"name": "fedprox", "mu": 0.3}, "ditto", set(), "mu: 0.3 of fedprox"),

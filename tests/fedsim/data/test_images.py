@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from fedsim.data import images
 from fedsim.data.images import CHECKSUMS, DEBIAN, digits, fashion_mnist, read_idx
@@ -38,6 +39,15 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("urllib.request.urlopen", down)
     return tmp_path
+
+
+def test_digits_are_those_of_scikit_learn():
+    images, labels = load_digits(return_X_y=True)
+    data = digits()
+    found = torch.cat([data.inputs, data.test_inputs]).flatten(1) * 16
+    rows = torch.cat([found, torch.cat([data.targets, data.test_targets])[:, None]], dim=1)
+    expected = torch.tensor(np.column_stack([images, labels]), dtype=torch.float32)
+    assert sorted(rows.tolist()) == sorted(expected.tolist())
 
 
 def test_digits_are_whole_scaled_and_held_out_by_class():

@@ -22,8 +22,8 @@ from fedsim.runs import run
 from fedsim.sim import torchrun
 from fedsim.sim.executor import ClientError, Jobs, Lost, Results, StackRunner
 from fedsim.sim.packing import Parcel, pack, unpack
+from fedsim.sim.place import Place, place
 from fedsim.sim.ranks import Ranks
-from fedsim.sim.torchrun import Place, place
 from tests.build import Rows, without_wall_time
 from tests.composition import pair
 from tests.fedsim.sim.ray_cases import NUM_CLIENTS, Toy, die_in, runner, some_jobs
