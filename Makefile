@@ -6,7 +6,7 @@ CONFIG ?= configs/quickstart.yaml
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types contract unit extras live gpu bench bench-optim figures reproduce clean
+.PHONY: help run test lint types contract unit extras docs notebooks gallery live gpu bench bench-optim figures reproduce clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -19,6 +19,10 @@ $(BIN)/.run: pyproject.toml constraints.txt
 $(BIN)/.test: $(BIN)/.run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,flower]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt -r tests/oracles.txt
+	touch $@
+
+$(BIN)/.docs: $(BIN)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 run: $(BIN)/.run ## set up and run the main job (CONFIG=..., OUT=...)
@@ -44,6 +48,16 @@ extras: $(BIN)/.test ## every extra resolves from the constraints file (nothing 
 	    echo "$$extra"; \
 	    $(BIN)/uv pip compile --quiet --extra "$$extra" --constraints constraints.txt pyproject.toml > /dev/null || exit 1; \
 	done
+
+docs: $(BIN)/.docs ## the documentation site, into site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+notebooks: $(BIN)/.docs ## run the notebooks of docs/notebooks/ in a kernel and keep what they show
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	$(BIN)/jupyter execute --inplace docs/notebooks/*.ipynb
+
+gallery: $(BIN)/.run ## the pictures of docs/gallery/: one run of every strategy
+	$(BIN)/python -m benchmarks.gallery
 
 live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every strategy on Ray and under torchrun (minutes)
 	$(BIN)/pytest -m flower tests/flower_live
@@ -75,4 +89,4 @@ reproduce: $(BIN)/.run ## a published result, with its page in docs/reproduction
 	$(BIN)/python -m benchmarks.reproduce $(NAME) $(if $(QUICK),--quick)
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build site *.egg-info

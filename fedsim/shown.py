@@ -11,7 +11,7 @@ from fedsim.compose import Composition
 from fedsim.fleet import DrivenFleet
 from fedsim.history import History
 from fedsim.progress import Progress
-from fedsim.sim.torchrun import follows
+from fedsim.sim.place import follows
 
 
 def run_shown(

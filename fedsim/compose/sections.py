@@ -121,6 +121,9 @@ class Down:
     """What clients receive: the change of a model-sized vector since the last message is compressed.
 
     A rule that expands (rand_k) is scaled.
+
+    Args:
+        compressor: for every such change.
     """
 
     compressor: Annotated[Any, FromTable("compressor", "identity")] = None
@@ -202,7 +205,26 @@ class Log:
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A whole file. What waits for more than the file holds is a call: the task, the strategy, and inside sections."""
+    """A whole file. What waits for more than the file holds is a call: the task, the strategy, and inside sections.
+
+    Args:
+        task: what clients work on: a model, its loss and the data.
+        strategy: the algorithm.
+        seed: of every random number of the run.
+        rounds: server steps at most.
+        stop: what ends the run before.
+        runtime: where and how it computes.
+        clients: who takes part.
+        data: where data lie, and what clients hold out.
+        partition: how data are cut over clients.
+        local: local training.
+        uplink: what clients send.
+        downlink: what clients receive.
+        evaluate: when and what to evaluate.
+        checkpoint: when to save.
+        allow_divergence: go on when the model is not finite any more.
+        log: where metrics go.
+    """
 
     task: Annotated[Call, FromTable("task", "classification")]
     strategy: Annotated[Call, FromTable("strategy", "fedavg")]
