@@ -85,7 +85,7 @@ figures: $(BIN)/.run ## the figures of docs/first-results.md and docs/optimizers
 	$(BIN)/python -m benchmarks.first_results
 	$(BIN)/python -m benchmarks.optimizer_study
 
-reproduce: $(BIN)/.run ## a published result, with its page in docs/reproductions/ (NAME=coding or momentum; QUICK=1 to try)
+reproduce: $(BIN)/.run ## a published result, with its page in docs/reproductions/ (NAME=coding, momentum, ...; QUICK=1 to try)
 	$(BIN)/python -m benchmarks.reproduce $(NAME) $(if $(QUICK),--quick)
 
 clean: ## remove .venv and caches

@@ -9,15 +9,18 @@ their mean.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedsim.history import History, axis_scale
 from fedsim.runs import run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,18 @@ def histories(name: str, seeds: int) -> dict[str, list[History]]:
     }
 
 
-def draw(figure: Figure, found: Mapping[str, list[History]], path: Path) -> None:
-    """Mean line and band over the seeds, on a common grid of x."""
+def draw(figure: Figure, found: Mapping[str, Sequence[History]], path: Path) -> None:
+    """One panel, as a file."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(6.4, 3.8), layout="constrained")
-    ax = canvas.add_subplot()
+    panel(canvas.add_subplot(), figure, found)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=120)
+
+
+def panel(ax: Axes, figure: Figure, found: Mapping[str, Sequence[History]]) -> None:
+    """Mean line and band over the seeds, on a common grid of x."""
     largest = max(float(h.pairs(figure.x, figure.y)[0][-1]) for hs in found.values() for h in hs)
     scale, label = axis_scale(figure.x, largest)
     for name, runs in found.items():
@@ -122,8 +131,6 @@ def draw(figure: Figure, found: Mapping[str, list[History]], path: Path) -> None
     ax.set(title=figure.title, xlabel=label, ylabel=figure.y.replace("_", " "))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=120)
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.reproduce.coding import Bursty
-from benchmarks.reproduce.momentum import PROBLEMS, check_complete
+from benchmarks.reproduce.data import evenly, loudest_speakers
+from fedsim.data.text import FILE
 from fedsim.streams import Streams
-from fedsim.sweep import Results
 
 
 def test_bursts_follow_the_two_state_chain() -> None:
@@ -29,14 +29,26 @@ def test_bursts_follow_the_two_state_chain() -> None:
     assert torch.equal(devices.slow(Streams(3, some, torch.tensor([2, 5, 0]))), slow[[2, 5, 0], some])
 
 
-def test_a_method_without_a_complete_rate_is_named(tmp_path: Path) -> None:
-    nothing = Results(tmp_path, [], [], "test_accuracy", False, 3)
-    with pytest.raises(SystemExit, match=r"all of 10 clients, Dirichlet 0.1: no rate of FedAvg came .*sweep.csv"):
-        check_complete(PROBLEMS[0], nothing)
-
-
 def test_a_job_takes_longer_by_its_load() -> None:
     devices, streams = Bursty(count=8), Streams(0, torch.arange(8), torch.zeros(8, dtype=torch.int64))
     none = torch.zeros(8)
     more = devices.seconds(streams, none + 3, none, none) - devices.seconds(streams, none + 1, none, none)
     assert more.tolist() == pytest.approx([2.2013 * 2 / 8] * 8)
+
+
+def test_the_loudest_speakers_are_clients_and_their_last_characters_the_context(tmp_path: Path) -> None:
+    blocks = {"LOUD": "abc" * 12, "LOUDER": "cba" * 13, "QUIET": "abc"}
+    (tmp_path / FILE).write_text("\n\n".join(f"{name}:\n{said}" for name, said in blocks.items()))
+    data = loudest_speakers(2, each=3, test=1, context=3, root=str(tmp_path))
+    assert data.group_names == ("LOUDER", "LOUD") and data.groups is not None
+    assert data.groups.tolist() == [0, 0, 0, 1, 1, 1] and len(data.test_targets) == 1
+    letters = data.class_names
+    for row, target in zip(data.inputs, data.targets, strict=True):
+        places = row.reshape(3, len(letters))
+        assert places.sum(1).tolist() == [1.0] * 3
+        told = "".join(letters[i] for i in places.argmax(1).tolist())
+        assert told in ("abc", "cba") and letters[int(target)] == told[0]  # both repeat after three
+
+
+def test_rows_are_taken_evenly() -> None:
+    assert evenly(torch.arange(9), 3).tolist() == [0, 4, 8] and evenly(torch.arange(2), 5).tolist() == [0, 1]

@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from benchmarks.reproduce import momentum
+from benchmarks.reproduce import asynchronous, momentum, personalisation
 from benchmarks.reproduce.__main__ import TABLE
-from benchmarks.reproduce.claims import verdict
+from benchmarks.reproduce.asynchronous import FIX_LONG, PROBLEMS, SYNC, Problem, Scheme
+from benchmarks.reproduce.claims import RATE, Wanted, claims_table, search, verdict
+from benchmarks.reproduce.personalisation import FEDREP, GLOBAL, NONE, SKEWS, STRONG, WANTED, Skew
 from fedsim.history import History
+from fedsim.strategies.clocks import Times, first_weights, window_weights
+from fedsim.sweep import Choice, Space, Sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,10 +25,11 @@ def test_every_page_belongs_to_a_name() -> None:
 
 
 @pytest.mark.parametrize("problem", momentum.PROBLEMS, ids=str)
-def test_every_method_is_tried_with_the_same_rates_and_seeds(problem: momentum.Problem) -> None:
+def test_every_method_is_tried_with_the_same_rates_on_a_seed_of_its_own(problem: momentum.Problem) -> None:
     sweep = problem.sweep(Path("runs"), quick=False)
     methods = sweep.space.methods()
-    assert [m.name for m in methods] == list(momentum.NAMES) and len(sweep.seeds) == 3
+    assert [m.name for m in methods] == list(momentum.NAMES) and sweep.seeds == (momentum.PROBE,)
+    assert momentum.PROBE not in momentum.SEEDS
     for method in methods:
         assert [s.values["local.optimizer.lr"] for s in method.grid()] == list(momentum.RATES)
         assert ("strategy.beta" in method.entries) == method.name.endswith(("_m", "_m_vr"))
@@ -44,3 +51,101 @@ def test_a_verdict_follows_the_seeds() -> None:
     everything = {problem: found(0.1 if problem.alpha == 0.1 else 0.05) for problem in momentum.PROBLEMS}
     verdicts = [verdict(claim.gains(everything)) for claim in momentum.CLAIMS]
     assert verdicts == ["appears", "appears", "reversed", "reversed", "reversed", "appears", "not told apart"]
+
+
+def test_a_rate_is_chosen_on_one_seed_and_measured_on_others(tmp_path: Path) -> None:
+    # gradient descent on a quadratic: of two stable rates the larger one is nearer after the same rounds
+    config = tmp_path / "point.yaml"
+    raw = {
+        "rounds": 3,
+        "task": {"name": "quadratic", "dim": 2},
+        "clients": {"count": 3},
+        "local": {"steps": 2, "optimizer": {"name": "sgd", "lr": 0.1}},
+        "evaluate": {"every": 1},
+        "allow_divergence": True,
+        "log": {"sinks": []},
+    }
+    config.write_text(yaml.safe_dump(raw))
+    rates = (0.001, 0.01, 0.05)
+    common = {"strategy.name": Choice(("fedavg", "scaffold")), RATE: Choice(rates)}
+    space = Space(common, {"scaffold": {"rounds": 4}}, per="strategy.name")
+    plan = Sweep(config=config, space=space, folder=tmp_path / "runs", seeds=(0,), target="distance", jobs=1)
+    wanted = {"one": Wanted("fedavg", "distance"), "same": Wanted("fedavg", "test_loss")}
+    wanted["other"] = Wanted("scaffold", "distance")
+    found = search(plan, wanted, (5, 6))
+    assert list(found.measured) == list(wanted) and {m.rate for m in found.measured.values()} == {0.05}
+    assert all(m.edge and not m.diverged for m in found.measured.values())
+    losses = found.losses("fedavg")
+    assert losses[0.05] < losses[0.01] < losses[0.001]
+    for title, runs in found.runs.items():
+        assert [run.config["seed"] for run in runs] == [5, 6]
+        assert {len(run.rows) for run in runs} == {4 if title == "other" else 3}  # what is a method's own stays so
+        assert {run.config["strategy"]["name"] for run in runs} == {wanted[title].method}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_every_scheme_has_the_same_rates_and_the_same_time(problem: Problem) -> None:
+    methods = problem.sweep(Path("runs"), quick=False).space.methods()
+    assert [m.name for m in methods] == [scheme.method for scheme in problem.schemes]
+    for method in methods:
+        assert [s.values[RATE] for s in method.grid()] == list(problem.data.rates)
+        per_second = method.entries["evaluate.every"]  # one evaluation a second
+        assert method.entries["rounds"] >= per_second * (asynchronous.SECONDS - 0.5)
+
+
+def test_what_is_left_out_on_equal_clocks_says_nothing_new() -> None:
+    m = asynchronous.M
+    p, times = torch.full((m,), 1 / m, dtype=torch.float64), Times(torch.ones(m), torch.zeros(m))
+    assert torch.allclose(first_weights(p, times), torch.ones(m, dtype=torch.float64))  # as identical ones
+    for interval in (0.5, 0.2):  # all arrive together, each second
+        assert torch.allclose(window_weights(p, times, interval), p / interval)
+
+
+def timed(losses: list[float], every: float = 1.0) -> History:
+    rows = [{"round": k, "virtual_seconds": k * every, "client_loss_mean": v} for k, v in enumerate(losses, 1)]
+    return History(rows)
+
+
+def test_early_loss_and_roughness_by_hand() -> None:
+    line = timed([9.0 - k for k in range(9)], every=3.0)
+    assert asynchronous.early_loss(line) == pytest.approx(9 - 1 / 3)  # between 3 s and 6 s
+    assert asynchronous.roughness(line) == pytest.approx(0)
+    jumps = timed([5.0] * 4 + [2.0, 1.0, 2.0, 1.0])
+    assert asynchronous.roughness(jumps) == pytest.approx(1)  # of the last four alone
+    assert asynchronous.largest_rate({0.1: 1.0, 0.3: 1.2, 1.0: 2.0}) == 0.3
+
+
+def test_claims_on_schemes_follow_the_seeds() -> None:
+    # asynchronous falls at once and then jumps; FedFix ends lowest; nothing differs on equal clocks
+    def curve(scheme: Scheme, x: int, seed: int) -> History:
+        end = 0.01 * seed
+        if not x or scheme == SYNC:
+            return timed([3 - 0.1 * k + end for k in range(20)])
+        if scheme == FIX_LONG:
+            return timed([2 - 0.1 * k + end for k in range(20)])
+        return timed([1.0 + (0.2 * (k % 2) if k > 4 else 0) + end for k in range(20)])
+
+    found = {
+        problem: {s.title: [curve(s, problem.x, seed) for seed in range(3)] for s in problem.schemes}
+        for problem in PROBLEMS
+    }
+    found = asynchronous.everywhere(found)
+    for data, weighed in ((asynchronous.CLOTHES, 1), (asynchronous.PLAYS, 0)):
+        verdicts = [verdict(claim.gains(found)) for claim in asynchronous.claims(data)]
+        tied = "not told apart"
+        assert verdicts[weighed:] == ["appears"] * 5 + [tied] * 3 and verdicts[:weighed] == [tied] * weighed
+
+
+def test_the_global_model_is_scored_as_such_and_others_as_their_own() -> None:
+    def scores(skew: Skew, title: str, seed: int) -> History:
+        shared = {STRONG: 0.5, NONE: 0.8}.get(skew, 0.7) + 0.01 * seed
+        own = {STRONG: 0.9, NONE: 0.7}.get(skew, 0.75) + 0.01 * seed
+        row = {"round": 1, "global_accuracy": shared, "personal_accuracy": own}
+        return History([row | {f"{key}_worst_decile": row[key] - 0.2 for key in list(row)[1:]}])
+
+    found = {skew: {title: [scores(skew, title, k) for k in range(3)] for title in WANTED} for skew in SKEWS}
+    claims = personalisation.claims()
+    verdicts = {claim.text: verdict(claim.gains(found)) for claim in claims}
+    assert verdicts.pop(f"{STRONG}: {FEDREP} above fine-tuning") == "not told apart"
+    assert set(verdicts.values()) == {"appears"} and len(claims) == len(claims_table(claims, found)) - 2
+    assert personalisation.scored(GLOBAL)(found[STRONG][GLOBAL][0]) == 0.5
