@@ -11,8 +11,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedsim.history import History
+from fedsim.metrics import small_is_good
 from fedsim.sweep import Results, Sweep, play
-from fedsim.sweep.results import Row, small_is_good
+from fedsim.sweep.results import Row
 from fedsim.sweep.shown import Shown, write_page
 from fedsim.sweep.space import Choice
 
@@ -144,7 +145,7 @@ def search(plan: Sweep, wanted: Mapping[str, Wanted], seeds: Sequence[int]) -> S
     grid = played(replace(plan, folder=plan.folder / "grid"))
     best: dict[str, Row] = {}
     for title, want in wanted.items():
-        judged = replace(grid, target=want.target, minimise=small_is_good(want.target, False))
+        judged = replace(grid, target=want.target, minimise=small_is_good(want.target))
         if want.method not in judged.best:
             raise ValueError(f"{grid.folder}: no rate of {title} came to its end; give the grid lower ones")
         best[title] = judged.best[want.method]

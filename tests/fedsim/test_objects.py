@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fedsim
 from fedsim.clients.local_training import LocalTraining
 from fedsim.config import ConfigError
-from fedsim.data.dataset import from_arrays
+from fedsim.data.arrays import from_arrays
 from fedsim.overrides import read_file
 from fedsim.strategies.fedavg import FedAvg
 from tests.build import without_wall_time
