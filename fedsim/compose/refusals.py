@@ -18,7 +18,8 @@ from torch import Tensor
 from fedsim.clients.byzantine import Silence
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compress.packet import Compressor
-from fedsim.config import ConfigError, at
+from fedsim.config import ConfigError, FromTable, at
+from fedsim.hints import parameters
 from fedsim.optim import Optimizer
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
@@ -45,7 +46,12 @@ def check_keys(target: Any, section: Mapping[str, Any]) -> None:
     if not isinstance(target, type):
         return
     refused = _checked(target).traits.refused
-    usual = {field.name: field.default for field in fields(target)}
+    usual = {field.name: field.default for field in fields(target)} | {
+        key: {"name": mark.default}
+        for key, (hint, _) in parameters(target).items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, FromTable)
+    }
     for key, value in section.items():
         if key in refused and (key not in usual or value != usual[key]):
             raise ConfigError(f"strategy.{key}: does not go with this strategy: {refused[key]}")
