@@ -195,7 +195,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "unknown name": ([Q, "strategy.name=fedagv"], ["strategy.name:", "'fedagv'", "did you mean 'fedavg'"]),
     "unknown optimizer": ([Q, "local.optimizer.name=sdg"], ["local.optimizer.name:", "'sdg'", "did you mean 'sgd'"]),
     "unknown optimizer key": ([Q, "local.optimizer.lrr=1"], ["local.optimizer", "lrr", "did you mean 'lr'"]),
-    "unknown sink": ([Q, "log.sinks=[tensorbord]"], ["log.sinks[0].name:", "'tensorbord'", "did you mean 'tensorboard'"]),
+    "unknown sink": (
+        [Q, "log.sinks=[tensorbord]"],
+        ["log.sinks[0].name:", "'tensorbord'", "did you mean 'tensorboard'"],
+    ),
     "unknown table": ([Q, "task=clasification"], ["task.name:", "did you mean 'classification'"]),
     "unknown device": ([Q, "runtime.device=tpu9"], ["runtime.device:", "'tpu9'", "use cpu"]),
     "unknown engine": ([D, "runtime.engine=fast"], ["runtime.engine:", "one of auto, loop, stacked", "'fast'"]),
