@@ -295,16 +295,14 @@ def trained(module: nn.Module, x: Tensor) -> nn.Module:
 
 
 def filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A module with these values of its parameters and buffers, in evaluation mode.
+    """A module with these tensors as its state dict, in evaluation mode.
 
     Raises:
         ValueError: if they are those of another module.
     """
-    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     wrong = sorted(k for k in {*own, *tensors} if k not in own or k not in tensors or own[k].shape != tensors[k].shape)
     if wrong:
         raise ValueError(f"the tensors are not those of {type(module).__name__}: {', '.join(wrong[:4])} don't fit")
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(value)
+    module.load_state_dict(tensors, strict=False)  # what it holds beside tensors stays
     return module.eval()

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from fedsim.config import decode_entry
+from fedsim.config import decode, decode_entry
 from fedsim.params import Layout, filled
+from fedsim.tasks.adapted import Lora, adapted
 
 Factory = Callable[..., nn.Module]
 
@@ -185,7 +186,9 @@ def stored_model(path: Path, task: Mapping[str, Any]) -> nn.Module:
     if sizes is None or "model" not in task:
         raise ValueError(f"{path}: its task has no module; safetensors.torch.load_file reads the tensors")
     call = decode_entry(MODELS, task["model"], "task.model", needs=sizes, check=as_module)
-    return filled(call(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}), tensors)
+    made = call(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+    lora = None if task.get("lora") is None else decode(Lora, task["lora"], "task.lora")()
+    return filled(adapted(made, task.get("train") or (), lora), tensors)
 
 
 class ResNet(nn.Module):

@@ -196,3 +196,10 @@ def test_checking_leaves_the_module_alone() -> None:
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
     assert module.training and isinstance(module[2], LoraLinear) and "forward" not in vars(module[2])
     assert torch.equal(random, torch.get_rng_state())
+
+
+def test_the_trained_model_of_a_folder_has_its_adapters(tmp_path: Path) -> None:
+    history = fedsim.run(config(lora=LORA, train=["3.bias"]), out=tmp_path / "run")
+    here, there = history.model.state_dict(), fedsim.History.load(tmp_path / "run").model.state_dict()
+    assert "1.lora_b" in there and there["1.lora_b"].any()
+    assert here.keys() == there.keys() and all(torch.equal(value, there[name]) for name, value in here.items())
