@@ -66,7 +66,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "attacks": ATTACKS,
     "tasks": TASKS,
     "losses": LOSSES,
-    "metrics": METRICS,
+    "metrics": {name: metric.function for name, metric in METRICS.items()},
     "engines": ENGINES,
     "executors": EXECUTORS,
     "sinks": SINKS,

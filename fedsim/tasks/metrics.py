@@ -69,6 +69,16 @@ def token_accuracy(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return ((outputs.argmax(-1) == targets) & counts).flatten(1).sum(1), counts.flatten(1).sum(1)
 
 
+def perplexity(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponential of the mean cross-entropy over all positions whose target is not -100 (parts of the mean)."""
+    return token_losses(outputs, targets)
+
+
+def rmse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Root of the mean squared error of numbers (parts of the mean)."""
+    return mse(outputs, targets)
+
+
 def label_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Share of labels that are rightly there or not; a logit above 0 says there."""
     return (as_targets(outputs, targets) > 0) == (targets > 0.5)
@@ -94,10 +104,10 @@ def r2(outputs: Tensor, targets: Tensor) -> Tensor:
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy),
     "token_accuracy": Metric(token_accuracy),
-    "perplexity": Metric(token_losses, after=torch.exp),
+    "perplexity": Metric(perplexity, after=torch.exp),
     "mae": Metric(mae),
     "mse": Metric(mse),
-    "rmse": Metric(mse, after=torch.sqrt),
+    "rmse": Metric(rmse, after=torch.sqrt),
     "r2": Metric(r2, whole=True),
     "label_accuracy": Metric(label_accuracy),
     "exact_match": Metric(exact_match),
