@@ -109,7 +109,8 @@ def _table(name: str) -> str:
         target = made.rule if isinstance(made, Entry) else made
         lines += [f"## `{entry}`", one_line(made) if isinstance(made, str | Entry) else _paragraph(target)]
         if callable(target) and name not in ("engines", "sinks", "losses"):
-            lines.append(_rows(keys(target, GIVEN.get(name))))
+            refused = set(target.traits.refused) if name == "strategies" else set()
+            lines.append(_rows(keys(target, GIVEN.get(name, set()) | refused)))
     return "\n\n".join(lines) + "\n"
 
 

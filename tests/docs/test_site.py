@@ -86,6 +86,7 @@ def test_the_reference_gives_type_default_and_meaning_of_a_key() -> None:
     assert "| `server_lr` | number | `1.0` | the server's step along the pseudo-gradient. |" in fedfix  # inherited
     assert "| `local` |" not in fedfix, "a section of its own, and no key of a strategy"
     assert "[aggregators](aggregators.md)" in fedfix
+    assert "| `selection` |" not in fedfix, "refused: every client is at work at all times"
     local = pages["The file"].partition("\n## local\n")[2].partition("\n## ")[0]
     assert "| `batch_size` | whole number or `full` | `20` |" in local
     assert "| `epochs` | whole number or null | `null` |" in local
