@@ -33,7 +33,11 @@ from fedsim.sweep import Choice, Space, Sweep
 CONFIG = Path("configs/figures/personalisation.yaml")
 ROUNDS, RATES = 30, (0.03, 0.1, 0.3)
 PROBE, SEEDS = 0, (1, 2, 3)
-METHODS = {"fedavg": {}, "fedrep": {"strategy.head_epochs": 2}, "ditto": {"strategy.lam": 0.1}}
+METHODS = {
+    "fedavg": {"evaluate.personalise.epochs": 1},
+    "fedrep": {"strategy.head_epochs": 2},
+    "ditto": {"strategy.lam": 0.1},
+}
 OWN, OF_ALL = "personal_accuracy", "global_accuracy"
 GLOBAL, TUNED, FEDREP, DITTO = "global model (FedAvg)", "fine-tuned", "FedRep", "Ditto"
 WANTED = {
@@ -53,22 +57,19 @@ class Skew:
     def __str__(self) -> str:
         return f"Dirichlet {self.alpha:g}{', almost iid' * (self.alpha > 10)}"
 
-    def search(self, folder: Path, quick: bool) -> Searched:
-        """A rate for each method, and its runs."""
+    def sweep(self, folder: Path, quick: bool) -> Sweep:
+        """The grid: every method, every rate, one seed."""
         common = {
             "strategy.name": Choice(tuple(METHODS)),
             RATE: Choice(RATES[1:] if quick else RATES),
             "partition.alpha": self.alpha,
             "rounds": 2 if quick else ROUNDS,
         }
-        plan = Sweep(
-            config=CONFIG,
-            space=Space(common, METHODS, per="strategy.name"),
-            folder=folder / f"alpha{self.alpha:g}",
-            seeds=(PROBE,),
-            target=OWN,
-        )
-        return search(plan, WANTED, SEEDS[:2] if quick else SEEDS)
+        space = Space(common, METHODS, per="strategy.name")
+        return Sweep(config=CONFIG, space=space, folder=folder / f"alpha{self.alpha:g}", seeds=(PROBE,), target=OWN)
+
+    def search(self, folder: Path, quick: bool) -> Searched:
+        return search(self.sweep(folder, quick), WANTED, SEEDS[:2] if quick else SEEDS)
 
 
 STRONG, MILD, NONE = SKEWS = (Skew(0.1), Skew(0.5), Skew(100.0))

@@ -11,11 +11,14 @@ import yaml
 from benchmarks.reproduce import asynchronous, momentum, personalisation
 from benchmarks.reproduce.__main__ import TABLE
 from benchmarks.reproduce.asynchronous import FIX_LONG, PROBLEMS, SYNC, Problem, Scheme
-from benchmarks.reproduce.claims import RATE, Wanted, claims_table, search, verdict
+from benchmarks.reproduce.claims import RATE, Measured, Searched, Wanted, claims_table, search, verdict
 from benchmarks.reproduce.personalisation import FEDREP, GLOBAL, NONE, SKEWS, STRONG, WANTED, Skew
 from fedsim.history import History
 from fedsim.strategies.clocks import Times, first_weights, window_weights
-from fedsim.sweep import Choice, Space, Sweep
+from fedsim.sweep import Choice, Results, Space, Sweep
+from fedsim.sweep.results import Record
+from fedsim.sweep.space import Method
+from fedsim.sweep.trials import Ended, Trial
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,3 +152,61 @@ def test_the_global_model_is_scored_as_such_and_others_as_their_own() -> None:
     assert verdicts.pop(f"{STRONG}: {FEDREP} above fine-tuning") == "not told apart"
     assert set(verdicts.values()) == {"appears"} and len(claims) == len(claims_table(claims, found)) - 2
     assert personalisation.scored(GLOBAL)(found[STRONG][GLOBAL][0]) == 0.5
+
+
+def searched(plan: Sweep, wanted: dict[str, Wanted], made_up: dict[str, History]) -> Searched:
+    """As if every rate had been run, and the second one were the best; of each title three runs."""
+    methods = plan.space.methods()
+    records = []
+    for setting in (setting for method in methods for setting in method.grid()):
+        raw = {"rounds": 30, "stop": {"virtual_seconds": 20}}
+        value = 1.0 + abs(method_rates(methods[0]).index(setting.values[RATE]) - 1)
+        trial = Trial(setting, 0, raw, "made up", plan.folder / setting.name)
+        records.append(Record(trial, Ended("done"), {str(plan.target): value}))
+    grid = Results(plan.folder, methods, records, plan.target, True, 1)
+    rate = method_rates(methods[0])[1]
+    return Searched(grid, {title: Measured(rate, title == "Ditto", [made_up[title]] * 3, 0) for title in wanted})
+
+
+def method_rates(method: Method) -> list[float]:
+    return [setting.values[RATE] for setting in method.grid()]
+
+
+def test_the_page_of_schemes_says_what_was_measured(tmp_path: Path) -> None:
+    def run(k: int) -> History:
+        spread = {"client_loss_std": 0.25, "client_loss_worst_decile": 3.5}
+        rows = timed([3.0 - 0.1 * i - 0.05 * k for i in range(20)]).rows
+        return History([row | spread | {"bits_up": 1e6 * row["round"], "num_clients": 2} for row in rows])
+
+    found = {}
+    for problem in PROBLEMS:
+        titles = {s.title: Wanted(s.method, asynchronous.TARGET) for s in problem.schemes}
+        plan = problem.sweep(tmp_path, quick=False)
+        found[problem] = searched(plan, titles, {title: run(k) for k, title in enumerate(titles)})
+    runs = asynchronous.everywhere({problem: result.runs for problem, result in found.items()})
+    text = asynchronous.page(found, runs, quick=False)
+    assert "1.1000 ± 0.0000 | 2.7000 ± 0.0000 | 0.0000 ± 0.0000 | 0.2500 ± 0.0000 | 3.5000 ± 0.0000 | 40 | 20 |" in text
+    assert "| synchronous | 2.000 | 1.000 | 2.000 | 3.000 | 4.000 | 5.000 |" in text
+    assert "asynchronous 0.003, FedFix 0.2 s 0.003" in text and "does not appear" in text
+    assert text.count("| asynchronous | 0.003 |") == 2 and text.count("| synchronous | 0.03 |") == 1
+    asynchronous.draw(asynchronous.CLOTHES, runs, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_the_page_of_models_for_clients_says_what_was_measured(tmp_path: Path) -> None:
+    scores = {"accuracy": 0.8, "accuracy_worst_decile": 0.5, "accuracy_std": 0.1}
+    row = {f"{whose}_{k}": v - (whose == "global") * 0.2 for k, v in scores.items() for whose in ("personal", "global")}
+    found = {}
+    for skew in SKEWS:
+        history = History([{"round": 30, **row}])
+        found[skew] = searched(skew.sweep(tmp_path, quick=False), dict(WANTED), dict.fromkeys(WANTED, history))
+    runs = {skew: result.runs for skew, result in found.items()}
+    text = personalisation.page(found, runs, quick=True)
+    assert "| global model (FedAvg) | 0.1 | 0.6000 ± 0.0000 | 0.3000 ± 0.0000 | -0.1000 ± 0.0000 | 0.6000" in text
+    assert "| Ditto | 0.1 (end of the grid) | 0.8000 ± 0.0000 | 0.5000 ± 0.0000 | 0.1000 ± 0.0000 | 0.6000" in text
+    assert "| FedRep | 0.1 | 0.8000 ± 0.0000 | 0.5000 ± 0.0000 | 0.1000 ± 0.0000 | - |" in text
+    assert "| Dirichlet 0.1: Ditto above the global model | +0.2000, +0.2000, +0.2000 | appears |" in text
+    assert "| Dirichlet 100, almost iid: the global model above FedRep | -0.2000, -0.2000, -0.2000 | reversed |" in text
+    assert "A quick run" in text
+    personalisation.draw(runs, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
