@@ -86,7 +86,7 @@ def test_the_plan_says_what_will_run() -> None:
 
 
 def test_the_plan_says_whether_values_were_scaled(tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", x=np.full((20, 3), 255, dtype=np.uint8), y=np.arange(20) % 2)
+    np.savez(tmp_path / "x.npz", x=np.full((40, 3), 255, dtype=np.uint8), y=np.arange(40) % 2)
     files = {"name": "npz", "path": str(tmp_path / "x.npz")}
     as_they_are, scaled = (
         made({**BLOBS, "task": {**BLOBS["task"], "dataset": {**files, "images": images}}}) for images in (False, True)
