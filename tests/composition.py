@@ -67,7 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "label flip": {"clients.byzantine": {"attack": "label_flip", "count": 1}},
     "random clocks": {"clients.devices": {"name": "exponential", "mean": 1.0, "x": 50}},
     "absence": {
-        "clients.availability": {"name": "markov", "on": 3.0, "off": 1.0},
+        "clients.availability": {"name": "markov", "on_seconds": 3.0, "off_seconds": 1.0},
         "clients.dropout.probability": 0.1,
     },
     "late replies kept": {"strategy.deadline": 0.8, "strategy.late": "keep"},

@@ -141,15 +141,15 @@ class Markov:
     times between draws are exponential from its start on, for such times know no past. [derived; tested by its law]
 
     Args:
-        on, off: mean seconds.
+        on_seconds, off_seconds: means. (A bare `on` is a truth value to YAML.)
     """
 
-    on: float
-    off: float
+    on_seconds: float
+    off_seconds: float
 
     def __post_init__(self) -> None:
-        _positive("on", self.on)
-        _positive("off", self.off)
+        _positive("on_seconds", self.on_seconds)
+        _positive("off_seconds", self.off_seconds)
 
     def on_line(self, seed: int, ids: Tensor, now: float) -> Tensor:
         at, on, open = now * self._rate + ROUNDING, torch.empty(len(ids), dtype=torch.bool), torch.arange(len(ids))
@@ -177,11 +177,11 @@ class Markov:
 
     @property
     def _rate(self) -> float:
-        return 1 / self.on + 1 / self.off
+        return 1 / self.on_seconds + 1 / self.off_seconds
 
     @property
     def _share(self) -> float:
-        return self.on / (self.on + self.off)
+        return self.on_seconds / (self.on_seconds + self.off_seconds)
 
     def _draws(
         self, seed: int, ids: Tensor, spans: Tensor, until: float = inf

@@ -107,7 +107,7 @@ NO_STEPS = {"extragradient", "masha1", "masha2", *CODING}  # of clients' own
 SLOW = {"centralised", "fedasync"}  # one step a round, or one model in six mixed in
 ASYNCHRONOUS = {"async_fedavg", "fedasync", "fedfix", "fedbuff", "fedbuff_stream"}
 
-ABSENT = {"availability": {"name": "markov", "on": 3.0, "off": 0.5}, "dropout": {"probability": 0.15}}
+ABSENT = {"availability": {"name": "markov", "on_seconds": 3.0, "off_seconds": 0.5}, "dropout": {"probability": 0.15}}
 
 every_strategy = pytest.mark.parametrize("name", ROWS)
 

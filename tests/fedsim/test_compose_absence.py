@@ -9,6 +9,7 @@ import pytest
 
 from fedsim.compose import compose
 from fedsim.config import ConfigError
+from fedsim.overrides import read_file
 
 SMALL: dict[str, Any] = {
     "rounds": 40,
@@ -69,7 +70,8 @@ def test_a_deadline_is_judged_by_the_job_that_a_round_waits_for(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "clients", [{"availability": {"name": "markov", "on": 1, "off": 1}}, {"dropout": {"probability": 0.1}}]
+    "clients",
+    [{"availability": {"name": "markov", "on_seconds": 1, "off_seconds": 1}}, {"dropout": {"probability": 0.1}}],
 )
 @pytest.mark.parametrize("name", ["dsgd", "monna", "masha1", "extragradient"])
 def test_strategies_that_need_every_client_refuse_absence(name: str, clients: dict[str, Any]) -> None:
@@ -133,3 +135,9 @@ def test_more_clients_than_ever_come_at_once_are_refused_before_the_run(tmp_path
     compose(raw | {"strategy": code | {"s": 2}}, "x.yaml").close()
     with pytest.raises(ConfigError, match=r"clients.availability: 3 of 4 clients are needed at once from second 0 on"):
         compose(raw | {"strategy": code | {"s": 1}}, "x.yaml")
+
+
+def test_the_keys_of_an_availability_are_written_in_a_file_as_they_are(tmp_path: Path) -> None:
+    text = "clients: {count: 4, availability: {name: markov, on_seconds: 5, off_seconds: 2}}"
+    (tmp_path / "x.yaml").write_text(text)
+    compose(read_file(tmp_path / "x.yaml"), "x.yaml").close()

@@ -17,7 +17,7 @@ LAWS: list[Availability] = [
     Bernoulli(p=0.4, seconds=0.7),
     Diurnal(period=7.3, share=0.3),
     Diurnal(period=5.0, share=0.9, spread=0.4),
-    Markov(on=3.0, off=1.0),
+    Markov(on_seconds=3.0, off_seconds=1.0),
 ]
 IDS = torch.arange(400)
 every_law = pytest.mark.parametrize("law", LAWS, ids=[type(law).__name__ for law in LAWS])
@@ -69,7 +69,7 @@ def test_a_day_has_its_share_and_begins_when_it_does() -> None:
 
 def test_a_chain_comes_and_goes_after_exponential_times_of_the_right_means() -> None:
     """The law of a chain of two states: its share, its correlation over time and its times to the next change."""
-    law, ids = Markov(on=30.0, off=10.0), torch.arange(4000)
+    law, ids = Markov(on_seconds=30.0, off_seconds=10.0), torch.arange(4000)
     on = torch.stack([law.on_line(1, ids, float(t)) for t in range(0, 100, 5)]).double()
     assert float(on.mean()) == pytest.approx(0.75, abs=0.01) and float(on[0].mean()) == pytest.approx(0.75, abs=0.03)
     for lag in (1, 2):
@@ -90,7 +90,7 @@ def test_a_chain_comes_and_goes_after_exponential_times_of_the_right_means() -> 
         (Diurnal, {"share": 0.0}, "share must lie in"),
         (Diurnal, {"spread": 1.5}, "spread is a part of the period"),
         (Diurnal, {"period": inf}, "period must be positive"),
-        (Markov, {"on": -1.0, "off": 1.0}, "on must be positive"),
+        (Markov, {"on_seconds": -1.0, "off_seconds": 1.0}, "on_seconds must be positive"),
         (Dropout, {"probability": 1.0}, r"probability must lie in \[0, 1\)"),
     ],
 )
@@ -113,7 +113,7 @@ def test_waiting_ends_at_the_first_moment_at_which_enough_are_there() -> None:
     assert start.wait(IDS[:10], 0.5, 0)[0] == 0.5
 
 
-@pytest.mark.parametrize("law", [Bernoulli(p=1e-15, seconds=1.0), Markov(on=1e-6, off=1e9)])
+@pytest.mark.parametrize("law", [Bernoulli(p=1e-15, seconds=1.0), Markov(on_seconds=1e-6, off_seconds=1e9)])
 def test_whoever_hardly_ever_comes_is_not_waited_for_for_ever(
     law: Availability, monkeypatch: pytest.MonkeyPatch
 ) -> None:
