@@ -37,6 +37,7 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "task": ("seed", "count", "clients", "device", "partition", "client_test"),
     "strategy": ("local", "layout", "count"),
     "model": ("input_shape", "num_classes"),
+    "loss": ("logits", "outputs", "targets"),
     "device": ("count",),
     "availability": ("count",),
 }

@@ -38,9 +38,15 @@ PLACES = {
     "compressors": ("compressor", "uplink.compressor"),
     "attacks": ("attack", "clients.byzantine.attack"),
     "tasks": ("task", "task"),
+    "losses": ("loss", "task.loss"),
+    "sinks": ("sinks", "log.sinks"),
 }
 """{table: (kind of `FromTable`, a key of the file where its entries stand)}; entries of other tables have no keys."""
-TABLE_OF = {kind: table for table, (kind, _) in PLACES.items()} | {"server_optimizer": "optimizers"}
+TABLE_OF = {kind: table for table, (kind, _) in PLACES.items()} | {
+    "server_optimizer": "optimizers",
+    "metrics": "metrics",
+}
+"""{kind of `FromTable`: the table of its entries}."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Key:
     @property
     def type(self) -> str:
         """In a user's words."""
-        mark = _mark(self.hint)
+        mark = mark_of(self.hint)
         if mark is None:
             return described(self.hint)
         table = TABLE_OF.get(mark.kind)
@@ -80,7 +86,7 @@ def keys_of(target: Callable[..., Any], given: tuple[str, ...] = ()) -> list[Key
     """What a section or an entry may hold, its own keys before those of what it derives from, without what is given."""
     said, out = _meanings(target), []
     for name, (hint, default) in parameters(target).items():
-        mark = _mark(hint)
+        mark = mark_of(hint)
         if mark is not None and mark.default is not None:
             default = mark.default
         elif default is NEEDED and is_dataclass(hint):
@@ -114,9 +120,13 @@ def paragraph(table: str, name: str) -> str:
     target = named(TABLES[table], name, table)[0]
     if isinstance(target, str):
         return target
-    text = inspect.cleandoc((target.rule if isinstance(target, Entry) else target).__doc__ or "")
-    text = f"{target.note}\n\n{text}" if isinstance(target, Entry) else text
-    return re.split(r"\n\n(?=\w+:\n|>>>)", text)[0].strip()
+    text = text_of(target.rule if isinstance(target, Entry) else target)
+    return f"{target.note}\n\n{text}" if isinstance(target, Entry) else text
+
+
+def text_of(target: Any) -> str:
+    """A docstring up to its Args or the like."""
+    return re.split(r"\n\n(?=\w+:\n|>>>)|^Args:", inspect.cleandoc(target.__doc__ or ""))[0].strip()
 
 
 def yaml_of(value: Any) -> str:
@@ -159,5 +169,6 @@ def _meanings(target: Any) -> dict[str, str]:
     return out
 
 
-def _mark(hint: Any) -> FromTable | None:
+def mark_of(hint: Any) -> FromTable | None:
+    """Which table a key's value is an entry of, if it is one."""
     return next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, FromTable)), None)

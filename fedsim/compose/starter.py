@@ -11,6 +11,7 @@ from fedsim.compose.tables import TABLES
 from fedsim.config import named
 from fedsim.hints import parameters
 from fedsim.strategies.server import Synchronous
+from fedsim.strategy import Strategy
 
 FIRST = {"interval": 1.0, "lr": 0.1, "s": 2, "B": 1, "W": 2, "lam": 4, "path": "my-data", "dataset": "CIFAR10"}
 """Values to begin with, of keys that have no default."""
@@ -30,7 +31,8 @@ def starter(strategy: str, dataset: str) -> str:
     """
     target = named(TABLES["strategies"], strategy, "--strategy")[0]
     named(TABLES["datasets"], dataset, "--dataset")
-    first = {"cohort_size": COHORT} if isinstance(target, type) and issubclass(target, Synchronous) else {}
+    known = target if isinstance(target, type) and issubclass(target, Strategy) else Strategy
+    first = {"concurrency": COHORT} | ({"cohort_size": COHORT} if issubclass(known, Synchronous) else {})
     taken = {key.name for key in keys_of_entry("strategies", strategy)}
     lines = [
         f"# {strategy} on {dataset}. Lines that begin with '# key:' show a default; take the '# ' away to change it.",
@@ -48,6 +50,8 @@ def starter(strategy: str, dataset: str) -> str:
     else:
         lines += ["partition: {name: dirichlet, alpha: 0.5}  # smaller alpha, more different clients"]
         lines += [f"clients: {{count: {NUM_CLIENTS}}}"]
+    if known.traits.own_models:
+        lines += ["data: {client_test: 0.2}  # what each client holds out, to see how good its own model is"]
     about = [f"# {line}" for line in paragraph("strategies", strategy).splitlines()]
     lines += [
         *about,

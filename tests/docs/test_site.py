@@ -94,7 +94,7 @@ def test_the_reference_gives_type_default_and_meaning_of_a_key() -> None:
 
 def test_every_key_of_the_file_and_of_its_own_sections_has_a_meaning() -> None:
     own = {n: c for n, c in vars(sections).items() if isinstance(c, type) and c.__module__ == sections.__name__}
-    silent = [f"{name}.{key.name}" for name, c in own.items() for key in keys.keys(c) if not key.meaning]
+    silent = [f"{name}.{key.name}" for name, c in own.items() for key in keys.keys_of(c) if not key.meaning]
     assert {"File", "Runtime", "Local"} <= set(own) and not silent
 
 
