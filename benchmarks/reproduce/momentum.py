@@ -182,11 +182,12 @@ def why(searched: Mapping[Problem, Searched]) -> list[str]:
     some = [value for value in ends if value is not None]
     return [
         *lines,
-        f"- The VR forms do best at the smallest rate tried, {slowest:g}, and far worse at all others: they do not bear",
-        "  that a round moves far from the model at which their correction is taken (20 steps here; their limit on",
-        "  quadratics is FedAvg's, whatever beta, so they need rate times steps to be small). At that rate no method gets",
-        f"  far in so few rounds: {min(some):.2f} to {max(some):.2f} over all methods and problems. What they save in",
-        "  noise does not show at this budget. Their rule is from memory of the paper, checked by identities and twins.",
+        f"- The VR forms do best at the smallest rate tried, {slowest:g}, and far worse at all others: they do not",
+        "  bear that a round moves far from the model at which their correction is taken (20 steps here; their limit",
+        "  on quadratics is FedAvg's, whatever beta, so rate times steps has to be small). At that rate no method gets",
+        f"  far in so few rounds: {min(some):.2f} to {max(some):.2f} over all methods and problems. What they save",
+        "  in noise does not show at this budget. Their rule is from memory of the paper, and checked by identities",
+        "  and plain twins.",
         "",
     ]
 
