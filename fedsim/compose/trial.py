@@ -43,7 +43,8 @@ def _outputs(module: nn.Module, data: FederatedData, n: int) -> Tensor:
     was_training, inputs = module.training, each(Tensor.clone, _first(data.inputs, n))
     try:
         with torch.no_grad():
-            made = module.eval()(inputs) if isinstance(inputs, Tensor) else module(**inputs)
+            module.eval()
+            made = module(inputs) if isinstance(inputs, Tensor) else module(**inputs)
     except Exception as e:
         shapes = {name: list(t.shape[1:]) for name, t in tensors(inputs).items()}
         raise ConfigError(

@@ -19,7 +19,7 @@ from fedsim import pages
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Batch, Engine
 from fedsim.engine.losses import Loss, per_sample
-from fedsim.engine.low_rank import LowRank, gradients_at, low_rank_run
+from fedsim.engine.low_rank import Chain, LowRank, gradients_at, low_rank_run
 from fedsim.metrics import undefined
 from fedsim.params import Layout, on_device
 from fedsim.streams import Streams
@@ -64,7 +64,6 @@ class SupervisedTask(Task):
         self.metrics = dict(metrics)
         self._means = {name: metric for name, metric in metrics.items() if not metric.whole}
         self._wholes = {name: metric for name, metric in metrics.items() if metric.whole}
-        self._chain = engine.chain if isinstance(data.inputs, Tensor) else None  # chains have one input
         self._poisoned: Tensor | None = None
         self._poison: Callable[[Tensor, int], Tensor] | None = None
 
@@ -119,6 +118,10 @@ class SupervisedTask(Task):
 
     def session(self, x: Tensor) -> Session:
         return self.engine.session(x)
+
+    @property
+    def _chain(self) -> Chain | None:
+        return self.engine.chain if isinstance(self.data.inputs, Tensor) else None  # chains have one input
 
     def factored_run(
         self,

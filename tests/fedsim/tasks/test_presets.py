@@ -333,3 +333,29 @@ def test_flipped_labels_need_labels() -> None:
     config["clients"] = {"byzantine": {"attack": "label_flip", "count": 1}}
     with pytest.raises(fedsim.ConfigError, match="byzantine.attack: poisons labels, .* not all classes"):
         compose(config, "test")
+
+
+class Normed(nn.Module):
+    """Named inputs, and statistics that a pass in training mode would move."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(3), nn.Linear(3, num_classes)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.out(self.norm(a + b))
+
+
+def pairs() -> Dataset:
+    rng = np.random.default_rng(0)
+    x = {k: rng.normal(3.0, 2.0, (40, 3)).astype(np.float32) for k in "ab"}
+    return from_arrays(x, rng.integers(0, 2, 40))
+
+
+def test_the_trial_of_a_model_leaves_its_start_as_it_was() -> None:
+    here = f"{__name__}:"
+    task = {"name": "classification", "dataset": f"{here}pairs", "model": f"{here}Normed"}
+    composition = compose({"task": task, "clients": {"count": 3}}, "x.yaml")
+    x0 = composition.experiment.task.layout.views(composition.experiment.task.init(0))
+    composition.close()
+    assert float(x0["norm.running_mean"].abs().sum()) == 0 and bool((x0["norm.running_var"] == 1).all())
