@@ -116,8 +116,12 @@ def draw(figure: Figure, found: Mapping[str, Sequence[History]], path: Path) -> 
     canvas.savefig(path, dpi=120)
 
 
-def panel(ax: Axes, figure: Figure, found: Mapping[str, Sequence[History]]) -> None:
+def panel(
+    ax: Axes, figure: Figure, found: Mapping[str, Sequence[History]], colours: Sequence[str] | None = None
+) -> None:
     """Mean line and band over the seeds, on a common grid of x."""
+    if colours is not None:
+        ax.set_prop_cycle(color=colours)
     largest = max(float(h.pairs(figure.x, figure.y)[0][-1]) for hs in found.values() for h in hs)
     scale, label = axis_scale(figure.x, largest)
     for name, runs in found.items():
