@@ -95,7 +95,7 @@ class Supervised:
         sizes = {"input_shape": shape.get("", shape), "num_classes": data.num_classes}
         with at("task"):
             module, x0 = init_parameters(lambda: adapted(self.model(**sizes), self.train, self.lora), self.seed)
-        loss = self.loss if self.loss is not masked_cross_entropy or _ignores(data, held) else cross_entropy
+        loss = self.loss if self.loss is not masked_cross_entropy or _ignores(data) else cross_entropy
         metrics = check_model(module, data, loss, dict(self.metrics))
         with at("task.model"):
             check_frozen(module, lambda module: outputs_of(module, {}, pick(data.inputs, slice(2))))
@@ -159,6 +159,6 @@ class LanguageModel(Supervised):
     metrics: Annotated[Any, FromTable("metrics", ("token_accuracy", "perplexity"))]
 
 
-def _ignores(data: FederatedData, held: FederatedData | None) -> bool:
-    """Whether some target does not count; where none does, the loss of classes is the same and quicker."""
-    return any(bool((y == IGNORED).any()) for part in (data, held) if part for y in tensors(part.targets).values())
+def _ignores(data: FederatedData) -> bool:
+    """Whether some target, held out or not, doesn't count; where none does, the loss of classes is the same, quicker."""
+    return any(bool((y == IGNORED).any()) for part in (data.targets, data.test_targets) for y in tensors(part).values())
