@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite, isnan, nan
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,11 @@ class Metrics:
 def undefined(values: Tensor, losses: Tensor) -> Tensor:
     """Where a metric has no value although the loss has one: nothing counts (no label, no position to predict)."""
     return values.isnan() & losses.isfinite()
+
+
+def without_value(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a metric of a row is NaN because nothing counts: it is one of held-out samples, whose loss is finite."""
+    return name.startswith("test_") and isnan(row[name]) and isfinite(row.get("test_loss", nan))
 
 
 def spread(values: Tensor, *, higher_is_better: bool = True) -> dict[str, float]:
