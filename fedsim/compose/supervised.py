@@ -19,7 +19,7 @@ from fedsim.data.build import build
 from fedsim.data.federated import FederatedData, given_out, held_out
 from fedsim.data.partition import Natural, Partition
 from fedsim.data.targets import Kind, as_kind
-from fedsim.engine.functional import outputs_of
+from fedsim.engine.functional import Tensors, outputs_of
 from fedsim.engine.losses import Loss, cross_entropy, masked_cross_entropy
 from fedsim.params import Layout
 from fedsim.tasks.adapted import Lora, adapted, check_frozen
@@ -98,7 +98,8 @@ class Supervised:
         loss = self.loss if self.loss is not masked_cross_entropy or _ignores(data) else cross_entropy
         metrics = check_model(module, data, loss, dict(self.metrics))
         with at("task.model"):
-            check_frozen(module, lambda module: outputs_of(module, {}, pick(data.inputs, slice(2))))
+            start = Tensors(module, Layout.of_module(module)).of(x0.clone())
+            check_frozen(module, lambda m: outputs_of(m, start[0] | start[1], pick(data.inputs, slice(2))))
         return Samples(data, held, module, x0, loss, metrics, sizes)
 
     def _data(self) -> tuple[FederatedData, FederatedData | None]:
@@ -160,5 +161,5 @@ class LanguageModel(Supervised):
 
 
 def _ignores(data: FederatedData) -> bool:
-    """Whether some target, held out or not, doesn't count; where none does, the loss of classes is the same, quicker."""
+    """Whether some target, held out or not, doesn't count; where all do, the loss of classes is the same, quicker."""
     return any(bool((y == IGNORED).any()) for part in (data.targets, data.test_targets) for y in tensors(part).values())
