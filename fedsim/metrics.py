@@ -33,6 +33,9 @@ RESERVED = frozenset(
 )
 """Names that a row gets from the loop, the fleet and the evaluation: no strategy and no client half may use them."""
 
+EVALUATED = ("test_", "personal_", "global_")
+"""How names begin that a row gets from the evaluation, whatever a task's metrics are called."""
+
 
 _SMALL = re.compile(r"loss|distance|error|perplexity|(^|_)(mae|mse|rmse|nll|ece)(_|$)")
 
@@ -52,7 +55,7 @@ def check_names(names: Iterable[str], owner: str) -> None:
     Raises:
         ConfigError: naming the metric and its owner.
     """
-    if taken := sorted(RESERVED.intersection(names)):
+    if taken := sorted(name for name in names if name in RESERVED or name.startswith(EVALUATED)):
         raise ConfigError(f"{owner}: metric {taken[0]!r} is reserved (fedsim itself reports it); give it another name")
 
 
