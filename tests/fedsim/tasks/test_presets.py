@@ -4,6 +4,7 @@ metrics are those of scikit-learn, of numpy or worked out by hand."""
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -380,6 +381,19 @@ def test_flipped_labels_need_labels() -> None:
     config["clients"] = {"byzantine": {"attack": "label_flip", "count": 1}}
     with pytest.raises(fedsim.ConfigError, match="byzantine.attack: poisons labels, .* not all classes"):
         compose(config, "test")
+
+
+def shaped(input_shape: dict[str, tuple[int, ...]], num_classes: int) -> nn.Module:
+    assert input_shape == {"a": (3,), "b": (3,)}
+    return Normed(num_classes)
+
+
+def test_a_model_that_asks_for_several_shapes_is_made_again_from_its_folder(tmp_path: Path) -> None:
+    here = f"{__name__}:"
+    task = {"name": "classification", "dataset": f"{here}pairs", "model": f"{here}shaped"}
+    made = fedsim.run({"task": task, "rounds": 1, "clients": {"count": 3}}, out=tmp_path / "run").model
+    again = fedsim.History.load(tmp_path / "run").model
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in made.state_dict().items())
 
 
 class Normed(nn.Module):
