@@ -24,7 +24,7 @@ from fedsim.config import ConfigError, place
 from fedsim.evaluation import Evaluate
 from fedsim.files import sync
 from fedsim.fleet import DrivenFleet
-from fedsim.metrics import check_names
+from fedsim.metrics import check_names, without_value
 from fedsim.observers import observing
 from fedsim.signals import interruptible
 from fedsim.sim.executor import ClientError, Lost
@@ -284,7 +284,7 @@ class Run:
         return e.evaluate.metrics(e.task, e.strategy, e.fleet, self.state.x, e.pool)
 
     def check_finite(self, row: Mapping[str, Any]) -> None:
-        bad = [k for k, v in row.items() if isinstance(v, float) and not isfinite(v)]
+        bad = [k for k, v in row.items() if isinstance(v, float) and not isfinite(v) and not without_value(row, k)]
         if not bad and not bool(torch.isfinite(torch.stack(torch.aminmax(self.state.x))).all()):
             bad = ["the model"]
         if bad:

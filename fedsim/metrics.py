@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite, isnan, nan
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ RESERVED = frozenset(
 )
 """Names that a row gets from the loop, the fleet and the evaluation: no strategy and no client half may use them."""
 
+EVALUATED = ("test_", "personal_", "global_")
+"""How names begin that a row gets from the evaluation, whatever a task's metrics are called."""
+
 
 _SMALL = re.compile(r"loss|distance|error|perplexity|(^|_)(mae|mse|rmse|nll|ece)(_|$)")
 
@@ -51,7 +55,7 @@ def check_names(names: Iterable[str], owner: str) -> None:
     Raises:
         ConfigError: naming the metric and its owner.
     """
-    if taken := sorted(RESERVED.intersection(names)):
+    if taken := sorted(name for name in names if name in RESERVED or name.startswith(EVALUATED)):
         raise ConfigError(f"{owner}: metric {taken[0]!r} is reserved (fedsim itself reports it); give it another name")
 
 
@@ -124,6 +128,11 @@ class Metrics:
 def undefined(values: Tensor, losses: Tensor) -> Tensor:
     """Where a metric has no value although the loss has one: nothing counts (no label, no position to predict)."""
     return values.isnan() & losses.isfinite()
+
+
+def without_value(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a metric of a row is NaN because nothing counts: it is one of held-out samples, whose loss is finite."""
+    return name.startswith("test_") and isnan(row[name]) and isfinite(row.get("test_loss", nan))
 
 
 def spread(values: Tensor, *, higher_is_better: bool = True) -> dict[str, float]:

@@ -57,16 +57,16 @@ class Layout:
         """The layout of a module's parameters that train, then of the buffers that go with them (`moving_buffers`).
 
         Parameters with `requires_grad=False` are no part of it: whoever runs the module has them.
-        The last matrix is the `head`; weights of `nn.Embedding` are `embed`. A normalisation layer is one whose
-        class is called so (`BatchNorm2d`, `RMSNorm`).
+        The module's last matrix is the `head`, unless it is frozen or the only one; weights of `nn.Embedding` are
+        `embed`. A normalisation layer is one whose class is called so (`BatchNorm2d`, `RMSNorm`).
         """
         embeds = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
         trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
         kept = moving_buffers(module)
         roles = ["embed" if id(p) in embeds else "matrix" if p.ndim >= 2 else "vector" for p in trained.values()]
-        matrices = [i for i, role in enumerate(roles) if role == "matrix"]
-        if len(matrices) > 1:
-            roles[matrices[-1]] = "head"
+        matrices = [k for k, p in module.named_parameters() if p.ndim >= 2 and id(p) not in embeds]
+        if len(matrices) > 1 and matrices[-1] in trained:
+            roles[list(trained).index(matrices[-1])] = "head"
         tensors = trained | kept
         norms = {
             f"{path}.{name}" if path else name
@@ -116,7 +116,7 @@ class Layout:
 
     @cached_property
     def last_layer(self) -> tuple[str, ...]:
-        """Names of the head's layer, its bias included; none where the model has one layer only."""
+        """Names of the head's layer, its bias included; none where it is frozen or all that trains."""
         heads = [name for name, role in zip(self.names, self.roles, strict=True) if role == "head"]
         found = tuple(n for n in self.names for head in heads if n.rpartition(".")[0] == head.rpartition(".")[0])
         return found if len(found) < len(self.names) else ()

@@ -23,7 +23,7 @@ class FedPer(Personal):
 
     def usual(self) -> tuple[str, ...]:
         if not self.layout.last_layer:
-            raise ValueError("personal: this model has one layer only, so no last one; name entries, or [] for none")
+            raise ValueError("personal: no last layer beside others trains here; name entries, or [] for none")
         return self.layout.last_layer
 
     def local_update(self, clients: Cohort, x: Tensor) -> Reply:

@@ -19,7 +19,7 @@ from fedsim.data.build import build
 from fedsim.data.federated import FederatedData, given_out, held_out
 from fedsim.data.partition import Natural, Partition
 from fedsim.data.targets import Kind, as_kind
-from fedsim.engine.functional import outputs_of
+from fedsim.engine.functional import Tensors, outputs_of
 from fedsim.engine.losses import Loss, cross_entropy, masked_cross_entropy
 from fedsim.params import Layout
 from fedsim.tasks.adapted import Lora, adapted, check_frozen
@@ -95,10 +95,11 @@ class Supervised:
         sizes = {"input_shape": shape.get("", shape), "num_classes": data.num_classes}
         with at("task"):
             module, x0 = init_parameters(lambda: adapted(self.model(**sizes), self.train, self.lora), self.seed)
-        loss = self.loss if self.loss is not masked_cross_entropy or _ignores(data, held) else cross_entropy
+        loss = self.loss if self.loss is not masked_cross_entropy or _ignores(data) else cross_entropy
         metrics = check_model(module, data, loss, dict(self.metrics))
         with at("task.model"):
-            check_frozen(module, lambda module: outputs_of(module, {}, pick(data.inputs, slice(2))))
+            start = Tensors(module, Layout.of_module(module)).of(x0.clone())
+            check_frozen(module, lambda m: outputs_of(m, start[0] | start[1], pick(data.inputs, slice(2))))
         return Samples(data, held, module, x0, loss, metrics, sizes)
 
     def _data(self) -> tuple[FederatedData, FederatedData | None]:
@@ -159,6 +160,6 @@ class LanguageModel(Supervised):
     metrics: Annotated[Any, FromTable("metrics", ("token_accuracy", "perplexity"))]
 
 
-def _ignores(data: FederatedData, held: FederatedData | None) -> bool:
-    """Whether some target does not count; where none does, the loss of classes is the same and quicker."""
-    return any(bool((y == IGNORED).any()) for part in (data, held) if part for y in tensors(part.targets).values())
+def _ignores(data: FederatedData) -> bool:
+    """Whether some target, held out or not, doesn't count; where all do, the loss of classes is the same, quicker."""
+    return any(bool((y == IGNORED).any()) for part in (data.targets, data.test_targets) for y in tensors(part).values())

@@ -42,7 +42,7 @@ def as_kind(data: Data, kind: Kind) -> Data:
                 f"its targets are numbers, {_shown(targets)}; take task.name: regression, or save labels as integers "
                 "from 0 without missing values"
             )
-        if kind == "classes" and int(targets.min()) < 0:
+        if kind == "classes" and any(bool((part < 0).any()) for part in (targets, held)):
             raise ValueError("some of its labels are -100, which do not count; take task.name: language_model")
         if data.gaps:
             shown = ", ".join(map(str, data.gaps[:5])) + (", ..." if len(data.gaps) > 5 else "")

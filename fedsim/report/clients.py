@@ -42,7 +42,8 @@ def _by_round(history: History, whose: str, what: str) -> Picture | None:
     deviations = history.series(f"{whose}_{what}_std")
     if np.array_equal(deviations[0], rounds):
         std, most = deviations[1].astype(float), 1 if "accuracy" in what else np.inf
-        curves = [Curve(x=rounds, y=mean, low=np.maximum(mean - std, 0), high=np.minimum(mean + std, most))]
+        least = -np.inf if (mean < 0).any() else 0
+        curves = [Curve(x=rounds, y=mean, low=np.maximum(mean - std, least), high=np.minimum(mean + std, most))]
     worst_rounds, worst = history.series(f"{whose}_{what}_worst_decile")
     if len(worst_rounds):
         curves.append(Curve(x=worst_rounds, y=worst.astype(float), colour="c2"))

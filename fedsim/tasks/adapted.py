@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim.config import first_line
 from fedsim.engine.functional import still_norms, switch
 from fedsim.params import frozen_tensors, matching, program_of
 
@@ -109,15 +110,15 @@ def check_frozen(module: nn.Module, forward: Callable[[nn.Module], Any]) -> None
 
     Args:
         module: it stays as it is.
-        forward: a pass of it on a few samples.
+        forward: a pass of it on a few samples, with what trains in float32 as engines have it.
 
     Raises:
         ValueError: in these cases.
     """
-    if not (frozen := frozen_tensors(module)):
-        return
-    trial = program_of(module)
+    frozen, trial = frozen_tensors(module), program_of(module)
     adapters, called = {k: m for k, m in trial.named_modules() if isinstance(m, LoraLinear)}, set[str]()
+    if not frozen and not adapters:
+        return
 
     def note(name: str, layer: LoraLinear) -> Callable[[Tensor], Tensor]:
         def noted(input: Tensor) -> Tensor:
@@ -129,7 +130,14 @@ def check_frozen(module: nn.Module, forward: Callable[[nn.Module], Any]) -> None
     for name, layer in adapters.items():
         vars(layer)["forward"] = note(name, layer)  # a hook would change what is tried
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        forward(switch(trial, False, ()))
+        try:
+            forward(switch(trial, False, ()))
+        except Exception as e:  # whatever the user's module holds
+            kinds = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in frozen.values()}))
+            raise ValueError(
+                f"what trains is float32, and beside its frozen part ({kinds}) that fails: {first_line(e)}; load or "
+                "make the model in float32"
+            ) from e
         if missing := sorted(adapters.keys() - called):
             raise ValueError(
                 f"in evaluation its layer {missing[0]} is not called (nn.TransformerEncoderLayer reads its layers' "

@@ -4,6 +4,7 @@
 
 Departures, so that clients of a stack run as one program and a run can be repeated: attention is the eager one, and has
 no dropout of its own, which transformers draws from torch's global generator. Other dropout stays as configured.
+Weights saved in half precision are read as float32, which is what trains.
 
 Letters: B samples, T positions, K classes.
 """
@@ -78,7 +79,7 @@ def pretrained(
     for name in ATTENTION_DROPOUT:
         if name in settings.to_dict():
             setattr(settings, name, 0.0)
-    options = {"config": settings, "attn_implementation": "eager"}
+    options = {"config": settings, "attn_implementation": "eager", "dtype": torch.float32}  # as all that trains
     model = make.from_config(**options) if path is None else make.from_pretrained(path, **options)
     return Logits(model, None if _looks_back_only(model, *input_shape) else settings.pad_token_id)
 

@@ -60,13 +60,15 @@ class Metric:
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Share of samples (of a sequence, of positions) whose largest logit is the class."""
+    if targets.is_floating_point():  # numbers would be equal to an index by chance only, and broadcast
+        raise ValueError("the targets are numbers, not classes")
     return outputs.argmax(-1) == targets
 
 
 def token_accuracy(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Share of positions whose largest logit is the next token, over those whose target is not -100."""
     counts = targets != IGNORED
-    return ((outputs.argmax(-1) == targets) & counts).flatten(1).sum(1), counts.flatten(1).sum(1)
+    return (accuracy(outputs, targets) & counts).flatten(1).sum(1), counts.flatten(1).sum(1)
 
 
 def perplexity(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,9 +98,10 @@ def f1(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def r2(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Share of the targets' variance that the outputs explain, the mean over numbers; 1 is perfect."""
+    """Share of the targets' variance that the outputs explain, the mean over numbers that vary; 1 is perfect."""
     y, away = targets.double(), as_targets(outputs, targets).double() - targets
-    return (1 - away.square().sum(0) / (y - y.mean(0)).square().sum(0)).mean()
+    total = (y - y.mean(0)).square().sum(0)
+    return (1 - away.square().sum(0) / total)[total > 0].mean()
 
 
 METRICS: dict[str, Metric] = {

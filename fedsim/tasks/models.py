@@ -186,9 +186,16 @@ def stored_model(path: Path, task: Mapping[str, Any]) -> nn.Module:
     if sizes is None or "model" not in task:
         raise ValueError(f"{path}: its task has no module; safetensors.torch.load_file reads the tensors")
     call = decode_entry(MODELS, task["model"], "task.model", needs=sizes, check=as_module)
-    made = call(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+    made = call(**{k: _shapes(v) for k, v in sizes.items()})
     lora = None if task.get("lora") is None else decode(Lora, task["lora"], "task.lora")()
     return filled(adapted(made, task.get("train") or (), lora), tensors)
+
+
+def _shapes(size: Any) -> Any:
+    """A size as it was before it was written: JSON has no tuples, also in a dictionary of several inputs' shapes."""
+    if isinstance(size, dict):
+        return {name: _shapes(own) for name, own in size.items()}
+    return tuple(size) if isinstance(size, list) else size
 
 
 class ResNet(nn.Module):

@@ -20,7 +20,6 @@ from fedsim.data.federated import FederatedData
 from fedsim.engine import Batch, Engine
 from fedsim.engine.losses import Loss, per_sample
 from fedsim.engine.low_rank import Chain, LowRank, gradients_at, low_rank_run
-from fedsim.metrics import undefined
 from fedsim.params import Layout, on_device
 from fedsim.streams import Streams
 from fedsim.task import Pool, Schedule, Session, Task
@@ -164,8 +163,7 @@ class SupervisedTask(Task):
         found = self._score(x, data.test_inputs, data.test_targets, None, pool, keep=bool(self._wholes))
         if not found.parts.shape[-1]:
             return {}
-        values = self._values(*_sums(found.parts))
-        out = {f"test_{name}": float(v) for name, v in values.items() if not undefined(v, values["loss"])}
+        out = {f"test_{name}": float(v) for name, v in self._values(*_sums(found.parts)).items()}
         for name, metric in self._wholes.items():
             assert found.outputs is not None
             out[f"test_{name}"] = float(metric(found.outputs, each(Tensor.cpu, data.test_targets)))

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.metrics import Metrics, spread
+from fedsim.config import ConfigError
+from fedsim.metrics import Metrics, check_names, spread
 
 
 def test_counts_sum_beside_means():
@@ -28,6 +29,13 @@ def test_a_client_with_samples_and_a_nan_loss_is_not_hidden():
 
 def test_a_mean_over_nothing_is_left_out():
     assert Metrics.mean_over(torch.zeros(0), torch.zeros(0), name="loss").values() == {}
+
+
+@pytest.mark.parametrize("name", ["test_mae", "personal_f1_std", "global_perplexity", "bits_up"])
+def test_names_that_an_evaluation_gives_are_nobody_elses(name):
+    check_names(["tested", "globally", "client_drift"], "Mine")
+    with pytest.raises(ConfigError, match=f"Mine: metric '{name}' is reserved"):
+        check_names(["drift", name], "Mine")
 
 
 @given(st.lists(st.tuples(st.integers(-1000, 1000), st.integers(0, 50)), min_size=1, max_size=30), st.data())

@@ -7,6 +7,7 @@ from torch import nn
 
 from fedsim.engine.noise import keyed_copy
 from fedsim.params import Layout, on_device, program_of
+from fedsim.tasks.adapted import Lora, adapted
 
 
 class Net(nn.Module):
@@ -51,6 +52,17 @@ def test_roles_tell_embeddings_and_the_head_from_hidden_matrices() -> None:
         "norm.running_var": "vector",
         "norm.num_batches_tracked": "vector",
     }
+
+
+def test_a_frozen_head_makes_no_other_matrix_the_head() -> None:
+    net = Net()
+    net.head.requires_grad_(False)
+    layout = Layout.of_module(net)
+    assert "head" not in layout.roles and layout.last_layer == ()
+    lora = Layout.of_module(adapted(Net(), (), Lora(targets=("body",))))
+    assert lora.names == ("body.lora_a", "body.lora_b") and lora.last_layer == () and set(lora.roles) == {"matrix"}
+    adapters = Layout.of_module(adapted(Net(), (), Lora(targets=("body", "head"))))
+    assert adapters.last_layer == ("head.lora_a", "head.lora_b")
 
 
 def test_a_state_dict_loads_back_into_the_module() -> None:

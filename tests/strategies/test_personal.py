@@ -128,7 +128,7 @@ def _config(**fields: Any) -> dict[str, Any]:
             {"personal": ["1.*", "head.*"]},
             r"strategy: personal: 'head\.\*' of \['1\.\*', 'head\.\*'\] matches no .* are 1\.weight, 1\.bias",
         ),
-        ({}, "strategy: personal: this model has one layer only"),
+        ({}, "strategy: personal: no last layer beside others trains here"),
         ({"name": "fedbn"}, "strategy: personal: this model has no normalisation layer"),
         ({"layout": 3}, "strategy.layout: is not set here"),
         ({"personal": "head"}, "strategy.personal: expected"),

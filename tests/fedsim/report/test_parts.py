@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from fedsim.history import History
+from fedsim.report import clients
 from fedsim.report.curves import over_each_axis, wants_log
 from fedsim.report.draw import MAX_POINTS, Curve, histogram, line_panel, thin, tick_text
 from fedsim.report.files import read_columns
@@ -157,3 +158,11 @@ def test_a_run_in_which_clients_could_be_missing_says_who_was():
     assert [key.text for key in section.keys] == ["replied", "off line", "dropped out"]
     assert [picture.title for picture in section.pictures] == ["Jobs by round", "Clients off line by round"]
     assert absence_section(History([{"round": 1, "num_clients": 3}])) is None
+
+
+def test_the_band_of_a_metric_that_may_be_negative_lies_around_its_mean(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(clients, "line_panel", lambda curves, **_: drawn.append(curves[0]) or "")
+    row = {"round": 1, "test_gain": -1.0, "client_gain_mean": -1.0, "client_gain_std": 0.5, "client_loss_mean": 1.0}
+    clients.spread_section(History([row | {"client_loss_std": 2.0}]), tmp_path)
+    assert [(c.low.tolist(), c.high.tolist()) for c in drawn] == [([-1.5], [-0.5]), ([0.0], [3.0])]

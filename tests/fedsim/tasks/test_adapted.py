@@ -79,6 +79,14 @@ def test_names_say_what_trains() -> None:
             {"model": {"name": f"{__name__}:bypassed"}, "lora": {"targets": ["*.linear1"]}},
             "in evaluation its layer encoder.linear1 is not called",
         ),
+        (
+            {"model": {"name": f"{__name__}:bypassed"}, "lora": {"targets": ["*.linear1"]}, "train": ["*"]},
+            "in evaluation its layer encoder.linear1 is not called",
+        ),
+        (
+            {"model": {"name": f"{__name__}:halved"}, "train": ["2.*"]},
+            r"task.model: what trains is float32, and beside its frozen part \(bfloat16\) .*; load or make",
+        ),
     ],
 )
 def test_what_cannot_train_is_refused_before_the_first_round(task: dict[str, Any], text: str) -> None:
@@ -104,6 +112,17 @@ class Counting(nn.Module):
         if self.training:
             self.seen = self.seen + len(x)
         return x * self.weight
+
+
+class Halved(nn.Flatten):
+    """In half precision from here on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+def halved(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return nn.Sequential(Halved(), nn.Linear(64, 8), nn.Linear(8, 10)).bfloat16()
 
 
 def drifting(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +122,8 @@ def test_a_model_made_by_peft_travels_as_its_adapters() -> None:
 def test_mistakes_are_answered(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         pretrained((6,), 3, **options)
+
+
+def test_weights_saved_in_half_precision_are_read_as_what_trains(tmp_path: Path) -> None:
+    pretrained((6,), 3, config=BERT).model.bfloat16().save_pretrained(tmp_path)
+    assert {p.dtype for p in pretrained((6,), 3, path=str(tmp_path)).parameters()} == {torch.float32}

@@ -4,6 +4,7 @@ metrics are those of scikit-learn, of numpy or worked out by hand."""
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -193,7 +194,31 @@ def test_without_labels_anywhere_f1_has_no_value_and_the_run_goes_on() -> None:
     config["task"]["dataset"] = f"{__name__}:nothing_there"
     config["local"]["optimizer"]["lr"] = 1.0
     row = fedsim.run(config).rows[-1]
-    assert "test_f1" not in row and row["test_label_accuracy"] == 1.0 and row["client_f1_mean"] == 0.0
+    assert math.isnan(row["test_f1"]) and row["test_label_accuracy"] == 1.0 and row["client_f1_mean"] == 0.0
+
+
+def correlation(outputs: Tensor, targets: Tensor) -> float:
+    """One number for all samples, which outputs that are all the same have none of."""
+    return float("nan") if len(outputs) == HELD else 0.5
+
+
+def precision(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    found = outputs > 9
+    return (found & (targets > 0.5)).sum(1), found.sum(1)
+
+
+@pytest.mark.parametrize("name", ["correlation", "precision"])
+def test_a_metric_without_a_value_is_no_divergence_and_nothing_that_rows_lack(name: str) -> None:
+    config = _config("multilabel", 2) | {"evaluate": {"every": 1}, "checkpoint": {"best": f"test_{name}"}}
+    config["task"]["metrics"] = [f"{__name__}:{name}"]
+    rows = fedsim.run(config | {"stop": {f"test_{name}": 0.9}}).rows
+    assert len(rows) == 2 and all(math.isnan(row[f"test_{name}"]) for row in rows)
+
+
+def test_r2_is_over_numbers_that_vary() -> None:
+    z, y = torch.tensor([[1.0, 5.0], [2.0, 4.0], [4.0, 5.0]]), torch.tensor([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])
+    assert float(METRICS["r2"](z, y)) == pytest.approx(sk.r2_score(y[:, 0], z[:, 0]))
+    assert METRICS["r2"](z[:, 1], y[:, 1]).isnan()
 
 
 def nothing_there() -> Dataset:
@@ -212,6 +237,25 @@ def test_where_every_position_counts_the_loss_is_that_of_classes() -> None:
 
 def full() -> tuple[np.ndarray, np.ndarray]:
     return TOKENS[:, :-1], TOKENS[:, 1:]
+
+
+def padded_test() -> tuple[np.ndarray, ...]:
+    """Positions that do not count stand in held-out rows alone."""
+    y = TOKENS[:, 1:].copy()
+    y[N:, 4:] = -100
+    return TOKENS[:N, :-1], y[:N], TOKENS[N:, :-1], y[N:]
+
+
+def test_positions_that_do_not_count_may_stand_in_held_out_rows_alone() -> None:
+    config = _config("language_model") | {"partition": "iid", "clients": {"count": 5}}
+    config["task"] |= {"dataset": f"{__name__}:padded_test", "model": {"name": "char_lstm", "hidden": 4, "layers": 1}}
+    run = compose(config, "test")
+    found = run.experiment.task.evaluate(run.experiment.task.x0, run.pool)
+    assert math.exp(found["test_loss"]) == pytest.approx(found["test_perplexity"])  # all rows count as often
+    run.close()
+    config["task"]["name"] = "classification"
+    with pytest.raises(fedsim.ConfigError, match="some of its labels are -100.*language_model"):
+        compose(config, "test")
 
 
 def test_targets_of_a_language_model_are_the_next_tokens() -> None:
@@ -276,6 +320,10 @@ def test_losses_and_metrics_of_ones_own_are_as_good_as_those_of_the_table() -> N
         ({"metrics": [f"{__name__}:words"]}, "task.metrics: words gives a str for [23] samples; it must give a number"),
         ({"metrics": [f"{__name__}:table"]}, r"task.metrics: table gives a tensor \[7\]"),
         ({"metrics": ["accuracy"]}, "task.metrics: accuracy can't take the model's outputs"),
+        (
+            {"dataset": f"{__name__}:one_number", "model": "logistic", "metrics": ["accuracy"]},
+            "accuracy can't take the model's outputs .*targets are numbers, not classes",
+        ),
         ({"metrics": ["mae", "mae"]}, "two metrics are called 'mae'; give one another name"),
         ({"metrics": [{"name": "mae", "as": "loss"}]}, r"metrics\[0\].as: expected a name for the row"),
         ({"metrics": "mae"}, r"task.metrics: expected a list such as \[accuracy\], got 'mae'"),
@@ -333,6 +381,19 @@ def test_flipped_labels_need_labels() -> None:
     config["clients"] = {"byzantine": {"attack": "label_flip", "count": 1}}
     with pytest.raises(fedsim.ConfigError, match="byzantine.attack: poisons labels, .* not all classes"):
         compose(config, "test")
+
+
+def shaped(input_shape: dict[str, tuple[int, ...]], num_classes: int) -> nn.Module:
+    assert input_shape == {"a": (3,), "b": (3,)}
+    return Normed(num_classes)
+
+
+def test_a_model_that_asks_for_several_shapes_is_made_again_from_its_folder(tmp_path: Path) -> None:
+    here = f"{__name__}:"
+    task = {"name": "classification", "dataset": f"{here}pairs", "model": f"{here}shaped"}
+    made = fedsim.run({"task": task, "rounds": 1, "clients": {"count": 3}}, out=tmp_path / "run").model
+    again = fedsim.History.load(tmp_path / "run").model
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in made.state_dict().items())
 
 
 class Normed(nn.Module):
