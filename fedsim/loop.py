@@ -28,7 +28,7 @@ from fedsim.metrics import check_names
 from fedsim.observers import observing
 from fedsim.signals import interruptible
 from fedsim.sim.executor import ClientError, Lost
-from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
+from fedsim.sinks import METRICS_FILE, Sink, restored, rows_in_order
 from fedsim.stop import Course, Stop
 from fedsim.strategy import Strategy, begin, step
 from fedsim.streams import server_rng
@@ -313,7 +313,7 @@ class Run:
     def restore(self) -> None:
         """Go on from the newest sound checkpoint whose rows are all there; from the start if none was ever made."""
         assert self.folder is not None
-        rows = rows_in_order(self.folder.parent / METRICS_FILE)
+        rows = [restored(row) for row in rows_in_order(self.folder.parent / METRICS_FILE)]
         trouble: list[str] = []
         for path in reversed(checkpoint.checkpoints(self.folder)):
             try:
