@@ -289,7 +289,10 @@ class Simulation:
             self._run.save()
 
     def close(self) -> None:
-        """Complete the folder with a checkpoint, the model, the summary and the report, and stop the workers."""
+        """Complete the folder with a checkpoint, the model, the summary and the report, and stop the workers.
+
+        Where a round broke off the folder stays as it is, for a resume from its last checkpoint.
+        """
         self._close(complete=True)
 
     def _close(self, complete: bool) -> None:
@@ -298,7 +301,7 @@ class Simulation:
             return
         with self._writing(), stack:
             folder, run = self._folder, self._run
-            if complete and folder is not None and run.round:
+            if complete and folder is not None and run.round and not run.broken:
                 if run.saved != run.round:
                     run.save()
                 write_results(folder, self._made, run.state.x, History.load(folder), run.ended or BY_HAND)

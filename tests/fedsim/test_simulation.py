@@ -135,6 +135,24 @@ def test_save_makes_a_checkpoint_at_any_round(whole: Path, tmp_path: Path) -> No
     assert same_run(folder, whole)
 
 
+def test_a_round_that_broke_off_is_not_saved_whoever_catches_its_error(whole: Path, tmp_path: Path) -> None:
+    def fail(simulation: fedsim.Simulation) -> None:
+        if simulation.round == 3:
+            raise KeyError("mine")
+
+    folder = tmp_path / "run"
+    with fedsim.simulate(CONFIG, out=folder, callbacks=[fail]) as simulation:
+        with pytest.raises(ObserverError):
+            list(simulation.rounds())
+        assert simulation.ended == "round 3 broke off" and not list(simulation.rounds())
+        with pytest.raises(ValueError, match="round 3 broke off, so there is nothing whole to save"):
+            simulation.save()
+    assert [p.name for p in checkpoint.checkpoints(folder / "checkpoints")] == ["round-000002"]
+    assert not (folder / "summary.json").exists()
+    fedsim.run(CONFIG, out=folder, resume=True)
+    assert same_run(folder, whole)
+
+
 def test_a_simulation_keeps_its_folder_to_itself_until_it_is_closed(tmp_path: Path) -> None:
     simulation = fedsim.simulate(CONFIG, out=tmp_path / "run")
     simulation.step()
