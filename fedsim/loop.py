@@ -180,9 +180,11 @@ class Run:
         self.best: Best | None = None
         self.saved: int | None = None
         self.broken = False
+        self._asked = False  # to save this round once its row is written
         self._started = time.perf_counter()  # less the seconds of the calls that this one goes on from
         if resume:
             self.restore()
+        self._written = self.round  # rows so far
         self.ended = self.course.ended or self._all_done()
         started()
         with ExitStack() as stack:
@@ -239,7 +241,7 @@ class Run:
         if e.checkpoint.best and (due or reason):
             self.best = best_of(self.best, e.checkpoint.best, row, self.state.x)
         every = e.checkpoint.every
-        asked = self.saved == self.round  # by a callback, before the row was written
+        asked, self._asked = self._asked, False
         if self.ended or asked or (every and self.round % every == 0):
             self.save()
         return row
@@ -260,6 +262,7 @@ class Run:
         for sink in self.sinks:
             with observing(f"sink {type(sink).__name__}", sink, f"in round {self.round}"):
                 sink.write(row)
+        self._written = self.round
         self.watch(row)
         if not e.allow_divergence:
             self.check_finite(row)
@@ -308,7 +311,7 @@ class Run:
             )
 
     def save(self) -> None:
-        """Save a checkpoint; nothing without a folder.
+        """Save a checkpoint, in a callback once the round's row is written, which it needs; nothing without a folder.
 
         Raises:
             ConfigError: if it can't be written.
@@ -316,6 +319,9 @@ class Run:
         """
         if self.broken:
             raise ValueError(f"{self.ended}, so there is nothing whole to save; resume from the last checkpoint")
+        if self._written < self.round:
+            self._asked = True
+            return
         if self.folder is None:
             return
         rows = self.folder.parent / METRICS_FILE

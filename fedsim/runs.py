@@ -284,7 +284,10 @@ class Simulation:
         return self.history
 
     def save(self) -> None:
-        """Save a checkpoint now, from which `resume=True` goes on; nothing without a folder."""
+        """Save a checkpoint, from which `resume=True` goes on; nothing without a folder.
+
+        One that a callback asks for is written right after the round's row, which it needs.
+        """
         with self._writing():
             self._run.save()
 

@@ -240,6 +240,20 @@ def test_a_checkpoint_that_a_callback_asks_for_holds_the_whole_round(whole: Path
     assert found.take("round") == 2 and found.take("best", {"Best": Best}).round == 2
 
 
+def test_a_checkpoint_that_a_callback_asks_for_costs_no_other_if_the_round_breaks_off(tmp_path: Path) -> None:
+    def save_and_fail(simulation: fedsim.Simulation) -> None:
+        simulation.save()
+        if simulation.round == 3:
+            raise KeyError("mine")
+
+    folder, changes = tmp_path / "run", {"checkpoint.keep": 1, "checkpoint.every": None}
+    with pytest.raises(ObserverError):
+        fedsim.run(CONFIG, out=folder, callbacks=[save_and_fail], **changes)
+    assert [p.name for p in checkpoint.checkpoints(folder / "checkpoints")] == ["round-000002"]
+    with fedsim.simulate(CONFIG, out=folder, resume=True, **changes) as simulation:
+        assert simulation.round == 2
+
+
 def press_at(round: int) -> Callable[[fedsim.Simulation], None]:
     def press(simulation: fedsim.Simulation) -> None:
         if simulation.round == round:
