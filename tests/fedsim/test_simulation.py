@@ -25,6 +25,7 @@ from fedsim.history import BEST_FILE
 from fedsim.loop import Interrupted
 from fedsim.observers import ObserverError
 from fedsim.results import write_config
+from fedsim.sim.place import Place
 from tests.build import rows_in, without_wall_time
 
 CONFIG: dict[str, Any] = {
@@ -174,6 +175,13 @@ def test_ctrl_c_while_stepping_ends_with_a_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == ["round-000001"]
 
 
+def test_under_torchrun_no_rank_steps_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fedsim.simulate(CONFIG) as simulation:
+        monkeypatch.setattr("fedsim.runs.place", lambda: Place(0, 0, 2, 2, "localhost"))
+        with pytest.raises(ConfigError, match="under torchrun .* call rounds"):
+            simulation.step()
+
+
 # Callbacks --------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +246,16 @@ def test_a_checkpoint_that_a_callback_asks_for_holds_the_whole_round(whole: Path
         fedsim.run(CONFIG, out=tmp_path / "run", callbacks=[save, press_at(3)], **changes)
     found = checkpoint.load(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-2])
     assert found.take("round") == 2 and found.take("best", {"Best": Best}).round == 2
+
+
+def test_a_complete_run_that_goes_on_is_not_called_complete_until_it_is(tmp_path: Path) -> None:
+    summary = tmp_path / "run" / "summary.json"
+    fedsim.run(CONFIG, out=tmp_path / "run", rounds=2)
+    with pytest.raises(Interrupted):
+        fedsim.run(CONFIG, out=tmp_path / "run", resume=True, callbacks=[press_at(3)])
+    assert not summary.exists()
+    fedsim.run(CONFIG, out=tmp_path / "run", resume=True)
+    assert json.loads(summary.read_text())["rounds"] == 6
 
 
 def test_a_checkpoint_that_a_callback_asks_for_costs_no_other_if_the_round_breaks_off(tmp_path: Path) -> None:
