@@ -272,7 +272,9 @@ class Simulation:
             ValueError: if no round is left, or several ranks of a torchrun would have to; for the others see `rounds`.
         """
         if (here := place()) is not None and here.size > 1:
-            raise ConfigError("under torchrun the ranks play all rounds together; call rounds() or finish(), not step()")
+            raise ConfigError(
+                "under torchrun the ranks play all rounds together; call rounds() or finish(), not step()"
+            )
         with self._writing():
             row = self._run.step()
             self._note(row)

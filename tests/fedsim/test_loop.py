@@ -19,6 +19,7 @@ from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.evaluation import Evaluate
 from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, Run, ServerError, train
+from fedsim.signals import interruptible
 from fedsim.sinks import JsonLines
 from fedsim.stop import Patience, Stop
 
@@ -282,6 +283,20 @@ def test_ctrl_c_after_a_signal_stops_at_once(first: int, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         train(experiment(), folder=tmp_path, watch=press(first, signal.SIGINT, at=2))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_runs_in_turns_leave_ctrl_c_as_it_was() -> None:
+    first, second = interruptible(), interruptible()
+    first.__enter__()
+    asked = second.__enter__()
+    first.__exit__(None, None, None)
+    signal.raise_signal(signal.SIGINT)
+    assert asked == [signal.SIGINT]
+    second.__exit__(None, None, None)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
