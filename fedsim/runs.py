@@ -272,9 +272,7 @@ class Simulation:
             ValueError: if no round is left, or several ranks of a torchrun would have to; for the others see `rounds`.
         """
         if (here := place()) is not None and here.size > 1:
-            raise ConfigError(
-                "under torchrun the ranks play all rounds together; call rounds() or finish(), not step()"
-            )
+            raise ConfigError("under torchrun all ranks play the rounds together; call rounds() or finish()")
         with self._writing():
             row = self._run.step()
             self._note(row)
@@ -288,18 +286,12 @@ class Simulation:
         return self.history
 
     def save(self) -> None:
-        """Save a checkpoint, from which `resume=True` goes on; nothing without a folder.
-
-        One that a callback asks for is written right after the round's row, which it needs.
-        """
+        """Save a checkpoint to resume from, in a callback right after the round's row; nothing without a folder."""
         with self._writing():
             self._run.save()
 
     def close(self) -> None:
-        """Complete the folder with a checkpoint, the model, the summary and the report, and stop the workers.
-
-        Where a round broke off the folder stays as it is, for a resume from its last checkpoint.
-        """
+        """Complete the folder (checkpoint, model, summary, report) unless a round broke off, and stop the workers."""
         self._close(complete=True)
 
     def _close(self, complete: bool) -> None:
