@@ -16,7 +16,7 @@ import numpy as np
 
 from fedsim.best import best_row
 from fedsim.overrides import plain_errors
-from fedsim.sinks import METRICS_FILE, read_rows
+from fedsim.sinks import METRICS_FILE, read_rows, restored
 
 if TYPE_CHECKING:
     import pandas
@@ -86,7 +86,7 @@ class History:
         file = folder / METRICS_FILE
         if not file.is_file():
             raise ValueError(f"{folder} holds no {METRICS_FILE}; give the folder of a run (what --out named)")
-        return cls([_restored(row) for row in read_rows(file)], _config(folder / "config.yaml"), folder)
+        return cls([restored(row) for row in read_rows(file)], _config(folder / "config.yaml"), folder)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -258,15 +258,6 @@ def _three(value: float) -> str:
     if value == int(value) and abs(value) < 1e15 or abs(value) >= 100:
         return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3g}"
     return f"{value:.3g}"
-
-
-def _restored(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as it was before it was written: NaN where a null stands for what was not finite."""
-    lost = row.pop("nonfinite", [])
-    for key in lost:
-        value = row.get(key)
-        row[key] = [float("nan") if v is None else v for v in value] if isinstance(value, list) else float("nan")
-    return row
 
 
 def _config(file: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from fedsim.metrics import check_names, without_value
 from fedsim.observers import observing
 from fedsim.signals import interruptible
 from fedsim.sim.executor import ClientError, Lost
-from fedsim.sinks import METRICS_FILE, Sink, rows_in_order
+from fedsim.sinks import METRICS_FILE, Sink, restored, rows_in_order
 from fedsim.stop import Course, Stop
 from fedsim.strategy import Strategy, begin, step
 from fedsim.streams import server_rng
@@ -153,6 +153,7 @@ class Run:
         ended: why no round is left, None while there is one.
         best: where `checkpoint.best` was best so far.
         saved: the round of the last checkpoint, None before there is one.
+        broken: whether a round broke off in its middle, after which there is nothing whole to go on from or to save.
 
     Raises:
         ConfigError: if the strategy found that its settings don't fit, or a checkpoint can't be read or written.
@@ -178,9 +179,12 @@ class Run:
         self.last: dict[str, Any] = {}
         self.best: Best | None = None
         self.saved: int | None = None
+        self.broken = False
+        self._asked = False  # to save this round once its row is written
         self._started = time.perf_counter()  # less the seconds of the calls that this one goes on from
         if resume:
             self.restore()
+        self._written = self.round  # rows so far
         self.ended = self.course.ended or self._all_done()
         started()
         with ExitStack() as stack:
@@ -220,10 +224,31 @@ class Run:
             Diverged: if the model is not finite; the rows so far are written.
             ClientError, ServerError: if a half of the strategy raised.
             ConfigError: if the strategy found that its settings don't fit, or a checkpoint can't be written.
+
+        After an error in the round itself the run has ended, and only a resume goes on.
         """
-        e = self.experiment
+        e, number = self.experiment, self.round + 1
         if self.ended is not None:
-            raise ValueError(f"round {self.round + 1}: the run has ended, {self.ended}")
+            raise ValueError(f"round {number}: the run has ended, {self.ended}")
+        try:
+            row, due, reason = self._played()
+        except BaseException:
+            self.broken, self.ended = True, f"round {number} broke off"
+            raise
+        self.ended = reason or self._all_done()
+        if self.ended and not e.allow_divergence and (what := self.course.exploded()):
+            warnings.warn(what, stacklevel=2)
+        if e.checkpoint.best and (due or reason):
+            self.best = best_of(self.best, e.checkpoint.best, row, self.state.x)
+        every = e.checkpoint.every
+        asked, self._asked = self._asked, False
+        if self.ended or asked or (every and self.round % every == 0):
+            self.save()
+        return row
+
+    def _played(self) -> tuple[dict[str, Any], bool, str | None]:
+        """A round up to its row in the sinks: (the row, whether an evaluation was due, why the run ends with it)."""
+        e = self.experiment
         with _threads(e.threads):
             row = self._round()
             if due := self.round % e.evaluate.every == 0 or self.round == e.rounds:
@@ -237,19 +262,11 @@ class Run:
         for sink in self.sinks:
             with observing(f"sink {type(sink).__name__}", sink, f"in round {self.round}"):
                 sink.write(row)
+        self._written = self.round
         self.watch(row)
         if not e.allow_divergence:
             self.check_finite(row)
-        self.ended = reason or self._all_done()
-        if self.ended and not e.allow_divergence and (what := self.course.exploded()):
-            warnings.warn(what, stacklevel=2)
-        if e.checkpoint.best and (due or reason):
-            self.best = best_of(self.best, e.checkpoint.best, row, self.state.x)
-        every = e.checkpoint.every
-        asked = self.saved == self.round  # by a callback, before the row was written
-        if self.ended or asked or (every and self.round % every == 0):
-            self.save()
-        return row
+        return row, due, reason
 
     def _all_done(self) -> str | None:
         rounds = self.experiment.rounds
@@ -294,6 +311,17 @@ class Run:
             )
 
     def save(self) -> None:
+        """Save a checkpoint, in a callback once the round's row is written, which it needs; nothing without a folder.
+
+        Raises:
+            ConfigError: if it can't be written.
+            ValueError: if a round broke off.
+        """
+        if self.broken:
+            raise ValueError(f"{self.ended}, so there is nothing whole to save; resume from the last checkpoint")
+        if self._written < self.round:
+            self._asked = True
+            return
         if self.folder is None:
             return
         rows = self.folder.parent / METRICS_FILE
@@ -313,7 +341,7 @@ class Run:
     def restore(self) -> None:
         """Go on from the newest sound checkpoint whose rows are all there; from the start if none was ever made."""
         assert self.folder is not None
-        rows = rows_in_order(self.folder.parent / METRICS_FILE)
+        rows = [restored(row) for row in rows_in_order(self.folder.parent / METRICS_FILE)]
         trouble: list[str] = []
         for path in reversed(checkpoint.checkpoints(self.folder)):
             try:

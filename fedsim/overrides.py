@@ -84,7 +84,7 @@ def apply_overrides(
 
     Args:
         raw: a mapping, or YAML as text.
-        overrides: {dotted key: value}.
+        overrides: {dotted key: value}; an entry's fields are set after the entry, whichever stands first.
         source: the file's name, for messages.
         shared: knows which fields two entries share.
 
@@ -97,7 +97,7 @@ def apply_overrides(
         config = raw if OmegaConf.is_config(raw) else OmegaConf.create(raw if isinstance(raw, str) else dict(raw))
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"{source}: expected sections at the top, got a list or text")
-        for key, value in overrides.items():
+        for key, value in sorted(overrides.items(), key=lambda each: each[0].count(".")):  # an entry before its fields
             _open_entry(config, key)
             if isinstance(value, str):
                 value = _renamed(config, key, value, overrides, shared)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.best import Best
+from fedsim.best import Best, best_row
 from fedsim.compose import Composition
 from fedsim.files import write_tensors, write_whole
 from fedsim.fleet import DrivenFleet
@@ -99,9 +99,8 @@ def write_results(folder: Path, composition: Composition, x: Tensor, history: Hi
         _write_clients(folder, experiment, x)
     final = {key: history.last(key) for key in history.keys()}
     summary = {"rounds": history.rows[-1]["round"], "ended": why, "final": json.loads(encode_row(final))}
-    best = [row["test_accuracy"] for row in history.rows if row.get("test_accuracy") is not None]
-    if best:
-        summary["best_test_accuracy"] = max(best)
+    if (best := best_row(history.rows, "test_accuracy")) is not None:
+        summary["best_test_accuracy"] = best["test_accuracy"]
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     _write_report(folder)
 

@@ -24,7 +24,7 @@ from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import trained
 from fedsim.progress import Progress
 from fedsim.results import write_best, write_inputs, write_results
-from fedsim.sim.place import follows
+from fedsim.sim.place import follows, place
 from fedsim.sinks import METRICS_FILE
 
 CHOSEN_ONCE = ("engine", "native", "stack", "stacks")  # by `auto`, when a run begins
@@ -269,8 +269,10 @@ class Simulation:
         """Play one round; its row.
 
         Raises:
-            ValueError: if no round is left; for the others see `rounds`.
+            ValueError: if no round is left, or several ranks of a torchrun would have to; for the others see `rounds`.
         """
+        if (here := place()) is not None and here.size > 1:
+            raise ConfigError("under torchrun all ranks play the rounds together; call rounds() or finish()")
         with self._writing():
             row = self._run.step()
             self._note(row)
@@ -284,12 +286,12 @@ class Simulation:
         return self.history
 
     def save(self) -> None:
-        """Save a checkpoint now, from which `resume=True` goes on; nothing without a folder."""
+        """Save a checkpoint to resume from, in a callback right after the round's row; nothing without a folder."""
         with self._writing():
             self._run.save()
 
     def close(self) -> None:
-        """Complete the folder with a checkpoint, the model, the summary and the report, and stop the workers."""
+        """Complete the folder (checkpoint, model, summary, report) unless a round broke off, and stop the workers."""
         self._close(complete=True)
 
     def _close(self, complete: bool) -> None:
@@ -298,7 +300,7 @@ class Simulation:
             return
         with self._writing(), stack:
             folder, run = self._folder, self._run
-            if complete and folder is not None and run.round:
+            if complete and folder is not None and run.round and not run.broken:
                 if run.saved != run.round:
                     run.save()
                 write_results(folder, self._made, run.state.x, History.load(folder), run.ended or BY_HAND)
@@ -307,7 +309,9 @@ class Simulation:
         """What is kept of a round beside its row in the folder."""
         if self._folder is None:
             self._rows.append(row)
-        elif (best := self._run.best) is not None and best.round == row["round"]:
+            return
+        (self._folder / "summary.json").unlink(missing_ok=True)  # of fewer rounds, and no longer all that is there
+        if (best := self._run.best) is not None and best.round == row["round"]:
             write_best(self._folder, self._made, best)
 
     def _told(self, callback: Callback) -> str | None:

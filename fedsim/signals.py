@@ -11,10 +11,18 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Signals that asked to stop after this round: Ctrl-C and SIGTERM. A second Ctrl-C stops at once."""
+    """Signals that asked to stop after this round: Ctrl-C and SIGTERM. A second Ctrl-C stops at once.
+
+    Several may overlap in any order, as those of runs that are stepped through in turns do.
+    """
     asked: list[int] = []
+    over = False
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if over:  # and put back by one that began later
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+            return
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
@@ -24,5 +32,7 @@ def interruptible() -> Iterator[list[int]]:
     try:
         yield asked
     finally:
+        over = True
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is handle:
+                signal.signal(number, handler)

@@ -265,6 +265,19 @@ def encode_row(row: Mapping[str, Any]) -> str:
     return json.dumps(plain | ({"nonfinite": listed} if listed else {}))
 
 
+def restored(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it was before it was written: NaN where a null stands for what was not finite.
+
+    >>> restored({"round": 1, "train_loss": None, "nonfinite": ["train_loss"]})
+    {'round': 1, 'train_loss': nan}
+    """
+    out = {key: value for key, value in row.items() if key != "nonfinite"}
+    for key in row.get("nonfinite", ()):
+        value = row.get(key)
+        out[key] = [float("nan") if v is None else v for v in value] if isinstance(value, list) else float("nan")
+    return out
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, nulls left as they are. A last line cut short by a crash is left out.
 

@@ -63,7 +63,7 @@ class Stop:
         """The bound that this row reached, in words."""
         for name, bound in self.bounds.items():
             value = _number(row, name)
-            if value is None:
+            if value is None or not isfinite(value):
                 continue
             if value <= bound if small_is_good(name) else value >= bound:
                 return f"{name} {value:.6g} reached {bound:.6g}"
@@ -128,7 +128,7 @@ class Course:
         if patience is None or value is None or not (isfinite(value) or self._best):
             return None
         sign = 1 if small_is_good(patience.metric) else -1
-        if self._best is None or sign * value < sign * self._best[0]:
+        if self._best is None or (isfinite(value) and sign * value < sign * self._best[0]):
             self._best = value, row["round"]
         best, since = self._best
         if row["round"] - since < patience.rounds:

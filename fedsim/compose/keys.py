@@ -19,6 +19,7 @@ from fedsim.hints import described, parameters, plain_default
 from fedsim.optim.rule import RuleSettings
 from fedsim.optim.schedules import Schedule
 from fedsim.optim.settings import Settings
+from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES, Entry
 from fedsim.strategy import Strategy
 
@@ -144,6 +145,8 @@ def yaml_of(value: Any) -> str:
 def _keys_of_rule(name: str, target: Any) -> list[Key]:
     """Its own, then those of every rule, then those of the whole optimizer; with what the name stands for."""
     rule = target.rule if isinstance(target, Entry) else target
+    if not is_rule(rule):  # of torch: its class has its own keys
+        return keys_of(rule, ("params",))
     found = [*keys_of(rule), *keys_of(RuleSettings), *keys_of(Settings)]
     own = {"lr": rule.default_lr, "weight_decay": rule.default_weight_decay, "decay": rule.decay}
     own = {k: v for k, v in own.items() if v is not None}

@@ -383,6 +383,13 @@ def test_another_optimizer_keeps_no_rate_and_says_so_unless_it_is_given_one() ->
     assert runs.load(file, both)[0]["local"] == {"steps": 2, "optimizer": {"name": "adam", "lr": 0.1, "momentum": 0.8}}
 
 
+@pytest.mark.parametrize("entry", ["fedprox", {"name": "fedprox"}])
+def test_a_field_is_set_whether_it_is_given_before_its_entry_or_after(entry: Any) -> None:
+    both = {"strategy.mu": 0.5, "strategy": entry}
+    for overrides in (both, dict(reversed(both.items()))):
+        assert runs.load({"strategy": {"name": "fedavg"}}, overrides)[0]["strategy"] == {"name": "fedprox", "mu": 0.5}
+
+
 @pytest.mark.parametrize("text", ["rounds", "=3", ""])
 def test_an_override_needs_a_key_and_a_value(text: str) -> None:
     with pytest.raises(ConfigError, match=r"x: override '.*' has no key and '='; write key.sub=value"):

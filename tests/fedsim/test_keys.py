@@ -44,6 +44,13 @@ def test_keys_of_an_optimizer_hold_what_its_name_stands_for() -> None:
     assert "arXiv:1711.05101" in paragraph("optimizers", "adamw")
 
 
+def test_a_class_of_torch_is_shown_with_its_own_keys() -> None:
+    found = fedsim("list", "optimizers", "torch.optim:SGD")
+    assert found.code == 0 and "local.optimizer: {name: torch.optim:SGD}" in found.out
+    keys = [key.name for key in keys_of_entry("optimizers", "torch.optim:SGD")]
+    assert keys[:2] == ["lr", "momentum"] and not {"params", "clip"} & set(keys)
+
+
 @pytest.mark.parametrize("table", TABLES)
 def test_every_entry_of_every_table_can_be_shown(table: str) -> None:
     for name in TABLES[table]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass, field, replace
-from math import inf, nan
+from math import inf, isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from fedsim.checkpoint import fingerprint
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.evaluation import Evaluate
-from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, ServerError, train
+from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, Run, ServerError, train
+from fedsim.signals import interruptible
 from fedsim.sinks import JsonLines
 from fedsim.stop import Patience, Stop
 
@@ -120,6 +121,23 @@ def test_patience_ends_a_run_that_no_longer_improves_and_survives_a_resume(tmp_p
     _, rows, again = train(experiment(rounds=20, **fields), sinks=[JsonLines()], folder=tmp_path, resume=True)
     assert [row["round"] for row in rows] == [8] and again == why
     assert train(experiment(rounds=20, **fields), sinks=[JsonLines()], folder=tmp_path, resume=True)[1:] == ([], why)
+
+
+class Spoiled(Walk):
+    """Walks, and from the second round on its metric is not finite."""
+
+    def round(self, s: State, fleet: Any, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
+        state, metrics = super().round(s, fleet, rng)
+        return state, metrics if state.steps == 1 else {"own": float("nan")}
+
+
+def test_what_was_not_finite_is_so_again_after_a_resume(tmp_path: Path) -> None:
+    made = experiment(Spoiled(), stop=Stop(patience=Patience(metric="own", rounds=2)), allow_divergence=True)
+    with Run(made, sinks=[JsonLines()], folder=tmp_path) as run:
+        assert [row["round"] for row in run.rounds()] == [1, 2, 3]
+    with Run(made, sinks=[JsonLines()], folder=tmp_path, resume=True) as again:
+        assert again.ended == run.ended == "own was best in round 1 (1), 2 rounds ago"
+        assert list(again.last) == list(run.last) and isnan(again.last["own"])
 
 
 def test_a_stop_that_no_row_can_reach_is_refused_once_the_model_was_evaluated() -> None:
@@ -265,6 +283,20 @@ def test_ctrl_c_after_a_signal_stops_at_once(first: int, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         train(experiment(), folder=tmp_path, watch=press(first, signal.SIGINT, at=2))
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_runs_in_turns_leave_ctrl_c_as_it_was() -> None:
+    first, second = interruptible(), interruptible()
+    first.__enter__()
+    asked = second.__enter__()
+    first.__exit__(None, None, None)
+    signal.raise_signal(signal.SIGINT)
+    assert asked == [signal.SIGINT]
+    second.__exit__(None, None, None)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(

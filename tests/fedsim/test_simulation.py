@@ -25,6 +25,7 @@ from fedsim.history import BEST_FILE
 from fedsim.loop import Interrupted
 from fedsim.observers import ObserverError
 from fedsim.results import write_config
+from fedsim.sim.place import Place
 from tests.build import rows_in, without_wall_time
 
 CONFIG: dict[str, Any] = {
@@ -135,6 +136,24 @@ def test_save_makes_a_checkpoint_at_any_round(whole: Path, tmp_path: Path) -> No
     assert same_run(folder, whole)
 
 
+def test_a_round_that_broke_off_is_not_saved_whoever_catches_its_error(whole: Path, tmp_path: Path) -> None:
+    def fail(simulation: fedsim.Simulation) -> None:
+        if simulation.round == 3:
+            raise KeyError("mine")
+
+    folder = tmp_path / "run"
+    with fedsim.simulate(CONFIG, out=folder, callbacks=[fail]) as simulation:
+        with pytest.raises(ObserverError):
+            list(simulation.rounds())
+        assert simulation.ended == "round 3 broke off" and not list(simulation.rounds())
+        with pytest.raises(ValueError, match="round 3 broke off, so there is nothing whole to save"):
+            simulation.save()
+    assert [p.name for p in checkpoint.checkpoints(folder / "checkpoints")] == ["round-000002"]
+    assert not (folder / "summary.json").exists()
+    fedsim.run(CONFIG, out=folder, resume=True)
+    assert same_run(folder, whole)
+
+
 def test_a_simulation_keeps_its_folder_to_itself_until_it_is_closed(tmp_path: Path) -> None:
     simulation = fedsim.simulate(CONFIG, out=tmp_path / "run")
     simulation.step()
@@ -154,6 +173,13 @@ def test_ctrl_c_while_stepping_ends_with_a_checkpoint(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == ["round-000001"]
+
+
+def test_under_torchrun_no_rank_steps_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fedsim.simulate(CONFIG) as simulation:
+        monkeypatch.setattr("fedsim.runs.place", lambda: Place(0, 0, 2, 2, "localhost"))
+        with pytest.raises(ConfigError, match="under torchrun .* call rounds"):
+            simulation.step()
 
 
 # Callbacks --------------------------------------------------------------------------------------------------------
@@ -220,6 +246,30 @@ def test_a_checkpoint_that_a_callback_asks_for_holds_the_whole_round(whole: Path
         fedsim.run(CONFIG, out=tmp_path / "run", callbacks=[save, press_at(3)], **changes)
     found = checkpoint.load(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[-2])
     assert found.take("round") == 2 and found.take("best", {"Best": Best}).round == 2
+
+
+def test_a_complete_run_that_goes_on_is_not_called_complete_until_it_is(tmp_path: Path) -> None:
+    summary = tmp_path / "run" / "summary.json"
+    fedsim.run(CONFIG, out=tmp_path / "run", rounds=2)
+    with pytest.raises(Interrupted):
+        fedsim.run(CONFIG, out=tmp_path / "run", resume=True, callbacks=[press_at(3)])
+    assert not summary.exists()
+    fedsim.run(CONFIG, out=tmp_path / "run", resume=True)
+    assert json.loads(summary.read_text())["rounds"] == 6
+
+
+def test_a_checkpoint_that_a_callback_asks_for_costs_no_other_if_the_round_breaks_off(tmp_path: Path) -> None:
+    def save_and_fail(simulation: fedsim.Simulation) -> None:
+        simulation.save()
+        if simulation.round == 3:
+            raise KeyError("mine")
+
+    folder, changes = tmp_path / "run", {"checkpoint.keep": 1, "checkpoint.every": None}
+    with pytest.raises(ObserverError):
+        fedsim.run(CONFIG, out=folder, callbacks=[save_and_fail], **changes)
+    assert [p.name for p in checkpoint.checkpoints(folder / "checkpoints")] == ["round-000002"]
+    with fedsim.simulate(CONFIG, out=folder, resume=True, **changes) as simulation:
+        assert simulation.round == 2
 
 
 def press_at(round: int) -> Callable[[fedsim.Simulation], None]:

@@ -28,6 +28,7 @@ from fedsim.stop import Course, Patience, Stop
         ({"test_mae": 0.3}, {"test_mae": 0.31}, None),
         ({"test_mae": 0.3}, {"test_mae": 0.3}, "test_mae 0.3 reached 0.3"),
         ({"own_score": 7}, {"own_score": 8}, "own_score 8 reached 7"),
+        ({"own_score": 7}, {"own_score": inf}, None),
         ({"x": 1}, {"x": [1.0, 2.0]}, None),
     ],
 )
@@ -58,6 +59,7 @@ def test_patience_counts_rounds_since_the_best_and_looks_only_where_there_is_a_v
     assert after([3.0, 2.0, 2.5, 2.5], 2, "test_loss") == 4
     assert after([1.0, 2.0, 3.0], 2, "test_loss") == 3
     assert after([nan, nan, 0.5, nan, nan], 2) == 5
+    assert after([0.5, inf, nan], 2) == 3  # no best: a file of rows cannot tell it from the others
 
 
 def test_a_course_may_be_taken_up_from_its_rows() -> None:
