@@ -35,10 +35,12 @@ def read_file(
         path = shipped().get(path.name, path)
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
-        names = [*(p.name for p in folder.glob("*.yaml")), *(shipped() if path.name == str(path) else ())]
+        names = {p.name: str(p) for p in folder.glob("*.yaml")}
+        if path.name == str(path) and not path.is_dir():
+            names |= {name: name for name in shipped()}
         near = difflib.get_close_matches(path.name, names, n=1)
         what = "is a folder" if path.is_dir() else "no such file"
-        hint = f"did you mean {str(folder / near[0])!r}?" if near else "name an experiment file (YAML)"
+        hint = f"did you mean {names[near[0]]!r}?" if near else "name an experiment file (YAML)"
         raise ConfigError(f"{path}: {what}; {hint}")
     with plain_errors(str(path)):
         from omegaconf import OmegaConf

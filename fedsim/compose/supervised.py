@@ -111,7 +111,8 @@ class Supervised:
             made = build(
                 data, self.partition, self.clients.count if natural else self.clients.count or NUM_CLIENTS, self.seed
             )
-        if (n := made.num_clients) > (samples := len(made)):
+        split_here = not isinstance(data, FederatedData)
+        if split_here and (n := made.num_clients) > (samples := len(made)):
             warnings.warn(
                 f"clients.count: {n:,} clients on {samples:,} samples, so at least {n - samples:,} of them have none "
                 "and take no step; lower it",

@@ -293,7 +293,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "not callable": ([D, "task.model=cli_mine:text"], ["task.model.name:", "is a str, not a class or function"]),
     "no module made": ([D, "task.model=cli_mine:a_list"], ["task.model:", "gave a list, not a torch.nn.Module"]),
     "factory that raises": ([D, "task.model=cli_mine:raising"], ["task.model: KeyError", "cli_mine.py, line"]),
-    "too few logits": ([D, "task.model=cli_mine:too_few_classes"], ["task.model:", "(2, 3)", "(2, 10)"]),
+    "too few logits": ([D, "task.model=cli_mine:too_few_classes"], ["task.model:", "(3, 3)", "(3, 10)"]),
     "layer of no size": (
         [D, "task.model=cli_mine:lazy"],
         ["task.model: 1 is a LazyLinear, whose size is not known", "num_classes"],
@@ -301,7 +301,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "a number to clip by": ([D, "local.optimizer.clip=1.0"], ["local.optimizer.clip: write {global: 1.0}", "got 1.0"]),
     "schedule by name": (
         [D, "local.optimizer.schedule=cosine"],
-        ["local.optimizer.schedule: expected a section {name: ..., unit: ..., length: ...} or null, got 'cosine'"],
+        ["local.optimizer.schedule: expected a section of key: value lines (name, unit, length, ", "got 'cosine'"],
     ),
     "schedule without end": ([D, "local.optimizer.schedule={name: cosine}"], ["schedule: length must be a positive"]),
     "file name too long": ([f"{'x' * 300}.yaml"], ["xxx.yaml: File name too long; name another"]),

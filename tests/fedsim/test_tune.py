@@ -119,5 +119,5 @@ def test_measuring_trains_the_first_cohort_as_the_run_would() -> None:
 
 
 def test_a_run_without_engines_has_nothing_to_tune() -> None:
-    with pytest.raises(ConfigError, match="nothing to choose; only local steps on a classification task"):
+    with pytest.raises(ConfigError, match="nothing to choose; only local steps on a supervised task"):
         list(tune({"task": "quadratic"}, "x"))

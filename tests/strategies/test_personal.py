@@ -89,7 +89,7 @@ def test_own_entries_cost_no_bits_whole_or_compressed() -> None:
 
 
 def test_links_and_clocks_count_what_is_sent() -> None:
-    config = _config(personal=["1.bias"])
+    config = _config(personal=["1.bias"]) | {"data": {"client_test": 0.2}}
     config["uplink"] = {"compressor": {"name": "rand_k", "k": 640}}  # all of what is sent
     config["clients"] |= {"devices": {"name": "constant", "seconds_per_step": 0.0, "uplink": 64.0}}
     composition = compose(config, "config")
