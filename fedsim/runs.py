@@ -283,7 +283,8 @@ class Simulation:
         for _ in self.rounds():
             pass
         self.close()
-        return self.history
+        with self._writing():
+            return self.history
 
     def save(self) -> None:
         """Save a checkpoint to resume from, in a callback right after the round's row; nothing without a folder."""

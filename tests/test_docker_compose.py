@@ -108,7 +108,7 @@ def machines(tmp_path: Path) -> Iterator[Any]:
     shutil.rmtree(ray_folder, ignore_errors=True)
 
 
-@pytest.mark.ray
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_the_services_commands_form_a_cluster_that_runs_a_config(machines: Any, tmp_path: Path) -> None:

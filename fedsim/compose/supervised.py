@@ -111,8 +111,7 @@ class Supervised:
             made = build(
                 data, self.partition, self.clients.count if natural else self.clients.count or NUM_CLIENTS, self.seed
             )
-        split_here = not isinstance(data, FederatedData)
-        if split_here and (n := made.num_clients) > (samples := len(made)):
+        if not natural and (n := made.num_clients) > (samples := len(made)):
             warnings.warn(
                 f"clients.count: {n:,} clients on {samples:,} samples, so at least {n - samples:,} of them have none "
                 "and take no step; lower it",

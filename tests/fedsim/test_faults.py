@@ -149,8 +149,8 @@ def test_a_fault_at_any_file_call_is_one_message_and_resumes_to_the_same_bits(
     how: str, whole: Path, tmp_path: Path
 ) -> None:
     expected, final, seen = rows_in(whole), model(whole), set[Any]()
-    # every call fails for good, every other one once, and in those between the process is killed: for the suite's time
-    for at in range(*{"for good": (1, 1000), "once": (1, 1000, 2), "killed": (2, 1000, 2)}[how]):
+    # each call fails in one of the three ways: for the suite's time
+    for at in range({"for good": 1, "once": 2, "killed": 3}[how], 1000, 3):
         folder = tmp_path / f"{at:03d}"
         with Faults(folder, at, how) as faults:
             try:
@@ -168,4 +168,4 @@ def test_a_fault_at_any_file_call_is_one_message_and_resumes_to_the_same_bits(
         assert rows_in(folder) == expected and model(folder) == final, at
         assert not {*PARTS} - {p.name for p in folder.iterdir()}, at
         assert not list(folder.rglob(".part*")), at
-    assert at > 50 and len(seen) > 10
+    assert at > 50 and len(seen) > 5

@@ -13,7 +13,7 @@ from tests.build import rows_in
 from tests.fedsim.sim.namespaces import Node, network, possible
 
 pytestmark = [
-    pytest.mark.xdist_group("namespaces"),
+    pytest.mark.alone,
     pytest.mark.slow,
     pytest.mark.skipif(not possible(), reason="needs root and `ip netns`"),
 ]
