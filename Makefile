@@ -61,7 +61,7 @@ gallery: $(BIN)/.run ## the pictures of docs/gallery/: one run of every strategy
 
 live: $(BIN)/.test ## a real Flower SuperLink and SuperNodes on loopback; every strategy on Ray and under torchrun (minutes)
 	$(BIN)/pytest -m flower tests/flower_live
-	$(BIN)/pytest -m alone tests/contracts tests/fedsim/sim tests/test_docker_compose.py
+	$(BIN)/pytest -m alone tests
 
 gpu: $(BIN)/.test ## on a machine with a GPU: its tests, then the figures of docs/benchmarks-gpu.md
 	$(BIN)/pytest -m gpu tests/contracts

@@ -24,7 +24,8 @@ def _one_reading_of_the_data() -> Iterator[None]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_allowed_pair_runs_a_few_rounds(strategy: str) -> None:
-    for option in (None, *OPTIONS):
+    # every option with every second strategy: for the suite's time
+    for option in (None, *OPTIONS)[list(STRATEGIES).index(strategy) % 2 :: 2]:
         if refusal(strategy, option) is None:
             history = run(pair(strategy, option))
             assert len(history.rows) == 3, option

@@ -27,6 +27,7 @@ def resident() -> int:
     return psutil.Process().memory_info().rss
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory_is_flat_over_200_rounds_of_the_quickstart() -> None:
@@ -88,6 +89,7 @@ def measure(clients: int) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_million_registered_clients_cost_a_few_numbers_each_and_rounds_nothing_more() -> None:

@@ -130,6 +130,7 @@ def torchrun(*arguments: str, size: int = 2) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.alone
 def test_torchrun_runs_an_experiment_file_and_rank_0_alone_writes_and_prints(tmp_path: Path) -> None:
     file = tmp_path / "five.yaml"
     file.write_text(CONFIG)

@@ -69,6 +69,7 @@ def swept(out: str, *texts: str) -> Results:
     return play(Sweep(config=Path("quad.yaml"), space=space, folder=Path(out), address="auto", seeds=(1,)), Watch())
 
 
+@pytest.mark.alone
 def test_trials_have_the_bits_of_a_run_and_a_lost_worker_costs_nothing(folder: Path) -> None:
     mine = f"strategy={{name: 'sweep_cluster_mine:DiesOnce', marks: '{folder}/once'}}"
     found = swept("grid", f"{mine},fedavg")
