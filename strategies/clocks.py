@@ -46,16 +46,10 @@ def able(fleet: Fleet) -> Tensor:
     return clients
 
 
-def fitting(key: str, size: int, fleet: Fleet) -> Tensor:
-    """The clients that have data [W], of which `size` are wanted at a time.
-
-    Raises:
-        ValueError: if there are fewer.
-    """
-    clients = able(fleet)
-    if size > len(clients):
-        raise ValueError(f"{key}={size} exceeds the {len(clients)} clients with data; lower it")
-    return clients
+def check_fits(key: str, size: int, fleet: Fleet) -> None:
+    """Refuse to want more clients at a time than have data."""
+    if size > (most := len(able(fleet))):
+        raise ValueError(f"{key}={size} exceeds the {most} clients with data; lower it")
 
 
 def positive(key: str, size: int) -> None:

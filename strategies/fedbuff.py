@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsim.fleet import Fleet
 from fedsim.strategies.asynchronous import State, Weighted, Weights
-from fedsim.strategies.clocks import Durations, Times, buffer_weights, fitting, positive, schedule_shares
+from fedsim.strategies.clocks import Durations, Times, buffer_weights, check_fits, positive, schedule_shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class FedBuff(Weighted):
 
     def check_fleet(self, fleet: Fleet, x: Tensor) -> None:
         super().check_fleet(fleet, x)
-        fitting("buffer_size", self.buffer_size, fleet)
+        check_fits("buffer_size", self.buffer_size, fleet)
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         s = self.begun(s, fleet)
@@ -49,10 +49,6 @@ class FedBuff(Weighted):
         r = fleet.receive(count=self.buffer_size)
         s, d = self.noted(s, r)
         return self.absorb(s, r, d, self.rule(rng, s.last)), {}
-
-    def client_weights(self, fleet: Fleet, x: Tensor) -> Tensor:
-        fitting("buffer_size", self.buffer_size, fleet)
-        return super().client_weights(fleet, x)
 
     def identical(self, p: Tensor) -> Tensor:
         return torch.full_like(p, 1 / self.buffer_size)

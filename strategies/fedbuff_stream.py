@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsim.fleet import Fleet, TooFewRows
 from fedsim.strategies.asynchronous import Asynchronous
-from fedsim.strategies.clocks import fitting, positive
+from fedsim.strategies.clocks import check_fits, positive
 from fedsim.strategies.server import Selecting, ServerState
 from fedsim.strategy import Traits
 
@@ -59,11 +59,10 @@ class FedBuffStream(Asynchronous, Selecting):
 
     def check_fleet(self, fleet: Fleet, x: Tensor) -> None:
         super().check_fleet(fleet, x)
-        fitting("concurrency", self.concurrency, fleet)
+        check_fits("concurrency", self.concurrency, fleet)
 
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
         rule, rows, num_examples = self.rule(rng, s.last), [], []
-        fitting("concurrency", self.concurrency, fleet)
         for _ in range(self.buffer_size):
             among = self.among(s, fleet, fleet.present(with_data=True), self.concurrency - fleet.num_at_work)
             s, fresh = self.choose(s, among, rng)

@@ -373,19 +373,6 @@ def test_an_interval_that_is_not_positive_is_refused(interval: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda local: FedBuff(buffer_size=3, local=local), "buffer_size=3 exceeds the 2 clients"),
-        (lambda local: FedBuffStream(concurrency=3, local=local), "concurrency=3 exceeds the 2 clients"),
-    ],
-)
-def test_a_buffer_larger_than_the_federation_is_refused(make: Callable[..., Any], message: str) -> None:
-    task = quadratic([1, 1], [0, 1], 0)
-    with pytest.raises(ValueError, match=message):
-        play(task, make(local_sgd(task)), 1)
-
-
-@pytest.mark.parametrize(
     "make",
     [
         lambda local: FedFix(interval=0.5, local=local),
