@@ -94,21 +94,6 @@ class Experiment:
 Watch = Callable[[Mapping[str, Any]], None]
 
 
-def train(
-    experiment: Experiment,
-    *,
-    sinks: Sequence[Sink] = (),
-    folder: Path | None = None,
-    resume: bool = False,
-    watch: Watch = lambda row: None,
-) -> tuple[Any, list[dict[str, Any]], str]:
-    """Run an experiment to its end: (final state, rows of this call, why it ended); see `Run`."""
-    with Run(experiment, sinks=sinks, folder=folder, resume=resume, watch=watch) as run:
-        rows = list(run.rounds())
-    assert run.ended is not None
-    return run.state, rows, run.ended
-
-
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """The server's own sums run on as many intra-op threads as a worker's, so that no number of cores shows in them."""

@@ -19,7 +19,7 @@ from fedsim.data.federated import FederatedData
 from fedsim.data.images import digits
 from fedsim.engine import build_engine
 from fedsim.engine.losses import LOSSES
-from fedsim.loop import train
+from fedsim.loop import Experiment, Run
 from fedsim.memory import Memory, MemoryRows
 from fedsim.optim import build as build_optimizer
 from fedsim.params import Layout
@@ -39,6 +39,14 @@ from fedsim.tasks.metrics import METRICS
 from fedsim.tasks.models import Factory, init_parameters
 from fedsim.tasks.quadratic import QuadraticTask
 from fedsim.tasks.supervised import SupervisedTask
+
+
+def train(experiment: Experiment, **options: Any) -> tuple[Any, list[dict[str, Any]], str]:
+    """Run an experiment to its end: (final state, rows of this call, why it ended); options as for `Run`."""
+    with Run(experiment, **options) as run:
+        rows = list(run.rounds())
+    assert run.ended is not None
+    return run.state, rows, run.ended
 
 
 def quadratic(a: Any, b: Any, x0: Any, noise: float = 0.0, num_examples: list[int] | None = None) -> QuadraticTask:

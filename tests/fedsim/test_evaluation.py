@@ -15,9 +15,8 @@ from fedsim import runs
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.evaluation import Evaluate, own_metrics
-from fedsim.loop import train
 from fedsim.report import write_report
-from tests.build import Rows, rows_of
+from tests.build import Rows, rows_of, train
 from tests.reference.clients import Modules
 
 

@@ -18,10 +18,11 @@ from fedsim.checkpoint import fingerprint
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.evaluation import Evaluate
-from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, Run, ServerError, train
+from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, Run, ServerError
 from fedsim.signals import interruptible
 from fedsim.sinks import JsonLines
 from fedsim.stop import Patience, Stop
+from tests.build import train
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.flower.clock import Patience
 from fedsim.history import History
-from fedsim.loop import train
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError
+from tests.build import train
 from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock
 
 N = 5

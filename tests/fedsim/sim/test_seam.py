@@ -13,12 +13,11 @@ from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.compose import compose
 from fedsim.fleet import Cost
-from fedsim.loop import train
 from fedsim.sim.executor import ClientError, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.strategies import STRATEGIES
-from tests.build import build_fleet, drawn, local_sgd, without_wall_time
+from tests.build import build_fleet, drawn, local_sgd, train, without_wall_time
 from tests.composition import pair
 from tests.fedsim.sim.runtime import local_runtime
 from tests.fedsim.sim.seam_cases import REFUSED, Breakers, Keepers
