@@ -23,17 +23,11 @@ from fedsim.config import ConfigError
 
 RESERVED = frozenset(
     "round virtual_seconds wall_seconds bits_up bits_down num_clients num_away num_dropped num_late staleness_mean "
-    "nonfinite test_loss test_accuracy distance x "
-    "client_loss_mean client_loss_std client_loss_worst_decile "
-    "client_accuracy_mean client_accuracy_std client_accuracy_worst_decile "
-    "personal_loss personal_loss_std personal_loss_worst_decile "
-    "personal_accuracy personal_accuracy_std personal_accuracy_worst_decile "
-    "global_loss global_loss_std global_loss_worst_decile "
-    "global_accuracy global_accuracy_std global_accuracy_worst_decile".split()
+    "nonfinite distance x".split()
 )
-"""Names that a row gets from the loop, the fleet and the evaluation: no strategy and no client half may use them."""
+"""Names that a row gets from the loop, the fleet and the task: no strategy and no client half may use them."""
 
-EVALUATED = ("test_", "personal_", "global_")
+EVALUATED = ("test_", "client_", "personal_", "global_")
 """How names begin that a row gets from the evaluation, whatever a task's metrics are called."""
 
 

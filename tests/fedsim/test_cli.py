@@ -15,7 +15,7 @@ from fedsim import cli
 from fedsim.cli import one_line
 from fedsim.compose import TABLES
 from fedsim.data.images import CHECKSUMS
-from fedsim.metrics import RESERVED
+from fedsim.metrics import EVALUATED, RESERVED
 from tests.fedsim.console import Outcome, contents, fedsim
 
 QUAD = """\
@@ -446,7 +446,9 @@ def test_every_name_that_fedsim_reports_is_reserved_and_no_other(tmp_path: Path)
         assert fedsim("run", *args, "--out", tmp_path / str(i), "-q").code == 0
         lines = (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()
         reported |= {key for line in lines for key in json.loads(line)}
-    assert reported - RESERVED == {"train_loss"} and RESERVED - reported == {"nonfinite"}
+    evaluated = {key for key in reported if key.startswith(EVALUATED)}
+    assert {key.partition("_")[0] + "_" for key in evaluated} == set(EVALUATED)
+    assert reported - evaluated - RESERVED == {"train_loss"} and RESERVED - reported == {"nonfinite"}
 
 
 def test_a_state_without_a_model_is_refused(tmp_path: Path) -> None:
