@@ -43,9 +43,10 @@ def claims_table(claims: Sequence[Claim], found: Found) -> list[str]:
     return ["| claim | gain in each seed | verdict |", "| --- | --- | --- |", *(claim.line(found) for claim in claims)]
 
 
-def gain(better: str, than: str, problem: Any, read: Read) -> Gains:
-    """By how much one method is above another in each seed."""
-    return lambda found: [read(a) - read(b) for a, b in zip(found[problem][better], found[problem][than], strict=True)]
+def gain(better: str, than: str, problem: Any, read: Read, read_other: Read | None = None) -> Gains:
+    """By how much one method is above another in each seed, each by what is read of it; the same unless told."""
+    other = read_other or read
+    return lambda found: [read(a) - other(b) for a, b in zip(found[problem][better], found[problem][than], strict=True)]
 
 
 def growth(larger: Gains, smaller: Gains) -> Gains:
@@ -75,11 +76,6 @@ def played(plan: Sweep) -> Results:
         results = play(plan, shown)
     write_page(results)
     return results
-
-
-def best_runs(results: Results) -> dict[str, list[History]]:
-    """{method: the runs of its best setting}."""
-    return {method: runs_of(row) for method, row in results.best.items()}
 
 
 def runs_of(row: Row) -> list[History]:

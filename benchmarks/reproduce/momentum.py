@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.first_results import Figure, draw
 from benchmarks.reproduce.claims import (
+    QUICK,
     RATE,
     RULE,
     Claim,
@@ -146,8 +147,7 @@ def page(searched: Mapping[Problem, Searched], found: Found, quick: bool) -> lis
         f"({SEEDS[0]} to {SEEDS[num_seeds - 1]}), of which all other numbers are: mean ± standard deviation.",
         "Halfway: after half of the rounds, where the VR forms, which take two gradients a step, have taken as many",
         "gradients as the others at the end.",
-        "",
-        *(["**A quick run, of a budget that shows nothing.**", ""] if quick else []),
+        QUICK * quick,
         "## What was to appear, and what did",
         "",
         *claims_table(CLAIMS, found),

@@ -24,6 +24,7 @@ from benchmarks.reproduce.claims import (
     Searched,
     Wanted,
     claims_table,
+    gain,
     growth,
     search,
     spread,
@@ -83,8 +84,7 @@ def scored(title: str, kind: str = "accuracy") -> Read:
 
 def above(title: str, than: str, skew: Skew, kind: str = "accuracy") -> Gains:
     """By how much clients score more with one method than with another, in each seed."""
-    mine, theirs = scored(title, kind), scored(than, kind)
-    return lambda found: [mine(a) - theirs(b) for a, b in zip(found[skew][title], found[skew][than], strict=True)]
+    return gain(title, than, skew, scored(title, kind), scored(than, kind))
 
 
 def claims() -> list[Claim]:
