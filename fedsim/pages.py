@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 PAGE = 1 << 21  # bytes
-NO_RESERVE = (
-    0x4000  # MAP_NORESERVE of Linux on x86 and ARM, which `mmap` does not name: more than there is may be asked for
-)
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE on x86 and ARM, without a name in `mmap`: more than there is may be had
 SMALL_PAGE, LINE = 1 << 12, 64
 SMALLEST = PAGE  # bytes; a smaller array is an ordinary one
 APART = 1088  # bytes between the beginnings of arrays that are used together: 17 lines of the cache

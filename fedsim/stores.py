@@ -44,7 +44,7 @@ class Store(Protocol):
 
 
 class InTensor:
-    """Rows in one tensor, which grows by doubling.
+    """Rows in one tensor: on the host with room for all that there will ever be, elsewhere it grows by doubling.
 
     Args:
         shape, dtype: of a row.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedsim.config import ConfigError, first_line
 from fedsim.data.federated import FederatedData
-from fedsim.engine.functional import tensor_of
+from fedsim.engine.functional import called, tensor_of
 from fedsim.engine.losses import LOSSES, OF_CLASSES, Loss
 from fedsim.tasks.metrics import Metric
 from fedsim.trees import Tree, each, tensors
@@ -43,8 +43,7 @@ def _outputs(module: nn.Module, data: FederatedData, n: int) -> Tensor:
     was_training, inputs = module.training, each(Tensor.clone, _first(data.inputs, n))
     try:
         with torch.no_grad():
-            module.eval()
-            made = module(inputs) if isinstance(inputs, Tensor) else module(**inputs)
+            made = called(module.eval(), {}, inputs)
     except Exception as e:
         shapes = {name: list(t.shape[1:]) for name, t in tensors(inputs).items()}
         raise ConfigError(

@@ -79,11 +79,16 @@ class Tensors:
                 view.copy_(value if active is None else torch.where(_like(active, value), value, view))
 
 
-def outputs_of(module: nn.Module, tensors: dict[str, Tensor], inputs: Tree) -> Tensor:
-    """What a module gives for inputs [B, ...] with other tensors in place of its own; see `tensor_of`."""
+def called(module: nn.Module, tensors: dict[str, Tensor], inputs: Tree) -> Any:
+    """What a module gives for inputs [B, ...], with other tensors in place of its own; a dictionary gives keywords."""
     if isinstance(inputs, Tensor):
-        return tensor_of(functional_call(module, tensors, (inputs,)))
-    return tensor_of(functional_call(module, tensors, (), inputs))
+        return functional_call(module, tensors, (inputs,))
+    return functional_call(module, tensors, (), inputs)
+
+
+def outputs_of(module: nn.Module, tensors: dict[str, Tensor], inputs: Tree) -> Tensor:
+    """The tensor in what a module gives, see `called` and `tensor_of`."""
+    return tensor_of(called(module, tensors, inputs))
 
 
 def tensor_of(made: Any) -> Tensor:

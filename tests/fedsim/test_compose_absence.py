@@ -10,6 +10,7 @@ import pytest
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.overrides import read_file
+from fedsim.sim.availability import Markov
 
 SMALL: dict[str, Any] = {
     "rounds": 40,
@@ -140,4 +141,6 @@ def test_more_clients_than_ever_come_at_once_are_refused_before_the_run(tmp_path
 def test_the_keys_of_an_availability_are_written_in_a_file_as_they_are(tmp_path: Path) -> None:
     text = "clients: {count: 4, availability: {name: markov, on_seconds: 5, off_seconds: 2}}"
     (tmp_path / "x.yaml").write_text(text)
-    compose(read_file(tmp_path / "x.yaml"), "x.yaml").close()
+    composition = compose(read_file(tmp_path / "x.yaml"), "x.yaml")
+    composition.close()
+    assert composition.experiment.fleet.absence.availability == Markov(on_seconds=5.0, off_seconds=2.0)

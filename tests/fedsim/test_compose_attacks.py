@@ -40,7 +40,8 @@ def test_a_code_bears_as_many_silent_workers_as_it_can_decode_without_and_refuse
 def test_servers_and_peers_that_go_on_without_the_silent_are_left_alone() -> None:
     for name in ("fedavg", "dsgd", "fedbuff_stream"):
         fields = {"buffer_size": 2, "concurrency": 4} if name == "fedbuff_stream" else {}
-        compose(_with("silence", 7, name=name, **fields), "x.yaml").close()
+        rows = rows_of(_with("silence", 7, name=name, **fields) | {"evaluate": {"every": 1}})
+        assert rows[-1]["distance"] != rows[0]["distance"], name  # the one that answers moves the model
 
 
 @pytest.mark.parametrize(
