@@ -31,9 +31,9 @@ def test_a_mean_over_nothing_is_left_out():
     assert Metrics.mean_over(torch.zeros(0), torch.zeros(0), name="loss").values() == {}
 
 
-@pytest.mark.parametrize("name", ["test_mae", "personal_f1_std", "global_perplexity", "bits_up"])
+@pytest.mark.parametrize("name", ["test_mae", "personal_f1_std", "global_perplexity", "client_mae_p10", "bits_up"])
 def test_names_that_an_evaluation_gives_are_nobody_elses(name):
-    check_names(["tested", "globally", "client_drift"], "Mine")
+    check_names(["tested", "globally", "clients_drift"], "Mine")
     with pytest.raises(ConfigError, match=f"Mine: metric '{name}' is reserved"):
         check_names(["drift", name], "Mine")
 
