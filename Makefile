@@ -6,7 +6,7 @@ CONFIG ?= configs/quickstart.yaml
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types contract unit extras docs notebooks gallery live gpu bench bench-optim figures reproduce clean
+.PHONY: help run test lint types contract unit fuzz extras docs notebooks gallery live gpu bench bench-optim figures reproduce clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ contract: $(BIN)/.test ## who may import whom
 
 unit: $(BIN)/.test ## the tests alone
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not flower and not alone"
+
+fuzz: $(BIN)/.test ## damaged packets, records, checkpoints and configs by the thousand (minutes)
+	FUZZ=1 $(BIN)/pytest -n 2 --dist loadgroup tests/fuzz
 
 extras: $(BIN)/.test ## every extra resolves from the constraints file (nothing is installed)
 	@for extra in $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])"); do \

@@ -1,7 +1,7 @@
 """How fast do compressors encode and decode a stack? `python -m benchmarks.bench_compress [--rows C] [--entries P]`.
 
-MB/s of uncompressed float32, the best of several repeats on one thread unless OMP_NUM_THREADS says otherwise; `wire` is
-the writing of one row's bytes.
+MB/s of uncompressed float32, the best of several repeats on one thread unless OMP_NUM_THREADS says otherwise; `write`
+and `read` are of one row's bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from fedsim.compress import COMPRESSORS
+from fedsim.compress.packet import Packet
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
@@ -55,13 +56,22 @@ def main() -> None:
     wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
 
     print(f"{args.rows} rows of {args.entries} entries, {args.device}, {torch.get_num_threads()} thread(s)")
-    print(f"{'compressor':<20}{'encode MB/s':>12}{'decode MB/s':>12}{'wire MB/s':>12}{'bits/entry':>12}")
+    print(
+        f"{'compressor':<20}{'encode MB/s':>12}{'decode MB/s':>12}{'write MB/s':>12}{'read MB/s':>12}{'bits/entry':>12}"
+    )
     for name, compressor in settings(args.entries).items():
         packet = compressor.encode(v, streams)  # type: ignore[attr-defined]
+        data, shared = packet.encode_row(0), compressor.shared(streams.rows([0]), args.entries)  # type: ignore[attr-defined]
         rates = [
             megabytes / seconds(lambda c=compressor: (c.encode(v, streams), wait()), args.repeats),  # type: ignore[misc]
             megabytes / seconds(lambda p=packet: (p.decode(), wait()), args.repeats),  # type: ignore[misc]
             megabytes / args.rows / seconds(lambda p=packet: p.encode_row(0), args.repeats),  # type: ignore[misc]
+            megabytes
+            / args.rows
+            / seconds(
+                lambda c=compressor, d=data, s=shared: Packet.decode_row(d, c, args.entries, s),  # type: ignore[misc]
+                args.repeats,
+            ),
         ]
         shown = "".join(f"{rate:>12.0f}" for rate in rates)
         print(f"{name:<20}{shown}{compressor.bits(args.entries) / args.entries:>12.2f}")  # type: ignore[attr-defined]

@@ -6,9 +6,10 @@ app's pyproject; they find the file through the run's settings. docs/deploy.md s
 
 Settings of a run (`flwr run -c "..."`): `fedsim-config`, a path or the file's text; `fedsim-overrides`, as after
 `fedsim run`; `fedsim-out`, the run's folder at the server; `fedsim-resume`; `fedsim-reply-seconds`, how long to wait
-for nodes and replies. Settings of a node (`--node-config`): `partition-id`, which client it is; `fedsim-overrides`,
-what is different there (`data.root=/srv/mine runtime.device=cuda:1`); `fedsim-memory`, a folder of its own for this
-experiment, in which the client keeps what it remembers, for a SuperNode that is started anew or a run that is resumed.
+for nodes and replies; `fedsim-max-examples`, how many samples a device may say it has. Settings of a node
+(`--node-config`): `partition-id`, which client it is; `fedsim-overrides`, what is different there
+(`data.root=/srv/mine runtime.device=cuda:1`); `fedsim-memory`, a folder of its own for this experiment, in which the
+client keeps what it remembers, for a SuperNode that is started anew or a run that is resumed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fedsim.clients import flower_app
 from fedsim.compose import Composition, compose, shared_fields
 from fedsim.config import ConfigError
 from fedsim.flower.clock import WALL, Clock, Patience
+from fedsim.flower.door import MAX_EXAMPLES, Door
 from fedsim.flower.export import write_app
 from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail, connect
@@ -81,18 +83,24 @@ def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock:
         ClientError: if a client is missing or fails.
     """
     raw, source = experiment_of(config, settings)
-    out, patience = settings.get("fedsim-out"), _patience(settings)
+    out, patience, most = settings.get("fedsim-out"), _patience(settings), _max_examples(settings)
     return run_shown(
         apply_overrides(raw, DEPLOYED, source),
         source,
         Path(out).absolute() if out else None,
         name=Path(source).stem if source.endswith(".yaml") else "flower",
         resume=bool(settings.get("fedsim-resume", False)),
-        fleet=lambda composition: deploy(composition, grid, patience, clock),
+        fleet=lambda composition: deploy(composition, grid, patience, clock, most),
     )
 
 
-def deploy(composition: Composition, grid: Grid, patience: Patience, clock: Clock = WALL) -> FlowerFleet:
+def deploy(
+    composition: Composition,
+    grid: Grid,
+    patience: Patience,
+    clock: Clock = WALL,
+    max_examples: int = MAX_EXAMPLES,
+) -> FlowerFleet:
     """The fleet of real clients for a composed experiment, once all of them are there.
 
     Raises:
@@ -108,13 +116,15 @@ def deploy(composition: Composition, grid: Grid, patience: Patience, clock: Cloc
         )
     num_clients = len(experiment.task.num_examples)
     composition.plan["workers"] = f"{num_clients} Flower nodes on the wall clock (clients.devices is for simulations)"
-    nodes = connect(grid, num_clients, clock, patience)
-    return FlowerFleet(
-        Mail(grid, nodes, _book(executor.runner, simulated), clock, patience, experiment.device),
+    door = Door(
+        book=_book(executor.runner, simulated),
         seed=experiment.seed,
         model_size=experiment.strategy.sent(experiment.task.layout).size,
-        downlink=simulated.downlink,
+        max_examples=max_examples,
     )
+    nodes = connect(grid, num_clients, door, clock, patience)
+    mail = Mail(grid, nodes, door, clock, patience, experiment.device)
+    return FlowerFleet(mail, seed=door.seed, model_size=door.model_size, downlink=simulated.downlink)
 
 
 def experiment_of(
@@ -174,6 +184,13 @@ def _patience(settings: Mapping[str, Any]) -> Patience:
         return Patience(reply_seconds=float(settings.get("fedsim-reply-seconds", Patience().reply_seconds)))
     except ValueError as e:
         raise ConfigError(f"fedsim-reply-seconds: {e}") from e
+
+
+def _max_examples(settings: Mapping[str, Any]) -> int:
+    most = settings.get("fedsim-max-examples", MAX_EXAMPLES)
+    if type(most) is not int or not 0 < most <= 2**53:
+        raise ConfigError(f"fedsim-max-examples: {most!r} is no number of samples; give 1 to 2**53")
+    return most
 
 
 server = server_app()

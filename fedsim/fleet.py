@@ -355,6 +355,11 @@ class DrivenFleet(Fleet, Protocol):
     @property
     def ledger(self) -> Traffic: ...
 
+    @property
+    def refusals(self) -> Tensor:
+        """[N] how many replies of each client were not fit to be used."""
+        ...
+
     def evaluate(self, ids: Tensor, work: Work, **broadcast: Any) -> Mapping[str, Tensor]:
         """{field: [R]} of what clients say beside the rounds, in the order of `ids`; NaN where one does not answer.
 

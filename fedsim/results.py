@@ -101,6 +101,8 @@ def write_results(folder: Path, composition: Composition, x: Tensor, history: Hi
     summary = {"rounds": history.rows[-1]["round"], "ended": why, "final": json.loads(encode_row(final))}
     if (best := best_row(history.rows, "test_accuracy")) is not None:
         summary["best_test_accuracy"] = best["test_accuracy"]
+    if refused := {str(i): n for i, n in enumerate(experiment.fleet.refusals.tolist()) if n}:
+        summary["refused"] = refused  # replies of devices, by client
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     _write_report(folder)
 

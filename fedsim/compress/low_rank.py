@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import Compressor, Field, Packet, check_stack
+from fedsim.compress.packet import LIMIT, Compressor, Field, Packet, check_stack
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
@@ -51,7 +51,10 @@ class PowerSGD(Compressor):
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         out: list[Field] = []
         for name, a, b in self._matrices(num_entries):
-            out += [Field(f"{name}.left", a * self.rank), Field(f"{name}.right", b * self.rank)]
+            basis, other = 1.0 + 2.0**-10, LIMIT / self.rank  # what an orthonormal factor holds, to rounding
+            left, right = (basis, other) if a >= b else (other, basis)
+            out.append(Field(f"{name}.left", a * self.rank, least=-left, most=left))
+            out.append(Field(f"{name}.right", b * self.rank, least=-right, most=right))
         return (*out, Field("rest", num_entries - sum(a * b for _, a, b in self._matrices(num_entries))))
 
     def delta(self, num_entries: int) -> float | None:

@@ -6,6 +6,9 @@ driven by it, so the encoding is real: `encode_row` writes it and `decode_row` r
 over the wire as float32. A stack in float64, which serves exact comparisons in a simulation, keeps its numbers in
 float64 in memory and is counted and encoded as float32.
 
+Bytes may come from anybody. A `Field` says what its entries may be, and `decode_row` takes nothing else, so that what
+it makes of bytes is a packet that an encoder could have written, of finite numbers, or a ValueError.
+
 Letters: C clients in the stack, P entries of one client's vector, n entries of one field of the payload.
 """
 
@@ -23,6 +26,8 @@ from fedsim.params import Layout
 from fedsim.streams import Streams
 
 FLOAT_BITS = 32  # bits of a number on the wire
+LIMIT = 2.0**126
+"""Numbers beyond it are refused like infinity: what decoders make of smaller ones is finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Field:
         number: whether entries are float32 numbers; unsigned integers otherwise.
         shared: the receiver derives it from the run's seed, so it costs no bits (see `Compressor.shared`).
         optional: absent from rows whose field `sent` is 0.
+        least, most: what entries lie between; of integers with a sign, what these are without it.
+        signed: whether the highest bit of an integer is a sign.
+        ascending: whether every entry is greater than the one before.
     """
 
     name: str
@@ -44,6 +52,29 @@ class Field:
     number: bool = True
     shared: bool = False
     optional: bool = False
+    least: float = -LIMIT
+    most: float = LIMIT
+    signed: bool = False
+    ascending: bool = False
+
+    def check(self, entries: np.ndarray) -> None:
+        """Refuse entries [n] that no encoder writes.
+
+        Raises:
+            ValueError: naming the field, what it holds, and what it may hold.
+        """
+        if not entries.size:
+            return
+        sizes = entries & ((1 << self.bits - 1) - 1) if self.signed else entries
+        for found in (sizes.min(), sizes.max()):
+            if not self.least <= found <= self.most:  # false of NaN, too
+                raise ValueError(
+                    f"field {self.name!r} holds {found:g}, and an encoder writes {self.least:g} to {self.most:g}"
+                )
+        if self.ascending and not bool((entries[1:] > entries[:-1]).all()):
+            raise ValueError(
+                f"field {self.name!r} is not in ascending order without repetition, as an encoder writes it"
+            )
 
 
 @runtime_checkable
@@ -129,16 +160,17 @@ class Packet:
     def decode_row(
         cls, data: bytes, compressor: Compressor, num_entries: int, shared: Mapping[str, Tensor] | None = None
     ) -> Packet:
-        """Read back one row.
+        """Read back one row. What it allocates is in proportion to P and to the length of the data.
 
         Args:
             data: as `encode_row` wrote it.
             compressor: of the sender.
-            num_entries: P.
+            num_entries: P, which the caller vouches for.
             shared: `compressor.shared` for the sender's row; needed if the compressor has shared fields.
 
         Raises:
-            ValueError: if the data are of the wrong length, or shared fields are missing.
+            ValueError: if an encoder of this compressor and P can't have written the data, or wrote numbers that are
+                not finite; or if shared fields are missing.
         """
         reader, payload = _Reader(data), {}
         for f in compressor.fields(num_entries):
@@ -219,13 +251,15 @@ class _Reader:
             packed = np.packbits(bits, axis=1, bitorder="little")
             padded[:, : packed.shape[1]] = packed
             words = padded.view("<u4").ravel()
-        if f.number:
-            return words.view("<f4").astype(np.float32)
-        return words.astype(_NUMPY[code_dtype(f.bits)])
+        entries = words.view("<f4").astype(np.float32) if f.number else words.astype(_NUMPY[code_dtype(f.bits)])
+        f.check(entries)
+        return entries
 
     def close(self) -> None:
         if -(-self._at // 8) != self._bytes.size:
             raise ValueError(f"the packet needs {-(-self._at // 8)} bytes and has {self._bytes.size}")
+        if self._at % 8 and self._bytes[-1] >> self._at % 8:
+            raise ValueError(f"the packet ends at bit {self._at}, and bits behind it are not zero")
 
 
 _NUMPY = {torch.uint8: np.uint8, torch.int16: np.int16, torch.int32: np.int32, torch.int64: np.int64}

@@ -24,6 +24,7 @@ from fedsim.compress.packet import Compressor, Field, Packet, check_stack, code_
 from fedsim.compress.words import blocks, uniform
 from fedsim.streams import Streams
 
+_LARGEST = 254  # the biased exponent of the largest power of two; 255 is infinity
 _ORDERS = {"l1": 1.0, "l2": 2.0, "linf": inf}
 
 
@@ -42,7 +43,7 @@ class QSGD(Compressor):
             raise ValueError(f"qsgd.levels must be in 1..65535, got {self.levels}")
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        return Field("norm", 1), Field("code", num_entries, 1 + self.levels.bit_length(), number=False)
+        return _norm_and_codes(num_entries, self.levels)
 
     def omega(self, num_entries: int) -> float | None:
         return min(num_entries / self.levels**2, sqrt(num_entries) / self.levels)
@@ -63,7 +64,7 @@ class TernGrad(Compressor):
     """
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        return Field("norm", 1), Field("code", num_entries, 2, number=False)
+        return _norm_and_codes(num_entries, 1)
 
     def omega(self, num_entries: int) -> float | None:
         # The worst vector has one entry 1 and the others 1 / (1 + sqrt(P)).
@@ -85,7 +86,7 @@ class Natural(Compressor):
     """
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        return (Field("code", num_entries, 9, number=False),)
+        return (Field("code", num_entries, 9, number=False, most=_LARGEST, signed=True),)
 
     def omega(self, num_entries: int) -> float | None:
         return 1 / 8
@@ -125,7 +126,7 @@ class NaturalDithering(Compressor):
             raise ValueError(f"natural_dithering.norm must be one of {', '.join(_ORDERS)}, got {self.norm!r}")
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        return Field("norm", 1), Field("code", num_entries, 1 + self.levels.bit_length(), number=False)
+        return _norm_and_codes(num_entries, self.levels)
 
     def omega(self, num_entries: int) -> float | None:
         t = num_entries ** (1.0 / min(_ORDERS[self.norm], 2.0)) / 2.0 ** (self.levels - 1)
@@ -157,7 +158,7 @@ class ScaledSign(Compressor):
     unbiased: ClassVar[bool] = False
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        return Field("scale", 1), Field("code", num_entries, 1, number=False)
+        return Field("scale", 1, least=0.0), Field("code", num_entries, 1, number=False)
 
     def delta(self, num_entries: int) -> float | None:
         return float(num_entries)
@@ -171,6 +172,12 @@ class ScaledSign(Compressor):
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
         scale = payload["scale"]
         return payload["code"].to(scale.dtype).mul_(-2.0).add_(1.0).mul_(scale)
+
+
+def _norm_and_codes(num_entries: int, levels: int) -> tuple[Field, Field]:
+    """A norm, and for every entry one of the levels 0..s with a sign bit above it."""
+    code = Field("code", num_entries, 1 + levels.bit_length(), number=False, most=levels, signed=True)
+    return Field("norm", 1, least=0.0), code
 
 
 def _norm(v: Tensor, order: float) -> tuple[Tensor, Tensor]:
@@ -230,4 +237,4 @@ def _round_to_power(size: Tensor, words: Tensor) -> Tensor:
     # chance that makes the mean right. Numbers below 2^-126 work too, their neighbours being 0 and 2^-126.
     bits = size.view(torch.int32).clamp(max=0x7F800000)
     exponent = (bits + ((words >> 9) & 0x7FFFFF)) >> 23
-    return torch.where(bits < 0x7F800000, exponent.clamp_(max=254), 255)
+    return torch.where(bits < 0x7F800000, exponent.clamp_(max=_LARGEST), 255)

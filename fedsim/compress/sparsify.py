@@ -97,8 +97,7 @@ class RandK(Chosen):
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         k = self.count(num_entries)
-        index = Field("index", k, _index_bits(num_entries), number=False, shared=self.shared_seed)
-        return Field("values", k), index
+        return Field("values", k), _index_field(num_entries, k, self.shared_seed)
 
     def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
         return {"index": self._index(streams, num_entries, step)} if self.shared_seed else {}
@@ -129,7 +128,7 @@ class TopK(Chosen):
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         k = self.count(num_entries)
-        return Field("values", k), Field("index", k, _index_bits(num_entries), number=False)
+        return Field("values", k), _index_field(num_entries, k)
 
     def delta(self, num_entries: int) -> float | None:
         return num_entries / self.count(num_entries)
@@ -175,6 +174,12 @@ class Bernoulli(Compressor):
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
         return payload["values"]
+
+
+def _index_field(num_entries: int, k: int, shared: bool = False) -> Field:
+    """Where k of P entries stand."""
+    bits, last = _index_bits(num_entries), num_entries - 1
+    return Field("index", k, bits, number=False, shared=shared, least=0, most=last, ascending=True)
 
 
 def _index_bits(num_entries: int) -> int:

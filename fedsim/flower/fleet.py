@@ -31,6 +31,7 @@ from fedsim.sim.fleet import ONE_STEP
 from fedsim.sim.links import Downlink
 from fedsim.streams import Streams
 
+ANYTHING = Cost(vectors_up=0)  # of a reply of which no cost says what it holds
 SERVER = -1  # the server's place among client ids, for random numbers behind its own packets
 
 
@@ -59,6 +60,11 @@ class FlowerFleet(Account):
         """Jobs in flight."""
         return len(self.mail.flights) + len(self.mail.landed)
 
+    @property
+    def refusals(self) -> Tensor:
+        """[N] how many replies of each client did not pass the door."""
+        return self.mail.refusals
+
     # The server half's side -------------------------------------------------------------------------------------
 
     def present(self, at_least: int = 1, with_data: bool = False) -> Tensor:
@@ -78,7 +84,7 @@ class FlowerFleet(Account):
             ValueError: if a client is still busy, unknown, or named twice.
         """
         if len(ids):
-            self._dispatch(ids, work, self._number(ids), broadcast)
+            self._dispatch(ids, work, self._number(ids), broadcast, cost=cost)
 
     def receive(self, *, until: float = inf, count: int | None = None) -> Replies:
         """Wait until a time, or for `count` replies, or (with neither) for all in flight; in order of arrival."""
@@ -114,7 +120,7 @@ class FlowerFleet(Account):
         """Send to idle clients and wait for them; replies stand in the order of `ids` (see `Fleet.ask`)."""
         check_foldable(fold)
         second = is_second_half(broadcast)
-        self._dispatch(ids, work, self._number(ids, second), broadcast)
+        self._dispatch(ids, work, self._number(ids, second), broadcast, cost=cost)
         there, came = self._in_time(ids, work, within, first, late, cost)
         counts = not (second or cost.answers)
         return self._collect(there, fold, None if weights is None else weights[came], count=counts)
@@ -127,7 +133,7 @@ class FlowerFleet(Account):
         numbers = self.job_counts[ids] - 1  # the second half of the job whose reply is exchanged
         lost = missing if arrival == "adversarial" else 0
         heard = who_hears(Streams(self._seed, ids, numbers), torch.arange(n), self.honest(ids), lost)
-        self._dispatch(ids, work, numbers, broadcast, Inbox(replies.fields, heard, torch.arange(n)))
+        self._dispatch(ids, work, numbers, broadcast, Inbox(replies.fields, heard, torch.arange(n)), ANYTHING)
         return self._collect(self._in_time(ids, work, inf, None, "drop")[0], None, count=False)
 
     def job_times(self, cost: Cost, samples: int, messages: Tensor | None = None, **broadcast: Any) -> Times:
@@ -161,6 +167,7 @@ class FlowerFleet(Account):
             "now": self.now,
             "versions": self.mail.versions,
             "took": self.mail.took,
+            "refusals": self.mail.refusals,
             "open": self.mail.open_jobs(),
         }
 
@@ -172,14 +179,15 @@ class FlowerFleet(Account):
         super().load(state)
         mail = self.mail
         mail.start = mail.clock.now() - state["now"]
-        mail.versions, mail.took = state["versions"], state["took"]
+        mail.versions, mail.took, mail.refusals = state["versions"], state["took"], state["refusals"]
         if self._copies is not None:
             self._copies.forget()
         self._busy[:] = False
         for flight in state["open"]:
             self._busy[flight.client] = True
             sent = self.sent[flight.key]
-            mail.post(sent, flight.key, [Letter(flight.client, flight.number, sent.broadcast)])
+            letter = Letter(flight.client, flight.number, sent.broadcast)
+            mail.post(sent, flight.key, [letter], vectors=flight.vectors)
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -190,13 +198,15 @@ class FlowerFleet(Account):
         numbers: Tensor,
         broadcast: Mapping[str, Any],
         inbox: Inbox | None = None,
+        cost: Cost = ONE_STEP,
     ) -> None:
         """Send one call's jobs, and count what clients download."""
         received, each, keys = self._encode(ids, broadcast)
         key = self._begin(ids, work, received)
         boxes = [inbox and inbox.rows(torch.tensor([row])) for row in range(len(ids))]
         letters = [Letter(*to) for to in zip(ids.tolist(), numbers.tolist(), each, boxes, strict=True)]
-        self.ledger.bits_down += self.mail.post(self.sent[key], key, letters, keys)
+        vectors = cost.vectors_up if cost.bits_up is None else 0
+        self.ledger.bits_down += self.mail.post(self.sent[key], key, letters, keys, vectors)
 
     def _encode(
         self, ids: Tensor, broadcast: Mapping[str, Any]
@@ -233,7 +243,8 @@ class FlowerFleet(Account):
             return [c for c, r in mail.landed.items() if c not in clients and self.sent[r.flight.key].work == name]
 
         def enough() -> bool:
-            missing = sum(c not in mail.landed for c in clients) - sum(f.client in clients for f in mail.lost)
+            ended = sum(f.client in clients for f in (*mail.lost, *mail.refused))
+            missing = sum(c not in mail.landed for c in clients) - ended
             if not clients:
                 return bool(kept()) or not mail.flights
             return missing <= 0 or (first is not None and sum(c in mail.landed for c in clients) >= first)
@@ -249,13 +260,16 @@ class FlowerFleet(Account):
         return torch.cat([ids[came], torch.tensor(kept(), dtype=torch.int64)]), came
 
     def _bury(self) -> None:
-        """Take off the jobs of nodes that are gone; what these know of broadcasts is not known."""
-        if lost := self.mail.lost:
-            ids, *_ = self._end((f.client, f.key, f.started, self.now) for f in lost)
-            self._observed += Metrics.count(num_dropped=len(lost))
-            lost.clear()
+        """Take off the jobs that end without a reply; what nodes that are gone know of broadcasts is not known."""
+        mail = self.mail
+        if ended := [*mail.lost, *mail.refused]:
+            self._end((f.client, f.key, f.started, self.now) for f in ended)
+            counts = {"num_dropped": len(mail.lost), "num_refused": len(mail.refused)}
+            self._observed += Metrics.count(**{name: count for name, count in counts.items() if count})
             for copy in () if self.downlink is None else self.downlink.copies.values():
-                copy.seen[ids] = 0
+                copy.seen[[f.client for f in mail.lost]] = 0
+            mail.lost.clear()
+            mail.refused.clear()
 
     def _collect(self, ids: Tensor, fold: Fold | None, given: Tensor | None = None, count: bool = True) -> Replies:
         """All replies of one call, folded stack by stack as if each client were a stack of its own."""

@@ -8,8 +8,9 @@ Letters: N clients, P entries of a vector.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -19,15 +20,16 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsim.compress.packet import Packet
 from fedsim.fleet import Inbox
 from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
+from fedsim.flower.door import Door, Form, Forms, Refused, question
 from fedsim.sim.account import TOLERANCE, bits_of
 from fedsim.sim.events import Sent
 from fedsim.sim.executor import ClientError, Results
 
 CPU = torch.device("cpu")
+ODD = Refused("it has not the fields, shapes and metrics that most replies to this work have")
 GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 """Errors that say that a node, and not what ran on it, is at fault: they cost its reply, and no more."""
 
@@ -42,21 +44,25 @@ class Nodes:
 
 @dataclass(frozen=True)
 class Flight:
-    """One job on its way: which of its client's jobs, the fleet's key of what it was sent, and when (in seconds)."""
+    """One job on its way: which of its client's jobs, the fleet's key of what it was sent, when (in seconds), and how
+    many vectors of the model's size its reply holds at least."""
 
     client: int
     number: int
     key: int
     started: float
+    vectors: int = 0
 
 
 @dataclass(frozen=True)
 class Landed:
-    """A reply that has come in: whose, when (in seconds), and what it holds."""
+    """A reply that has come in: whose, when (in seconds), what was sent, what it holds, and of what form that is."""
 
     flight: Flight
     at: float
+    sent: Sent
     results: Results
+    form: Form
 
 
 @dataclass(frozen=True)
@@ -76,31 +82,36 @@ class Mail:
     Args:
         grid: Flower's.
         nodes: where each client is.
-        book: names of compressors.
+        door: what replies must pass.
         clock: where seconds come from.
         patience: how long to wait for replies.
         device: where the server's tensors live.
         flights: jobs that have not been answered, and what they were sent, by message.
         landed: replies that nobody has taken yet, by client, in order of arrival.
         lost: jobs whose nodes are gone and that nobody has noted yet.
+        refused: jobs whose replies did not pass and that nobody has noted yet.
         versions: [N] how often each client has written its memory.
         took: [2, N] float64: seconds of all jobs of each client, and how many these were.
+        refusals: [N] how many replies of each client did not pass.
     """
 
     grid: Grid
     nodes: Nodes
-    book: wire.Book
+    door: Door
     clock: Clock = WALL
     patience: Patience = field(default_factory=Patience)
     device: torch.device = CPU
     flights: dict[str, tuple[Flight, Sent]] = field(default_factory=dict)
     landed: dict[int, Landed] = field(default_factory=dict)
     lost: list[Flight] = field(default_factory=list)
+    refused: list[Flight] = field(default_factory=list)
+    forms: Forms = field(default_factory=Forms)
 
     def __post_init__(self) -> None:
         n = len(self.nodes.node_ids)
         self.versions = torch.zeros(n, dtype=torch.int64)
         self.took = torch.zeros(2, n, dtype=torch.float64)
+        self.refusals = torch.zeros(n, dtype=torch.int64)
         self.start = self.clock.now()
 
     @property
@@ -132,22 +143,20 @@ class Mail:
                 )
             self.clock.sleep(self.patience.poll_seconds)
 
-    def post(self, sent: Sent, key: int, letters: Sequence[Letter], keys: Sequence[wire.Key] = ()) -> int:
+    def post(
+        self, sent: Sent, key: int, letters: Sequence[Letter], keys: Sequence[wire.Key] = (), vectors: int = 0
+    ) -> int:
         """Send the letters of one call; the bits of their values."""
         bits = 0
         contents, flights = [], []
         for letter in letters:
-            content = wire.write(letter.values, self.book, keys)
-            version = int(self.versions[letter.client])
-            head = wire.Head(
-                work=sent.work, client=letter.client, number=letter.number, round=sent.round, version=version
-            )
-            head.write(content)
+            content = wire.write(letter.values, self.door.book, keys)
+            self._head(sent, letter).write(content)
             if letter.inbox is not None:
                 bits += wire.write_inbox(content, letter.inbox)
             bits += sum(map(bits_of, letter.values.values()))
             contents.append((self.nodes.node_ids[letter.client], content))
-            flights.append((Flight(letter.client, letter.number, key, self.now), sent))
+            flights.append((Flight(letter.client, letter.number, key, self.now, vectors), sent))
         posted = push(self.grid, contents, MessageType.TRAIN, str(sent.round), self.patience.reply_seconds)
         self.flights |= dict(zip(posted, flights, strict=True))
         return bits
@@ -162,25 +171,31 @@ class Mail:
         letters = [letter for letter, on in zip(letters, there, strict=True) if on]
         contents = []
         for letter in letters:
-            content = wire.write(letter.values, self.book)
-            version = int(self.versions[letter.client])
-            wire.Head(
-                work=sent.work, client=letter.client, number=letter.number, round=sent.round, version=version
-            ).write(content)
+            content = wire.write(letter.values, self.door.book)
+            self._head(sent, letter).write(content)
             contents.append((self.nodes.node_ids[letter.client], content))
         posted = push(self.grid, contents, MessageType.EVALUATE, str(sent.round), self.patience.reply_seconds)
         waiting, answers, start = dict(zip(posted, letters, strict=True)), dict[int, dict[str, Tensor]](), self.now
         while waiting:
             for message in self.grid.pull_messages(list(waiting)):
-                client = waiting.pop(message.metadata.reply_to_message_id).client
+                letter = waiting.pop(message.metadata.reply_to_message_id)
                 if message.has_error() and message.error.code in GONE:
                     continue
-                values = wire.read(content_of(message, f"client {client}, {sent.work}"), self.book)
-                answers[client] = {k: v for k, v in values.items() if isinstance(v, Tensor)}
+                content = content_of(message, f"client {letter.client}, {sent.work}")
+                try:
+                    answers[letter.client] = self.door.scores(content, self._head(sent, letter), sent)
+                except Refused as e:
+                    self._warn(letter.client, sent, e)
             if self.now - start > self.patience.reply_seconds:
                 break
             if waiting:
                 self.clock.sleep(self.patience.poll_seconds)
+        forms = {client: tuple(sorted(answer)) for client, answer in answers.items()}
+        for client, form in forms.items():
+            self.forms.note(question(sent), form, client)
+        for client in [c for c, form in forms.items() if not self.forms.usual(question(sent), form)]:
+            del answers[client]
+            self._warn(client, sent, ODD)
         return answers
 
     def look(self) -> bool:
@@ -192,8 +207,14 @@ class Mail:
             if came[number].has_error() and came[number].error.code in GONE:
                 self.lost.append(flight)
                 continue
-            self.landed[flight.client] = Landed(flight, self.now, self._open(flight, sent, came[number]))
-            self.took[:, flight.client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
+            try:
+                self._land(flight, sent, came[number])
+            except Refused as e:
+                self._refuse(flight, sent, e)
+        for landed in list(self.landed.values()):
+            if not self.forms.usual(question(landed.sent), landed.form):
+                del self.landed[landed.flight.client]
+                self._refuse(landed.flight, landed.sent, ODD)
         return bool(messages)
 
     def wait(self, enough: Callable[[], bool], until: float = inf) -> None:
@@ -218,28 +239,46 @@ class Mail:
         numbers = [n for n, (flight, _) in self.flights.items() if flight.client in clients]
         return [self.flights.pop(n)[0] for n in numbers]
 
-    def _open(self, flight: Flight, sent: Sent, message: Message) -> Results:
-        content = content_of(message, f"client {flight.client}, {sent.work} of round {sent.round + 1}")
-        head = wire.Head.read(content)
-        if (head.client, head.number, head.work) != (flight.client, flight.number, sent.work):
-            raise ClientError(
-                f"job {flight.number} of client {flight.client} ({sent.work}) was answered by job {head.number} of "
-                f"client {head.client} ({head.work})"
-            )
-        self.versions[flight.client] = head.version
-        values = wire.read(content, self.book)
-        bits = sum(map(bits_of, values.values()))
-        fields = {k: (v.decode() if isinstance(v, Packet) else v).to(self.device) for k, v in values.items()}
-        logged = {k: torch.tensor([v], dtype=torch.float64) for k, v in content[wire.LOGGED].items()}
-        return Results(fields, {}, {}, logged, torch.tensor([bits]))
+    def _head(self, sent: Sent, to: Letter | Flight) -> wire.Head:
+        return wire.Head(
+            work=sent.work,
+            client=to.client,
+            number=to.number,
+            round=sent.round,
+            version=int(self.versions[to.client]),
+        )
+
+    def _land(self, flight: Flight, sent: Sent, message: Message) -> None:
+        client = flight.client
+        content = content_of(message, f"client {client}, {sent.work} of round {sent.round + 1}")
+        has = int(self.nodes.num_examples[client])
+        opened = self.door.reply(content, self._head(sent, flight), sent, flight.vectors, has)
+        self.versions[client] = opened.version
+        self.forms.note(question(sent), opened.form, client)
+        fields = {k: v.to(self.device) for k, v in opened.results.fields.items()}
+        self.landed[client] = Landed(flight, self.now, sent, replace(opened.results, fields=fields), opened.form)
+        self.took[:, client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
+
+    def _refuse(self, flight: Flight, sent: Sent, why: Refused) -> None:
+        self.refused.append(flight)
+        self._warn(flight.client, sent, why)
+
+    def _warn(self, client: int, sent: Sent, why: Refused) -> None:
+        """Say whose reply goes unused, and why."""
+        self.refusals[client] += 1
+        warnings.warn(
+            f"client {client} (node {self.nodes.node_ids[client]}), {sent.work} of round {sent.round + 1}: its reply "
+            f"is refused, {why} ({int(self.refusals[client])} of its replies so far)",
+            stacklevel=2,
+        )
 
 
-def connect(grid: Grid, num_clients: int, clock: Clock, patience: Patience) -> Nodes:
+def connect(grid: Grid, num_clients: int, door: Door, clock: Clock, patience: Patience) -> Nodes:
     """Wait until every client has a node, and ask each how many samples it has.
 
     Raises:
-        ClientError: if nodes are missing when patience is over, two say they are the same client, or one can't say
-            which it is.
+        ClientError: if nodes are missing when patience is over, two say they are the same client, or one says nothing
+            that can be.
     """
     start = clock.now()
     known: set[int] = set()
@@ -252,11 +291,13 @@ def connect(grid: Grid, num_clients: int, clock: Clock, patience: Patience) -> N
         asked |= dict(zip(push(grid, contents, MessageType.QUERY, "", patience.reply_seconds), new, strict=True))
         for message in grid.pull_messages(list(asked)) if asked else ():
             node = asked.pop(message.metadata.reply_to_message_id)
-            about = content_of(message, f"node {node}")[wire.ABOUT]
-            client = int(about["client"])
+            try:
+                client, num_examples = door.about(content_of(message, f"node {node}"), num_clients)
+            except Refused as e:
+                raise ClientError(f"node {node}: {e}") from e
             if client in found:
                 raise ClientError(f"nodes {found[client][0]} and {node} both have partition-id={client}")
-            found[client] = node, int(about["num_examples"])
+            found[client] = node, num_examples
         if len(found) == num_clients:
             each = [found[i] for i in range(num_clients)]
             return Nodes(tuple(node for node, _ in each), torch.tensor([n for _, n in each], dtype=torch.int64))

@@ -10,8 +10,11 @@ Letters: P entries of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf, prod
+from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,8 @@ from fedsim.streams import Streams
 
 RAW = "fedsim.raw"
 PACKET = "fedsim.packet"
+_KINDS = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool"
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _KINDS.split()}  # what travels
 HEAD, TENSORS, NUMBERS, NOTHING = "fedsim.head", "fedsim.tensors", "fedsim.numbers", "fedsim.nothing"
 INBOX, HEARD, LOGGED, ABOUT = "fedsim.inbox", "fedsim.heard", "fedsim.logged", "fedsim.about"
 
@@ -64,9 +69,15 @@ class Head:
         Raises:
             ValueError: if the message has none, so that it comes from another kind of app.
         """
-        if HEAD not in content:
-            raise ValueError(f"the message holds {list(content)} and no {HEAD!r}: its sender is not fedsim")
-        return cls(**content[HEAD])
+        head = content.get(HEAD)
+        if head is None:
+            raise ValueError(f"the message holds {brief(list(content))} and no {HEAD!r}: its sender is not fedsim")
+        if {name: type(value) for name, value in head.items()} != _HEAD:
+            raise ValueError(f"the head of the message is {brief(dict(head))}, and needs {', '.join(_HEAD)}")
+        return cls(**head)
+
+
+_HEAD = {"work": str, "client": int, "number": int, "round": int, "version": int}
 
 
 @dataclass(frozen=True)
@@ -138,15 +149,22 @@ def write(values: Mapping[str, Any], book: Book, keys: Sequence[Key] = ()) -> Re
     return out
 
 
-def read(content: RecordDict, book: Book) -> dict[str, Any]:
+def read(content: RecordDict, book: Book, longest: float = inf, keys: Container[Key] | None = None) -> dict[str, Any]:
     """The inverse of `write`; a packet comes back as a packet, on the CPU.
 
+    Args:
+        content: of a message.
+        book: names of compressors.
+        longest: entries of a vector that a packet may stand for.
+        keys: of random numbers that packets may have been made with; None is any.
+
     Raises:
-        ValueError: if bytes are missing or left over, or a compressor's name is unknown here.
+        ValueError: if a tensor or a packet is not what its sender can have written, or is longer than it may be; or a
+            compressor's name is unknown here. Nothing is allocated before that is known.
     """
     out: dict[str, Any] = {name: None for name in content[NOTHING]["names"]}
     out |= dict(content[NUMBERS])
-    return out | {name: of_array(array, book) for name, array in content[TENSORS].items()}
+    return out | {name: of_array(array, book, longest, keys) for name, array in content[TENSORS].items()}
 
 
 def write_inbox(content: RecordDict, inbox: Inbox) -> int:
@@ -194,35 +212,53 @@ def packet_array(packet: Packet, book: Book, keys: Sequence[Key] = ()) -> Array:
     return Array("uint8", (packet.num_entries,), stype, packet.encode_row(0))
 
 
-def of_array(array: Array, book: Book) -> Tensor | Packet:
-    """What an array stands for."""
+def of_array(array: Array, book: Book, longest: float = inf, keys: Container[Key] | None = None) -> Tensor | Packet:
+    """What an array stands for; see `read`."""
     if array.stype == RAW:
         return _tensor(array)
     kind, _, rest = array.stype.partition("/")
-    name, _, key = rest.partition("@")
+    name, _, written = rest.partition("@")
     if kind != PACKET or name not in book.compressors:
         raise ValueError(
-            f"an array of kind {array.stype!r} arrived, which this experiment does not know ({RAW}, "
+            f"an array of kind {brief(array.stype)} arrived, which this experiment does not know ({RAW}, "
             f"{', '.join(f'{PACKET}/{k}' for k in book.compressors)}); both ends need the same experiment file"
         )
-    compressor, (num_entries,) = book.compressors[name], array.shape
+    compressor = book.compressors[name]
+    if len(array.shape) != 1 or not 1 <= array.shape[0] <= longest:
+        raise ValueError(f"a packet for a vector of shape {brief(array.shape)} arrived, and {longest} is the longest")
+    (num_entries,) = array.shape
     shared = {}
-    if key:
-        seed, client, job, step = (int(part) for part in key.split(","))
+    if any(f.shared for f in compressor.fields(num_entries)):
+        seed, client, job, step = _key(written, keys)
         shared = compressor.shared(Streams(seed, torch.tensor([client]), torch.tensor([job])), num_entries, step)
+    elif written:
+        raise ValueError(f"a packet with a key arrived ({brief(array.stype)}), and its compressor {name} needs none")
     return Packet.decode_row(array.data, compressor, num_entries, shared)
 
 
+def _key(written: str, keys: Container[Key] | None) -> Key:
+    """The key that a packet was sent with."""
+    parts = written.split(",")
+    if len(parts) != 4 or not all(re.fullmatch(r"-?[0-9]{1,19}", part) for part in parts):
+        raise ValueError(f"a packet came without the key of its random numbers: {brief(written)}")
+    seed, client, job, step = map(int, parts)
+    if keys is not None and (seed, client, job, step) not in keys:
+        raise ValueError(f"a packet came with the key {written}, which is not its sender's")
+    return seed, client, job, step
+
+
 def _tensor(array: Array) -> Tensor:
-    dtype = getattr(torch, array.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"an array of type {array.dtype!r} arrived, which torch does not have")
-    want = dtype.itemsize * int(np.prod(array.shape, dtype=np.int64))
+    dtype, shape = _DTYPES.get(array.dtype), array.shape
+    if dtype is None:
+        raise ValueError(f"an array of type {brief(array.dtype)} arrived, which is none of {', '.join(_DTYPES)}")
+    if not all(0 <= size < 2**31 for size in shape) or len(shape) > 8:
+        raise ValueError(f"an array of shape {brief(shape)} arrived, and no tensor has it")
+    want = dtype.itemsize * prod(shape)
     if len(array.data) != want:
-        raise ValueError(f"{array.dtype}{list(array.shape)} takes {want} bytes and {len(array.data)} arrived")
+        raise ValueError(f"{array.dtype}{list(shape)} takes {want} bytes and {len(array.data)} arrived")
     if not want:
-        return torch.zeros(array.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(array.data), dtype=torch.uint8).view(dtype).reshape(array.shape)
+        return torch.zeros(0, dtype=dtype).new_empty(shape)
+    return torch.frombuffer(bytearray(array.data), dtype=torch.uint8).view(dtype).reshape(shape)
 
 
 def _key_of(packet: Packet, keys: Sequence[Key]) -> Key:

@@ -33,8 +33,14 @@ def timing_section(history: History, folder: Path) -> Section | None:
 
 
 def absence_section(history: History) -> Section | None:
-    """Who was away, dropped out or was late in each round; None for a run in which nobody could be."""
-    counts = {"num_clients": "replied", "num_away": "off line", "num_dropped": "dropped out", "num_late": "late"}
+    """Who was away, dropped out, was late or refused in each round; None for a run in which nobody could be."""
+    counts = {
+        "num_clients": "replied",
+        "num_away": "off line",
+        "num_dropped": "dropped out",
+        "num_late": "late",
+        "num_refused": "refused",
+    }
     found = {key: history.series(key) for key in counts}
     if not any(len(found[key][0]) for key in counts if key != "num_clients"):
         return None

@@ -60,6 +60,11 @@ class Account:
 
     state_classes: ClassVar[dict[str, type]] = {"Sent": Sent, "Ledger": Ledger, "Copy": Copy}
 
+    @property
+    def refusals(self) -> Tensor:
+        """[N] how many replies of each client were not fit to be used: none of those that fedsim itself computed."""
+        return torch.zeros_like(self.job_counts)
+
     def end_round(self) -> Metrics:
         """What clients logged and how many replied since the last call; the next round begins."""
         self._add_up()

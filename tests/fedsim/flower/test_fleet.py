@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, DrivenFleet
 from fedsim.flower import wire
 from fedsim.flower.clock import Patience
+from fedsim.flower.door import Door
 from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail, connect
 from fedsim.sim.executor import ClientError, StackRunner
@@ -24,6 +25,8 @@ from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock
 NUM = 4
 TASK = quadratic([1.0] * NUM, [0.0] * NUM, 1.0, num_examples=[4, 3, 2, 1])
 PATIENCE = Patience(reply_seconds=60.0, poll_seconds=0.1)
+NOTHING = Cost(vectors_up=0)
+DOOR = Door(book=wire.Book({}), seed=0, model_size=1)
 
 
 class Halves:
@@ -45,6 +48,9 @@ class Halves:
     def hear(self, clients: Cohort, inbox: Any) -> dict[str, Tensor]:
         return {"sum": inbox.heard.to(inbox["v"]) @ inbox["v"], "own": inbox["v"][inbox.own]}
 
+    def score(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
+        return {"examples": clients.num_examples, "loss": x + clients.ids.to(x)}
+
     def _secret(self, clients: Cohort) -> dict[str, Tensor]:
         return {}
 
@@ -62,8 +68,8 @@ def app() -> ClientApp:
 def build(seconds: Callable[[int], float] = lambda i: 1.0) -> tuple[FlowerFleet, LocalGrid]:
     clock = VirtualClock()
     grid = LocalGrid(app(), NUM, clock=clock, seconds=seconds)
-    nodes = connect(grid, NUM, clock, PATIENCE)
-    return FlowerFleet(Mail(grid, nodes, wire.Book({}), clock, PATIENCE), seed=0, model_size=1), grid
+    nodes = connect(grid, NUM, DOOR, clock, PATIENCE)
+    return FlowerFleet(Mail(grid, nodes, DOOR, clock, PATIENCE), seed=0, model_size=1), grid
 
 
 def test_replies_stand_in_the_order_of_ids_whatever_the_order_of_arrival() -> None:
@@ -165,7 +171,7 @@ def test_a_failing_client_is_named_with_its_round_and_reason() -> None:
     fleet, _ = build()
     fleet.round = 7
     with pytest.raises(ClientError, match=r"client 2, fail of round 8: .*no data today"):
-        fleet.ask(ALL, HALVES.fail)
+        fleet.ask(ALL, HALVES.fail, cost=NOTHING)
 
 
 def test_a_client_half_that_is_private_or_unknown_is_not_run() -> None:
@@ -229,12 +235,12 @@ def test_an_evaluation_leaves_out_whom_it_does_not_hear_of(why: str) -> None:
     fleet_ready.append(True)
     try:
         grid.gone = {1} if why == "gone" else set()
-        with pytest.warns(UserWarning, match=r"tell goes on without client\(s\) 1$"):
-            found = fleet.evaluate(ALL, HALVES.tell, x=X)
-        assert found["v"].flatten().nan_to_num(-1.0).tolist() == [10.0, -1.0, 12.0, 13.0]
+        with pytest.warns(UserWarning, match=r"score goes on without client\(s\) 1$"):
+            found = fleet.evaluate(ALL, HALVES.score, x=X)
+        assert found["loss"].nan_to_num(-1.0).tolist() == [10.0, -1.0, 12.0, 13.0]
         grid.gone = set(range(4))
         with pytest.warns(UserWarning, match=r"goes on without client\(s\) 0, 1, 2, 3$"):
-            assert fleet.evaluate(ALL, HALVES.tell, x=X) == {}
+            assert fleet.evaluate(ALL, HALVES.score, x=X) == {}
     finally:
         fleet_ready.clear()
 
@@ -253,7 +259,7 @@ def test_memory_lasts_from_message_to_message_and_a_node_that_lost_it_says_so() 
 def test_a_client_that_failed_has_written_nothing() -> None:
     fleet, grid = build()
     with pytest.raises(ClientError):
-        fleet.ask(torch.tensor([2]), HALVES.fail)
+        fleet.ask(torch.tensor([2]), HALVES.fail, cost=NOTHING)
     assert not grid.contexts[fleet.mail.nodes.node_ids[2]].state
 
 
@@ -312,7 +318,7 @@ def grid_of(partitions: list[Any]) -> LocalGrid:
 
 def test_clients_are_known_by_partition_id_and_not_by_node() -> None:
     grid = grid_of([3, 1, 0, 2])
-    nodes = connect(grid, NUM, VirtualClock(), PATIENCE)
+    nodes = connect(grid, NUM, DOOR, VirtualClock(), PATIENCE)
     assert [grid.contexts[n].node_config["partition-id"] for n in nodes.node_ids] == [0, 1, 2, 3]
     assert nodes.num_examples.tolist() == [4, 3, 2, 1]
 
@@ -327,30 +333,9 @@ def test_clients_are_known_by_partition_id_and_not_by_node() -> None:
 )
 def test_nodes_that_do_not_fit_the_experiment_are_refused(partitions: list[int], message: str) -> None:
     with pytest.raises(ClientError, match=message):
-        connect(grid_of(partitions), NUM, VirtualClock(), PATIENCE)
+        connect(grid_of(partitions), NUM, DOOR, VirtualClock(), PATIENCE)
 
 
 def test_a_node_without_a_partition_id_is_told_how_to_get_one() -> None:
     with pytest.raises(ClientError, match="start it with --node-config"):
-        connect(grid_of([None, 1, 2, 3]), NUM, VirtualClock(), PATIENCE)
-
-
-def test_a_reply_to_another_job_is_noticed() -> None:
-    liar = ClientApp()
-
-    @liar.train()
-    def train(message: Message, context: Context) -> Message:
-        content = wire.write({}, wire.Book({}))
-        wire.Head(work="tell", client=1, number=5, round=0, version=0).write(content)
-        return Message(content, reply_to=message)
-
-    @liar.query()
-    def query(message: Message, context: Context) -> Message:
-        about = ConfigRecord({"client": int(context.node_config["partition-id"]), "num_examples": 1})
-        return Message(RecordDict({wire.ABOUT: about}), reply_to=message)
-
-    clock = VirtualClock()
-    grid = LocalGrid(liar, NUM, clock=clock)
-    mail = Mail(grid, connect(grid, NUM, clock, PATIENCE), wire.Book({}), clock, PATIENCE)
-    with pytest.raises(ClientError, match="job 0 of client 1 .* was answered by job 5 of client 1"):
-        FlowerFleet(mail, seed=0, model_size=1).ask(torch.tensor([1]), HALVES.tell, x=X)
+        connect(grid_of([None, 1, 2, 3]), NUM, DOOR, VirtualClock(), PATIENCE)
