@@ -1,5 +1,6 @@
-"""A run's folder: whether it holds a run and who may write there, and what is left in it: config.yaml (resolved, with versions), env.json, metrics.jsonl, summary.json,
-model.safetensors, model.best.safetensors, clients.jsonl, timeline.jsonl, split.npz, checkpoints/ and report.html.
+"""A run's folder: whether it holds one, who may write there, and what is left in it: config.yaml (resolved, with
+versions), env.json, metrics.jsonl, summary.json, model.safetensors, model.best.safetensors, clients.jsonl,
+timeline.jsonl, split.npz, checkpoints/ and report.html.
 """
 
 from __future__ import annotations
@@ -187,11 +188,14 @@ def _write_report(folder: Path) -> None:
 
 
 def write_best(folder: Path, composition: Composition, best: Best) -> None:
-    """The model of the round in which `checkpoint.best` was best so far."""
-    _write_model(folder / BEST_FILE, composition, best.x, round=best.round, **{best.metric: best.value})
+    """The model of the round in which `checkpoint.best` was best so far; no file where that was not kept."""
+    if best.x is None:
+        (folder / BEST_FILE).unlink(missing_ok=True)
+        return
+    _write_model(folder / BEST_FILE, composition, best.x, {best.metric: best.value, "round": best.round})
 
 
-def _write_model(path: Path, composition: Composition, x: Tensor, **notes: Any) -> None:
+def _write_model(path: Path, composition: Composition, x: Tensor, notes: Mapping[str, Any] = {}) -> None:
     """A module's state dict, or a formula's own tensors, of x [P]; beside it what the module was made for."""
     if composition.module is not None:
         tensors = Layout.of_module(composition.module).state_dict(x.cpu(), composition.module)

@@ -245,7 +245,7 @@ class Simulation:
         models = {}
         if module is not None:
             models["model"] = partial(trained, module, run.state.x)
-        if module is not None and run.best is not None:
+        if module is not None and run.best is not None and run.best.x is not None:
             models["best_model"] = partial(trained, module, run.best.x)
         if folder is None:
             return History(list(self._rows), dict(self._made.resolved), None, models)
@@ -256,7 +256,8 @@ class Simulation:
 
         Raises:
             ConfigError, Diverged, ClientError, ServerError, ObserverError: see `run` and `fedsim.loop.Run.step`.
-            Interrupted: after Ctrl-C or SIGTERM, once the running round is finished and saved.
+            Interrupted: after Ctrl-C or SIGTERM, once the running round is finished and saved; where the loop is left
+                in that round, when the simulation is closed.
         """
         if self._made.executor.serve():
             return
@@ -311,6 +312,8 @@ class Simulation:
                 if run.saved != run.round:
                     run.save()
                 write_results(folder, self._made, run.state.x, History.load(folder), run.ended or BY_HAND)
+            if complete:
+                run.heed()  # a signal that came before the caller left the loop over the rounds
 
     def _note(self, row: dict[str, Any]) -> None:
         """What is kept of a round beside its row in the folder."""
