@@ -1,4 +1,4 @@
-"""The best model of a run so far, by a metric of its evaluated rounds."""
+"""The best model of a run so far, by a metric of its rows."""
 
 from __future__ import annotations
 
@@ -21,28 +21,34 @@ class Best:
         metric: its name.
         round: the first with that value.
         value: of the metric.
-        x: [P], the server's model then.
+        x: [P], the server's model then; None if it was not kept, since only a resume named the metric.
     """
 
     metric: str
     round: int
     value: float
-    x: Tensor
+    x: Tensor | None
 
 
-def best_of(best: Best | None, metric: str, row: Mapping[str, Any], x: Tensor) -> Best | None:
-    """The better of what was best so far and of an evaluated round, whose model is x [P].
+def best_of(best: Best | None, metric: str, row: Mapping[str, Any], x: Tensor | None) -> Best | None:
+    """The better of what was best so far and of a row, whose model is x [P]; a row without the metric is none."""
+    value = row.get(metric)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        return best
+    if best is not None and not _better(metric, value, best.value):
+        return best
+    return Best(metric, row["round"], value, None if x is None else x.detach().clone())
+
+
+def check_named(metric: str, row: Mapping[str, Any]) -> None:
+    """Refuse a metric that an evaluated row lacks.
 
     Raises:
-        ConfigError: if no such number is in the row.
+        ConfigError: naming those that there are.
     """
-    value = row.get(metric)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        known = [k for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    known = [k for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    if metric not in known:
         raise ConfigError(f"checkpoint.best: evaluated rounds have no number {metric!r}{did_you_mean(metric, known)}")
-    if not isfinite(value) or (best is not None and not _better(metric, value, best.value)):
-        return best
-    return Best(metric, row["round"], value, x.detach().clone())
 
 
 def best_row(rows: Iterable[Mapping[str, Any]], metric: str) -> Mapping[str, Any] | None:

@@ -75,24 +75,26 @@ class FromTable:
 OBJECT = "<object>"
 
 
-@dataclass(frozen=True)
 class Given:
     """What stands in a file for the name of a table entry when that was given from Python.
+
+    No dataclass, which the reader of files would take for a section.
 
     Args:
         target: what to call.
         name: for the resolved file: an import path, where one leads there, else OBJECT and the class or function.
-        made: whether the target gives an object that the user has made, and so takes no fields.
     """
 
-    target: Callable[..., Any]
-    name: str
-    made: bool = False
+    def __init__(self, target: Callable[..., Any], name: str) -> None:
+        self.target, self.name = target, name
+
+    def __repr__(self) -> str:
+        return self.name
 
     @classmethod
     def object(cls, value: object, target: Callable[[], Any]) -> Given:
         """An object, which the target gives."""
-        return cls(target, f"{OBJECT} {type(value).__module__}.{type(value).__qualname__}", made=True)
+        return cls(target, f"{OBJECT} {type(value).__module__}.{type(value).__qualname__}")
 
     @classmethod
     def factory(cls, target: Callable[..., Any]) -> Given:
@@ -101,6 +103,11 @@ class Given:
         module, name = named.__module__, named.__qualname__
         found = getattr(sys.modules.get(module), name, None) is target and module != "__main__"
         return cls(target, f"{module}:{name}" if found else f"{OBJECT} {module}.{name}")
+
+
+def is_code(value: object) -> bool:
+    """Whether this is a function or a class, which may stand where a file has its name."""
+    return isinstance(value, type) or inspect.isroutine(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,12 +239,12 @@ def decode_entry(
 
 def named(table: Mapping[str, Any], value: Any, key: str) -> tuple[Any, str, dict[str, Any]]:
     """(row of the table or the user's own callable, name, remaining fields) of a table entry."""
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str | Given):
+    rest = dict(value) if isinstance(value, Mapping) else {"name": value}
+    name = rest.pop("name", None)
+    if is_code(name):
+        name = Given.factory(name)
+    if not isinstance(name, str | Given):
         raise ConfigError(f"{key}: expected a name or {{name: ..., ...}}, got {value!r}; known: {', '.join(table)}")
-    name = value["name"]
-    rest = {k: v for k, v in value.items() if k != "name"}
     if isinstance(name, Given):
         own = (k for k, v in table.items() if v is name.target)
         return name.target, next(own, name.name), rest
@@ -289,6 +296,8 @@ def _argument(value: Any, hint: Any, key: str, kinds: Kinds) -> Any:
     for section in typing.get_args(hint) if optional else (hint,):
         if is_dataclass(section) and isinstance(section, type):
             return decode(section, value, key, kinds)
+    if isinstance(value, Given) or is_code(value):
+        raise ConfigError(f"{key}: no function or class can stand here, where no table entry has its name; got {value}")
     with at(key):
         return checked(value, hint)
 

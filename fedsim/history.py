@@ -153,6 +153,8 @@ class History:
         """
         if not (self.config.get("checkpoint") or {}).get("best"):
             raise ValueError("the best model was not kept; name a metric by checkpoint.best, such as test_accuracy")
+        if self.path is not None and self.rows and not (self.path / BEST_FILE).is_file():
+            raise ValueError(f"the model of round {self.best['round']} was not kept: checkpoint.best was named later")
         return self._trained("best_model", BEST_FILE)
 
     def _trained(self, which: str, file: str) -> nn.Module:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedsim import checkpoint
-from fedsim.best import Best, best_of
+from fedsim.best import Best, best_of, check_named
 from fedsim.config import ConfigError, place
 from fedsim.evaluation import Evaluate
 from fedsim.files import sync
@@ -58,7 +58,7 @@ class Checkpoint:
     Args:
         every: rounds between checkpoints; null saves only when interrupted and at the end.
         keep: how many of the newest checkpoints are kept; null keeps all.
-        best: a metric of evaluated rounds (test_accuracy); the model of the round in which it is best is kept too.
+        best: a metric of rows (test_accuracy); the model of the round in which it is best is kept too.
     """
 
     every: int | None = 20
@@ -165,6 +165,7 @@ class Run:
         self.best: Best | None = None
         self.saved: int | None = None
         self.broken = False
+        self._signals: list[int] = []  # that nobody has heeded yet
         self._asked = False  # to save this round once its row is written
         self._started = time.perf_counter()  # less the seconds of the calls that this one goes on from
         if resume:
@@ -193,13 +194,23 @@ class Run:
             Diverged, ClientError, ServerError, ConfigError: see `step`.
             Interrupted: after Ctrl-C or SIGTERM, once the running round is finished and saved.
         """
-        with interruptible() as asked:
+        with interruptible(self._signals):
             while self.ended is None:
                 yield self.step()
-                if asked and self.ended is None:
-                    if self.saved != self.round:
-                        self.save()
-                    raise Interrupted(self.round, asked[0])
+                self.heed()
+
+    def heed(self) -> None:
+        """Do what a signal asked for that came while rounds were played, if one is left.
+
+        Raises:
+            Interrupted: if there was one, once the last round is saved.
+        """
+        if self._signals and self.ended is None:
+            if self.saved != self.round:
+                self.save()
+            number = self._signals[0]
+            self._signals.clear()
+            raise Interrupted(self.round, number)
 
     def step(self) -> dict[str, Any]:
         """One round, and its row, which is written to the sinks; what is due is saved.
@@ -223,8 +234,10 @@ class Run:
         self.ended = reason or self._all_done()
         if self.ended and not e.allow_divergence and (what := self.course.exploded()):
             warnings.warn(what, stacklevel=2)
-        if e.checkpoint.best and (due or reason):
-            self.best = best_of(self.best, e.checkpoint.best, row, self.state.x)
+        if (metric := e.checkpoint.best) is not None:
+            self.best = best_of(self.best, metric, row, self.state.x)
+            if due or reason:
+                check_named(metric, row)
         every = e.checkpoint.every
         asked, self._asked = self._asked, False
         if self.ended or asked or (every and self.round % every == 0):
@@ -367,5 +380,10 @@ class Run:
         e.fleet.load(fleet)
         self.state, self.round, self.saved, self.course = saved, round, round, Course(e.stop, rows[:round])
         self.last = dict(rows[round - 1]) if round else {}
-        self.best = best if best is not None and best.metric == e.checkpoint.best else None
+        if best is not None and best.metric == e.checkpoint.best:
+            self.best = best
+        elif e.checkpoint.best is not None:  # named by the resume alone: what was best before has no model
+            for row in rows[:round]:
+                x = saved.x if row["round"] == round else None
+                self.best = best_of(self.best, e.checkpoint.best, row, x)
         self._started -= before

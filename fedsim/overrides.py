@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedsim.config import ConfigError
+from fedsim.config import ConfigError, Given, is_code, naming
 
-Shared = Callable[[str, str, str], Collection[str] | None]
+Name = str | Given
+Shared = Callable[[str, Name, Name], Collection[str] | None]
 """(key of a section, the entry that stands there, another one) -> fields that mean the same in both; None if nobody
 expects that of such entries."""
 
 
-def nothing_shared(key: str, before: str, after: str) -> None:
+def nothing_shared(key: str, before: Name, after: Name) -> None:
     """Where nobody knows the entries."""
 
 
@@ -85,7 +86,7 @@ def apply_overrides(
     warning says which it drops. Other sections are merged.
 
     Args:
-        raw: a mapping, or YAML as text.
+        raw: a mapping, or YAML as text. In a mapping a function or a class may stand where its name may.
         overrides: {dotted key: value}; an entry's fields are set after the entry, whichever stands first.
         source: the file's name, for messages.
         shared: knows which fields two entries share.
@@ -96,17 +97,34 @@ def apply_overrides(
     from omegaconf import OmegaConf
 
     with plain_errors(source):
-        config = raw if OmegaConf.is_config(raw) else OmegaConf.create(raw if isinstance(raw, str) else dict(raw))
+        content = raw if OmegaConf.is_config(raw) or isinstance(raw, str) else dict(raw)
+        config = OmegaConf.create(content, flags={"allow_objects": True})
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"{source}: expected sections at the top, got a list or text")
         for key, value in sorted(overrides.items(), key=lambda each: each[0].count(".")):  # an entry before its fields
             _open_entry(config, key)
-            if isinstance(value, str):
+            if is_code(value):
+                value = Given.factory(value)
+            if isinstance(value, Name):
                 value = _renamed(config, key, value, overrides, shared)
             named = isinstance(value, Mapping) and "name" in value
             OmegaConf.update(config, key, value, merge=not named, force_add=True)
         plain = OmegaConf.to_container(config, resolve=True)
+    with naming(source):
+        _check_values(plain, "")
     return {str(k): v for k, v in plain.items()}
+
+
+def _check_values(value: Any, key: str) -> None:
+    """Refuse what no file can hold and no name could stand for."""
+    if isinstance(value, Mapping | list):
+        for name, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_values(each, f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}" if key else str(name))
+    elif not (isinstance(value, bool | int | float | str | bytes | Path | Given | None) or is_code(value)):
+        raise ConfigError(
+            f"{key}: a {type(value).__name__} can't stand here; give a number, text, a list or a section, a function "
+            "or class where its name may stand, and modules, data and strategies by model=, data= and strategy="
+        )
 
 
 BRACES = "; in braces, put a space after each ':' and quote the whole, as in 'strategy={name: fedavg, cohort_size: 5}'"
@@ -124,15 +142,20 @@ def plain_errors(source: str, hint: str = "") -> Iterator[None]:
         raise ConfigError(f"{source}: not readable: {' '.join(str(e).split())}{hint}") from e
 
 
-def _renamed(config: Any, key: str, name: str, overrides: Mapping[str, Any], shared: Shared) -> Any:
-    """The entry of this name, with what it keeps of the one that stands at the key; the name alone if none does."""
+def _renamed(config: Any, key: str, name: Name, overrides: Mapping[str, Any], shared: Shared) -> Any:
+    """The entry of this name, with what it keeps of the one that stands at the key; the name alone if none does.
+
+    Fields without a name are those of a function or class given from Python.
+    """
     from omegaconf import OmegaConf
 
     before = OmegaConf.select(config, key)
-    if not OmegaConf.is_dict(before) or not isinstance(before.get("name"), str):
+    if not OmegaConf.is_dict(before):
         return name
     fields = dict(OmegaConf.to_container(before, resolve=False))
-    old = str(fields.pop("name"))
+    old = fields.pop("name", None)
+    if not isinstance(old, Name):
+        return name if isinstance(name, str) else {**fields, "name": name}
     keeps = fields if old == name else shared(key, old, name)
     if keeps is None:
         return {"name": name}
@@ -153,5 +176,5 @@ def _open_entry(config: Any, key: str) -> None:
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])
         value = OmegaConf.select(config, parent)
-        if isinstance(value, str):
+        if isinstance(value, Name) or is_code(value):
             OmegaConf.update(config, parent, {"name": value}, merge=False)

@@ -1,5 +1,6 @@
-"""What a run leaves in its folder: config.yaml (resolved, with versions), env.json, metrics.jsonl, summary.json,
-model.safetensors, model.best.safetensors, clients.jsonl, timeline.jsonl, split.npz, checkpoints/ and report.html.
+"""A run's folder: whether it holds one, who may write there, and what is left in it: config.yaml (resolved, with
+versions), env.json, metrics.jsonl, summary.json, model.safetensors, model.best.safetensors, clients.jsonl,
+timeline.jsonl, split.npz, checkpoints/ and report.html.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ import io
 import json
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,81 @@ from torch import Tensor
 
 from fedsim.best import Best, best_row
 from fedsim.compose import Composition
-from fedsim.files import write_tensors, write_whole
+from fedsim.config import ConfigError
+from fedsim.files import held, write_tensors, write_whole
 from fedsim.fleet import DrivenFleet
 from fedsim.history import BEST_FILE, MODEL_FILE, History
 from fedsim.loop import Experiment
+from fedsim.overrides import read_file
 from fedsim.params import Layout
-from fedsim.sinks import encode_row
+from fedsim.sinks import METRICS_FILE, encode_row
 
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
 MAX_CLIENTS_LISTED = 100_000
+CHOSEN_ONCE = ("engine", "native", "stack", "stacks")  # by `auto`, when a run begins
+
+
+def as_it_began(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A file to resume by: what it leaves to `auto` and fixes the bits is as the folder's run has it.
+
+    So a run goes on to the same bits with more or fewer workers, for which `auto` might choose otherwise.
+
+    Args:
+        raw: the file's content after overrides.
+        folder: of the run.
+
+    Raises:
+        ConfigError: if the folder's own file is damaged.
+    """
+    path, said = folder / "config.yaml", raw.get("runtime") or {}
+    began = read_file(path).get("runtime", {}) if path.exists() and isinstance(said, Mapping) else {}
+    kept = {k: v for k, v in began.items() if k in CHOSEN_ONCE and "auto" == said.get(k, "auto") != v}
+    return {**raw, "runtime": {**said, **kept}} if kept else dict(raw)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun to write there."""
+    return (folder / METRICS_FILE).exists() or (folder / "config.yaml").exists()
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuse to mix two runs in one folder.
+
+    Raises:
+        ConfigError: if the folder holds a run and this is no resume, or holds none and it is.
+    """
+    if holds_run(folder) and not resume:
+        raise ConfigError(f"{folder} already holds a run; add --resume to go on with it or give another --out")
+    if resume and not holds_run(folder):
+        raise ConfigError(f"{folder} holds no run to resume; leave out --resume to start one there")
+
+
+def last_folder(stem: Path) -> Path:
+    """The newest of the folders `stem`-NNN that holds a run, for --resume without --out.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    numbered = {p: p.name.removeprefix(f"{stem.name}-") for p in stem.parent.glob(f"{stem.name}-*") if holds_run(p)}
+    found = [p for p, number in numbered.items() if number.isdigit()]
+    if not found:
+        raise ConfigError(f"{stem.parent} holds no run of {stem.name}; leave out --resume to start one, or give --out")
+    return max(found, key=lambda p: int(numbered[p]))
+
+
+@contextmanager
+def claimed(folder: Path, numbered: bool) -> Iterator[Path]:
+    """The run's folder, made if need be, and kept to this run while it lasts."""
+    for k in count(1):
+        mine = folder.with_name(f"{folder.name}-{k:03d}") if numbered else folder
+        try:
+            mine.mkdir(parents=True, exist_ok=not numbered)  # one of two that start at once makes it
+            break
+        except FileExistsError:
+            if not numbered:
+                raise
+    with held(mine):
+        yield mine
 
 
 def write_inputs(folder: Path, composition: Composition) -> None:
@@ -121,11 +190,14 @@ def _write_report(folder: Path) -> None:
 
 
 def write_best(folder: Path, composition: Composition, best: Best) -> None:
-    """The model of the round in which `checkpoint.best` was best so far."""
-    _write_model(folder / BEST_FILE, composition, best.x, round=best.round, **{best.metric: best.value})
+    """The model of the round in which `checkpoint.best` was best so far; no file where that was not kept."""
+    if best.x is None:
+        (folder / BEST_FILE).unlink(missing_ok=True)
+        return
+    _write_model(folder / BEST_FILE, composition, best.x, {best.metric: best.value, "round": best.round})
 
 
-def _write_model(path: Path, composition: Composition, x: Tensor, **notes: Any) -> None:
+def _write_model(path: Path, composition: Composition, x: Tensor, notes: Mapping[str, Any] = {}) -> None:
     """A module's state dict, or a formula's own tensors, of x [P]; beside it what the module was made for."""
     if composition.module is not None:
         tensors = Layout.of_module(composition.module).state_dict(x.cpu(), composition.module)

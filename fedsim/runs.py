@@ -6,16 +6,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
 
 from fedsim.compose import Composition, compose, shared_fields
-from fedsim.compose.objects import with_objects
-from fedsim.config import ConfigError
-from fedsim.files import held
+from fedsim.compose.objects import as_overrides, completed
+from fedsim.config import ConfigError, naming
 from fedsim.fleet import DrivenFleet
 from fedsim.history import NO_MODULE, History
 from fedsim.loop import Run, Watch
@@ -23,11 +21,9 @@ from fedsim.observers import observing
 from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import trained
 from fedsim.progress import Progress
-from fedsim.results import write_best, write_inputs, write_results
+from fedsim.results import as_it_began, check_folder, claimed, holds_run, write_best, write_inputs, write_results
 from fedsim.sim.place import follows, place
-from fedsim.sinks import METRICS_FILE
 
-CHOSEN_ONCE = ("engine", "native", "stack", "stacks")  # by `auto`, when a run begins
 BY_HAND = "left before its end"  # why a run that was stepped through is over
 
 Callback = Callable[["Simulation"], str | None]
@@ -49,11 +45,12 @@ def run(
     """Run an experiment and return its history.
 
     Args:
-        config: a file, or its content as nested mappings.
+        config: a file, or its content as nested mappings, in which a function or class may stand for its name.
         out: folder to write to; None writes nothing.
         resume: go on from the newest checkpoint in `out`.
         model: a module, whose parameters are where training starts, or a function or class that makes one, called
-            with those of `input_shape`, `num_classes` and the fields of `task.model` that it has parameters for.
+            with those of `input_shape`, `num_classes` and the fields of `task.model` that it has parameters for. An
+            object given here, as those of the next two, replaces the file's own entry.
         data: a `Dataset`, a `FederatedData`, arrays (x, y), (x, y, clients) or (x, y, x_test, y_test), or a function
             that returns one of these; a mapping is the section `data` of the file.
         strategy: a strategy, or a class (or `functools.partial` of one) whose fields the section `strategy` sets; a
@@ -94,8 +91,12 @@ def _content(
 ) -> tuple[dict[str, Any], str]:
     """(the file's content with all that is to be different there, its name for messages)."""
     sections = {k: v for k, v in given.items() if k != "model" and isinstance(v, str | Mapping)}  # and no objects
-    raw, source = load(config, {**sections, **overrides})
-    return with_objects(raw, source, **{k: v for k, v in given.items() if k not in sections}), source
+    objects = {k: v for k, v in given.items() if k not in sections}
+    with naming(_named(config)):
+        entries = as_overrides(**objects)
+    raw, source = load(config, {**overrides, **sections, **entries})
+    objects.pop("strategy", None)
+    return completed(raw, **objects), source
 
 
 def _folder(out: str | Path | None, resume: bool) -> Path | None:
@@ -107,8 +108,13 @@ def _folder(out: str | Path | None, resume: bool) -> Path | None:
 def load(config: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """(content after overrides, name for messages) of a config given as a file or as mappings."""
     if isinstance(config, Mapping):
-        return apply_overrides(config, overrides, "config", shared_fields), "config"
-    return read_file(config, overrides, shared_fields), str(config)
+        return apply_overrides(config, overrides, _named(config), shared_fields), _named(config)
+    return read_file(config, overrides, shared_fields), _named(config)
+
+
+def _named(config: str | Path | Mapping[str, Any]) -> str:
+    """Of a config, for messages."""
+    return "config" if isinstance(config, Mapping) else str(config)
 
 
 def execute(raw: Mapping[str, Any], source: str, folder: Path | None, **options: Any) -> History:
@@ -168,7 +174,7 @@ class Simulation:
             self._folder = folder
             with self._writing():
                 if folder is not None:
-                    self._folder = stack.enter_context(_claimed(folder, numbered))
+                    self._folder = stack.enter_context(claimed(folder, numbered))
                     check_folder(self._folder, resume)  # again, now that nobody else writes there
                 self._run = stack.enter_context(self._begin(resume, callbacks, watch, started))
                 if self._folder is not None and self._run.best is not None:
@@ -239,7 +245,7 @@ class Simulation:
         models = {}
         if module is not None:
             models["model"] = partial(trained, module, run.state.x)
-        if module is not None and run.best is not None:
+        if module is not None and run.best is not None and run.best.x is not None:
             models["best_model"] = partial(trained, module, run.best.x)
         if folder is None:
             return History(list(self._rows), dict(self._made.resolved), None, models)
@@ -250,7 +256,8 @@ class Simulation:
 
         Raises:
             ConfigError, Diverged, ClientError, ServerError, ObserverError: see `run` and `fedsim.loop.Run.step`.
-            Interrupted: after Ctrl-C or SIGTERM, once the running round is finished and saved.
+            Interrupted: after Ctrl-C or SIGTERM, once the running round is finished and saved; where the loop is left
+                in that round, when the simulation is closed.
         """
         if self._made.executor.serve():
             return
@@ -305,6 +312,8 @@ class Simulation:
                 if run.saved != run.round:
                     run.save()
                 write_results(folder, self._made, run.state.x, History.load(folder), run.ended or BY_HAND)
+            if complete:
+                run.heed()  # a signal that came before the caller left the loop over the rounds
 
     def _note(self, row: dict[str, Any]) -> None:
         """What is kept of a round beside its row in the folder."""
@@ -334,66 +343,3 @@ class Simulation:
                 raise
             way_out = "then add --resume to go on" if holds_run(self._folder) else "or choose another --out"
             raise ConfigError(f"{self._folder}: can't write here: {e}; make room, {way_out}") from e
-
-
-def as_it_began(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A file to resume by: what it leaves to `auto` and fixes the bits is as the folder's run has it.
-
-    So a run goes on to the same bits with more or fewer workers, for which `auto` might choose otherwise.
-
-    Args:
-        raw: the file's content after overrides.
-        folder: of the run.
-
-    Raises:
-        ConfigError: if the folder's own file is damaged.
-    """
-    path, said = folder / "config.yaml", raw.get("runtime") or {}
-    began = read_file(path).get("runtime", {}) if path.exists() and isinstance(said, Mapping) else {}
-    kept = {k: v for k, v in began.items() if k in CHOSEN_ONCE and "auto" == said.get(k, "auto") != v}
-    return {**raw, "runtime": {**said, **kept}} if kept else dict(raw)
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run has begun to write there."""
-    return (folder / METRICS_FILE).exists() or (folder / "config.yaml").exists()
-
-
-def check_folder(folder: Path, resume: bool) -> None:
-    """Refuse to mix two runs in one folder.
-
-    Raises:
-        ConfigError: if the folder holds a run and this is no resume, or holds none and it is.
-    """
-    if holds_run(folder) and not resume:
-        raise ConfigError(f"{folder} already holds a run; add --resume to go on with it or give another --out")
-    if resume and not holds_run(folder):
-        raise ConfigError(f"{folder} holds no run to resume; leave out --resume to start one there")
-
-
-def last_folder(stem: Path) -> Path:
-    """The newest of the folders `stem`-NNN that holds a run, for --resume without --out.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    numbered = {p: p.name.removeprefix(f"{stem.name}-") for p in stem.parent.glob(f"{stem.name}-*") if holds_run(p)}
-    found = [p for p, number in numbered.items() if number.isdigit()]
-    if not found:
-        raise ConfigError(f"{stem.parent} holds no run of {stem.name}; leave out --resume to start one, or give --out")
-    return max(found, key=lambda p: int(numbered[p]))
-
-
-@contextmanager
-def _claimed(folder: Path, numbered: bool) -> Iterator[Path]:
-    """The run's folder, made if need be, and kept to this run while it lasts."""
-    for k in count(1):
-        mine = folder.with_name(f"{folder.name}-{k:03d}") if numbered else folder
-        try:
-            mine.mkdir(parents=True, exist_ok=not numbered)  # one of two that start at once makes it
-            break
-        except FileExistsError:
-            if not numbered:
-                raise
-    with held(mine):
-        yield mine

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsim import runs
+from fedsim import results, runs
 from fedsim.compose import Composition
 from fedsim.fleet import DrivenFleet
 from fedsim.history import History
@@ -26,7 +26,7 @@ def run_shown(
 ) -> History:
     """Run into a folder, by default the next of `runs/<name>-NNN`, and show how it goes; see `execute`."""
     stem, quiet = Path("runs") / name, quiet or follows()
-    folder = out or (runs.last_folder(stem) if resume and not follows() else stem)
+    folder = out or (results.last_folder(stem) if resume and not follows() else stem)
     with Progress(quiet) as progress:
         history = runs.execute(
             raw,

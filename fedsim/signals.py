@@ -10,12 +10,11 @@ from types import FrameType
 
 
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Signals that asked to stop after this round: Ctrl-C and SIGTERM. A second Ctrl-C stops at once.
+def interruptible(asked: list[int]) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM are noted in `asked`, to stop after this round. A second Ctrl-C stops at once.
 
     Several may overlap in any order, as those of runs that are stepped through in turns do.
     """
-    asked: list[int] = []
     over = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -30,7 +29,7 @@ def interruptible() -> Iterator[list[int]]:
     main = threading.current_thread() is threading.main_thread()
     before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
-        yield asked
+        yield
     finally:
         over = True
         for number, handler in before.items():

@@ -16,7 +16,7 @@ from fedsim.compose.functions import loss, metrics
 from fedsim.compose.problems import TASKS
 from fedsim.compose.refusals import check_keys, check_server_optimizer
 from fedsim.compress import COMPRESSORS
-from fedsim.config import Call, ConfigError, Kinds, at, decode, decode_entry, named
+from fedsim.config import Call, ConfigError, Given, Kinds, at, decode, decode_entry, named
 from fedsim.data import PARTITIONS
 from fedsim.data.sources import entry as dataset
 from fedsim.hints import checked
@@ -58,7 +58,8 @@ def _optimizer(check: Check | None = None) -> Callable[[Any, str, Kinds], Call]:
         target, name, rest = named(RULES, value, key)
         section, needs = {"name": name, **rest}, frozenset({"layout"})
         if name in RULES or is_rule(target):
-            return Call(build, {"spec": section, "key": key}, section, key, needs, check)
+            spec = value if isinstance(value, Mapping) else {"name": value}
+            return Call(build, {"spec": spec, "key": key}, section, key, needs, check)
 
         def say(made: ForeignOptimizer, name: str) -> ForeignOptimizer:
             warnings.warn(f"{key}: {name} is not batched, clients step one after the other", stacklevel=2)
@@ -69,7 +70,7 @@ def _optimizer(check: Check | None = None) -> Callable[[Any, str, Kinds], Call]:
     return decode_optimizer
 
 
-def shared_fields(key: str, before: str, after: str) -> frozenset[str] | None:
+def shared_fields(key: str, before: str | Given, after: str | Given) -> frozenset[str] | None:
     """Fields that two entries of a section have from one definition, as strategies have those of their common bases.
 
     Rules of local training share none: a rate of one is no rate for another. None for other sections, whose fields are

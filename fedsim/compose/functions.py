@@ -8,6 +8,7 @@ key `as` is the name that a metric has in rows, where that of the function will 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,7 +59,7 @@ def _metric(value: Any, key: str) -> Call:
     made = target if isinstance(target, Metric) else Metric(target)
     function, arguments = _function(made.function, rest, key)
     own = {} if label is None else {"as": label}
-    label = name.rpartition(":")[2] if label is None else label
+    label = re.split(r"[:.]", name)[-1] if label is None else label
     if not isinstance(label, str) or not label.isidentifier() or label == "loss":
         raise ConfigError(f"{key}.as: expected a name for the row, such as macro_f1, got {label!r}")
     made = replace(made, function=function)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fedsim.config import ConfigError, Given, first_line, naming
+from fedsim.config import ConfigError, Given, first_line
 from fedsim.data import Dataset
 from fedsim.data.arrays import from_arrays
 from fedsim.strategy import Strategy
@@ -23,43 +23,30 @@ PLACES = {"model": "task.model", "data": "task.dataset", "strategy": "strategy"}
 """Where in the file each stands."""
 
 
-def with_objects(
-    raw: Mapping[str, Any], source: str, *, model: Any = None, data: Any = None, strategy: Any = None
-) -> dict[str, Any]:
-    """A file's content with objects in it; for what they may be see `fedsim.run`.
+def as_overrides(*, model: Any = None, data: Any = None, strategy: Any = None) -> dict[str, Any]:
+    """{dotted key: entry} of objects, for what they may be see `fedsim.run`; None leaves what the file says.
 
-    Args:
-        raw: the content after overrides.
-        source: the file's name, for messages.
-        model, data, strategy: None leaves what the file says.
+    An object stands for the whole entry; a function or class for its name, as one that is named on the command line.
 
     Raises:
-        ConfigError: if the file says something else at the same place, or an object can't stand there.
+        ConfigError: if an object can't stand there.
     """
-    out, taken = dict(raw), []
-    with naming(source):
-        entries = {"model": _model(model), "data": _data(data), "strategy": _strategy(strategy)}
-        for name, entry in entries.items():
-            if entry is None:
-                continue
-            section = out if name == "strategy" else _as_entry(out.get("task")) or {"name": "classification"}
-            key = PLACES[name].rpartition(".")[2]
-            said = _as_entry(section.get(key))
-            if entry["name"].made and said or said.keys() & entry.keys():
-                taken.append(name)
-            section[key] = {**said, **entry}
-            if section is not out:
-                out["task"] = section
-        if taken:
-            where, names = (" and ".join(f(name) for name in taken) for f in (PLACES.__getitem__, "{}=".format))
-            raise ConfigError(f"{where}: the file says it, and so does {names} from Python; set it to null in the file")
+    entries = {"model": _model(model), "data": _data(data), "strategy": _strategy(strategy)}
+    return {PLACES[name]: entry for name, entry in entries.items() if entry is not None}
+
+
+def completed(raw: Mapping[str, Any], *, model: Any = None, data: Any = None) -> dict[str, Any]:
+    """A file's content with objects in it, and with what these say of the rest where the file says nothing."""
+    out = dict(raw)
+    if model is not None or data is not None:
+        out["task"] = {"name": "classification", **out["task"]}
     owners = isinstance(data, tuple) and len(data) == 3 or isinstance(data, Dataset) and data.groups is not None
     if owners and out.get("partition") is None:
         out["partition"] = "natural"  # who names owners means them
     return out
 
 
-Entry = dict[str, Any] | None
+Entry = dict[str, Any] | Given | None
 
 
 def _model(value: Any) -> Entry:
@@ -86,17 +73,16 @@ def _object(value: Any) -> Entry:
 
 
 def _factory(name: str, value: Any, wanted: str = "") -> Entry:
-    """A function or class by the name of the file's entry; a partial one brings fields along."""
+    """A function or class; a partial one brings fields along, and so is an entry written whole."""
     if value is None:
         return None
-    fields: Mapping[str, Any] = {}
     if isinstance(value, partial):
         if value.args:
             raise ConfigError(f"{PLACES[name]}: {name}= is a partial with places; give its arguments by name")
-        value, fields = value.func, value.keywords
+        return {**value.keywords, "name": Given.factory(value.func)}
     if not callable(value):
         raise ConfigError(f"{PLACES[name]}: {name}= takes {wanted}, got {type(value).__name__}")
-    return {**fields, "name": Given.factory(value)}
+    return Given.factory(value)
 
 
 def _copied(module: nn.Module) -> nn.Module:
@@ -105,8 +91,3 @@ def _copied(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module)
     except Exception as e:  # whatever the user's module holds
         raise ValueError(f"{type(module).__name__} can't be copied: {first_line(e)}; give what makes it") from e
-
-
-def _as_entry(said: Any) -> dict[str, Any]:
-    """A table entry as a mapping of its own; nothing for null."""
-    return dict(said) if isinstance(said, Mapping) else {} if said is None else {"name": said}

@@ -5,15 +5,13 @@ Letters: C clients in the stack, B samples of a minibatch, P entries of a client
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
 from fedsim.engine.base import Batch
 from fedsim.engine.functional import Tensors, ThreadModules, outputs_of
 from fedsim.engine.losses import Loss, sample_shares
-from fedsim.engine.noise import dropout_keys, start_calls
+from fedsim.engine.noise import TorchNumbers, dropout_keys, start_calls
 from fedsim.engine.precision import products
 from fedsim.engine.protocol import Engine
 from fedsim.params import Layout
@@ -36,7 +34,7 @@ class LoopEngine(Engine):
         self.precision = precision
         self.tensors = Tensors(module, layout)
         self.modules = ThreadModules(module)
-        self._knows_noise = False
+        self.numbers = TorchNumbers()
 
     def __reduce__(self) -> tuple[object, ...]:
         return LoopEngine, (self.module, self.layout, self.loss, self.precision)
@@ -57,13 +55,11 @@ class LoopEngine(Engine):
         keys = dropout_keys(module, batch.streams, batch.step)
         counts = _num_samples(batch)
         out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        before = None if self._knows_noise else torch.get_rng_state()
-        losses = [
-            self._client(module, x[i], out[i], batch, i, counts[i], {name: k[i] for name, k in keys.items()})
-            for i in range(len(x))
-        ]
-        if before is not None:
-            self._warn_of_noise(before)
+        losses = []
+        for i, seed in enumerate(self.numbers.seeds(batch.streams, batch.step, len(x))):
+            own_keys = {name: k[i] for name, k in keys.items()}
+            with self.numbers.seeded(seed, x.device):
+                losses.append(self._client(module, x[i], out[i], batch, i, counts[i], own_keys))
         return out, torch.stack(losses)
 
     def _client(
@@ -90,16 +86,6 @@ class LoopEngine(Engine):
                 view.copy_(grad)
         self.tensors.write_back_(x, buffers)
         return loss.detach()
-
-    def _warn_of_noise(self, before: Tensor) -> None:
-        """Says once if the module drew from torch's global generator: such a run cannot be repeated bit by bit."""
-        if not torch.equal(before, torch.get_rng_state()):
-            warnings.warn(
-                f"{type(self.module).__name__} draws random numbers that are not keyed by client and step, so a run "
-                "with it cannot be repeated exactly; use nn.Dropout layers in place of functional dropout",
-                stacklevel=4,
-            )
-        self._knows_noise = True
 
 
 def _num_samples(batch: Batch) -> list[int]:

@@ -1,4 +1,5 @@
-"""Keyed dropout: the same masks in every engine, for any stack width, padding or process.
+"""Keyed noise. Dropout: the same masks in every engine, for any stack width, padding or process. Whatever else a
+module draws, as a variational autoencoder does: from torch's generator, seeded for one client after the other.
 
 A copy of the module has each dropout layer replaced by one whose key is a buffer, so that an engine hands every
 client its own key with the other tensors of the functional call, under vmap as well. Number i of a mask is a
@@ -9,7 +10,9 @@ Letters: C clients, B samples.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 
 import torch
@@ -102,3 +105,41 @@ def start_calls(module: nn.Module) -> None:
     """Before every forward pass: each layer's next call is its first."""
     for _, layer in dropout_layers(module):
         layer.calls = 0
+
+
+class TorchNumbers:
+    """Numbers that a module draws from torch's own generator, for one client's forward and backward pass.
+
+    The generator is one for all threads, so those whose modules draw from it wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._drawn: bool | None = None  # by the module; known after its first pass
+
+    def seeds(self, streams: Streams | None, step: int, clients: int) -> list[int | None]:
+        """[C], for `seeded`; None where nothing is drawn."""
+        if self._drawn is False or streams is None:
+            return [None] * clients
+        return streams.keys("torch", step).tolist()
+
+    @contextmanager
+    def seeded(self, seed: int | None, device: torch.device) -> Iterator[None]:
+        """Inside, torch draws from this seed; outside, as if nothing had been drawn."""
+        if seed is None:
+            yield
+            return
+        with _ONE_AT_A_TIME, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            before = _state(device)
+            yield
+            if self._drawn is None:
+                self._drawn = not torch.equal(before, _state(device))
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _state(device: torch.device) -> Tensor:
+    """Of torch's generators for the device and for the host."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return torch.cat([torch.get_rng_state(), *on_device])

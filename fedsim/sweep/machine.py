@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedsim import runs
+from fedsim import results, runs
 from fedsim.compose import compose
 from fedsim.compose.sections import Runtime
 from fedsim.config import ConfigError, decode, naming
@@ -87,7 +87,7 @@ class Machine:
         Raises:
             ConfigError: for a mistake.
         """
-        raw = runs.as_it_began(trial.raw, trial.folder)
+        raw = results.as_it_began(trial.raw, trial.folder)
         runtime = {**_runtime(raw), "executor": "in_process", "address": None}
         if self.gpus > 1 and runtime.get("workers", "auto") == "auto":
             runtime["workers"] = self.gpus  # as many actors as a run of its own would have here

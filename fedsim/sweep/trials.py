@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsim import runs
+from fedsim import results, runs
 from fedsim.config import ConfigError, first_line
 from fedsim.files import write_whole
 from fedsim.loop import Diverged, Interrupted, Watch
@@ -47,7 +47,7 @@ class Job:
             return Ended(status, why, time.perf_counter() - started)
 
         try:
-            runs.execute(self.raw, self.source, self.folder, resume=runs.holds_run(self.folder), watch=watch)
+            runs.execute(self.raw, self.source, self.folder, resume=results.holds_run(self.folder), watch=watch)
         except Diverged as e:
             return ended("diverged", str(e))
         except Interrupted as e:
@@ -100,7 +100,7 @@ class Trial:
             ConfigError: if it holds a run, but not this trial's.
         """
         said = self._said()
-        if said is None and runs.holds_run(self.folder):
+        if said is None and results.holds_run(self.folder):
             raise ConfigError(f"{self.folder} holds a run of its own; give another --out")
         if said is not None and said["config"] != _plain(self.raw):
             raise ConfigError(f"{self.folder} holds a run of another sweep; give another --out")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import fedsim
-from fedsim import checkpoint, runs
+from fedsim import checkpoint, results
 from fedsim.files import LOCK_FILE, write_whole
 from tests.build import rows_in
 from tests.fedsim.test_runs import model
@@ -164,7 +164,7 @@ def test_a_fault_at_any_file_call_is_one_message_and_resumes_to_the_same_bits(
         if (left := tree(folder)) in seen:
             continue  # gone on from already
         seen.add(left)
-        fedsim.run(CONFIG, out=folder, resume=runs.holds_run(folder))
+        fedsim.run(CONFIG, out=folder, resume=results.holds_run(folder))
         assert rows_in(folder) == expected and model(folder) == final, at
         assert not {*PARTS} - {p.name for p in folder.iterdir()}, at
         assert not list(folder.rglob(".part*")), at

@@ -287,9 +287,10 @@ def test_ctrl_c_after_a_signal_stops_at_once(first: int, tmp_path: Path) -> None
 
 
 def test_runs_in_turns_leave_ctrl_c_as_it_was() -> None:
-    first, second = interruptible(), interruptible()
+    asked = list[int]()
+    first, second = interruptible([]), interruptible(asked)
     first.__enter__()
-    asked = second.__enter__()
+    second.__enter__()
     first.__exit__(None, None, None)
     signal.raise_signal(signal.SIGINT)
     assert asked == [signal.SIGINT]

@@ -17,6 +17,7 @@ import fedsim
 from fedsim.clients.local_training import LocalTraining
 from fedsim.config import ConfigError
 from fedsim.data.arrays import from_arrays
+from fedsim.data.partition import Iid as IID
 from fedsim.overrides import read_file
 from fedsim.strategies.fedavg import FedAvg
 from tests.build import without_wall_time
@@ -148,22 +149,62 @@ def test_what_was_given_is_in_the_config_which_then_says_the_way_out(tmp_path: P
         fedsim.History.load(folder).model  # noqa: B018
 
 
-def test_a_place_that_the_file_fills_too_is_refused_in_one_message() -> None:
-    said = {**NAMED, "strategy": {"name": "fedavg"}}
-    where = "^config: task.model and task.dataset and strategy: the file says it"
-    message = where + ", and so does model= and data= and strategy= from Python; set it to null in the file$"
-    with pytest.raises(ConfigError, match=message):
-        fedsim.run(said, model=Net, data=points, strategy=FedAvg)
-    nulls = {"task.model": None, "task.dataset": None}
-    assert len(fedsim.run({**said, "strategy": None}, model=Net, data=points, strategy=FedAvg, **nulls)) == 3
-    with pytest.raises(ConfigError, match="^config: strategy: the file says it"):  # an object has its own fields
-        fedsim.run({**CONFIG, "strategy": {"step": 1.0}}, strategy=Still())
-    with pytest.raises(ConfigError, match="^config: strategy: the file says it"):
-        fedsim.run({**CONFIG, "strategy": {"cohort_size": 2}}, strategy=partial(FedAvg, cohort_size=4))
-    with pytest.raises(
-        ConfigError, match="^config: local: <object> .*Still brings its own, so nothing would read this"
-    ):
+def test_an_object_replaces_the_entry_of_the_file() -> None:
+    said = {**NAMED, "strategy": {"name": "fedprox", "mu": 0.1, "cohort_size": 2}}
+    said["task"] = {**NAMED["task"], "model": {"name": "mlp", "hidden": [3]}}
+    task = fedsim.run(said, model=Net((4,), 3), data=points(), strategy=Still(0.5), **{"local": None}).config["task"]
+    assert (task["model"], task["dataset"]) == (
+        {"name": f"<object> {__name__}.Net"},
+        {"name": "<object> builtins.tuple"},
+    )
+    with pytest.raises(ConfigError, match="^config: local: <object> .*Still brings its own, so nothing would read"):
         fedsim.run({**CONFIG, "local": {"steps": 3}}, strategy=Still())
+    with pytest.raises(ConfigError, match="^config: strategy.step: unknown key"):  # an object has its own fields
+        fedsim.run(said, strategy=Still(), **{"strategy.step": 1.0})
+
+
+def test_a_class_stands_for_its_name_as_on_the_command_line() -> None:
+    said = {**NAMED, "strategy": {"name": "fedprox", "mu": 0.1, "cohort_size": 2}}
+    with pytest.warns(UserWarning, match=r"^strategy=fedsim.strategies.fedavg:FedAvg drops mu: 0.1 of fedprox"):
+        kept = fedsim.run(said, model=Net, strategy=FedAvg).config
+    assert kept["strategy"]["name"] == "fedavg" and kept["strategy"]["cohort_size"] == 2
+    whole = fedsim.run(said, strategy=partial(FedAvg, cohort_size=4), **{"strategy.server_lr": 0.5}).config["strategy"]
+    assert (whole["cohort_size"], whole["server_lr"]) == (4, 0.5)
+    fields = fedsim.run({**CONFIG, "strategy": {"cohort_size": 3}}, data=points, model=Net, strategy=FedAvg).config
+    assert fields["strategy"]["cohort_size"] == 3
+
+
+def away(outputs: Tensor, targets: Tensor, *, power: float = 1.0) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, reduction="none") ** power
+
+
+def test_functions_and_classes_may_stand_where_a_file_has_their_names() -> None:
+    named = {"loss": {"name": f"{__name__}:away", "power": 2.0}, "metrics": [f"{__name__}:away"]}
+    given = {"loss": {"name": away, "power": 2.0}, "metrics": [away]}
+    runs = [fedsim.run({**NAMED, "task": {**NAMED["task"], **keys}}) for keys in (named, given)]
+    assert without_wall_time(runs[0].rows) == without_wall_time(runs[1].rows) and runs[0].config == runs[1].config
+
+    def here(outputs: Tensor, targets: Tensor) -> Tensor:
+        return away(outputs, targets)
+
+    changed = {"task.metrics": [here], "local.optimizer": {"name": torch.optim.SGD, "lr": 0.1}, "partition": IID}
+    with pytest.warns(UserWarning, match="local.optimizer: torch.optim.sgd:SGD is not batched"):
+        history = fedsim.run(NAMED, **changed)
+    assert history.last("test_here") > 0 and history.config["partition"] == {"name": "iid"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("task.model", nn.Linear(2, 2), "task.model: a Linear can't stand here; .* by model=, data= and strategy="),
+        ("local", {"optimizer": {"name": "sgd", "lr": torch.tensor(0.1)}}, "local.optimizer.lr: a Tensor can't stand"),
+        ("task.metrics", [nn.MSELoss()], r"task.metrics\[0\]: a MSELoss can't stand here"),
+        ("seed", Net, "seed: no function or class can stand here, .*; got tests.fedsim.test_objects:Net"),
+    ],
+)
+def test_what_no_file_could_hold_is_refused_with_its_key(key: str, value: Any, found: str) -> None:
+    with pytest.raises(ConfigError, match="^config: " + found):
+        fedsim.run(NAMED, **{key: value})
 
 
 Given = dict[str, Any]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import fedsim
-from fedsim import checkpoint, files, runs
+from fedsim import checkpoint, files, results
 from fedsim.config import ConfigError
 from fedsim.files import held, write_tensors, write_whole
 from tests.build import rows_in
@@ -129,9 +129,9 @@ def test_numbers_go_on_past_999_and_folders_without_a_run_are_passed_over(tmp_pa
         fedsim.run(QUADRATIC, out=tmp_path / f"quad-{number}", rounds=1)
     (tmp_path / "quad-1001").mkdir()  # killed before it wrote anything
     (tmp_path / "quad-old").mkdir()
-    assert runs.last_folder(tmp_path / "quad") == tmp_path / "quad-1000"
+    assert results.last_folder(tmp_path / "quad") == tmp_path / "quad-1000"
     with pytest.raises(ConfigError, match=r"holds no run of other; leave out --resume"):
-        runs.last_folder(tmp_path / "other")
+        results.last_folder(tmp_path / "other")
 
 
 # What is missing or damaged ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import fedsim
-from fedsim import checkpoint, runs
+from fedsim import checkpoint, results, runs
 from fedsim.config import ConfigError
 from fedsim.loop import Interrupted
 from fedsim.sinks import JsonLines
@@ -205,7 +205,7 @@ def test_a_resume_with_other_workers_keeps_the_cut_that_auto_chose(tmp_path: Pat
 def test_what_a_resume_says_itself_is_what_it_says(tmp_path: Path) -> None:
     fedsim.run(QUADRATIC, out=tmp_path / "run", rounds=1, **{"runtime.stack": 2, "runtime.workers": 2})
     own = {"stacks": 3, "engine": "auto"}
-    assert runs.as_it_began({"runtime": own}, tmp_path / "run")["runtime"] == {**own, "stack": 2}
+    assert results.as_it_began({"runtime": own}, tmp_path / "run")["runtime"] == {**own, "stack": 2}
     with pytest.raises(ConfigError, match="runtime.stacks differs"):
         fedsim.run(QUADRATIC, out=tmp_path / "run", resume=True, **{"runtime.stacks": 3})
 

@@ -175,6 +175,17 @@ def test_ctrl_c_while_stepping_ends_with_a_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == ["round-000001"]
 
 
+def test_ctrl_c_is_not_lost_where_the_loop_is_left_in_the_same_round(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="stopped after round 2"):
+        with fedsim.simulate(CONFIG, out=tmp_path / "run") as simulation:
+            for metrics in simulation.rounds():
+                if metrics["round"] == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    break
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ended"] == "left before its end"
+    simulation.close()
+
+
 def test_under_torchrun_no_rank_steps_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with fedsim.simulate(CONFIG) as simulation:
         monkeypatch.setattr("fedsim.runs.place", lambda: Place(0, 0, 2, 2, "localhost"))
@@ -337,6 +348,32 @@ def test_the_best_model_outlives_a_kill_and_a_resume(tmp_path: Path) -> None:
     with fedsim.simulate(PAST, strategy=Walk(), out=folder, resume=True) as simulation:
         simulation.step()
         assert best_in(folder) == 0.75 and simulation.history.best["round"] == 5
+
+
+@dataclass(frozen=True)
+class Telling(Walk):
+    """Says in every row how far it is from 0.75 and from 2."""
+
+    def round(self, s: State, fleet: fedsim.Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
+        x = s.x + self.step
+        return State(x), {"own_error": abs(float(x) - 0.75), "walked": abs(float(x) - 2)}
+
+
+def test_the_best_row_and_the_best_model_are_of_one_round_where_every_row_has_the_metric(tmp_path: Path) -> None:
+    changes = {"evaluate.every": 4, "checkpoint.best": "own_error"}
+    history = fedsim.run(PAST, strategy=Telling(), out=tmp_path / "run", **changes)
+    assert history.best["round"] == 5 and best_in(tmp_path / "run") == 0.75
+
+
+def test_a_metric_named_by_a_resume_counts_the_rows_before(tmp_path: Path) -> None:
+    folder, own = tmp_path / "run", {"strategy": Telling(), "out": tmp_path / "run"}
+    fedsim.run(PAST, rounds=6, **own, **{"checkpoint.best": None})  # best in round 5, one before the last
+    more = fedsim.run(PAST, rounds=7, resume=True, **own)
+    assert more.best["round"] == 5 and not (folder / BEST_FILE).exists()
+    with pytest.raises(ValueError, match="the model of round 5 was not kept: checkpoint.best was named later"):
+        more.best_model  # noqa: B018
+    fedsim.run(PAST, rounds=8, resume=True, **own, **{"checkpoint.best": "walked"})  # the later, the better
+    assert best_in(folder) == 0.0
 
 
 def test_a_metric_that_no_round_has_is_refused_at_the_first_evaluation() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -92,12 +94,24 @@ class FunctionalDropout(nn.Module):
         return self.fc(torch.nn.functional.dropout(x.flatten(1), 0.5, self.training))
 
 
-def test_functional_dropout_runs_with_a_warning_that_it_is_not_keyed() -> None:
+def test_what_a_module_draws_from_torch_is_keyed_by_client_and_step_and_leaves_the_generator_alone() -> None:
     module = FunctionalDropout()
     layout = Layout.of_module(module)
-    x = torch.zeros(2, layout.size, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="not keyed by client and step.*use nn.Dropout layers"):
-        gradient(build_engine("loop", module, layout), x, batch("cnn", [2, 2]))
+    x, b, s = torch.zeros(3, layout.size, dtype=torch.float64), batch("cnn", [2, 2, 2]), streams(3)
+    before = torch.get_rng_state()
+    whole, _ = gradient(build_engine("loop", module, layout), x, b)
+    assert torch.equal(before, torch.get_rng_state())
+    module.double().train().load_state_dict({k: torch.zeros_like(v) for k, v in module.state_dict().items()})
+    for i, key in enumerate(s.keys("torch", b.step).tolist()):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(key)
+            module.zero_grad()
+            torch.nn.functional.cross_entropy(module(b.inputs[i]), b.targets[i]).backward()
+        assert module.fc.weight.grad is not None
+        assert torch.allclose(layout.views(whole[i])["fc.weight"], module.fc.weight.grad, atol=1e-12)
+    assert not torch.equal(whole[0], whole[1])
+    later, _ = gradient(build_engine("loop", module, layout), x, replace(b, step=1))
+    assert not torch.equal(whole, later)
 
 
 class ReadsItsLayers(nn.Module):
