@@ -164,7 +164,7 @@ def problem_of(file: File, device: torch.device) -> Task | Samples:
     target = file.task.target
     if isinstance(target, ABCMeta) and target.__abstractmethods__:
         missing = ", ".join(sorted(target.__abstractmethods__))
-        raise ConfigError(f"task.name: lacks {missing}; docs/tutorial.md shows what a task needs")
+        raise ConfigError(f"task.name: lacks {missing}; docs/tutorial/tasks.md shows what a task needs")
     made = file.task(
         seed=file.seed,
         count=count or NUM_CLIENTS,
