@@ -47,7 +47,11 @@ class Attack(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SignFlip:
-    """Sends -mu; scaled, -mu H / b, which makes the mean of all zero."""
+    """Sends -mu; scaled, -mu H / b, which makes the mean of all zero.
+
+    Args:
+        scaled: send -mu H / b.
+    """
 
     scaled: bool = False
     on_data: ClassVar[bool] = False
@@ -59,7 +63,11 @@ class SignFlip:
 
 @dataclass(frozen=True, kw_only=True)
 class InnerProduct:
-    """FOE, also known as IPM: sends -tau mu. Some write it as (1 - k) mu, so that tau = k - 1."""
+    """FOE, also known as IPM: sends -tau mu. Some write it as (1 - k) mu, so that tau = k - 1.
+
+    Args:
+        tau: factor on the honest mean, taken with the other sign.
+    """
 
     tau: float = 2.0
     on_data: ClassVar[bool] = False
@@ -158,7 +166,11 @@ class Mimic:
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian:
-    """Sends normal noise, another one for each client."""
+    """Sends normal noise, another one for each client.
+
+    Args:
+        mean, std: of every entry.
+    """
 
     mean: float = 0.0
     std: float = 1.0

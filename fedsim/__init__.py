@@ -5,7 +5,7 @@
     history.plot("test_accuracy", x="bits_up")
 
 The pieces are importable on their own as well, `fedsim.compose.compose` among them, which builds what an experiment
-file describes; see docs/tutorial.md. Names are loaded when first used, so that `import fedsim` costs nothing.
+file describes; see docs/tutorial/python.md. Names are loaded when first used, so that `import fedsim` costs nothing.
 """
 
 from __future__ import annotations

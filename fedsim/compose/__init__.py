@@ -1,7 +1,7 @@
 """The composition root: an experiment file becomes a task, a fleet and a strategy that fit together.
 
 This room is the one place that knows every table. Everything it builds can be built by hand in the same way; see
-docs/tutorial.md. Its files, from the top down:
+docs/tutorial/. Its files, from the top down:
 
     root      `compose`: the file from its first section to its last, and the `Composition` that it becomes
     sections  what each section may hold

@@ -80,7 +80,16 @@ def quadratic(
     spread: float = 1.0,
     noise: float = 0.0,
 ) -> Task:
-    """Clients f_i(x) = 1/2 (x - b_i)' A_i (x - b_i) with a known solution; given, or drawn with `dim` and `spread`."""
+    """Clients f_i(x) = 1/2 (x - b_i)' A_i (x - b_i) with a known solution; given, or drawn with `dim` and `spread`.
+
+    Args:
+        a: A_i, one entry a client: a number, a diagonal [d] or a matrix [d, d].
+        b: b_i, one entry a client: a number or [d].
+        x0: where training starts: [d], or a number for every entry; 0 by default.
+        dim: d of clients that are drawn, with diagonals in [0.5, 2].
+        spread: standard deviation of the entries of drawn b_i.
+        noise: standard deviation of what is added to every entry of every local gradient.
+    """
     if (a is None) != (b is None):
         raise ValueError("give both a and b, one entry per client, or neither to have them drawn")
     if a is None:
@@ -119,7 +128,14 @@ def bilinear(
     lam: float = 0.0,
     noise: float = 0.0,
 ) -> Task:
-    """Saddle points x'A_m y + ... with a known solution; `dim` numbers each in x and y, spectrum [low, high]."""
+    """Saddle points x'A_m y + ... with a known solution; `dim` numbers each in x and y, spectrum [low, high].
+
+    Args:
+        dim: entries of x, and of y.
+        low, high: least and greatest singular value of every A_m.
+        lam: strong monotonicity, lambda; 0 is purely bilinear.
+        noise: standard deviation of what is added to every entry of the operator.
+    """
     if dim < 1 or not 0 < low <= high or lam < 0 or noise < 0:
         raise ValueError(
             f"needs dim >= 1, 0 < low <= high, lam >= 0, noise >= 0; got {dim}, {low}, {high}, {lam}, {noise}"
@@ -148,7 +164,7 @@ def problem_of(file: File, device: torch.device) -> Task | Samples:
     target = file.task.target
     if isinstance(target, ABCMeta) and target.__abstractmethods__:
         missing = ", ".join(sorted(target.__abstractmethods__))
-        raise ConfigError(f"task.name: lacks {missing}; docs/tutorial.md shows what a task needs")
+        raise ConfigError(f"task.name: lacks {missing}; docs/tutorial/tasks.md shows what a task needs")
     made = file.task(
         seed=file.seed,
         count=count or NUM_CLIENTS,

@@ -32,7 +32,9 @@ from fedsim.strategy import Strategy, Traits, fields_of
 from fedsim.streams import Streams
 from fedsim.task import Task
 
-NO_STRATEGY = "{0} is no strategy; write `class {0}(fedsim.Strategy)` with methods init and round, see docs/tutorial.md"
+NO_STRATEGY = (
+    "{0} is no strategy; write `class {0}(fedsim.Strategy)` with methods init and round, see docs/tutorial/algorithm.md"
+)
 MAX_TRIED = 1000  # clients of a cohort up to which its aggregation rule is tried before the run starts
 
 

@@ -54,7 +54,11 @@ def mae(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def huber(outputs: Tensor, targets: Tensor, *, delta: float = 1.0) -> Tensor:
-    """Half the squared error of numbers up to `delta`, linear beyond."""
+    """Half the squared error of numbers up to `delta`, linear beyond.
+
+    Args:
+        delta: the error from which on the loss is linear.
+    """
     away = (as_targets(outputs, targets) - targets).abs()
     return per_sample(torch.where(away < delta, 0.5 * away.square(), delta * (away - 0.5 * delta)))
 

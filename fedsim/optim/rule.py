@@ -112,6 +112,21 @@ class RuleSettings:
 class Rule(Protocol):
     """Base of every rule; the class variables are what a rule may declare, with what holds when it does not.
 
+    Hyper-parameters of the names under `Args` are in every rule what is said here, unless it says something else.
+
+    Args:
+        momentum: share of the momentum m that a step keeps.
+        dampening: share of each gradient that m does not take.
+        nesterov: step as if m had taken this gradient once more.
+        beta1: share of m, the running mean of gradients, that a step keeps.
+        beta2: share of v, the running mean of squared gradients, that a step keeps.
+        eps: added to the root in the denominator.
+        amsgrad: divide by the largest v so far.
+        warmup: steps over which the learning rate rises from zero.
+        interval: steps between two resets of the moments.
+        every: steps between two refreshes of the curvature h, the first of which is a client's first step (k).
+        raw: take the rule of the authors' package instead of the paper's.
+
     Attributes:
         states: what is kept per client on the device.
         host: names of numbers kept per client on the host in float64, zero at first.

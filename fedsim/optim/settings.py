@@ -45,7 +45,11 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class PerpGrad:
-    """The perpendicular-gradient transform; `rescale` restores the gradient's norm, as the authors' file does."""
+    """The perpendicular-gradient transform.
+
+    Args:
+        rescale: restore the gradient's norm, as the authors' file does.
+    """
 
     rescale: bool = True
 
@@ -133,7 +137,7 @@ class Settings:
     """What an optimizer has beside its rules.
 
     Args:
-        clip: bounds on the gradient.
+        clip: bounds on the gradient: {value, adaptive, tensor, global}.
         perp_grad: remove the gradient's part along the weights.
         average: average the weights.
         lr_mult, wd_mult: {role or tensor name: factor} on the learning rate and the weight decay; a name counts more

@@ -1,60 +1,24 @@
-"""Drawing for the report: matplotlib in, SVG out, with colours that follow the page.
+"""Drawing for the report: SVG whose colours are the page's own variables, so that it is readable light and dark.
 
-Everything is drawn in stand-in colours that are then replaced by CSS variables, so that one picture is readable on
-a light and on a dark page, and text is left as text in the page's own font. No pyplot, and the caller's rcParams
-are put back. One unit of a picture is one CSS pixel at its natural size.
+A picture is written as text, shape by shape: a dozen of them take milliseconds, where loading a plotting library takes
+longer than many a run. One unit of a picture is one CSS pixel at its natural size; y grows downward.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import StringIO
-from typing import TYPE_CHECKING, Any
-from zlib import crc32
+from html import escape
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PANEL = (340, 220)
 NUM_COLOURS = 6
 MAX_POINTS = 600
+NUM_SHADES = 16
 
-# Colours no picture would hold by chance, and the CSS variable that each stands for.
-_STAND_INS = {"ink": "#010203", "muted": "#010204", "rule": "#010205", "grid": "#010206", "page": "#010207"}
-_STAND_INS |= {f"c{i + 1}": f"#0102{i + 16:02x}" for i in range(NUM_COLOURS)}
-
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fedsim",
-    "text.parse_math": False,  # a class called "$x" is a name, not a formula
-    "font.size": 11,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.edgecolor": _STAND_INS["rule"],
-    "axes.labelcolor": _STAND_INS["muted"],
-    "axes.labelpad": 6,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "text.color": _STAND_INS["ink"],
-    "grid.color": _STAND_INS["grid"],
-    "xtick.color": _STAND_INS["rule"],
-    "ytick.color": _STAND_INS["rule"],
-    "xtick.labelcolor": _STAND_INS["muted"],
-    "ytick.labelcolor": _STAND_INS["muted"],
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-}
+Text = Callable[[float], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +27,7 @@ class Curve:
 
     Args:
         x, y, low, high: [n]; not finite values leave a gap.
-        colour: a name of this module's palette, `c1` to `c6`, `muted` or `ink`.
+        colour: a name of the page's palette, `c1` to `c6`, `muted` or `ink`.
         dash: 0 for a full line, 1 and 2 for broken ones.
     """
 
@@ -102,23 +66,21 @@ def line_panel(
         log_x: the same for x.
     """
     log = log and any((curve.y > 0).any() for curve in curves)  # a distance of 0 all along has no logarithm
-    with _figure(*PANEL) as figure:
-        ax = _panel(figure, x_label)
-        for curve in reversed(curves):
-            _draw(ax, curve, log)
-        if log_x:
-            ax.set_xscale("log")
-            _log_axis(ax.xaxis)
-        else:
-            ax.set_xlim(left=0)
-        if log:
-            ax.set_yscale("log")
-            _log_axis(ax.yaxis)
-        else:
-            _linear_axis(ax, percent)
-        if counts:
-            ax.set_ylim(bottom=0)
-        return _svg(figure, alt)
+    bands = [band for curve in curves for band in (curve.low, curve.high) if band is not None and not log]
+    low, high = _limits([*(curve.y for curve in curves), *bands], log)
+    if percent:
+        low, high = max(low, 0.0), min(high, 1.0)
+    left, right = _limits([curve.x for curve in curves], log_x)
+    if all((curve.x >= 0).all() for curve in curves) and not log_x:
+        left = 0.0
+    x, y = _panel(left, right, 0.0 if counts else low, high, log_x=log_x, log=log)
+    return _svg(
+        PANEL,
+        alt,
+        _left(x, y, y.ticks(5), _share if percent else _log_text if log else tick_text, grid=True),
+        _bottom(x, y, x.ticks(6, whole=x_label == "round"), _log_text if log_x else tick_text, x_label),
+        *(_curve(curve, x, y) for curve in reversed(curves)),
+    )
 
 
 def histogram(values: np.ndarray, *, x_label: str, alt: str, percent: bool = False, whole: bool = False) -> str:
@@ -137,15 +99,17 @@ def histogram(values: np.ndarray, *, x_label: str, alt: str, percent: bool = Fal
         edges = np.arange(low, high + 1 + width, width) - 0.5
     else:
         edges = np.linspace(low, high, 26) if high > low else np.array([low - 0.5, low + 0.5])
-    with _figure(*PANEL) as figure:
-        ax = _panel(figure, x_label)
-        ax.stairs(np.histogram(values, edges)[0], edges, fill=True, color=_STAND_INS["c1"], alpha=0.75)
-        ax.axvline(float(np.median(values)), color=_STAND_INS["ink"], linewidth=1, dashes=(3, 2))
-        _linear_axis(ax, percent=False)
-        ax.set_ylim(bottom=0)
-        if percent:
-            ax.xaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
-        return _svg(figure, alt)
+    found = np.histogram(values, edges)[0]
+    x, y = _panel(*_limits([edges], log=False), 0.0, 1.05 * found.max())
+    middle = x(np.median(values))
+    return _svg(
+        PANEL,
+        alt,
+        _left(x, y, y.ticks(5), tick_text, grid=True),
+        _bottom(x, y, x.ticks(6, whole), _share if percent else tick_text, x_label),
+        _bars(found, x(edges), y, "c1", 0.75),
+        f'<path d="M{middle:.1f} {y.start:g}V{y.end:g}" stroke="var(--ink)" stroke-dasharray="3 2"/>',
+    )
 
 
 def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_label: str, alt: str, ids: bool) -> str:
@@ -157,33 +121,22 @@ def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_
         ids: the columns are clients 0 to n - 1, so number them.
     """
     n, k = counts.shape
-    width, rows_high = 700, float(np.clip(k * 32, 120, 380))
+    width, high = 700, float(np.clip(k * 32, 120, 380))
     left = 60 if rows is None else float(np.clip(24 + 6.5 * max(map(len, rows)), 60, 140))
-    height = rows_high + 118
-    with _figure(width, height) as figure:
-        sizes = figure.add_axes((left / width, (rows_high + 58) / height, (width - left - 12) / width, 50 / height))
-        ax = figure.add_axes((left / width, 46 / height, (width - left - 12) / width, rows_high / height))
-        sizes.stairs(counts.sum(1), np.arange(n + 1) - 0.5, fill=True, color=_STAND_INS["muted"], alpha=0.55)
-        sizes.set_xlim(-0.5, n - 0.5)
-        sizes.set_xticks([])
-        sizes.spines["left"].set_visible(False)
-        _ticks(sizes.yaxis, 2)
-        # One hue, more or less opaque: the empty end is the page itself, light or dark.
-        shade = np.zeros((k, n, 4))
-        shade[..., :3] = np.array([0x26, 0x86, 0xD9]) / 255
-        shade[..., 3] = np.where(counts.T > 0, 0.12 + 0.88 * np.sqrt(counts.T / max(counts.max(), 1)), 0)
-        ax.imshow(shade, aspect="auto", interpolation="none", extent=(-0.5, n - 0.5, k - 0.5, -0.5))
-        ax.set_xlabel(x_label)
-        ax.set_ylabel(y_label if rows is None else "")
-        if rows is not None:
-            ax.set_yticks(range(k), [name if len(name) <= 18 else name[:17] + "…" for name in rows])
-        else:
-            _ticks(ax.yaxis, 10, whole=True)
-        if ids:
-            _ticks(ax.xaxis, 10, whole=True)
-        else:
-            ax.set_xticks([])
-        return _svg(figure, alt)
+    sizes = counts.sum(1)
+    x, y = _Scale(-0.5, n - 0.5, left, width - 12), _Scale(k - 0.5, -0.5, high + 72, 72)
+    above = _Scale(0, max(1.05 * sizes.max(), 1), 60, 10)
+    return _svg(
+        (width, high + 118),
+        alt,
+        _left(x, above, above.ticks(2), tick_text),
+        _bars(sizes, x(np.arange(n + 1) - 0.5), above, "muted", 0.55),
+        _cells(counts, x, y),
+        _left(x, y, y.ticks(10, whole=True), tick_text, label=y_label)
+        if rows is None
+        else _left(x, y, np.arange(k), lambda v: _cut(rows[int(v)])),
+        _bottom(x, y, x.ticks(10, whole=True) if ids else np.zeros(0), tick_text, x_label),
+    )
 
 
 def timeline(
@@ -196,24 +149,27 @@ def timeline(
         steps: [s] times of server steps, drawn as thin lines.
         end: where the x axis ends; it starts at the first job.
     """
-    width, rows_high = 700, float(np.clip(len(jobs) * 14, 60, 380))
-    height = rows_high + 56
-    with _figure(width, height) as figure:
-        ax = figure.add_axes((28 / width, 42 / height, (width - 40) / width, rows_high / height))
-        for at in steps:
-            ax.axvline(at, color=_STAND_INS["rule"], linewidth=0.8, zorder=0.5)
-        for row, pairs in enumerate(jobs):
-            colours = [_STAND_INS["c1"], _STAND_INS["c5"]]  # neighbours in time must be told apart
-            bars = [(start, finish - start) for start, finish in pairs]
-            ax.broken_barh(bars, (row - 0.34, 0.68), facecolors=[colours[i % 2] for i in range(len(bars))])
-        ax.set_xlim(min((pairs[0][0] for pairs in jobs if pairs), default=0.0), end)
-        ax.set_ylim(len(jobs) - 0.4, -0.6)
-        ax.set_yticks([])
-        ax.set_ylabel("client")
-        ax.set_xlabel(x_label)
-        ax.spines["left"].set_visible(False)
-        _ticks(ax.xaxis, 8)
-        return _svg(figure, alt)
+    width, high = 700, float(np.clip(len(jobs) * 14, 60, 380))
+    first = min((pairs[0][0] for pairs in jobs if pairs), default=0.0)
+    x = _Scale(first, end if end > first else first + 1, 28, width - 12)
+    y = _Scale(len(jobs) - 0.4, -0.6, high + 14, 14)
+    bars = []
+    for parity, colour in enumerate(("c1", "c5")):  # neighbours in time must be told apart
+        path = "".join(
+            f"M{x(start):.1f} {y(row):.1f}H{min(x(finish), x.end):.1f}"
+            for row, pairs in enumerate(jobs)
+            for start, finish in pairs[parity::2]
+        )
+        bars.append(f'<path d="{path}" stroke="var(--{colour})" stroke-width="{0.68 * abs(y(1) - y(0)):.1f}"/>')
+    upright = "".join(f"M{x(at):.1f} {y.start:g}V{y.end:g}" for at in steps)
+    return _svg(
+        (width, high + 56),
+        alt,
+        f'<path d="{upright}" stroke="var(--rule)" stroke-width="0.8"/>',
+        *bars,
+        _left(x, y, np.zeros(0), tick_text, label="client"),
+        _bottom(x, y, x.ticks(8), tick_text, x_label),
+    )
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
@@ -228,67 +184,6 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
         else:
             keep.add(int(part[0]))  # the gap must stay a gap
     return np.array(sorted(keep))
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of its own, in this module's style; what the caller had set is put back afterwards."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context(_STYLE, after_reset=True):
-        yield Figure(figsize=(width / 72, height / 72))
-
-
-def _panel(figure: Figure, x_label: str) -> Axes:
-    width, height = PANEL
-    ax = figure.add_axes((48 / width, 40 / height, (width - 62) / width, (height - 50) / height))
-    ax.set_xlabel(x_label)
-    ax.grid(axis="y")
-    ax.spines["left"].set_visible(False)
-    _ticks(ax.xaxis, 6, whole=x_label == "round")
-    return ax
-
-
-def _draw(ax: Axes, curve: Curve, log: bool) -> None:
-    y = np.where(curve.y > 0, curve.y, np.nan) if log else np.where(np.isfinite(curve.y), curve.y, np.nan)
-    keep = thin(curve.x, y)
-    colour = _STAND_INS[curve.colour]
-    if curve.low is not None and curve.high is not None:
-        # On a log axis a band below zero has no place; it ends at the smallest value shown.
-        low = np.maximum(curve.low, np.nanmin(y)) if log and np.isfinite(y).any() else curve.low
-        ax.fill_between(curve.x[keep], low[keep], curve.high[keep], color=colour, alpha=0.16, linewidth=0)
-    style: Any = ("-", (0, (4, 2)), (0, (1, 1.6)))[curve.dash]
-    ax.plot(curve.x[keep], y[keep], color=colour, linestyle=style)
-    last = np.flatnonzero(np.isfinite(y))[-1:]
-    ax.plot(curve.x[last], y[last], "o", color=colour, markersize=4.5, clip_on=False)
-
-
-def _linear_axis(ax: Axes, percent: bool) -> None:
-    _ticks(ax.yaxis, 5)
-    if not percent:
-        return
-    low, high = ax.get_ylim()
-    ax.set_ylim(max(low, 0.0), min(high, 1.0))
-    ax.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.3g} %")
-
-
-def _log_axis(axis: Any) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(numticks=6))
-    axis.set_minor_formatter(NullFormatter())
-    low, high = axis.get_view_interval()
-    if np.log10(high / low) < 1.3:  # so short an axis may hold no power of ten
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    axis.set_major_formatter(lambda v, _: tick_text(v, log=True))
-
-
-def _ticks(axis: Any, most: int, whole: bool = False) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(most, integer=whole, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(lambda v, _: tick_text(v))
 
 
 def tick_text(value: float, log: bool = False) -> str:
@@ -310,27 +205,144 @@ def tick_text(value: float, log: bool = False) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _svg(figure: Figure, alt: str) -> str:
-    """The figure as an inline <svg>: themed, without ids that nothing refers to, named for screen readers."""
-    from html import escape
+def _log_text(value: float) -> str:
+    return tick_text(value, log=True)
 
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    out = StringIO()
-    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r'\bid="([^"]+)"', lambda m: m.group() if m.group(1) in used else "", text)
-    # Ids are hashes of what they name; a prefix per picture, the same in every process, keeps those of two apart.
-    stamp = f"f{crc32(text.encode()):x}"
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{stamp}-", text)
-    for name, hexed in _STAND_INS.items():
-        text = text.replace(hexed, f"var(--{name})")
-    width, height = (72 * float(v) for v in figure.get_size_inches())
-    head = f'<svg class="picture" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(alt)}"'
-    head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return re.sub(r"^<svg[^>]*>", lambda _: head, text, count=1)
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """From values to pixels along one axis: `low` lies at `start`, `high` at `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, values: Any) -> Any:
+        low, high = self.low, self.high
+        if self.log:
+            low, high, values = np.log10(low), np.log10(high), np.log10(values)
+        return self.start + (values - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, most: int, whole: bool = False) -> np.ndarray:
+        """At most about `most` round values from end to end: powers of ten, or 1, 2, 5 times such, or evenly spaced."""
+        low, high = sorted((self.low, self.high))
+        if self.log:
+            powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+            for leads in ([1], [1, 2, 5]):
+                found = np.outer(powers, leads).ravel()
+                found = found[(found >= low) & (found <= high)]
+                if len(found) > 1:
+                    return found[:: -(-len(found) // (most + 1))]
+        least = (high - low) / most
+        power = 10.0 ** np.floor(np.log10(least))
+        steps = power * np.array([1, 2, 2.5, 5, 10, 20])
+        fit = (steps >= least * (1 - 1e-9)) & (not whole or (steps >= 1) & (steps % 1 == 0))
+        step = steps[fit][0] if fit.any() else 1.0  # an axis of whole numbers that is shorter than `most`
+        return step * np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) + 0.0  # no -0
+
+
+def _panel(
+    left: float, right: float, low: float, high: float, *, log_x: bool = False, log: bool = False
+) -> tuple[_Scale, _Scale]:
+    """The axes of a panel that span these values."""
+    width, height = PANEL
+    return _Scale(left, right, 48, width - 14, log_x), _Scale(low, high, height - 40, 10, log)
+
+
+def _limits(series: Sequence[np.ndarray], log: bool) -> tuple[float, float]:
+    """The least and the greatest finite value, and a twentieth of what is between them beyond."""
+    values = np.concatenate([np.asarray(v, float) for v in series])
+    values = values[np.isfinite(values) & (not log or values > 0)]
+    if log:
+        values = np.log10(values)
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    room = 0.05 * (high - low) or (0.5 if log else 0.05 * abs(high)) or 1.0
+    return (10 ** (low - room), 10 ** (high + room)) if log else (low - room, high + room)
+
+
+def _curve(curve: Curve, x: _Scale, y: _Scale) -> str:
+    """Band, line and last point."""
+    seen = np.isfinite(curve.y) & (curve.y > 0 if y.log else True) & (curve.x > 0 if x.log else True)
+    values, places = np.where(seen, curve.y, np.nan), np.where(seen, curve.x, np.nan)
+    keep = thin(places, values)
+    across, out = x(places[keep]), ""
+    if curve.low is not None and curve.high is not None:
+        low, high = (np.clip(v[keep], y.low, y.high) for v in (curve.low, curve.high))  # below a log axis is no place
+        for part in _stretches(across + low + high):
+            there_and_back = np.append(across[part], across[part][::-1]), np.append(y(low[part]), y(high[part])[::-1])
+            out += f'<path d="{_line(*there_and_back)}Z" fill="var(--{curve.colour})" fill-opacity="0.16"/>'
+    path = "".join(_line(across[part], y(values[keep[part]])) for part in _stretches(values[keep]))
+    if not path:
+        return out
+    dashes = ("", ' stroke-dasharray="7 3.5"', ' stroke-dasharray="1.8 3"')[curve.dash]
+    out += f'<path d="{path}" fill="none" stroke="var(--{curve.colour})" stroke-width="1.8" stroke-linejoin="round"'
+    last = np.flatnonzero(seen)[-1]
+    end = f'cx="{x(curve.x[last]):.1f}" cy="{y(values[last]):.1f}" r="2.5" fill="var(--{curve.colour})"'
+    return f"{out}{dashes}/><circle {end}/>"
+
+
+def _stretches(y: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of each run of finite values."""
+    finite = np.flatnonzero(np.isfinite(y))
+    return (part for part in np.split(finite, np.flatnonzero(np.diff(finite) > 1) + 1) if len(part))
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> str:
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
+
+
+def _bars(heights: np.ndarray, edges: np.ndarray, y: _Scale, colour: str, opacity: float) -> str:
+    """Bars side by side as one shape; heights [n] as values of y, edges [n + 1] in pixels."""
+    steps = "".join(f"V{top:.1f}H{right:.1f}" for top, right in zip(y(heights), edges[1:], strict=True))
+    path = f"M{edges[0]:.1f} {y.start:g}{steps}V{y.start:g}Z"
+    return f'<path d="{path}" fill="var(--{colour})" fill-opacity="{opacity}"/>'
+
+
+def _cells(counts: np.ndarray, x: _Scale, y: _Scale) -> str:
+    """One hue, more or less opaque, in few shades with a path each: the empty end is the page itself."""
+    shades = np.ceil(NUM_SHADES * np.sqrt(counts.T / max(counts.max(), 1))).astype(int)
+    paths = ""
+    for shade in range(1, NUM_SHADES + 1):
+        path = "".join(f"M{column} {row}h1" for row, column in np.argwhere(shades == shade).tolist())
+        paths += f'<path d="{path}" stroke-opacity="{0.12 + 0.88 * shade / NUM_SHADES:.3g}"/>' if path else ""
+    wide, high = x(1) - x(0), y(1) - y(0)
+    place = f'transform="translate({x.start:g} {y(0):.3f}) scale({wide:.4f} {high:.4f})"'
+    return f'<g {place} stroke="var(--c1)" stroke-width="1" shape-rendering="crispEdges">{paths}</g>'
+
+
+def _left(x: _Scale, y: _Scale, ticks: np.ndarray, text: Text, *, grid: bool = False, label: str = "") -> str:
+    """Values named at the left of an area, perhaps with lines across, and the axis' name."""
+    names = "".join(_text(x.start - 5, y(v) + 4, text(v), "end") for v in ticks)
+    lines = "".join(f"M{x.start:g} {y(v):.1f}H{x.end:g}" for v in ticks) if grid else ""
+    across = f'<path d="{lines}" stroke="var(--grid)"/>' if grid else ""
+    middle = (y.start + y.end) / 2
+    return across + names + (_text(12, middle, label, "middle", f' transform="rotate(-90 12 {middle:g})"'))
+
+
+def _bottom(x: _Scale, y: _Scale, ticks: np.ndarray, text: Text, label: str) -> str:
+    """The line under an area, with values named, and the axis' name."""
+    marks = "".join(f"M{x(v):.1f} {y.start:g}v3" for v in ticks)
+    names = "".join(_text(x(v), y.start + 15, text(v), "middle") for v in ticks)
+    line = f'<path d="M{x.start:g} {y.start:g}H{x.end:g}{marks}" stroke="var(--rule)"/>'
+    return line + names + _text((x.start + x.end) / 2, y.start + 33, label, "middle")
+
+
+def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>' if text else ""
+
+
+def _svg(size: tuple[float, float], alt: str, *parts: str) -> str:
+    """The picture, named for screen readers."""
+    head = f'<svg class="picture" viewBox="0 0 {size[0]:g} {size[1]:g}" role="img" aria-label="{escape(alt)}"'
+    style = 'font-size="11" fill="var(--muted)" stroke-width="1"'
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><g {style}>{"".join(parts)}</g></svg>'

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from scipy.special import entr
 
 from fedsim.report.draw import heat_map, histogram
 from fedsim.report.page import Picture, Section
@@ -48,7 +47,8 @@ def class_entropy(counts: np.ndarray) -> np.ndarray:
     >>> class_entropy(np.array([[4, 0], [2, 2]]))
     array([0., 1.])
     """
-    return entr(counts / counts.sum(1, keepdims=True)).sum(1) / np.log(2)
+    shares = counts / counts.sum(1, keepdims=True)
+    return (shares * np.log2(1 / np.where(shares > 0, shares, 1))).sum(1)
 
 
 def _read(file: Path) -> tuple[np.ndarray, list[str] | None]:

@@ -226,11 +226,11 @@ class Exponential:
         return self.mean * (1 - self.x / 100 * place)
 
 
-def shifted_exponential(
-    *, count: int, mean: float = 1.0, shift: float = 0.5, x: float = 0.0, downlink: float = inf, uplink: float = inf
-) -> Exponential:
+@dataclass(frozen=True, kw_only=True)
+class ShiftedExponential(Exponential):
     """Exponential jobs that take at least `shift` seconds."""
-    return Exponential(mean=mean, x=x, count=count, shift=shift, downlink=downlink, uplink=uplink)
+
+    shift: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +365,7 @@ DEVICES: dict[str, Callable[..., Devices]] = {
     "uniform": Uniform,
     "lognormal": LogNormal,
     "exponential": Exponential,
-    "shifted_exponential": shifted_exponential,
+    "shifted_exponential": ShiftedExponential,
     "gilbert_elliott": GilbertElliott,
     "trace": Trace,
 }

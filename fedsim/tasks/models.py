@@ -37,7 +37,12 @@ def logistic(input_shape: Sequence[int], num_classes: int) -> nn.Module:
 def mlp(
     input_shape: Sequence[int], num_classes: int, *, hidden: Sequence[int] = (200,), dropout: float = 0.0
 ) -> nn.Module:
-    """Fully connected layers with ReLU; hidden=[200] by default, optional dropout."""
+    """Fully connected layers with ReLU; hidden=[200] by default, optional dropout.
+
+    Args:
+        hidden: width of each hidden layer.
+        dropout: share of each hidden layer's outputs that training drops.
+    """
     if any(width < 1 for width in hidden):
         raise ValueError(f"mlp.hidden must list positive widths, got {list(hidden)}")
     layers: list[nn.Module] = [nn.Flatten()]
@@ -49,7 +54,11 @@ def mlp(
 
 
 def cnn(input_shape: Sequence[int], num_classes: int, *, dropout: float = 0.0) -> nn.Module:
-    """LEAF's two-layer CNN: conv5x5x32, pool, conv5x5x64, pool, dense 512; 1,663,370 parameters on 28x28."""
+    """LEAF's two-layer CNN: conv5x5x32, pool, conv5x5x64, pool, dense 512; 1,663,370 parameters on 28x28.
+
+    Args:
+        dropout: share of the dense layer's outputs that training drops.
+    """
     channels, height, width = _image("cnn", input_shape, smallest=4)
     return nn.Sequential(
         nn.Conv2d(channels, 32, 5, padding=2),
@@ -72,6 +81,11 @@ def resnet(
     """Residual network with GroupNorm: stages of `blocks` blocks, widths 1, 2, 4, ... times `width`.
 
     ResNet-18 is width 64, 2 blocks, 4 stages.
+
+    Args:
+        width: channels of the first stage; a multiple of 8, or less.
+        blocks: of two convolutions each, a stage.
+        stages: each later one halves the picture and doubles the channels.
     """
     if width < 1 or (width > 8 and width % 8):
         raise ValueError(f"resnet.width must be a multiple of 8, or less than 8, got {width}")
@@ -82,7 +96,13 @@ def resnet(
 def resnet_bn(
     input_shape: Sequence[int], num_classes: int, *, width: int = 16, blocks: int = 1, stages: int = 3
 ) -> nn.Module:
-    """The same residual network with BatchNorm, whose running statistics travel with the parameters."""
+    """The same residual network with BatchNorm, whose running statistics travel with the parameters.
+
+    Args:
+        width: channels of the first stage.
+        blocks: of two convolutions each, a stage.
+        stages: each later one halves the picture and doubles the channels.
+    """
     if width < 1:
         raise ValueError(f"resnet_bn.width must be at least 1, got {width}")
     channels, _, _ = _image("resnet_bn", input_shape, 4)
@@ -92,7 +112,13 @@ def resnet_bn(
 def char_lstm(
     input_shape: Sequence[int], num_classes: int, *, hidden: int = 256, layers: int = 2, embedding: int = 8
 ) -> nn.Module:
-    """Next-character LSTM (McMahan et al. 2017): embedding 8, two layers of 256, a logit per position and character."""
+    """Next-character LSTM (McMahan et al. 2017): embedding 8, two layers of 256, a logit per position and character.
+
+    Args:
+        hidden: units of a layer.
+        layers: of the LSTM.
+        embedding: numbers that stand for a character.
+    """
     _sequence("char_lstm", input_shape)
     return CharLSTM(num_classes, embedding, hidden, layers)
 
@@ -106,7 +132,14 @@ def transformer(
     layers: int = 2,
     dropout: float = 0.0,
 ) -> nn.Module:
-    """Tiny causal transformer: learned positions, pre-norm blocks, a logit per position and token."""
+    """Tiny causal transformer: learned positions, pre-norm blocks, a logit per position and token.
+
+    Args:
+        width: E, numbers that stand for a position; a multiple of `heads`.
+        heads: of attention, in each block.
+        layers: blocks.
+        dropout: share that training drops of embeddings and of what a block adds.
+    """
     if heads < 1 or width % heads:
         raise ValueError(f"transformer.width={width} must be a multiple of heads={heads}")
     length = _sequence("transformer", input_shape)

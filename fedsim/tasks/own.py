@@ -19,7 +19,7 @@ def check_task(made: object, seed: int) -> Task:
     """
     name = type(made).__name__
     if not isinstance(made, Task):
-        raise ValueError(f"gave a {name}, not a fedsim.Task; docs/tutorial.md shows what a task needs")
+        raise ValueError(f"gave a {name}, not a fedsim.Task; docs/tutorial/tasks.md shows what a task needs")
     try:
         n, size = made.num_examples, made.layout.size
         if not isinstance(made.layout, Layout) or n.dtype != torch.int64 or n.ndim != 1 or not bool((n > 0).any()):

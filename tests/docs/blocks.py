@@ -39,9 +39,9 @@ def blocks(file: Path) -> list[Block]:
     return [Block(m[1], m[2] or "", m[3], text.count("\n", 0, m.start()) + 1) for m in FENCE.finditer(text)]
 
 
-def play(found: list[Block], folder: Path, source: str) -> dict[str, Any]:
-    """Write files, call commands and execute Python in the working folder; returns the Python names."""
-    names: dict[str, Any] = {"__name__": "tutorial"}
+def play(found: list[Block], folder: Path, source: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write files, call commands and execute Python in the working folder; returns the Python names, old and new."""
+    names = {"__name__": "tutorial"} if names is None else names
     for block in found:
         place = f"{source}, line {block.line}"
         if block.title:

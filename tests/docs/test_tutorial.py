@@ -15,7 +15,8 @@ from tests.build import without_wall_time
 from tests.docs.blocks import blocks, play
 
 ROOT = Path(__file__).parents[2]
-TUTORIAL = ROOT / "docs" / "tutorial.md"
+TUTORIAL = ROOT / "docs" / "tutorial"
+PAGES = ("index", "model", "data", "tasks", "algorithm", "python", "pieces")  # in the order in which they are read
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,10 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "path", [str(folder), *sys.path])
-        yield folder, play(blocks(TUTORIAL), folder, "docs/tutorial.md")
+        names = None
+        for page in PAGES:
+            names = play(blocks(TUTORIAL / f"{page}.md"), folder, f"docs/tutorial/{page}.md", names)
+        yield folder, names
     matplotlib.pyplot.close("all")
     matplotlib.use(backend)
     for name in [m for m in sys.modules if m.partition(".")[0] == "mypkg"]:
@@ -95,5 +99,10 @@ def test_runs_from_python_are_as_the_text_says(played: tuple[Path, dict[str, Any
 
 
 def test_the_pieces_by_hand_take_no_more_than_a_screen() -> None:
-    last = [b for b in blocks(TUTORIAL) if b.language == "python"][-1]
-    assert len(last.text.splitlines()) < 45
+    (block,) = blocks(TUTORIAL / "pieces.md")
+    assert len(block.text.splitlines()) < 45
+
+
+def test_every_page_is_played_and_can_be_read_at_a_sitting() -> None:
+    assert {path.stem for path in TUTORIAL.iterdir()} == set(PAGES)
+    assert all((TUTORIAL / f"{page}.md").read_text().count("\n") < 130 for page in PAGES)

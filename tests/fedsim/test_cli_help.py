@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fedsim import __version__
 from tests.fedsim.console import fedsim
 
-SLOW = ("torch", "numpy", "pydantic", "omegaconf", "ray", "flwr", "matplotlib", "sklearn", "pandas")
-HELP = """
+FRESH = """
 import sys
 from fedsim import cli
 
-for args in (["--help"], ["run", "--help"], ["sweep", "--help"], ["--version"]):
+for args in {commands!r}:
     sys.argv = ["fedsim", *args]
     try:
         cli.main()
     except SystemExit as stop:
         assert not stop.code
-assert not (found := {slow} & sys.modules.keys()), found
+assert not (found := {unused!r} & sys.modules.keys()), found
 """
+UNUSED = {"ray", "flwr", "matplotlib", "sklearn", "scipy", "pandas", "pyarrow", "tensorboard"}
 
 
 def test_help_and_version_come_without_the_packages_that_take_seconds() -> None:
-    found = subprocess.run([sys.executable, "-c", HELP.format(slow=set(SLOW))], capture_output=True, text=True)
+    commands = [["--help"], ["run", "--help"], ["sweep", "--help"], ["--version"]]
+    found = _alone(commands, UNUSED | {"torch", "numpy", "pydantic", "omegaconf"})
     assert found.returncode == 0 and found.stdout.count("Usage") == 3, found.stderr
+
+
+def test_a_run_and_its_report_load_only_what_they_use(tmp_path: Path) -> None:
+    small = ["rounds=1", "clients.count=4", "strategy.cohort_size=2", "log.sinks=[jsonl]"]
+    found = _alone([["run", "quickstart", *small, "--quiet", "--out", str(tmp_path / "run")]], UNUSED)
+    assert found.returncode == 0 and (tmp_path / "run" / "report.html").exists(), found.stderr
+
+
+def _alone(commands: list[list[str]], unused: set[str]) -> subprocess.CompletedProcess[str]:
+    """The commands in a fresh process, which fails if one of the packages was imported there."""
+    code = FRESH.format(commands=commands, unused=unused)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 def test_the_version_is_shown() -> None:

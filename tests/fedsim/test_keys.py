@@ -44,6 +44,14 @@ def test_keys_of_an_optimizer_hold_what_its_name_stands_for() -> None:
     assert "arXiv:1711.05101" in paragraph("optimizers", "adamw")
 
 
+def test_a_meaning_that_many_share_is_inherited_and_one_of_its_own_goes_first() -> None:
+    adam, lion, rmsprop = (
+        {key.name: key.meaning for key in keys_of_entry("optimizers", name)} for name in ("adam", "lion", "rmsprop")
+    )
+    assert adam["beta1"] == "share of m, the running mean of gradients, that a step keeps."
+    assert adam["eps"] == rmsprop["eps"] and lion["beta1"] != adam["beta1"] and lion["lr"] == adam["lr"]
+
+
 def test_a_class_of_torch_is_shown_with_its_own_keys() -> None:
     found = fedsim("list", "optimizers", "torch.optim:SGD")
     assert found.code == 0 and "local.optimizer: {name: torch.optim:SGD}" in found.out
@@ -56,6 +64,7 @@ def test_every_entry_of_every_table_can_be_shown(table: str) -> None:
     for name in TABLES[table]:
         keys = keys_of_entry(table, name)
         assert paragraph(table, name) and all(key.type and key.default_text for key in keys)
+        assert not (silent := [key.name for key in keys if not key.meaning]), f"no meaning: {name}.{silent}"
         assert not keys or table in PLACES
 
 

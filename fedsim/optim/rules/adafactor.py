@@ -25,6 +25,11 @@ class Adafactor(Rule):
 
     u = max(eps2, rms(x)) * min(lr, 1 / sqrt(t)) / lr * U / max(1, rms(U) / d). A vector is one row, whose V is its
     column means: the full second moment. eps1 is the machine epsilon of the parameters' type.
+
+    Args:
+        beta2_decay: exponent of t in the share that new squares enter with; negative.
+        eps2: least rms(x) that the step is relative to.
+        d: rms(U) from which on the step is cut back.
     """
 
     beta2_decay: Annotated[Hyper, Within(float("-inf"), 0)] = -0.8

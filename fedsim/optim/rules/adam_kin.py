@@ -23,8 +23,12 @@ from fedsim.optim.segments import Segments
 class Yogi(Rule):
     """Yogi: v -= (1 - beta2) * sign(v - g^2) * g^2; u = (m / bc1) / (sqrt(abs(v / bc2)) + eps); m, v start at `init`.
 
-    Zaheer et al. Adaptive methods for nonconvex optimization. NeurIPS 2018. Without
-    `bias_correction`, bc1 = bc2 = 1: the server's step of FedYogi (Reddi et al. arXiv:2003.00295).
+    Zaheer et al. Adaptive methods for nonconvex optimization. NeurIPS 2018. Without `bias_correction` it is the
+    server's step of FedYogi (Reddi et al. arXiv:2003.00295).
+
+    Args:
+        init: m and v at the start.
+        bias_correction: divide by bc1 and bc2; otherwise both are 1.
     """
 
     beta1: Beta = 0.9
@@ -53,8 +57,14 @@ class Yogi(Rule):
 class AdaBelief(Rule):
     """AdaBelief: Adam with s = beta2 * s + (1 - beta2) * (g - m)^2 + eps in place of v; eps stays in s every step.
 
-    Zhuang et al. arXiv:2010.07468, as the authors' adabelief_pytorch 0.2.0. `rectify` is RAdam's factor from length 5
-    on, the authors' default; it is off here because it hides the method in the first steps of every round.
+    Zhuang et al. arXiv:2010.07468, as the authors' adabelief_pytorch 0.2.0.
+
+    Args:
+        beta2: share of s that a step keeps.
+        eps: added to s in every step, and to its root.
+        rectify: take RAdam's factor from length 5 on, the authors' default; it is off here because it hides the method
+            in the first steps of every round.
+        amsgrad: divide by the largest s so far.
     """
 
     beta1: Beta = 0.9
@@ -117,6 +127,11 @@ class Adan(Rule):
     u = (m / bc1 + beta2 * d / bc2) / (sqrt(n / bc3) + eps), then x = (x - lr * u) / (1 + lr * wd).
     Xie et al. arXiv:2208.06677, as the authors' code: the betas are rates of keeping (the paper's are one minus these).
     Their `no_prox` is `decay: decoupled` here, their max_grad_norm is `clip: {global: ...}`.
+
+    Args:
+        beta1: share of m, the running mean of gradients, that a step keeps.
+        beta2: share of d, the running mean of changes, that a step keeps.
+        beta3: share of n, the running mean of squares, that a step keeps.
     """
 
     beta1: Beta = 0.98

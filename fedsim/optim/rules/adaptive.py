@@ -25,10 +25,15 @@ class Adam(Rule):
     """Adam: u = (m / bc1) / (sqrt(v / bc2) + eps), with m, v the running means of g and g^2.
 
     Kingma, Ba. Adam. arXiv:1412.6980. With `decay: decoupled` it is AdamW (Loshchilov, Hutter. Decoupled weight decay
-    regularization. arXiv:1711.05101). `amsgrad` divides by the running maximum of the uncorrected v (Reddi et al.
-    arXiv:1904.09237), as torch does. `eps_mode="raw"` is (sqrt(bc2) / bc1) * m / (sqrt(v) + eps), whose effective eps
-    is eps / sqrt(bc2); GaLore and SPAM are built on that form. Without `bias_correction`, bc1 = bc2 = 1: the server's
-    step of FedAdam (Reddi et al. arXiv:2003.00295, algorithm 2), whose v begins at `init` = tau^2 = eps^2.
+    regularization. arXiv:1711.05101). Without `bias_correction` it is the server's step of FedAdam (Reddi et al.
+    arXiv:2003.00295, algorithm 2), whose v begins at `init` = tau^2 = eps^2.
+
+    Args:
+        amsgrad: divide by the running maximum of the uncorrected v (Reddi et al. arXiv:1904.09237), as torch does.
+        eps_mode: `corrected`, or `raw`: (sqrt(bc2) / bc1) * m / (sqrt(v) + eps), whose effective eps is
+            eps / sqrt(bc2); GaLore and SPAM are built on that form.
+        bias_correction: divide by bc1 and bc2; otherwise both are 1.
+        init: v at the start.
     """
 
     beta1: Beta = 0.9
@@ -63,6 +68,10 @@ class Adagrad(Rule):
     """Adagrad: a += g^2; u = g / (sqrt(a) + eps), with lr / (1 + (t - 1) * lr_decay).
 
     Duchi, Hazan, Singer. Adaptive subgradient methods. JMLR 12 (2011).
+
+    Args:
+        lr_decay: how fast the learning rate falls.
+        init: a at the start.
     """
 
     eps: Size = 1e-10
@@ -88,8 +97,12 @@ class Adagrad(Rule):
 class RmsProp(Rule):
     """RMSprop: v = alpha * v + (1 - alpha) * g^2; u = g / (sqrt(v) + eps), or its momentum m = momentum * m + u.
 
-    Tieleman, Hinton. Lecture 6.5 (2012), as torch.optim.RMSprop. `centered` subtracts the squared running mean of g
-    inside the root.
+    Tieleman, Hinton. Lecture 6.5 (2012), as torch.optim.RMSprop.
+
+    Args:
+        alpha: share of v that a step keeps.
+        momentum: share of m that a step keeps; 0 takes u itself.
+        centered: subtract the squared running mean of g inside the root.
     """
 
     alpha: Beta = 0.99
@@ -123,6 +136,10 @@ class NAdam(Rule):
 
     Dozat. Incorporating Nesterov momentum into Adam. ICLR workshop 2016, as torch.optim.NAdam:
     u = ((1 - mu_t) / (1 - prod_t) * g + mu_{t+1} / (1 - prod_t * mu_{t+1}) * m) / (sqrt(v / bc2) + eps).
+
+    Args:
+        beta1: share of m that a step keeps, and the limit of mu_t.
+        momentum_decay: how fast mu_t rises to beta1.
     """
 
     beta1: Beta = 0.9

@@ -134,12 +134,13 @@ class Muon(Rule):
     """Muon: u = kappa * newton_schulz(momentum), matrices only.
 
     Jordan et al. (2024), as torch.optim.Muon on matrices [out, in * kh * kw] (the authors' file takes kappa = 1 for
-    kernels). kappa is sqrt(max(1, a / b)) (`original`), or 0.2 * sqrt(max(a, b)) (`match_rms_adamw`: AdamW's learning
-    rate and decay can be kept; Liu et al. arXiv:2502.16982). Newton-Schulz costs (20 s + 10 s^2 / l) / (6 B) of the
-    forward and backward pass on B samples: 13 to 20 times as much for s = 128, B = 32.
+    kernels). Newton-Schulz costs (20 s + 10 s^2 / l) / (6 B) of the forward and backward pass on B samples: 13 to 20
+    times as much for s = 128, B = 32.
 
     Args:
         steps: of Newton-Schulz; 0 leaves the momentum divided by its Frobenius norm.
+        kappa: sqrt(max(1, a / b)) (`original`), or 0.2 * sqrt(max(a, b)) (`match_rms_adamw`: AdamW's learning rate and
+            decay can be kept; Liu et al. arXiv:2502.16982).
         precision: of Newton-Schulz: `auto` is bf16 on a GPU and the parameters' own type elsewhere, `full` that type
             everywhere, `bf16` everywhere.
     """
@@ -184,6 +185,9 @@ class HybridAuOn(Rule):
     default (where the paper prints rms once without its root, the root is meant). `steps=5, raw=True` is the package:
     cosh(1.5 * X / norm(X)) divides X, which is Muon without kappa up to 1e-3. With one iteration norm(X) <= 3.5, so the
     divisor is at most 1.05 from 128 entries on.
+
+    Args:
+        steps: of Newton-Schulz.
     """
 
     momentum: Beta = 0.95

@@ -25,6 +25,10 @@ class Sgd(Rule):
 
     As torch.optim.SGD. `ema` takes m = momentum * m + (1 - momentum) * g from zero (MoNNA, Muon, SGD-SaI), and
     Nesterov's form of it, u = momentum * m + (1 - momentum) * g.
+
+    Args:
+        dampening: share of each gradient after the first that m does not take.
+        ema: make m a running mean from zero.
     """
 
     momentum: Share = 0.0
@@ -74,6 +78,10 @@ class Lion(Rule):
     Chen et al. Symbolic discovery of optimization algorithms. arXiv:2302.06675. With decay lambda it minimises the loss
     on the box of entries at most 1 / lambda: Chen, Liu, Liang, Liu. Lion secretly solves constrained optimization.
     arXiv:2310.05898.
+
+    Args:
+        beta1: share of m in the mean whose sign is the step.
+        beta2: share of m that it keeps after the step.
     """
 
     beta1: Beta = 0.9
@@ -93,34 +101,32 @@ class Lion(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LionK(Rule):
+class LionK(Lion):
     """Lion-kappa: u = grad kappa(beta1 * m + (1 - beta1) * g), then m = beta2 * m + (1 - beta2) * g.
 
-    Chen, Liu, Liang, Liu. arXiv:2310.05898. grad kappa(c) by `kappa`: `sign` (Lion); `identity` (momentum);
-    `dead_zone`, sign(c) where abs(c) > e; `huber`, clip(c / e, -1, 1); `lp`, sign(c) * (abs(c) / norm_p(c))^(p - 1)
-    per tensor; `group`, c / norm(c) per tensor; `top_k`, the sign of the largest `fraction` of a client's entries.
+    Chen, Liu, Liang, Liu. arXiv:2310.05898.
+
+    Args:
+        kappa: what grad kappa(c) is: `sign` (Lion); `identity` (momentum); `dead_zone`, sign(c) where abs(c) > e;
+            `huber`, clip(c / e, -1, 1); `lp`, sign(c) * (abs(c) / norm_p(c))^(p - 1) per tensor; `group`, c / norm(c)
+            per tensor; `top_k`, the sign of the largest `fraction` of a client's entries.
+        e: half width of `dead_zone` and of `huber`'s straight part.
+        p: of `lp`'s norm, above 1.
+        fraction: of a client's entries that `top_k` moves.
     """
 
     kappa: Literal["sign", "identity", "dead_zone", "huber", "lp", "group", "top_k"] = "sign"
-    beta1: Beta = 0.9
-    beta2: Beta = 0.99
     e: float = 1e-3
     p: float = 1.5
     fraction: Annotated[float, Within(0, 1, closed=True)] = 0.1
 
-    states: ClassVar[tuple[State, ...]] = (State("m"),)
     reach: ClassVar[Reach] = "tensor"
-    decay: ClassVar[Decay] = "decoupled"
-    default_lr: ClassVar[float | None] = 1e-4
 
     def __post_init__(self) -> None:
         if self.e <= 0 or self.p <= 1 or self.fraction <= 0:
             raise ValueError(
                 f"this rule needs e > 0, p > 1, fraction > 0; got e={self.e}, p={self.p}, fraction={self.fraction}"
             )
-
-    def coefficients(self, t: Any, lr: Any, host: Named) -> Mapping[str, Any]:
-        return {"a1": 1 - self.beta1, "a2": 1 - self.beta2}
 
     def direction(self, x: Tensor, g: Tensor, s: Named, c: Named, seg: Segments) -> Tensor:
         u = self._gradient(s.m.lerp(g, c.a1), seg)
@@ -210,8 +216,12 @@ class ExponentiatedGradient(Rule):
 class Sgld(Rule):
     """Stochastic gradient Langevin dynamics: x -= lr/2 * (num_data * g + prior * x) + sqrt(lr * temperature) * z.
 
-    Welling, Teh. Bayesian learning via stochastic gradient Langevin dynamics. ICML 2011. g is the gradient of a mean
-    loss over `num_data` samples, `prior` the precision of a Gaussian prior, z standard normal.
+    Welling, Teh. Bayesian learning via stochastic gradient Langevin dynamics. ICML 2011. z is standard normal.
+
+    Args:
+        num_data: N, how many samples there are; g is the gradient of their mean loss.
+        prior: precision of the Gaussian prior; 0 for a flat one.
+        temperature: scale of the noise; 1 samples the posterior.
     """
 
     num_data: Size = 1.0
@@ -232,7 +242,11 @@ class Sgld(Rule):
 class Sghmc(Rule):
     """Stochastic gradient Hamiltonian Monte Carlo: m = (1 - a) * m - lr * g + sqrt(2 a lr temperature) * z; x += m.
 
-    Chen, Fox, Guestrin. arXiv:1402.4102. a is `friction`; give the gradient's scale (number of data) through lr.
+    Chen, Fox, Guestrin. arXiv:1402.4102. Give the gradient's scale (number of data) through lr.
+
+    Args:
+        friction: a, the share of m that a step loses.
+        temperature: scale of the noise; 1 samples the posterior.
     """
 
     friction: Share = 0.1

@@ -24,6 +24,9 @@ class Lars(Rule):
     """LARS: on matrices g = (g + wd * x) * trust * norm(x) / (norm(g) + wd * norm(x)), then momentum; vectors take g.
 
     You, Gitman, Ginsburg. Large batch training of convolutional networks. arXiv:1708.03888.
+
+    Args:
+        trust: the trust coefficient (eta).
     """
 
     momentum: Share = 0.9
@@ -52,8 +55,10 @@ class Lars(Rule):
 class Lamb(Rule):
     """LAMB: u = Adam's direction + wd * x, times norm(x) / norm(u) (1 where either is zero).
 
-    You et al. arXiv:1904.00962, as optax.lamb: bias-corrected, norms unclamped. `adapt_vectors` scales tensors of one
-    dimension too, as optax does; matrices alone by default.
+    You et al. arXiv:1904.00962, as optax.lamb: bias-corrected, norms unclamped.
+
+    Args:
+        adapt_vectors: scale tensors of one dimension too, as optax does, and not matrices alone.
     """
 
     beta1: Beta = 0.9
@@ -89,6 +94,9 @@ class SgdSai(Rule):
     entry take gain 1 (their code divides by eps there) and momentum 0 is allowed (theirs fails). Clients with
     different data get different gains and so different rates; with `state_scope: server` all go on with the mean of
     the first round's.
+
+    Args:
+        eps: added to the deviation std(g).
     """
 
     momentum: Beta = 0.9
@@ -127,6 +135,15 @@ class StableSpam(Rule):
     reached after total + 1 steps, as in their file (where it would rise again after that). Their file updates the old
     buffers at a reset, goes on at counter 2, and uses that counter for the gammas from the next step on, which turns
     spike clipping off for hundreds of steps; `official_reset` does the same, the clean reset is the default.
+
+    Args:
+        eps: added to the root in both denominators.
+        gamma1: share of the mean of norms that a step keeps.
+        gamma2: share of the mean of squared norms that a step keeps.
+        gamma3: share of the mean of largest entries, T, that a step keeps.
+        total: steps over which beta1 and gamma1 are annealed; 0 for none.
+        floor: the factor that the annealing ends at (eta_min).
+        official_reset: reset as the authors' file does.
     """
 
     beta1: Beta = 0.9
@@ -228,6 +245,9 @@ class AdaGradNorm(Rule):
     """AdaGrad-Norm: s += norm(g)^2 over all tensors of a client, s_0 = b0^2; u = g / sqrt(s).
 
     Ward, Wu, Bottou. AdaGrad stepsizes. arXiv:1806.01811.
+
+    Args:
+        b0: root of s at the start.
     """
 
     b0: Annotated[float, Within(1e-30, float("inf"))] = 0.1

@@ -24,7 +24,12 @@ from fedsim.optim.segments import Segments
 
 @dataclass(frozen=True, kw_only=True)
 class AdamP(Rule):
-    """AdamP: Adam's direction (Nesterov's with `nesterov`: beta1 * m + (1 - beta1) * g for m), projected."""
+    """AdamP: Adam's direction (Nesterov's with `nesterov`: beta1 * m + (1 - beta1) * g for m), projected.
+
+    Args:
+        delta: how large cos_r * sqrt(K) may be for u to be projected.
+        wd_ratio: factor on the weight decay where u was projected.
+    """
 
     beta1: Beta = 0.9
     beta2: Beta = 0.999
@@ -55,6 +60,11 @@ class SgdP(Rule):
 
     Departure: without `nesterov` the authors' file projects m itself, since its step is an alias of the buffer; the
     paper's algorithm 1 and their AdamP project the step alone, and so does this.
+
+    Args:
+        eps: least norm that a row or tensor counts with in the test.
+        delta: how large cos_r * sqrt(K) may be for u to be projected.
+        wd_ratio: factor on the weight decay where u was projected.
     """
 
     momentum: Beta = 0.0

@@ -26,6 +26,10 @@ class SophiaG(Rule):
     model's own predictions (Gauss-Newton-Bartlett); it is wanted at steps 1, 1 + every, ... and clipped like the
     gradient. Departure: the batch size enters h when that is refreshed, not the step, which is the same while batches
     keep their size. h has no bias correction: in a round of at most `every` steps nearly every entry is a sign step.
+
+    Args:
+        beta2: share of h that a refresh keeps.
+        rho: factor on h; the smaller, the fewer entries make a full step.
     """
 
     beta1: Beta = 0.965
@@ -61,6 +65,11 @@ class SophiaH(Rule):
 
     Liu et al. arXiv:2305.14342. The Hessian-vector product is wanted at steps 1, 1 + every, ... Entries with negative
     curvature make a full step of rho.
+
+    Args:
+        beta2: share of h that a refresh keeps.
+        rho: the largest step of an entry, before the learning rate.
+        eps: least h to divide by.
     """
 
     beta1: Beta = 0.965

@@ -28,9 +28,13 @@ class Spam(Rule):
     """SPAM: Adam (raw eps) whose moments are reset every `interval` steps and whose spikes are clipped.
 
     Huang et al. SPAM. arXiv:2501.06842, as the authors' code. Where g^2 > threshold * v, g = sign(g) * sqrt(threshold
-    * v) (not in the first `guard` steps after a reset); after a reset the step is damped by a cosine over `warmup`
-    steps. The bias corrections keep the global t. `interval` far above a round's local steps needs `state_scope:
+    * v). The bias corrections keep the global t. `interval` far above a round's local steps needs `state_scope:
     client`.
+
+    Args:
+        threshold: theta, from how many times v on g^2 is a spike; 0 clips nothing.
+        warmup: steps over which a cosine damps the step after a reset (N).
+        guard: first steps, and after a reset, in which nothing is clipped.
     """
 
     beta1: Beta = 0.9
@@ -74,7 +78,11 @@ def spam_direction(g: Tensor, m: Tensor, v: Tensor, c: Named) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseSpam(Spam):
-    """SPAM on a mask per matrix, drawn at t = 1, interval - 1, 2 * interval - 1, ...; vectors stay dense."""
+    """SPAM on a mask per matrix, drawn at t = 1, interval - 1, 2 * interval - 1, ...; vectors stay dense.
+
+    Args:
+        density: share of a matrix's entries in the mask (d), below 1.
+    """
 
     density: float = 0.5
 

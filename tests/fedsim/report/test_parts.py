@@ -43,6 +43,46 @@ def test_any_curve_can_be_drawn(y, log):
     assert "nan" not in svg.lower()
 
 
+def panel(y, x=None, **kind):
+    """(texts, paths) of a panel of one curve."""
+    svg = line_panel(
+        [Curve(x=np.arange(len(y)) if x is None else np.array(x), y=np.array(y))], x_label="", alt="", **kind
+    )
+    return re.findall(r">([^<]+)</text>", svg), re.findall(r' d="([^"]+)" fill="none"', svg)
+
+
+def test_a_curve_lies_where_its_axes_say():
+    _, [path] = panel(
+        [0.0, 10.0, 5.0], x=[0.0, 50.0, 100.0]
+    )  # y from -0.5 to 10.5 over 170 px, x from 0 to 105 over 278
+    assert path == "M48.0 172.3L180.4 17.7L312.8 95.0"
+    _, [path] = panel([1.0, 100.0], x=[10.0, 1000.0], log=True, log_x=True)  # a twentieth of two decades beyond
+    assert path == "M60.6 172.3L313.4 17.7"
+
+
+def test_a_value_that_is_not_finite_or_has_no_logarithm_leaves_a_gap():
+    assert panel([1.0, np.nan, 2.0, 3.0])[1][0].count("M") == 2
+    assert panel([1.0, 0.0, 2.0, np.inf], log=True)[1][0].count("M") == 2
+    assert panel([1.0, 2.0, 3.0], x=[0.0, 1.0, 2.0], log_x=True)[1][0].count("L") == 1
+
+
+@pytest.mark.parametrize(
+    ("y", "kind", "shown"),
+    [
+        ([0.0, 1.0], {}, ["0", "0.25", "0.5", "0.75", "1"]),
+        ([-1.0, 1.0], {}, ["−1", "−0.5", "0", "0.5", "1"]),
+        ([0.0, 3e6], {}, ["0", "1M", "2M", "3M"]),
+        ([0.5, 0.52], {"percent": True}, ["50 %", "50.5 %", "51 %", "51.5 %", "52 %"]),
+        ([1e-6, 1.0], {"log": True}, ["10⁻⁶", "10⁻⁴", "0.01", "1"]),
+        ([2.0, 9.0], {"log": True}, ["2", "5"]),
+        ([2.1, 2.9], {"log": True}, ["2.2", "2.4", "2.6", "2.8"]),
+    ],
+)
+def test_axes_are_named_at_round_values(y, kind, shown):
+    texts, _ = panel(y, **kind)
+    assert texts[: len(shown)] == shown and texts[len(shown)] == "0"  # where the other axis begins
+
+
 def test_accuracies_are_shown_in_percent_between_0_and_100():
     curve = Curve(x=np.arange(3.0), y=np.array([0.0, 1.0, 1.0]), low=np.zeros(3) - 0.2, high=np.ones(3) + 0.2)
     ticks = re.findall(r">([\d.]+) %<", line_panel([curve], x_label="round", alt="", percent=True))

@@ -1,7 +1,6 @@
 import re
 from html.parser import HTMLParser
 
-import matplotlib
 import numpy as np
 import pytest
 
@@ -20,7 +19,6 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.headings: list[str] = []
         self.figures: list[str] = []
-        self.ids: list[str] = []
         self.addresses: list[str] = []
         self.tags: set[str] = set()
         self.feed(html)
@@ -28,7 +26,6 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        self.ids += [v for k, v in attrs if k == "id"]
         self.addresses += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
         if tag not in VOID:
             self.open.append(tag)
@@ -96,21 +93,13 @@ def test_a_run_without_rows_says_so(tmp_path):
 
 def test_the_page_loads_nothing_and_runs_nothing(whole):
     html, page = whole
-    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
-    assert "script" not in page.tags and "link" not in page.tags
-    assert "@import" not in html and not re.search(r"url\((?!#)", html)
-
-
-def test_every_reference_inside_the_page_has_one_target(whole):
-    html, page = whole
-    assert len(page.ids) == len(set(page.ids))
-    wanted = set(re.findall(r"url\(#([^)]+)\)", html)) | {a[1:] for a in page.addresses if a.startswith("#")}
-    assert wanted == set(page.ids)
+    assert page.addresses == [] and "script" not in page.tags and "link" not in page.tags
+    assert "@import" not in html and "url(" not in html
 
 
 def test_colours_follow_the_page(whole):
     html, _ = whole
-    assert "prefers-color-scheme: dark" in html and "#0102" not in html
+    assert "prefers-color-scheme: dark" in html
     defined = set(re.findall(r"(--[\w]+):", html))
     assert set(re.findall(r"var\((--\w+)\)", html)) <= defined
 
@@ -136,13 +125,9 @@ def test_a_run_that_was_never_finite_is_still_reported(tmp_path):
     assert page.headings == ["Numbers"]
 
 
-def test_the_same_run_gives_the_same_bytes_and_drawing_leaves_the_callers_matplotlib_alone(tmp_path, whole):
+def test_the_same_run_gives_the_same_bytes(tmp_path, whole):
     folder = full(tmp_path / "run")
-    with matplotlib.rc_context({"lines.linewidth": 9.0, "svg.fonttype": "path"}):
-        before = dict(matplotlib.rcParams)
-        html, _ = report(folder)
-        assert dict(matplotlib.rcParams) == before
-    assert html == whole[0] and "stroke-width: 9" not in html and "<text" in html
+    assert report(folder)[0] == whole[0]
     assert not list(folder.glob("*.part"))
 
 

@@ -17,9 +17,9 @@ from fedsim.sim.devices import (
     Exponential,
     GilbertElliott,
     LogNormal,
+    ShiftedExponential,
     Trace,
     Uniform,
-    shifted_exponential,
 )
 from fedsim.streams import Streams
 
@@ -29,7 +29,7 @@ MADE: dict[str, Any] = {
     "uniform": Uniform(low=0.1, high=0.3, downlink=100.0, uplink=50.0),
     "lognormal": LogNormal(median=0.1, sigma=0.5, jitter=0.3, downlink=100.0, uplink=50.0),
     "exponential": Exponential(mean=2.0, x=50, count=6, downlink=100.0, uplink=50.0),
-    "shifted_exponential": shifted_exponential(count=6, mean=2.0, shift=0.5, downlink=100.0, uplink=50.0),
+    "shifted_exponential": ShiftedExponential(count=6, mean=2.0, shift=0.5, downlink=100.0, uplink=50.0),
     "gilbert_elliott": GilbertElliott(seconds_per_step=0.1, to_slow=0.2, downlink=100.0, uplink=50.0),
 }
 

@@ -97,8 +97,8 @@ def number() -> int:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("number", r"task: gave a int, not a fedsim\.Task; docs/tutorial\.md shows"),
-        ("Unfinished", r"task\.name: lacks evaluate, field; docs/tutorial\.md shows"),
+        ("number", r"task: gave a int, not a fedsim\.Task; docs/tutorial/tasks\.md shows"),
+        ("Unfinished", r"task\.name: lacks evaluate, field; docs/tutorial/tasks\.md shows"),
         ("Bare", r"task: Bare: AttributeError: .*no attribute 'layout'"),
         ("NoData", r"task: NoData: num_examples must be \[N\] int64, above 0 for some client"),
         ("Wide", r"task: Wide: init must give floating-point numbers \[1\], not torch\.float32\[2\]"),
