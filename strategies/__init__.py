@@ -5,8 +5,11 @@ from __future__ import annotations
 from fedsim.strategies.apfl import APFL
 from fedsim.strategies.async_fedavg import AsyncFedAvg
 from fedsim.strategies.centralised import Centralised
+from fedsim.strategies.diana import Diana
 from fedsim.strategies.ditto import Ditto
 from fedsim.strategies.dsgd import DSGD
+from fedsim.strategies.ef21 import EF21
+from fedsim.strategies.ef21_bc import EF21BC
 from fedsim.strategies.extragradient import Extragradient
 from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
@@ -24,6 +27,7 @@ from fedsim.strategies.fedprox import FedProx
 from fedsim.strategies.fedrep import FedRep
 from fedsim.strategies.gradient_coding import GradientCoding
 from fedsim.strategies.m_sgc import MSGC
+from fedsim.strategies.marina import Marina
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
 from fedsim.strategies.mb_storm import MBStorm
@@ -68,6 +72,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedbuff_stream": FedBuffStream,
     "dsgd": DSGD,
     "monna": Monna,
+    "ef21": EF21,
+    "ef21_bc": EF21BC,
+    "diana": Diana,
+    "marina": Marina,
     "extragradient": Extragradient,
     "masha1": Masha1,
     "masha2": Masha2,

@@ -17,41 +17,33 @@ from torch import Tensor
 
 from fedsim.aggregate import Mean
 from fedsim.clients.local_training import Reply
-from fedsim.clients.oracle import gradient_sum
 from fedsim.cohort import Cohort
-from fedsim.fleet import Cost, Fleet
-from fedsim.strategies.server import EVERYBODY, Rule, ServerState, Synchronous
+from fedsim.fleet import Fleet
+from fedsim.strategies.descent import Descent
+from fedsim.strategies.server import EVERYBODY, Rule, ServerState
 from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Centralised(Synchronous):
+class Centralised(Descent):
     """Minibatch SGD over all clients' data: one step a round along the mean gradient.
 
     Args:
         aggregator: how gradients become one; by default p_i is the share of samples.
-        local: gives the batch size that a client adds to a step, and the rate with its schedule.
     """
 
     aggregator: Rule = Mean()
-    traits: ClassVar[Traits] = Traits(
-        local_rules="rate",
-        bears_buffers=False,
+    traits: ClassVar[Traits] = replace(
+        Descent.traits,
         refused=dict.fromkeys(
             EVERYBODY, "one machine has all data; fedavg with local.steps: 1 takes a part of the clients"
         ),
     )
 
-    @property
-    def cost(self) -> Cost:
-        return replace(self.local.cost, steps=1)
-
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
         rule = self.rule(rng, s.last)
         s, r = self.ask(s, fleet, rng, self.gradient, rule=rule, x=s.x)
-        return self.step(s, r.mean("gradient", rule), self.server_lr * self.local.rate_at(fleet.round)), {}
+        return self.descend(s, fleet, r.mean("gradient", rule)), {}
 
     def gradient(self, clients: Cohort, x: Tensor) -> Reply:
-        total, loss, _ = gradient_sum(clients, x, replace(self.local.schedule, epochs=None, steps=1))
-        clients.log(train_loss=loss)
-        return {"gradient": total}
+        return {"gradient": self.gradient_at(clients, x)}

@@ -37,7 +37,9 @@ class Extragradient(Aggregating):
     """
 
     lr: float
-    traits: ClassVar[Traits] = Traits(needs_all=ALL_OPERATORS, refused=OWN_STEP | NO_ROUNDS)
+    traits: ClassVar[Traits] = Traits(
+        needs_all=ALL_OPERATORS, refused=OWN_STEP | {"cohort_size": ALL_OPERATORS} | NO_ROUNDS
+    )
 
     def __post_init__(self) -> None:
         check_lr(self.lr)

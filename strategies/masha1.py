@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Packet
 from fedsim.fleet import Cost, Fleet
+from fedsim.strategies.descent import check_unbiased
 from fedsim.strategies.reference import NOTHING_UP, Referring, State, server_streams
 from fedsim.strategies.server import UNIFORM
-from fedsim.strategy import compressors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +38,7 @@ class Masha1(Referring):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, compressor in compressors(self).items():
-            if not compressor.unbiased:
-                raise ValueError(
-                    f"{name} {compressor} is biased, and masha1 diverges with it; use an unbiased one "
-                    "(rand_k, qsgd, natural) or strategy masha2, which has error feedback"
-                )
+        check_unbiased(self, "masha2")
 
     def init(self, x0: Tensor) -> State:
         return State(x0, x0, torch.zeros_like(x0))
@@ -53,7 +47,7 @@ class Masha1(Referring):
         s = self.begun(s, fleet)
         z_bar = (1 - self.p) * s.x + self.p * s.w
         cost = Cost(bits_up=self.compressor.bits(s.x.numel()))
-        r = fleet.ask(fleet.clients, self.difference, cost=cost, fold=UNIFORM)
+        r = fleet.ask(self.cohort(fleet, rng), self.difference, cost=cost, fold=UNIFORM)
         v = self.server_compressor.encode(r["d"][None], server_streams(s.x, s.round, rng))
         z = z_bar - self.lr * (v.decode()[0] + s.fw)
         b = bool(rng.random() < self.p)
@@ -63,7 +57,7 @@ class Masha1(Referring):
     # Client halves
 
     def difference(self, clients: Cohort) -> dict[str, Packet]:
-        d = full_gradient(clients, self.half_point(clients)) - clients.memory["f_m"]
+        d = self.from_reference(clients, self.half_point(clients))
         return {"d": self.compressor.encode(d, clients.streams)}
 
     def move(self, clients: Cohort, v: Tensor, b: bool) -> dict[str, Tensor]:

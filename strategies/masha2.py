@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.compress.error_feedback import compress_with_error
 from fedsim.compress.packet import Packet
@@ -52,7 +51,7 @@ class Masha2(Referring):
         s = self.begun(s, fleet)
         z_bar = (1 - self.p) * s.x + self.p * s.w
         cost = Cost(bits_up=self.compressor.bits(s.x.numel()))
-        r = fleet.ask(fleet.clients, self.difference, cost=cost, fold=UNIFORM)
+        r = fleet.ask(self.cohort(fleet, rng), self.difference, cost=cost, fold=UNIFORM)
         c, e = compress_with_error(r["c"][None], s.e[None], self.server_compressor, server_streams(s.x, s.round, rng))
         z = z_bar - self.lr * s.fw - c.decode()[0]
         b = bool(rng.random() < self.p)
@@ -62,7 +61,7 @@ class Masha2(Referring):
     # Client halves
 
     def difference(self, clients: Cohort) -> dict[str, Packet]:
-        d = self.lr * (full_gradient(clients, self.half_point(clients)) - clients.memory["f_m"])
+        d = self.lr * self.from_reference(clients, self.half_point(clients))
         c, clients.memory["e"] = compress_with_error(d, clients.memory["e"], self.compressor, clients.streams)
         return {"c": c}
 

@@ -1,5 +1,9 @@
 """The reference point of MASHA: w, at which everybody knows F(w) and every client its own F_m(w).
 
+With a batch_size it is VR-MASHA, whose clients take the difference F_m(z_half) - F_m(w) on one minibatch of theirs;
+with a cohort_size it is PP-MASHA, where so many clients, drawn in every step, send one. All clients hear every step,
+and all of them send F_m(w), over all of their data, at a refresh.
+
 Letters: C clients of a stack, P entries; z the iterate, F the mean of the clients' operators F_m.
 """
 
@@ -12,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.clients.oracle import full_gradient
+from fedsim.clients.oracle import full_gradient, gradient
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Compressor
 from fedsim.compress.sparsify import Identity
 from fedsim.config import FromTable
-from fedsim.fleet import Cost, Fleet
+from fedsim.fleet import Cost, Fleet, choose
+from fedsim.strategies.descent import ONE_MEAN
 from fedsim.strategies.server import NO_ROUNDS, UNIFORM
 from fedsim.strategy import Strategy, Traits
 from fedsim.streams import Streams
@@ -26,17 +31,11 @@ SERVER = -1  # the server's place among client ids, for its compressor's random 
 NOTHING_UP = Cost(steps=0, bits_up=0)
 ALL_OPERATORS = "every step needs the operators of all clients"
 OWN_STEP = {
-    "cohort_size": ALL_OPERATORS,
-    "selection": ALL_OPERATORS,
+    "selection": "it asks all clients, or so many drawn uniformly, or its mean operator would be another",
     "server_lr": "it has a step of its own; set strategy.lr",
     "server_optimizer": "it steps by strategy.lr from a point that it left to look ahead, which no other rule does",
 }
 """Why a method for saddle points has not these keys of a server."""
-ONE_MEAN = dict.fromkeys(
-    ("aggregator", "pre_aggregators"),
-    "it adds a mean of differences to the mean at the reference, which gives the mean operator; what a robust rule "
-    "makes of the differences and of the operators at the reference does not add up",
-)
 
 
 @dataclass(frozen=True)
@@ -59,20 +58,38 @@ class Referring(Strategy):
     Args:
         lr: gamma.
         p: probability of a refresh, about the compression ratio; 1 with no compression is extragradient.
+        batch_size: samples of a client's difference to the reference; null for all of its data.
+        cohort_size: clients that send a difference in a step; null for all.
         compressor: of every client.
         server_compressor: of the server.
     """
 
     lr: float
     p: float = 0.1
+    batch_size: int | None = None
+    cohort_size: int | None = None
     compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
     server_compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
-    traits: ClassVar[Traits] = Traits(needs_all=ALL_OPERATORS, refused=OWN_STEP | ONE_MEAN | NO_ROUNDS)
+    traits: ClassVar[Traits] = Traits(
+        needs_all="all clients follow every step, and send their operators at a refresh",
+        refused=OWN_STEP | ONE_MEAN | NO_ROUNDS,
+    )
 
     def __post_init__(self) -> None:
         check_lr(self.lr)
         if not 0 < self.p <= 1:
             raise ValueError(f"p, the chance of a refresh, must lie in (0, 1], got {self.p}")
+        for name in ("batch_size", "cohort_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or null for all, got {value}")
+
+    def at_work(self, num_clients: int) -> int:
+        return num_clients if self.cohort_size is None else self.cohort_size
+
+    def cohort(self, fleet: Fleet, rng: np.random.Generator) -> Tensor:
+        """[S] clients that send a difference in this step."""
+        return choose(fleet.clients, self.cohort_size, rng)
 
     def begun(self, s: S, fleet: Fleet) -> S:
         """The state with the common start as the reference, at first."""
@@ -113,6 +130,13 @@ class Referring(Strategy):
         """[C, P]: z_bar - gamma * F(w), from what every client keeps."""
         z, w, fw = clients.memory["z"], clients.memory["w"], clients.memory["fw"]
         return (1 - self.p) * z + self.p * w - self.lr * fw
+
+    def from_reference(self, clients: Cohort, z: Tensor) -> Tensor:
+        """[C, P]: F_m(z) - F_m(w) at z [C, P], over all data or on one and the same minibatch."""
+        if self.batch_size is None:
+            return full_gradient(clients, z) - clients.memory["f_m"]
+        here, there = gradient(clients, z, clients.memory["w"], batch_size=self.batch_size)
+        return here - there
 
 
 def server_streams(like: Tensor, round: int, rng: np.random.Generator) -> Streams:

@@ -60,14 +60,16 @@ def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink 
         ConfigError: for a compressor that does not fit the model or the strategy.
     """
     up, down = file.uplink, file.downlink
-    own = compressors(strategy)
-    for name, compressor in own.items():
+    for name, compressor in compressors(strategy).items():
         check_compressor(f"strategy.{name}", compressor, layout)
     made = []
-    for key, compressor in (("uplink", up.compressor), ("downlink", down.compressor)):
+    for key, compressor, own in (
+        ("uplink", up.compressor, "compressor"),
+        ("downlink", down.compressor, "server_compressor"),
+    ):
         plain = isinstance(compressor, Identity)
         if not plain:
-            check_link(key, strategy.traits, list(own))
+            check_link(key, strategy, own)
         check_compressor(f"{key}.compressor", compressor, layout)
         made.append(None if plain else compressor.bind(layout))
     if made[0] is None and up.error_feedback:

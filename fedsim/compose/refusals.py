@@ -28,7 +28,7 @@ from fedsim.sim.absence import Absence
 from fedsim.sim.byzantine import Byzantine, Knowledge
 from fedsim.sim.links import Uplink
 from fedsim.strategies.server import Aggregating, Selecting, Server
-from fedsim.strategy import Strategy, Traits, fields_of
+from fedsim.strategy import Strategy, compressors, fields_of
 from fedsim.streams import Streams
 from fedsim.task import Task
 
@@ -49,10 +49,10 @@ def check_keys(target: Any, section: Mapping[str, Any]) -> None:
         return
     refused = _checked(target).traits.refused
     usual = {field.name: field.default for field in fields(target)} | {
-        key: {"name": mark.default}
+        key: mark.default if isinstance(mark.default, Mapping) else {"name": mark.default}
         for key, (hint, _) in parameters(target).items()
         for mark in getattr(hint, "__metadata__", ())
-        if isinstance(mark, FromTable)
+        if isinstance(mark, FromTable) and mark.default is not None
     }
     for key, value in section.items():
         if key in refused and (key not in usual or value != usual[key]):
@@ -151,12 +151,12 @@ def check_compressor(key: str, compressor: Compressor, layout: Layout) -> None:
         compressor.bind(layout).bits(layout.size)
 
 
-def check_link(key: str, traits: Traits, own: list[str]) -> None:
-    """Refuse to compress a link for a strategy that does not bear it, or compresses with fields `own` of its own."""
-    if traits.no_links is not None:
-        raise ConfigError(f"{key}.compressor: does not go with this strategy: {traits.no_links}")
-    if own:
-        raise ConfigError(f"{key}.compressor: this strategy compresses by itself; set strategy.{own[0]} instead")
+def check_link(key: str, strategy: Strategy, own: str) -> None:
+    """Refuse to compress a link for a strategy that does not bear it, or compresses it by a field `own` of its own."""
+    if (no_links := strategy.traits.no_links) is not None:
+        raise ConfigError(f"{key}.compressor: does not go with this strategy: {no_links}")
+    if own in compressors(strategy):
+        raise ConfigError(f"{key}.compressor: this strategy compresses by itself; set strategy.{own} instead")
 
 
 def check_absence(absence: Absence, strategy: Strategy, num_clients: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ class Devices(Protocol):
     n: int
 
     def full(self, i: int, z: Tensor) -> Tensor: ...
+
+    def gradient(self, i: int, y: Tensor, job: int, step: int) -> Tensor: ...
 
 
 def identity(v: Tensor, device: int, job: int) -> Tensor:
@@ -58,22 +61,24 @@ def masha1(
     p: float,
     compress: Compress = identity,
     compress_server: Callable[[Tensor, int, int], Tensor] = lambda v, key, iteration: v,
+    size: int | None = None,
+    minibatch: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    """[iterations, P]; a device's jobs are: two for a refresh, then in every iteration one up and one down."""
-    w, fw, job = z, _mean(devices, z), 2
+    """[iterations, P]; a device's jobs: two for a refresh, then in every iteration one up, if asked, and one down."""
+    w, fw, jobs = z, _mean(devices, z), [2] * devices.n
     path = []
     for k in range(iterations):
-        rng = server_rng(seed, "server", k)
+        rng, asked = _asked(devices, seed, k, size)
         key, coin = int(rng.integers(1 << 62)), rng.random() < p
         anchor = (1 - p) * z + p * w
         half = anchor - lr * fw
-        sent = [compress(devices.full(m, half) - devices.full(m, w), m, job) for m in range(devices.n)]
+        sent = [compress(_difference(devices, m, half, w, jobs[m], minibatch), m, jobs[m]) for m in asked]
         v = compress_server(torch.stack(sent).mean(0), key, k)
         z = anchor - lr * (v + fw)
-        job += 2
+        jobs = [jobs[m] + (m in asked) + 1 + 2 * coin for m in range(devices.n)]
         if coin:
-            w, fw, job = z, _mean(devices, z), job + 2
+            w, fw = z, _mean(devices, z)
         path.append(z)
     return torch.stack(path)
 
@@ -87,27 +92,30 @@ def masha2(
     p: float,
     compress: Compress = identity,
     compress_server: Compress = identity,
+    size: int | None = None,
+    minibatch: bool = False,
     seed: int = 0,
 ) -> Tensor:
-    """[iterations, P], with error feedback on both sides."""
-    w, fw = z, _mean(devices, z)
+    """[iterations, P], with error feedback on both sides; jobs as in masha1."""
+    w, fw, jobs = z, _mean(devices, z), [2] * devices.n
     error, server_error = [torch.zeros_like(z) for _ in range(devices.n)], torch.zeros_like(z)
     path = []
     for k in range(iterations):
-        rng = server_rng(seed, "server", k)
+        rng, asked = _asked(devices, seed, k, size)
         rng.integers(1 << 62)  # the server's compressor has a draw of its own
         coin = rng.random() < p
         anchor = (1 - p) * z + p * w
         half = anchor - lr * fw
         sent = []
-        for m in range(devices.n):
-            u = lr * (devices.full(m, half) - devices.full(m, w)) + error[m]
-            sent.append(compress(u, m, k))
-            error[m] = u - sent[m]
+        for m in asked:
+            u = lr * _difference(devices, m, half, w, jobs[m], minibatch) + error[m]
+            sent.append(compress(u, m, jobs[m]))
+            error[m] = u - sent[-1]
         u = torch.stack(sent).mean(0) + server_error
         c = compress_server(u, -1, k)
         server_error = u - c
         z = anchor - lr * fw - c
+        jobs = [jobs[m] + (m in asked) + 1 + 2 * coin for m in range(devices.n)]
         if coin:
             w, fw = z, _mean(devices, z)
         path.append(z)
@@ -116,3 +124,18 @@ def masha2(
 
 def _mean(devices: Devices, z: Tensor) -> Tensor:
     return torch.stack([devices.full(m, z) for m in range(devices.n)]).mean(0)
+
+
+def _asked(devices: Devices, seed: int, iteration: int, size: int | None) -> tuple[np.random.Generator, list[int]]:
+    """(the server's random numbers, who sends a difference)."""
+    rng = server_rng(seed, "server", iteration)
+    if size is None:
+        return rng, list(range(devices.n))
+    return rng, sorted(rng.choice(devices.n, size=size, replace=False).tolist())
+
+
+def _difference(devices: Devices, m: int, z: Tensor, w: Tensor, job: int, minibatch: bool) -> Tensor:
+    """F_m(z) - F_m(w), of all samples or of one minibatch."""
+    if minibatch:
+        return devices.gradient(m, z, job, 0) - devices.gradient(m, w, job, 0)
+    return devices.full(m, z) - devices.full(m, w)

@@ -16,9 +16,11 @@ from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
 from fedsim.streams import Streams
 from fedsim.tasks.bilinear import BilinearTask
+from fedsim.tasks.models import logistic
 from tests.build import Play, play, saddle
 from tests.reference.clients import Operators
 from tests.reference.saddle import extragradient, masha1, masha2, top
+from tests.strategies.tasks import images
 
 
 def _zero(task: BilinearTask) -> Tensor:
@@ -77,6 +79,18 @@ def test_masha2_equals_its_twin_with_top_k_both_ways(k: int, server_k: int) -> N
     torch.testing.assert_close(_play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("size, minibatch", [(2, False), (None, True), (2, True)], ids=["pp", "vr", "both"])
+def test_a_part_of_the_devices_and_of_their_samples_equals_the_twin(size: int | None, minibatch: bool) -> None:
+    task, twin = images(logistic, [6, 9, 5], 4, steps=1)
+    given: dict[str, Any] = {"cohort_size": size, "batch_size": 4 if minibatch else None, "lr": 0.2, "p": 0.3}
+    path: dict[str, Any] = {"size": size, "minibatch": minibatch, "lr": 0.2, "p": 0.3}
+    rand, biased = RandK(k=200), top(200)
+    one = play(task, Masha1(compressor=rand, **given), 4, width=2)
+    torch.testing.assert_close(one, masha1(twin, task.x0, 4, compress=_keyed(rand), **path), rtol=1e-4, atol=1e-5)
+    two = play(task, Masha2(compressor=TopK(k=200), **given), 4, width=2)
+    torch.testing.assert_close(two, masha2(twin, task.x0, 4, compress=biased, **path), rtol=1e-4, atol=1e-5)
+
+
 # Identities ------------------------------------------------------------------------------------------------------
 
 
@@ -92,6 +106,39 @@ def test_without_compression_both_forms_are_the_same(p: float) -> None:
     task = saddle(4, 6)
     one, two = (_play(task, kind(lr=0.1, p=p), 40) for kind in (Masha1, Masha2))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Masha1, Masha2])
+def test_all_devices_as_the_cohort_change_no_bit(kind: type) -> None:
+    task = saddle(4, 6)
+    compressor = RandK(k=3)
+    all_of_them = _play(task, kind(lr=0.1, p=0.4, cohort_size=4, compressor=compressor), 20)
+    assert torch.equal(all_of_them, _play(task, kind(lr=0.1, p=0.4, compressor=compressor), 20))
+
+
+@pytest.mark.parametrize("kind, compressor", [(Masha1, RandK(k=100)), (Masha2, TopK(k=100))])
+def test_a_minibatch_of_all_samples_is_the_whole_operator(kind: type, compressor: Any) -> None:
+    task, _ = images(logistic, [6, 9, 5], None, steps=1)
+    paths = [play(task, kind(lr=0.2, p=0.3, compressor=compressor, batch_size=size), 8) for size in (None, 9)]
+    torch.testing.assert_close(paths[0], paths[1], rtol=0, atol=1e-5)  # samples in another order
+
+
+def test_a_part_of_the_devices_is_enough_to_converge_linearly() -> None:
+    task = saddle(10, 10, low=1.5)
+    strategy = Masha1(lr=_theory_step(task, 0.1, q=2), p=0.1, cohort_size=3, compressor=RandK(k=10))
+    away = _away(task, _play(task, strategy, 600))
+    assert all(float(away[i + 199]) < 0.4 * float(away[i]) for i in (0, 200, 400))
+
+
+def test_errors_of_devices_that_are_not_asked_stay() -> None:
+    task = saddle(4, 6)
+    play = Play.start(task, Masha2(lr=0.1, p=0.2, cohort_size=1, compressor=TopK(k=1)), x0=_zero(task))
+    play.path(3)
+    for _ in range(5):
+        before = play.fleet.memory.of(play.fleet.clients)["e"].clone()
+        play.step()
+        changed = (play.fleet.memory.of(play.fleet.clients)["e"] != before).any(1)
+        assert int(changed.sum()) == 1
 
 
 def test_a_single_device_without_compression_depends_on_the_coins_alone() -> None:
@@ -276,9 +323,11 @@ def test_masha1_refuses_a_biased_compressor_and_names_the_way_out(key: str) -> N
 
 
 @pytest.mark.parametrize("make", [Masha1, Masha2])
-@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"lr": 0.1, "p": 0.0}, {"lr": 0.1, "p": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": 0.0}, {"lr": 0.1, "p": 0.0}, {"lr": 0.1, "p": 1.5}, {"lr": 0.1, "batch_size": 0}]
+)
 def test_steps_and_chances_out_of_range_are_refused(make: type, bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="positive|chance of a refresh"):
-        make(**bad)
+    with pytest.raises(ValueError, match="positive|chance of a refresh|_size must be at least 1"):
+        make(**{"lr": 0.1, **bad})
     with pytest.raises(ValueError, match="lr must be positive"):
         replace(Extragradient(lr=1.0), lr=-1.0)
