@@ -168,7 +168,7 @@ class Speed:
     def _model(self) -> Any:
         module = minilm(self.inputs.shape[2:], len(MARKS))
         for layer in module.modules():
-            if isinstance(layer, nn.Dropout):
+            if isinstance(layer, nn.Dropout) and layer.p:  # attention's own stays off, as `pretrained` leaves it
                 layer.p = self.dropout
         return module
 

@@ -27,14 +27,17 @@ _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
     """Logical (not arithmetic) shift of signed 64-bit integers."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    return (z >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def mix64(z: Tensor) -> Tensor:
     """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit moves every output bit."""
-    z = (z ^ _shift_right(z, 30)) * _MIX1
-    z = (z ^ _shift_right(z, 27)) * _MIX2
-    return z ^ _shift_right(z, 31)
+    z = z ^ _shift_right(z, 30)
+    z *= _MIX1  # from here on in place: masks of dropout are made of many such numbers
+    z ^= _shift_right(z, 27)
+    z *= _MIX2
+    z ^= _shift_right(z, 31)
+    return z
 
 
 def _hash64(*parts: object) -> int:

@@ -13,6 +13,7 @@ import pytest
 
 from fedsim.runs import run
 from fedsim.sim.executor import Jobs
+from fedsim.sim.packing import Parcel, pack
 from fedsim.sim.ray_executor import RayExecutor
 from fedsim.sim.ray_plane import Plane
 from fedsim.strategies import STRATEGIES
@@ -59,6 +60,46 @@ def on_ray(strategy: str, option: str | None = None, *, workers: int, collective
 @pytest.mark.parametrize("option", ["uplink rand_k", "uplink top_k, error feedback", "local AdamW", "label flip"])
 def test_what_runs_on_the_clients_beside_the_strategy_runs_on_the_workers(option: str, runtime: None) -> None:
     assert on_ray("fedavg", option, workers=2) == here("fedavg", option) != here("fedavg")
+
+
+ADAPTED: dict[str, Any] = {
+    "seed": 3,
+    "rounds": 3,
+    "task": {
+        "name": "classification",
+        "dataset": "digits",
+        "model": {"name": "mlp", "hidden": [3000]},
+        "lora": {"targets": ["1"], "rank": 2, "dropout": 0.2},
+        "train": ["3.bias"],
+    },
+    "clients": {"count": 6},
+    "strategy": {"name": "fedavg", "cohort_size": 4},
+    "local": {"steps": 2, "batch_size": 4, "optimizer": {"name": "adamw", "lr": 0.01}},
+    "evaluate": {"every": 1},
+    "runtime": {"stack": 2},
+}
+
+
+def test_adapters_give_the_same_bits_and_their_base_travels_once(
+    runtime: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parcels = []
+
+    def noted(*args: Any, **options: Any) -> Parcel:
+        parcels.append(parcel := pack(*args, **options))
+        return parcel
+
+    expected = without_wall_time(run(ADAPTED).rows)
+    monkeypatch.setattr("fedsim.sim.ray_executor.pack", noted)
+    there = {"runtime.executor": "ray", "runtime.workers": 2, "runtime.collectives": "object_store"}
+    assert without_wall_time(run(ADAPTED, **there).rows) == expected
+    trained = 2 * 64 + 3000 * 2 + 10
+    assert expected[-1]["bits_up"] == expected[-1]["bits_down"] == 3 * 4 * 32 * trained
+    base = 4 * 64 * 3000  # bytes of one frozen weight
+    sizes = [len(stream) + sum(b.nbytes for b in buffers) for stream, buffers in parcels]
+    # one copy for all workers; then a round sends the model, no inbox and two stacks
+    assert [size > base for size in sizes] == [True] + [False] * 3 * (1 + 1 + 2)
+    assert sum(sizes[1:]) < 3 * 4 * trained + 12 * 4096
 
 
 class Killer:

@@ -139,5 +139,9 @@ class LocalGrid(Grid):
 
 def through_bytes(record: RecordDict) -> RecordDict:
     """A record after a trip as Flower's bytes."""
-    contents = {number: part.deflate() for number, part in get_all_nested_objects(record).items()}
-    return inflate_object_from_contents(record.object_id, contents)
+    return inflate_object_from_contents(record.object_id, as_bytes(record))
+
+
+def as_bytes(record: RecordDict) -> dict[str, bytes]:
+    """What travels of a record: its parts by their numbers."""
+    return {number: part.deflate() for number, part in get_all_nested_objects(record).items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import RecordDict
 
 from fedsim import apps, runs
 from fedsim.compose import compose
@@ -21,7 +22,7 @@ from fedsim.history import History
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError
 from tests.build import train
-from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock
+from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock, as_bytes, through_bytes
 
 N = 5
 LOCAL = {"steps": 4, "batch_size": "full", "optimizer": {"name": "sgd", "lr": 0.1}}
@@ -188,6 +189,37 @@ def test_minibatches_of_a_classifier_agree_to_float32(tmp_path: Path) -> None:
         assert row["num_clients"] == other["num_clients"] == 3
         assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
     assert (tmp_path / "run" / "clients.jsonl").exists()
+
+
+def test_adapters_travel_and_their_base_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = {
+        "rounds": 2,
+        "task": {
+            "name": "classification",
+            "dataset": "digits",
+            "model": {"name": "mlp", "hidden": [300]},
+            "lora": {"targets": ["1"], "rank": 2, "dropout": 0.2},
+            "train": ["3.bias"],
+        },
+        "clients": {"count": 3},
+        "strategy": {"name": "fedavg", "cohort_size": 2},
+        "local": {"steps": 2, "batch_size": 4, "optimizer": {"name": "adamw", "lr": 0.01}},
+        "evaluate": {"every": 1, "per_client": False},
+        "runtime": {"stack": 1},
+    }
+    sent = []
+
+    def noted(record: RecordDict) -> RecordDict:
+        sent.append(sum(map(len, as_bytes(record).values())))
+        return through_bytes(record)
+
+    monkeypatch.setattr("tests.fedsim.flower.local_grid.through_bytes", noted)
+    expected, got = runs.run(raw).rows, rows_of(raw)
+    trained = 2 * 64 + 300 * 2 + 10
+    for row, other in zip(got, expected, strict=True):
+        assert row["test_loss"] == other["test_loss"] and row["train_loss"] == other["train_loss"]
+        assert row["bits_up"] == row["bits_down"] == other["bits_up"] == row["round"] * 2 * 32 * trained
+    assert 4 * trained < max(sent) < 4 * trained + 4096 < 4 * 64 * 300
 
 
 PERSONAL: dict[str, dict[str, Any]] = {

@@ -66,6 +66,31 @@ def test_names_say_what_trains() -> None:
     assert Layout.of_module(adapted(tied, ["1.weight"], None)).names == ("0.weight",)
 
 
+class Shared(nn.Module):
+    """A layer, or a block that holds it, under two names."""
+
+    def __init__(self, block: bool) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4)) if block else nn.Linear(4, 4)
+        self.second, self.third = self.first, nn.Linear(4, 4)
+        self.third.weight = self.first[0].weight if block else self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)))
+
+
+def test_a_layer_in_two_places_has_no_adapter_but_a_shared_block_and_a_shared_weight_have() -> None:
+    for targets in (("first",), ("second",), ("*",)):
+        with pytest.raises(ValueError, match="first and second of the model are one layer, and an adapter stands in"):
+            adapted(Shared(block=False), (), Lora(targets=targets))
+    assert Layout.of_module(adapted(Shared(block=False), (), Lora(targets=("third",)))).size == 2 * 8 * 4
+    module = adapted(Shared(block=True), (), Lora(targets=("*",)))
+    assert module.first[0] is module.second[0]  # type: ignore[index]
+    assert module.third.weight is module.first[0].weight  # type: ignore[index, union-attr]
+    names = [f"{layer}.lora_{side}" for layer in ("first.0", "third") for side in "ab"]
+    assert list(Layout.of_module(module).names) == names
+
+
 @pytest.mark.parametrize(
     ("task", "text"),
     [
