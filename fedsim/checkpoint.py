@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import typing
-from ast import literal_eval
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -337,30 +336,53 @@ def misfit(saved: Any, fresh: Any, sizes: tuple[int, ...], path: str = "state") 
 
 
 def check_same(path: Path, config: Mapping[str, Any], there: Mapping[str, str]) -> None:
-    """Refuse the checkpoint of another config, of which it holds the fingerprint.
+    """Refuse to go on with what another config began.
+
+    Args:
+        path: what it left, for the message.
+        config: today's, resolved.
+        there: the fingerprint of the other.
 
     Raises:
-        ConfigError: naming the sections that differ.
+        ConfigError: naming the sections that differ, or data or a model that do, with what they are and were.
     """
     here = fingerprint(config)
     changed = sorted(k for k in {*here, *there} if here.get(k) != there.get(k))
-    if changed:
-        verb = "differs" if len(changed) == 1 else "differ"
-        chosen = " ".join(f"{k}={literal_eval(there[k])}" for k in changed if k.startswith("runtime.") and k in there)
-        same = f"overrides (where `auto` chose: {chosen})" if chosen else "overrides"
-        raise ConfigError(
-            f"{path}: belongs to another config ({', '.join(changed)} {verb}); resume with the same file and {same}, "
-            "or start anew in another folder"
+    if not changed:
+        return
+    sections = [k for k in changed if not k.startswith(IDENTITY)]
+    if not sections:
+        now, before = (
+            "; ".join(f"{k.removeprefix(IDENTITY)}: {each.get(k)}" for k in changed) for each in (here, there)
         )
+        raise ConfigError(
+            f"{path}: the run began with other data or another model ({before}) than these ({now}); resume with the "
+            "same, or start anew in another folder"
+        )
+    verb = "differs" if len(sections) == 1 else "differ"
+    chosen = " ".join(f"{k}={json.loads(there[k])}" for k in sections if k.startswith("runtime.") and k in there)
+    same = f"overrides (where `auto` chose: {chosen})" if chosen else "overrides"
+    raise ConfigError(
+        f"{path}: belongs to another config ({', '.join(sections)} {verb}); resume with the same file and {same}, "
+        "or start anew in another folder"
+    )
 
 
 FREE_TO_CHANGE = ("rounds", "stop", "log", "checkpoint", "versions", "allow_divergence")
 """Sections that may differ on resume: they change how long a run is or what is kept of it, not its numbers."""
 
 
+IDENTITY = "identity."
+
+
 def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
-    """One text per section, to compare the config of a checkpoint with today's."""
-    out = {k: repr(v) for k, v in config.items() if k not in (*FREE_TO_CHANGE, "runtime")}
+    """One text per section, to compare the config of an earlier run, as it was or read from its file, with today's."""
+    out = {
+        k: json.dumps(v, default=str, sort_keys=True)
+        for k, v in config.items()
+        if k not in (*FREE_TO_CHANGE, "runtime", "identity")
+    }
     runtime = config.get("runtime", {})
     bits = ("engine", "stack", "stacks", "native", "precision", "threads", "device")
-    return out | {f"runtime.{k}": repr(runtime[k]) for k in bits if k in runtime}
+    out |= {f"runtime.{k}": json.dumps(runtime[k]) for k in bits if k in runtime}
+    return out | {f"{IDENTITY}{k}": v for k, v in config.get("identity", {}).items()}

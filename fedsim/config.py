@@ -154,6 +154,8 @@ class Call:
             raise
         except Exception as e:
             where = place(e, self.target)
+            if isinstance(e, MemoryError) or "can't allocate memory" in str(e):  # numpy's, or torch's RuntimeError
+                raise ConfigError(f"{self.key}: too large for this machine's memory ({first_line(e)})") from e
             if where is None and not isinstance(e, ValueError):
                 raise
             kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
@@ -184,10 +186,7 @@ def decode(
         ConfigError: for a key that is unknown or missing, or a value of the wrong type.
     """
     values = {} if values is None else values
-    try:
-        own = {k: p for k, p in parameters(target).items() if k not in later}
-    except (NameError, TypeError, ValueError) as e:  # a ValueError for classes of C, which have none
-        raise ConfigError(f"{key}: the type hints of {target!r} can't be read: {e}; import what they name") from e
+    own = {k: p for k, p in parameters_at(key, target).items() if k not in later}
     if not isinstance(values, Mapping):
         raise ConfigError(f"{key}: expected a section of key: value lines ({', '.join(own)}), got {values!r}")
     below = f"{key}." if key else ""
@@ -211,6 +210,22 @@ def decode(
         else:
             resolved[name] = plain_default(default)
     return Call(target, arguments, resolved, key)
+
+
+def parameters_at(key: str, target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Of a callable that the file names at a key; see `fedsim.hints.parameters`.
+
+    Raises:
+        ConfigError: if it does not say what they are.
+    """
+    try:
+        return parameters(target)
+    except NameError as e:
+        raise ConfigError(f"{key}: the type hints of {target!r} can't be read: {e}; import what they name") from e
+    except (TypeError, ValueError) as e:  # a class of C has none
+        raise ConfigError(
+            f"{key}: {target!r} does not say what parameters it takes ({e}); wrap it in a function"
+        ) from e
 
 
 def decode_entry(

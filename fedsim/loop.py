@@ -26,6 +26,7 @@ from fedsim.files import sync
 from fedsim.fleet import DrivenFleet
 from fedsim.metrics import check_names, without_value
 from fedsim.observers import observing
+from fedsim.overrides import read_file
 from fedsim.signals import interruptible
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sinks import METRICS_FILE, Sink, restored, rows_in_order
@@ -341,17 +342,20 @@ class Run:
         assert self.folder is not None
         rows = [restored(row) for row in rows_in_order(self.folder.parent / METRICS_FILE)]
         trouble: list[str] = []
-        for path in reversed(checkpoint.checkpoints(self.folder)):
+        found = checkpoint.checkpoints(self.folder)
+        if not found and (began := self.folder.parent / "config.yaml").exists():
+            checkpoint.check_same(began, self.experiment.config, checkpoint.fingerprint(read_file(began)))
+        for path in reversed(found):
             try:
                 self._restore(checkpoint.load(path), rows)
                 break
             except checkpoint.Damaged as e:
                 trouble.append(str(e))
-        found = f"{self.folder}: {'; '.join(trouble)}"
+        what = f"{self.folder}: {'; '.join(trouble)}"
         if trouble and not self.round:
-            raise ConfigError(f"{found}; there is no other to go on from, start anew in another folder")
+            raise ConfigError(f"{what}; there is no other to go on from, start anew in another folder")
         if trouble:
-            warnings.warn(f"{found}; going on from round {self.round} instead", stacklevel=2)
+            warnings.warn(f"{what}; going on from round {self.round} instead", stacklevel=2)
 
     def _restore(self, found: checkpoint.Saved, rows: Sequence[Mapping[str, Any]]) -> None:
         """Go on from a checkpoint.

@@ -31,11 +31,19 @@ EVALUATED = ("test_", "client_", "personal_", "global_")
 """How names begin that a row gets from the evaluation, whatever a task's metrics are called."""
 
 
-_SMALL = re.compile(r"loss|distance|error|perplexity|(^|_)(mae|mse|rmse|nll|ece)(_|$)")
+SPREAD = ("mean", "std", "worst_decile")
+"""How names end of what is said of a metric over clients (`spread`)."""
+
+_SMALL = re.compile(
+    r"loss|distance|error|perplexity|divergence|deviance|regret|brier|crps"
+    r"|(^|_)(mae|mse|rmse|mape|nll|ece|bpc|wer|cer|kl|fid)(_|$)"
+)
 
 
 def small_is_good(name: str) -> bool:
     """Whether small values of a metric are good: of losses, distances and errors they are, going by the name.
+
+    It is all that a row, a report or a bound knows of it; so the name is where the user says it (`as: ..._error`).
 
     >>> [small_is_good(name) for name in ("test_loss", "test_mae", "test_accuracy")]
     [True, True, False]
@@ -150,4 +158,4 @@ def spread(values: Tensor, *, higher_is_better: bool = True) -> dict[str, float]
     std = (v - mean).square().sum().div(len(v)).sqrt()
     badness = torch.where(v.isnan(), torch.inf, -v if higher_is_better else v)
     worst = torch.sort(badness, descending=True, stable=True).indices[: -(-len(v) // 10)]
-    return {"mean": float(mean), "std": float(std), "worst_decile": float(v[worst].sum() / len(worst))}
+    return dict(zip(SPREAD, (float(mean), float(std), float(v[worst].sum() / len(worst))), strict=True))

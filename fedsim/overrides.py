@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,11 +37,11 @@ def read_file(
         path = shipped().get(path.name, path)
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
-        names = {p.name: str(p) for p in folder.glob("*.yaml")}
+        names = {p.name: str(p) for p in folder.glob("*.yaml") if p.is_file()}
         if path.name == str(path) and not path.is_dir():
             names |= {name: name for name in shipped()}
         near = difflib.get_close_matches(path.name, names, n=1)
-        what = "is a folder" if path.is_dir() else "no such file"
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "no such file"
         hint = f"did you mean {names[near[0]]!r}?" if near else "name an experiment file (YAML)"
         raise ConfigError(f"{path}: {what}; {hint}")
     with plain_errors(str(path)):
@@ -55,6 +56,9 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
 
 
+_KEY = re.compile(r"[^][]+(\[[^][]+\][^][]*)*")  # an index of a list stands in brackets behind its key
+
+
 def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:
     """{dotted key: value} from `key.sub=value` texts; values are YAML.
 
@@ -66,7 +70,7 @@ def parse_overrides(texts: Iterable[str], source: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for text in texts:
         key, equals, _ = text.partition("=")
-        if not equals or not key:
+        if not equals or not _KEY.fullmatch(key):
             raise ConfigError(f"{source}: override {text!r} has no key and '='; write key.sub=value")
         with plain_errors(f"{source}: override {text!r}", BRACES if ":" in text else ""):
             value = OmegaConf.select(OmegaConf.from_dotlist([text]), key)
@@ -140,6 +144,8 @@ def plain_errors(source: str, hint: str = "") -> Iterator[None]:
         yield
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as e:
         raise ConfigError(f"{source}: not readable: {' '.join(str(e).split())}{hint}") from e
+    except RecursionError as e:
+        raise ConfigError(f"{source}: not readable: sections are nested too deeply") from e
 
 
 def _renamed(config: Any, key: str, name: Name, overrides: Mapping[str, Any], shared: Shared) -> Any:

@@ -12,13 +12,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, cast
 
 from torch import Tensor
 
 from fedsim.config import Call, ConfigError, Kinds, decode, named
 from fedsim.engine.losses import LOSSES, Loss, per_sample
 from fedsim.hints import parameters
+from fedsim.metrics import SPREAD
 from fedsim.tasks.metrics import METRICS, Metric
 
 
@@ -50,6 +52,12 @@ def metrics(value: Any, key: str, kinds: Kinds) -> tuple[Call, ...]:
         raise ConfigError(
             f"{key}: two metrics are called {twice!r}; give one another name, {{name: ..., as: {twice}_2}}"
         )
+    for name, other in product(names, (*names, "loss")):
+        if name in (f"{other}_{k}" for k in SPREAD):
+            raise ConfigError(
+                f"{key}: {name!r} is what rows call the spread of {other!r} over clients; give it another name, "
+                f"{{name: ..., as: {name.removeprefix(other)[1:]}_of_{other}}}"
+            )
     return calls
 
 
@@ -62,7 +70,7 @@ def _metric(value: Any, key: str) -> Call:
     label = re.split(r"[:.]", name)[-1] if label is None else label
     if not isinstance(label, str) or not label.isidentifier() or label == "loss":
         raise ConfigError(f"{key}.as: expected a name for the row, such as macro_f1, got {label!r}")
-    made = replace(made, function=function)
+    made = replace(made, function=_forgetful(function))
     return Call(lambda: (label, made), {}, {"name": name, **own, **arguments}, key)
 
 
@@ -84,3 +92,16 @@ def _function(target: Any, arguments: Mapping[str, Any], key: str) -> tuple[Call
 def _plain(call: Call, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a file can hold of a call's arguments: a library's defaults may be anything."""
     return {k: v for k, v in call.resolved.items() if k in given or isinstance(v, bool | int | float | str)}
+
+
+def _forgetful(function: Any) -> Callable[[Tensor, Any], Any]:
+    """Itself; of what gathers what it is given until it is reset, as torchmetrics' classes do, the value of a call."""
+    if not all(callable(getattr(function, name, None)) for name in ("reset", "update", "compute")):
+        return cast("Callable[[Tensor, Any], Any]", function)
+    return partial(_value_alone, function)
+
+
+def _value_alone(metric: Any, outputs: Tensor, targets: Any) -> Any:
+    metric.reset()
+    metric.update(outputs, targets)
+    return metric.compute()

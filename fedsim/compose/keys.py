@@ -14,7 +14,7 @@ from typing import Any
 
 from fedsim.compose.entries import GIVEN
 from fedsim.compose.tables import TABLES
-from fedsim.config import FromTable, named
+from fedsim.config import FromTable, named, parameters_at
 from fedsim.hints import described, parameters, plain_default
 from fedsim.optim.rule import RuleSettings
 from fedsim.optim.schedules import Schedule
@@ -113,6 +113,7 @@ def keys_of_entry(table: str, name: str) -> list[Key]:
     if table == "schedules":
         return [key for key in keys_of(Schedule) if key.name != "name"]
     refused = tuple(target.traits.refused) if isinstance(target, type) and issubclass(target, Strategy) else ()
+    parameters_at(f"list {table} {name}", target)
     return keys_of(target, (*GIVEN.get(PLACES[table][0], ()), *refused))
 
 

@@ -107,9 +107,12 @@ def quadratic(
 
 def _numbers(name: str, value: Any) -> Tensor:
     try:
-        return torch.tensor(value, dtype=torch.float32)
+        found = torch.tensor(value, dtype=torch.float32)
     except ValueError as e:
         raise ValueError(f"{name}: {e}; give every client an entry of the same shape") from e
+    if not found.ndim:
+        raise ValueError(f"{name}: give one entry per client, such as [1, 3], got {value!r}")
+    return found
 
 
 def _start(x0: float | tuple[float, ...], dim: int) -> Tensor:

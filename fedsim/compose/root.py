@@ -24,6 +24,7 @@ from fedsim.compose.fleets import (
     build_memory,
     compute_device,
 )
+from fedsim.compose.identity import identity_of
 from fedsim.compose.problems import plan_of, problem_of, task_of
 from fedsim.compose.refusals import (
     check_local,
@@ -52,6 +53,7 @@ from fedsim.strategies.server import Synchronous
 from fedsim.strategy import Strategy, fields_of
 from fedsim.task import Task
 
+NOTES = ("versions", "identity")  # sections of a resolved file that say what ran, and are not read again
 ROWS_LIE = {"device": "on the device", "ram": "in RAM", "disk": "in files of the run's folder"}
 
 
@@ -108,7 +110,7 @@ def read_file(raw: Mapping[str, Any]) -> tuple[File, dict[str, Any]]:
     Raises:
         ConfigError: for a section, a key or a value that has no place there.
     """
-    call = decode(File, {k: v for k, v in raw.items() if k != "versions"}, "", KINDS)
+    call = decode(File, {k: v for k, v in raw.items() if k not in NOTES}, "", KINDS)
     file, resolved = call(), copy.deepcopy(call.resolved)
     for key, reader, why in (
         ("partition", file.task, "has no data to divide"),
@@ -185,7 +187,8 @@ def _absence(file: File, strategy: Strategy, fleet: SimFleet, size: int) -> str:
 def _resolve(
     out: dict[str, Any], problem: Task | Samples, strategy: Strategy, plan: Plan, device: torch.device
 ) -> None:
-    """Write down what `auto` chose: all that fixes the run's bits has its key."""
+    """Write down what `auto` chose: all that fixes the run's bits has its key; and what was there to work on."""
+    out["identity"] = identity_of(problem)
     out["clients"]["count"] = len(problem.num_examples)
     out["runtime"] |= {"stack": plan.width, "device": str(device)}
     if isinstance(problem, Samples):

@@ -18,6 +18,7 @@ from fedsim.data.dataset import Dataset
 from fedsim.streams import server_rng
 from fedsim.trees import IGNORED, Tree, one, pick, tensors
 
+MANY = 100_000  # classes that even a few rows may have, without saying so
 MAX_LISTED = 1 << 16  # classes that are looked through for gaps
 
 
@@ -66,14 +67,15 @@ def from_arrays(
         if len(test):
             inputs, targets = pick(inputs, train), pick(targets, train)
             groups = None if groups is None else groups[train]
-    guessed, gaps = _classes(*(inputs, test_inputs) if y is None else (targets, test_targets))
+    said = (inputs, test_inputs) if y is None else (targets, test_targets)
+    classes, gaps = _classes(*said, origin) if num_classes is None else (num_classes, ())
     return Dataset(
         inputs=inputs,
         targets=targets,
         test_inputs=test_inputs,
         test_targets=test_targets,
-        num_classes=guessed if num_classes is None else num_classes,
-        gaps=gaps if num_classes is None else (),
+        num_classes=classes,
+        gaps=gaps,
         groups=groups,
         group_names=names,
         test_groups=test_groups,
@@ -142,14 +144,23 @@ def _groups(
     return codes[: len(inputs)], codes[len(inputs) :], names
 
 
-def _classes(targets: Tree, test_targets: Tree) -> tuple[int, tuple[int, ...]]:
-    """(num_classes as classes or tokens say, classes that no row has); of numbers, how many make up a target."""
+def _classes(targets: Tree, test_targets: Tree, origin: str) -> tuple[int, tuple[int, ...]]:
+    """(num_classes as classes or tokens say, classes that no row has); of numbers, how many make up a target.
+
+    Raises:
+        ValueError: if there would be so many classes that the labels can't be meant.
+    """
     if isinstance(targets, dict) and isinstance(test_targets, dict):
         targets, test_targets = (part.get("input_ids", one(part)) for part in (targets, test_targets))
     assert isinstance(targets, Tensor) and isinstance(test_targets, Tensor)
     if targets.is_floating_point():
         return prod(targets.shape[1:]), ()
     number = 1 + max((int(t.max()) for t in (targets, test_targets) if t.numel()), default=0)
+    if number > max(MANY, 100 * targets.numel()):
+        raise ValueError(
+            f"{origin}: labels go up to {number - 1:,} in {len(targets):,} rows; number them from 0 without gaps, or "
+            "set num_classes"
+        )
     if targets.ndim > 1:
         return number, ()
     seen = set(torch.cat([targets, test_targets]).unique().tolist())

@@ -144,9 +144,9 @@ def _load(
     images: bool,
     test_file: Path | None = None,
 ) -> Dataset:
-    table = _read_folder(path, suffix, read) if path.is_dir() else read(path)
+    table = _read_folder(path, suffix, partial(_read, read=read)) if path.is_dir() else _read(path, read)
     if test_file is not None:
-        held = read(test_file)
+        held = _read(test_file, read)
         owners = None if table.clients is None else held.clients
         table = replace(table, x_test=held.x, y_test=held.y, test_clients=owners)
     return from_arrays(
@@ -161,6 +161,13 @@ def _load(
         images=images,
         origin=str(path),
     )
+
+
+def _read(file: Path, read: Callable[[Path], _Table]) -> _Table:
+    """A table of a file; reading a named pipe would wait for whoever writes to it, and not twice."""
+    if not file.is_file():
+        raise ValueError(f"{file}: is no regular file; write the data to one")
+    return read(file)
 
 
 def _read_folder(folder: Path, suffix: str, read: Callable[[Path], _Table]) -> _Table:
@@ -206,7 +213,7 @@ def _read_npz(file: Path) -> _Table:
                 key: archive[key] for key in ("x", "y", "client", "x_test", "y_test", "client_test") if key in archive
             }
             keys = ", ".join(archive)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, ValueError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{file}: cannot be read as .npz ({error}); write it with numpy.savez(file, x=..., y=...), without objects"
         ) from None

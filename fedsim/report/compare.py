@@ -30,7 +30,7 @@ from fedsim.sinks import flat
 # The first of these that every run has is compared.
 MEASURES = ("test_accuracy", "personal_accuracy", "distance", "test_loss", "train_loss")
 APART = "sets it apart"
-_IRRELEVANT = ("versions", "log", "checkpoint", "runtime", "out")
+_IRRELEVANT = ("versions", "identity", "log", "checkpoint", "runtime", "out")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,6 +195,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in CHECKSUMS:
         (root / "images" / name).write_bytes(gzip.compress(bytes(5000))[:20])
     np.savez(root / "unnamed.npz", features=np.zeros((4, 2)))
+    np.savez(root / "labels.npz", x=np.zeros((6, 2), np.float32), y=[0, 1, 0, 1, 2, 10**9])
+    with zipfile.ZipFile(root / "declared.npz", "w") as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 9)})
+    (root / "deep.yaml").write_text("a: " + "{a: " * 600 + "1" + "}" * 601)
+    (root / "endless.yaml").write_text("a: &a [*a]\n")
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)]
+    (root / "laughs.yaml").write_text("a0: &a0 [lol]\n" + "".join(lines))
+    (root / "pipes").mkdir()
+    for name in ("pipe.yaml", "pipe.npz", "pipes/a.csv"):
+        os.mkfifo(root / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert fedsim("run", "quad.yaml", "--out", "used", "-q").code == 0
@@ -213,6 +225,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "unknown name": ([Q, "strategy.name=fedagv"], ["strategy.name:", "'fedagv'", "did you mean 'fedavg'"]),
     "unknown optimizer": ([Q, "local.optimizer.name=sdg"], ["local.optimizer.name:", "'sdg'", "did you mean 'sgd'"]),
     "unknown optimizer key": ([Q, "local.optimizer.lrr=1"], ["local.optimizer", "lrr", "did you mean 'lr'"]),
+    "a number for an optimizer": ([Q, "local.optimizer=3"], ["local.optimizer: expected a name or", "got 3", "sgd"]),
+    "a section for a name": (
+        [Q, "local.optimizer={name: {a: 1}}"],
+        ["local.optimizer: expected a name or", "got {'name': {'a': 1}}"],
+    ),
     "unknown sink": (
         [Q, "log.sinks=[tensorbord]"],
         ["log.sinks[0].name:", "'tensorbord'", "did you mean 'tensorboard'"],
@@ -235,10 +252,15 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no batch": ([Q, "local.batch_size=0"], ["local: batch_size must be at least 1, got 0"]),
     "epochs and steps": ([Q, "local.epochs=1"], ["local: give either epochs or steps"]),
     "override without value": ([Q, "rounds"], ["override 'rounds'", "write key.sub=value"]),
+    "override with half an index": ([Q, "[local==x"], ["override '[local==x' has no key", "write key.sub=value"]),
     "override without spaces": ([Q, "strategy={name:fedavg}"], ["'strategy={name:fedavg}'", "a space after each ':'"]),
     "nested without spaces": ([Q, "a={name:b,c:{d:1}}"], ["not readable", "a space after each ':'"]),
     "missing file": (["quat.yaml"], ["quat.yaml: no such file", "did you mean 'quad.yaml'"]),
     "folder for a file": (["images"], ["images: is a folder", "name an experiment file"]),
+    "a pipe for a file": (["pipe.yaml"], ["pipe.yaml: is no regular file"]),
+    "nested too deeply": (["deep.yaml"], ["deep.yaml: not readable"]),
+    "nested in itself": (["endless.yaml"], ["endless.yaml: not readable", "alias"]),
+    "nested a billion times": (["laughs.yaml"], ["laughs.yaml: not readable", "expan"]),
     "broken YAML": (["half.yaml"], ["half.yaml: not readable", "line 1"]),
     "list at the top": (["list.yaml"], ["list.yaml: expected sections at the top"]),
     "bytes for text": (["bytes.yaml"], ["bytes.yaml: not readable", "utf-8"]),
@@ -271,6 +293,16 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["task.dataset: images/train-images-idx3-ubyte.gz: cannot be read as gzip", "delete it"],
     ),
     "missing data": ([D, "task.dataset={name: npz, path: no.npz}"], ["task.dataset:", "no file", "no.npz"]),
+    "a pipe for data": ([D, "task.dataset={name: npz, path: pipe.npz}"], ["pipe.npz: is no regular file"]),
+    "a pipe among data": ([D, "task.dataset={name: csv, path: pipes}"], ["pipes/a.csv: is no regular file"]),
+    "labels beyond rows": (
+        [D, "task.dataset={name: npz, path: labels.npz}"],
+        ["task.dataset: labels.npz: labels go up to 1,000,000,000 in 6 rows", "set num_classes"],
+    ),
+    "arrays beyond memory": (
+        [D, "task.dataset={name: npz, path: declared.npz}"],
+        ["declared.npz: cannot be read as .npz (Unable to allocate"],
+    ),
     "unreadable data": ([D, "task.dataset={name: npz, path: a_file}"], ["task.dataset: a_file: not an .npz"]),
     "data without keys": ([D, "task.dataset={name: npz, path: unnamed.npz}"], ["no key 'x'", "features"]),
     "holes in the data": ([D, "task.dataset=cli_mine:holes"], ["task.dataset:", "NaN"]),
@@ -283,6 +315,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no natural clients": ([D, "partition=natural"], ["partition:", "names no clients", "another partition"]),
     "partition out of range": ([D, "partition={name: dirichlet, alpha: -1}"], ["partition:", "alpha", "-1"]),
     "ragged numbers": ([Q, "task={name: quadratic, a: [1, 2], b: [[1, 2], [3]]}"], ["task: b:", "same shape"]),
+    "one number for all": ([Q, "task.a=1"], ["task: a: give one entry per client, such as [1, 3], got 1"]),
+    "a formula beyond memory": (
+        [Q, "local=null", "task={name: bilinear, dim: 100000000}", "strategy={name: masha1, lr: 0.1}"],
+        ["task: too large for this machine's memory", "Unable to allocate"],
+    ),
     "unequal numbers": ([Q, "task={name: quadratic, a: [1, 2, 3], b: [1, 2]}"], ["task.a", "one entry per client"]),
     "no such module": (
         [D, "task.model=cli_none:make"],

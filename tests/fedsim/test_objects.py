@@ -149,6 +149,37 @@ def test_what_was_given_is_in_the_config_which_then_says_the_way_out(tmp_path: P
         fedsim.History.load(folder).model  # noqa: B018
 
 
+def test_another_data_set_or_module_of_the_same_class_is_not_gone_on_with(tmp_path: Path) -> None:
+    folder, (x, y) = tmp_path / "run", points()
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    given: dict[str, Any] = {"model": net, "data": (x, y), "out": folder, "resume": True}
+    fedsim.run(CONFIG, **{**given, "resume": False})
+    moved = x.copy()
+    moved[7, 2] += 1e-6
+    began = r"round-000003: the run began with other data or another model \(data: 72 rows of \[4\], 6 clients, \w+\)"
+    for other in ((moved, y), (x, np.roll(y, 1))):
+        with pytest.raises(ConfigError, match=began + r" than these \(data: 72 rows of .*\); resume with the same, or"):
+            fedsim.run(CONFIG, **{**given, "data": other}, rounds=4)
+    other_layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.raises(ConfigError, match=r"\(model: Sequential, 43 numbers that train, \w+\) than these \(model: Seq"):
+        fedsim.run(CONFIG, **{**given, "model": other_layers}, rounds=4)
+    for layer in net:
+        getattr(layer, "reset_parameters", lambda: None)()  # where training starts is in the checkpoint
+    assert len(fedsim.run(CONFIG, **given, rounds=4)) == 4
+
+
+def test_another_frozen_base_is_another_model(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    net[0].requires_grad_(False)
+    fedsim.run(CONFIG, data=points(), model=net, out=tmp_path / "run")
+    with torch.no_grad():
+        net[0].weight[0, 0] += 1
+    with pytest.raises(
+        ConfigError, match="the run began with other data or another model .model: Sequential, 18 numbers"
+    ):
+        fedsim.run(CONFIG, data=points(), model=net, out=tmp_path / "run", resume=True, rounds=4)
+
+
 def test_an_object_replaces_the_entry_of_the_file() -> None:
     said = {**NAMED, "strategy": {"name": "fedprox", "mu": 0.1, "cohort_size": 2}}
     said["task"] = {**NAMED["task"], "model": {"name": "mlp", "hidden": [3]}}

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,18 @@ def test_after_a_flipped_bit_the_checkpoint_before_serves(file: str, at: int, do
         fedsim.run(QUADRATIC, out=done, resume=True)
     assert rows_in(done) == rows_in(whole) and model(done) == model(whole)
     checkpoint.load(done / "checkpoints" / "round-000020")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_gone_on_with_by_its_own_config_alone(
+    done: Path, whole: Path
+) -> None:
+    shutil.rmtree(done / "checkpoints")
+    before = contents(done)
+    with pytest.raises(ConfigError, match=r"config.yaml: belongs to another config \(seed, strategy differ\)"):
+        fedsim.run({**QUADRATIC, "seed": 9, "strategy": "scaffold"}, out=done, resume=True)
+    assert contents(done) == before
+    fedsim.run(QUADRATIC, out=done, resume=True)
+    assert rows_in(done) == rows_in(whole)
 
 
 def test_without_a_sound_checkpoint_there_is_one_message_and_nothing_is_touched(done: Path) -> None:

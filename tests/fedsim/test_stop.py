@@ -37,8 +37,9 @@ def test_a_bound_stops_when_it_is_reached(bounds: dict[str, float], row: dict[st
 
 
 def test_the_side_on_which_a_metric_is_good_goes_by_its_name() -> None:
-    small = "train_loss test_loss distance test_mae test_rmse perplexity client_loss_mean error_rate"
-    large = "test_accuracy personal_accuracy num_clients mirror_score maestro wall_seconds bits_up"
+    small = "train_loss test_loss distance test_mae test_rmse perplexity client_loss_mean error_rate "
+    small += "brier test_crps kl_divergence wer"
+    large = "test_accuracy personal_accuracy num_clients mirror_score maestro answered wall_seconds bits_up"
     assert all(map(small_is_good, small.split()))
     assert not any(map(small_is_good, large.split()))
 

@@ -308,6 +308,33 @@ def test_losses_and_metrics_of_ones_own_are_as_good_as_those_of_the_table() -> N
     ours.close(), theirs.close()
 
 
+class Gathered:
+    """The mean over all that it was given since it was reset, as torchmetrics' classes keep it."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+
+    def reset(self) -> None:
+        self.values.clear()
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        self.values.append((outputs - targets).abs().mean(1))
+
+    def compute(self) -> Tensor:
+        return torch.cat(self.values).mean()
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        raise AssertionError("adds to what it has")
+
+
+def test_a_metric_that_gathers_is_taken_of_each_evaluation_alone() -> None:
+    config = _config("regression")
+    config["task"]["metrics"] = ["mae", {"name": Gathered, "as": "gathered"}]
+    rows = [row for row in fedsim.run(config, rounds=2, **{"evaluate.every": 1}).rows]
+    assert rows[0]["test_mae"] != rows[1]["test_mae"]
+    assert all(row["test_gathered"] == pytest.approx(row["test_mae"]) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [
@@ -325,6 +352,11 @@ def test_losses_and_metrics_of_ones_own_are_as_good_as_those_of_the_table() -> N
             "accuracy can't take the model's outputs .*targets are numbers, not classes",
         ),
         ({"metrics": ["mae", "mae"]}, "two metrics are called 'mae'; give one another name"),
+        (
+            {"metrics": ["mae", {"name": "mse", "as": "mae_std"}]},
+            "'mae_std' is what rows call the spread of 'mae' over clients; .* as: std_of_mae}",
+        ),
+        ({"metrics": [{"name": "mae", "as": "loss_worst_decile"}]}, "spread of 'loss' over clients"),
         ({"metrics": [{"name": "mae", "as": "loss"}]}, r"metrics\[0\].as: expected a name for the row"),
         ({"metrics": "mae"}, r"task.metrics: expected a list such as \[accuracy\], got 'mae'"),
         ({"model": f"{__name__}:Tangled"}, "task.model: the model gives a str; return a tensor, a tuple"),
