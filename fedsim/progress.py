@@ -44,11 +44,15 @@ class Progress:
         if self.quiet:
             return
         plan, rounds = composition.plan, composition.experiment.rounds
-        about = f"clients: {plan['clients']}; {plan['engine']}; {plan['workers']}"
-        self.console.print(Text.assemble((f"{folder}: " if folder else "", "bold"), about), soft_wrap=True)
+        where, about = (
+            f"{folder}: " if folder else "",
+            f"clients: {plan['clients']}; {plan['engine']}; {plan['workers']}",
+        )
         if self.console.is_jupyter:
-            self._cell = _Cell(rounds)
-        elif self.console.is_terminal:
+            self._cell = _Cell(where + about, rounds)
+            return
+        self.console.print(Text.assemble((where, "bold"), about), soft_wrap=True)
+        if self.console.is_terminal:
             self._bar = Bar(
                 TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=16),
@@ -98,30 +102,36 @@ class Progress:
 
 @dataclass
 class _Line:
-    """How far a run is, as a notebook shows it."""
+    """What runs and how far it is, as a notebook shows it."""
 
-    round: int
+    about: str
     rounds: int
-    shown: str
+    round: int = 0
+    shown: str = ""
 
     def __repr__(self) -> str:
-        return f"round {self.round}/{self.rounds}  {self.shown}".rstrip()
+        return f"{self.about}\n{self._at}"
 
     def _repr_html_(self) -> str:
         bar = f'<progress value="{self.round}" max="{self.rounds}"></progress>'
-        return f'{bar} <span style="font-variant-numeric:tabular-nums">{escape(repr(self))}</span>'
+        at = f'<span style="font-variant-numeric:tabular-nums">{escape(self._at)}</span>'
+        return f'<div style="opacity:0.7">{escape(self.about)}</div>{bar} {at}'
+
+    @property
+    def _at(self) -> str:
+        return f"round {self.round}/{self.rounds}  {self.shown}".rstrip()
 
 
 class _Cell:
-    """One line under a notebook's cell that is written over, four times a second at most.
+    """The lines under a notebook's cell, which are written over four times a second at most.
 
     IPython's own display does it: rich would need ipywidgets for that, which not every notebook has.
     """
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, about: str, rounds: int) -> None:
         from IPython.display import display
 
-        self.line = _Line(0, rounds, "")
+        self.line = _Line(about, rounds)
         self._handle = display(self.line, display_id=True)
         self._next = 0.0
 

@@ -137,7 +137,7 @@ class Settings:
     """What an optimizer has beside its rules.
 
     Args:
-        clip: bounds on the gradient: {value, adaptive, tensor, global}.
+        clip: bounds on the gradient; that on the norm of all of it is written `global`.
         perp_grad: remove the gradient's part along the weights.
         average: average the weights.
         lr_mult, wd_mult: {role or tensor name: factor} on the learning rate and the weight decay; a name counts more
