@@ -10,6 +10,8 @@ import socket
 import sys
 import sysconfig
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def connect(
         return False
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray._private.worker._worker_logs_enabled = False  # the same of a lost node, whatever log_to_driver is
     ours = signal.getsignal(signal.SIGTERM)
     try:
         if address is not None:
@@ -47,18 +50,35 @@ def connect(
             # a token of this process alone keeps strangers out of the runtime and leaves no file in the user's home
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             cpus = len(os.sched_getaffinity(0)) if workers is None else workers * threads
-            ray.init(
-                address="local",
-                num_cpus=max(cpus, threads),
-                num_gpus=None if gpus else 0,
-                object_store_memory=(512 << 20) + 2 * setting_bytes,
-                include_dashboard=False,
-                **quiet,
-            )
+            with _on_loopback(ray):
+                ray.init(
+                    address="local",
+                    num_cpus=max(cpus, threads),
+                    num_gpus=None if gpus else 0,
+                    object_store_memory=(512 << 20) + 2 * setting_bytes,
+                    include_dashboard=False,
+                    **quiet,
+                )
     finally:
         if ours is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)  # ray.init puts its own handler there
     return True
+
+
+@contextmanager
+def _on_loopback(ray: Any) -> Iterator[None]:
+    """Have a runtime that starts listen to this machine alone, as it does by itself where firewalls ask about it."""
+    name, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
+    before, os.environ[name] = os.environ.get(name), "0"  # for its processes
+    cluster, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False  # for this one, which has read it
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = cluster
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _probe(address: str) -> None:

@@ -291,7 +291,7 @@ def test_importing_the_module_does_not_import_ray() -> None:
 
 
 def test_without_an_address_it_starts_a_runtime_of_its_own_and_stops_it(tmp_path: Path) -> None:
-    """With token authentication, as Ray has it by default, and without a trace in the user's home."""
+    """With token authentication, as Ray has it by default, out of the network, no trace in the user's home."""
     code = """
 import signal
 from fedsim.sim.ray_executor import RayExecutor
@@ -302,6 +302,8 @@ print(executor.run(some_jobs()).sums["delta"].double().sum().item())
 import ray
 assert signal.getsignal(signal.SIGTERM) is before
 assert ray.cluster_resources()["CPU"] == 1
+from tests.fedsim.sim.ports import addresses, family
+assert addresses(family()) == {"127.0.0.1"}, addresses(family())
 executor.close()
 assert not ray.is_initialized()
 """
