@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
+OUT = ("--out", "-o")
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", show_default=False)]
 
 
@@ -56,7 +57,7 @@ def alone(
 def run(
     config: Config,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; runs/<config>-NNN if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="Folder to write to; runs/<config>-NNN if left out.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -96,7 +97,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
 def init(
     strategy: Annotated[str, typer.Option(help="A name of `fedsim list strategies`, or an import path.")] = "fedavg",
     dataset: Annotated[str, typer.Option(help="A name of `fedsim list datasets`, or an import path.")] = "digits",
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("experiment.yaml"),
+    out: Annotated[Path, typer.Option(*OUT, help="File to write.")] = Path("experiment.yaml"),
 ) -> None:
     """Write a first experiment file, with every key that it may have and what each means."""
     from fedsim.compose.starter import starter
@@ -122,7 +123,8 @@ def list_(
     from fedsim.config import did_you_mean
 
     if table is not None and table not in TABLES:
-        raise ValueError(f"list: unknown table {table!r}{did_you_mean(table, TABLES)}")
+        homes = "; or ".join(f"fedsim list {home} {table}" for home, entries in TABLES.items() if table in entries)
+        raise ValueError(f"list: unknown table {table!r}{f'; try {homes}' if homes else did_you_mean(table, TABLES)}")
     if table is not None and entry is not None:
         _show_entry(table, entry)
         return
@@ -141,7 +143,7 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     out: Annotated[
         list[Path] | None,
-        typer.Option(help="Where to write it: .html, .csv or .tex; again for several.  [default: comparison.html]"),
+        typer.Option(*OUT, help="Where to write it: .html, .csv or .tex; again for several; else comparison.html."),
     ] = None,
     metric: Annotated[str | None, typer.Option(help="What to compare by; test_accuracy where all have it.")] = None,
     target: Annotated[
@@ -176,7 +178,7 @@ def compare(
     if words := comparison.in_words():
         print(f"rounds, time and bits: until {words}")
     for path in out or [Path("comparison.html")]:
-        print(f"report: {comparison.write(path)}")
+        print(f"wrote {comparison.write(path)}")
 
 
 @app.command()
@@ -197,7 +199,7 @@ def sweep(
     jobs: Annotated[str, typer.Option(help="Trials at a time; auto is one a core, or one a GPU.")] = "auto",
     address: Annotated[str | None, typer.Option(help="Ray cluster to run on: auto, or host:port.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs' folders; runs/<config>-sweep if left out.")
+        Path | None, typer.Option(*OUT, help="Folder of the runs' folders; runs/<config>-sweep if left out.")
     ] = None,
 ) -> None:
     """Run an experiment with many settings and seeds, side by side, and show which is best.
@@ -350,12 +352,21 @@ def _outcome() -> tuple[int, str | None, BaseException | None]:
         return 130, "stopped at once; --resume goes on from the last checkpoint", None
     except Exception as e:
         if hasattr(e, "format_message"):  # only the command line parser's own errors can format themselves
-            return 2, e.format_message() or None, None  # none where the help was asked for by giving nothing
+            said = e.format_message()  # nothing where the help was asked for by giving nothing
+            return 2, f"{said} {_way_out(e)}" if said else None, None
         if isinstance(e, ValueError):
             return 2, str(e), None
         if isinstance(e, OSError) and e.filename is not None:
             return 2, f"{e.filename}: {e.strerror}; name another file or folder", None
         return _end_of_run(e)
+
+
+def _way_out(e: Any) -> str:
+    """What helps after an error of the command line parser."""
+    no_such_option = hasattr(e, "option_name") and hasattr(e, "possibilities")
+    keys = "Keys of the file are set without dashes: rounds=20. " if no_such_option else ""
+    context = getattr(e, "ctx", None)
+    return f"{keys}{context.command_path if context else 'fedsim'} --help says what there is."
 
 
 def _end_of_run(e: Exception) -> tuple[int, str, BaseException | None]:

@@ -152,7 +152,7 @@ class Selecting(Server):
     """A server that chooses who takes part.
 
     Args:
-        selection: how.
+        selection: the way to choose them.
     """
 
     selection: Annotated[Selection, FromTable("selection", "uniform")] = Uniform()

@@ -15,7 +15,13 @@ from fedsim.strategy import Strategy
 
 FIRST = {"interval": 1.0, "lr": 0.1, "s": 2, "B": 1, "W": 2, "lam": 4, "path": "my-data", "dataset": "CIFAR10"}
 """Values to begin with, of keys that have no default."""
-MODELS = {"shakespeare": "char_lstm", "fashion_mnist": "cnn"}  # mlp for the others
+SUIT = {
+    "shakespeare": ("classification", "char_lstm"),
+    "fashion_mnist": ("classification", "cnn"),
+    "diabetes": ("regression", "mlp"),
+    "marks": ("multilabel", "mlp"),
+}
+"""{data set: (task, model) that suit it}; classification and mlp do the others."""
 OWNERS = ("shakespeare", "synthetic")  # data sets whose samples belong to clients of their own
 NUM_CLIENTS, COHORT, WIDTH = 20, 5, 100
 
@@ -33,6 +39,7 @@ def starter(strategy: str, dataset: str) -> str:
     named(TABLES["datasets"], dataset, "--dataset")
     known = target if isinstance(target, type) and issubclass(target, Strategy) else Strategy
     first = {"concurrency": COHORT} | ({"cohort_size": COHORT} if issubclass(known, Synchronous) else {})
+    task, model = SUIT.get(dataset, ("classification", "mlp"))
     taken = {key.name for key in keys_of_entry("strategies", strategy)}
     lines = [
         f"# {strategy} on {dataset}. Lines that begin with '# key:' show a default; take the '# ' away to change it.",
@@ -40,15 +47,16 @@ def starter(strategy: str, dataset: str) -> str:
         "seed: 0",
         "rounds: 50",
         "task:",
-        "  name: classification",
+        f"  name: {task}",
         "  dataset:",
         *_entry("datasets", dataset, {}, "    "),
-        f"  model: {'resnet_bn' if strategy == 'fedbn' else MODELS.get(dataset, 'mlp')}",
+        f"  model: {'resnet_bn' if strategy == 'fedbn' else model}",
     ]
     if dataset in OWNERS:
         lines += ["partition: natural  # one client for each owner of the data"]
     else:
-        lines += ["partition: {name: dirichlet, alpha: 0.5}  # smaller alpha, more different clients"]
+        different = "{name: dirichlet, alpha: 0.5}  # smaller alpha, more different clients"
+        lines += [f"partition: {different if task == 'classification' else 'iid'}"]
         lines += [f"clients: {{count: {NUM_CLIENTS}}}"]
     if known.traits.own_models:
         lines += ["data: {client_test: 0.2}  # what each client holds out, to see how good its own model is"]

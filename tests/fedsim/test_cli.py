@@ -379,13 +379,15 @@ def test_a_mistake_is_one_message_exit_2_and_nothing_touched(mistake: str, folde
     ("args", "words"),
     [
         ((), ["run", "check"]),
-        (("nosuch",), ["No such command 'nosuch'"]),
-        (("run",), ["Missing argument 'CONFIG'"]),
+        (("nosuch",), ["No such command 'nosuch'", "fedsim --help says what there is"]),
+        (("run",), ["Missing argument 'CONFIG'", "fedsim run --help says what there is"]),
+        (("run", "digits.yaml", "--rounds", "3"), ["No such option '--rounds'", "set without dashes: rounds=20"]),
         (("sweep", "digits.yaml"), ["sweep: no axis", "key=a,b"]),
         (("sweep", "digits.yaml", "rounds=1"), ["sweep: no axis", "key=a,b"]),
         (("list", "strategies", "fedfx"), ["strategies.name: unknown name 'fedfx'; did you mean 'fedfix'"]),
         (("init", "--strategy", "fedfx"), ["--strategy.name: unknown name 'fedfx'; did you mean 'fedfix'"]),
         (("init", "--out", "digits.yaml"), ["digits.yaml is already there", "another --out"]),
+        (("list", "fedfix"), ["unknown table 'fedfix'; try fedsim list strategies fedfix"]),
         (("list", "strateges"), ["unknown table 'strateges'", "did you mean 'strategies'"]),
         (("compare", "nowhere"), ["nowhere", "metrics.jsonl"]),
         (("report", "nowhere"), ["nowhere", "metrics.jsonl"]),
@@ -555,7 +557,7 @@ def test_compare_fits_in_100_columns_and_writes_a_page(tmp_path: Path) -> None:
     lines = found.out.splitlines()
     assert max(map(len, lines[:-1])) <= 100 and "slow" in found.out and "fast" in found.out
     assert "local.optimizer.lr=0.2" in found.out and "the best that every run reached" in found.out
-    assert lines[-1] == f"report: {tmp_path / 'both.html'}" and (tmp_path / "both.html").stat().st_size > 5000
+    assert lines[-1] == f"wrote {tmp_path / 'both.html'}" and (tmp_path / "both.html").stat().st_size > 5000
 
 
 def test_report_is_written_again(tmp_path: Path) -> None:

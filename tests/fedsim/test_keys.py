@@ -104,6 +104,11 @@ def test_init_writes_a_file_that_runs(tmp_path: Path) -> None:
     assert len(runs.run(file, rounds=2)) == 2
 
 
+@pytest.mark.parametrize("dataset", ["digits", "diabetes", "blobs", "marks", "synthetic", "shakespeare"])
+def test_a_first_file_of_every_data_set_that_needs_no_download_is_accepted(dataset: str) -> None:
+    compose(apply_overrides(starter("fedavg", dataset), {}, "x"), "x").close()
+
+
 def test_a_first_file_takes_what_suits_the_data() -> None:
     speakers = apply_overrides(starter("fedavg", "shakespeare"), {}, "x")
     assert speakers["partition"] == "natural" and "clients" not in speakers and speakers["task"]["model"] == "char_lstm"

@@ -7,7 +7,7 @@ import pytest
 from fedsim.history import History
 from fedsim.report import clients
 from fedsim.report.curves import over_each_axis, wants_log
-from fedsim.report.draw import MAX_POINTS, Curve, histogram, line_panel, thin, tick_text
+from fedsim.report.draw import MAX_POINTS, Curve, heat_map, histogram, line_panel, thin, tick_text, timeline
 from fedsim.report.files import read_columns
 from fedsim.report.page import shortened
 from fedsim.report.split import class_entropy, split_section
@@ -93,6 +93,24 @@ def test_a_histogram_of_equal_values_has_one_bar():
     assert "<path" in histogram(np.full(7, 3), x_label="examples", alt="", whole=True)
     assert "<path" in histogram(np.full(7, 0.0), x_label="bit", alt="")
     assert "100 %" in histogram(np.ones(7), x_label="accuracy", alt="", percent=True)
+
+
+def test_bars_stand_on_their_bins_with_a_line_at_the_median():
+    svg = histogram(np.array([1, 1, 2]), x_label="examples", alt="", whole=True)
+    # bins from 0.5 to 2.5 and a twentieth beyond over 278 px, up to 2.1 clients over 170
+    assert ' d="M60.6 180V18.1H187.0V99.0H313.4V180Z"' in svg and ' d="M123.8 180V10"' in svg
+
+
+def test_a_cells_shade_is_the_root_of_its_share_of_the_largest():
+    svg = heat_map(np.array([[4, 0], [1, 4]]), rows=["a", "<b>"], x_label="client", y_label="", alt="", ids=True)
+    cells = dict(re.findall(r' d="([^"]+)" stroke-opacity="([^"]+)"', svg))  # client across, class down
+    assert cells == {"M0 0h1M1 1h1": "1", "M1 0h1": "0.56"} and "&lt;b&gt;" in svg
+
+
+def test_a_job_is_a_bar_from_its_start_to_its_finish():
+    svg = timeline([[(0, 1), (1, 3)], [(0, 2)]], np.array([2.0]), end=4, x_label="", alt="")
+    paths = re.findall(r' d="([^"]+)"', svg)  # 165 px a second from 28 on, and rows 27.3 px apart
+    assert paths[:3] == ["M358.0 74V14", "M28.0 30.4H193.0M28.0 57.6H358.0", "M193.0 30.4H523.0"]
 
 
 def test_logarithmic_ticks_are_powers():
