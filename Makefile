@@ -41,7 +41,7 @@ contract: $(BIN)/.test ## who may import whom
 	$(BIN)/lint-imports
 
 unit: $(BIN)/.test ## the tests alone
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not flower and not alone"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not flower and not alone"
 
 extras: $(BIN)/.test ## every extra resolves from the constraints file (nothing is installed)
 	@for extra in $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])"); do \
