@@ -41,7 +41,7 @@ contract: $(BIN)/.test ## who may import whom
 	$(BIN)/lint-imports
 
 unit: $(BIN)/.test ## the tests alone
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not flower and not alone"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not flower and not alone"
 
 fuzz: $(BIN)/.test ## damaged packets, records, checkpoints and configs by the thousand (minutes)
 	FUZZ=1 $(BIN)/pytest -n 2 --dist loadgroup tests/fuzz

@@ -16,7 +16,7 @@ from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 def parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     """{name: (type hint, default)} of a callable's parameters."""
     body = target.__init__ if isinstance(target, type) and not is_dataclass(target) else target  # type: ignore[misc]
-    hints = _hints(body)
+    hints = type_hints(body)
     if is_dataclass(target) and isinstance(target, type):
         out = {}
         for f in fields(target):
@@ -35,8 +35,11 @@ def parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 
 
 @cache
-def _hints(body: Callable[..., Any]) -> dict[str, Any]:
-    """Kept, since a file asks for the same parameters many times and working out hints is most of reading it."""
+def type_hints(body: Callable[..., Any]) -> dict[str, Any]:
+    """{name: type hint} of a callable or a class.
+
+    Kept, since a file asks for the same parameters many times and working out hints is most of reading it.
+    """
     return typing.get_type_hints(body, include_extras=True)
 
 

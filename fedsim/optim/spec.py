@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsim.config import ConfigError, Kinds, did_you_mean, named
 from fedsim.config import decode as decode_section
+from fedsim.hints import type_hints
 from fedsim.optim.rule import Rule, RuleSettings, Within
 from fedsim.optim.settings import Clip, Settings
 from fedsim.optim.table import INNER, RULES
@@ -91,7 +92,7 @@ def parse_rule(spec: Any, key: str, also: tuple[str, ...] = ()) -> Ruled:
 
 def decode(cls: Any, values: Mapping[str, Any], key: str) -> Any:
     """A dataclass from its section, sections within it included."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = type_hints(cls)
     inside = {}
     for name, value in values.items():
         kinds = [k for k in typing.get_args(hints.get(name)) if is_dataclass(k) and isinstance(k, type)]

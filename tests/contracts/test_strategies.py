@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fedsim.optim import build
 from fedsim.sim.byzantine import Byzantine
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
-from tests.build import Clocks, Play, drawn, f_80, local_sgd, quadratic, rows_of, watched
+from tests.build import Clocks, Play, Rows, drawn, f_80, local_sgd, quadratic, rows_of, watched
 
 ROBUST = {"aggregator": "median", "server_optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.5}}
 ROWS: dict[str, dict[str, Any]] = {
@@ -181,20 +182,24 @@ def _config(name: str, **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
+@cache
+def _run(name: str) -> Rows:
+    """The rows of the small real problem, which several tests look at."""
+    return rows_of(_config(name))
+
+
 # Same bits -------------------------------------------------------------------------------------------------------
 
 
 @every_strategy
 def test_the_number_of_workers_does_not_show(name: str) -> None:
-    one, two = (rows_of(_config(name, runtime={"workers": w, "stack": 2})) for w in (1, 2))
-    assert one == two and len(one) == 6
+    assert rows_of(_config(name, runtime={"workers": 2, "stack": 2})) == _run(name) and len(_run(name)) == 6
 
 
 @every_strategy
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(name: str, tmp_path: Path) -> None:
-    whole = rows_of(_config(name))
     rows_of(_config(name, rounds=3), tmp_path)
-    assert rows_of(_config(name), tmp_path, resume=True) == whole[3:]
+    assert rows_of(_config(name), tmp_path, resume=True) == _run(name)[3:]
 
 
 @every_strategy
@@ -202,7 +207,7 @@ def test_the_seed_decides_everything(name: str) -> None:
     task = drawn(6, 3, noise=0.2)
 
     def path(seed: int) -> torch.Tensor:
-        return Play.start(task, _make(name, task), seed=seed, devices=Clocks(f_80(6))).path(6)
+        return Play.start(task, _make(name, task), seed=seed, devices=Clocks(f_80(6))).path(4)
 
     assert torch.equal(path(0), path(0)) and not torch.equal(path(0), path(1))
 
@@ -210,9 +215,9 @@ def test_the_seed_decides_everything(name: str) -> None:
 @every_strategy
 def test_the_width_of_a_stack_changes_rounding_only(name: str) -> None:
     task = drawn(6, 3, noise=0.2)
-    whole = Play.start(task, _make(name, task), devices=Clocks(f_80(6)), width=64).path(8)
-    for width, workers in ((1, 1), (2, 2), (4, 1)):
-        cut = Play.start(task, _make(name, task), devices=Clocks(f_80(6)), width=width, workers=workers).path(8)
+    whole = Play.start(task, _make(name, task), devices=Clocks(f_80(6)), width=64).path(6)
+    for width, workers in ((1, 1), (4, 2)):
+        cut = Play.start(task, _make(name, task), devices=Clocks(f_80(6)), width=width, workers=workers).path(6)
         torch.testing.assert_close(cut, whole, rtol=0, atol=1e-12)
 
 
@@ -261,16 +266,16 @@ def test_clients_that_agree_on_the_solution_are_taken_there(name: str) -> None:
     lr = 0.1 if _kind(name) in SLOW else 0.05 if _kind(name) in PEERS else 0.02
     rate = {} if _kind(name) in NO_STEPS else {"local": local_sgd(task, lr, steps=5)}
     play = Play.start(task, _make(name, task, **rate), devices=Clocks((0.7,) * 6))
-    assert float(play.path(180)[-1]) == pytest.approx(3.0, abs=1e-3)
+    while (play.path(20)[-5:] - 3.0).abs().max() > 1e-3:
+        assert play.round < 180
 
 
 @every_strategy
 def test_a_model_learns_digits(name: str) -> None:
-    fresh: dict[str, Any] = {"uplink": {}, "downlink": {}} if _kind(name) in ASYNCHRONOUS else {}
-    half = 48 if _kind(name) == "fedasync" else 24 if name == "fedbuff_stream, absent" else 8  # rounds
-    rows = rows_of(_config(name, rounds=2 * half, evaluate={"every": half}, **fresh))
-    losses = [row["test_loss"] for row in rows if "test_loss" in row]
-    assert losses[-1] < math.log(10) - 0.03 and losses[-1] < losses[0]
+    links: dict[str, Any] = {"uplink": {}, "downlink": {}} if _kind(name) in ASYNCHRONOUS else {}
+    stop = {"test_loss": math.log(10) - 0.03}  # well below what a model that knows nothing has
+    rows = rows_of(_config(name, rounds=96, stop=stop, evaluate={"every": 4}, **links))
+    assert rows[-1]["test_loss"] <= stop["test_loss"]
 
 
 # Manners ---------------------------------------------------------------------------------------------------------
@@ -311,7 +316,7 @@ def test_the_server_half_uses_nothing_but_the_fleets_seam(name: str) -> None:
 
 @every_strategy
 def test_the_clock_never_goes_back_and_bits_only_grow(name: str) -> None:
-    rows = rows_of(_config(name))
+    rows = _run(name)
     for key in ("virtual_seconds", "bits_up", "bits_down"):
         values = [row[key] for row in rows]
         assert values == sorted(values) and values[-1] > 0, key

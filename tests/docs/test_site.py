@@ -32,7 +32,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr("fedsim.report.write_report", lambda folder: None)  # a second for each run
     with kept():  # the digits, once
         yield tmp_path
     matplotlib.pyplot.close("all")

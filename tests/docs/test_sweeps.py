@@ -19,7 +19,6 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})  # one trial at a time, in this process
-    monkeypatch.setattr("fedsim.report.write_report", lambda folder: None)  # a second for each trial
     names = play(blocks(GUIDE), tmp_path, "docs/sweeps.md")
     lines = {
         folder: [json.loads(line) for line in (tmp_path / "runs" / folder / "sweep.jsonl").read_text().splitlines()]

@@ -15,7 +15,6 @@ GUIDE = Path(__file__).parents[2] / "docs" / "transformers.md"
 
 def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedsim.report.write_report", lambda folder: None)  # a second for each run
     play(blocks(GUIDE), tmp_path, "docs/transformers.md")
     head, adapters = 64 * 10 + 10, 4 * 64 + 64 * 4
     for name, size in (("head", head), ("lora", head + adapters)):

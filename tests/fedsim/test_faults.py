@@ -15,7 +15,7 @@ import pytest
 
 import fedsim
 from fedsim import checkpoint, results
-from fedsim.files import LOCK_FILE, write_whole
+from fedsim.files import LOCK_FILE
 from tests.build import rows_in
 from tests.fedsim.test_runs import model
 
@@ -128,8 +128,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without pictures and without waiting for the disk; on a clock that stands, so that equal folders are equal."""
-    monkeypatch.setattr("fedsim.report.write_report", lambda folder: write_whole(folder / "report.html", "drawn"))
+    """Without waiting for the disk, and on a clock that stands, so that equal folders are equal."""
     monkeypatch.setattr(os, "fsync", lambda number: None)
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,6 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every": 2},
     "runtime": {"workers": 1},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def a_short_report() -> Iterator[None]:
-    """Drawing it takes longer than these runs; tests/fedsim/report looks at what it shows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedsim.report.write_report", lambda folder: (folder / "report.html").touch())
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from fedsim import apps, runs
 from fedsim.tasks.quadratic import QuadraticTask
 from tests.flower_live.deployment import Deployment
 
-pytestmark = [pytest.mark.flower, pytest.mark.slow, pytest.mark.xdist_group("flower")]
+pytestmark = [pytest.mark.flower, pytest.mark.slow]
 
 SEED, STEPS, LR, INTERVAL = 1, 4, 0.1, 15.0
 LOCAL = {"steps": STEPS, "batch_size": "full", "optimizer": {"name": "sgd", "lr": LR}}

@@ -199,6 +199,5 @@ def test_the_compiled_step_of_a_gpu_is_the_eager_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(type(INDUCTOR), "suits", lambda *of: True)  # so that it runs where there is no GPU
     monkeypatch.setattr(emitted.Emitted, "suits", lambda *of: False)
     x, grads = problem()
-    for name in ("lion", "lamb"):
-        got, expected = (run({"name": name, "lr": 0.1}, how, x, grads)[0] for how in ("compiled", "eager"))
-        assert torch.allclose(got, expected, atol=1e-12)
+    got, expected = (run({"name": "lamb", "lr": 0.1}, how, x, grads)[0] for how in ("compiled", "eager"))
+    assert torch.allclose(got, expected, atol=1e-12)

@@ -56,7 +56,7 @@ JOBS = {
 @pytest.fixture(scope="module")
 def runtime() -> Iterator[None]:
     """A runtime that the caller started: executors use it and leave it running."""
-    with local_runtime(num_cpus=11):  # the executors of this module hold nine
+    with local_runtime(num_cpus=8):  # the executors of this module hold seven
         yield
 
 
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def executors(runtime: None, folder: Path) -> Iterator[dict[int, RayExecutor]]:
     """One executor for each number of workers, one client a stack so that stacks share groups."""
-    made = {w: RayExecutor(runner(folder), width=1, workers=w, collectives="object_store") for w in (1, 2, 3)}
+    made = {w: RayExecutor(runner(folder), width=1, workers=w, collectives="object_store") for w in (1, 3)}
     yield made
     for executor in made.values():
         executor.close()
@@ -91,7 +91,7 @@ def in_process(jobs: Jobs, *, width: int = 1, workers: int = 1) -> Results:
         executor.close()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("name", JOBS)
 def test_any_number_of_workers_gives_the_bits_of_the_process_itself(
     executors: dict[int, RayExecutor], name: str, workers: int
@@ -102,7 +102,7 @@ def test_any_number_of_workers_gives_the_bits_of_the_process_itself(
 
 
 def test_results_hold_sums_rows_metrics_and_bits(executors: dict[int, RayExecutor]) -> None:
-    got = executors[2].run(JOBS["folded"])
+    got = executors[3].run(JOBS["folded"])
     assert got.sums["delta"].shape == (DIM,)
     assert got.fields["length"].shape == got.metrics["loss"].shape == (100,)
     assert got.memory["c"].shape == (100, DIM)
@@ -136,7 +136,7 @@ def test_rounds_through_a_fleet_with_client_memory_are_the_same_bits(executors: 
 def test_replies_are_compressed_on_the_workers(runtime: None) -> None:
     whole, here = runner(), runner()
     whole.uplink = here.uplink = Uplink(compressor=RandK(k=5))
-    there, process = RayExecutor(whole, width=20, workers=2), InProcess(here, width=20)
+    there, process = RayExecutor(whole, width=20, workers=1), InProcess(here, width=20)
     jobs = some_jobs(fold=False)
     got = there.run(jobs)
     assert_same_bits(got, process.run(jobs))
@@ -166,13 +166,13 @@ def test_an_exception_that_cannot_be_sent_still_tells_its_story(executors: dict[
 def test_a_killed_worker_changes_no_bit(
     executors: dict[int, RayExecutor], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    executor = executors[2]
+    executor, before = executors[3], executors[3].resubmitted
     killer = once_marked(arm(folder), lambda pid: os.kill(pid, signal.SIGKILL))
     with caplog.at_level(logging.WARNING, logger="fedsim"):
         got = executor.run(JOBS["folded"])
     killer.join(10)
     assert_same_bits(got, in_process(JOBS["folded"]))
-    assert executor.resubmitted == 1
+    assert executor.resubmitted == before + 1
     assert "round 5: a worker was lost" in caplog.text
 
 
@@ -272,8 +272,10 @@ def test_a_timeout_of_nothing_is_refused() -> None:
 
 def test_an_address_without_a_cluster_is_refused_at_once() -> None:
     code = """
+import sys
 from fedsim.sim.ray_executor import RayExecutor
 from tests.fedsim.sim.ray_cases import runner
+assert "ray" not in sys.modules, "importing the module does not import ray"
 try:
     RayExecutor(runner(), width=1, address="127.0.0.1:1")
 except ValueError as error:
@@ -282,12 +284,6 @@ except ValueError as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.startswith("runtime.address=127.0.0.1:1: cannot join a Ray cluster there")
     assert "ray start --head" in done.stdout
-
-
-def test_importing_the_module_does_not_import_ray() -> None:
-    code = "import sys, fedsim.sim.ray_executor; print('ray' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert done.stdout == "False\n"
 
 
 def test_without_an_address_it_starts_a_runtime_of_its_own_and_stops_it(tmp_path: Path) -> None:

@@ -35,7 +35,6 @@ evaluate: {every: 2}
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "quad.yaml").write_text(QUAD)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedsim.report.write_report", lambda folder: None)  # a second for each trial
     return Path("quad.yaml")
 
 

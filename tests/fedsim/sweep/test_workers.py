@@ -94,10 +94,11 @@ def test_bits_are_those_of_a_run_and_a_process_that_dies_takes_its_own_trial_alo
 
 @pytest.mark.slow
 def test_ctrl_c_saves_stops_every_process_and_the_same_command_goes_on(folder: Path) -> None:
-    args = ["digits.yaml", "strategy.name=sweep_workers_mine:Slow", "rounds=60", "checkpoint.every=null"]
+    args = ["digits.yaml", "strategy.name=sweep_workers_mine:Slow", "rounds=20", "checkpoint.every=null"]
+    args += ["task.model=logistic", "clients.count=10"]
     (folder / "slow").touch()
-    args += ["--seeds", "0,1,2", "--out", "grid"]
-    command = [sys.executable, "-m", "fedsim", "sweep", *args, "--jobs", "2"]
+    sweep = [*args, "--seeds", "0,1,2", "--out", "grid"]
+    command = [sys.executable, "-m", "fedsim", "sweep", *sweep, "--jobs", "2"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -115,13 +116,13 @@ def test_ctrl_c_saves_stops_every_process_and_the_same_command_goes_on(folder: P
     assert "Traceback" not in err and "leaked" not in err and "running trials finish their round and save" in out
     wait_until(lambda: not alive(process.pid))  # multiprocessing's own helper goes last
     done = {k: len(rows(f"grid/seed={k}")) for k in (0, 1)}
-    assert all(0 < n < 60 for n in done.values()) and not (folder / "grid/seed=2").exists()
+    assert all(0 < n < 20 for n in done.values()) and not (folder / "grid/seed=2").exists()
     for k, n in done.items():  # the checkpoint holds every row that was written
         assert [p.name for p in Path(f"grid/seed={k}/checkpoints").iterdir() if p.is_dir()] == [f"round-{n:06d}"]
     (folder / "slow").unlink()
-    found = fedsim("sweep", *args, "--jobs", "1")
+    found = fedsim("sweep", *sweep, "--jobs", "1")
     assert found.code == 0 and found.out.count(": done, test_accuracy") == 3, found
-    assert fedsim("run", *args[:4], "seed=1", "--out", "alone", "-q").code == 0
+    assert fedsim("run", *args, "seed=1", "--out", "alone", "-q").code == 0
     assert without_wall_time(rows("grid/seed=1")) == without_wall_time(rows("alone"))
 
 
