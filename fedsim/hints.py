@@ -7,8 +7,9 @@ import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
+from types import FunctionType
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
@@ -34,13 +35,20 @@ def parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
-@cache
+_KNOWN: WeakKeyDictionary[Callable[..., Any], dict[str, Any]] = WeakKeyDictionary()
+
+
 def type_hints(body: Callable[..., Any]) -> dict[str, Any]:
     """{name: type hint} of a callable or a class.
 
-    Kept, since a file asks for the same parameters many times and working out hints is most of reading it.
+    Kept, since a file asks for the same parameters many times and working out hints is most of reading it; but
+    only for as long as the callable is, or every run would leave the functions that were made for it.
     """
-    return typing.get_type_hints(body, include_extras=True)
+    if not isinstance(body, FunctionType | type):
+        return typing.get_type_hints(body, include_extras=True)
+    if body not in _KNOWN:
+        _KNOWN[body] = typing.get_type_hints(body, include_extras=True)
+    return _KNOWN[body]
 
 
 def checked(value: Any, hint: Any) -> Any:

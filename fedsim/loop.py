@@ -6,6 +6,7 @@ neither how clients are reached nor what the strategy's state is made of.
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -326,8 +327,10 @@ class Run:
         rows = self.folder.parent / METRICS_FILE
         if rows.exists():
             sync(rows)  # first, or after a power cut the checkpoint might know of rounds that the file does not
+        written = rows.read_bytes() if rows.exists() else b""
         parts = {
             "round": self.round,
+            "rows": hashlib.sha256(written).hexdigest(),
             "wall_seconds": time.perf_counter() - self._started,
             "strategy": self.state,
             "fleet": self.experiment.fleet.state(),
@@ -340,14 +343,16 @@ class Run:
     def restore(self) -> None:
         """Go on from the newest sound checkpoint whose rows are all there; from the start if none was ever made."""
         assert self.folder is not None
-        rows = [restored(row) for row in rows_in_order(self.folder.parent / METRICS_FILE)]
+        file = self.folder.parent / METRICS_FILE
+        rows = [restored(row) for row in rows_in_order(file)]
+        lines = file.read_bytes().splitlines(keepends=True) if rows else []
         trouble: list[str] = []
         found = checkpoint.checkpoints(self.folder)
         if not found and (began := self.folder.parent / "config.yaml").exists():
             checkpoint.check_same(began, self.experiment.config, checkpoint.fingerprint(read_file(began)))
         for path in reversed(found):
             try:
-                self._restore(checkpoint.load(path), rows)
+                self._restore(checkpoint.load(path), rows, lines)
                 break
             except checkpoint.Damaged as e:
                 trouble.append(str(e))
@@ -357,8 +362,8 @@ class Run:
         if trouble:
             warnings.warn(f"{what}; going on from round {self.round} instead", stacklevel=2)
 
-    def _restore(self, found: checkpoint.Saved, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from a checkpoint.
+    def _restore(self, found: checkpoint.Saved, rows: Sequence[Mapping[str, Any]], lines: Sequence[bytes]) -> None:
+        """Go on from a checkpoint, of the rows that there are and the lines of their file.
 
         Raises:
             Damaged: if it can't be gone on from, but another may.
@@ -374,6 +379,8 @@ class Run:
         wrong = checkpoint.misfit(saved, self.state, (layout.size, layout.num_trainable))
         if wrong is None and round > len(rows):
             wrong = f"{METRICS_FILE} lacks row {len(rows) + 1} or holds it twice"
+        if wrong is None and hashlib.sha256(b"".join(lines[:round])).hexdigest() != found.take("rows"):
+            wrong = f"{METRICS_FILE} is not what was written up to round {round}"
         if wrong:
             raise checkpoint.Damaged(f"{path.name}: {wrong}")
         if round > e.rounds:

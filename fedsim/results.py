@@ -32,6 +32,10 @@ from fedsim.overrides import read_file
 from fedsim.params import Layout
 from fedsim.sinks import METRICS_FILE, encode_row
 
+FILES = (
+    *("config.yaml", "env.json", "split.npz", "metrics.jsonl", "summary.json", MODEL_FILE, BEST_FILE),
+    *("clients.jsonl", "timeline.jsonl", "report.html"),
+)
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
 MAX_CLIENTS_LISTED = 100_000
 CHOSEN_ONCE = ("engine", "native", "stack", "stacks")  # by `auto`, when a run begins
@@ -101,7 +105,13 @@ def claimed(folder: Path, numbered: bool) -> Iterator[Path]:
 
 
 def write_inputs(folder: Path, composition: Composition) -> None:
-    """What is known before the first round; a resume adds what is missing, and what it may change of the config."""
+    """What is known before the first round; a resume adds what is missing, and what it may change of the config.
+
+    Halves of files that a run left which was killed go.
+    """
+    for half in (folder / f"{name}.part" for name in FILES):
+        if half.is_file():
+            half.unlink()
     write_config(folder / "config.yaml", {**composition.resolved, "versions": versions()})
     if not (folder / "env.json").exists():
         _write_environment(folder, composition.experiment.device)

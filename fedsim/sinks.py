@@ -310,7 +310,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
         row["round"] <= 0  # noqa: B015 (a row that cannot be placed is as bad as one that cannot be read)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return dict(row)
 

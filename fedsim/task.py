@@ -43,6 +43,8 @@ class Schedule:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value > 2**53:
+                raise ValueError(f"{name} must be at most 2^53, got {value}")
 
     def span(self, num_examples: Tensor) -> tuple[Tensor, Tensor]:
         """([C] where the samples that it goes through begin, [C] how many these are) of so many that clients have.

@@ -71,7 +71,10 @@ def split(
         num_clients = len(data.group_names)
     if not isinstance(recipe, Natural) and (num_clients is None or num_clients < 1):
         raise ValueError(f"clients.count must be 1 or more, got {num_clients}")
-    order, offsets = recipe(data, num_clients or 0, server_rng(seed, "data.partition"))
+    try:
+        order, offsets = recipe(data, num_clients or 0, server_rng(seed, "data.partition"))
+    except MemoryError as e:
+        raise ValueError(f"clients.count={num_clients} is too large for this machine's memory ({e}); lower it") from e
     same = {f.name: getattr(data, f.name) for f in fields(LabelledRows)}
     return FederatedData(
         **same,

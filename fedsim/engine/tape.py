@@ -115,7 +115,7 @@ class _Shapes(fx.Interpreter):
     """Runs the module and notes the shape of every tensor."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(fx.GraphModule(root, graph))
+        super().__init__(root, graph=graph)  # without a GraphModule, whose generated source torch keeps for good
         self.found: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -413,3 +414,12 @@ def test_so_many_checkpoints_are_kept(keep: int | None, left: list[int], tmp_pat
 def test_keeping_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="checkpoint: keep must be at least 1 checkpoint or null, got 0"):
         fedsim.run(PAST, **{"checkpoint.keep": 0})
+
+
+def test_a_run_leaves_nothing_behind_in_its_process() -> None:
+    counts = []
+    for _ in range(4):
+        fedsim.run({**CONFIG, "rounds": 1, "local": {**CONFIG["local"], "steps": 1}})
+        gc.collect()
+        counts.append(len(gc.get_objects()))
+    assert counts[-1] == counts[-2], f"{counts[-1] - counts[-2]} objects a run"
