@@ -155,7 +155,8 @@ class Call:
         except Exception as e:
             where = place(e, self.target)
             if isinstance(e, MemoryError) or "can't allocate memory" in str(e):  # numpy's, or torch's RuntimeError
-                raise ConfigError(f"{self.key}: too large for this machine's memory ({first_line(e)})") from e
+                what = f"too large for this machine's memory ({first_line(e)}); make it smaller"
+                raise ConfigError(f"{self.key}: {what}") from e
             if where is None and not isinstance(e, ValueError):
                 raise
             kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "

@@ -39,7 +39,8 @@ class Stop:
     """What ends a run before its last round; the first that holds does.
 
     Args:
-        bounds: {metric: number}: ends the run when so much was used (virtual_seconds, bits_up), or a metric is as good.
+        bounds: {metric: number}: ends the run when so much was used (virtual_seconds, bits_up), or a metric is as good:
+            as small, where its name says loss, error, distance or the like.
         patience: ends it when a metric no longer improves.
     """
 
