@@ -9,6 +9,7 @@ import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from fedsim.data.arrays import from_arrays
 from fedsim.data.checks import one_line
 from fedsim.data.dataset import Dataset
+from fedsim.data.tables import from_table
 
+_SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder, of several splits or of one
 _TEXT_WAY_OUT = "turn it into numbers in a Python factory, task.dataset: mypkg.mymodule:my_factory"
 
 
@@ -27,8 +30,8 @@ def huggingface(
     path: str,
     root: str | None = None,
     configuration: str | None = None,
-    features: str = "image",
-    label: str = "label",
+    features: str | list[str] = "image",
+    label: str | None = "label",
     client: str | None = None,
     train_split: str = "train",
     test_split: str | None = "test",
@@ -36,14 +39,15 @@ def huggingface(
     num_classes: int | None = None,
     test_fraction: float = 0.2,
 ) -> Dataset:
-    """Any Hugging Face data set of images or numbers, by its name on the hub or a local folder (extra: hub).
+    """Any Hugging Face data set of images, numbers or tokens, by its name on the hub or a local folder (extra: hub).
 
     Args:
-        path: such as `ylecun/mnist`, or a folder of files that the library reads.
+        path: such as `ylecun/mnist`, or a folder: of files that the library reads, or what `save_to_disk` wrote.
         root: where downloads are kept, the configuration's `data.root`; by default the library's own cache.
         configuration: the library's name of the subset, where a data set has several.
-        features: the column of images or lists of numbers.
-        label: the column of classes, integers from 0.
+        features: the column of images or lists of numbers; or several columns, such as [input_ids, attention_mask]:
+            then samples are dictionaries, or vectors where every column holds one number, as in `from_table`.
+        label: the column of targets; null where they are the next tokens.
         client: the column of client keys, for the natural partition.
         train_split: the split to train on.
         test_split: the split that is held out; null holds out `test_fraction` of the training rows.
@@ -55,17 +59,18 @@ def huggingface(
         ValueError: if the library, the data set, a split or a column is missing, or rows differ in shape.
     """
     origin = f"huggingface {path}"
-    wanted = [features, label, *([client] if client else [])]
-    images, (x, y, *keys) = _columns(path, configuration, train_split, root, wanted, origin)
-    x_test = y_test = None
-    if test_split:
-        _, (x_test, y_test, *_) = _columns(path, configuration, test_split, root, wanted, origin)
-    data = from_arrays(
-        x,
-        y,
-        x_test,
-        y_test,
-        clients=keys[0] if keys else None,
+    names = [features] if isinstance(features, str) else features
+    wanted = [*names, *([label] if label else [])]
+    rows = _split(path, configuration, train_split, root, origin)
+    held = _split(path, configuration, test_split, root, origin) if test_split else None
+    columns = _columns(rows, [*wanted, *([client] if client else [])], names, origin)
+    images = isinstance(features, str) and _is_image(rows, features)
+    data = from_table(
+        columns,
+        label,
+        features=features,
+        client=client,
+        test=None if held is None else _columns(held, wanted, names, origin),
         num_classes=num_classes,
         test_fraction=test_fraction,
         images=images,
@@ -74,27 +79,38 @@ def huggingface(
     return _standardized(data) if images and standardize else data
 
 
-def _columns(
-    path: str, configuration: str | None, split: str, root: str | None, wanted: list[str], origin: str
-) -> tuple[bool, list[np.ndarray]]:
-    """(whether the first of the wanted columns holds images, these columns)."""
+def _split(path: str, configuration: str | None, split: str, root: str | None, origin: str) -> Any:
+    """A split of a data set of the library's."""
     datasets = _require("datasets", "huggingface")
     try:
-        table = datasets.load_dataset(path, configuration, split=split, cache_dir=root)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if any((Path(path) / name).is_file() for name in _SAVED):
+            saved = datasets.load_from_disk(path)
+            return saved[split] if isinstance(saved, dict) else saved
+        return datasets.load_dataset(path, configuration, split=split, cache_dir=root)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{origin}: cannot load split '{split}' ({one_line(error)}); check the name, the splits and "
             f"the network, or name a local folder as task.dataset.path"
         ) from None
+
+
+def _columns(table: Any, wanted: list[str], features: list[str], origin: str) -> dict[str, np.ndarray]:
+    """The wanted columns by name."""
     for name in wanted:
         if name not in table.column_names:
             raise ValueError(f"{origin}: no column '{name}', it has {', '.join(table.column_names)}")
     rows = table.select_columns(wanted).with_format("numpy")[:]
-    x, *rest = (rows[name] for name in wanted)
-    if x.dtype.kind not in "fiub":
-        raise ValueError(f"{origin}: inputs are {x.dtype}, either text or rows of different shapes; {_TEXT_WAY_OUT}")
-    images = isinstance(table.features[wanted[0]], datasets.Image)
-    return images, [_channels_first(x) if images else x, *rest]
+    for name in features:
+        if rows[name].dtype.kind not in "fiub":
+            found = f"column '{name}' holds {rows[name].dtype}, either text or rows of different shapes"
+            raise ValueError(f"{origin}: {found}; {_TEXT_WAY_OUT}")
+        if _is_image(table, name):
+            rows[name] = _channels_first(rows[name])
+    return dict(rows)
+
+
+def _is_image(table: Any, column: str) -> bool:
+    return isinstance(table.features[column], _require("datasets", "huggingface").Image)
 
 
 def torchvision(

@@ -36,10 +36,11 @@ def keep_mask(keys: Tensor, shape: tuple[int, ...], rate: float, dtype: torch.dt
     index = torch.arange(1, prod(shape) + 1, device=keys.device)
     # Streams' keys + index * golden, with the key inside the product: torch.compile works out a product of plain
     # indices in advance, and it would not fit its 64 bits
-    place = ((keys * _GOLDEN_INVERSE).unsqueeze(-1) + index) * _GOLDEN
-    digits = mix64(place) >> 40 & 0xFFFFFF  # the 24 leading bits, as Streams.uniform takes them
+    place = (keys * _GOLDEN_INVERSE).unsqueeze(-1) + index
+    place *= _GOLDEN
+    digits = mix64(place).bitwise_right_shift_(40).bitwise_and_(0xFFFFFF)  # 24 leading bits, as Streams.uniform has it
     kept = digits >= round(rate * 2**24)
-    return (kept.to(dtype) * (1.0 / (1.0 - rate))).view(*keys.shape, *shape)
+    return kept.to(dtype).mul_(1.0 / (1.0 - rate)).view(*keys.shape, *shape)
 
 
 class KeyedDropout(nn.Dropout):

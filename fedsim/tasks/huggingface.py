@@ -27,23 +27,33 @@ class Logits(nn.Module):
         model: of transformers.
         pad: the token whose positions nobody looks at, unless a mask is given; None if there is none. Models that look
             back only need no mask where padding stands behind the tokens.
+        looks_back: no position of the model sees a later one.
     """
 
-    def __init__(self, model: nn.Module, pad: int | None) -> None:
+    def __init__(self, model: nn.Module, pad: int | None, looks_back: bool = False) -> None:
         super().__init__()
-        self.model, self.pad = model, pad
+        self.model, self.pad, self.looks_back = model, pad, looks_back
 
-    def forward(self, input_ids: Tensor, **more: Any) -> Tensor:
-        if self.pad is not None and "attention_mask" not in more:
-            # of four axes, added to the scores: of one with two transformers asks whether it masks anything
-            padding = (input_ids == self.pad)[:, None, None, :]
-            lowest = torch.finfo(torch.float32).min
-            more["attention_mask"] = torch.zeros(padding.shape, device=padding.device).masked_fill(padding, lowest)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+        if attention_mask is None and self.pad is not None:
+            attention_mask = input_ids != self.pad
+        if attention_mask is not None:
+            more["attention_mask"] = self._scores(attention_mask) if attention_mask.ndim == 2 else attention_mask
         return self.model(input_ids=input_ids, **more).logits
+
+    def _scores(self, mask: Tensor) -> Tensor:
+        """A mask [B, T], 0 for padding, as what is added to the scores [B, 1, 1 or T, T].
+
+        Of one with two axes transformers asks whether it masks anything, which under vmap nobody can answer.
+        """
+        hidden = (mask == 0)[:, None, None, :]
+        if self.looks_back:
+            hidden = hidden | torch.ones(mask.shape[1:] * 2, dtype=torch.bool, device=mask.device).triu(1)
+        return torch.zeros(hidden.shape, device=mask.device).masked_fill(hidden, torch.finfo(torch.float32).min)
 
 
 def pretrained(
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | Mapping[str, Sequence[int]],
     num_classes: int,
     *,
     path: str | None = None,
@@ -53,7 +63,7 @@ def pretrained(
     """A model from a folder or the hub, or one of a configuration that starts from random numbers.
 
     Args:
-        input_shape: [T] token ids.
+        input_shape: [T] token ids, or a dictionary's `input_ids` and whatever else the model takes by name.
         num_classes: K, the labels of a classifier's head.
         path: what `from_pretrained` takes; None for a model of `config`.
         config: `model_type` and its settings, such as {model_type: bert, num_hidden_layers: 2}.
@@ -81,7 +91,9 @@ def pretrained(
             setattr(settings, name, 0.0)
     options = {"config": settings, "attn_implementation": "eager", "dtype": torch.float32}  # as all that trains
     model = make.from_config(**options) if path is None else make.from_pretrained(path, **options)
-    return Logits(model, None if _looks_back_only(model, *input_shape) else settings.pad_token_id)
+    (length,) = input_shape["input_ids"] if isinstance(input_shape, Mapping) else input_shape
+    looks_back = _looks_back_only(model, length)
+    return Logits(model, None if looks_back else settings.pad_token_id, looks_back)
 
 
 def _looks_back_only(model: Any, length: int) -> bool:

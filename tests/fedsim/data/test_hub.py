@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedsim.data.hub import huggingface, torchvision
+from fedsim.data.tables import from_table
 
 RED = np.zeros((2, 3, 3), dtype=np.uint8) + np.array([255, 0, 0], dtype=np.uint8)  # height 2, width 3, 3 channels
 
@@ -55,6 +56,36 @@ def test_hugging_face_images_are_scaled_and_other_bytes_are_not(folder):
     assert data.inputs.shape == (4, 3, 2, 3) and data.inputs[0, :, 0, 0].tolist() == [1, 0, 0]
     assert data.notes == ("Pixels were divided by 255.",)
     assert huggingface(**read, features="v").inputs.tolist() == [[255, 1]] * 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_columns_of_a_set_saved_to_disk_are_a_dictionary(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "input_ids": [[5, 6, 0], [7, 8, 9]] * 2,
+        "attention_mask": [[1, 1, 0], [1, 1, 1]] * 2,
+        "labels": [0, 1, 1, 0],
+    }
+    rows = datasets.Dataset.from_dict(columns)
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "both")
+    rows.save_to_disk(tmp_path / "one")
+    names = ["input_ids", "attention_mask"]
+    both = huggingface(path=str(tmp_path / "both"), features=names, label="labels")
+    one = huggingface(path=str(tmp_path / "one"), features=names, label="labels", test_split=None, test_fraction=0.0)
+    given = from_table(rows, "labels", features=names, test=rows.select([1]))
+    for data in (both, one, given):
+        assert {k: v.tolist() for k, v in data.inputs.items()} == {k: columns[k] for k in names}
+        assert data.targets.tolist() == columns["labels"] and data.num_classes == 2
+    for data in (both, given):
+        assert {k: v.tolist() for k, v in data.test_inputs.items()} == {k: columns[k][1:2] for k in names}
+    tokens = huggingface(path=str(tmp_path / "both"), features=names, label=None)
+    assert tokens.targets.tolist() == [[6, -100, -100], [8, 9, -100]] * 2
+    for options, text in (
+        ({"features": ["input_ids", "mask"]}, "no column 'mask', it has input_ids, attention_mask, labels"),
+        ({"features": names, "test_split": "dev"}, "cannot load split 'dev'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            huggingface(path=str(tmp_path / "both"), label="labels", **options)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedsim.engine import Batch, Engine, build_engine, choose_engine
 from fedsim.engine.losses import cross_entropy
 from fedsim.engine.low_rank import chain_of
 from fedsim.engine.stacked import StackedEngine
 from fedsim.optim import build
-from fedsim.params import Layout, frozen_tensors
+from fedsim.params import Layout
 from fedsim.tasks.adapted import Lora, adapted
 from fedsim.tasks.models import init_parameters
 from tests.fedsim.engine.zoo import streams
@@ -152,8 +153,8 @@ def test_a_stack_of_adapters_equals_its_clients_one_by_one(clients: int) -> None
     assert (x - after).abs().max() < 1e-5 and (x - spread(x0, clients, layout)).abs().max() > 0.01
 
 
-class Largest(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that any operation gives."""
+class Storage(TorchDispatchMode):
+    """Adds up the bytes of all that operations make; views and what is written in place make nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,24 +162,36 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, Tensor) and t.device.type == "cpu":
-                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        given, made = (
+            {
+                t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+                for t in tree_leaves(tree)
+                if isinstance(t, Tensor)
+            }
+            for tree in ((args, kwargs), out)
+        )
+        self.bytes += sum(size for storage, size in made.items() if storage not in given)
         return out
 
 
-def test_a_stack_grows_with_adapters_and_not_with_the_base() -> None:
-    module, layout, x0 = made((), LORA, torch.float32, width=256)
-    weight = 4 * 256 * 256
-    assert layout.size == 4 * 2 * 256 and sum(t.numel() for t in frozen_tensors(module).values()) > 4 * 256 * 256
-    engine = build_engine("stacked", module, layout)
-    session, b = engine.session(spread(x0, 16, layout)), batch(16, samples=1)
-    session.gradient(b)
-    with Largest() as largest:
+def bytes_of_a_client(width: int) -> float:
+    """What one more client adds to the storage of a stack's gradient."""
+    module, layout, x0 = made((), LORA, torch.float32, width=width)
+    engine, counted = StackedEngine(module, layout, cross_entropy), []
+    for clients in (4, 12):
+        session, b = engine.session(spread(x0, clients, layout)), batch(clients, samples=1)
         session.gradient(b)
-    assert isinstance(engine, StackedEngine) and engine.path == "vmap"
-    # of the stack: 16 clients' vectors are half a weight; a weight for each would be sixteen
-    assert 4 * x0.numel() * 16 <= largest.bytes <= 2 * weight
+        with Storage() as storage:
+            session.gradient(b)
+        counted.append(storage.bytes)
+    assert engine.path == "vmap" and layout.size == 4 * 2 * width
+    return (counted[1] - counted[0]) / 8
+
+
+def test_a_stack_grows_with_adapters_and_not_with_the_base() -> None:
+    """Layers twice as wide have adapters and activations twice as large, and frozen weights four times."""
+    small, large = bytes_of_a_client(256), bytes_of_a_client(512)
+    assert 4 * 4 * 2 * 256 < small and 1.8 < large / small < 2.05
 
 
 def test_the_rule_sees_what_trains() -> None:

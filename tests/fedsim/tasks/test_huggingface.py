@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 30}
 BERT: dict[str, Any] = {"model_type": "bert", **SIZES}
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 30, "pad_token_id": 0}
 LORA = Lora(targets=("*.query", "*.value"), rank=2, alpha=4.0)
 
 
@@ -59,8 +60,7 @@ def test_padding_does_not_matter() -> None:
 
 
 def test_models_that_look_back_only_keep_their_own_mask() -> None:
-    sizes = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 30, "pad_token_id": 0}
-    module = pretrained((6,), 30, config=sizes, head="AutoModelForCausalLM").eval()
+    module = pretrained((6,), 30, config=GPT2, head="AutoModelForCausalLM").eval()
     assert isinstance(module, Logits) and module.pad is None
     ids = batch().inputs[1]
     assert torch.allclose(module(ids)[1, :4], module(ids[1:, :4])[0], atol=1e-5)
@@ -90,6 +90,28 @@ def test_adapters_equal_pefts() -> None:
         grads = torch.autograd.grad(expected, [other.get_parameter(k) for k in theirs])
         assert abs(found - expected) < 1e-6
         assert (own - torch.cat([p.flatten() for p in grads])).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("config", [BERT, GPT2], ids=["bert", "gpt2"])
+def test_a_mask_of_the_data_is_the_one_that_transformers_takes_and_clients_stay_one_program(
+    config: dict[str, Any],
+) -> None:
+    shapes = {"input_ids": (6,), "attention_mask": (6,)}
+    module = pretrained(
+        shapes, 30, config=config, head="AutoModelForMaskedLM" if config is BERT else "AutoModelForCausalLM"
+    )
+    mask = torch.tensor([[[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]]).expand(3, 2, 6)
+    inputs = {"input_ids": batch().inputs, "attention_mask": mask}
+    ours, plain = (
+        module.eval()(**{k: v[0] for k, v in inputs.items()}),
+        module.model(**{k: v[0] for k, v in inputs.items()}),
+    )
+    assert torch.allclose(ours[mask[0] == 1], plain.logits[mask[0] == 1], atol=1e-5)
+    layout = Layout.of_module(module)
+    engine = StackedEngine(module, layout, cross_entropy)
+    x = init_parameters(lambda: module, seed=0)[1].repeat(3, 1)
+    engine.session(x).gradient(Batch(inputs, batch().inputs, None, streams(3)))
+    assert engine.path == "vmap"
 
 
 def _peft_name(name: str) -> str:
