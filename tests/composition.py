@@ -40,6 +40,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "fedbuff_stream": {"buffer_size": 3, "concurrency": 4},
     "monna": {"beta": 0.9, "f": 1},
     "extragradient": {"lr": 0.05},
+    "optimistic_gradient": {"lr": 0.05},
     "masha1": {"lr": 0.05},
     "masha2": {"lr": 0.05},
     "uncoded": {"lr": 0.1},

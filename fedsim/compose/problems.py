@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABCMeta
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,9 @@ from fedsim.compose.supervised import (
     Supervised,
 )
 from fedsim.compose.work import Work
-from fedsim.config import ConfigError, at
+from fedsim.config import ConfigError, FromTable, at
 from fedsim.engine import Plan, build_engine, choose_engine
+from fedsim.prox import Prox
 from fedsim.task import Task
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.own import check_task
@@ -118,13 +119,15 @@ def bilinear(
     high: float = 2.0,
     lam: float = 0.0,
     noise: float = 0.0,
+    prox: Annotated[Prox | None, FromTable("prox")] = None,
 ) -> Task:
     """Saddle points x'A_m y + ... with a known solution; `dim` numbers each in x and y, spectrum [low, high]."""
     if dim < 1 or not 0 < low <= high or lam < 0 or noise < 0:
         raise ValueError(
             f"needs dim >= 1, 0 < low <= high, lam >= 0, noise >= 0; got {dim}, {low}, {high}, {lam}, {noise}"
         )
-    return BilinearTask.drawn(clients.count or 25, dim, seed, low=low, high=high, lam=lam, noise=noise).to(device)
+    made = BilinearTask.drawn(clients.count or 25, dim, seed, low=low, high=high, lam=lam, noise=noise, prox=prox)
+    return made.to(device)
 
 
 TASKS: dict[str, Callable[..., Task | Supervised]] = {
