@@ -32,6 +32,7 @@ from fedsim.task import Task
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.own import check_task
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
+from fedsim.tasks.robust import RobustLogisticTask
 from fedsim.tasks.supervised import SupervisedTask
 from fedsim.trees import pick
 
@@ -130,6 +131,30 @@ def bilinear(
     return made.to(device)
 
 
+def robust_logistic(
+    *,
+    seed: int,
+    clients: Clients,
+    device: torch.device,
+    dim: int = 10,
+    samples: int = 50,
+    epsilon: float | None = 0.5,
+    rho: float = 2.0,
+    lam: float = 0.1,
+    spread: float = 1.0,
+) -> Task:
+    """Logistic regression against a perturbation |r| <= epsilon that costs rho |r|^2; drawn, with a known solution."""
+    if dim < 1 or samples < 1 or (epsilon is not None and epsilon <= 0) or rho <= 0 or lam <= 0 or spread < 0:
+        raise ValueError(
+            "needs dim >= 1, samples >= 1, epsilon > 0 or null, rho > 0, lam > 0, spread >= 0; got "
+            f"{dim}, {samples}, {epsilon}, {rho}, {lam}, {spread}"
+        )
+    task = RobustLogisticTask.drawn(
+        clients.count or NUM_CLIENTS, dim, samples, seed, epsilon=epsilon, rho=rho, lam=lam, spread=spread
+    )
+    return task.to(device)
+
+
 TASKS: dict[str, Callable[..., Task | Supervised]] = {
     "classification": Classification,
     "regression": Regression,
@@ -138,6 +163,7 @@ TASKS: dict[str, Callable[..., Task | Supervised]] = {
     "supervised": Supervised,
     "quadratic": quadratic,
     "bilinear": bilinear,
+    "robust_logistic": robust_logistic,
 }
 
 
