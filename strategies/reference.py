@@ -65,7 +65,7 @@ class Referring(Strategy):
     compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
     server_compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
     traits: ClassVar[Traits] = Traits(
-        needs_all="all clients follow every step, and send their operators at a refresh",
+        needs_all="every client follows every step, and sends its operator at a refresh",
         refused=OWN_STEP | ONE_MEAN | NO_ROUNDS,
     )
 

@@ -41,7 +41,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "monna": {"beta": 0.9, "f": 1},
     "extragradient": {"lr": 0.05},
     "optimistic_gradient": {"lr": 0.05},
-    "masha1": {"lr": 0.05},
+    "masha1": {"lr": 0.02},
     "masha2": {"lr": 0.05},
     "uncoded": {"lr": 0.1},
     "gradient_coding": {"lr": 0.1, "s": 2},
