@@ -19,6 +19,7 @@ from fedsim.config import ConfigError
 from fedsim.fleet import Fleet, TooFewRows
 from fedsim.metrics import plain_numbers
 from fedsim.params import Layout
+from fedsim.task import Constants
 
 LocalRules = Literal["any", "momentum_sgd", "scheduled_sgd", "plain_sgd", "rate"]
 T = TypeVar("T")
@@ -119,6 +120,10 @@ class Strategy(ABC):
         given = clients.task.evaluate_own(clients.ids, x.expand(len(clients), -1))
         both = {f"personal_{k}": v for k, v in own.items()} | {f"global_{k}": v for k, v in given.items()}
         return {"examples": own["examples"]} | {k: v for k, v in both.items() if not k.endswith("_examples")}
+
+    def proven(self, constants: Constants, num_entries: int) -> tuple[float, float] | None:
+        """(its step, the largest with which its theory has it converge) on vectors of P entries; None if unknown."""
+        return None
 
     def sent(self, layout: Layout) -> Layout:
         """What travels of a client's whole vector: by its size bits are counted, and for it links compress."""

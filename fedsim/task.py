@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.params import Layout
+from fedsim.prox import FREE, Prox
 from fedsim.streams import Streams
 from fedsim.terms import Factors
 
@@ -193,6 +194,28 @@ class Oracle(Protocol):
         """[k, n] sum over a client's samples of g_i, clipped (`optim.needs.sample_factors`) at bounds [1] or [L]."""
 
 
+@dataclass(frozen=True)
+class Constants:
+    """What a theory asks of a problem.
+
+    Args:
+        each: [N] float64, Lipschitz constants of the clients' fields.
+        of_mean: that of their mean.
+        mu: strong monotonicity of the mean.
+        potential: whether fields are gradients, so that the mean is minimised.
+    """
+
+    each: Tensor
+    of_mean: float
+    mu: float
+    potential: bool = False
+
+    @property
+    def rms(self) -> float:
+        """sqrt(mean of L_m^2)."""
+        return float(self.each.square().mean().sqrt())
+
+
 class Task(ABC):
     """What clients work on, loss problems and saddle points alike: two attributes and four methods make one.
 
@@ -201,12 +224,19 @@ class Task(ABC):
         num_examples: [N] int64 on the host, samples of each client; one without any takes no step.
         no_local_steps: why more than one step between two averages cannot work here; None where it can.
         holds_out: whether clients have samples that they do not train on (`data.client_test`).
+        prox: of what is added to the mean field: a set to stay in, or a penalty.
+        constants: what is known of the fields; None where nothing is.
     """
 
     layout: Layout
     num_examples: Tensor
     no_local_steps: str | None = None
     holds_out: bool = False
+    prox: Prox = FREE
+
+    @property
+    def constants(self) -> Constants | None:
+        return None
 
     @abstractmethod
     def init(self, seed: int) -> Tensor:

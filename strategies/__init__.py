@@ -34,6 +34,7 @@ from fedsim.strategies.mb_storm import MBStorm
 from fedsim.strategies.mime import Mime
 from fedsim.strategies.mime_lite import MimeLite
 from fedsim.strategies.monna import Monna
+from fedsim.strategies.optimistic_gradient import OptimisticGradient
 from fedsim.strategies.pfedme import PFedMe
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
@@ -77,6 +78,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "diana": Diana,
     "marina": Marina,
     "extragradient": Extragradient,
+    "optimistic_gradient": OptimisticGradient,
     "masha1": Masha1,
     "masha2": Masha2,
     "uncoded": Uncoded,

@@ -43,6 +43,11 @@ class Descent(Synchronous):
     def cost(self) -> Cost:
         return replace(self.local.cost, steps=1)
 
+    @property
+    def lr(self) -> float:
+        """The step of the first round."""
+        return self.server_lr * self.local.rate_at(0)
+
     def descend(self, s: S, fleet: Fleet, g: Tensor) -> S:
         """The state after one step along g [P]."""
         return self.step(s, g, self.server_lr * self.local.rate_at(fleet.round))
@@ -86,3 +91,10 @@ def check_unbiased(strategy: Strategy, instead: str) -> None:
                 f"{name} {compressor} is biased, and {type(strategy).__name__.lower()} goes elsewhere with it, or "
                 f"diverges; use an unbiased one (rand_k, qsgd, natural) or strategy {instead}, which bears it"
             )
+
+
+def unbiased_omega(compressor: Compressor, num_entries: int) -> float:
+    """omega of a compressor that `check_unbiased` let pass."""
+    omega = compressor.omega(num_entries)
+    assert omega is not None
+    return omega

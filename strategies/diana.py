@@ -22,8 +22,9 @@ from torch import Tensor
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Packet
 from fedsim.fleet import Fleet
-from fedsim.strategies.descent import CompressedDescent, check_unbiased
+from fedsim.strategies.descent import CompressedDescent, check_unbiased, unbiased_omega
 from fedsim.strategies.server import UNIFORM, ServerState
+from fedsim.task import Constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,12 @@ class Diana(CompressedDescent):
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), h=torch.zeros_like(x0))
 
+    def proven(self, constants: Constants, num_entries: int) -> tuple[float, float] | None:
+        if not constants.potential or self.cohort_size is not None:
+            return None
+        omega, n = unbiased_omega(self.compressor, num_entries), len(constants.each)
+        return self.lr, 1 / (float(constants.each.max()) * (1 + 4 * omega / n))
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         s, r = self.ask(s, fleet, rng, self.difference, rule=UNIFORM, x=s.x)
         m, share = r.mean("m", UNIFORM), len(r) / len(fleet.clients)
@@ -68,6 +75,4 @@ class Diana(CompressedDescent):
         """alpha."""
         if self.alpha is not None:
             return self.alpha
-        omega = self.compressor.omega(num_entries)
-        assert omega is not None  # it is unbiased
-        return 1 / (1 + omega)
+        return 1 / (1 + unbiased_omega(self.compressor, num_entries))

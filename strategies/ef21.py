@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from fedsim.cohort import Cohort
-from fedsim.compress.error_feedback import compress_difference
+from fedsim.compress.error_feedback import compress_difference, contractive
 from fedsim.compress.packet import Packet
 from fedsim.fleet import Fleet
 from fedsim.strategies.descent import CompressedDescent
 from fedsim.strategies.server import UNIFORM, ServerState
+from fedsim.task import Constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,13 @@ class EF21(CompressedDescent):
 
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), g=torch.zeros_like(x0))
+
+    def proven(self, constants: Constants, num_entries: int) -> tuple[float, float] | None:
+        delta = contractive(self.compressor, num_entries).delta(num_entries)
+        if not constants.potential or self.cohort_size is not None or delta is None:
+            return None
+        left = (1 - 1 / delta) ** 0.5
+        return self.lr, 1 / (constants.of_mean + constants.rms * left / (1 - left))
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         s, r = self.ask(s, fleet, rng, self.difference, rule=UNIFORM, x=s.x)

@@ -23,10 +23,11 @@ from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Packet
 from fedsim.fleet import Fleet
-from fedsim.strategies.descent import ONE_MEAN, CompressedDescent, check_unbiased
+from fedsim.strategies.descent import ONE_MEAN, CompressedDescent, check_unbiased, unbiased_omega
 from fedsim.strategies.server import EVERYBODY, NO_ROUNDS, UNIFORM, ServerState
 from fedsim.strategies.statistics import full_pass
 from fedsim.strategy import Traits
+from fedsim.task import Constants
 
 ALL_CHANGES = "its estimate takes the changes of all clients' gradients since the round before"
 
@@ -63,6 +64,12 @@ class Marina(CompressedDescent):
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), g=torch.zeros_like(x0))
 
+    def proven(self, constants: Constants, num_entries: int) -> tuple[float, float] | None:
+        if not constants.potential:
+            return None
+        p, omega = self.chance(num_entries), unbiased_omega(self.compressor, num_entries)
+        return self.lr, 1 / (constants.rms * (1 + ((1 - p) * omega / (p * len(constants.each))) ** 0.5))
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         whole = bool(rng.random() < self.chance(len(s.x))) or not s.round
         if whole:
@@ -89,6 +96,4 @@ class Marina(CompressedDescent):
         """p."""
         if self.p is not None:
             return self.p
-        omega = self.compressor.omega(num_entries)
-        assert omega is not None  # it is unbiased
-        return 1 / (1 + omega)
+        return 1 / (1 + unbiased_omega(self.compressor, num_entries))

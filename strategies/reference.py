@@ -23,19 +23,13 @@ from fedsim.compress.sparsify import Identity
 from fedsim.config import FromTable
 from fedsim.fleet import Cost, Fleet, choose
 from fedsim.strategies.descent import ONE_MEAN
+from fedsim.strategies.saddle import OWN_STEP, check_lr
 from fedsim.strategies.server import NO_ROUNDS, UNIFORM
 from fedsim.strategy import Strategy, Traits
 from fedsim.streams import Streams
 
 SERVER = -1  # the server's place among client ids, for its compressor's random numbers
 NOTHING_UP = Cost(steps=0, bits_up=0)
-ALL_OPERATORS = "every step needs the operators of all clients"
-OWN_STEP = {
-    "selection": "it asks all clients, or so many drawn uniformly, or its mean operator would be another",
-    "server_lr": "it has a step of its own; set strategy.lr",
-    "server_optimizer": "it steps by strategy.lr from a point that it left to look ahead, which no other rule does",
-}
-"""Why a method for saddle points has not these keys of a server."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class Referring(Strategy):
     compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
     server_compressor: Annotated[Compressor, FromTable("compressor", "identity")] = Identity()
     traits: ClassVar[Traits] = Traits(
-        needs_all="all clients follow every step, and send their operators at a refresh",
+        needs_all="every client follows every step, and sends its operator at a refresh",
         refused=OWN_STEP | ONE_MEAN | NO_ROUNDS,
     )
 
@@ -143,9 +137,3 @@ def server_streams(like: Tensor, round: int, rng: np.random.Generator) -> Stream
     """Streams of one row for what the server compresses in a round, on the device of `like`; takes one draw of rng."""
     seed = int(rng.integers(1 << 62))
     return Streams(seed, torch.tensor([SERVER], device=like.device), torch.tensor([round], device=like.device))
-
-
-def check_lr(lr: float) -> None:
-    """lr is the step that a strategy takes itself."""
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}")

@@ -23,6 +23,7 @@ from fedsim.loop import Experiment, Run
 from fedsim.memory import Memory, MemoryRows
 from fedsim.optim import build as build_optimizer
 from fedsim.params import Layout
+from fedsim.prox import Prox
 from fedsim.sim.absence import Absence
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.devices import Constant, Devices
@@ -68,10 +69,12 @@ def drawn(clients: int, dim: int, seed: int = 0, noise: float = 0.0) -> Quadrati
     return QuadraticTask(task.a.double(), task.b.double(), torch.ones(dim, dtype=torch.float64), noise)
 
 
-def saddle(clients: int, dim: int, seed: int = 0, lam: float = 0.0, low: float = 0.5) -> BilinearTask:
+def saddle(
+    clients: int, dim: int, seed: int = 0, lam: float = 0.0, low: float = 0.5, prox: Prox | None = None
+) -> BilinearTask:
     """A random bilinear saddle point in float64, singular values from `low` to 2."""
     task = BilinearTask.drawn(clients, dim, seed, lam=lam, low=low)
-    return BilinearTask(task.matrix.double(), task.a.double(), task.b.double(), lam)
+    return BilinearTask(task.matrix.double(), task.a.double(), task.b.double(), lam, prox=prox)
 
 
 def local_sgd(

@@ -24,6 +24,7 @@ from fedsim.optim import build
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.spec import is_rule
 from fedsim.optim.table import RULES
+from fedsim.prox import PROXES
 from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
 from fedsim.sinks import SINKS, as_sink
@@ -35,7 +36,7 @@ from fedsim.tasks.models import MODELS, as_module
 
 GIVEN: dict[str, tuple[str, ...]] = {
     "task": ("seed", "count", "clients", "device", "partition", "client_test"),
-    "strategy": ("local", "layout", "count"),
+    "strategy": ("local", "layout", "count", "prox"),
     "model": ("input_shape", "num_classes"),
     "loss": ("logits", "outputs", "targets"),
     "device": ("count",),
@@ -154,5 +155,6 @@ KINDS: Kinds = {
     "pre_aggregators": _pre_aggregators,
     "attack": _from(ATTACKS),
     "compressor": _from(COMPRESSORS),
+    "prox": _from(PROXES),
     "sinks": _sinks,
 }

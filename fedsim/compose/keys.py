@@ -39,6 +39,7 @@ PLACES = {
     "compressors": ("compressor", "uplink.compressor"),
     "attacks": ("attack", "clients.byzantine.attack"),
     "tasks": ("task", "task"),
+    "proxes": ("prox", "task.prox"),
     "losses": ("loss", "task.loss"),
     "sinks": ("sinks", "log.sinks"),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABCMeta
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ from fedsim.compose.supervised import (
     Supervised,
 )
 from fedsim.compose.work import Work
-from fedsim.config import ConfigError, at
+from fedsim.config import ConfigError, FromTable, at
 from fedsim.engine import Plan, build_engine, choose_engine
+from fedsim.prox import Prox
 from fedsim.task import Task
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.own import check_task
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
+from fedsim.tasks.robust import RobustLogisticTask
 from fedsim.tasks.supervised import SupervisedTask
 from fedsim.trees import pick
 
@@ -130,6 +132,7 @@ def bilinear(
     high: float = 2.0,
     lam: float = 0.0,
     noise: float = 0.0,
+    prox: Annotated[Prox | None, FromTable("prox")] = None,
 ) -> Task:
     """Saddle points x'A_m y + ... with a known solution; `dim` numbers each in x and y, spectrum [low, high].
 
@@ -143,7 +146,32 @@ def bilinear(
         raise ValueError(
             f"needs dim >= 1, 0 < low <= high, lam >= 0, noise >= 0; got {dim}, {low}, {high}, {lam}, {noise}"
         )
-    return BilinearTask.drawn(clients.count or 25, dim, seed, low=low, high=high, lam=lam, noise=noise).to(device)
+    made = BilinearTask.drawn(clients.count or 25, dim, seed, low=low, high=high, lam=lam, noise=noise, prox=prox)
+    return made.to(device)
+
+
+def robust_logistic(
+    *,
+    seed: int,
+    clients: Clients,
+    device: torch.device,
+    dim: int = 10,
+    samples: int = 50,
+    epsilon: float | None = 0.5,
+    rho: float = 2.0,
+    lam: float = 0.1,
+    spread: float = 1.0,
+) -> Task:
+    """Logistic regression against a perturbation |r| <= epsilon that costs rho |r|^2; drawn, with a known solution."""
+    if dim < 1 or samples < 1 or (epsilon is not None and epsilon <= 0) or rho <= 0 or lam <= 0 or spread < 0:
+        raise ValueError(
+            "needs dim >= 1, samples >= 1, epsilon > 0 or null, rho > 0, lam > 0, spread >= 0; got "
+            f"{dim}, {samples}, {epsilon}, {rho}, {lam}, {spread}"
+        )
+    task = RobustLogisticTask.drawn(
+        clients.count or NUM_CLIENTS, dim, samples, seed, epsilon=epsilon, rho=rho, lam=lam, spread=spread
+    )
+    return task.to(device)
 
 
 TASKS: dict[str, Callable[..., Task | Supervised]] = {
@@ -154,6 +182,7 @@ TASKS: dict[str, Callable[..., Task | Supervised]] = {
     "supervised": Supervised,
     "quadratic": quadratic,
     "bilinear": bilinear,
+    "robust_logistic": robust_logistic,
 }
 
 

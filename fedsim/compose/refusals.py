@@ -24,6 +24,7 @@ from fedsim.optim import Optimizer
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
 from fedsim.params import Layout
+from fedsim.prox import FREE
 from fedsim.sim.absence import Absence
 from fedsim.sim.byzantine import Byzantine, Knowledge
 from fedsim.sim.links import Uplink
@@ -116,6 +117,26 @@ def check_local(name: str, strategy: Strategy, task: Task) -> None:
             raise ConfigError(f"strategy: {task.no_local_steps}")
         with at("local.optimizer"):
             check_needs(local.optimizer, task)
+
+
+def check_prox(name: str, strategy: Strategy, task: Task) -> None:
+    """Refuse a set or a penalty that the strategy's steps would pass over."""
+    if task.prox != FREE and getattr(strategy, "prox", FREE) != task.prox:
+        raise ConfigError(
+            f"task.prox: {name} has no prox in its steps; leave it out, or take extragradient, optimistic_gradient or "
+            "masha1"
+        )
+
+
+def check_step(strategy: Strategy, task: Task) -> None:
+    """Say that a step is longer than the strategy's theory allows on this task, where both are known."""
+    proven = None if task.constants is None else strategy.proven(task.constants, task.layout.size)
+    if proven is not None and proven[0] > proven[1] * (1 + 1e-9):
+        warnings.warn(
+            f"the step {proven[0]:.3g} is above {proven[1]:.3g}, up to which the theory of this strategy has it "
+            "converge on this task; it may go on converging well above, or diverge",
+            stacklevel=2,
+        )
 
 
 def check_personalise(epochs: int, strategy: Strategy, task: Task) -> None:

@@ -29,9 +29,11 @@ from fedsim.compose.problems import plan_of, problem_of, task_of
 from fedsim.compose.refusals import (
     check_local,
     check_personalise,
+    check_prox,
     check_seen,
     check_selection,
     check_state_scope,
+    check_step,
     check_strategy,
 )
 from fedsim.compose.sections import File
@@ -44,6 +46,7 @@ from fedsim.fleet import Cost
 from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
+from fedsim.prox import FREE
 from fedsim.sim.calls import replies_ahead
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet
@@ -134,6 +137,8 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         plan = plan_of(problem, work, file.runtime, device)
     task = task_of(problem, plan, file.runtime, device)
     check_local(file.strategy.name, strategy, task)
+    check_prox(file.strategy.name, strategy, task)
+    check_step(strategy, task)
     check_personalise(file.evaluate.personalise.epochs, strategy, task)
     check_selection(strategy, task)
     if isinstance(problem, Samples):
@@ -209,7 +214,9 @@ def _strategy(file: File, problem: Task | Samples) -> Strategy:
         schedule = file.local.schedule()
     optimizer = file.local.optimizer(layout=problem.layout)
     local, n = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds), len(problem.num_examples)
-    return check_strategy(file.strategy(layout=problem.layout, local=local, count=n), problem.num_examples)
+    prox = problem.prox if isinstance(problem, Task) else FREE
+    made = file.strategy(layout=problem.layout, local=local, count=n, prox=prox)
+    return check_strategy(made, problem.num_examples)
 
 
 def _fleet(

@@ -15,6 +15,7 @@ from fedsim.engine import ENGINES
 from fedsim.engine.losses import LOSSES
 from fedsim.optim.table import RULES
 from fedsim.overrides import shipped
+from fedsim.prox import PROXES
 from fedsim.sim.availability import AVAILABILITY
 from fedsim.sim.devices import DEVICES
 from fedsim.sinks import SINKS
@@ -65,6 +66,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "compressors": COMPRESSORS,
     "attacks": ATTACKS,
     "tasks": TASKS,
+    "proxes": PROXES,
     "losses": LOSSES,
     "metrics": {name: metric.function for name, metric in METRICS.items()},
     "engines": ENGINES,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedsim.params import Layout
 from fedsim.streams import server_rng
-from fedsim.task import Pool
+from fedsim.task import Constants, Pool
 from fedsim.tasks.formula import FormulaTask
 
 Numbers = float | tuple[float, ...] | tuple[tuple[float, ...], ...] | tuple[tuple[tuple[float, ...], ...], ...]
@@ -56,6 +56,12 @@ class QuadraticTask(FormulaTask):
         """The same task with its constants on a device."""
         moved = [t.to(device) for t in (self.a, self.b, self.x0)]
         return QuadraticTask(moved[0], moved[1], moved[2], self.noise, self.num_examples)
+
+    @property
+    def constants(self) -> Constants:
+        full = self.a.double() if self.a.ndim == 3 else torch.diag_embed(self.a.double())
+        own, mean = torch.linalg.eigvalsh(full).cpu(), torch.linalg.eigvalsh(full.mean(0)).cpu()
+        return Constants(own[:, -1], float(mean[-1]), float(mean[0]), potential=True)
 
     def solution(self) -> Tensor:
         """[d] float64: the minimiser of the sum, weighted by the clients' examples."""

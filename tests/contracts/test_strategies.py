@@ -58,6 +58,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "diana": {"cohort_size": 4},
     "marina": {"p": 0.4},
     "extragradient": {"lr": 0.1},
+    "optimistic_gradient": {"lr": 0.1},
     "masha1": {"lr": 0.1, "p": 0.4},
     "masha2": {"lr": 0.1, "p": 0.4, "batch_size": 8},
     "uncoded": {"lr": 0.3},
@@ -115,7 +116,7 @@ PEERS = {"dsgd", "monna"}
 PERSONAL = {"fedbn", "fedper", "fedrep", "ditto", "pfedme", "apfl"}  # whose clients have models of their own
 CODING = {"uncoded", "gradient_coding", "sr_sgc", "m_sgc"}
 NO_LINKS = {*PEERS, *CODING, "feddyn", "fedasync"}  # whose messages nobody may compress
-NO_STEPS = {"extragradient", "masha1", "masha2", *CODING}  # of clients' own
+NO_STEPS = {"extragradient", "optimistic_gradient", "masha1", "masha2", *CODING}  # of clients' own
 ONE_STEP = {"centralised", "ef21", "ef21_bc", "diana", "marina"}  # a round
 SLOW = {*ONE_STEP, "fedasync"}  # or one model in six mixed in
 COHORTS = sorted(

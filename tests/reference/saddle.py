@@ -52,6 +52,16 @@ def extragradient(devices: Devices, z: Tensor, iterations: int, *, lr: float) ->
     return torch.stack(path)
 
 
+def optimistic_gradient(devices: Devices, z: Tensor, iterations: int, *, lr: float) -> Tensor:
+    """[iterations, P]; the operator before the first is the first."""
+    path, last = [], _mean(devices, z)
+    for _ in range(iterations):
+        now = _mean(devices, z)
+        z, last = z - 2 * lr * now + lr * last, now
+        path.append(z)
+    return torch.stack(path)
+
+
 def masha1(
     devices: Devices,
     z: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsim.compress.quantize import QSGD, Natural
 from fedsim.compress.sparsify import Identity, RandK, TopK
+from fedsim.sim.links import Uplink
 from fedsim.strategies.extragradient import Extragradient
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
@@ -249,20 +250,10 @@ def test_a_reference_that_is_never_refreshed_diverges_on_a_bilinear_problem() ->
     assert float(away[-1]) > 10 * float(away[0])
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressedExtragradient(Extragradient):
-    """Both exchanges compressed, without a reference."""
-
-    compressor: Any
-
-    def operator(self, clients: Any, z: Tensor) -> dict[str, Any]:
-        return {"f": self.compressor.encode(super().operator(clients, z)["f"], clients.streams)}
-
-
 @pytest.mark.parametrize("lr, fails", [(0.02, "stalls"), (0.1, "diverges"), (0.3, "diverges")])
 def test_compressed_extragradient_does_not_converge(lr: float, fails: str) -> None:
     task = saddle(25, 50)
-    away = _away(task, _play(task, CompressedExtragradient(lr=lr, compressor=RandK(k=10)), 300))
+    away = _away(task, _play(task, Extragradient(lr=lr), 300, uplink=Uplink(compressor=RandK(k=10))))
     if fails == "diverges":
         assert float(away[-1]) > 3 * float(away[0])
     assert float(away.min()) > 0.1
