@@ -39,6 +39,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "fedbuff": {"buffer_size": 3},
     "fedbuff_stream": {"buffer_size": 3, "concurrency": 4},
     "monna": {"beta": 0.9, "f": 1},
+    "clipped_gossip": {"f": 1},
     "extragradient": {"lr": 0.05},
     "masha1": {"lr": 0.05},
     "masha2": {"lr": 0.05},

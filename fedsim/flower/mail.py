@@ -20,9 +20,9 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Inbox
 from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
+from fedsim.graph import Inbox
 from fedsim.sim.account import TOLERANCE, bits_of
 from fedsim.sim.events import Sent
 from fedsim.sim.executor import ClientError, Results

@@ -19,6 +19,7 @@ from fedsim.optim import build
 from fedsim.sim.byzantine import Byzantine
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
+from fedsim.topology import TOPOLOGIES
 from tests.build import Clocks, Play, drawn, f_80, local_sgd, quadratic, rows_of, watched
 
 ROBUST = {"aggregator": "median", "server_optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.5}}
@@ -52,6 +53,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "fedbuff_stream": {"buffer_size": 2, "concurrency": 4},
     "dsgd": {},
     "monna": {"beta": 0.5, "f": 1, "arrival": "adversarial"},
+    "gradient_tracking": {},
+    "clipped_gossip": {"beta": 0.5, "f": 1, "topology": "ring"},
+    "bridge": {"aggregator": "median", "topology": "torus"},
+    "dsgd, redrawn and absent": {"topology": {"name": "random_regular", "degree": 3, "redraw": 2}},
+    "gradient_tracking, absent": {"topology": "torus"},
+    "monna, torus": {"beta": 0.5, "f": 1, "topology": "torus"},
     "extragradient": {"lr": 0.1},
     "masha1": {"lr": 0.1, "p": 0.4},
     "masha2": {"lr": 0.1, "p": 0.4},
@@ -99,7 +106,7 @@ ROWS: dict[str, dict[str, Any]] = {
 """Hyper-parameters for six clients; a strategy's name may be followed by what is special."""
 
 OWN_LINKS = {"masha1": "rand_k", "masha2": "top_k"}  # these compress by themselves
-PEERS = {"dsgd", "monna"}
+PEERS = {"dsgd", "monna", "gradient_tracking", "clipped_gossip", "bridge"}
 PERSONAL = {"fedbn", "fedper", "fedrep", "ditto", "pfedme", "apfl"}  # whose clients have models of their own
 CODING = {"uncoded", "gradient_coding", "sr_sgc", "m_sgc"}
 NO_LINKS = {*PEERS, *CODING, "feddyn", "fedasync"}  # whose messages nobody may compress
@@ -132,6 +139,9 @@ def _make(name: str, task: Any, **changes: Any) -> Any:
     given = {key: value for key, value in known.items() if key in signature(kind).parameters}
     if "aggregator" in ROWS[name]:
         given["aggregator"] = AGGREGATORS[ROWS[name]["aggregator"]]()
+    if "topology" in ROWS[name]:
+        _, graph, settings = named(TOPOLOGIES, ROWS[name]["topology"], "topology")
+        given["topology"] = TOPOLOGIES[graph](**settings)
     if "selection" in ROWS[name]:
         _, chooser, settings = named(SELECTIONS, ROWS[name]["selection"], "selection")
         given["selection"] = SELECTIONS[chooser](**settings)
@@ -247,7 +257,7 @@ def test_peers_see_the_minibatches_that_fedavg_with_one_step_would(name: str) ->
 @every_strategy
 def test_clients_that_agree_on_the_solution_are_taken_there(name: str) -> None:
     task = quadratic([0.5, 0.8, 1.0, 1.2, 1.5, 2.0], [3.0] * 6, 0.0)
-    lr = 0.1 if _kind(name) in SLOW else 0.05 if _kind(name) in PEERS else 0.02
+    lr = 0.1 if _kind(name) in SLOW | PEERS else 0.02
     rate = {} if _kind(name) in NO_STEPS else {"local": local_sgd(task, lr, steps=5)}
     play = Play.start(task, _make(name, task, **rate), devices=Clocks((0.7,) * 6))
     assert float(play.path(180)[-1]) == pytest.approx(3.0, abs=1e-3)
