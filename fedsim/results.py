@@ -1,5 +1,6 @@
 """What a run leaves in its folder: config.yaml (resolved, with versions), env.json, metrics.jsonl, summary.json,
-model.safetensors, model.best.safetensors, clients.jsonl, timeline.jsonl, split.npz, checkpoints/ and report.html.
+model.safetensors, model.best.safetensors, clients.jsonl, timeline.jsonl, split.npz, topology.npz (of peers),
+checkpoints/ and report.html.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from fedsim.history import BEST_FILE, MODEL_FILE, History
 from fedsim.loop import Experiment
 from fedsim.params import Layout
 from fedsim.sinks import encode_row
+from fedsim.strategies.peers import Peers
+from fedsim.topology import overview
 
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
 MAX_CLIENTS_LISTED = 100_000
@@ -38,6 +41,8 @@ def write_inputs(folder: Path, composition: Composition) -> None:
         _write_environment(folder, composition.experiment.device)
     if not (folder / "split.npz").exists():
         _write_split(folder, composition)
+    if isinstance(composition.experiment.strategy, Peers):
+        _write_topology(folder, composition.experiment, composition.experiment.strategy)
 
 
 def write_config(path: Path, resolved: Mapping[str, Any]) -> None:
@@ -80,6 +85,15 @@ def _write_split(folder: Path, composition: Composition) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, counts=data.class_counts().cpu().numpy(), class_names=np.array(names))
     write_whole(folder / "split.npz", content.getvalue())
+
+
+def _write_topology(folder: Path, experiment: Experiment, strategy: Peers) -> None:
+    """The graph of the first step, and how fast peers agree, for the report's picture."""
+    n, content = len(experiment.fleet.clients), io.BytesIO()
+    graphs, gap = overview(strategy.topology, n, experiment.seed)
+    pairs = torch.stack([graphs[0].hearers, graphs[0].peers])[:, ~graphs[0].is_own]
+    np.savez_compressed(content, n=n, pairs=pairs.numpy(), gap=np.nan if gap is None else gap, steps=len(graphs))
+    write_whole(folder / "topology.npz", content.getvalue())
 
 
 def write_results(folder: Path, composition: Composition, x: Tensor, history: History, why: str) -> None:

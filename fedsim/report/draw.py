@@ -186,6 +186,22 @@ def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_
         return _svg(figure, alt)
 
 
+def network(places: np.ndarray, pairs: np.ndarray, *, alt: str) -> str:
+    """Points and the lines between them, as SVG.
+
+    Args:
+        places: [n, 2] within -1 and 1.
+        pairs: [2, E] which points are linked.
+    """
+    with _figure(PANEL[0], PANEL[0]) as figure:
+        ax = figure.add_axes((0.03, 0.03, 0.94, 0.94))
+        (x, y), gap = places[pairs].transpose(2, 0, 1), np.full(pairs.shape[1], np.nan)
+        ax.plot(*(np.stack([*ends, gap]).T.ravel() for ends in (x, y)), color=_STAND_INS["muted"], linewidth=0.7)
+        ax.plot(*places.T, "o", color=_STAND_INS["c1"], markersize=float(np.clip(60 / len(places), 3, 7)))
+        ax.set_axis_off()
+        return _svg(figure, alt)
+
+
 def timeline(
     jobs: Sequence[Sequence[tuple[float, float]]], steps: np.ndarray, *, end: float, x_label: str, alt: str
 ) -> str:
