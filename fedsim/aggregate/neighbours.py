@@ -50,11 +50,11 @@ def nearest_neighbour_average(pivot: Tensor, sent: Tensor, heard: Graph, keep: i
         raise ValueError(
             f"keep={int(keep[at])} exceeds the {int(heard.counts[at])} vectors a client heard; lower f or wait for more"
         )
-    share = (1.0 / keep.double())[heard.hearers]
+    each, count = torch.ones_like(heard.weights), keep[:, None]
     if not bool((short < 0).any()):  # everyone is kept: the plain mean, whatever the distances
-        return replace(heard, weights=share).mix(sent)
+        return replace(heard, weights=each).mix(sent).div_(count)
     near = heard.ranks(distances_along(heard, pivot, sent)) < keep[heard.hearers]
-    return heard.chosen(near, share).mix(sent).masked_fill_(~finite_rows(pivot)[:, None], torch.nan)
+    return heard.chosen(near, each).mix(sent).div_(count).masked_fill_(~finite_rows(pivot)[:, None], torch.nan)
 
 
 def _average(v: Tensor, chosen: Tensor, ok: Tensor | None = None) -> Tensor:
