@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fedsim.aggregate import nearest_neighbour_average
@@ -57,9 +58,8 @@ class Monna(Peers):
             )
 
     def exchange(self, fleet: Fleet, half: Replies) -> Replies:
-        graph = fleet.graph(self.topology)
-        self.check_graph(graph)
-        return fleet.exchange(half, self.mix, graph=graph, missing=self.f if self.arrival == "adversarial" else 0)
+        missing = self.f if self.arrival == "adversarial" else 0
+        return fleet.exchange(half, self.mix, graph=fleet.graph(self.topology), missing=missing)
 
     def half_step(self, clients: Cohort, x0: Tensor | None) -> dict[str, Tensor]:
         theta = self.model(clients, x0)
@@ -68,6 +68,8 @@ class Monna(Peers):
         return {"h": theta - self.rate(clients) * m}
 
     def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
-        keep = self.counts(clients) - (self.f if self.arrival == "all" else 2 * self.f)
+        n = self.counts(clients)
+        keep = n - (self.f if self.arrival == "all" else 2 * self.f)
+        keep = torch.where(n > 2 * self.f, keep, 1)  # on a graph drawn anew, who hears too few keeps its own
         clients.memory["x"] = theta = nearest_neighbour_average(inbox.own("h"), inbox["h"], inbox.heard, keep)
         return {"x": theta}

@@ -17,7 +17,7 @@ from fedsim.strategies.dsgd import DSGD
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.monna import Monna
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.build import Play, drawn, local_sgd, play, quadratic
+from tests.build import Play, build_fleet, drawn, local_sgd, play, quadratic
 from tests.reference.peers import dsgd, monna
 from tests.strategies.tasks import noisy
 
@@ -163,7 +163,8 @@ def test_the_rate_follows_its_schedule() -> None:
 def test_f_too_large_for_n_is_refused(f: int, arrival: Any) -> None:
     task = quadratic([1.0] * 4, [0.0] * 4, 1.0)
     with pytest.raises(ValueError, match=f"f={f} is too large for peer 0, which hears 4 vectors"):
-        play(task, Monna(f=f, arrival=arrival, local=local_sgd(task, steps=1)), 1)
+        strategy = Monna(f=f, arrival=arrival, local=local_sgd(task, steps=1))
+        strategy.check_fleet(build_fleet(task, strategy), task.x0)
 
 
 def test_a_local_rule_with_momentum_of_its_own_is_refused() -> None:

@@ -215,6 +215,22 @@ def test_the_silent_are_not_heard_and_their_weight_is_ones_own() -> None:
     assert one.fleet.ledger.bits_up == 3 * 2 * 32
 
 
+def test_who_hears_too_few_in_a_step_keeps_its_own() -> None:
+    task, sparse = drawn(8, 2), ErdosRenyi(p=0.25, redraw=1)
+    local = local_sgd(task, 0.1, steps=1)
+    alone = sparse.graph(8, 0, 0).counts <= 2
+    assert bool(alone.any()) and not bool(alone.all())
+    half = task.x0 - 0.1 * task.a * (task.x0 - task.b)
+    for strategy in (
+        Monna(beta=0.0, f=1, local=local, topology=sparse),
+        ClippedGossip(beta=0.0, f=1, local=local, topology=sparse),
+    ):
+        got = paths(task, strategy, 1)[0]
+        torch.testing.assert_close(got[alone], half[alone], rtol=0, atol=1e-12)
+    got = paths(task, Bridge(local=local, topology=sparse), 1)[0]
+    torch.testing.assert_close(got[alone], half[alone], rtol=0, atol=1e-12)
+
+
 # Who is away, and what it costs -----------------------------------------------------------------------------------
 
 
