@@ -18,7 +18,7 @@ from torch import Tensor
 from fedsim.aggregate import Aggregator, TooFewRows
 from fedsim.aggregate.coordinatewise import TrimmedMean
 from fedsim.cohort import Cohort
-from fedsim.config import FromTable
+from fedsim.config import ConfigError, FromTable
 from fedsim.graph import Graph, Inbox
 from fedsim.strategies.peers import Peers
 from fedsim.strategy import Traits
@@ -44,7 +44,7 @@ class Bridge(Peers):
                 self.aggregator(torch.arange(count, dtype=torch.float32)[:, None], torch.ones(count))
             except ValueError as e:
                 peer = int((graph.counts == count).nonzero()[0])
-                raise ValueError(
+                raise ConfigError(
                     f"strategy.aggregator: does not fit the {count} vectors that peer {peer} hears, its own among "
                     f"them: {e}"
                 ) from e

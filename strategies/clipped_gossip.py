@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedsim.aggregate.distances import FAR, distances_along
 from fedsim.cohort import Cohort
+from fedsim.config import ConfigError
 from fedsim.graph import Graph, Inbox
 from fedsim.strategies.peers import Peers
 
@@ -47,10 +48,10 @@ class ClippedGossip(Peers):
             raise ValueError(f"tau must be a positive length or null, got {self.tau}")
 
     def check_graph(self, graph: Graph) -> None:
-        fewest = int(graph.counts.argmin())
-        if 0 < self.f >= int(graph.counts[fewest]) - 1:
-            raise ValueError(
-                f"strategy.f={self.f} is too large for peer {fewest}, which has {int(graph.counts[fewest]) - 1} "
+        peer, fewest = int(graph.counts.argmin()), int(graph.counts.min()) - 1
+        if 0 < self.f >= fewest:
+            raise ConfigError(
+                f"strategy.f: {self.f} is too large for peer {peer}, which has {fewest} "
                 "neighbours: one at least must be honest; lower f, or take a topology with more links"
             )
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsim.cohort import Cohort
+from fedsim.config import ConfigError
 from fedsim.graph import Graph, Inbox
 from fedsim.strategies.peers import Peers
 
@@ -28,7 +29,7 @@ class GradientTracking(Peers):
         heard = torch.zeros(len(graph), dtype=torch.float64).index_add_(0, graph.peers, graph.weights)
         peer = int((heard - 1).abs().argmax())
         if abs(float(heard[peer]) - 1) > 1e-9:
-            raise ValueError(
+            raise ConfigError(
                 f"strategy.topology: gradient tracking needs weights that keep sums, and what peer {peer} sends counts "
                 f"{float(heard[peer]):.4g} times in all; take mixing: metropolis"
             )

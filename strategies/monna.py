@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedsim.aggregate import nearest_neighbour_average
 from fedsim.cohort import Cohort
+from fedsim.config import ConfigError
 from fedsim.fleet import Fleet, Replies
 from fedsim.graph import Graph, Inbox
 from fedsim.strategies.peers import Peers
@@ -50,10 +51,10 @@ class Monna(Peers):
             raise ValueError(f"f must not be negative, got {self.f}")
 
     def check_graph(self, graph: Graph) -> None:
-        fewest = int(graph.counts.argmin())
-        if 2 * self.f >= int(graph.counts[fewest]):
-            raise ValueError(
-                f"strategy.f={self.f} is too large for peer {fewest}, which hears {int(graph.counts[fewest])} vectors, "
+        peer, fewest = int(graph.counts.argmin()), int(graph.counts.min())
+        if 2 * self.f >= fewest:
+            raise ConfigError(
+                f"strategy.f: {self.f} is too large for peer {peer}, which hears {fewest} vectors, "
                 "its own among them: fewer than half may be byzantine; lower f, or take a topology with more links"
             )
 

@@ -20,7 +20,7 @@ from fedsim.aggregate.base import numbers_at_once
 from fedsim.clients.local_training import LocalTraining
 from fedsim.clients.oracle import gradient
 from fedsim.cohort import Cohort
-from fedsim.config import FromTable
+from fedsim.config import FromTable, at
 from fedsim.fleet import Cost, Fleet, Replies, TooFewRows
 from fedsim.graph import Graph, Inbox, Topology
 from fedsim.strategies.server import NO_ROUNDS
@@ -77,13 +77,15 @@ class Peers(Strategy):
         return replace(self.local.cost, steps=1, vectors_up=0)
 
     def check_fleet(self, fleet: Fleet, x: Tensor) -> None:
-        self.check_graph(fleet.graph(self.topology))
+        with at("strategy.topology"):
+            graph = fleet.graph(self.topology)
+        self.check_graph(graph)
 
     def check_graph(self, graph: Graph) -> None:  # noqa: B027
         """Refuse a graph on which this strategy is not sound.
 
         Raises:
-            ValueError: naming a peer, and the numbers that do not fit.
+            ConfigError: naming a peer, and the numbers that do not fit.
         """
 
     def init(self, x0: Tensor) -> State:

@@ -142,8 +142,9 @@ def topology_in_words(strategy: Strategy, num_clients: int, seed: int) -> dict[s
     degrees = torch.cat([graph.counts for graph in graphs]) - 1
     few, most = int(degrees.min()), int(degrees.max())
     mean = f"{few} to {most} neighbours, {float(degrees.double().mean()):.1f} on average"
-    links = f"{few} neighbours each" if few == most else mean
+    links = f"{few} neighbour{'s' * (few != 1)} each" if few == most else mean
     over = f" a step, over {len(graphs)} of them" if len(graphs) > 1 else ""
+    links = f"{links}, {int(degrees.sum()) // len(graphs):,} messages a step"
     return {"topology": links if gap is None else f"{links}; spectral gap {gap:.3g}{over}"}
 
 

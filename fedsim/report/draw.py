@@ -197,7 +197,7 @@ def network(places: np.ndarray, pairs: np.ndarray, *, alt: str) -> str:
         ax = figure.add_axes((0.03, 0.03, 0.94, 0.94))
         (x, y), gap = places[pairs].transpose(2, 0, 1), np.full(pairs.shape[1], np.nan)
         ax.plot(*(np.stack([*ends, gap]).T.ravel() for ends in (x, y)), color=_STAND_INS["muted"], linewidth=0.7)
-        ax.plot(*places.T, "o", color=_STAND_INS["c1"], markersize=float(np.clip(60 / len(places), 3, 7)))
+        ax.plot(*places.T, "o", color=_STAND_INS["c1"], markersize=float(np.clip(150 / len(places), 3, 8)))
         ax.set_axis_off()
         return _svg(figure, alt)
 

@@ -56,5 +56,5 @@ def _sentence(n: int, degrees: np.ndarray, gap: float, steps: int) -> str:
     text = f"{n:,} peers, each with {few:,}{'' if few == most else f' to {most:,}'} neighbours. "
     if np.isfinite(gap):
         over = f" a step, over {steps} of them" if steps > 1 else ""
-        text += f"The spectral gap is {gap:.3g}{over}: of their disagreement mixing alone leaves {1 - gap:.3g} at most."
+        text += f"The spectral gap is {gap:.3g}{over}: mixing alone leaves {1 - gap:.3g} of their disagreement at most."
     return text

@@ -89,8 +89,8 @@ def check_connected(n: int, pairs: Tensor) -> None:
     if num_parts > 1:
         parts = sorted((np.flatnonzero(labels == k).tolist() for k in range(min(num_parts, n))), key=len, reverse=True)
         raise ValueError(
-            f"the graph of {n} peers is not connected, it falls into {num_parts} parts: {_named(parts)}; add links "
-            "between them"
+            f"the graph of {n} peers is not connected, it falls into {num_parts} parts: {_named(parts)}; give it "
+            "more links, or another seed where it is drawn"
         )
 
 

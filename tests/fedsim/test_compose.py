@@ -413,11 +413,14 @@ def test_one_million_clients_are_composed_with_100_in_a_round() -> None:
 @pytest.mark.parametrize(
     "topology, words",
     [
-        ("ring", "2 neighbours each; spectral gap 0.195"),  # (2 - sqrt 2) / 3
-        ({"name": "exponential", "one_peer": True}, "1 neighbours each; spectral gap 1 a step, over 3 of them"),
+        ("ring", "2 neighbours each, 16 messages a step; spectral gap 0.195"),  # (2 - sqrt 2) / 3
+        (
+            {"name": "exponential", "one_peer": True},
+            "1 neighbour each, 8 messages a step; spectral gap 1 a step, over 3 of them",
+        ),
         (
             {"name": "edges", "edges": [[0, i] for i in range(1, 8)]},
-            "1 to 7 neighbours, 1.8 on average; spectral gap 0.125",
+            "1 to 7 neighbours, 1.8 on average, 14 messages a step; spectral gap 0.125",
         ),
     ],
 )

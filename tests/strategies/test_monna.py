@@ -162,7 +162,7 @@ def test_the_rate_follows_its_schedule() -> None:
 @pytest.mark.parametrize("f, arrival", [(3, "all"), (2, "adversarial"), (2, "all")])
 def test_f_too_large_for_n_is_refused(f: int, arrival: Any) -> None:
     task = quadratic([1.0] * 4, [0.0] * 4, 1.0)
-    with pytest.raises(ValueError, match=f"f={f} is too large for peer 0, which hears 4 vectors"):
+    with pytest.raises(ValueError, match=f"f: {f} is too large for peer 0, which hears 4 vectors"):
         strategy = Monna(f=f, arrival=arrival, local=local_sgd(task, steps=1))
         strategy.check_fleet(build_fleet(task, strategy), task.x0)
 

@@ -116,7 +116,7 @@ def test_weights_and_a_file_may_be_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, settings, n, message",
     [
-        ("edges", {"edges": ((0, 1), (2, 3))}, 5, r"falls into 3 parts: \{0, 1\}, \{2, 3\}, \{4\}; add links"),
+        ("edges", {"edges": ((0, 1), (2, 3))}, 5, r"falls into 3 parts: \{0, 1\}, \{2, 3\}, \{4\}; give it more links"),
         ("edges", {"edges": ((0, 7),)}, 5, r"\[0, 7\] is no link between two of the 5 peers 0\.\.4"),
         ("edges", {"edges": ((0, 0),)}, 5, r"\[0, 0\] is no link"),
         ("edges", {"edges": ((0, 1), (1, 0))}, 2, "a link stands there twice"),
