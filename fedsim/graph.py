@@ -8,7 +8,7 @@ Letters: n peers, E pairs of one who hears and one who is heard, C peers of a st
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -190,6 +190,7 @@ class Topology(Protocol):
         ...
 
 
+@lru_cache(maxsize=2)
 def everybody(n: int) -> Graph:
     """The graph in which each of n peers hears every other, all alike."""
     peers, own = torch.arange(n).repeat(n), torch.arange(n)

@@ -12,15 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedsim.graph import Graph, everybody
 from fedsim.topology.base import Linked, both_ways
 
 
-@dataclass(frozen=True, kw_only=True)
-class Complete(Linked):
-    """Every peer hears every other."""
+@dataclass(frozen=True)
+class Complete:
+    """Every peer hears every other, and all count alike."""
 
-    def pairs(self, n: int, seed: int, turn: int) -> Tensor:
-        return both_ways(torch.triu_indices(n, n, 1))
+    def period(self, n: int) -> int:
+        return 1
+
+    def graph(self, n: int, seed: int, step: int) -> Graph:
+        return everybody(n)
 
 
 @dataclass(frozen=True, kw_only=True)
