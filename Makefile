@@ -75,6 +75,7 @@ bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.strategies
 	$(BIN)/python -m benchmarks.selection
+	$(BIN)/python -m benchmarks.peers
 	$(BIN)/python -m benchmarks.bench_aggregate
 	$(BIN)/python -m benchmarks.bench_compress
 	$(BIN)/python -m benchmarks.bench_private

@@ -45,6 +45,25 @@ class Attack(Protocol):
         ...
 
 
+class PeerAttack(Attack, Protocol):
+    """Frozen settings of an attack that tells every peer something else."""
+
+    def to_each(self, own: Tensor, mean: Tensor, weight: Tensor, streams: Streams, known: Knowledge) -> Tensor:
+        """What liars tell the honest peers that hear some of them.
+
+        Args:
+            own: [R, P], the peers' own vectors of this step.
+            mean: [R, P], the weighted mean of the honest vectors that each hears, its own among them.
+            weight: [R], of all liars in what each hears.
+            streams: of the peers, R rows.
+            known: see `Attack`.
+
+        Returns:
+            [R, P]: one vector for each peer, which all liars tell it.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class SignFlip:
     """Sends -mu; scaled, -mu H / b, which makes the mean of all zero.
@@ -217,6 +236,32 @@ class Silence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dissensus:
+    """Tells each peer x - epsilon sum_k W_k (x_k - x) / w: what would push it away from the honest ones it hears.
+
+    x is the peer's own vector, the sum is over its honest neighbours k, and w is what liars weigh in what it hears. The
+    more a few of them weigh, the less they need to say. He, Karimireddy, Jaggi. arXiv:2202.01545.
+
+    Args:
+        epsilon: 1 undoes what honest neighbours say, more drives them apart.
+    """
+
+    epsilon: float = 1.0
+    on_data: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.epsilon):
+            raise ValueError(f"dissensus.epsilon must be a finite factor, got {self.epsilon}")
+
+    def to_each(self, own: Tensor, mean: Tensor, weight: Tensor, streams: Streams, known: Knowledge) -> Tensor:
+        """See `PeerAttack`."""
+        return own - (self.epsilon * (1 - weight) / weight)[:, None] * (mean - own)
+
+    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
+        raise ValueError("dissensus tells each peer something else, and a server is one; take a strategy without one")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelFlip:
     """Trains on labels num_classes - 1 - y and sends what comes of it, as an honest client would."""
 
@@ -240,6 +285,7 @@ ATTACKS: dict[str, type] = {
     "ipm": InnerProduct,
     "alie": Alie,
     "mimic": Mimic,
+    "dissensus": Dissensus,
     "label_flip": LabelFlip,
     "gaussian": Gaussian,
     "infinity": Infinity,

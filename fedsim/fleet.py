@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.graph import Graph, Topology
 from fedsim.metrics import Metrics
 from fedsim.terms import Terms
 
-Arrival = Literal["all", "adversarial"]
 Late = Literal["drop", "keep"]
 Work = Callable[..., Mapping[str, Any]]
 """A method of the strategy: (cohort, **broadcast) -> {field: [C, ...], Terms, Exact or Packet}."""
@@ -204,28 +204,6 @@ class Replies:
         return torch.tensordot(weights.to(rows), rows, dims=1)
 
 
-@dataclass
-class Inbox:
-    """What peers sent to the clients of one stack.
-
-    Args:
-        fields: {name: [M, P]}, every vector sent, one stack for all receivers.
-        heard: [C, M] bool, which of them reached which client.
-        own: [C], each client's own row.
-    """
-
-    fields: dict[str, Tensor]
-    heard: Tensor
-    own: Tensor
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.fields[name]
-
-    def rows(self, index: Tensor) -> Inbox:
-        """That of some of these clients."""
-        return Inbox(self.fields, self.heard[index], self.own[index])
-
-
 class Fleet(Protocol):
     """Clients that can be given work and asked for replies."""
 
@@ -305,17 +283,26 @@ class Fleet(Protocol):
         """
         ...
 
+    def graph(self, topology: Topology) -> Graph:
+        """Who would hear whom among all clients in this round.
+
+        Raises:
+            ValueError: if that topology has no graph for so many.
+        """
+        ...
+
     def exchange(
-        self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
+        self, replies: Replies, work: Work, *, graph: Graph | None = None, missing: int = 0, **broadcast: Any
     ) -> Replies:
-        """Every client of `replies` reads the others' replies: `work(cohort, inbox, **broadcast)`.
+        """Every client of `replies` reads its neighbours' replies: `work(cohort, inbox, **broadcast)`.
 
         Args:
             replies: of an `ask` whose cost has `vectors_up=0`: they stay with the clients until now.
             work: the second half; its replies again stay with the clients.
-            arrival: `all`, everybody hears everybody; `adversarial`, `missing` honest vectors never reach a client,
-                which ones is drawn for every receiver, and every byzantine vector does.
-            missing: f, for `adversarial`.
+            graph: who hears whom of all clients; None for everybody. What a client does not hear because a neighbour
+                is not there adds to the weight of its own vector.
+            missing: honest vectors of its neighbours that never reach a client, which ones is drawn for each; every
+                byzantine vector does.
         """
         ...
 

@@ -1,6 +1,6 @@
 """A run's folder: whether it holds one, who may write there, and what is left in it: config.yaml (resolved, with
 versions), env.json, metrics.jsonl, summary.json, model.safetensors, model.best.safetensors, clients.jsonl,
-timeline.jsonl, split.npz, checkpoints/ and report.html.
+timeline.jsonl, split.npz, topology.npz (of peers), checkpoints/ and report.html.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from fedsim.loop import Experiment
 from fedsim.overrides import read_file
 from fedsim.params import Layout
 from fedsim.sinks import METRICS_FILE, encode_row
+from fedsim.strategies.peers import Peers
+from fedsim.topology import overview
 
 FILES = (
-    *("config.yaml", "env.json", "split.npz", "metrics.jsonl", "summary.json", MODEL_FILE, BEST_FILE),
+    *("config.yaml", "env.json", "split.npz", "topology.npz", "metrics.jsonl", "summary.json", MODEL_FILE, BEST_FILE),
     *("clients.jsonl", "timeline.jsonl", "report.html"),
 )
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
@@ -117,6 +119,8 @@ def write_inputs(folder: Path, composition: Composition) -> None:
         _write_environment(folder, composition.experiment.device)
     if not (folder / "split.npz").exists():
         _write_split(folder, composition)
+    if isinstance(composition.experiment.strategy, Peers):
+        _write_topology(folder, composition.experiment, composition.experiment.strategy)
 
 
 def write_config(path: Path, resolved: Mapping[str, Any]) -> None:
@@ -159,6 +163,15 @@ def _write_split(folder: Path, composition: Composition) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, counts=data.class_counts().cpu().numpy(), class_names=np.array(names))
     write_whole(folder / "split.npz", content.getvalue())
+
+
+def _write_topology(folder: Path, experiment: Experiment, strategy: Peers) -> None:
+    """The graph of the first step, and how fast peers agree, for the report's picture."""
+    n, content = len(experiment.fleet.clients), io.BytesIO()
+    graphs, gap = overview(strategy.topology, n, experiment.seed)
+    pairs = torch.stack([graphs[0].hearers, graphs[0].peers])[:, ~graphs[0].is_own]
+    np.savez_compressed(content, n=n, pairs=pairs.numpy(), gap=np.nan if gap is None else gap, steps=len(graphs))
+    write_whole(folder / "topology.npz", content.getvalue())
 
 
 def write_results(folder: Path, composition: Composition, x: Tensor, history: History, why: str) -> None:

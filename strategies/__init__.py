@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fedsim.strategies.apfl import APFL
 from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.bridge import Bridge
 from fedsim.strategies.centralised import Centralised
+from fedsim.strategies.clipped_gossip import ClippedGossip
 from fedsim.strategies.diana import Diana
 from fedsim.strategies.ditto import Ditto
 from fedsim.strategies.dsgd import DSGD
@@ -26,6 +28,7 @@ from fedsim.strategies.fedper import FedPer
 from fedsim.strategies.fedprox import FedProx
 from fedsim.strategies.fedrep import FedRep
 from fedsim.strategies.gradient_coding import GradientCoding
+from fedsim.strategies.gradient_tracking import GradientTracking
 from fedsim.strategies.m_sgc import MSGC
 from fedsim.strategies.marina import Marina
 from fedsim.strategies.masha1 import Masha1
@@ -72,11 +75,14 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedbuff": FedBuff,
     "fedbuff_stream": FedBuffStream,
     "dsgd": DSGD,
+    "gradient_tracking": GradientTracking,
     "monna": Monna,
     "ef21": EF21,
     "ef21_bc": EF21BC,
     "diana": Diana,
     "marina": Marina,
+    "clipped_gossip": ClippedGossip,
+    "bridge": Bridge,
     "extragradient": Extragradient,
     "optimistic_gradient": OptimisticGradient,
     "masha1": Masha1,

@@ -3,6 +3,7 @@
 Farhadkhani, Guerraoui, Gupta, Hoang, Pinot, Stephan. Robust Collaborative Learning with Linear Gradient Overhead.
 ICML 2023, arXiv:2209.10931, algorithm 1. What is mixed are models, after the local step. Each client starts from a
 copy of the common model (the authors' code lets all first steps act on one shared tensor).
+The paper's graph is complete; on another one each client does the same among those that it hears.
 
 Letters: n clients, f of them byzantine at most, P parameters; theta_i a client's model, m_i its momentum,
 h_i its model after the local step.
@@ -10,17 +11,19 @@ h_i its model after the local step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from fedsim.aggregate import nearest_neighbour_average
-from fedsim.clients.oracle import gradient
 from fedsim.cohort import Cohort
-from fedsim.fleet import Arrival, Fleet, Inbox
-from fedsim.strategies.peers import Peers, State, honest_mean
+from fedsim.config import ConfigError
+from fedsim.fleet import Fleet, Replies
+from fedsim.graph import Graph, Inbox
+from fedsim.strategies.peers import Peers
+from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +32,16 @@ class Monna(Peers):
 
     Args:
         beta: momentum, in [0, 1).
-        f: byzantine clients to survive.
-        arrival: all n vectors reach everybody, and n - f are averaged; adversarial, only n - f do, and n - 2f are.
+        f: byzantine clients to survive among those that a client hears, itself among them; n is their number.
+        arrival: all n vectors arrive, and n - f are averaged; adversarial, only n - f do, and n - 2f are.
     """
 
+    traits: ClassVar[Traits] = replace(
+        Peers.traits, needs_all="every client waits for nearly all of its neighbours in every step"
+    )
     beta: float = 0.99
     f: int = 0
-    arrival: Arrival = "all"
+    arrival: Literal["all", "adversarial"] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,22 +50,27 @@ class Monna(Peers):
         if self.f < 0:
             raise ValueError(f"f must not be negative, got {self.f}")
 
-    def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        if 2 * self.f >= (n := len(fleet.clients)):
-            raise ValueError(f"strategy.f={self.f} is too large for {n} clients: fewer than half may be byzantine")
-        half = fleet.ask(fleet.clients, self.half_step, cost=self.cost, x0=None if s.round else s.x)
-        out = fleet.exchange(half, self.mix, arrival=self.arrival, missing=self.f)
-        x, spread = honest_mean(fleet, out)
-        return State(x, s.round + 1), {"honest_spread": spread}
+    def check_graph(self, graph: Graph) -> None:
+        peer, fewest = int(graph.counts.argmin()), int(graph.counts.min())
+        if 2 * self.f >= fewest:
+            raise ConfigError(
+                f"strategy.f: {self.f} is too large for peer {peer}, which hears {fewest} vectors, "
+                "its own among them: fewer than half may be byzantine; lower f, or take a topology with more links"
+            )
+
+    def exchange(self, fleet: Fleet, half: Replies) -> Replies:
+        missing = self.f if self.arrival == "adversarial" else 0
+        return fleet.exchange(half, self.mix, graph=fleet.graph(self.topology), missing=missing)
 
     def half_step(self, clients: Cohort, x0: Tensor | None) -> dict[str, Tensor]:
-        theta = clients.memory["x"] if x0 is None else x0.expand(len(clients), -1)
-        (g,) = gradient(clients, theta, batch_size=self.local.schedule.batch_size)
+        theta = self.model(clients, x0)
+        g = self.gradient(clients, theta)
         clients.memory["m"] = m = self.beta * clients.memory["m"] + (1 - self.beta) * g
         return {"h": theta - self.rate(clients) * m}
 
     def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
-        own, n = inbox["h"][inbox.own], len(clients.task.num_examples)
-        keep = n - self.f if self.arrival == "all" else n - 2 * self.f
-        clients.memory["x"] = theta = nearest_neighbour_average(own, inbox["h"], inbox.heard, keep=keep)
+        n = self.counts(clients)
+        keep = n - (self.f if self.arrival == "all" else 2 * self.f)
+        keep = torch.where(n > 2 * self.f, keep, 1)  # on a graph drawn anew, who hears too few keeps its own
+        clients.memory["x"] = theta = nearest_neighbour_average(inbox.own("h"), inbox["h"], inbox.heard, keep)
         return {"x": theta}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fedsim.data.federated import FederatedData
 from fedsim.data.images import digits
 from fedsim.engine import build_engine
 from fedsim.engine.losses import LOSSES
+from fedsim.graph import Inbox
 from fedsim.loop import Experiment, Run
 from fedsim.memory import Memory, MemoryRows
 from fedsim.optim import build as build_optimizer
@@ -218,6 +219,11 @@ class Play:
 def play(task: Task, strategy: Any, rounds: int, **options: Any) -> Tensor:
     """[rounds, P]: the server's model after every round of a fresh run."""
     return Play.start(task, strategy, **options).path(rounds)
+
+
+def heard_sum(inbox: Inbox, name: str) -> Tensor:
+    """[C, P]: the plain sum of what each client heard."""
+    return replace(inbox.heard, weights=torch.ones_like(inbox.heard.weights)).mix(inbox[name])
 
 
 def watched(task: QuadraticTask) -> list[tuple[int, int, int]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate.base import finite_rows, numbers_at_once
+from fedsim.graph import Graph
 
 FAR = torch.finfo(torch.float64).max
 """The distance to a row with a NaN or an infinity: farther than any finite one, nearer than none at all (inf)."""
@@ -39,6 +40,26 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     known = ok_a[:, None] & ok_b
     _subtract_directly_(out, a, b, known & ~(out > _CANCELS * scale), same)
     return out.masked_fill_(~known, FAR)
+
+
+def distances_along(heard: Graph, pivot: Tensor, sent: Tensor) -> Tensor:
+    """|a_i - b_j|^2 for the pairs of a graph of C who hear some of M vectors sent.
+
+    Args:
+        heard: with E pairs.
+        pivot: [C, P], each one's own vector.
+        sent: [M, P].
+
+    Returns:
+        [E] float64; see `squared_distances`.
+    """
+    if heard.is_dense(len(sent)):
+        return squared_distances(pivot, sent)[heard.hearers, heard.peers]
+    out = torch.full(heard.peers.shape, FAR, dtype=torch.float64, device=sent.device)
+    for pairs in torch.arange(len(out), device=out.device).split(max(1, numbers_at_once(out.device) // sent.shape[1])):
+        a, b = pivot[heard.hearers[pairs]], sent[heard.peers[pairs]]
+        out[pairs] = (a.to(torch.float64) - b.to(torch.float64)).square().sum(1).nan_to_num(FAR, FAR)
+    return out
 
 
 def centred_products(v: Tensor) -> Tensor:

@@ -8,28 +8,28 @@ Letters: R or n rows, C pivots, M rows sent, P entries of a row, f rows that may
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedsim.aggregate.base import Robust, finite_rows, without_bad
-from fedsim.aggregate.distances import FAR, squared_distances
+from fedsim.aggregate.distances import FAR, distances_along, squared_distances
+from fedsim.graph import Graph, everybody
 
 
-def nearest_neighbour_average(pivot: Tensor, sent: Tensor, heard: Tensor, keep: int) -> Tensor:
+def nearest_neighbour_average(pivot: Tensor, sent: Tensor, heard: Graph, keep: int | Tensor) -> Tensor:
     """Average the `keep` heard vectors nearest to each pivot (MoNNA, NNA rule).
 
     A pivot that was sent and heard is at distance 0 from itself and counts as one of the `keep`. A vector with a NaN or
-    an infinity is the farthest of those heard; a pivot that must take one, or is one itself, gets NaN.
+    an infinity is the farthest of those heard; a pivot that must take one, or is one itself, gets nothing finite.
 
     Args:
         pivot: [C, P], each client's own vector.
         sent: [M, P], every vector sent, the clients' own among them.
-        heard: [C, M] bool, which of them reached which client.
-        keep: how many to average; ties go to the lower row.
+        heard: which of them reached which client.
+        keep: how many to average, perhaps for each client [C]; ties go to the lower row.
 
     Returns:
         [C, P].
@@ -37,18 +37,24 @@ def nearest_neighbour_average(pivot: Tensor, sent: Tensor, heard: Tensor, keep: 
     Raises:
         ValueError: if keep < 1 or some client heard fewer than `keep`.
 
-    >>> nearest_neighbour_average(torch.tensor([[0.]]), torch.tensor([[0.], [1.], [9.]]), torch.ones(1, 3).bool(), 2)
+    >>> heard = Graph(torch.tensor([0, 3]), torch.arange(3), torch.full((3,), 1 / 3), torch.tensor([0]))
+    >>> nearest_neighbour_average(torch.tensor([[0.]]), torch.tensor([[0.], [1.], [9.]]), heard, 2)
     tensor([[0.5000]])
     """
-    if keep < 1:
-        raise ValueError(f"keep={keep} must be at least 1: f is too large for the {sent.shape[0]} vectors sent")
-    fewest = int(heard.sum(dim=1).min()) if heard.numel() else 0
-    if fewest < keep:
-        raise ValueError(f"keep={keep} exceeds the {fewest} vectors a client heard; lower f or wait for more")
-    if keep == sent.shape[0]:  # everyone is kept: the plain mean, whatever the distances
-        return sent.mean(dim=0).expand_as(pivot).clone()
-    order = squared_distances(pivot, sent).masked_fill_(~heard, inf).argsort(dim=1, stable=True)[:, :keep]
-    return _average(sent, order, finite_rows(pivot))
+    keep = torch.as_tensor(keep, device=sent.device).expand(len(heard))
+    short = keep - heard.counts
+    if bool((short > 0).any()) or bool((keep < 1).any()):
+        at = int(torch.where(keep < 1, short + len(sent), short).argmax())
+        if int(keep[at]) < 1:
+            raise ValueError(f"keep={int(keep[at])} must be at least 1: f is too large for the vectors a client heard")
+        raise ValueError(
+            f"keep={int(keep[at])} exceeds the {int(heard.counts[at])} vectors a client heard; lower f or wait for more"
+        )
+    each, count = torch.ones_like(heard.weights), keep[:, None]
+    if not bool((short < 0).any()):  # everyone is kept: the plain mean, whatever the distances
+        return replace(heard, weights=each).mix(sent).div_(count)
+    near = heard.ranks(distances_along(heard, pivot, sent)) < keep[heard.hearers]
+    return heard.chosen(near, each).mix(sent).div_(count).masked_fill_(~finite_rows(pivot)[:, None], torch.nan)
 
 
 def _average(v: Tensor, chosen: Tensor, ok: Tensor | None = None) -> Tensor:
@@ -81,7 +87,7 @@ class NNA(Robust):
         self.check(n)
         if self.pivot >= n:
             raise ValueError(f"nna.pivot={self.pivot} is not one of the {n} rows 0..{n - 1}")
-        heard = torch.ones(1, n, dtype=torch.bool, device=v.device)
+        heard = everybody(n).rows(torch.tensor([self.pivot])).to(v.device)
         return nearest_neighbour_average(v[self.pivot : self.pivot + 1], v, heard, n - self.f)[0]
 
 

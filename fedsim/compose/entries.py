@@ -33,6 +33,7 @@ from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
 from fedsim.strategy import Strategy
 from fedsim.tasks.models import MODELS, as_module
+from fedsim.topology import TOPOLOGIES
 
 GIVEN: dict[str, tuple[str, ...]] = {
     "task": ("seed", "count", "clients", "device", "partition", "client_test"),
@@ -142,6 +143,7 @@ KINDS: Kinds = {
     "task": _from(TASKS, needs=GIVEN["task"]),
     "strategy": _strategy,
     "selection": _from(SELECTIONS),
+    "topology": _from(TOPOLOGIES),
     "partition": _from(PARTITIONS),
     "dataset": dataset,
     "loss": loss,

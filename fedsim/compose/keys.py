@@ -27,6 +27,7 @@ NEEDED = inspect.Parameter.empty
 PLACES = {
     "strategies": ("strategy", "strategy"),
     "selections": ("selection", "strategy.selection"),
+    "topologies": ("topology", "strategy.topology"),
     "optimizers": ("optimizer", "local.optimizer"),
     "schedules": ("schedule", "local.optimizer.schedule"),
     "aggregators": ("aggregator", "strategy.aggregator"),

@@ -38,7 +38,15 @@ from fedsim.compose.refusals import (
 )
 from fedsim.compose.sections import File
 from fedsim.compose.supervised import Samples
-from fedsim.compose.work import Work, absence_in_words, frozen_in_words, in_words, selection_in_words, work_of
+from fedsim.compose.work import (
+    Work,
+    absence_in_words,
+    frozen_in_words,
+    in_words,
+    selection_in_words,
+    topology_in_words,
+    work_of,
+)
 from fedsim.config import OBJECT, ConfigError, at, decode, naming
 from fedsim.data.federated import FederatedData
 from fedsim.engine import Plan
@@ -169,7 +177,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
                 fleet.check_possible(cost, strategy.deadline, x=x)
     words = in_words(work, plan, fleet.executor.stacks, task.layout, strategy.sent(task.layout), task.num_examples)
     words |= frozen_in_words(problem.module) if isinstance(problem, Samples) else {}
-    words |= selection_in_words(resolved["strategy"])
+    words |= selection_in_words(resolved["strategy"]) | topology_in_words(strategy, len(fleet.clients), file.seed)
     if fleet.absence.kills:
         words["absence"] = _absence(file, strategy, fleet, strategy.sent(task.layout).size)
     words |= {"client rows": ROWS_LIE[kept], "workers": workers, "device": str(device)}

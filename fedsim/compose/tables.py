@@ -23,6 +23,7 @@ from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
 from fedsim.tasks.metrics import METRICS
 from fedsim.tasks.models import MODELS
+from fedsim.topology import TOPOLOGIES
 
 SCHEDULES = {
     "constant": "The base learning rate, after the warm-up if there is one.",
@@ -54,6 +55,7 @@ CONFIGS = {
 TABLES: dict[str, Mapping[str, Any]] = {
     "strategies": STRATEGIES,
     "selections": SELECTIONS,
+    "topologies": TOPOLOGIES,
     "optimizers": RULES,
     "schedules": SCHEDULES,
     "aggregators": AGGREGATORS,

@@ -15,7 +15,9 @@ from fedsim.engine import Plan
 from fedsim.params import Layout, frozen_tensors
 from fedsim.sim.absence import Absence
 from fedsim.sim.executor import cut
+from fedsim.strategies.peers import Peers
 from fedsim.strategy import Strategy, fields_of
+from fedsim.topology import overview
 
 LOOKS, CLIENT_LOOKS = 200, 20_000_000  # moments at which a plan counts who is on line, and clients counted in all
 WORKERS = (2, 4, 8)  # of which a plan says what they would gain
@@ -130,6 +132,20 @@ def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, 
         "bits per round": f"{model_bits * work.cohort_size / 1e6:,.2f} Mbit down and as many up for every model-sized "
         "message",
     }
+
+
+def topology_in_words(strategy: Strategy, num_clients: int, seed: int) -> dict[str, str]:
+    """{"topology": how many neighbours peers have, and how fast they agree} of a strategy that has peers."""
+    if not isinstance(strategy, Peers):
+        return {}
+    graphs, gap = overview(strategy.topology, num_clients, seed)
+    degrees = torch.cat([graph.counts for graph in graphs]) - 1
+    few, most = int(degrees.min()), int(degrees.max())
+    mean = f"{few} to {most} neighbours, {float(degrees.double().mean()):.1f} on average"
+    links = f"{few} neighbour{'s' * (few != 1)} each" if few == most else mean
+    over = f" a step, over {len(graphs)} of them" if len(graphs) > 1 else ""
+    links = f"{links}, {int(degrees.sum()) // len(graphs):,} messages a step"
+    return {"topology": links if gap is None else f"{links}; spectral gap {gap:.3g}{over}"}
 
 
 def frozen_in_words(module: nn.Module) -> dict[str, str]:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import Packet
-from fedsim.fleet import Arrival, Cost, Fold, Held, Inbox, Late, Replies, Times, Work, weigh
+from fedsim.fleet import Cost, Fold, Held, Late, Replies, Times, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
 from fedsim.flower.mail import Flight, Landed, Letter, Mail
+from fedsim.graph import Graph, Inbox, everybody
 from fedsim.metrics import Metrics
 from fedsim.sim.account import Account, check_foldable, is_second_half
-from fedsim.sim.byzantine import who_hears
+from fedsim.sim.byzantine import held_back
 from fedsim.sim.events import Sent
 from fedsim.sim.executor import Gather, Results, cut, grouped
 from fedsim.sim.fleet import ONE_STEP
@@ -126,14 +127,15 @@ class FlowerFleet(Account):
         return self._collect(there, fold, None if weights is None else weights[came], count=counts)
 
     def exchange(
-        self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
+        self, replies: Replies, work: Work, *, graph: Graph | None = None, missing: int = 0, **broadcast: Any
     ) -> Replies:
         """Every client of `replies` is sent those of the others' vectors that reach it (see `Fleet.exchange`)."""
-        ids, n = replies.ids, len(replies)
+        ids = replies.ids
         numbers = self.job_counts[ids] - 1  # the second half of the job whose reply is exchanged
-        lost = missing if arrival == "adversarial" else 0
-        heard = who_hears(Streams(self._seed, ids, numbers), torch.arange(n), self.honest(ids), lost)
-        self._dispatch(ids, work, numbers, broadcast, Inbox(replies.fields, heard, torch.arange(n)), ANYTHING)
+        heard = everybody(len(ids)) if graph is None else graph.among(ids)
+        if missing:
+            heard = held_back(Streams(self._seed, ids, numbers), heard, self.honest(ids), missing)
+        self._dispatch(ids, work, numbers, broadcast, Inbox(replies.fields, heard), ANYTHING)
         return self._collect(self._in_time(ids, work, inf, None, "drop")[0], None, count=False)
 
     def job_times(self, cost: Cost, samples: int, messages: Tensor | None = None, **broadcast: Any) -> Times:

@@ -20,10 +20,10 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsim.fleet import Inbox
 from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.flower.door import Door, Form, Forms, Refused, question
+from fedsim.graph import Inbox
 from fedsim.sim.account import TOLERANCE, bits_of
 from fedsim.sim.events import Sent
 from fedsim.sim.executor import ClientError, Results

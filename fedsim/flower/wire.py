@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedsim.compress.error_feedback import Contractive
 from fedsim.compress.packet import Compressor, Packet
-from fedsim.fleet import Inbox
+from fedsim.graph import Graph, Inbox
 from fedsim.params import Layout
 from fedsim.sim.account import bits_of
 from fedsim.strategy import Strategy, compressors
@@ -169,10 +169,12 @@ def read(content: RecordDict, book: Book, longest: float = inf, keys: Container[
 
 def write_inbox(content: RecordDict, inbox: Inbox) -> int:
     """Add one client's inbox to its message: only the vectors that reach it travel; their bits."""
-    rows = torch.nonzero(inbox.heard[0]).flatten()
+    rows, total = inbox.heard.peers, len(next(iter(inbox.fields.values())))
     vectors = {k: v[rows] for k, v in inbox.fields.items()}
     content[INBOX] = ArrayRecord({k: raw_array(v) for k, v in vectors.items()})
-    content[HEARD] = ConfigRecord({"rows": rows.tolist(), "total": inbox.heard.shape[1], "own": int(inbox.own)})
+    content[HEARD] = ConfigRecord(
+        {"rows": rows.tolist(), "weights": inbox.heard.weights.tolist(), "total": total, "own": int(inbox.heard.own)}
+    )
     return sum(map(bits_of, vectors.values()))
 
 
@@ -190,9 +192,9 @@ def read_inbox(content: RecordDict) -> Inbox | None:
     for name, array in content[INBOX].items():
         vectors = _tensor(array)
         fields[name] = vectors.new_zeros(total, *vectors.shape[1:]).index_copy_(0, rows, vectors)
-    heard = torch.zeros(1, total, dtype=torch.bool)
-    heard[0, rows] = True
-    return Inbox(fields, heard, torch.tensor([int(about["own"])]))
+    weights = torch.tensor(about["weights"], dtype=torch.float64)
+    heard = Graph(torch.tensor([0, len(rows)]), rows, weights, torch.tensor([int(about["own"])]))
+    return Inbox(fields, heard)
 
 
 def raw_array(value: Tensor) -> Array:

@@ -139,6 +139,26 @@ def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_
     )
 
 
+def network(places: np.ndarray, pairs: np.ndarray, *, alt: str) -> str:
+    """Points and the lines between them, as SVG.
+
+    Args:
+        places: [n, 2] within -1 and 1.
+        pairs: [2, E] which points are linked.
+    """
+    width = PANEL[0]
+    x, y = _Scale(-1.1, 1.1, 0, width)(places[:, 0]), _Scale(-1.1, 1.1, width, 0)(places[:, 1])
+    lines = "".join(f"M{x[i]:.1f} {y[i]:.1f}L{x[j]:.1f} {y[j]:.1f}" for i, j in pairs.T)
+    points = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y, strict=True))  # as long as their round ends
+    size = float(np.clip(150 / len(places), 3, 8))
+    return _svg(
+        (width, width),
+        alt,
+        f'<path d="{lines}" stroke="var(--muted)" stroke-width="0.7"/>',
+        f'<path d="{points}" stroke="var(--c1)" stroke-width="{size:g}" stroke-linecap="round"/>',
+    )
+
+
 def timeline(
     jobs: Sequence[Sequence[tuple[float, float]]], steps: np.ndarray, *, end: float, x_label: str, alt: str
 ) -> str:

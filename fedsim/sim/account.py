@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.fleet import Fold, Held, Work
+from fedsim.graph import Graph, Topology
 from fedsim.metrics import Metrics
 from fedsim.sim.events import Sent
 from fedsim.sim.links import Copy, Downlink
@@ -83,6 +84,10 @@ class Account:
         if len(ids) < at_least and not self.sent:
             raise ValueError(f"{at_least} clients are needed at once, and there are {len(ids)}; raise clients.count")
         return ids
+
+    def graph(self, topology: Topology) -> Graph:
+        """Who would hear whom among all clients in this round."""
+        return topology.graph(len(self.clients), self._seed, self.round)
 
     def honest(self, ids: Tensor) -> Tensor:
         """[R] bool: all of them, as far as anybody knows."""

@@ -2,7 +2,7 @@
 
 An attack sees the vectors of the honest clients that arrive together with its own, which no real adversary could
 do better than; where none does, those that its clients would honestly have sent. It runs once for every
-vector-valued field of the replies.
+vector-valued field of the replies. An attack with a method `to_each` tells every receiver something else.
 
 Letters: R replies, H honest and b byzantine ones among them, P entries.
 """
@@ -10,12 +10,13 @@ Letters: R replies, H honest and b byzantine ones among them, P entries.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsim.graph import Graph
 from fedsim.streams import Streams
 
 
@@ -73,32 +74,56 @@ class Byzantine:
             out[name] = value
         return arrive, out
 
+    def tell(
+        self, ids: Tensor, fields: dict[str, Tensor], links: Graph, step: int
+    ) -> tuple[Tensor, dict[str, Tensor], Graph]:
+        """What peers hear in an exchange.
 
-def who_hears(streams: Streams, present: Tensor, good: Tensor, missing: int) -> Tensor:
-    """Which of M vectors sent reach which of R clients, when an adversary may hold back some.
+        Args:
+            ids: [R] clients.
+            fields: {name: [R, P]}, what each would honestly send.
+            links: who hears whom of them.
+            step: the server step.
+
+        Returns:
+            (who sends anything [R] bool, {name: [M, P]} with the lies, who hears which of these rows).
+        """
+        lies = getattr(self.attack, "to_each", None)
+        if lies is None:
+            arrive, sent = self.deliver(ids, fields, step)
+            if bool(arrive.all()):
+                return arrive, sent, links
+            return arrive, fields, links.without(~arrive[links.peers] & ~links.is_own)
+        good, out, n = self.honest(ids), dict(fields), len(ids)
+        told = ~good[links.peers] & good[links.hearers]
+        receivers, place = torch.unique(links.hearers[told], return_inverse=True)
+        here = links.rows(receivers)
+        honest = good[here.peers]
+        weight = 1.0 - here.weights.new_zeros(len(here)).index_add_(0, here.hearers[honest], here.weights[honest])
+        trusted = here.chosen(honest, here.weights / (1.0 - weight)[here.hearers])
+        streams = Streams(self.seed, ids[receivers], torch.full_like(receivers, step))
+        for name, value in fields.items():
+            if value.ndim > 1 and len(receivers):
+                known = self.known.setdefault(name, Knowledge())
+                known.step = step
+                mean = trusted.to(value.device).mix(value)
+                told_them = lies(value[receivers.to(value.device)], mean, weight.to(value), streams, known)
+                out[name] = torch.cat([value, told_them.to(value)])
+        peers = links.peers.clone()
+        peers[told] = n + place
+        return torch.ones(n, dtype=torch.bool), out, replace(links, peers=peers)
+
+
+def held_back(streams: Streams, heard: Graph, good: Tensor, missing: int) -> Graph:
+    """What still reaches clients when an adversary holds vectors back on their way.
 
     Args:
         streams: of the R clients.
-        present: [M] which of these clients sent the vectors.
-        good: [M] bool, whether they are honest.
+        heard: by each of them.
+        good: [R] bool, whether they are honest.
         missing: honest vectors that never reach a client, drawn for each; its own and the byzantine ones always do.
-
-    Returns:
-        [R, M] bool.
     """
-    heard = torch.ones(len(streams.clients), len(present), dtype=torch.bool)
-    if not missing:
-        return heard
-    own = present == torch.arange(len(heard))[:, None]
-    order = streams.uniform("arrival", len(present), dtype=torch.float64)
-    order[:, ~good] = 2.0
-    order[own] = 2.0
-    lost = order.argsort(dim=1, stable=True)[:, :missing]
-    return heard.scatter_(1, lost, False) | own | ~good
-
-
-def places(present: Tensor, n: int) -> Tensor:
-    """[n]: each client's row among the vectors present; -1 for one that sent none."""
-    out = torch.full((n,), -1)
-    out[present] = torch.arange(len(present))
-    return out
+    row = torch.arange(len(heard.peers)) - heard.start[heard.hearers]
+    drawn = streams.uniform("arrival", int(heard.counts.max()), dtype=torch.float64)[heard.hearers, row]
+    may_be = good[heard.peers.clamp(max=len(good) - 1)] & (heard.peers < len(good)) & ~heard.is_own
+    return heard.without(may_be & (heard.ranks(torch.where(may_be, drawn, 2.0)) < missing))

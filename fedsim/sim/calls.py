@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.fleet import Inbox, Work
+from fedsim.fleet import Work
+from fedsim.graph import Inbox
 from fedsim.memory import Memory
 from fedsim.sim.events import Event, Sent
 from fedsim.sim.executor import Executor, Gather, Jobs, Results

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import FLOAT_BITS, Packet
-from fedsim.fleet import Exact, Inbox
+from fedsim.fleet import Exact
+from fedsim.graph import Inbox
 from fedsim.memory import Kept, MemoryRows
 from fedsim.metrics import check_names
 from fedsim.parts import Parts, Place
@@ -33,6 +34,7 @@ from fedsim.task import Task
 from fedsim.terms import Terms
 
 Rows = dict[str, tuple[int, ...]]  # {field: shape of one client's row of it}
+MIXED = 8  # times as wide as others are stacks in which vectors are mixed
 MAX_GROUPS = 64  # groups of stacks in one call; part of what fixes the bits of a fold
 
 
@@ -58,7 +60,7 @@ class Jobs:
         weights: [R] to fold replies by, or None to keep them apart.
         round: the server step at which they run, from 0; messages count from 1, as metrics do.
         rounds: [R] the server step at which each was sent; `round` for all if left out.
-        inbox: of an exchange, what peers sent; heard is [R, M].
+        inbox: of an exchange, what peers sent; of R peers.
     """
 
     work: str
@@ -141,10 +143,19 @@ class Executor(ABC):
     """Runs jobs somewhere; the same jobs give the same bits wherever that is.
 
     Attributes:
+        runner: runs one stack.
+        width: clients of a stack at most.
         stacks: into so many a call is cut at least; set where it is known how many workers there are.
     """
 
+    runner: StackRunner
+    width: int
     stacks: int = 1
+
+    def cut(self, jobs: Jobs) -> list[Tensor]:
+        """Indices of each stack of a call; where peers mix vectors, and train nothing, stacks are wider."""
+        width = self.width if jobs.inbox is None else MIXED * self.width
+        return cut(self.runner.task.num_examples[jobs.ids], width, self.stacks)
 
     @abstractmethod
     def run(self, jobs: Jobs) -> Results:
@@ -253,7 +264,7 @@ class StackRunner:
             ClientError: if the client half raised, or broke the rules of the seam (see `fedsim.sim.seam`).
         """
         clients, numbers = torch.stack([jobs.ids, jobs.numbers]).to(self.device)  # in one transfer
-        broadcast, inbox = _broadcast(jobs, self.device), _inbox(jobs, self.device)
+        broadcast, inbox = _broadcast(jobs, self.device), jobs.inbox and jobs.inbox.to(self.device)
         cohort = Cohort(
             ids=jobs.ids,
             task=self.task,
@@ -305,14 +316,6 @@ def _broadcast(jobs: Jobs, device: torch.device) -> dict[str, Any]:
         k: torch.stack([torch.as_tensor(jobs.models[m][k]) for m in jobs.which.tolist()]).to(device)
         for k in jobs.models[0]
     }
-
-
-def _inbox(jobs: Jobs, device: torch.device) -> Inbox | None:
-    """The inbox with the vectors themselves, which may take much room, but so that writing to them is noticed."""
-    if jobs.inbox is None:
-        return None
-    box = jobs.inbox
-    return Inbox({k: v.to(device).data for k, v in box.fields.items()}, box.heard.to(device), box.own.to(device))
 
 
 class Gather:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import FLOAT_BITS, Packet
-from fedsim.fleet import Arrival, Cost, Fold, Held, Inbox, Late, Replies, Times, Work, weigh
+from fedsim.fleet import Cost, Fold, Held, Late, Replies, Times, Work, weigh
+from fedsim.graph import Graph, Inbox, everybody
 from fedsim.memory import Memory
 from fedsim.metrics import Metrics
 from fedsim.parts import Parts
 from fedsim.sim.absence import Absence, Ends
 from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable, is_second_half
-from fedsim.sim.byzantine import Byzantine, Knowledge, places, who_hears
+from fedsim.sim.byzantine import Byzantine, Knowledge, held_back
 from fedsim.sim.calls import Calls, of_those
 from fedsim.sim.devices import Devices
 from fedsim.sim.events import Event, EventQueue, rows_held
@@ -189,21 +190,22 @@ class SimFleet(Account):
             )
 
     def exchange(
-        self, replies: Replies, work: Work, *, arrival: Arrival = "all", missing: int = 0, **broadcast: Any
+        self, replies: Replies, work: Work, *, graph: Graph | None = None, missing: int = 0, **broadcast: Any
     ) -> Replies:
-        """Every client of `replies` reads the others' vectors (see `Fleet.exchange`); each sends n - 1 copies."""
+        """Every client reads its neighbours' vectors (see `Fleet.exchange`); each sends a copy to each of them."""
         ids, n = replies.ids, len(replies)
-        arrive, sent = torch.ones(n, dtype=torch.bool), dict(replies.fields)
+        links, sent = everybody(n) if graph is None else graph.among(ids), dict(replies.fields)
+        arrive, heard = torch.ones(n, dtype=torch.bool), links
         if self.byzantine is not None:
-            arrive, sent = self.byzantine.deliver(ids, sent, self.round)
-        present = torch.nonzero(arrive).flatten()
+            arrive, sent, heard = self.byzantine.tell(ids, sent, links, self.round)
         numbers = self.job_counts[ids] - 1  # the second half of the job whose reply is exchanged
         streams = Streams(self._seed, ids, numbers)
-        heard = who_hears(streams, present, self.honest(ids[present]), missing if arrival == "adversarial" else 0)
-        vector = FLOAT_BITS * sum(v[0].numel() for v in sent.values() if v.ndim > 1)
-        inbox = Inbox(sent, heard, places(present, n))
-        results = self._calls.run(self._calls.fresh(work, ids, numbers, broadcast, self.round, inbox))
-        up, down = torch.full((n,), vector * (n - 1)), vector * (len(present) - arrive.long())
+        if missing:
+            heard = held_back(streams, heard, self.honest(ids), missing)
+        vector = FLOAT_BITS * sum(v[0].numel() for v in replies.fields.values() if v.ndim > 1)
+        results = self._calls.run(self._calls.fresh(work, ids, numbers, broadcast, self.round, Inbox(sent, heard)))
+        travels = arrive[links.peers] & ~links.is_own
+        up, down = (vector * torch.bincount(who[travels], minlength=n) for who in (links.peers, links.hearers))
         self.ledger.bits_down += int(down.sum())
         self._observe(ids, arrive, results.metrics, up, count=False)
         seconds = self.timing.devices.seconds(streams, torch.zeros(n).double(), down.double(), up.double())

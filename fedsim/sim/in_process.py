@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim import pages
-from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, collect, cut, grouped
+from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, collect, grouped
 
 
 class InProcess(Executor):
@@ -35,7 +35,7 @@ class InProcess(Executor):
         )
 
     def run(self, jobs: Jobs) -> Results:
-        stacks = cut(self.runner.task.num_examples[jobs.ids], self.width, self.stacks)
+        stacks = self.cut(jobs)
         parts, groups = self.in_order(stacks, jobs), grouped(stacks)
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
         collect(gather, groups, parts)

@@ -14,7 +14,7 @@ import threading
 from torch import Tensor
 
 from fedsim.sim.collectives import Backend
-from fedsim.sim.executor import Executor, Jobs, Lost, Results, StackRunner, cut, grouped
+from fedsim.sim.executor import Executor, Jobs, Lost, Results, StackRunner, grouped
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.place import Place
 from fedsim.sim.shares import Share, broadcasts, run_share, share_out, together
@@ -64,7 +64,7 @@ class Ranks(Executor):
         """
         if not len(jobs.ids):
             return self._pool.run(jobs)
-        groups = grouped(cut(self.runner.task.num_examples[jobs.ids], self.width, self.stacks))
+        groups = grouped(self.cut(jobs))
         (_, mine), *others = whole = share_out(jobs, groups, self.costs[jobs.ids], self.group.size)
         self._between_calls = False
         for rank, (_, share) in enumerate(others, 1):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedsim.config import first_line
 from fedsim.sim.collectives import Collectives, backend_for
-from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, cut, grouped, shown
+from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, grouped, shown
 from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, pack
 from fedsim.sim.ray_plane import Plane
@@ -109,7 +109,7 @@ class RayExecutor(Executor):
             ClientError: a client half raised; its own exception is the cause.
             RuntimeError: one group, or every worker, was lost `ATTEMPTS` times in a row.
         """
-        groups = grouped(cut(self.runner.task.num_examples[jobs.ids], self.width, self.stacks))
+        groups = grouped(self.cut(jobs))
         if self._plane is not None and not self._plane.given_up and jobs.weights is not None and len(groups) > 1:
             self._runs += 1
             if (results := self._plane.run(jobs, groups, self._costs[jobs.ids], self._runs)) is not None:

@@ -24,6 +24,7 @@ from fedsim.strategies.selection import Among, Known, Selection
 from fedsim.streams import Streams
 from fedsim.task import Pool, Schedule, Session
 from fedsim.tasks.batches import BatchPlan, Samples
+from fedsim.topology.base import Linked, both_ways
 
 USED: set[str] = set()  # parts that were called, not only made
 
@@ -125,6 +126,27 @@ class Nothing:
     def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor:
         USED.add("Nothing")
         return honest.new_zeros(b, honest.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whispers(Nothing):
+    """Tells every peer its own vector back."""
+
+    def to_each(self, own: Tensor, mean: Tensor, weight: Tensor, streams: Streams, known: Knowledge) -> Tensor:
+        USED.add("Whispers")
+        return own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Star(Linked):
+    """One peer hears all others, and they hear it."""
+
+    centre: int = 0
+
+    def pairs(self, n: int, seed: int, turn: int) -> Tensor:
+        USED.add("Star")
+        others = torch.tensor([i for i in range(n) if i != self.centre])
+        return both_ways(torch.stack([torch.full_like(others, self.centre), others]))
 
 
 @dataclass(frozen=True, kw_only=True)

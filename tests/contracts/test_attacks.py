@@ -9,7 +9,8 @@ from fedsim.clients.byzantine import ATTACKS
 from fedsim.sim.byzantine import Knowledge
 from fedsim.streams import Streams
 
-ON_VECTORS = [name for name, cls in ATTACKS.items() if not cls.on_data]
+TO_EACH = [name for name, cls in ATTACKS.items() if hasattr(cls, "to_each")]  # every peer something else
+ON_VECTORS = [name for name, cls in ATTACKS.items() if not cls.on_data and name not in TO_EACH]
 
 
 def attack(name: str, honest: torch.Tensor, b: int) -> torch.Tensor | None:
@@ -36,6 +37,18 @@ def test_the_same_key_sends_the_same(name: str) -> None:
     first, again = attack(name, vectors(), 2), attack(name, vectors(), 2)
     assert (first is None) == (again is None)
     assert first is None or again is None or torch.equal(first.nan_to_num(), again.nan_to_num())
+
+
+@pytest.mark.parametrize("name", TO_EACH)
+def test_it_tells_each_peer_one_vector_and_a_server_nothing(name: str) -> None:
+    own, mean, weight = vectors(), vectors().flip(0), torch.linspace(0.1, 0.9, 5).double()
+    before = own.clone(), mean.clone()
+    streams = Streams(1, torch.arange(5), torch.zeros(5, dtype=torch.int64))
+    out = ATTACKS[name]().to_each(own, mean, weight, streams, Knowledge())
+    assert out.shape == own.shape and out.dtype == own.dtype
+    assert torch.equal(own, before[0]) and torch.equal(mean, before[1])
+    with pytest.raises(ValueError, match="take a strategy without one"):
+        attack(name, vectors(), 2)
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -75,6 +75,15 @@ def test_a_part_of_the_users_own_is_used_and_trains(kind: str, plain: list[dict[
     assert rows != plain or kind == "engine", "it was looked at, but the run is that without it"
 
 
+def test_peers_take_a_topology_and_lies_of_the_users_own() -> None:
+    USED.clear()
+    star = {"strategy": {"name": "dsgd", "topology": {"name": f"{HERE}:Star", "centre": 2}}}
+    lies = clients(byzantine={"attack": f"{HERE}:Whispers", "ids": [2]})
+    history = fedsim.run({**SMALL, "task": {"name": "quadratic", "dim": 3}, **star, **lies})
+    assert USED == {"Star", "Whispers"}
+    assert history.last("bits_up") == 3 * 2 * 5 * 3 * 32, "three rounds, five links both ways, three numbers each"
+
+
 def test_a_task_of_the_users_own_is_solved() -> None:
     slope = {"name": f"{HERE}:Slope", "slope": 3.0}
     whole = {"epochs": 1, "batch_size": "full", "optimizer": {"name": "sgd", "lr": 0.05}}

@@ -20,6 +20,7 @@ from fedsim.optim import build
 from fedsim.sim.byzantine import Byzantine
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.selection import SELECTIONS
+from fedsim.topology import TOPOLOGIES
 from tests.build import Clocks, Play, Rows, drawn, f_80, local_sgd, quadratic, rows_of, watched
 
 ROBUST = {"aggregator": "median", "server_optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.5}}
@@ -57,6 +58,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "ef21_bc": {},
     "diana": {"cohort_size": 4},
     "marina": {"p": 0.4},
+    "gradient_tracking": {},
+    "clipped_gossip": {"beta": 0.5, "f": 1, "topology": "ring"},
+    "bridge": {"aggregator": "median", "topology": "torus"},
+    "dsgd, redrawn and absent": {"topology": {"name": "random_regular", "degree": 3, "redraw": 2}},
+    "gradient_tracking, absent": {"topology": "torus"},
+    "monna, torus": {"beta": 0.5, "f": 1, "topology": "torus"},
     "extragradient": {"lr": 0.1},
     "optimistic_gradient": {"lr": 0.1},
     "masha1": {"lr": 0.1, "p": 0.4},
@@ -112,7 +119,7 @@ def _kind(name: str) -> str:
 
 OWN_LINKS = {"ef21": "top_k", "ef21_bc": "top_k", "diana": "rand_k", "marina": "rand_k"}  # these compress by themselves
 OWN_LINKS |= {"masha1": "rand_k", "masha2": "top_k"}
-PEERS = {"dsgd", "monna"}
+PEERS = {"dsgd", "monna", "gradient_tracking", "clipped_gossip", "bridge"}
 PERSONAL = {"fedbn", "fedper", "fedrep", "ditto", "pfedme", "apfl"}  # whose clients have models of their own
 CODING = {"uncoded", "gradient_coding", "sr_sgc", "m_sgc"}
 NO_LINKS = {*PEERS, *CODING, "feddyn", "fedasync"}  # whose messages nobody may compress
@@ -144,6 +151,9 @@ def _make(name: str, task: Any, **changes: Any) -> Any:
     given = {key: value for key, value in known.items() if key in signature(kind).parameters}
     if "aggregator" in ROWS[name]:
         given["aggregator"] = AGGREGATORS[ROWS[name]["aggregator"]]()
+    if "topology" in ROWS[name]:
+        _, graph, settings = named(TOPOLOGIES, ROWS[name]["topology"], "topology")
+        given["topology"] = TOPOLOGIES[graph](**settings)
     if "selection" in ROWS[name]:
         _, chooser, settings = named(SELECTIONS, ROWS[name]["selection"], "selection")
         given["selection"] = SELECTIONS[chooser](**settings)
@@ -264,7 +274,7 @@ def test_one_step_sees_the_minibatches_that_one_of_fedavg_would(name: str) -> No
 @every_strategy
 def test_clients_that_agree_on_the_solution_are_taken_there(name: str) -> None:
     task = quadratic([0.5, 0.8, 1.0, 1.2, 1.5, 2.0], [3.0] * 6, 0.0)
-    lr = 0.1 if _kind(name) in SLOW else 0.05 if _kind(name) in PEERS else 0.02
+    lr = 0.1 if _kind(name) in SLOW | PEERS else 0.02
     rate = {} if _kind(name) in NO_STEPS else {"local": local_sgd(task, lr, steps=5)}
     play = Play.start(task, _make(name, task, **rate), devices=Clocks((0.7,) * 6))
     while (play.path(20)[-5:] - 3.0).abs().max() > 1e-3:

@@ -25,6 +25,7 @@ from fedsim.sinks import JsonLines, TensorBoard
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.quadratic import QuadraticTask
 from fedsim.tasks.supervised import SupervisedTask
+from tests.composition import pair
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 BLOBS: dict[str, Any] = {
@@ -408,3 +409,23 @@ def test_one_million_clients_are_composed_with_100_in_a_round() -> None:
         assert torch.isfinite(state.x).all() and e.fleet.end_round().values()["num_clients"] == 100
     finally:
         composition.close()
+
+
+@pytest.mark.parametrize(
+    "topology, words",
+    [
+        ("ring", "2 neighbours each, 16 messages a step; spectral gap 0.195"),  # (2 - sqrt 2) / 3
+        (
+            {"name": "exponential", "one_peer": True},
+            "1 neighbour each, 8 messages a step; spectral gap 1 a step, over 3 of them",
+        ),
+        (
+            {"name": "edges", "edges": [[0, i] for i in range(1, 8)]},
+            "1 to 7 neighbours, 1.8 on average, 14 messages a step; spectral gap 0.125",
+        ),
+    ],
+)
+def test_the_plan_says_how_many_neighbours_peers_have_and_how_fast_they_agree(topology: Any, words: str) -> None:
+    composition = compose({**pair("dsgd", None), "strategy": {"name": "dsgd", "topology": topology}}, "file")
+    composition.close()
+    assert composition.plan["topology"] == words

@@ -17,7 +17,7 @@ from fedsim.strategies.dsgd import DSGD
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.monna import Monna
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.build import Play, drawn, local_sgd, play, quadratic
+from tests.build import Play, build_fleet, drawn, local_sgd, play, quadratic
 from tests.reference.peers import dsgd, monna
 from tests.strategies.tasks import noisy
 
@@ -54,7 +54,8 @@ def test_equals_its_twin_under_attack(arrival: Any, attack: Attack, lie: Callabl
 def test_dsgd_equals_its_twin() -> None:
     task, clients = noisy(steps=1)
     got = play(task, DSGD(local=local_sgd(task, 0.1, steps=1)), 10)
-    torch.testing.assert_close(got, dsgd(clients, task.x0, 10, lr=0.1), rtol=0, atol=1e-12)
+    expected = dsgd(clients, task.x0, 10, lr=0.1, weights=lambda t: torch.full((5, 5), 1 / 5, dtype=torch.float64))
+    torch.testing.assert_close(got, expected[:, 0], rtol=0, atol=1e-12)
 
 
 def test_without_faults_monna_is_dsgd_and_so_minibatch_sgd_with_n_workers() -> None:
@@ -161,8 +162,9 @@ def test_the_rate_follows_its_schedule() -> None:
 @pytest.mark.parametrize("f, arrival", [(3, "all"), (2, "adversarial"), (2, "all")])
 def test_f_too_large_for_n_is_refused(f: int, arrival: Any) -> None:
     task = quadratic([1.0] * 4, [0.0] * 4, 1.0)
-    with pytest.raises(ValueError, match=f"f={f} is too large for 4 clients"):
-        play(task, Monna(f=f, arrival=arrival, local=local_sgd(task, steps=1)), 1)
+    with pytest.raises(ValueError, match=f"f: {f} is too large for peer 0, which hears 4 vectors"):
+        strategy = Monna(f=f, arrival=arrival, local=local_sgd(task, steps=1))
+        strategy.check_fleet(build_fleet(task, strategy), task.x0)
 
 
 def test_a_local_rule_with_momentum_of_its_own_is_refused() -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fedsim.aggregate.distances import FAR, squared_distances
 from fedsim.aggregate.neighbours import nearest_neighbour_average
+from fedsim.graph import Graph
 
 
 def directly(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,13 @@ def test_no_finite_row_is_no_error() -> None:
     assert bool((squared_distances(v, v) == FAR).all())
 
 
+def hearing(heard: torch.Tensor) -> Graph:
+    """The graph of a matrix [C, M] bool of who heard whom."""
+    counts, peers = heard.sum(1), heard.nonzero()[:, 1]
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return Graph(start, peers, torch.ones(len(peers)).double(), torch.arange(len(heard)))
+
+
 def one_client(pivot, sent, heard, keep):  # type: ignore[no-untyped-def]
     """The rule in plain words, for one client."""
     ranked = sorted(
@@ -66,30 +74,30 @@ def test_it_equals_the_rule_client_by_client_ties_included(n: int, entries: int,
     heard = torch.rand(n, n, generator=g) < 0.7
     heard.fill_diagonal_(True)
     keep = data.draw(st.integers(1, int(heard.sum(dim=1).min())))
-    got = nearest_neighbour_average(sent, sent, heard, keep)
+    got = nearest_neighbour_average(sent, sent, hearing(heard), keep)
     for i in range(n):
         assert torch.allclose(got[i], one_client(sent[i], sent, heard[i], keep))
 
 
-def test_everyone_kept_is_exactly_the_plain_mean() -> None:
+def test_everyone_kept_is_the_plain_mean() -> None:
     sent = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
-    got = nearest_neighbour_average(sent[2:5], sent, torch.ones(3, 7, dtype=torch.bool), 7)
-    assert torch.equal(got, sent.mean(dim=0).expand(3, -1))
+    got = nearest_neighbour_average(sent[2:5], sent, hearing(torch.ones(3, 7).bool()), 7)
+    assert torch.allclose(got, sent.mean(dim=0).expand(3, -1), rtol=0, atol=1e-6)
 
 
 def test_a_vector_that_is_not_finite_is_kept_last() -> None:
     sent = torch.tensor([[0.0], [torch.nan], [1.0], [torch.inf], [5.0]])
-    everyone = torch.ones(1, 5, dtype=torch.bool)
+    everyone = hearing(torch.ones(1, 5).bool())
     assert nearest_neighbour_average(sent[:1], sent, everyone, 3).tolist() == [[2.0]]
     assert nearest_neighbour_average(sent[:1], sent, everyone, 4).isnan().all()
     assert nearest_neighbour_average(sent[1:2], sent, everyone, 2).isnan().all()
-    unheard = torch.tensor([[True, True, True, False, False]])
+    unheard = hearing(torch.tensor([[True, True, True, False, False]]))
     assert nearest_neighbour_average(sent[:1], sent, unheard, 2).tolist() == [[0.5]]
 
 
 def test_too_few_vectors_are_refused() -> None:
     sent = torch.zeros(4, 2)
-    heard = torch.tensor([[True, True, False, False]])
+    heard = hearing(torch.tensor([[True, True, False, False]]))
     with pytest.raises(ValueError, match="keep=3 exceeds the 2 vectors a client heard"):
         nearest_neighbour_average(sent[:1], sent, heard, 3)
     with pytest.raises(ValueError, match="keep=0"):
@@ -107,6 +115,6 @@ def test_mixing_contracts_within_the_stated_constants(n: int, f: int) -> None:
         spread = float((honest - honest.mean(0)).square().sum(1).mean())
         lie = (-honest.mean(0), honest.mean(0) + 1.5 * honest.std(0), honest[0] + 2 * sqrt(spread))[trial % 3]
         sent = torch.cat([honest, lie.expand(f, -1)])
-        mixed = nearest_neighbour_average(honest, sent, torch.ones(n - f, n, dtype=torch.bool), n - f)
+        mixed = nearest_neighbour_average(honest, sent, hearing(torch.ones(n - f, n).bool()), n - f)
         assert float((mixed - mixed.mean(0)).square().sum(1).mean()) <= alpha * spread
         assert float((mixed.mean(0) - honest.mean(0)).square().sum()) <= shift * spread

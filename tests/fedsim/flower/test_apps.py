@@ -111,7 +111,10 @@ CASES: dict[str, dict[str, Any]] = {
         **QUADRATIC,
         "strategy": {"name": "monna", "beta": 0.9, "f": 1, "arrival": "adversarial"},
     },
-    "dsgd": {**QUADRATIC, "strategy": {"name": "dsgd"}},
+    "dsgd": {**QUADRATIC, "strategy": {"name": "dsgd", "topology": {"name": "random_regular", "degree": 2}}},
+    "gradient_tracking": {**QUADRATIC, "strategy": {"name": "gradient_tracking", "topology": "ring"}},
+    "clipped_gossip": {**QUADRATIC, "strategy": {"name": "clipped_gossip", "f": 1, "topology": "ring"}},
+    "bridge": {**QUADRATIC, "strategy": {"name": "bridge", "topology": "ring"}},
     "masha1": {
         **SADDLE,
         "strategy": {"name": "masha1", "lr": 0.1, "p": 0.5, "compressor": RAND_K, "server_compressor": QSGD},
@@ -126,7 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sr_sgc": {**DESCENT, "strategy": {"name": "sr_sgc", "lr": 0.1, "B": 1, "W": 2, "lam": 3}},
     "m_sgc": {**DESCENT, "strategy": {"name": "m_sgc", "lr": 0.1, "B": 1, "W": 2, "lam": 2}},
 }
-RELAYED = ("monna", "dsgd")
+RELAYED = ("monna", "dsgd", "gradient_tracking", "clipped_gossip", "bridge")
 AGAIN = {"mime, compressed both ways": (3, 4), "stem": (N, 1)}  # clients and rounds in which what is held travels again
 
 
@@ -361,7 +364,7 @@ def test_an_experiment_may_come_as_text_and_be_overridden_by_run_and_node(tmp_pa
 
 def test_a_server_compressor_that_leaves_its_indices_out_is_refused() -> None:
     raw = experiment("masha1")
-    raw["strategy"] = {**raw["strategy"], "server_compressor": {**RAND_K, "shared_seed": True}}
+    raw["strategy"] = {**raw["strategy"], "lr": 0.05, "server_compressor": {**RAND_K, "shared_seed": True}}
     with pytest.raises(ValueError, match="set shared_seed: false"):
         rows_of(raw)
 

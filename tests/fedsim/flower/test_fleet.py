@@ -19,7 +19,7 @@ from fedsim.flower.door import Door
 from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail, connect
 from fedsim.sim.executor import ClientError, StackRunner
-from tests.build import quadratic
+from tests.build import heard_sum, quadratic
 from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock
 
 NUM = 4
@@ -46,7 +46,7 @@ class Halves:
         return {"n": n}
 
     def hear(self, clients: Cohort, inbox: Any) -> dict[str, Tensor]:
-        return {"sum": inbox.heard.to(inbox["v"]) @ inbox["v"], "own": inbox["v"][inbox.own]}
+        return {"sum": heard_sum(inbox, "v"), "own": inbox.own("v")}
 
     def score(self, clients: Cohort, x: Tensor) -> dict[str, Tensor]:
         return {"examples": clients.num_examples, "loss": x + clients.ids.to(x)}
@@ -269,7 +269,7 @@ def test_peers_hear_each_other_through_the_server() -> None:
     out = fleet.exchange(half, HALVES.hear)
     assert out["own"].tolist() == half["v"].tolist()
     assert out["sum"].tolist() == [[46.0]] * 4
-    some = fleet.exchange(half, HALVES.hear, arrival="adversarial", missing=1)
+    some = fleet.exchange(half, HALVES.hear, missing=1)
     lost = [46.0 - s for s in some["sum"].flatten().tolist()]
     assert all(10 <= v <= 13 and v != own for v, own in zip(lost, half["v"].flatten().tolist(), strict=True))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsim.clients.local_training import LocalTraining
 from fedsim.cohort import Cohort
-from fedsim.fleet import Inbox
+from fedsim.graph import Inbox
 from fedsim.terms import Terms
 
 
@@ -54,8 +54,9 @@ class Keepers:
         return {"v": v, "w": v}
 
     def heard(self, clients: Cohort, inbox: Inbox) -> dict[str, Any]:
-        v = inbox["v"][int(inbox.own.min()) : int(inbox.own.max()) + 1]
-        v = v if len(v) == len(clients) and bool((inbox.own.diff() == 1).all()) else inbox["v"][inbox.own]
+        own = inbox.heard.own
+        v = inbox["v"][int(own.min()) : int(own.max()) + 1]
+        v = v if len(v) == len(clients) and bool((own.diff() == 1).all()) else inbox.own("v")
         clients.memory["last"] = v
         return {"v": v}
 

@@ -11,15 +11,16 @@ from torch import Tensor
 from fedsim.aggregate import Mean
 from fedsim.clients.byzantine import Alie, InnerProduct, LabelFlip, Mimic, NotANumber, SignFlip, Silence
 from fedsim.cohort import Cohort
-from fedsim.fleet import Cost, Inbox
-from fedsim.sim.byzantine import Byzantine, who_hears
+from fedsim.fleet import Cost
+from fedsim.graph import Inbox, everybody
+from fedsim.sim.byzantine import Byzantine, held_back
 from fedsim.sim.fleet import SimFleet
 from fedsim.strategies.async_fedavg import AsyncFedAvg
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.streams import Streams
 from fedsim.tasks.models import logistic
-from tests.build import Clocks, Play, build_fleet, digits_task, drawn, local_sgd
+from tests.build import Clocks, Play, build_fleet, digits_task, drawn, heard_sum, local_sgd
 
 
 class Halves:
@@ -30,7 +31,7 @@ class Halves:
         return {"v": x * (clients.ids[:, None] + 1), "n": clients.ids.double()}
 
     def gather(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
-        return {"sum": inbox.heard.double() @ inbox["v"], "own": inbox["v"][inbox.own]}
+        return {"sum": heard_sum(inbox, "v"), "own": inbox.own("v")}
 
 
 HALVES = Halves()
@@ -130,7 +131,7 @@ def test_the_silent_send_nothing_in_an_exchange() -> None:
     half = fleet.ask(torch.arange(4), HALVES.send, cost=Cost(vectors_up=0), x=X)
     down = fleet.ledger.bits_down
     out = fleet.exchange(half, HALVES.gather)
-    assert out["sum"][:, 0].tolist() == [8, 8, 8, 8] and out["own"][[0, 2, 3], 0].tolist() == [1, 3, 4]
+    assert out["sum"][:, 0].tolist() == [8, 10, 8, 8] and out["own"][:, 0].tolist() == [1, 2, 3, 4]
     assert fleet.ledger.bits_up == 3 * 3 * 64
     assert fleet.ledger.bits_down - down == (3 * 2 + 3) * 64  # the silent one still hears the three others
 
@@ -141,9 +142,11 @@ def test_an_adversary_always_arrives_and_so_does_a_clients_own_vector() -> None:
     good[[2, 5]] = False
     ids = torch.arange(n)
     for job in range(20):
-        heard = who_hears(Streams(0, ids, torch.full_like(ids, job)), ids, good, f)
-        assert heard.sum(1).tolist() == [n - f] * n
-        assert bool(heard[:, ~good].all()) and bool(heard.diagonal().all())
+        graph = held_back(Streams(0, ids, torch.full_like(ids, job)), everybody(n), good, f)
+        assert graph.counts.tolist() == [n - f] * n
+        heard = graph.dense(n)
+        assert bool((heard[:, ~good] > 0).all()) and bool((heard.diagonal() > 0).all())
+        torch.testing.assert_close(heard.sum(1), torch.ones(n).double(), rtol=0, atol=1e-12)
 
 
 def test_knowledge_lasts_from_step_to_step_and_is_kept_apart_for_each_vector() -> None:

@@ -17,14 +17,15 @@ from fedsim.checkpoint import load, save
 from fedsim.cohort import Cohort
 from fedsim.compress.quantize import Natural
 from fedsim.compress.sparsify import TopK
-from fedsim.fleet import Cost, Held, Inbox
+from fedsim.fleet import Cost, Held
+from fedsim.graph import Inbox
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.devices import Constant, LogNormal
 from fedsim.sim.executor import ClientError
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.links import Downlink
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.build import Clocks, Counted, build_fleet, quadratic
+from tests.build import Clocks, Counted, build_fleet, heard_sum, quadratic
 from tests.reference.clients import stream
 
 X = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -58,7 +59,7 @@ class Halves:
 
     def gather(self, clients: Cohort, inbox: Inbox, scale: float) -> dict[str, Tensor]:
         """The sum of what was heard, and the client's own vector."""
-        return {"sum": scale * (inbox.heard.double() @ inbox["y"]), "own": inbox["y"][inbox.own]}
+        return {"sum": scale * heard_sum(inbox, "y"), "own": inbox.own("y")}
 
 
 HALVES = Halves()
@@ -505,7 +506,7 @@ def test_with_adversarial_arrival_every_client_misses_f_others_but_never_itself(
     missed = set()
     for _ in range(6):
         half = fleet.ask(fleet.clients, HALVES.plus, cost=Cost(vectors_up=0), x=torch.zeros(2).double())
-        out = fleet.exchange(half, HALVES.gather, arrival="adversarial", missing=1, scale=1.0)
+        out = fleet.exchange(half, HALVES.gather, missing=1, scale=1.0)
         lost = (28 - out["sum"][:, 0]).tolist()  # ids sum to 28; client 0 missed reads 28 as well
         assert all(value != i for i, value in enumerate(lost) if i)
         missed.add(tuple(lost))

@@ -1,0 +1,68 @@
+"""BRIDGE: decentralised gradient descent in which each client screens its neighbours' models by a robust rule.
+
+Fang, Yang, Bajwa. BRIDGE: Byzantine-resilient decentralized gradient descent. arXiv:1908.08649. Its variants are
+rules of the table: BRIDGE-T `trimmed_mean`, -M `median`, -K `krum`, -B `bulyan`; any other rule works as well. As in
+the paper models are screened first, and the gradient is that at the client's model of before.
+
+Letters: P parameters; w_i a client's model, g_i its gradient there, f byzantine vectors among those that it hears.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsim.aggregate import Aggregator, TooFewRows
+from fedsim.aggregate.coordinatewise import TrimmedMean
+from fedsim.cohort import Cohort
+from fedsim.config import ConfigError, FromTable
+from fedsim.graph import Graph, Inbox
+from fedsim.strategies.peers import Peers
+from fedsim.strategy import Traits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bridge(Peers):
+    """Each client takes its neighbours' models and its own through a robust rule, then a step; no server.
+
+    Args:
+        aggregator: the rule, of the vectors that a client hears, its own among them; each counts once.
+    """
+
+    aggregator: Annotated[Aggregator, FromTable("aggregator", {"name": "trimmed_mean", "f": 1})] = TrimmedMean(f=1)
+    traits: ClassVar[Traits] = replace(
+        Peers.traits,
+        refused={key: why for key, why in Peers.traits.refused.items() if key != "aggregator"},
+    )
+
+    def check_graph(self, graph: Graph) -> None:
+        for count in torch.unique(graph.counts).tolist():
+            try:
+                self.aggregator(torch.arange(count, dtype=torch.float32)[:, None], torch.ones(count))
+            except ValueError as e:
+                peer = int((graph.counts == count).nonzero()[0])
+                raise ConfigError(
+                    f"strategy.aggregator: does not fit the {count} vectors that peer {peer} hears, its own among "
+                    f"them: {e}"
+                ) from e
+
+    def half_step(self, clients: Cohort, x0: Tensor | None) -> dict[str, Tensor]:
+        w = self.model(clients, x0)
+        clients.memory["g"] = self.gradient(clients, w)
+        return {"w": w}
+
+    def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
+        rows, own = inbox.heard.peers.split(inbox.heard.counts.tolist()), inbox.own("w")
+        y = torch.stack([self.screened(inbox["w"][heard], w) for heard, w in zip(rows, own, strict=True)])
+        clients.memory["x"] = w = y - self.rate(clients) * clients.memory["g"]
+        return {"x": w}
+
+    def screened(self, v: Tensor, own: Tensor) -> Tensor:
+        """[P]: what the rule makes of the vectors [R, P] that one client heard; its own [P] if they are too few."""
+        try:
+            return self.aggregator(v, torch.ones(len(v), device=v.device))
+        except TooFewRows:
+            return own
