@@ -96,7 +96,7 @@ class LoopEngine(Engine):
         if not torch.equal(before, torch.get_rng_state()):
             warnings.warn(
                 f"{type(self.module).__name__} draws random numbers that are not keyed by client and step, so a run "
-                "with it cannot be repeated exactly; use nn.Dropout layers in place of functional dropout",
+                "with it cannot be repeated exactly; use dropout in place of other noise",
                 stacklevel=4,
             )
         self._knows_noise = True

@@ -1,4 +1,4 @@
-"""Stacked normalisation layers, each by autograd on itself alone.
+"""Stacked normalisation layers, LayerNorm by hand and the others by autograd on themselves alone.
 
 BatchNorm's statistics are weighted, so that padding counts for nothing, and its running statistics are written to
 each client's own buffers as torch does: momentum, the unbiased variance, the number of batches.
@@ -8,13 +8,15 @@ Letters: C clients, B samples, Ch channels, S positions (pixels) of a sample.
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim.engine.ops import Bound, Local, Spec, by_client
+from fedsim.engine.factors import Small, given
+from fedsim.engine.ops import Bound, Local, Spec, aten, by_client
 
 
 class GroupNorm(Local):
@@ -22,45 +24,58 @@ class GroupNorm(Local):
 
     def compute(self, *tensors: Tensor) -> Tensor:
         x, *affine = tensors
-        layer = self.spec.layer
-        assert isinstance(layer, nn.GroupNorm)
+        groups, eps = self.spec.settings["num_groups"], self.spec.settings["eps"]
         self.x = x.detach()
         if not self.bound.lead:
             # channels last, this layer would take several times as long on a CPU
-            return F.group_norm(x.contiguous(), layer.num_groups, *_pair(affine), layer.eps)
-        y = F.group_norm(x.flatten(0, 1), layer.num_groups, eps=layer.eps).unflatten(0, x.shape[:2])
+            return F.group_norm(x.contiguous(), groups, *_pair(affine), eps)
+        y = F.group_norm(x.flatten(0, 1), groups, eps=eps).unflatten(0, x.shape[:2])
         return _affine(y, affine, (1, -1, *(1 for _ in x.shape[3:])))
 
     def each(self, i: int, dy: Tensor) -> Tensor:
-        layer, lead = self.spec.layer, self.bound.lead
-        assert isinstance(layer, nn.GroupNorm)
+        settings, lead = self.spec.settings, self.bound.lead
         if i == 0:  # the scale
-            y = F.group_norm(self.x.flatten(0, lead).contiguous(), layer.num_groups, eps=layer.eps)
+            y = F.group_norm(self.x.flatten(0, lead).contiguous(), settings["num_groups"], eps=settings["eps"])
             dy = dy * y.view(dy.shape)
         return by_client(dy, lead).flatten(3).sum(3)
 
 
-class LayerNorm(Local):
-    """Over the last axes of one sample."""
+class LayerNorm:
+    """Over the last axes of one sample, by torch's kernel; on a stack that gets no scales, as it has one for all."""
 
-    def compute(self, *tensors: Tensor) -> Tensor:
-        x, *affine = tensors
-        layer = self.spec.layer
-        assert isinstance(layer, nn.LayerNorm)
-        self.x = x.detach()
-        if not self.bound.lead:
-            return F.layer_norm(x, layer.normalized_shape, *_pair(affine), layer.eps)
-        y = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-        between = x.ndim - 1 - len(layer.normalized_shape)
-        return _affine(y, affine, (*(1 for _ in range(between)), *layer.normalized_shape))
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        self.spec, self.bound, self.lead = spec, bound, bound.lead
+        self.shape, self.eps = list(spec.settings["normalized_shape"]), spec.settings["eps"]
+        self.affine = [bound.views[name] for name in spec.params]
+        self.within = (None, None) if self.lead else _pair(self.affine)
+        between = (1,) * (len(spec.shape) + 1 - len(self.shape))  # axes of samples and positions
+        self.behind = _pair([p.unflatten(0, (-1, *between)) for p in self.affine]) if self.lead else (None, None)
+        self.over = tuple(range(self.lead, self.lead + len(between)))
 
-    def each(self, i: int, dy: Tensor) -> Tensor:
-        layer = self.spec.layer
-        assert isinstance(layer, nn.LayerNorm)
-        if i == 0:  # the scale
-            dy = dy * F.layer_norm(self.x, layer.normalized_shape, eps=layer.eps)
-        dy = by_client(dy, self.bound.lead)
-        return dy.reshape(*dy.shape[:2], -1, *layer.normalized_shape).sum(2)
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x
+        self.y, *self.moments = aten.native_layer_norm.default(x, self.shape, *self.within, self.eps)
+        scale, shift = self.behind
+        if scale is None:
+            return self.y
+        return self.y * scale if shift is None else torch.addcmul(shift, self.y, scale)
+
+    def backward(self, dy: Tensor) -> tuple[Tensor | None]:
+        rest, wanted = (self.x, self.shape, *self.moments, *self.within), [self.spec.needs[0], not self.lead]
+        scale, y = self.behind[0], self.y
+        dn = dy if scale is None else dy * scale
+        dx, *found = aten.native_layer_norm_backward.default(dn, *rest, [*wanted, wanted[1] and len(self.affine) > 1])
+        totals = [lambda: (dy * y).sum(self.over), lambda: dy.sum(self.over)] if self.lead else map(given, found)
+        for i, (name, total) in enumerate(zip(self.spec.params, totals, strict=False)):
+            self.bound.sink.take(name, Small(total, partial(self._each, i, dy, self.x)))
+        return (dx,)
+
+    def _each(self, i: int, dy: Tensor, x: Tensor) -> Tensor:
+        """[C, B, *] gradients of samples by the scale or the shift."""
+        if i == 0:
+            dy = dy * F.layer_norm(x, self.shape, eps=self.eps)
+        dy = by_client(dy, self.lead)
+        return dy.reshape(*dy.shape[:2], -1, *self.shape).sum(2)
 
 
 class BatchNorm(Local):

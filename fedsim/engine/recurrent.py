@@ -15,12 +15,6 @@ from fedsim.engine.factors import Outer, Small
 from fedsim.engine.ops import Bound, Spec, by_client
 
 
-def lstm_params(layer: nn.LSTM, name: str) -> tuple[str, ...]:
-    """Names of a layer's tensors: w_ih, w_hh and, with a bias, b_ih, b_hh of each of its layers in turn."""
-    parts = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if layer.bias else ("weight_ih", "weight_hh")
-    return tuple(f"{name}.{part}_l{i}" for i in range(layer.num_layers) for part in parts)
-
-
 class LSTM:
     """nn.LSTM from zero states, batch first: [.., B, T, E] -> [.., B, T, H]. Its final states are not to be read."""
 
