@@ -99,7 +99,11 @@ def _call_whole(module: nn.Module) -> None:
     def forward_of(layer: nn.Module) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             made = handle_torch_function(call_layer, args[:1], layer, *args, **kwargs)
-            return (made, (None, None)) if isinstance(layer, nn.LSTM | nn.GRU) else made
+            if not isinstance(layer, nn.LSTM | nn.GRU):
+                return made
+            # of one layer the last output is the final state; others are not known here
+            last = made.select(int(layer.batch_first), -1).unsqueeze(0) if layer.num_layers == 1 else None
+            return (made, last) if isinstance(layer, nn.GRU) else (made, (last, None))
 
         return forward
 

@@ -18,7 +18,7 @@ from fedsim.engine.images import Conv2d, MaxPool2d, padding_of, pair
 from fedsim.engine.noise import DROPOUTS, FUNCTIONAL, KeyedDropout, dropout_of
 from fedsim.engine.norms import BatchNorm, GroupNorm, LayerNorm
 from fedsim.engine.ops import Add, Dropout, Embedding, Linear, Op, ReLU, Reshape
-from fedsim.engine.recurrent import LSTM
+from fedsim.engine.recurrent import GRU, LSTM
 
 IN_FRONT = Place()
 
@@ -183,13 +183,13 @@ def _batch_norm(asked: Asked, input: Ref) -> Row | None:
 
 def _recurrent(asked: Asked, input: Ref) -> Row | None:
     layer = asked.call.layer
-    assert isinstance(layer, nn.LSTM)
+    assert isinstance(layer, nn.LSTM | nn.GRU)
     if layer.bidirectional or layer.proj_size or (layer.dropout and layer.num_layers > 1):
         return None
     # a slot has the samples in front in any case, and then the positions
     if asked.of(input).place != Place(0 if layer.batch_first else 1) or len(asked.of(input).shape) != 3:
         return None
-    return Row(LSTM, (input,), _names(asked))
+    return Row(LSTM if isinstance(layer, nn.LSTM) else GRU, (input,), _names(asked))
 
 
 def _names(asked: Asked) -> tuple[str, ...]:
@@ -224,4 +224,5 @@ LAYERS: dict[type[nn.Module], Callable[..., Row | None]] = {
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
     nn.LSTM: _recurrent,
+    nn.GRU: _recurrent,
 }

@@ -99,7 +99,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     ),
     "multihead": multihead(lambda m, x: m.attn(x, x, x)[0], batch_first=True),
     "multihead, dropout": multihead(lambda m, x: m.attn(x, x, x)[0], batch_first=True, dropout=0.4),
-    "multihead, positions first": multihead(lambda m, x: m.attn(*3 * [x.mT.mT.transpose(0, 1)])[0].transpose(0, 1)),
+    "multihead, positions first": multihead(lambda m, x: m.attn(*3 * [x.transpose(0, 1)])[0].transpose(0, 1)),
     "multihead, masks": multihead(
         lambda m, x: m.attn(x, x, x, key_padding_mask=x[..., 0] > 9, attn_mask=CAUSAL, need_weights=False)[0],
         batch_first=True,
@@ -149,6 +149,14 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     ),
     "weights of a function": of(lambda m, x: F.linear(x, F.normalize(m.w)) @ m.w.tril(), w=lambda: torch.eye(E) + 0.1),
     "a convolution along positions": of(lambda m, x: m.conv(x.mT).mT, conv=lambda: nn.Conv1d(E, E, 3, padding=1)),
+    "gru": of(lambda m, x: m.gru(x)[0], gru=lambda: nn.GRU(E, E, 2, batch_first=True)),
+    "gru, its last state": of(lambda m, x: m.gru(x)[1].transpose(0, 1), gru=lambda: nn.GRU(E, E, batch_first=True)),
+    "gru, positions first, no bias": of(
+        lambda m, x: m.gru(x.transpose(0, 1))[0].transpose(0, 1), gru=lambda: nn.GRU(E, E, bias=False)
+    ),
+    "lstm, positions first": of(
+        lambda m, x: m.lstm(x.transpose(0, 1))[0].transpose(0, 1), lstm=lambda: nn.LSTM(E, E, 2)
+    ),
     "tied weights": of(lambda m, x: F.linear(F.linear(x, m.embed.weight), m.embed.weight.mT)),
     "in place": of(scaled_in_place, fc=lambda: nn.Linear(E, E)),
     "no gradient": of(lambda m, x: m.fc(x) * m.fc(x).detach().sigmoid(), fc=lambda: nn.Linear(E, E)),
