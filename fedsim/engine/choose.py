@@ -31,7 +31,7 @@ LOW_RANK_BYTES = 8 * 2**20  # of layer inputs and output gradients in one stack 
 MAX_WIDTH_LOW_RANK = 64
 MANY_ROWS = 256  # of a minibatch in a linear layer: from here on a step costs far more than reading the weights
 WIDE_STACK_BYTES = 16 * 2**20  # of parameters where products have so many rows
-MAX_WIDTH_MANY_ROWS = 8  # as activations leave the caches beyond
+STACK_ROWS = 3200  # of a stack in such a product: with more of them activations leave the caches
 GPU_SHARE = 0.5  # of a GPU's memory for one stack; the rest is for data, evaluation and torch itself
 GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, direction, two of an optimizer
 MAX_WIDTH_CPU = 16  # from 8 clients on the cost of a call no longer shows, and more stacks keep more cores busy
@@ -184,9 +184,10 @@ def _width(
         return 1, "on a CPU convolutions are fastest one client at a time"
     each = 4 * layout.size
     tape, unknown = _tape(module, sample) if engine == "stacked" and sample is not None else (None, "")
-    many_rows = tape is not None and batch_size * _positions(tape) >= MANY_ROWS
-    most_bytes, most = (WIDE_STACK_BYTES, MAX_WIDTH_MANY_ROWS) if many_rows else (STACK_BYTES, MAX_WIDTH_CPU)
-    width = min(max(1, most_bytes // each), most)
+    rows = 1 if tape is None else batch_size * _positions(tape)
+    many_rows = rows >= MANY_ROWS
+    most_bytes, most = (WIDE_STACK_BYTES, STACK_ROWS // rows) if many_rows else (STACK_BYTES, MAX_WIDTH_CPU)
+    width = max(1, min(most_bytes // each, most))
     if unknown and width < MIN_WIDTH_VMAP:
         return 1, f"without a tape ({unknown}) one client at a time is fastest"
     how = f"; under torch.func.vmap, without a tape ({unknown})" if unknown else ""
