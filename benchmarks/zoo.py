@@ -44,6 +44,47 @@ class ViT(nn.Module):
         return self.head(self.blocks(x).mean(1))
 
 
+class Attentive(nn.Module):
+    """Tokens and their positions through torch's own attention, and a logit for each position and token."""
+
+    def __init__(self, width: int, body: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(80, width), nn.Embedding(80, width)
+        self.body, self.head = body, nn.Linear(width, 80)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.places(torch.arange(x.shape[1], device=x.device))
+        return self.head(self.body(x))
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention of a sequence to itself, as most people call it: it averages its weights as well."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x + super().forward(x, x, x)[0]
+
+
+class GRU(nn.Module):
+    """Characters [B, T] -> logits [B, T, V]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(80, 8), nn.Linear(width, 80)
+        self.gru = nn.GRU(8, width, num_layers=2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(self.embed(x))[0])
+
+
+def _encoder(width: int) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+    return Attentive(width, nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+
+
+def _attention(width: int) -> nn.Module:
+    return Attentive(width, SelfAttention(width, 4, batch_first=True))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model on samples of some shape, and its batch size."""
@@ -69,6 +110,10 @@ CASES = {
     "transformer 128": _zoo("transformer", TOKENS, 10, width=128),
     "vit 64": Case(partial(ViT, 64), IMAGES),
     "vit 128": Case(partial(ViT, 128), IMAGES),
+    "nn encoder 64": Case(partial(_encoder, 64), TOKENS, 10),
+    "nn encoder 128": Case(partial(_encoder, 128), TOKENS, 10),
+    "nn attention 64": Case(partial(_attention, 64), TOKENS, 10),
+    "gru 128": Case(partial(GRU, 128), TOKENS, 10),
 }
 
 

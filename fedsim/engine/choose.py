@@ -10,22 +10,28 @@ Letters: C clients in a stack (its width), B samples of a minibatch, P entries o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fedsim.engine.calls import Unsupported
 from fedsim.engine.losses import Loss, cross_entropy
 from fedsim.engine.low_rank import chain_of
 from fedsim.engine.native import suits
 from fedsim.engine.noise import keyed_copy
+from fedsim.engine.ops import Linear
 from fedsim.engine.precision import check_precision
-from fedsim.engine.tape import Unsupported, trace
+from fedsim.engine.tape import Tape, trace
 from fedsim.params import Layout
 from fedsim.trees import Tree, tensors
 
 STACK_BYTES = 4 * 2**20  # of parameters: stacks this small stay in a core's caches from step to step
 LOW_RANK_BYTES = 8 * 2**20  # of layer inputs and output gradients in one stack of low-rank changes
 MAX_WIDTH_LOW_RANK = 64
+MANY_ROWS = 256  # of a minibatch in a linear layer: from here on a step costs far more than reading the weights
+WIDE_STACK_BYTES = 16 * 2**20  # of parameters where products have so many rows
+STACK_ROWS = 3200  # of a stack in such a product: with more of them activations leave the caches
 GPU_SHARE = 0.5  # of a GPU's memory for one stack; the rest is for data, evaluation and torch itself
 GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, direction, two of an optimizer
 MAX_WIDTH_CPU = 16  # from 8 clients on the cost of a call no longer shows, and more stacks keep more cores busy
@@ -177,17 +183,33 @@ def _width(
     if any(m.weight.requires_grad for m in images):
         return 1, "on a CPU convolutions are fastest one client at a time"
     each = 4 * layout.size
-    width = min(max(1, STACK_BYTES // each), MAX_WIDTH_CPU)
-    if width < MIN_WIDTH_VMAP and engine == "stacked" and sample is not None:
-        try:
-            if not isinstance(sample, Tensor):
-                raise Unsupported("samples are dictionaries")
-            trace(keyed_copy(module), sample)
-        except Unsupported as unknown:
-            return 1, f"without a stacked form of every layer ({unknown}) one client at a time is fastest"
+    tape, unknown = _tape(module, sample) if engine == "stacked" and sample is not None else (None, "")
+    rows = 1 if tape is None else batch_size * _positions(tape)
+    many_rows = rows >= MANY_ROWS
+    most_bytes, most = (WIDE_STACK_BYTES, STACK_ROWS // rows) if many_rows else (STACK_BYTES, MAX_WIDTH_CPU)
+    width = max(1, min(most_bytes // each, most))
+    if unknown and width < MIN_WIDTH_VMAP:
+        return 1, f"without a tape ({unknown}) one client at a time is fastest"
+    how = f"; under torch.func.vmap, without a tape ({unknown})" if unknown else ""
+    size = f"({width * each / 2**20:.1f} MiB)"
     if width == 1:
-        return 1, f"one client's parameters ({each / 2**20:.1f} MiB) fill a core's caches"
-    return width, f"{width} clients' parameters ({width * each / 2**20:.1f} MiB) stay in a core's caches between steps"
+        return 1, f"one client's parameters {size} fill a core's caches{how}"
+    if many_rows:
+        return width, f"{width} clients' parameters {size} are read once for the many rows of every product{how}"
+    return width, f"{width} clients' parameters {size} stay in a core's caches between steps{how}"
+
+
+def _tape(module: nn.Module, sample: Tree) -> tuple[Tape | None, str]:
+    """(the tape, or None and why there is none)."""
+    try:
+        return trace(keyed_copy(module), sample), ""
+    except Unsupported as unknown:
+        return None, str(unknown)
+
+
+def _positions(tape: Tape) -> int:
+    """Rows of a sample in the products of linear layers, at most."""
+    return max((prod(spec.shape[:-1]) for spec in tape.specs if spec.make is Linear), default=1)
 
 
 def _even(num_clients: int, width: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from fedsim.engine.noise import keyed_copy
+from fedsim.engine.noise import FUNCTIONAL, KeyedFunctions, keyed_copy
 from fedsim.params import Layout, moving_buffers, program_of
 from fedsim.trees import Tree
 
@@ -80,10 +81,14 @@ class Tensors:
 
 
 def called(module: nn.Module, tensors: dict[str, Tensor], inputs: Tree) -> Any:
-    """What a module gives for inputs [B, ...], with other tensors in place of its own; a dictionary gives keywords."""
-    if isinstance(inputs, Tensor):
-        return functional_call(module, tensors, (inputs,))
-    return functional_call(module, tensors, (), inputs)
+    """What a module gives for inputs [B, ...], with other tensors in place of its own; a dictionary gives keywords.
+
+    A key among the tensors (`dropout_keys`) is taken out of them, and functional dropout keyed by it.
+    """
+    key = tensors.pop(FUNCTIONAL, None)
+    args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
+    with nullcontext() if key is None else KeyedFunctions(key):
+        return functional_call(module, tensors, args, kwargs)
 
 
 def outputs_of(module: nn.Module, tensors: dict[str, Tensor], inputs: Tree) -> Tensor:

@@ -9,11 +9,11 @@ Letters: C clients, B samples, Ch and O channels in and out, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedsim.engine.factors import CHUNK, Small, outer_square_norms
@@ -30,18 +30,18 @@ class Conv2d:
     """
 
     def __init__(self, spec: Spec, bound: Bound) -> None:
-        layer = spec.layer
-        assert isinstance(layer, nn.Conv2d)
         self.spec, self.bound, self.lead = spec, bound, bound.lead
         self.weight = bound.views[spec.params[0]]
         self.bias = bound.views[spec.params[1]] if len(spec.params) > 1 else None
         self.as_groups = bool(bound.lead) and self.weight.is_cuda
         self.each = len(self.weight) if bound.lead and not self.as_groups else 1
-        self.groups = layer.groups * (len(self.weight) if self.as_groups else 1)
-        self.settings = (list(layer.stride), padding(layer) or [0, 0], list(layer.dilation))
+        groups = spec.settings["groups"]
+        self.groups = groups * (len(self.weight) if self.as_groups else 1)
+        self.settings = spec.settings["stride"], spec.settings["padding"], spec.settings["dilation"]
         # torch 2.13 writes past the end of memory in the weights' gradient of a strided 1x1 convolution of fewer than
         # 8 channels whose images lie channels last
-        unsafe = layer.kernel_size == (1, 1) and max(layer.stride) > 1 and layer.in_channels // layer.groups < 8
+        inputs, *kernel = self.weight.shape[-3:]
+        unsafe = kernel == [1, 1] and max(self.settings[0]) > 1 and inputs < 8
         self.lay_out = channels_last if spec.channels_last and not unsafe else torch.Tensor.contiguous
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,28 +128,24 @@ class Kernels:
     def _pieces(self) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """(gradients [n, T, O], windows [n, T, I]) of some samples, each a tuple over the layer's groups."""
         op, deltas = self.op, by_client(self.deltas, self.op.lead)
-        layer = op.spec.layer
-        assert isinstance(layer, nn.Conv2d)
+        groups = op.spec.settings["groups"]
         stride, padding, dilation = (tuple(n) for n in op.settings)
         kernel = tuple(op.weight.shape[-2:])
-        pixels, window = deltas.shape[-2:].numel(), op.weight.shape[-3:].numel() * layer.groups
+        pixels, window = deltas.shape[-2:].numel(), op.weight.shape[-3:].numel() * groups
         some = max(1, CHUNK // (pixels * window))
         for images, of_client in zip(op.join(op.x) if op.as_groups else op.x, deltas, strict=True):
             for x, d in zip(images.split(some), of_client.split(some), strict=True):
                 windows = F.unfold(x, kernel, dilation, padding, stride)
-                yield d.flatten(2).mT.chunk(layer.groups, -1), windows.mT.chunk(layer.groups, -1)
+                yield d.flatten(2).mT.chunk(groups, -1), windows.mT.chunk(groups, -1)
 
 
 class MaxPool2d:
     """The largest of each window, remembered by its index."""
 
     def __init__(self, spec: Spec, bound: Bound) -> None:
-        layer = spec.layer
-        assert isinstance(layer, nn.MaxPool2d)
         self.spec, self.lead = spec, bound.lead
-        stride = layer.kernel_size if layer.stride is None else layer.stride
-        sizes = (layer.kernel_size, stride, layer.padding, layer.dilation)
-        self.settings = (*(_pair(n) for n in sizes), layer.ceil_mode)
+        sizes = (pair(spec.settings[name]) for name in ("kernel_size", "stride", "padding", "dilation"))
+        self.settings = (*sizes, spec.settings["ceil_mode"])
 
     def forward(self, x: Tensor) -> Tensor:
         self.x = x.flatten(0, 1) if self.lead else x
@@ -164,13 +160,13 @@ class MaxPool2d:
         return (dx.unflatten(0, rows) if self.lead else dx,)
 
 
-def padding(layer: nn.Conv2d) -> list[int] | None:
+def padding_of(given: str | int | tuple[int, ...], kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | None:
     """A convolution's padding in pixels, or None where it differs from side to side."""
-    if isinstance(layer.padding, tuple):
-        return list(layer.padding)
-    if layer.padding == "valid":
+    if not isinstance(given, str):
+        return pair(given)
+    if given == "valid":
         return [0, 0]
-    total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     return None if any(n % 2 for n in total) else [n // 2 for n in total]
 
 
@@ -191,5 +187,6 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _pair(n: int | tuple[int, ...]) -> list[int]:
-    return [n, n] if isinstance(n, int) else list(n)
+def pair(n: int | Sequence[int]) -> list[int]:
+    """A size along both axes of an image."""
+    return [n, n] if isinstance(n, int) else [*n] * (2 // len(n))

@@ -11,15 +11,25 @@ Letters: C clients, B samples.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
+from math import prod, sqrt
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fedsim.params import program_of
 from fedsim.streams import _GOLDEN, Streams, mix64
+
+DROPOUTS = {F.dropout: False, F.dropout1d: True, F.dropout2d: True, F.dropout3d: True}
+"""Functions that drop, and whether whole channels."""
+
+FUNCTIONAL = "F.dropout"
+"""What stands for the name of a layer where dropout is none."""
 
 _GOLDEN_INVERSE = -1018231460777725123  # _GOLDEN times this is 1 modulo 2^64
 _PLAIN = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -93,8 +103,8 @@ def dropout_layers(module: nn.Module) -> Iterator[tuple[str, KeyedDropout]]:
 
 
 def dropout_keys(module: nn.Module, streams: Streams | None, step: int) -> dict[str, Tensor]:
-    """{buffer name: [C] keys} for the functional call of a keyed copy in training mode."""
-    keys = {}
+    """{name: [C] keys} for a pass of a keyed copy in training mode: of buffers, and of functional dropout."""
+    keys = {} if streams is None else {FUNCTIONAL: streams.keys(purpose(FUNCTIONAL), step)}
     for name, _ in dropout_layers(module):
         if streams is None:
             raise ValueError(f"dropout layer {name} needs keyed noise: give the batch its streams")
@@ -106,6 +116,91 @@ def start_calls(module: nn.Module) -> None:
     """Before every forward pass: each layer's next call is its first."""
     for _, layer in dropout_layers(module):
         layer.calls = 0
+
+
+class KeyedFunctions(TorchFunctionMode):
+    """While it is entered, functional dropout of this thread is keyed: `F.dropout`, and that inside of attention.
+
+    Args:
+        key: of a client's forward pass, whose first, second, ... call of such a function draws other numbers.
+    """
+
+    def __init__(self, key: Tensor) -> None:
+        super().__init__()
+        self.key, self.calls = key, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return self._drop(DROPOUTS[func], *dropout_of(*args, **kwargs))
+        inner = written_out(func, args, kwargs)
+        if inner is None:
+            return func(*args, **kwargs)
+        with self:
+            return inner(*args, **kwargs)
+
+    def _drop(self, channels: bool, x: Tensor, rate: float, training: bool, inplace: bool) -> Tensor:
+        if not training or rate == 0:
+            return x
+        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if channels else tuple(x.shape)
+        mask = keep_mask(self.key + self.calls, shape, rate, x.dtype)
+        self.calls += 1
+        return x.mul_(mask) if inplace else x * mask
+
+
+def dropout_of(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> tuple[Tensor, float, bool, bool]:
+    """The arguments of a call of one of `DROPOUTS`."""
+    return input, p, training, inplace
+
+
+def written_out(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    """A function made of those that a mode of torch has to see, in place of one that hides them; or None."""
+    if function is F.scaled_dot_product_attention and (kwargs.get("dropout_p") or (*args, 0, 0, 0, 0, 0)[4]):
+        return _attention
+    return _OPENED.get(function)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` as its documentation writes it."""
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    scores = query @ key.mT * (1 / sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return F.dropout(scores.softmax(-1), dropout_p) @ value
+
+
+def _opened(function: Any) -> Callable[..., Any]:
+    """A function of torch that is written in Python, without the line by which a mode sees it as one."""
+    scope = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    seen = FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    seen.__kwdefaults__ = function.__kwdefaults__
+    return seen
+
+
+def _iterated(x: Tensor) -> Iterator[Tensor]:
+    return iter(x.unbind(0))
+
+
+_OPENED: dict[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
+    Tensor.__iter__: _iterated,
+}
 
 
 class TorchNumbers:

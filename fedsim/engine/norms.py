@@ -1,4 +1,4 @@
-"""Stacked normalisation layers, each by autograd on itself alone.
+"""Stacked normalisation layers: those of single samples by torch's kernels, BatchNorm by autograd on itself alone.
 
 BatchNorm's statistics are weighted, so that padding counts for nothing, and its running statistics are written to
 each client's own buffers as torch does: momentum, the unbiased variance, the number of batches.
@@ -8,59 +8,99 @@ Letters: C clients, B samples, Ch channels, S positions (pixels) of a sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim.engine.ops import Bound, Local, Spec, by_client
+from fedsim.engine.factors import Small, given
+from fedsim.engine.ops import Bound, Local, Spec, aten, by_client
 
 
-class GroupNorm(Local):
-    """Over groups of channels of one sample."""
+class SampleNorm:
+    """A norm of single samples, by torch's kernel; on a stack that gets no scales, as it has one for all clients.
 
-    def compute(self, *tensors: Tensor) -> Tensor:
-        x, *affine = tensors
-        layer = self.spec.layer
-        assert isinstance(layer, nn.GroupNorm)
-        self.x = x.detach()
-        if not self.bound.lead:
-            # channels last, this layer would take several times as long on a CPU
-            return F.group_norm(x.contiguous(), layer.num_groups, *_pair(affine), layer.eps)
-        y = F.group_norm(x.flatten(0, 1), layer.num_groups, eps=layer.eps).unflatten(0, x.shape[:2])
-        return _affine(y, affine, (1, -1, *(1 for _ in x.shape[3:])))
+    Args:
+        scaled: the axes of a sample along which its scale and its shift have entries.
+    """
 
-    def each(self, i: int, dy: Tensor) -> Tensor:
-        layer, lead = self.spec.layer, self.bound.lead
-        assert isinstance(layer, nn.GroupNorm)
-        if i == 0:  # the scale
-            y = F.group_norm(self.x.flatten(0, lead).contiguous(), layer.num_groups, eps=layer.eps)
-            dy = dy * y.view(dy.shape)
-        return by_client(dy, lead).flatten(3).sum(3)
+    def __init__(self, spec: Spec, bound: Bound, scaled: Sequence[int]) -> None:
+        self.spec, self.bound, self.lead = spec, bound, bound.lead
+        self.affine = [bound.views[name] for name in spec.params]
+        self.within = (None, None) if self.lead else _pair(self.affine)
+        shape = [n if axis in scaled else 1 for axis, n in enumerate(spec.shape)]
+        self.behind = _pair([p.view(-1, 1, *shape) for p in self.affine]) if self.lead else (None, None)
+        self.over = [axis + self.lead + 1 for axis in range(len(shape)) if axis not in scaled]
+
+    def normal(self, x: Tensor, *affine: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, mean, 1 / deviation) of x [.., B, *]."""
+        raise NotImplementedError
+
+    def normal_back(self, dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients by x and, where asked for, by scale and shift."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x
+        self.y, *self.moments = self.normal(x, *self.within)
+        scale, shift = self.behind
+        if scale is None:
+            return self.y
+        return self.y * scale if shift is None else torch.addcmul(shift, self.y, scale)
+
+    def backward(self, dy: Tensor) -> tuple[Tensor | None]:
+        scale, y, over = self.behind[0], self.y, [self.lead, *self.over]
+        wanted = [self.spec.needs[0], not self.lead, not self.lead and len(self.affine) > 1]
+        dn = dy if scale is None else dy * scale
+        dx, *found = self.normal_back(dn, self.x, *self.moments, *self.within, wanted)
+        totals = [lambda: (dy * y).sum(over), lambda: dy.sum(over)] if self.lead else map(given, found)
+        for i, (name, total) in enumerate(zip(self.spec.params, totals, strict=False)):
+            self.bound.sink.take(name, Small(total, partial(self._each, i, dy, self.x)))
+        return (dx,)
+
+    def _each(self, i: int, dy: Tensor, x: Tensor) -> Tensor:
+        """[C, B, *] gradients of samples by the scale or the shift."""
+        dy = by_client(dy * self.normal(x, None, None)[0] if i == 0 else dy, self.lead)
+        return dy.sum([axis + 1 - self.lead for axis in self.over]) if self.over else dy
 
 
-class LayerNorm(Local):
-    """Over the last axes of one sample."""
+class GroupNorm(SampleNorm):
+    """Over groups of channels."""
 
-    def compute(self, *tensors: Tensor) -> Tensor:
-        x, *affine = tensors
-        layer = self.spec.layer
-        assert isinstance(layer, nn.LayerNorm)
-        self.x = x.detach()
-        if not self.bound.lead:
-            return F.layer_norm(x, layer.normalized_shape, *_pair(affine), layer.eps)
-        y = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-        between = x.ndim - 1 - len(layer.normalized_shape)
-        return _affine(y, affine, (*(1 for _ in range(between)), *layer.normalized_shape))
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        super().__init__(spec, bound, [0])
+        self.sizes = spec.shape[0], prod(spec.shape[1:])
+        self.groups, self.eps = spec.settings["num_groups"], spec.settings["eps"]
 
-    def each(self, i: int, dy: Tensor) -> Tensor:
-        layer = self.spec.layer
-        assert isinstance(layer, nn.LayerNorm)
-        if i == 0:  # the scale
-            dy = dy * F.layer_norm(self.x, layer.normalized_shape, eps=layer.eps)
-        dy = by_client(dy, self.bound.lead)
-        return dy.reshape(*dy.shape[:2], -1, *layer.normalized_shape).sum(2)
+    def normal(self, x: Tensor, *affine: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        samples = x.shape[: self.lead + 1].numel()
+        # channels last, this kernel would take several times as long on a CPU
+        return aten.native_group_norm.default(x.contiguous(), *affine, samples, *self.sizes, self.groups, self.eps)
+
+    def normal_back(self, dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        mean, rstd, scale, _, wanted = rest
+        samples, back = x.shape[: self.lead + 1].numel(), aten.native_group_norm_backward.default
+        x, dy = x.contiguous(), dy.contiguous()
+        return back(dy, x, mean, rstd, scale, samples, *self.sizes, self.groups, wanted)
+
+
+class LayerNorm(SampleNorm):
+    """Over the last axes."""
+
+    def __init__(self, spec: Spec, bound: Bound) -> None:
+        self.shape, self.eps = spec.settings["normalized_shape"], spec.settings["eps"]
+        super().__init__(spec, bound, range(len(spec.shape) - len(self.shape), len(spec.shape)))
+
+    def normal(self, x: Tensor, *affine: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return aten.native_layer_norm.default(x, self.shape, *affine, self.eps)
+
+    def normal_back(self, dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        mean, rstd, scale, shift, wanted = rest
+        return aten.native_layer_norm_backward.default(dy, x, self.shape, mean, rstd, scale, shift, wanted)
 
 
 class BatchNorm(Local):

@@ -9,17 +9,18 @@ when C = 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.engine.base import Batch
+from fedsim.engine.calls import Place
 from fedsim.engine.factors import Outer, Rows, Small, given
-from fedsim.engine.noise import KeyedDropout, keep_mask, purpose
+from fedsim.engine.noise import keep_mask, purpose
 from fedsim.engine.sinks import Sink
 
 aten = torch.ops.aten
@@ -43,8 +44,8 @@ class Spec:
         grad_in_place: the same of the output's gradient.
         channels_last: how a single client's images lie in memory for a convolution on a CPU.
         call: how many calls of the same layer came before.
-        layer: the module that holds the settings, if any.
-        function: for ops that take one.
+        layer: the module that holds the settings of a layer recorded as a whole.
+        settings: those of any other op, by the names of torch's function.
     """
 
     make: Callable[[Spec, Bound], Op]
@@ -60,7 +61,7 @@ class Spec:
     channels_last: bool = True
     call: int = 0
     layer: nn.Module | None = None
-    function: Callable[..., Tensor] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -189,16 +190,16 @@ class Dropout:
         self.spec, self.bound = spec, bound
 
     def forward(self, x: Tensor) -> Tensor:
-        layer, batch, lead = self.spec.layer, self.bound.batch, self.bound.lead
-        assert isinstance(layer, KeyedDropout)
+        batch, lead, settings = self.bound.batch, self.bound.lead, self.spec.settings
         if batch.streams is None:
-            raise ValueError(f"dropout layer {self.spec.name} needs keyed noise: give the batch its streams")
-        keys = batch.streams.keys(purpose(self.spec.name), batch.step) + self.spec.call
-        sample = tuple(x.shape[lead + 1 :])
-        if layer.channels:
-            sample = (sample[0], *(1 for _ in sample[1:]))
-        shape = (x.shape[lead], *sample)
-        self.mask = keep_mask(keys if lead else keys[0], shape, layer.p, x.dtype)
+            raise ValueError(f"dropout layer {settings['name']} needs keyed noise: give the batch its streams")
+        keys = batch.streams.keys(purpose(settings["name"]), batch.step) + self.spec.call
+        place: Place = settings["place"]
+        shape = place.in_module(x.shape[lead:])
+        if settings["channels"]:
+            shape = (*shape[:2], *(1 for _ in shape[2:]))
+        mask = keep_mask(keys if lead else keys[0], shape, settings["p"], x.dtype)
+        self.mask = place.samples_first(mask, lead)
         return x * self.mask
 
     def backward(self, dy: Tensor) -> tuple[Tensor]:
@@ -215,38 +216,30 @@ class Local:
         self.params = [bound.views[name].data for name in spec.params]
 
     def compute(self, *tensors: Tensor) -> Tensor:
-        assert self.spec.function is not None
-        return self.spec.function(*tensors)
+        raise NotImplementedError
 
     def forward(self, *inputs: Tensor) -> Tensor:
         leaves = [t.detach().requires_grad_() if need else t for t, need in zip(inputs, self.spec.needs, strict=True)]
         params = [p.detach().requires_grad_() for p in self.params]
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.spec.trains):
             self.y = self.compute(*leaves, *params)
         self.leaves = [t for t, need in zip(leaves, self.spec.needs, strict=True) if need] + params
         return self.y.detach()
 
     def backward(self, dy: Tensor) -> tuple[Tensor | None, ...]:
-        grads = iter(torch.autograd.grad(self.y, self.leaves, dy))
+        if not self.y.requires_grad:  # the module took what it depends on out of the graph
+            return tuple(None for _ in self.spec.needs)
+        grads = iter(torch.autograd.grad(self.y, self.leaves, dy, allow_unused=True))
         del self.y
         inputs = tuple(next(grads) if need else None for need in self.spec.needs)
         for i, (name, grad) in enumerate(zip(self.spec.params, grads, strict=True)):
-            self.bound.sink.take(name, Small(given(grad), partial(self.each, i, dy)))
+            if grad is not None:
+                self.bound.sink.take(name, Small(given(grad), partial(self.each, i, dy)))
         return inputs
 
     def each(self, i: int, dy: Tensor) -> Tensor:
         """[C, B, *] gradients of samples by parameter i, for layers whose samples do not mix."""
         raise AssertionError("the session refuses tapes with such layers")
-
-
-class PerImage(Local):
-    """A function of images [N, Ch, H, W] one by one, such as pooling: clients and samples go in one axis."""
-
-    def compute(self, *tensors: Tensor) -> Tensor:
-        assert self.spec.function is not None
-        if not self.bound.lead:
-            return self.spec.function(tensors[0])
-        return self.spec.function(tensors[0].flatten(0, 1)).unflatten(0, tensors[0].shape[:2])
 
 
 class Embedding:
@@ -264,11 +257,10 @@ class Embedding:
         return self.table[client, index]
 
     def backward(self, dy: Tensor) -> tuple[None]:
-        layer = self.spec.layer
-        assert isinstance(layer, nn.Embedding)
-        if layer.padding_idx is not None:
-            dy = dy.masked_fill((self.index == layer.padding_idx).unsqueeze(-1), 0.0)
-        self.bound.sink.take(self.spec.params[0], Rows(dy, self.index, layer.num_embeddings, self.bound.lead))
+        padding = self.spec.settings["padding_idx"]
+        if padding is not None:
+            dy = dy.masked_fill((self.index == padding).unsqueeze(-1), 0.0)
+        self.bound.sink.take(self.spec.params[0], Rows(dy, self.index, self.table.shape[-2], self.bound.lead))
         return (None,)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fedsim.engine import native as cpp
 from fedsim.engine.base import Batch
+from fedsim.engine.calls import Unsupported
 from fedsim.engine.head import End, Head
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import Loss, cross_entropy
@@ -28,10 +29,10 @@ from fedsim.engine.ops import Bound, Op
 from fedsim.engine.precision import products
 from fedsim.engine.protocol import Engine
 from fedsim.engine.sinks import GradientSink, SampleSink, SgdSink, Sink
-from fedsim.engine.tape import Tape, Unsupported, trace
+from fedsim.engine.tape import Tape, trace
 from fedsim.engine.vmapped import Vmapped, warn_of_change
 from fedsim.params import Layout
-from fedsim.trees import Tree, pick
+from fedsim.trees import Tree, pick, tensors
 
 
 class StackedEngine(Engine):
@@ -61,7 +62,7 @@ class StackedEngine(Engine):
         self.chain = chain_of(module) if exact and loss is cross_entropy else None
         self.path = ""
         self.reason = ""
-        self._tapes: dict[tuple[torch.Size, torch.dtype], Tape | None] = {}
+        self._tapes: dict[object, Tape | None] = {}
         self._lock = threading.Lock()
         if native and cpp.compiled(torch.float32) is None:
             warnings.warn(
@@ -81,22 +82,22 @@ class StackedEngine(Engine):
             return self.loop.logits(x, inputs)
         return self.vmapped.logits(x, inputs)
 
-    def tape(self, sample: Tensor) -> Tape | None:
-        """The tape for samples like this one [...], or None if the module has none."""
-        key = sample.shape, sample.dtype
+    def tape(self, sample: Tree, dtype: torch.dtype) -> Tape | None:
+        """The tape for samples like this one [...] and parameters of this type, or None if the module has none."""
+        key = _kind(sample, 0), dtype
         if key not in self._tapes:
             with self._lock:
                 if key not in self._tapes:
-                    self._tapes[key] = self._trace(sample)
+                    self._tapes[key] = self._trace(sample, dtype)
         return self._tapes[key]
 
     def reads_only(self, sample: Tree) -> bool:
-        tape = self.tape(sample) if isinstance(sample, Tensor) else None
+        tape = self.tape(sample, torch.float32)
         return tape is not None and tape.reads_only
 
-    def _trace(self, sample: Tensor) -> Tape | None:
+    def _trace(self, sample: Tree, dtype: torch.dtype) -> Tape | None:
         try:
-            tape = trace(keyed_copy(self.module), sample)
+            tape = trace(keyed_copy(self.module), sample, dtype)
         except Unsupported as unknown:
             self.reason = str(unknown)
             return None
@@ -186,12 +187,10 @@ class TapeSession:
 
     def _prepare(self, batch: Batch, by_sample: bool = False) -> bool:
         """Binds the tape for this kind of batch; False if there is none."""
-        if not isinstance(batch.inputs, Tensor):  # a tape has one input
-            return False
-        key = batch.inputs.shape[2:], batch.inputs.dtype, by_sample
+        key = _kind(batch.inputs, 2), by_sample
         if key != self._key:
             self._key = key
-            self._tape = self.engine.tape(batch.inputs[0, 0])
+            self._tape = self.engine.tape(pick(batch.inputs, (0, 0)), self.x.dtype)
             if self._tape is not None:
                 self._bind(self._tape, by_sample)
         return self._tape is not None
@@ -206,13 +205,13 @@ class TapeSession:
     def _run(self, batch: Batch, sink: Sink) -> Tensor:
         """One forward and backward pass; parameters' gradients go to the sink. Returns the loss [C]."""
         assert self._tape is not None
-        inputs, targets, weights = batch.inputs, batch.targets, batch.weights
-        assert isinstance(inputs, Tensor)
+        inputs, targets, weights = tensors(batch.inputs), batch.targets, batch.weights
         if not self.lead:
-            inputs, targets = inputs[0], pick(targets, 0)
+            inputs, targets = {name: t[0] for name, t in inputs.items()}, pick(targets, 0)
             weights = None if weights is None else weights[0]
         self.bound.batch, self.bound.sink = batch, sink
-        values: list[Tensor] = [inputs] * self._tape.num_slots
+        values = [inputs[name] for name in self._tape.inputs]
+        values += values[:1] * (self._tape.num_slots - len(values))
         with self._products:
             for op in self._ops:
                 spec = op.spec
@@ -236,3 +235,8 @@ class TapeSession:
                 if part is not None:
                     before = grads[slot]
                     grads[slot] = part if before is None else before + part
+
+
+def _kind(inputs: Tree, lead: int) -> object:
+    """What samples have in common that one tape suits, behind so many axes of a batch."""
+    return tuple((name, t.shape[lead:], t.dtype) for name, t in tensors(inputs).items())

@@ -1,50 +1,25 @@
-"""A module as a list of stacked ops, from one symbolic trace by torch.fx.
+"""A module as a list of stacked ops, from a recording of what it does.
 
-The shapes of one sample are found by running the traced module on batches of two sizes; whatever does not keep the
-batch axis in front, or is no op known here, raises `Unsupported` with the layer and the reason, and another path
-carries the module.
-
-Letters: C clients, B samples. Slot 0 of a tape holds the inputs.
+Letters: C clients, B samples. The first slots of a tape hold the inputs.
 """
 
 from __future__ import annotations
 
-import operator
-import threading
-from collections import Counter
-from collections.abc import Callable
-from copy import copy
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from fedsim.engine.images import Conv2d, MaxPool2d, padding
-from fedsim.engine.noise import KeyedDropout
-from fedsim.engine.norms import BatchNorm, GroupNorm, LayerNorm
-from fedsim.engine.ops import Add, Bound, Dropout, Embedding, Linear, Local, Op, PerImage, ReLU, Reshape, Spec
-from fedsim.engine.recurrent import LSTM, lstm_params
-
-POINTWISE_LAYERS = (
-    *(nn.GELU, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.ReLU6, nn.Softplus),
-    *(nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.LogSigmoid, nn.Tanhshrink),
-)
-POINTWISE = {
-    *(F.gelu, F.tanh, F.sigmoid, F.silu, F.elu, F.selu, F.celu, F.leaky_relu, F.relu6, F.softplus, F.softsign),
-    *(F.hardtanh, F.hardswish, F.mish, F.logsigmoid, torch.tanh, torch.sigmoid, torch.exp, torch.square, torch.abs),
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.sub, torch.mul),
-}
-POINTWISE_METHODS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "exp": torch.exp, "square": torch.square}
-RESHAPES = {torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze}
-RESHAPE_METHODS = {"flatten", "reshape", "view", "squeeze", "unsqueeze", "unflatten", "contiguous"}
-PER_IMAGE = {F.avg_pool2d, F.adaptive_avg_pool2d, torch._C._nn.avg_pool2d}
-
-
-class Unsupported(Exception):
-    """This module has no tape; the text names the layer and why."""
+from fedsim.engine.calls import Call, Ref, Unsupported, leaves, mapped
+from fedsim.engine.images import Conv2d, MaxPool2d
+from fedsim.engine.norms import GroupNorm
+from fedsim.engine.ops import Add, Bound, Dropout, Linear, Op, ReLU, Reshape, Spec
+from fedsim.engine.record import Recording, record
+from fedsim.engine.rows import IN_FRONT, Row, row_of
+from fedsim.engine.segment import Program, Segment, Step
+from fedsim.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -53,6 +28,7 @@ class Tape:
 
     Args:
         specs: the ops.
+        inputs: names of the first slots; one without a name where the module takes one tensor.
         num_slots: inputs and intermediate values.
         result: the slot of the outputs.
         fusible: every parameter is used once, so that a step of SGD may be applied within the backward pass.
@@ -60,6 +36,7 @@ class Tape:
     """
 
     specs: tuple[Spec, ...]
+    inputs: tuple[str, ...]
     num_slots: int
     result: int
     fusible: bool
@@ -70,252 +47,171 @@ class Tape:
         return [spec.make(spec, bound) for spec in self.specs]
 
 
-def trace(module: nn.Module, sample: Tensor) -> Tape:
-    """The tape of a keyed copy of a module, for samples of the shape and dtype of `sample` [...].
+def trace(module: nn.Module, sample: Tree, dtype: torch.dtype | None = None) -> Tape:
+    """The tape of a keyed copy of a module, for samples of the shape and type of `sample` [...].
+
+    Args:
+        module: is of no use afterwards.
+        sample: one sample.
+        dtype: of the parameters, else the module's own.
 
     Raises:
-        Unsupported: if some part of the module is not known, or frozen: under vmap the product with a frozen weight is
-            taken once for all clients, and a stack costs no more than a plain pass over all its samples.
+        Unsupported: if what the module does cannot be told, or some of it is frozen: under vmap the product with a
+            frozen weight is taken once for all clients, and a stack costs no more than a plain pass over its samples.
     """
     if frozen := [name for name, p in module.named_parameters() if not p.requires_grad]:
         raise Unsupported(f"{frozen[0]} is frozen")
     try:
-        graph = _Tracer().trace(module.train())
-        shapes = _shapes(module, graph, sample)
-        reads_only = _reads_only(module, sample)
+        recording = record(module, sample, dtype)
     except Unsupported:
         raise
-    except Exception as error:  # tracing runs the user's own code, which may fail in any way
-        raise Unsupported(f"{type(error).__name__} while tracing: {error}") from error
-    return _Builder(module, graph, shapes).build(reads_only)
-
-
-class _Tracer(fx.Tracer):
-    """While it traces, torch.fx sends every module call of the process here; those of other threads pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.get_ident()
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, KeyedDropout) or super().is_leaf_module(m, module_qualified_name)
-
-
-class _Shapes(fx.Interpreter):
-    """Runs the module and notes the shape of every tensor."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(root, graph=graph)  # without a GraphModule, whose generated source torch keeps for good
-        self.found: dict[str, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op != "output" and isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-            self.found[n.name] = tuple(value[0].shape)  # an LSTM's output, before its states
-        if isinstance(value, Tensor):
-            self.found[n.name] = tuple(value.shape)
-        return value
-
-
-def _shapes(module: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[str, tuple[int, ...] | None]:
-    """Each tensor's shape for one sample, or None where the first axis is not that of the samples."""
-    training = module.training
-    sample = _in_dtype(module, sample)
-    try:
-        runs = []
-        for size in (5, 7):
-            runner = _Shapes(module.eval(), graph)
-            with torch.no_grad():
-                runner.run(sample.new_zeros(size, *sample.shape))
-            runs.append(runner.found)
-    finally:
-        module.train(training)
-    five, seven = runs
-    return {
-        k: a[1:] if a[:1] == (5,) and seven[k][:1] == (7,) and a[1:] == seven[k][1:] else None for k, a in five.items()
-    }
-
-
-def _reads_only(module: nn.Module, sample: Tensor) -> bool:
-    """Whether a pass leaves its inputs alone: run to see, as a trace takes `x += 1` for an ordinary sum."""
-    training, inputs = module.training, _in_dtype(module, sample).new_zeros(2, *sample.shape)
-    try:
-        with torch.no_grad():
-            module.eval()(inputs)
-    finally:
-        module.train(training)
-    return inputs._version == 0
-
-
-def _in_dtype(module: nn.Module, sample: Tensor) -> Tensor:
-    return sample.to(next(iter(module.parameters()), sample).dtype) if sample.is_floating_point() else sample
+    except Exception as error:  # it runs the user's own code, which may fail in any way
+        raise Unsupported(f"{type(error).__name__} while it was recorded: {error}") from error
+    return _Builder(recording).build()
 
 
 class _Builder:
-    """Turns nodes into specs, one after another."""
+    """Turns calls into ops, each of which gives a value that has the samples in front.
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, shapes: dict[str, tuple[int, ...] | None]) -> None:
-        self.modules = dict(module.named_modules())
-        self.graph = graph
-        self.shapes = shapes
-        self.slots: dict[str, int] = {}
-        self.specs: list[Spec] = []
+    Calls without an op of their own are made where their value is read, if that is one place, so that segments are as
+    long as they can be; but those that read parameters are ops by themselves, as these are batched otherwise. What has
+    no samples, or is several tensors, is made anew for every reader.
+    """
 
-    def build(self, reads_only: bool) -> Tape:
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                if self.slots:
-                    raise Unsupported("the module takes more than one input")
-                self.slots[node.name] = 0
-            elif node.op == "output":
-                self._finish(node)
-            elif node.name in self.shapes:
-                self._add(node)
-            # what is left are sizes: the shapes are known, so nobody reads them
-        specs = _lift_pools(self.specs)
-        specs = _mark(specs)
+    def __init__(self, recording: Recording) -> None:
+        self.recording, self.calls = recording, recording.calls
+        if self.calls[recording.result].place != IN_FRONT:
+            raise Unsupported("the module does not return an output for each sample")
+        self.needed = self._needed()
+        found = {i: row_of(self.calls[i], self.calls) for i in self.needed}
+        self.rows = {i: row for i, row in found.items() if row is not None}
+        for i in self.needed:
+            if self.calls[i].layer is not None and i not in self.rows:
+                raise Unsupported(
+                    f"layer {self.calls[i].name} ({type(self.calls[i].layer).__name__}) is used otherwise"
+                )
+        self.homes = self._homes()
+
+    def build(self) -> Tape:
+        first = len(self.recording.inputs)
+        slots = {i: i for i in range(first)}
+        specs: list[Spec] = []
+        for i in self.needed:
+            call = self.calls[i]
+            if call.function is None or self.homes[i] != {i}:
+                continue
+            row = self.rows.get(i) or self._segment(i)
+            slots[i] = first + len(specs)
+            spec = Spec(
+                make=row.make,
+                name=row.params[0].rpartition(".")[0] if row.params else call.name,
+                inputs=tuple(slots[x.index] for x in row.inputs),
+                output=slots[i],
+                shape=_sample_shape(call),
+                params=row.params,
+                trains=call.dtype is not None and call.dtype.is_floating_point,
+                layer=call.layer,
+                settings=row.settings,
+            )
+            specs.append(replace(spec, call=sum(_drawn(spec) == _drawn(other) for other in specs)))
+        specs = _mark(_lift_pools(specs), first)
         used = Counter(name for spec in specs for name in spec.params)
-        fusible = max(used.values(), default=0) <= 1
-        return Tape(tuple(specs), len(specs) + 1, self.result, fusible=fusible, reads_only=reads_only)
+        return Tape(
+            specs=tuple(specs),
+            inputs=self.recording.inputs,
+            num_slots=first + len(specs),
+            result=slots[self.recording.result],
+            fusible=max(used.values(), default=0) <= 1,
+            reads_only=self.recording.reads_only,
+        )
 
-    def _finish(self, node: fx.Node) -> None:
-        result = node.args[0]
-        if not isinstance(result, fx.Node) or result.name not in self.slots:
-            raise Unsupported("the module does not return one tensor")
-        self.result = self.slots[result.name]
+    def _needed(self) -> list[int]:
+        """The calls that the result depends on, in order; what is a constant, is one."""
+        found, waiting = set[int](), [self.recording.result]
+        while waiting:
+            i = waiting.pop()
+            if i not in found and not self._constant(i):
+                found.add(i)
+                waiting += self.calls[i].refs
+        return sorted(found)
 
-    def _add(self, node: fx.Node) -> None:
-        shape = self.shapes[node.name]
-        if shape is None:
-            raise Unsupported(f"{node.name} does not keep the samples in its first axis")
-        if node.op == "call_module":
-            parts = self._layer(node)
-        elif node.op in ("call_function", "call_method"):
-            parts = self._function(node)
-        else:
-            raise Unsupported(f"{node.name} reads a tensor of the module outside a known layer")
-        if parts is None:  # nothing to do: the value is its input
-            self.slots[node.name] = self._inputs(node)[0]
-            return
-        make, options = parts
-        if make is LSTM:
-            options["params"] = lstm_params(options["layer"], str(node.target))
-        inputs = self._inputs(node)
-        self.slots[node.name] = slot = max(self.slots.values()) + 1
-        name = str(node.target) if node.op == "call_module" else node.name
-        call = sum(spec.name == name for spec in self.specs)
-        self.specs.append(Spec(make=make, name=name, inputs=inputs, output=slot, shape=shape, call=call, **options))
+    def _constant(self, i: int) -> bool:
+        call = self.calls[i]
+        return not (call.of_inputs or call.of_module or (call.function is not None and call.place))
 
-    def _inputs(self, node: fx.Node) -> tuple[int, ...]:
-        """Slots of the tensors a node reads."""
-        return tuple(self.slots[n.name] for n in node.args if isinstance(n, fx.Node) and n.name in self.slots)
+    def _homes(self) -> dict[int, set[int]]:
+        """The ops in which each call is made."""
+        readers = defaultdict[int, set[int]](set)
+        for i in self.needed:
+            for j in self.calls[i].refs:
+                readers[j].add(i)
+        homes: dict[int, set[int]] = {}
+        alone = {i for i in self.needed if i in self.rows or (self.calls[i].live and self._weighted(i))}
+        for i in reversed(self.needed):
+            found = {home for reader in readers[i] for home in homes[reader]}
+            several = len(found) != 1 or any(reader in alone for reader in readers[i])
+            homes[i] = {i} if i in alone or (self.calls[i].live and several) else found
+        return homes
 
-    def _layer(self, node: fx.Node) -> tuple[Callable[..., Op], dict[str, Any]] | None:
-        layer = self.modules[str(node.target)]
-        kind = type(layer)
-        if kind is nn.Identity or (kind is KeyedDropout and layer.p == 0):
-            return None
-        make = _LAYERS.get(kind)
-        reason = _refusal(layer)
-        if make is None or reason:
-            raise Unsupported(f"layer {node.target} ({kind.__name__}) {reason or 'has no stacked form'}")
-        own = {k: p for k, p in layer.named_parameters(recurse=False) if p is not None}
-        if getattr(layer, "inplace", False):
-            layer = copy(layer)
-            layer.inplace = False
-        options: dict[str, Any] = {"layer": layer, "params": tuple(f"{node.target}.{k}" for k in own)}
-        if make in (Local, PerImage):
-            options["function"] = layer
-        return make, options
+    def _weighted(self, i: int) -> bool:
+        """Whether a call reads what every client has of its own, and samples have not."""
+        read = [self.calls[j] for j in self.calls[i].refs]
+        return any(c.of_module and not c.of_inputs and c.place is None for c in read)
 
-    def _function(self, node: fx.Node) -> tuple[Callable[..., Op], dict[str, Any]] | None:
-        target: Any = node.target
-        tensors = [n for n in node.args if isinstance(n, fx.Node) and n.name in self.slots]
-        if any(isinstance(n, fx.Node) and n.name in self.shapes for n in node.kwargs.values()):
-            raise Unsupported(f"{node.name} takes a tensor by keyword")
-        if target is operator.getitem:
-            source = tensors[0] if tensors else None
-            if source is None or node.args[1] != 0 or type(self.modules.get(str(source.target))) is not nn.LSTM:
-                raise Unsupported(f"{node.name} indexes a tensor")
-            return None
-        if target in RESHAPES or (node.op == "call_method" and target in RESHAPE_METHODS):
-            return Reshape, {}
-        if target in (F.relu, torch.relu, "relu"):
-            return ReLU, {}
-        if target in (F.max_pool2d, torch.max_pool2d):
-            return MaxPool2d, {"layer": _max_pool(*node.args[1:], **node.kwargs)}
-        if target in PER_IMAGE:
-            return PerImage, {"function": partial(_with_constants, target, node.args[1:], dict(node.kwargs))}
-        if target in ("mean", torch.mean) and len(tensors) == 1:
-            return Local, {"function": _mean(node, len(self.shapes[tensors[0].name] or ()) + 1)}
-        if node.op == "call_method":
-            target = POINTWISE_METHODS.get(target)
-        if target in POINTWISE:
-            return self._pointwise(node, target, tensors)
-        raise Unsupported(f"{node.name} ({getattr(target, '__name__', target or node.target)}) has no stacked form")
+    def _segment(self, end: int) -> Row:
+        """The op that makes a call, and others for it."""
+        made = [i for i in self.needed if end in self.homes[i] and self.calls[i].function is not None]
+        read = {j for i in made for j in self.calls[i].refs if not self._constant(j)} - set(made)
+        inputs = sorted(j for j in read if self.calls[j].live)
+        parts = sorted((j for j in read if not self.calls[j].live), key=lambda j: (not self.calls[j].parameter, j))
+        places = {j: at for at, j in enumerate((*inputs, *parts, *made))}
 
-    def _pointwise(
-        self, node: fx.Node, target: Callable[..., Tensor], tensors: list[fx.Node]
-    ) -> tuple[Callable[..., Op], dict[str, Any]]:
-        """A function element by element: of tensors of one shape, and of constants."""
-        if len({self.shapes[n.name] for n in tensors}) != 1 or any(
-            isinstance(n, fx.Node) and n not in tensors for n in node.args
-        ):
-            raise Unsupported(f"{node.name} mixes tensors of several shapes")
-        # what happens in place in the module does not here: its inputs may be a view of the data set
-        args = [False if a is True else a for a in node.args]
-        kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-        if target in (operator.add, torch.add) and len(tensors) == 2 and not kwargs:
-            return Add, {}
-        order = [None if n in tensors else n for n in args]
-        return Local, {"function": partial(_pointwise, target, order, kwargs)}
+        def argument(given: Any) -> Any:
+            if not isinstance(given, Ref):
+                return given
+            return Ref(places[given.index]) if given.index in places else self._value(given.index)
+
+        steps = []
+        for i in made:
+            call = self.calls[i]
+            args, kwargs = mapped(argument, (call.args, call.kwargs))
+            assert call.function is not None
+            steps.append(Step(_anyhow(call), args, kwargs, call.changed))
+        kinds = [self.calls[j].dtype or torch.float32 for j in parts]
+        program = Program(
+            steps=tuple(steps),
+            inputs=tuple(self.calls[j].place or IN_FRONT for j in inputs),
+            result=self.calls[end].place or IN_FRONT,
+            buffers=tuple(self.calls[j].name for j in parts if not self.calls[j].parameter),
+            types=tuple(kinds),
+        )
+        params = tuple(self.calls[j].name for j in parts if self.calls[j].parameter)
+        return Row(Segment, tuple(Ref(j) for j in inputs), params, {"program": program})
+
+    def _value(self, i: int) -> Tensor:
+        """Of a constant."""
+        value = self.calls[i].value
+        if not isinstance(value, Tensor) or self.calls[i].place is not None:
+            raise Unsupported(f"{self.calls[i].name} is changed in place after it was read, or is no constant")
+        return value.detach()
 
 
-_LAYERS: dict[type[nn.Module], Callable[..., Op]] = {
-    nn.Linear: Linear,
-    nn.ReLU: ReLU,
-    nn.Flatten: Reshape,
-    nn.Unflatten: Reshape,
-    KeyedDropout: Dropout,
-    nn.Conv2d: Conv2d,
-    nn.MaxPool2d: MaxPool2d,
-    nn.AvgPool2d: PerImage,
-    nn.AdaptiveAvgPool2d: PerImage,
-    nn.GroupNorm: GroupNorm,
-    nn.LayerNorm: LayerNorm,
-    nn.BatchNorm1d: BatchNorm,
-    nn.BatchNorm2d: BatchNorm,
-    nn.Embedding: Embedding,
-    nn.LSTM: LSTM,
-    **{kind: Local for kind in POINTWISE_LAYERS},
-}
+def _anyhow(call: Call) -> Any:
+    """The function of a call, if need be in a form that takes values however they lie in memory."""
+    sizes = call.name == "view" and not any(isinstance(a, torch.dtype) for a in leaves((call.args, call.kwargs)))
+    return Tensor.reshape if sizes else call.function
 
 
-def _refusal(layer: nn.Module) -> str:
-    """Why a layer of a known kind cannot be carried, or nothing."""
-    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or padding(layer) is None):
-        return f"has padding {layer.padding!r} of mode {layer.padding_mode!r}"
-    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse):
-        return "has max_norm, scale_grad_by_freq or sparse gradients"
-    if isinstance(layer, nn.MaxPool2d) and layer.return_indices:
-        return "returns indices"
-    if isinstance(layer, nn.LSTM) and (layer.bidirectional or layer.proj_size or not layer.batch_first):
-        return "is bidirectional, projected or not batch_first"
-    if isinstance(layer, nn.LSTM) and layer.dropout and layer.num_layers > 1:
-        return "has dropout between its layers"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        return "has hooks"
-    return ""
+def _sample_shape(call: Call) -> tuple[int, ...]:
+    """Of one sample's value in a slot."""
+    place = call.place or IN_FRONT
+    within = (n for n in (place.before, place.after) if n > 1)
+    return (*within, *call.shape[: place.axis], *call.shape[place.axis + 1 :])
+
+
+def _drawn(spec: Spec) -> Any:
+    """What numbers an op draws, if any."""
+    return (Dropout, spec.settings["name"]) if spec.make is Dropout else spec.output
 
 
 def _lift_pools(specs: list[Spec]) -> list[Spec]:
@@ -330,7 +226,7 @@ def _lift_pools(specs: list[Spec]) -> list[Spec]:
     return out
 
 
-def _mark(specs: list[Spec]) -> list[Spec]:
+def _mark(specs: list[Spec], num_inputs: int) -> list[Spec]:
     """Notes which inputs want gradients, which may be overwritten, and how images lie."""
     readers = Counter(slot for spec in specs for slot in spec.inputs)
     makers = {spec.output: spec for spec in specs}
@@ -345,13 +241,13 @@ def _mark(specs: list[Spec]) -> list[Spec]:
             slot = taker.output
         return None
 
-    wanted = {0: False}
+    wanted = dict.fromkeys(range(num_inputs), False)
     channels_last = all(spec.make is not GroupNorm for spec in specs)
     out = []
     for spec in specs:
         needs = tuple(wanted[slot] for slot in spec.inputs)
-        wanted[spec.output] = trains = any(needs) or bool(spec.params)
-        first = makers.get(spec.inputs[0])
+        wanted[spec.output] = trains = spec.trains and (any(needs) or bool(spec.params))
+        first = makers.get(spec.inputs[0]) if spec.inputs else None
         fresh = first is not None and first.make in (Linear, Conv2d, MaxPool2d, Add)
         in_place = fresh and readers[spec.inputs[0]] == 1
         taker = only_taker(spec.output)
@@ -359,34 +255,3 @@ def _mark(specs: list[Spec]) -> list[Spec]:
         spec = replace(spec, needs=needs, trains=trains, in_place=in_place, grad_in_place=own)
         out.append(replace(spec, channels_last=channels_last))
     return out
-
-
-def _max_pool(
-    kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: Any = False, **rest: Any
-) -> nn.MaxPool2d:
-    """The layer of a call of F.max_pool2d."""
-    if rest.get("return_indices"):
-        raise Unsupported("max_pool2d returns indices")
-    return nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
-
-
-def _mean(node: fx.Node, ndim: int) -> Callable[[Tensor], Tensor]:
-    """A mean over axes of a sample, which are counted from behind so that a client axis moves none of them."""
-    dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    keep = bool(node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False))
-    if dims is None or any(isinstance(d, fx.Node) for d in node.args[1:]):
-        raise Unsupported(f"{node.name} is a mean over all axes")
-    dims = [dims] if isinstance(dims, int) else list(dims)
-    dims = [d if d < 0 else d - ndim for d in dims]
-    return partial(torch.mean, dim=dims, keepdim=keep)
-
-
-def _with_constants(
-    function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
-) -> Tensor:
-    return function(x, *args, **kwargs)
-
-
-def _pointwise(function: Callable[..., Tensor], order: list[Any], kwargs: dict[str, Any], *tensors: Tensor) -> Tensor:
-    rest = iter(tensors)
-    return function(*(next(rest) if given is None else given for given in order), **kwargs)

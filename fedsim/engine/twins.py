@@ -8,8 +8,11 @@ Letters: B samples, T positions, Ch channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsim.engine.noise import keyed_copy
@@ -18,7 +21,7 @@ SHARES = "sample_shares"
 
 
 def batchable_copy(module: nn.Module) -> nn.Module:
-    """A keyed copy in which BatchNorm weighs its samples and nn.LSTM is written out.
+    """A keyed copy in which BatchNorm weighs its samples and nn.LSTM and nn.GRU are written out.
 
     Raises:
         ValueError: as `keyed_copy`.
@@ -85,40 +88,51 @@ class WeightedBatchNorm(_BatchNorm):
         self.num_batches_tracked = batches
 
 
-class PlainLSTM(nn.RNNBase):
-    """nn.LSTM from zero states, batch first, as a loop over positions; gates in the order i, f, g, o."""
+class PlainRecurrent(nn.RNNBase):
+    """nn.LSTM or nn.GRU from zero states, as a loop over positions; gates in the order i, f, g, o or r, z, n."""
 
-    def __init__(self, source: nn.LSTM) -> None:
+    def __init__(self, source: nn.LSTM | nn.GRU) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(source.__dict__)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        x = x if self.batch_first else x.transpose(0, 1)
         last_h, last_c = [], []
         for i in range(self.num_layers):
             x, h, c = self._layer(x, i)
             last_h.append(h)
             last_c.append(c)
-        return x, (torch.stack(last_h), torch.stack(last_c))
+        x, states = x if self.batch_first else x.transpose(0, 1), torch.stack(last_h)
+        return x, (states, torch.stack(last_c)) if self.mode == "LSTM" else states
 
     def _layer(self, x: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
         w_hh = getattr(self, f"weight_hh_l{i}")
-        pre = x @ getattr(self, f"weight_ih_l{i}").t()
-        if self.bias:
-            pre = pre + getattr(self, f"bias_ih_l{i}") + getattr(self, f"bias_hh_l{i}")
+        bias_ih, bias_hh = (getattr(self, f"bias_{of}_l{i}") if self.bias else None for of in ("ih", "hh"))
+        pre = F.linear(x, getattr(self, f"weight_ih_l{i}"), bias_ih)
         h = c = torch.zeros_like(pre[:, 0, : w_hh.shape[1]])
-        outputs = []
+        cell, outputs = _lstm_cell if self.mode == "LSTM" else _gru_cell, []
         for z in pre.unbind(1):
-            gate_i, gate_f, gate_g, gate_o = (z + h @ w_hh.t()).chunk(4, -1)
-            c = gate_f.sigmoid() * c + gate_i.sigmoid() * gate_g.tanh()
-            h = gate_o.sigmoid() * c.tanh()
+            h, c = cell(z, F.linear(h, w_hh, bias_hh), h, c)
             outputs.append(h)
         return torch.stack(outputs, 1), h, c
+
+
+def _lstm_cell(of_inputs: Tensor, of_hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (of_inputs + of_hidden).chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(of_inputs: Tensor, of_hidden: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    (r, z, n), (hidden_r, hidden_z, hidden_n) = of_inputs.chunk(3, -1), of_hidden.chunk(3, -1)
+    n = (n + (r + hidden_r).sigmoid() * hidden_n).tanh()
+    return n + (z + hidden_z).sigmoid() * (h - n), c
 
 
 def _twin(layer: nn.Module) -> nn.Module | None:
     twin: nn.Module | None = None
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         twin = WeightedBatchNorm(layer)
-    elif type(layer) is nn.LSTM and not (layer.bidirectional or layer.proj_size or layer.dropout):
-        twin = PlainLSTM(layer) if layer.batch_first else None
+    elif isinstance(layer, nn.LSTM | nn.GRU) and not (layer.bidirectional or layer.proj_size or layer.dropout):
+        twin = PlainRecurrent(layer)
     return None if twin is None else twin.train(layer.training)

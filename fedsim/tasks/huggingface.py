@@ -2,9 +2,8 @@
 
     model: {name: "fedsim.tasks.huggingface:pretrained", path: my/folder}
 
-Departures, so that clients of a stack run as one program and a run can be repeated: attention is the eager one, and has
-no dropout of its own, which transformers draws from torch's global generator. Other dropout stays as configured.
-Weights saved in half precision are read as float32, which is what trains.
+Departures: attention is the eager one, so that clients of a stack run as one program also where the base is frozen, and
+weights saved in half precision are read as float32, which is what trains.
 
 Letters: B samples, T positions, K classes.
 """
@@ -16,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_dropout", "attn_pdrop")
 
 
 class Logits(nn.Module):
@@ -86,9 +83,6 @@ def pretrained(
         settings = transformers.AutoConfig.from_pretrained(path, num_labels=num_classes)
     else:
         settings = transformers.AutoConfig.for_model(**dict(config or {}), num_labels=num_classes)
-    for name in ATTENTION_DROPOUT:
-        if name in settings.to_dict():
-            setattr(settings, name, 0.0)
     options = {"config": settings, "attn_implementation": "eager", "dtype": torch.float32}  # as all that trains
     model = make.from_config(**options) if path is None else make.from_pretrained(path, **options)
     (length,) = input_shape["input_ids"] if isinstance(input_shape, Mapping) else input_shape

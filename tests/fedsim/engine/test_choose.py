@@ -13,7 +13,7 @@ from fedsim.engine.choose import MAX_WIDTH_GPU, enough_stacks, memory_bytes
 from fedsim.engine.precision import products
 from fedsim.params import Layout
 from fedsim.tasks.models import MODELS, init_parameters
-from tests.fedsim.engine.zoo import batch, gradient, model
+from tests.fedsim.engine.zoo import Deciding, batch, gradient, model
 
 
 def plan_of(name: str, shape: tuple[int, ...], **options: object) -> Plan:
@@ -52,13 +52,21 @@ def test_a_patch_convolution_is_a_linear_layer() -> None:
         assert choose_engine(module, Layout.of_module(module), num_clients=1000).width == width
 
 
-def test_large_modules_that_no_tape_carries_run_one_client_at_a_time() -> None:
-    module = MODELS["transformer"]((20,), 10, width=128)
-    layout, sample = Layout.of_module(module), torch.zeros(20, dtype=torch.int64)
-    plan = choose_engine(module, layout, num_clients=1000, sample=sample)
-    assert plan.width == 1 and "without a stacked form of every layer" in plan.reason
+def test_stacks_are_wide_where_products_have_many_rows() -> None:
+    module, sample = MODELS["transformer"]((20,), 10, width=128), torch.zeros(20, dtype=torch.int64)
+    layout = Layout.of_module(module)
+    few, many = (choose_engine(module, layout, num_clients=1000, sample=sample, batch_size=size) for size in (1, 20))
+    assert (few.width, many.width) == (2, 8) and "many rows" in many.reason
     mlp = MODELS["mlp"]((1, 28, 28), 10, hidden=[512])
     assert choose_engine(mlp, Layout.of_module(mlp), num_clients=1000, sample=torch.zeros(1, 28, 28)).width == 2
+
+
+@pytest.mark.parametrize("hidden, width", [(9000, 1), (8, 16)])
+def test_modules_without_a_tape_run_one_client_at_a_time_if_large_and_the_plan_says_so(hidden: int, width: int) -> None:
+    module = Deciding()
+    module.fc = nn.Sequential(nn.Linear(64, hidden), nn.Linear(hidden, 7))
+    plan = choose_engine(module, Layout.of_module(module), num_clients=1000, sample=torch.zeros(1, 8, 8))
+    assert plan.width == width and "without a tape (the module looks at its data (__float__))" in plan.reason
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])

@@ -15,12 +15,12 @@ from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import cross_entropy
 from fedsim.engine.stacked import StackedEngine
 from fedsim.params import Layout
+from fedsim.tasks.models import MODELS as MODEL_ZOO
 from tests.fedsim.engine import zoo
-from tests.fedsim.engine.test_agreement import TAPED
 
 K, T = 4, 6
 COUNTS = [3, 1, 0, 2]
-MODELS = [name for name in TAPED if name != "resnet_bn"]
+MODELS = [name for name in MODEL_ZOO if name != "resnet_bn"]
 
 
 class Twice(nn.Module):
@@ -176,8 +176,10 @@ def test_equal_weights_give_the_gradient_of_the_sum_with_its_dropout(name: str) 
 
 
 def test_a_module_without_a_tape_or_with_batch_norm_has_no_such_sum() -> None:
-    for name in ("transformer", "resnet_bn"):
-        module, layout, x0 = zoo.model(name)
+    for name, (module, layout, x0) in {
+        "cnn": (made := zoo.Deciding(), *zoo.numbers_of(made)),
+        "resnet_bn": zoo.model("resnet_bn"),
+    }.items():
         session = StackedEngine(module.double(), layout, cross_entropy).session(zoo.stack(layout, x0, len(COUNTS)))
         assert session.weighted_sum(zoo.batch(name, COUNTS), weigh) is None
 

@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fedsim.engine import ENGINES, build_engine
 from fedsim.engine.losses import cross_entropy
 from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.tape import trace
-from fedsim.engine.twins import PlainLSTM
+from fedsim.engine.twins import PlainRecurrent
 from fedsim.params import Layout
 from tests.fedsim.engine.zoo import Deciding, batch, gradient, model, numbers_of, stack
 
@@ -59,15 +60,13 @@ def test_a_users_error_is_not_taken_for_a_module_that_cannot_be_batched() -> Non
         gradient(build_engine("stacked", module, layout), torch.zeros(2, layout.size).double(), batch("cnn", [2, 2]))
 
 
-def test_the_written_out_lstm_is_torchs() -> None:
-    layer = nn.LSTM(3, 4, num_layers=2, batch_first=True).double()
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_written_out_recurrent_layers_are_torchs(kind: type[nn.LSTM | nn.GRU], batch_first: bool) -> None:
+    layer = kind(3, 4, num_layers=2, batch_first=batch_first).double()
     x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
-    for found, expected in zip(_flatten(PlainLSTM(layer)(x)), _flatten(layer(x)), strict=True):
+    for found, expected in zip(tree_leaves(PlainRecurrent(layer)(x)), tree_leaves(layer(x)), strict=True):
         assert (found - expected).abs().max() < 1e-12
-
-
-def _flatten(out: tuple[Tensor, tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [out[0], *out[1]]
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fedsim.engine import Batch, build_engine
 from fedsim.engine.noise import keep_mask, keyed_copy, purpose
@@ -86,16 +87,47 @@ def test_noise_that_cannot_be_keyed_is_refused_by_name() -> None:
 
 
 class FunctionalDropout(nn.Module):
+    """Two calls of functional dropout, one in attention."""
+
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(64, 7)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(torch.nn.functional.dropout(x.flatten(1), 0.5, self.training))
+        x = F.dropout(x.flatten(2), 0.5, self.training)
+        x = F.scaled_dot_product_attention(x, x, x, dropout_p=0.25 if self.training else 0.0).flatten(1)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("way", ["loop", "tape", "vmap"])
+def test_functional_dropout_is_keyed_call_by_call(way: str) -> None:
+    module = FunctionalDropout().double()
+    layout, x0 = numbers_of(module)
+    x, b = x0.repeat(2, 1), batch("cnn", [4, 3])
+    engine = build_engine("loop" if way == "loop" else "stacked", module, layout)
+    g, _ = engine.untaped(x, b) if way == "vmap" else gradient(engine, x, b)  # type: ignore[attr-defined]
+    for i, n in enumerate((4, 3)):
+        key = streams(2).keys(purpose("F.dropout"))[i]
+        h = b.inputs[i, :n].flatten(2) * keep_mask(key, (n, 1, 64), 0.5, g.dtype)
+        weights = (h @ h.mT / 8).softmax(-1) * keep_mask(key + 1, (n, 1, 1), 0.25, g.dtype)
+        loss = F.cross_entropy(module.fc((weights @ h).flatten(1)), b.targets[i, :n])
+        expected = torch.cat([t.flatten() for t in torch.autograd.grad(loss, list(module.parameters()))])
+        assert (g[i] - expected).abs().max() < 1e-12
+
+
+class Noisy(nn.Module):
+    """Draws noise that is no dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.flatten(1) * torch.rand_like(x.flatten(1)))
 
 
 def test_what_a_module_draws_from_torch_is_keyed_by_client_and_step_and_leaves_the_generator_alone() -> None:
-    module = FunctionalDropout()
+    module = Noisy()
     layout = Layout.of_module(module)
     x, b, s = torch.zeros(3, layout.size, dtype=torch.float64), batch("cnn", [2, 2, 2]), streams(3)
     before = torch.get_rng_state()

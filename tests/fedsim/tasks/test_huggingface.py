@@ -48,7 +48,7 @@ def test_engines_agree_with_dropout_and_padding(lora: Lora | None) -> None:
     engine = StackedEngine(module, layout, cross_entropy)
     g, loss = engine.session(x).gradient(batch())
     expected, expected_loss = build_engine("loop", module, layout).session(x).gradient(batch())
-    assert engine.path == "vmap"
+    assert engine.path == ("vmap" if lora else "tape"), engine.reason
     assert (g - expected).abs().max() < 1e-5 and (loss - expected_loss).abs().max() < 1e-5
 
 
