@@ -110,6 +110,8 @@ class Edges(Linked):
         super().__post_init__()
         if (self.edges is None) == (self.file is None):
             raise ValueError("give either edges, [[0, 1], [1, 2]], or a file with a pair a line")
+        if self.edges is not None:  # lists from Python: what is frozen can be looked up by
+            object.__setattr__(self, "edges", tuple(tuple(link) for link in self.edges))
 
     def pairs(self, n: int, seed: int, turn: int) -> Tensor:
         return both_ways(self._given(n)[:, :2].long().T)

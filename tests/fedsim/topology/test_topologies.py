@@ -108,7 +108,7 @@ def test_regular_means_that_all_have_as_many_neighbours() -> None:
 def test_weights_and_a_file_may_be_given(tmp_path: Path) -> None:
     file = tmp_path / "links.txt"
     file.write_text("1 2 0.25\n0 1 0.5\n")
-    for topology in (TOPOLOGIES["edges"](file=str(file)), TOPOLOGIES["edges"](edges=((2, 1, 0.25), (0, 1, 0.5)))):
+    for topology in (TOPOLOGIES["edges"](file=str(file)), TOPOLOGIES["edges"](edges=[[2, 1, 0.25], [0, 1, 0.5]])):
         expected = [[0.5, 0.5, 0.0], [0.5, 0.25, 0.25], [0.0, 0.25, 0.75]]
         assert topology.graph(3, 0, 0).dense(3).tolist() == expected
 
