@@ -55,8 +55,10 @@ def checked(value: Any, hint: Any) -> Any:
     """The value as the hint's type.
 
     Raises:
-        ValueError: if it is of another type, or no file can hold one of that type.
+        ValueError: if it is of another type, or no file can hold one of that type, or a number needs more than 64 bits.
     """
+    if (found := _too_long(value)) is not None:
+        raise ValueError(f"{found} needs more than the 64 bits that a whole number may have")
     if hint is Any:
         return value
     try:
@@ -69,6 +71,14 @@ def checked(value: Any, hint: Any) -> Any:
         raise ValueError(f"expected {described(hint)}, got {_shown(value)}") from e
     except TypeError as e:
         raise ValueError(f"can't be written as plain data: {value!r}") from e
+
+
+def _too_long(value: Any) -> int | None:
+    """A whole number in plain data that no 64 bits hold."""
+    if isinstance(value, list | tuple | dict):
+        inner = map(_too_long, value.values() if isinstance(value, dict) else value)
+        return next((found for found in inner if found is not None), None)
+    return value if isinstance(value, int) and not -(2**63) <= value < 2**63 else None
 
 
 def plain_default(default: Any) -> Any:

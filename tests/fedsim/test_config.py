@@ -89,6 +89,11 @@ def test_the_resolved_section_reads_back_to_the_same() -> None:
         ({"needed": True}, r"part.needed: expected a whole number, got true"),
         ({"needed": 1.0}, r"part.needed: expected a whole number, got 1.0"),
         ({"needed": None}, r"part.needed: expected a whole number, got null"),
+        (
+            {"needed": 2**63},
+            r"part.needed: 9223372036854775808 needs more than the 64 bits that a whole number may have",
+        ),
+        ({"needed": 1, "sizes": [1, -(2**64)]}, r"part.sizes: -18446744073709551616 needs more than the 64 bits"),
         ({"needed": 1, "rate": "fast"}, r"part.rate: expected a number, got 'fast'"),
         ({"needed": 1, "kind": "c"}, r"part.kind: expected one of a, b, got 'c'"),
         ({"needed": 1, "sizes": 3}, r"part.sizes: expected a list of whole numbers, got 3"),
