@@ -91,7 +91,14 @@ def build_byzantine(section: ByzantineClients, task: Task, strategy: Strategy, s
     if section.attack.on_data:
         with at("clients.byzantine.attack"):
             task.poison(ids, section.attack.poison)
-    byzantine = Byzantine(ids=ids, attack=section.attack, on_data=section.attack.on_data, seed=seed)
+    combine, counts = strategy.combining(), task.num_examples
+    byzantine = Byzantine(
+        ids=ids,
+        attack=section.attack,
+        on_data=section.attack.on_data,
+        seed=seed,
+        rule=None if combine is None else lambda rows, whose: combine(rows, counts[whose]),
+    )
     check_attack(byzantine, strategy, len(task.num_examples))
     return byzantine
 

@@ -186,8 +186,9 @@ def check_attack(byzantine: Byzantine, strategy: Strategy, num_clients: int) -> 
     else:
         honest = num_clients - b
     streams = Streams(byzantine.seed, byzantine.ids[:b], torch.zeros(b, dtype=torch.int64))
+    rule = None if byzantine.rule is None else lambda sent: torch.zeros(1)
     with at("clients.byzantine.attack"):
-        attack(torch.zeros(honest, 1), b, streams, Knowledge())
+        attack(torch.zeros(honest, 1), b, streams, Knowledge(rule=rule))
 
 
 def check_seen(strategy: Strategy, task: Task) -> None:

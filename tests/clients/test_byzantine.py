@@ -13,6 +13,7 @@ from fedsim.clients.byzantine import (
     Silence,
     alie_factor,
 )
+from fedsim.fleet import TooFewRows
 from fedsim.sim.byzantine import Knowledge
 from tests.build import streams
 
@@ -62,6 +63,41 @@ def test_the_largest_factor_of_alie() -> None:
 
 def test_alie_with_one_honest_client_has_no_spread_to_hide_in() -> None:
     assert sent(Alie(), H[:1]).tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+def _against(rule, honest: torch.Tensor) -> Knowledge:  # type: ignore[no-untyped-def]
+    """Knowledge of a rule that gets the honest rows and then those sent."""
+    return Knowledge(rule=lambda out: rule(torch.cat([honest, out.to(honest)])))
+
+
+def test_against_a_mean_the_factor_grows_as_long_as_there_are_tries() -> None:
+    known = _against(lambda rows: rows.mean(0), H)
+    k = 10 * (2**19 - 1)  # 20 tries: 0, then 19 steps that double from 10
+    out = Alie(k="optimised")(H, 2, streams(2), known)
+    assert out is not None and torch.allclose(out, (H.mean(0) + k * H.std(0)).expand(2, -1))
+    out = InnerProduct(tau="optimised")(H, 2, streams(2), known)
+    assert out is not None and torch.allclose(out, (-k * H.mean(0)).expand(2, -1))
+
+
+def test_against_a_rule_that_sees_through_it_the_factor_is_the_largest_that_passes() -> None:
+    def gate(rows: torch.Tensor) -> torch.Tensor:  # believes what is not farther than 4 deviations from the mean
+        return rows[-1] if bool((rows[-1] <= H.mean(0) + 4 * H.std(0)).all()) else H.mean(0)
+
+    out = Alie(k="optimised")(H, 1, streams(1), _against(gate, H))
+    assert out is not None
+    k = float(((out[0] - H.mean(0)) / H.std(0))[0])
+    assert 3.9 < k <= 4.0  # steps 10, 8, 6.4, 5.1 are too long, 4.1 as well, then 3.3 and what still fits
+
+
+def test_with_too_few_rows_for_the_rule_anything_does_and_without_a_rule_nothing() -> None:
+    def refuses(rows: torch.Tensor) -> torch.Tensor:
+        raise TooFewRows("never enough")
+
+    out = InnerProduct(tau="optimised")(H, 2, streams(2), _against(refuses, H))
+    assert out is not None and torch.equal(out, torch.zeros(2, 3))
+    for attack in (InnerProduct(tau="optimised"), Alie(k="optimised")):
+        with pytest.raises(ValueError, match="=optimised tries factors against the server's aggregator"):
+            sent(attack)
 
 
 def test_mimic_learns_the_direction_in_which_clients_differ() -> None:

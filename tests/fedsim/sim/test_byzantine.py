@@ -12,7 +12,7 @@ from fedsim.aggregate import Mean
 from fedsim.clients.byzantine import Alie, InnerProduct, LabelFlip, Mimic, NotANumber, SignFlip, Silence
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Inbox
-from fedsim.sim.byzantine import Byzantine, who_hears
+from fedsim.sim.byzantine import Byzantine, Knowledge, who_hears
 from fedsim.sim.fleet import SimFleet
 from fedsim.strategies.async_fedavg import AsyncFedAvg
 from fedsim.strategies.fedavg import FedAvg
@@ -53,6 +53,25 @@ def test_rows_of_the_byzantine_are_replaced_and_the_honest_left_alone() -> None:
     mean = (1 + 3 + 4) / 3
     assert r["v"][:, 0].tolist() == pytest.approx([1, -2 * mean, 3, 4])
     assert r["n"].tolist() == [0, 1, 2, 3]  # only vectors are replaced
+
+
+def test_an_attack_knows_all_honest_vectors_of_the_step_and_what_comes_of_its_own() -> None:
+    seen = []
+
+    class Curious(SignFlip):
+        def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor:
+            assert known.rule is not None
+            seen.append((honest[:, 0].tolist(), known.rule(torch.tensor([[100.0, 0.0], [300.0, 0.0]])).tolist()))
+            return torch.tensor([[5.0, 5.0], [6.0, 6.0]])
+
+    fleet = _fleet(Curious(), [1, 2])
+    assert fleet.byzantine is not None
+    fleet.byzantine.rule = lambda rows, ids: (ids + 1).double() @ rows
+    r = fleet.ask(torch.tensor([3, 2, 1, 0]), HALVES.send, x=X)
+    expected = 4 * 4 + 3 * 100 + 2 * 300 + 1 * 1  # each row in its client's place
+    assert seen == [([4.0, 1.0], [expected, -2 * (16 + 1)])]
+    assert r["v"][:, 0].tolist() == [4, 5, 6, 1]
+    assert fleet.byzantine.known["v"].rule is None  # nothing that a checkpoint could not hold
 
 
 def test_a_cohort_without_byzantine_clients_is_left_alone() -> None:
