@@ -22,6 +22,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fedsim.clients.poison import Backdoor, LabelFlip, ModelReplacement
 from fedsim.fleet import TooFewRows
 from fedsim.sim.byzantine import Knowledge
 from fedsim.streams import Streams
@@ -34,7 +35,7 @@ class Attack(Protocol):
     """Frozen settings of an attack."""
 
     on_data: ClassVar[bool]
-    """Whether it poisons the clients' data instead of their vectors; then it is not called."""
+    """Whether its clients train on poisoned data (`fedsim.task.Poison`), of which `known.own` comes."""
 
     def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         """What the byzantine clients send.
@@ -229,20 +230,6 @@ class Silence:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelFlip:
-    """Trains on labels num_classes - 1 - y and sends what comes of it, as an honest client would."""
-
-    on_data: ClassVar[bool] = True
-
-    def poison(self, targets: Tensor, num_classes: int) -> Tensor:
-        """The labels that the byzantine clients train on, any shape of class numbers."""
-        return num_classes - 1 - targets
-
-    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
-        raise ValueError("label_flip poisons data, not vectors: let its clients train on poison(targets, num_classes)")
-
-
 def _repeat(vector: Tensor, b: int) -> Tensor:
     return vector.expand(b, -1)
 
@@ -294,6 +281,8 @@ ATTACKS: dict[str, type] = {
     "alie": Alie,
     "mimic": Mimic,
     "label_flip": LabelFlip,
+    "backdoor": Backdoor,
+    "model_replacement": ModelReplacement,
     "gaussian": Gaussian,
     "infinity": Infinity,
     "nan": NotANumber,

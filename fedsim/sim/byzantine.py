@@ -28,11 +28,14 @@ class Knowledge:
         memory: what the attack noted in earlier steps.
         rule: what the server would make [P] of all replies of the step if the byzantine clients sent some [b, P]; None
             where it makes no one vector of them. Given for one call, and never kept.
+        own: [b, P], what its clients would have sent as honest ones, from poisoned data where the attack has such.
+            Given likewise.
     """
 
     step: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
     rule: Callable[[Tensor], Tensor] | None = None
+    own: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -42,7 +45,6 @@ class Byzantine:
     Args:
         ids: [b] clients.
         attack: (honest [H, P], b, streams, knowledge) -> [b, P], or None if they send nothing.
-        on_data: the attack poisons data instead; then nothing is replaced here.
         seed: of the run.
         rule: (rows [R, P], whose they are [R]) -> [P], what the strategy makes of replies; None if no one vector.
         known: {field: what the attack noted}.
@@ -50,7 +52,6 @@ class Byzantine:
 
     ids: Tensor
     attack: Callable[[Tensor, int, Streams, Any], Tensor | None]
-    on_data: bool
     seed: int
     rule: Callable[[Tensor, Tensor], Tensor] | None = None
     known: dict[str, Knowledge] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class Byzantine:
         """(which replies arrive [R] bool, fields with byzantine rows replaced)."""
         good = self.honest(ids)
         arrive = torch.ones(len(ids), dtype=torch.bool)
-        if self.on_data or bool(good.all()):
+        if bool(good.all()):
             return arrive, fields
         out = dict(fields)
         bad = ids[~good]
@@ -76,7 +77,8 @@ class Byzantine:
             seen = value[at] if bool(good.any()) else value
             streams = Streams(self.seed, bad.to(value.device), torch.full_like(bad, step).to(value.device))
             out[name] = value = value.clone()
-            sent = self.attack(seen, len(bad), streams, replace(known, rule=self._rule(value, ~at, ids)))
+            given = replace(known, rule=self._rule(value, ~at, ids), own=value[~at])
+            sent = self.attack(seen, len(bad), streams, given)
             if sent is None:
                 return good, {k: v[good.to(v.device)] if v.ndim else v for k, v in fields.items()}
             value[~at] = sent.to(value)

@@ -90,3 +90,18 @@ def test_the_worst_factor_is_sought_against_the_rule_in_use_and_refused_where_th
         compose(_with({"name": "foe", "tau": "optimised"}, 1, name=name, **more), "x.yaml").close()
     with pytest.raises(ConfigError, match="clients.byzantine.attack: foe.tau=optimised tries factors"):
         compose(_with({"name": "foe", "tau": "optimised"}, 1, name="dsgd"), "x.yaml")
+
+
+def test_a_back_door_needs_images_and_a_class_that_there_is() -> None:
+    digits = SMALL | {"task": {"name": "classification", "dataset": "digits", "model": "logistic"}}
+    for attack, words in (
+        (
+            {"name": "backdoor", "size": 9},
+            "backdoor writes a patch of 9 x 9 pixels into images, and .* is 8 x 8 pixels",
+        ),
+        ({"name": "model_replacement", "target": 10}, "model_replacement.target=10 is none of the 10 classes"),
+    ):
+        with pytest.raises(ConfigError, match=f"clients.byzantine.attack: {words}"):
+            compose(digits | {"clients": {"count": 8, "byzantine": {"attack": attack, "count": 2}}}, "x.yaml")
+    rows = rows_of(digits | {"clients": {"count": 8, "byzantine": {"attack": "backdoor", "count": 2}}, "rounds": 1})
+    assert 0 <= rows[-1]["test_attack_success"] <= 1

@@ -38,7 +38,7 @@ X = torch.tensor([1.0, -2.0], dtype=torch.float64)
 
 
 def _lies(ids: list[int], attack: Any) -> Byzantine:
-    return Byzantine(ids=torch.tensor(ids), attack=attack, on_data=attack.on_data, seed=0)
+    return Byzantine(ids=torch.tensor(ids), attack=attack, seed=0)
 
 
 def _fleet(attack: Any, ids: list[int], n: int = 4, samples: list[int] | None = None, **options: Any) -> SimFleet:
@@ -177,7 +177,7 @@ def test_knowledge_lasts_from_step_to_step_and_is_kept_apart_for_each_vector() -
 
 def test_flipped_labels_poison_training_and_nothing_else() -> None:
     honest, poisoned = (digits_task(logistic, [30, 30]) for _ in range(2))
-    poisoned.poison(torch.tensor([1]), LabelFlip().poison)
+    poisoned.poison(torch.tensor([1]), LabelFlip())
     by_hand = digits_task(logistic, [30, 30])
     by_hand.data.targets[30:60] = 9 - by_hand.data.targets[30:60]
     local = local_sgd(honest, 0.1, epochs=1, steps=None, batch_size=8)
