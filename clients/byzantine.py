@@ -5,13 +5,15 @@ The vectors may be models or pseudo-gradients: an attack looks at numbers only. 
 
 Sources: sign flip, IPM and ALIE as in ByzFL and in the code of Farhadkhani et al. (MoNNA, ICML 2023); ALIE: Baruch,
 Baruch, Goldberg. A little is enough. NeurIPS 2019; IPM (also known as fall of empires): Xie, Koyejo, Gupta. UAI 2019;
-mimic: Karimireddy, He, Jaggi. arXiv:2006.09365.
+mimic: Karimireddy, He, Jaggi. arXiv:2006.09365; the search for the worst factor against a rule: Shejwalkar, Houmansadr.
+NDSS 2021, with ByzFL's steps.
 
 Letters: H honest clients, b byzantine ones, P entries of a vector, mu [P] the honest mean, s [P] their deviation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite, nan
 from statistics import NormalDist
@@ -20,15 +22,20 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
+from fedsim.clients.poison import Backdoor, LabelFlip, ModelReplacement
+from fedsim.fleet import TooFewRows
 from fedsim.sim.byzantine import Knowledge
 from fedsim.streams import Streams
+
+SEARCH = 20  # tries of a factor
+FIRST, SHRINK = 10.0, 0.8  # the first step of a search, and what a step in vain is shortened by
 
 
 class Attack(Protocol):
     """Frozen settings of an attack."""
 
     on_data: ClassVar[bool]
-    """Whether it poisons the clients' data instead of their vectors; then it is not called."""
+    """Whether its clients train on poisoned data (`fedsim.task.Poison`), of which `known.own` comes."""
 
     def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         """What the byzantine clients send.
@@ -85,18 +92,22 @@ class InnerProduct:
     """FOE, also known as IPM: sends -tau mu. Some write it as (1 - k) mu, so that tau = k - 1.
 
     Args:
-        tau: factor on the honest mean, taken with the other sign.
+        tau: factor on the honest mean, taken with the other sign; `optimised` seeks, in every step, the one that moves
+            the result of the rule in use farthest from the honest mean.
     """
 
-    tau: float = 2.0
+    tau: float | Literal["optimised"] = 2.0
     on_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isfinite(self.tau):
-            raise ValueError(f"foe.tau must be a finite factor, got {self.tau}")
+        if self.tau != "optimised" and not (isinstance(self.tau, int | float) and isfinite(self.tau)):
+            raise ValueError(f"foe.tau must be a finite factor or optimised, got {self.tau!r}")
 
     def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
-        return _repeat(-self.tau * honest.mean(dim=0), b)
+        mu = honest.mean(dim=0)
+        if self.tau == "optimised":
+            return _repeat(_worst("foe.tau", mu, lambda tau: -tau * mu, b, known), b)
+        return _repeat(-self.tau * mu, b)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,19 +116,22 @@ class Alie:
 
     Args:
         k: a factor, negative to subtract; `max` takes the quantile up to which honest clients outnumber those that
-            would have to be outvoted: Phi^-1((n - b - q) / (n - b)), q = floor(n / 2) + 1 - b, n = H + b.
+            would have to be outvoted: Phi^-1((n - b - q) / (n - b)), q = floor(n / 2) + 1 - b, n = H + b; `optimised`
+            seeks, in every step, the one that moves the result of the rule in use farthest from mu.
     """
 
-    k: float | Literal["max"] = 1.5
+    k: float | Literal["max", "optimised"] = 1.5
     on_data: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.k != "max" and not (isinstance(self.k, int | float) and isfinite(self.k)):
-            raise ValueError(f"alie.k must be a finite factor or max, got {self.k!r}")
+        if self.k not in ("max", "optimised") and not (isinstance(self.k, int | float) and isfinite(self.k)):
+            raise ValueError(f"alie.k must be a finite factor, max or optimised, got {self.k!r}")
 
     def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
         mu = honest.mean(dim=0)
         s = honest.std(dim=0) if len(honest) > 1 else torch.zeros_like(mu)
+        if self.k == "optimised":
+            return _repeat(_worst("alie.k", mu, lambda k: mu + k * s, b, known), b)
         k = alie_factor(len(honest) + b, b) if self.k == "max" else self.k
         return _repeat(mu + k * s, b)
 
@@ -261,22 +275,48 @@ class Dissensus:
         raise ValueError("dissensus tells each peer something else, and a server is one; take a strategy without one")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelFlip:
-    """Trains on labels num_classes - 1 - y and sends what comes of it, as an honest client would."""
-
-    on_data: ClassVar[bool] = True
-
-    def poison(self, targets: Tensor, num_classes: int) -> Tensor:
-        """The labels that the byzantine clients train on, any shape of class numbers."""
-        return num_classes - 1 - targets
-
-    def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor | None:
-        raise ValueError("label_flip poisons data, not vectors: let its clients train on poison(targets, num_classes)")
-
-
 def _repeat(vector: Tensor, b: int) -> Tensor:
     return vector.expand(b, -1)
+
+
+def _worst(key: str, mu: Tensor, vector: Callable[[float], Tensor], b: int, known: Knowledge) -> Tensor:
+    """[P]: the vector whose sending moves the rule's result farthest from the honest mean, of those tried.
+
+    The factor grows from 0 in steps that double while each is worse than the last; then the steps shrink, as often as
+    tries are left. In a step of fewer rows than the rule takes nothing moves, whatever is sent.
+
+    Args:
+        key: of the file, for messages.
+        mu: [P].
+        vector: of a factor.
+        b: how many send it; without any there is nothing to seek.
+        known: the rule in use.
+
+    Raises:
+        ValueError: if there is no rule that could be tried.
+    """
+    rule = known.rule
+    if rule is None:
+        raise ValueError(
+            f"{key}=optimised tries factors against the server's aggregator, and this strategy has none; give a number"
+        )
+
+    def harm(factor: float) -> float:
+        try:
+            return float(torch.linalg.vector_norm(rule(_repeat(vector(factor), b)) - mu))
+        except TooFewRows:
+            return 0.0
+
+    best, step, growing = 0.0, FIRST, True
+    worst = harm(best) if b else inf
+    for _ in range(SEARCH - 1 if b else 0):
+        if (found := harm(best + step)) > worst:
+            best, worst = best + step, found
+            step *= 2.0 if growing else SHRINK
+        else:
+            growing = False
+            step *= SHRINK
+    return vector(best)
 
 
 ATTACKS: dict[str, type] = {
@@ -287,6 +327,8 @@ ATTACKS: dict[str, type] = {
     "mimic": Mimic,
     "dissensus": Dissensus,
     "label_flip": LabelFlip,
+    "backdoor": Backdoor,
+    "model_replacement": ModelReplacement,
     "gaussian": Gaussian,
     "infinity": Infinity,
     "nan": NotANumber,

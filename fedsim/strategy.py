@@ -6,7 +6,7 @@ Letters: N clients in all, C of a stack, P parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -60,6 +60,10 @@ class Traits:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+Combine = Callable[[Tensor, Tensor], Tensor]
+"""Rows [R, P] and sample counts [R] of their clients -> [P]."""
+
+
 class Strategy(ABC):
     """One algorithm: a frozen dataclass with hyper-parameters as fields, and client halves as methods."""
 
@@ -95,6 +99,13 @@ class Strategy(ABC):
     def needed(self, num_clients: int) -> int:
         """Clients of N without whose replies it never takes a step."""
         return 1
+
+    def combining(self) -> Combine | None:
+        """How it makes one vector of those that arrive together, as an attacker reckons who knows; None if it doesn't.
+
+        What comes of it raises TooFewRows for fewer rows than it can judge.
+        """
+        return None
 
     def personal_model(self, clients: Cohort, x: Tensor, /) -> Tensor:
         """[C, P]: the models that these clients would use themselves, now that the server has x [P]."""

@@ -17,6 +17,7 @@ from fedsim.params import Layout
 from fedsim.prox import FREE, Prox
 from fedsim.streams import Streams
 from fedsim.terms import Factors
+from fedsim.trees import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,11 +326,11 @@ class Task(ABC):
         """
         raise AssertionError("a task that lacks every need is not asked")
 
-    def poison(self, ids: Tensor, labels: Callable[[Tensor, int], Tensor]) -> None:
-        """Let some clients [b] train on `labels(targets, num_classes)` instead of their own targets.
+    def poison(self, ids: Tensor, attack: Poison) -> None:
+        """Let some clients [b] train on what an attacker makes of their samples; evaluation says how it succeeds.
 
         Raises:
-            ValueError: where there are no labels.
+            ValueError: where there are no labels, or the attack does not suit the samples.
         """
         raise ValueError("poisons labels, which this task does not have")
 
@@ -342,6 +343,22 @@ class Task(ABC):
         if device.type != "cpu":
             raise ValueError(f"{type(self).__name__} has no method to(device); write one, or set runtime.device: cpu")
         return self
+
+
+class Poison(Protocol):
+    """An attack on data."""
+
+    @property
+    def share(self) -> float:
+        """Of a client's samples that are poisoned."""
+        ...
+
+    def wanted(self, inputs: Tree, targets: Tensor, num_classes: int) -> tuple[Tree, Tensor]:
+        """Samples [..., ...] with labels [...] as the attacker shows them, and the labels that it wants for them.
+
+        It writes to neither.
+        """
+        ...
 
 
 class Pool(Protocol):

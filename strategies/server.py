@@ -27,7 +27,8 @@ from fedsim.config import FromTable
 from fedsim.fleet import Cost, Fleet, Late, Replies, TooFewRows, Work, linear
 from fedsim.optim import Optimizer, OptState
 from fedsim.strategies.selection import Among, Known, Selection, Uniform
-from fedsim.strategy import Strategy
+from fedsim.strategy import Combine, Strategy
+from fedsim.streams import server_rng
 
 Rule = Annotated[Aggregator, FromTable("aggregator", "mean")]
 UniformRule = Annotated[Aggregator, FromTable("aggregator", {"name": "mean", "weights": "uniform"})]
@@ -93,6 +94,10 @@ class Aggregating(Strategy):
     def rule(self, rng: np.random.Generator, last: Tensor | None = None) -> Aggregator:
         """What to aggregate a round's replies by; it folds where it is linear, and may begin at its last result [P]."""
         return prepared(self.pre_aggregators, started(self.aggregator, last), rng)
+
+    def combining(self) -> Combine:
+        """Its rule; every row counts by itself, centred clipping starts at zero, and buckets are always the same."""
+        return lambda rows, num_examples: self.rule(server_rng(0, "combining"))(rows, num_examples)
 
 
 @dataclass(frozen=True, kw_only=True)

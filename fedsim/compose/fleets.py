@@ -79,7 +79,7 @@ def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink 
 
 
 def build_byzantine(section: ByzantineClients, task: Task, strategy: Strategy, seed: int) -> Byzantine | None:
-    """Byzantine clients, None where all are honest; an attack on data poisons the task's labels here.
+    """Byzantine clients, None where all are honest; an attack on data poisons the task's samples here.
 
     Raises:
         ConfigError: for clients that do not exist, or an attack that task or strategy do not bear or is not defined.
@@ -90,8 +90,14 @@ def build_byzantine(section: ByzantineClients, task: Task, strategy: Strategy, s
         return None
     if section.attack.on_data:
         with at("clients.byzantine.attack"):
-            task.poison(ids, section.attack.poison)
-    byzantine = Byzantine(ids=ids, attack=section.attack, on_data=section.attack.on_data, seed=seed)
+            task.poison(ids, section.attack)
+    combine, counts = strategy.combining(), task.num_examples
+    byzantine = Byzantine(
+        ids=ids,
+        attack=section.attack,
+        seed=seed,
+        rule=None if combine is None else lambda rows, whose: combine(rows, counts[whose]),
+    )
     check_attack(byzantine, strategy, len(task.num_examples))
     return byzantine
 

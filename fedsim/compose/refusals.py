@@ -203,15 +203,16 @@ def check_attack(byzantine: Byzantine, strategy: Strategy, num_clients: int) -> 
     if hasattr(attack, "to_each") and isinstance(strategy, Peers):
         return
     replies = strategy.replies(num_clients)
-    if byzantine.on_data or replies > MAX_TRIED:
+    if replies > MAX_TRIED:
         return
     if replies < num_clients:  # at best one of those that reply together is byzantine
         honest, b = min(num_clients - b, max(replies - 1, 1)), 1
     else:
         honest = num_clients - b
     streams = Streams(byzantine.seed, byzantine.ids[:b], torch.zeros(b, dtype=torch.int64))
+    rule = None if byzantine.rule is None else lambda sent: torch.zeros(1)
     with at("clients.byzantine.attack"):
-        attack(torch.zeros(honest, 1), b, streams, Knowledge())
+        attack(torch.zeros(honest, 1), b, streams, Knowledge(rule=rule, own=torch.zeros(b, 1)))
 
 
 def check_seen(strategy: Strategy, task: Task) -> None:

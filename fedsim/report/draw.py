@@ -159,6 +159,55 @@ def network(places: np.ndarray, pairs: np.ndarray, *, alt: str) -> str:
     )
 
 
+def value_map(
+    shades: np.ndarray,
+    texts: Sequence[Sequence[Sequence[str]]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    x_label: str,
+    y_label: str,
+    alt: str,
+) -> str:
+    """A value for each pair of two things, as SVG; the last row and the last column stand a little apart.
+
+    Args:
+        shades: [r, k] in 0 to 1, how full a cell's colour is; NaN for an empty one.
+        texts: r times k, the lines that are written into a cell.
+        rows, columns: r and k names.
+        x_label, y_label: of what they are.
+        alt: what a screen reader says.
+    """
+    (r, k), high, gap = shades.shape, 34.0, 8.0
+    left = float(np.clip(30 + 6.2 * max(len(_cut(name)) for name in rows), 90, 150))
+    wide = min((700 - left - 12 - gap) / k, 110.0)
+    across, down = np.arange(k) * wide + left, np.arange(r) * high + 10
+    across[-1] += gap
+    down[-1] += gap
+    parts, bottom = [], down[-1] + high
+    for (i, j), shade in np.ndenumerate(shades):
+        x, y = float(across[j]), float(down[i])
+        if np.isfinite(shade):
+            parts.append(
+                f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{high - 2:g}" rx="2" '
+                f'fill="var(--c1)" fill-opacity="{0.06 + 0.5 * shade:.3g}"/>'
+            )
+        first = y + high / 2 + 4 - 6 * (len(texts[i][j]) - 1)
+        for line, text in enumerate(texts[i][j]):
+            look = ' fill="var(--ink)"' if not line else ' font-size="9.5"'
+            parts.append(_text(x + wide / 2, first + 12 * line, text, "middle", look))
+    parts += [
+        _text(left - 6, at + high / 2 + 4, _cut(name), "end") for at, name in zip(down.tolist(), rows, strict=True)
+    ]
+    for at, name in zip((across + wide / 2 + 4).tolist(), columns, strict=True):
+        turned = f' transform="rotate(-28 {at:.1f} {bottom + 14:.1f})"'
+        parts.append(_text(at, bottom + 14, _cut(name), "end", turned))
+    middle = (down[0] + bottom) / 2
+    parts.append(_text(12, middle, y_label, "middle", f' transform="rotate(-90 12 {middle:g})"'))
+    parts.append(_text((left + across[-1] + wide) / 2, bottom + 78, x_label, "middle"))
+    return _svg((700, bottom + 88), alt, *parts)
+
+
 def timeline(
     jobs: Sequence[Sequence[tuple[float, float]]], steps: np.ndarray, *, end: float, x_label: str, alt: str
 ) -> str:

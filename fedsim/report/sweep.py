@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedsim.report.compare import MEASURES
 from fedsim.report.curves import over_each_axis, wants_log
 from fedsim.report.draw import Curve, line_panel, look
 from fedsim.report.page import Key, Page, Picture, Section, Table, shortened
+from fedsim.report.pairs import Cell, maps
 
 MAX_CURVES = 6  # of one method's settings; a colour each
 MAX_ROWS = 500
@@ -28,6 +29,7 @@ class SettingLine:
         values: {key: value} of the axes.
         folders: of its runs that are done, one a seed.
         value, deviation: of the target over the seeds; None where there is none.
+        worst: of the seeds; None unless all have one.
         best: whether it is its method's best.
     """
 
@@ -37,6 +39,7 @@ class SettingLine:
     folders: Sequence[Path]
     value: float | None
     deviation: float | None
+    worst: float | None = None
     best: bool
 
 
@@ -47,6 +50,7 @@ class SweepPage:
     Args:
         title: of it.
         lines: every setting, the best of a method first.
+        axes: {key: values} that were listed, in their order.
         troubled: (run, what happened, why) of trials that did not come to their end.
         target: the metric that settings are judged by; None if no trial has one.
         minimise: whether a small one is good.
@@ -54,6 +58,7 @@ class SweepPage:
 
     title: str
     lines: Sequence[SettingLine]
+    axes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     troubled: Sequence[tuple[str, str, str]]
     target: str | None
     minimise: bool
@@ -68,7 +73,7 @@ class SweepPage:
             kind="fedsim sweep",
             facts=[f"{len(self.lines)} settings, {num_runs} runs. Bands: mean ± standard deviation over seeds."],
             notices=[trouble] if count else [],
-            sections=[self._best(), *self._axes(), *self._curves(), self._all(), self._trouble()],
+            sections=[self._best(), self._pairs(), *self._axes(), *self._curves(), self._all(), self._trouble()],
         )
         return page.write(path)
 
@@ -90,6 +95,18 @@ class SweepPage:
         rows = [[name, status, shortened(why, 300)] for name, status, why in self.troubled]
         table = Table(header=("run", "ended", "why"), rows=rows, style="prose")
         return Section(title="What did not come to its end", table=table) if rows else None
+
+    def _pairs(self) -> Section | None:
+        if self.target is None:
+            return None
+        cells = [Cell(values=line.values, value=line.value, worst=line.worst) for line in self.lines]
+        word = "highest" if self.minimise else "lowest"
+        text = (
+            f"In a cell the mean of {self.target} over the seeds, and the {word} of them; of several settings with "
+            "both values the best one. At the ends the worst of a column and of a row, if all its runs ended."
+        )
+        pictures = maps(cells, self.axes, self.target, self.minimise)
+        return Section(title=f"{_title(self.target)} of two keys", text=text, pictures=pictures)
 
     def _axes(self) -> list[Section]:
         """For each axis of numbers: the best that each method reached at each of its values."""

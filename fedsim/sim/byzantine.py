@@ -22,10 +22,21 @@ from fedsim.streams import Streams
 
 @dataclass
 class Knowledge:
-    """What an attack knows besides the vectors: the server step, and what it noted in earlier ones."""
+    """What an attack knows besides the honest vectors.
+
+    Args:
+        step: the server's.
+        memory: what the attack noted in earlier steps.
+        rule: what the server would make [P] of all replies of the step if the byzantine clients sent some [b, P]; None
+            where it makes no one vector of them. Given for one call, and never kept.
+        own: [b, P], what its clients would have sent as honest ones, from poisoned data where the attack has such.
+            Given likewise.
+    """
 
     step: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)
+    rule: Callable[[Tensor], Tensor] | None = None
+    own: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -35,15 +46,15 @@ class Byzantine:
     Args:
         ids: [b] clients.
         attack: (honest [H, P], b, streams, knowledge) -> [b, P], or None if they send nothing.
-        on_data: the attack poisons data instead; then nothing is replaced here.
         seed: of the run.
+        rule: (rows [R, P], whose they are [R]) -> [P], what the strategy makes of replies; None if no one vector.
         known: {field: what the attack noted}.
     """
 
     ids: Tensor
     attack: Callable[[Tensor, int, Streams, Any], Tensor | None]
-    on_data: bool
     seed: int
+    rule: Callable[[Tensor, Tensor], Tensor] | None = None
     known: dict[str, Knowledge] = field(default_factory=dict)
 
     def honest(self, ids: Tensor) -> Tensor:
@@ -54,7 +65,7 @@ class Byzantine:
         """(which replies arrive [R] bool, fields with byzantine rows replaced)."""
         good = self.honest(ids)
         arrive = torch.ones(len(ids), dtype=torch.bool)
-        if self.on_data or bool(good.all()):
+        if bool(good.all()):
             return arrive, fields
         out = dict(fields)
         bad = ids[~good]
@@ -66,13 +77,25 @@ class Byzantine:
             at = good.to(value.device)
             seen = value[at] if bool(good.any()) else value
             streams = Streams(self.seed, bad.to(value.device), torch.full_like(bad, step).to(value.device))
-            sent = self.attack(seen, len(bad), streams, known)
+            out[name] = value = value.clone()
+            given = replace(known, rule=self._rule(value, ~at, ids), own=value[~at])
+            sent = self.attack(seen, len(bad), streams, given)
             if sent is None:
                 return good, {k: v[good.to(v.device)] if v.ndim else v for k, v in fields.items()}
-            value = value.clone()
             value[~at] = sent.to(value)
-            out[name] = value
         return arrive, out
+
+    def _rule(self, rows: Tensor, where: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """`Knowledge.rule` for rows [R, P] of clients ids [R], of which the attack writes some, `where` [R] bool."""
+        rule = self.rule
+        if rule is None:
+            return None
+
+        def made(sent: Tensor) -> Tensor:
+            rows[where] = sent.to(rows)
+            return rule(rows, ids)
+
+        return made
 
     def tell(
         self, ids: Tensor, fields: dict[str, Tensor], links: Graph, step: int

@@ -59,7 +59,7 @@ class Row:
     Args:
         records: its trials that have ended, at most one a seed.
         value: the target's mean over those that are done; None if there is none. deviation: the sample standard
-            deviation, None of fewer than two.
+            deviation, None of fewer than two. worst: of them.
         num: how many have a value.
         whole: whether all seeds have.
     """
@@ -68,6 +68,7 @@ class Row:
     records: tuple[Record, ...]
     value: float | None
     deviation: float | None
+    worst: float | None
     num: int
     whole: bool
 
@@ -112,6 +113,15 @@ class Results:
         return found
 
     @property
+    def listed(self) -> dict[str, list[Any]]:
+        """{key: all its values that were listed, by whatever method, in their order}."""
+        found: dict[str, list[Any]] = {}
+        for key, axis in (pair for method in self.methods for pair in method.axes.items()):
+            values = axis.values if isinstance(axis, Choice) else ()
+            found[key] = [*(known := found.get(key, [])), *(v for v in values if v not in known)]
+        return found
+
+    @property
     def troubled(self) -> list[Record]:
         """Trials that diverged or failed."""
         return [record for record in self.records if record.ended.status != "done"]
@@ -149,6 +159,7 @@ class Results:
             records=tuple(records),
             value=mean(values) if values else None,
             deviation=stdev(values) if len(values) > 1 else None,
+            worst=(max if self.minimise else min)(values, default=None),
             num=len(values),
             whole=len(values) == self.num_seeds,
         )

@@ -112,13 +112,20 @@ def write_page(results: Results) -> Path:
             folders=[r.trial.folder for r in row.records if r.ended.status == "done"],
             value=row.value,
             deviation=row.deviation,
+            worst=row.worst if row.whole else None,
             best=results.best.get(row.setting.method) is row,
         )
         for row in results.rows
     ]
     troubled = [(r.trial.folder.name, r.ended.status, r.ended.why) for r in results.troubled]
-    title = results.folder.resolve().name
-    page = SweepPage(title=title, lines=lines, troubled=troubled, target=results.target, minimise=results.minimise)
+    page = SweepPage(
+        title=results.folder.resolve().name,
+        lines=lines,
+        axes=results.listed,
+        troubled=troubled,
+        target=results.target,
+        minimise=results.minimise,
+    )
     return page.write(results.folder / REPORT_FILE)
 
 

@@ -6,7 +6,7 @@ M metrics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -21,8 +21,8 @@ from fedsim.engine import Batch, Engine
 from fedsim.engine.losses import Loss, per_sample
 from fedsim.engine.low_rank import Chain, LowRank, gradients_at, low_rank_run
 from fedsim.params import Layout, on_device
-from fedsim.streams import Streams
-from fedsim.task import Pool, Schedule, Session, Task
+from fedsim.streams import Streams, mix64
+from fedsim.task import Poison, Pool, Schedule, Session, Task
 from fedsim.tasks.batches import BatchPlan
 from fedsim.tasks.metrics import Metric
 from fedsim.tasks.samples import Program, SamplesOracle
@@ -63,23 +63,24 @@ class SupervisedTask(Task):
         self.metrics = dict(metrics)
         self._means = {name: metric for name, metric in metrics.items() if not metric.whole}
         self._wholes = {name: metric for name, metric in metrics.items() if metric.whole}
-        self._poisoned: Tensor | None = None
-        self._poison: Callable[[Tensor, int], Tensor] | None = None
+        self._poison: Poison | None = None
+        self._liars = torch.zeros(len(self.num_examples), dtype=torch.bool)
 
-    def poison(self, ids: Tensor, labels: Callable[[Tensor, int], Tensor]) -> None:
+    def poison(self, ids: Tensor, attack: Poison) -> None:
         targets = self.data.targets
         if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or int(targets.min()) < 0:
             raise ValueError("poisons labels, and the targets of this task are not all classes; choose another attack")
-        self._poisoned = torch.zeros(len(self.num_examples), dtype=torch.bool, device=targets.device)
-        self._poisoned[ids.to(self._poisoned.device)] = True
-        self._poison = labels
+        attack.wanted(pick(self.data.inputs, slice(1)), targets[:1], self.data.num_classes)  # refuses what it can't do
+        self._liars[ids] = True
+        self._poison = attack
 
     def init(self, seed: int) -> Tensor:
         return self.x0.clone()
 
     def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> BatchPlan:
-        data = self.data
-        views = not schedule.shuffle and self._may_view()
+        data, liars = self.data, self._liars[ids]
+        honest = not bool(liars.any())
+        views = honest and not schedule.shuffle and self._may_view()
 
         def gather(step: int | None, k: int, columns: slice, weights: Tensor | None) -> Batch:
             labels = read(plan.rows[:k, columns]) if at_once is None else pick(at_once, (slice(k), columns))
@@ -89,15 +90,12 @@ class SupervisedTask(Task):
             else:
                 inputs = _view(data.inputs, one(labels).shape[:2], *line)
             own = streams if k == len(ids) else streams.rows(slice(k))
+            if not honest:
+                inputs, labels = self._lies(inputs, labels, plan.rows[:k, columns], liars[:k])
             return Batch(inputs, labels, weights, own, step or 0)
 
         def read(rows: Tensor) -> Tree:
-            found = _copy(data.targets, rows)
-            if self._poisoned is None or self._poison is None:
-                return found
-            assert isinstance(found, Tensor)
-            lying = self._poisoned[streams.clients[: len(rows)]].view(-1, *[1] * (found.ndim - 1))
-            return torch.where(lying, self._poison(found, data.num_classes), found)
+            return _copy(data.targets, rows)
 
         def locate(positions: Tensor) -> Tensor:
             return data.rows(streams.clients, positions)
@@ -107,6 +105,18 @@ class SupervisedTask(Task):
         if isinstance(data.targets, Tensor) and data.targets.ndim == 1:  # this takes no more than the rows themselves
             at_once = read(plan.rows)
         return plan
+
+    def _lies(self, inputs: Tree, targets: Tree, rows: Tensor, liars: Tensor) -> tuple[Tree, Tree]:
+        """A batch with samples at rows [k, B] poisoned for those of its clients that lie, [k] bool on the host."""
+        attack = self._poison
+        assert attack is not None and isinstance(targets, Tensor)
+        lies, wanted = attack.wanted(inputs, targets, self.data.num_classes)
+        drawn = (mix64(rows + 1) >> 11).bitwise_and_((1 << 53) - 1).double() / (1 << 53)  # a sample's own number
+        which = (drawn < attack.share) & liars.to(rows.device)[:, None]
+        if lies is not inputs:
+            assert isinstance(lies, Tensor) and isinstance(inputs, Tensor)
+            inputs = torch.where(which.view(*which.shape, *[1] * (inputs.ndim - 2)), lies, inputs)
+        return inputs, torch.where(which.view(*which.shape, *[1] * (targets.ndim - 2)), wanted, targets)
 
     def _may_view(self) -> bool:
         """Whether samples in their own order may be a view of the data set."""
@@ -167,7 +177,27 @@ class SupervisedTask(Task):
         for name, metric in self._wholes.items():
             assert found.outputs is not None
             out[f"test_{name}"] = float(metric(found.outputs, each(Tensor.cpu, data.test_targets)))
-        return out
+        return out | self._attack_success(x, pool)
+
+    def _attack_success(self, x: Tensor, pool: Pool) -> dict[str, float]:
+        """Of held-out samples whose label is not the one that an attack on data wants, the share that is given it."""
+        attack, data = self._poison, self.data
+        if attack is None:
+            return {}
+
+        def piece(start: int) -> Tensor:
+            span = slice(start, start + EVALUATION_ROWS)
+            inputs, targets = pick(data.test_inputs, span), pick(data.test_targets, span)
+            assert isinstance(targets, Tensor)
+            shown, wanted = attack.wanted(each(Tensor.clone, inputs), targets, data.num_classes)
+            with torch.no_grad():
+                given = self.engine.logits(x, shown).argmax(-1)
+            others = wanted != targets
+            return torch.stack([((given == wanted) & others).sum(), others.sum()]).cpu()
+
+        found = pool.map(piece, list(range(0, len(one(data.test_targets)), EVALUATION_ROWS)))
+        hits, count = torch.stack(found).sum(0).tolist()
+        return {"test_attack_success": hits / count} if count else {}
 
     def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
         """[N] mean loss and metrics of the one model x [P] on every client's own training samples."""

@@ -5,14 +5,17 @@ import torch
 
 from fedsim.clients.byzantine import (
     Alie,
+    Backdoor,
     Gaussian,
     InnerProduct,
     LabelFlip,
     Mimic,
+    ModelReplacement,
     SignFlip,
     Silence,
     alie_factor,
 )
+from fedsim.fleet import TooFewRows
 from fedsim.sim.byzantine import Knowledge
 from tests.build import streams
 
@@ -64,6 +67,41 @@ def test_alie_with_one_honest_client_has_no_spread_to_hide_in() -> None:
     assert sent(Alie(), H[:1]).tolist() == [[1.0, 2.0, 3.0]] * 2
 
 
+def _against(rule, honest: torch.Tensor) -> Knowledge:  # type: ignore[no-untyped-def]
+    """Knowledge of a rule that gets the honest rows and then those sent."""
+    return Knowledge(rule=lambda out: rule(torch.cat([honest, out.to(honest)])))
+
+
+def test_against_a_mean_the_factor_grows_as_long_as_there_are_tries() -> None:
+    known = _against(lambda rows: rows.mean(0), H)
+    k = 10 * (2**19 - 1)  # 20 tries: 0, then 19 steps that double from 10
+    out = Alie(k="optimised")(H, 2, streams(2), known)
+    assert out is not None and torch.allclose(out, (H.mean(0) + k * H.std(0)).expand(2, -1))
+    out = InnerProduct(tau="optimised")(H, 2, streams(2), known)
+    assert out is not None and torch.allclose(out, (-k * H.mean(0)).expand(2, -1))
+
+
+def test_against_a_rule_that_sees_through_it_the_factor_is_the_largest_that_passes() -> None:
+    def gate(rows: torch.Tensor) -> torch.Tensor:  # believes what is not farther than 4 deviations from the mean
+        return rows[-1] if bool((rows[-1] <= H.mean(0) + 4 * H.std(0)).all()) else H.mean(0)
+
+    out = Alie(k="optimised")(H, 1, streams(1), _against(gate, H))
+    assert out is not None
+    k = float(((out[0] - H.mean(0)) / H.std(0))[0])
+    assert 3.9 < k <= 4.0  # steps 10, 8, 6.4, 5.1 are too long, 4.1 as well, then 3.3 and what still fits
+
+
+def test_with_too_few_rows_for_the_rule_anything_does_and_without_a_rule_nothing() -> None:
+    def refuses(rows: torch.Tensor) -> torch.Tensor:
+        raise TooFewRows("never enough")
+
+    out = InnerProduct(tau="optimised")(H, 2, streams(2), _against(refuses, H))
+    assert out is not None and torch.equal(out, torch.zeros(2, 3))
+    for attack in (InnerProduct(tau="optimised"), Alie(k="optimised")):
+        with pytest.raises(ValueError, match="=optimised tries factors against the server's aggregator"):
+            sent(attack)
+
+
 def test_mimic_learns_the_direction_in_which_clients_differ() -> None:
     g = torch.Generator().manual_seed(0)
     honest = 0.1 * torch.randn(6, 20, generator=g)
@@ -94,10 +132,33 @@ def test_the_silent_send_nothing() -> None:
 
 
 def test_flipped_labels_count_from_the_other_end() -> None:
-    targets = torch.tensor([[0, 1], [4, 9]])
-    assert LabelFlip().poison(targets, 10).tolist() == [[9, 8], [5, 0]]
-    with pytest.raises(ValueError, match="poisons data"):
-        LabelFlip()(H, 1, streams(1), Knowledge())
+    inputs, targets = torch.zeros(2, 2, 3), torch.tensor([[0, 1], [4, 9]])
+    shown, labels = LabelFlip().wanted(inputs, targets, 10)
+    assert shown is inputs and labels.tolist() == [[9, 8], [5, 0]]
+
+
+def test_a_trigger_is_a_patch_in_the_corner_of_a_copy() -> None:
+    images = torch.zeros(2, 1, 3, 4)
+    shown, labels = Backdoor(target=7, size=2, value=0.5).wanted(images, torch.tensor([1, 7]), 10)
+    assert isinstance(shown, torch.Tensor)
+    assert shown[1, 0].tolist() == [[0, 0, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]]
+    assert labels.tolist() == [7, 7] and not bool(images.any())
+    for inputs, words in ((torch.zeros(2, 12), "is no image"), (torch.zeros(2, 1, 2, 9), "is 2 x 9 pixels")):
+        with pytest.raises(ValueError, match=f"backdoor writes a patch of 3 x 3 pixels.*{words}"):
+            Backdoor().wanted(inputs, torch.zeros(2, dtype=torch.int64), 10)
+    with pytest.raises(ValueError, match="backdoor.target=10 is none of the 10 classes"):
+        Backdoor(target=10).wanted(torch.zeros(2, 1, 3, 4), torch.zeros(2, dtype=torch.int64), 10)
+
+
+def test_those_who_poison_data_send_what_came_of_it_or_its_mean_or_make_the_mean_theirs() -> None:
+    own = torch.tensor([[1.0, 0.0, 0.0], [3.0, 2.0, 0.0]])
+    known = Knowledge(own=own)
+    assert LabelFlip()(H, 2, streams(2), known) is own and Backdoor()(H, 2, streams(2), known) is own
+    pooled = LabelFlip(pooled=True)(H, 2, streams(2), known)
+    assert pooled is not None and pooled.tolist() == [[2.0, 1.0, 0.0]] * 2
+    replaced = ModelReplacement()(H, 2, streams(2), known)
+    assert replaced is not None
+    assert torch.allclose(torch.cat([H, replaced]).mean(0), own.mean(0))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +167,9 @@ def test_flipped_labels_count_from_the_other_end() -> None:
         (lambda: InnerProduct(tau=float("inf")), "foe.tau"),
         (lambda: Gaussian(std=-1.0), "gaussian.std"),
         (lambda: Mimic(target=-1), "mimic.target"),
+        (lambda: LabelFlip(share=0.0), "label_flip.share must be"),
+        (lambda: ModelReplacement(share=1.5), "model_replacement.share must be"),
+        (lambda: Backdoor(size=0), "backdoor: .*size=0"),
         (lambda: Mimic(warmup=0), "mimic.warmup"),
         (lambda: sent(Mimic(target=3)), "mimic.target=3 is not one of the 3 honest"),
     ],

@@ -10,19 +10,20 @@ from fedsim.sim.byzantine import Knowledge
 from fedsim.streams import Streams
 
 TO_EACH = [name for name, cls in ATTACKS.items() if hasattr(cls, "to_each")]  # every peer something else
-ON_VECTORS = [name for name, cls in ATTACKS.items() if not cls.on_data and name not in TO_EACH]
+TO_ALL = [name for name in ATTACKS if name not in TO_EACH]
 
 
 def attack(name: str, honest: torch.Tensor, b: int) -> torch.Tensor | None:
     streams = Streams(1, torch.arange(b), torch.zeros(b, dtype=torch.int64))
-    return ATTACKS[name]()(honest, b, streams, Knowledge(step=3))
+    own = vectors(b + 1)[1:]
+    return ATTACKS[name]()(honest, b, streams, Knowledge(step=3, own=own))
 
 
 def vectors(rows: int = 5) -> torch.Tensor:
     return torch.randn(rows, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ON_VECTORS)
+@pytest.mark.parametrize("name", TO_ALL)
 @pytest.mark.parametrize(("rows", "b"), [(5, 2), (1, 3), (4, 0)])
 def test_it_sends_one_vector_a_client_or_nothing(name: str, rows: int, b: int) -> None:
     honest = vectors(rows)
@@ -32,7 +33,7 @@ def test_it_sends_one_vector_a_client_or_nothing(name: str, rows: int, b: int) -
     assert out is None or (out.shape == (b, 7) and out.dtype == torch.float64)
 
 
-@pytest.mark.parametrize("name", ON_VECTORS)
+@pytest.mark.parametrize("name", TO_ALL)
 def test_the_same_key_sends_the_same(name: str) -> None:
     first, again = attack(name, vectors(), 2), attack(name, vectors(), 2)
     assert (first is None) == (again is None)

@@ -37,7 +37,7 @@ from tests.build import Rows, cohort, drawn, local_sgd, rows_of
 from tests.composition import pair
 from tests.contracts.test_aggregators import build as build_rule
 from tests.contracts.test_aggregators import rows as drawn_rows
-from tests.contracts.test_attacks import ON_VECTORS
+from tests.contracts.test_attacks import TO_ALL
 from tests.contracts.test_compressors import SETTINGS, stack
 from tests.contracts.test_optimizers import LAYOUT, NAMES, problem, section
 from tests.device import Counts, pretend_gpu, why_not
@@ -243,10 +243,11 @@ def test_every_pre_aggregator_gives_what_it_gives_on_the_cpu(name: str) -> None:
     assert_same_on_both(compute)
 
 
-@pytest.mark.parametrize("name", ON_VECTORS)
+@pytest.mark.parametrize("name", TO_ALL)
 def test_every_attack_sends_what_it_sends_on_the_cpu(name: str) -> None:
     def compute(device: str) -> list[Tensor]:
-        sent = ATTACKS[name]()(drawn_rows().to(device), 2, keyed(2, device), Knowledge(step=3))
+        rows = drawn_rows().to(device)
+        sent = ATTACKS[name]()(rows, 2, keyed(2, device), Knowledge(step=3, own=rows[:2]))
         return [] if sent is None else [sent]
 
     assert_same_on_both(compute)

@@ -337,7 +337,7 @@ def test_the_clock_never_goes_back_and_bits_only_grow(name: str) -> None:
 def test_an_attack_changes_the_run(name: str) -> None:
     task = drawn(6, 3)
     paths = []
-    for lies in (None, Byzantine(ids=torch.tensor([5]), attack=InnerProduct(tau=2.0), on_data=False, seed=0)):
+    for lies in (None, Byzantine(ids=torch.tensor([5]), attack=InnerProduct(tau=2.0), seed=0)):
         changes: dict[str, Any] = {"f": 0, "arrival": "all"} if name == "monna" else {}
         if "cohort_size" in ROWS[name]:
             changes["cohort_size"] = None

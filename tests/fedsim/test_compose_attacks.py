@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from fedsim.compose import compose
 from fedsim.config import ConfigError
@@ -70,3 +72,36 @@ def test_a_code_whose_workers_are_heard_one_by_one_has_nobody_else_to_copy() -> 
     compose(_with({"name": "mimic", "target": 0}, 1, **coded), "x.yaml").close()
     with pytest.raises(ConfigError, match="mimic.target=1 is not one of the 1 honest clients"):
         compose(_with({"name": "mimic", "target": 1}, 1, **coded), "x.yaml")
+
+
+def test_the_worst_factor_is_sought_against_the_rule_in_use_and_refused_where_there_is_none() -> None:
+    trimmed = {"name": "fedavg", "aggregator": {"name": "trimmed_mean", "f": 2}}
+
+    def after_a_step(attack: Any, **strategy: Any) -> Tensor:
+        rows = rows_of(_with(attack, 2, **strategy) | {"rounds": 1, "evaluate": {"every": 1}})
+        return torch.tensor(rows[-1]["x"])
+
+    honest = after_a_step("silence", name="fedavg", aggregator={"name": "mean", "weights": "uniform"})
+    harm = {
+        k: float((after_a_step({"name": "alie", "k": k}, **trimmed) - honest).norm()) for k in (0.5, 2, "optimised")
+    }
+    assert harm["optimised"] >= max(harm.values()) > 0.0
+    for name, more in (("fedbuff", {"buffer_size": 4}), ("scaffold", {}), ("fedasync", {})):
+        compose(_with({"name": "foe", "tau": "optimised"}, 1, name=name, **more), "x.yaml").close()
+    with pytest.raises(ConfigError, match="clients.byzantine.attack: foe.tau=optimised tries factors"):
+        compose(_with({"name": "foe", "tau": "optimised"}, 1, name="dsgd"), "x.yaml")
+
+
+def test_a_back_door_needs_images_and_a_class_that_there_is() -> None:
+    digits = SMALL | {"task": {"name": "classification", "dataset": "digits", "model": "logistic"}}
+    for attack, words in (
+        (
+            {"name": "backdoor", "size": 9},
+            "backdoor writes a patch of 9 x 9 pixels into images, and .* is 8 x 8 pixels",
+        ),
+        ({"name": "model_replacement", "target": 10}, "model_replacement.target=10 is none of the 10 classes"),
+    ):
+        with pytest.raises(ConfigError, match=f"clients.byzantine.attack: {words}"):
+            compose(digits | {"clients": {"count": 8, "byzantine": {"attack": attack, "count": 2}}}, "x.yaml")
+    rows = rows_of(digits | {"clients": {"count": 8, "byzantine": {"attack": "backdoor", "count": 2}}, "rounds": 1})
+    assert 0 <= rows[-1]["test_attack_success"] <= 1

@@ -348,7 +348,7 @@ def test_a_worker_uploads_its_part_and_a_straggler_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", ["uncoded", "gradient_coding", "sr_sgc", "m_sgc"])
 def test_a_worker_that_never_answers_blocks_nothing(name: str) -> None:
     """Uncoded jobs and those of M-SGC need every worker's own chunks: they are lost, and models stay as they are."""
-    silent = Byzantine(ids=torch.tensor([1]), attack=lambda *_: None, on_data=False, seed=0)
+    silent = Byzantine(ids=torch.tensor([1]), attack=lambda *_: None, seed=0)
     play = Play.start(_task(), _of(name), devices=Table(torch.ones(NUM, 12).double()), byzantine=silent)
     rows = [play.step() for _ in range(12)]
     assert play.fleet.now >= 12.0

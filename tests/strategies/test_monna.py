@@ -23,7 +23,7 @@ from tests.strategies.tasks import noisy
 
 
 def _lying(ids: list[int], attack: Attack) -> Byzantine:
-    return Byzantine(ids=torch.tensor(ids), attack=attack, on_data=False, seed=0)
+    return Byzantine(ids=torch.tensor(ids), attack=attack, seed=0)
 
 
 def _models(play: Play) -> Tensor:

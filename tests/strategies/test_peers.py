@@ -34,7 +34,7 @@ GRAPHS = [Torus(), Exponential(one_peer=True), RandomRegular(degree=4, redraw=2)
 
 
 def lying(ids: list[int], attack: Attack) -> Byzantine:
-    return Byzantine(ids=torch.tensor(ids), attack=attack, on_data=False, seed=0)
+    return Byzantine(ids=torch.tensor(ids), attack=attack, seed=0)
 
 
 def models(play: Play) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fedsim.report.sweep import SettingLine, SweepPage
@@ -64,3 +65,63 @@ def test_a_sweep_in_which_nothing_ended_has_a_page_that_says_so(tmp_path: Path) 
     line = SettingLine(name="lr=9", method="", values={"lr": 9}, folders=[], value=None, deviation=None, best=False)
     html = write(tmp_path, lines=[line], troubled=[("lr=9", "failed", "KeyError")], target=None)
     assert Page(html).headings == ["All settings", "What did not come to its end"]
+
+
+def test_of_two_keys_every_pair_has_a_cell_and_rows_and_columns_their_worst(tmp_path: Path) -> None:
+    rule = {"name": "trimmed_mean", "f": 2}
+    cells = {  # (attack, rule): mean and least of the seeds
+        ("alie", "mean"): (0.2, 0.1),
+        ("alie", rule["name"]): (0.6, 0.5),
+        ("foe", "mean"): (0.3, 0.25),
+        ("foe", rule["name"]): (0.5, 0.45),
+        ("nan", "mean"): (None, None),  # diverged
+        ("nan", rule["name"]): (0.7, None),  # with one seed
+    }
+    found = [
+        SettingLine(
+            name=f"{attack},{name}",
+            method="",
+            values={"attack": attack, "strategy.aggregator": rule if name == rule["name"] else name},
+            folders=[],
+            value=value,
+            deviation=None,
+            worst=worst,
+            best=False,
+        )
+        for (attack, name), (value, worst) in cells.items()
+    ]
+    axes = {"attack": ["foe", "alie", "nan"], "strategy.aggregator": ["mean", rule], "lr": [0.1]}
+    html = write(tmp_path, lines=found, axes=axes)
+    assert Page(html).figures == ["attack by strategy.aggregator"]
+    picture = html[html.index("<svg", html.index("of two keys")) :]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture[: picture.index("</svg>")])
+    assert texts[:24] == [
+        *("30.0 %", "min 25.0 %", "50.0 %", "min 45.0 %", "30.0 %", "min 25.0 %"),
+        *("20.0 %", "min 10.0 %", "60.0 %", "min 50.0 %", "20.0 %", "min 10.0 %"),
+        *("–", "70.0 %", "not all ended", "–"),
+        *("–", "–", "–"),  # the worst of a column with a run that did not end is not known
+        *("foe", "alie", "nan", "worst", "mean"),
+    ]
+    assert texts[24:26] == ["trimmed_mean f=2", "worst"]
+
+
+def test_of_losses_the_worst_is_the_greatest(tmp_path: Path) -> None:
+    found = [
+        SettingLine(
+            name=f"{a}{b}",
+            method="",
+            values={"a": a, "b": b},
+            folders=[],
+            value=a + b,
+            deviation=None,
+            worst=a + b + 0.5,
+            best=False,
+        )
+        for a in (1, 2)
+        for b in (10, 20)
+    ]
+    html = write(tmp_path, lines=found, axes={"a": [1, 2], "b": [10, 20]}, target="test_loss", minimise=True)
+    picture = html[html.index("<svg", html.index("of two keys")) :]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture[: picture.index("</svg>")])
+    assert [float(text) for text in texts[12:18:2]] == [12, 22, 22]
+    assert [float(text.removeprefix("max ")) for text in texts[13:18:2]] == [12.5, 22.5, 22.5]

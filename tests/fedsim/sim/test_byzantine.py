@@ -13,7 +13,7 @@ from fedsim.clients.byzantine import Alie, InnerProduct, LabelFlip, Mimic, NotAN
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost
 from fedsim.graph import Inbox, everybody
-from fedsim.sim.byzantine import Byzantine, held_back
+from fedsim.sim.byzantine import Byzantine, Knowledge, held_back
 from fedsim.sim.fleet import SimFleet
 from fedsim.strategies.async_fedavg import AsyncFedAvg
 from fedsim.strategies.fedavg import FedAvg
@@ -39,7 +39,7 @@ X = torch.tensor([1.0, -2.0], dtype=torch.float64)
 
 
 def _lies(ids: list[int], attack: Any) -> Byzantine:
-    return Byzantine(ids=torch.tensor(ids), attack=attack, on_data=attack.on_data, seed=0)
+    return Byzantine(ids=torch.tensor(ids), attack=attack, seed=0)
 
 
 def _fleet(attack: Any, ids: list[int], n: int = 4, samples: list[int] | None = None, **options: Any) -> SimFleet:
@@ -54,6 +54,25 @@ def test_rows_of_the_byzantine_are_replaced_and_the_honest_left_alone() -> None:
     mean = (1 + 3 + 4) / 3
     assert r["v"][:, 0].tolist() == pytest.approx([1, -2 * mean, 3, 4])
     assert r["n"].tolist() == [0, 1, 2, 3]  # only vectors are replaced
+
+
+def test_an_attack_knows_all_honest_vectors_of_the_step_and_what_comes_of_its_own() -> None:
+    seen = []
+
+    class Curious(SignFlip):
+        def __call__(self, honest: Tensor, b: int, streams: Streams, known: Knowledge) -> Tensor:
+            assert known.rule is not None
+            seen.append((honest[:, 0].tolist(), known.rule(torch.tensor([[100.0, 0.0], [300.0, 0.0]])).tolist()))
+            return torch.tensor([[5.0, 5.0], [6.0, 6.0]])
+
+    fleet = _fleet(Curious(), [1, 2])
+    assert fleet.byzantine is not None
+    fleet.byzantine.rule = lambda rows, ids: (ids + 1).double() @ rows
+    r = fleet.ask(torch.tensor([3, 2, 1, 0]), HALVES.send, x=X)
+    expected = 4 * 4 + 3 * 100 + 2 * 300 + 1 * 1  # each row in its client's place
+    assert seen == [([4.0, 1.0], [expected, -2 * (16 + 1)])]
+    assert r["v"][:, 0].tolist() == [4, 5, 6, 1]
+    assert fleet.byzantine.known["v"].rule is None  # nothing that a checkpoint could not hold
 
 
 def test_a_cohort_without_byzantine_clients_is_left_alone() -> None:
@@ -161,7 +180,7 @@ def test_knowledge_lasts_from_step_to_step_and_is_kept_apart_for_each_vector() -
 
 def test_flipped_labels_poison_training_and_nothing_else() -> None:
     honest, poisoned = (digits_task(logistic, [30, 30]) for _ in range(2))
-    poisoned.poison(torch.tensor([1]), LabelFlip().poison)
+    poisoned.poison(torch.tensor([1]), LabelFlip())
     by_hand = digits_task(logistic, [30, 30])
     by_hand.data.targets[30:60] = 9 - by_hand.data.targets[30:60]
     local = local_sgd(honest, 0.1, epochs=1, steps=None, batch_size=8)

@@ -162,7 +162,7 @@ def test_replies_say_how_long_they_took_and_what_was_logged() -> None:
 
 
 def test_what_is_logged_by_clients_that_send_nothing_is_not_heard() -> None:
-    silent = Byzantine(ids=_ids(1), attack=lambda *_: None, on_data=False, seed=0)
+    silent = Byzantine(ids=_ids(1), attack=lambda *_: None, seed=0)
     fleet = _fleet((3.0, 1.0, 2.0), byzantine=silent)
     r = fleet.ask(fleet.clients, HALVES.log, x=X)
     assert r.seconds.tolist() == [3, 2] and r.logged["seen"].tolist() == [0, 2]
@@ -173,7 +173,7 @@ def test_what_is_logged_by_clients_that_send_nothing_is_not_heard() -> None:
 
 @pytest.mark.parametrize("attacked", [False, True])
 def test_a_fold_may_be_given_the_weights_of_its_clients(attacked: bool) -> None:
-    silent = Byzantine(ids=_ids(1), attack=lambda *_: None, on_data=False, seed=0)
+    silent = Byzantine(ids=_ids(1), attack=lambda *_: None, seed=0)
     fleet = _fleet((3.0, 1.0, 2.0), byzantine=silent if attacked else None)
     weights = torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64)
     got = fleet.ask(_ids(2, 1, 0), HALVES.plus, fold=Mean(), weights=weights, x=X)["y"]

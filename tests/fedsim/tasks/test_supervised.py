@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedsim.clients.byzantine import Backdoor
 from fedsim.clients.oracle import full_gradient, gradient
 from fedsim.engine.stacked import StackedEngine
 from fedsim.sim.executor import StackRunner
@@ -142,13 +143,31 @@ def test_without_held_out_samples_there_is_nothing_to_report() -> None:
     assert empty.evaluate(task.x0, _pool()) == {}
 
 
-def test_poison_changes_the_targets_of_the_chosen_clients_only() -> None:
-    task, twin = images(logistic, [5, 5], None)
-    task.poison(torch.tensor([1]), lambda y, k: (y + 1) % k)
-    clients = cohort(task, [0, 1])
-    batch = task.batches(clients.ids, clients.streams, Schedule(epochs=1, batch_size=None, shuffle=False))[0]
-    assert torch.equal(batch.targets[0], twin.targets[0])
-    assert torch.equal(batch.targets[1], (twin.targets[1] + 1) % 10)
+def test_poison_changes_samples_of_the_chosen_clients_only_and_always_the_same() -> None:
+    task, twin = images(logistic, [5, 40], None)
+    before = task.data.inputs.clone()
+    task.poison(torch.tensor([1]), Backdoor(target=3, share=0.5))
+    clients, taken = cohort(task, [0, 1]), []
+    for shuffle in (False, True):
+        batch = task.batches(clients.ids, clients.streams, Schedule(epochs=1, batch_size=None, shuffle=shuffle))[0]
+        honest = batch.inputs[0, :5].flatten(1).sum(1).sort().values
+        torch.testing.assert_close(honest, twin.inputs[0].flatten(1).sum(1).sort().values)
+        changed = (batch.inputs[1, :, 0, -3:, -3:] == 1.0).flatten(1).all(1)
+        assert bool((batch.targets[1][changed] == 3).all())
+        taken.append(batch.inputs[1][changed].flatten(1).sum(1).sort().values)
+    torch.testing.assert_close(taken[0], taken[1])  # the same samples in another order
+    assert 8 < len(taken[0]) < 32 and torch.equal(task.data.inputs, before)
+
+
+def test_an_attacks_success_is_the_share_of_other_classes_that_get_the_wanted_label() -> None:
+    task = digits_task(logistic, COUNTS)
+    task.poison(torch.tensor([1]), Backdoor(target=3))
+    shown = task.data.test_inputs.clone()
+    shown[:, :, -3:, -3:] = 1.0
+    x = torch.randn(task.x0.shape, generator=torch.Generator().manual_seed(0))
+    guess = (shown.flatten(1) @ x[:640].view(10, 64).T + x[640:]).argmax(1)
+    others = task.data.test_targets != 3
+    assert task.evaluate(x, _pool())["test_attack_success"] == float((guess[others] == 3).double().mean()) > 0
 
 
 def test_a_model_and_its_engine_take_the_room_of_one_vector() -> None:
