@@ -3,8 +3,8 @@
     python -m benchmarks.zoo [--models mlp ...] [--seconds 8] [--widths 1 4]
 
 One core takes local steps of plain SGD for as many clients as `auto` puts into a stack (with --widths, stacks of those
-widths are measured as well). The ways take turns; a figure is milliseconds of the core for one client's step, the best
-of all turns, and the ratios divide `auto` by the two others: above 1, `auto` loses.
+widths are measured as well). The ways take turns; a figure is milliseconds of the core for one client's step, the
+median of all turns, and the ratios divide `auto` by the two others, turn by turn: above 1, `auto` loses.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.engine import Batch, build_engine, choose_engine
+from fedsim.pages import keep_freed_memory
 from fedsim.params import Layout
 from fedsim.tasks.models import MODELS, TransformerBlock, init_parameters
 
@@ -178,19 +180,19 @@ class Ways:
         return call
 
 
-def measure(ways: dict[str, Callable[[], int]], seconds: float) -> dict[str, float]:
-    """Milliseconds of a client's step, the best of the turns that fit into so many seconds, three at least."""
-    best = dict.fromkeys(ways, float("inf"))
+def measure(ways: dict[str, Callable[[], int]], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of a client's step in each of the turns that fit into so many seconds, seven at least."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for call in ways.values():
         call()
     started, turns = time.perf_counter(), 0
-    while turns < 3 or time.perf_counter() - started < seconds:
+    while turns < 7 or time.perf_counter() - started < seconds:
         for name, call in ways.items():
             began = time.thread_time()
             steps = call()
-            best[name] = min(best[name], (time.thread_time() - began) / steps * 1e3)
+            found[name].append((time.thread_time() - began) / steps * 1e3)
         turns += 1
-    return best
+    return found
 
 
 def main() -> None:
@@ -200,13 +202,18 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[], help="of stacks to measure beside auto's")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as workers do
     for name in args.models:
         here = Ways(CASES[name])
         plan = here.plan()
         ways = {"auto": here.engine(plan), "loop": here.engine(here.plan("loop")), "plain": here.plain()}
         ways |= {f"stacked {w}": here.engine(here.plan("stacked", w)) for w in args.widths}
-        ms = measure(ways, args.seconds)
-        ratios = f"auto/loop {ms['auto'] / ms['loop']:.2f}  auto/plain {ms['auto'] / ms['plain']:.2f}"
+        turns = measure(ways, args.seconds)
+        ms = {way: median(found) for way, found in turns.items()}
+        ratios = "  ".join(
+            f"auto/{way} {median(a / b for a, b in zip(turns['auto'], turns[way], strict=True)):.2f}"
+            for way in ("loop", "plain")
+        )
         others = "  ".join(f"{way} {ms[way]:.2f}" for way in ways if way != "auto")
         print(f"{name:16} {ratios}   auto ({plan.engine} {plan.width}) {ms['auto']:.2f} ms  {others}", flush=True)
 
