@@ -78,6 +78,7 @@ def damage(folder: Path, rng: Generator) -> str:
     return f"{path.relative_to(folder)}, kind {kind}, at {at}"
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("default")  # that a damaged checkpoint is passed over
 def test_a_resume_from_a_damaged_folder_gives_the_bits_of_a_sound_one_or_one_message(
     folders: tuple[Path, Path, Path], tmp_path: Path

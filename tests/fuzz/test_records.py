@@ -94,6 +94,7 @@ def spoil_array(record: ArrayRecord, rng: Generator) -> None:
     record[name] = Array(dtype, shape, stype, data)
 
 
+@pytest.mark.timeout(3600)
 def test_a_spoiled_reply_is_refused_or_could_have_been_sent() -> None:
     rng, taken, total = default_rng(17), 0, cases(600, 10_000)
     for case in range(total):
