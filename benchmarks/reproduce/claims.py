@@ -128,7 +128,7 @@ class Searched:
         return {row.setting.values[RATE]: float(row.value) for row in rows if row.value is not None}
 
 
-def search(plan: Sweep, wanted: Mapping[str, Wanted], seeds: Sequence[int]) -> Searched:
+def search(plan: Sweep, wanted: Mapping[str, Wanted], seeds: Sequence[int], rate: str = RATE) -> Searched:
     """Choose every method's rate on the plan's own seed, and run the chosen ones with others.
 
     So that no number is of the run by which its rate was chosen.
@@ -137,29 +137,30 @@ def search(plan: Sweep, wanted: Mapping[str, Wanted], seeds: Sequence[int]) -> S
         plan: a grid of rates for each method of a `per`, on one seed.
         wanted: {title: whose rate to choose}.
         seeds: of the runs that are measured.
+        rate: the key of the rate.
     """
     grid = played(replace(plan, folder=plan.folder / "grid"))
     best: dict[str, Row] = {}
     for title, want in wanted.items():
-        judged = replace(grid, target=want.target, minimise=small_is_good(want.target))
+        judged = replace(grid, target=want.target, minimise=plan.minimise or small_is_good(want.target))
         if want.method not in judged.best:
             raise ValueError(f"{grid.folder}: no rate of {title} came to its end; give the grid lower ones")
         best[title] = judged.best[want.method]
-    rates = {title: row.setting.values[RATE] for title, row in best.items()}
+    rates = {title: row.setting.values[rate] for title, row in best.items()}
     own = {
         method: {
             **plan.space.own.get(method, {}),
-            RATE: Choice(tuple(sorted({rates[title] for title in wanted if wanted[title].method == method}))),
+            rate: Choice(tuple(sorted({rates[title] for title in wanted if wanted[title].method == method}))),
         }
         for method in {want.method: None for want in wanted.values()}
     }
-    common = {key: value for key, value in plan.space.common.items() if key != RATE}
+    common = {key: value for key, value in plan.space.common.items() if key != rate}
     space = replace(plan.space, common=common, own=own)
     again = played(replace(plan, folder=plan.folder / "best", space=space, seeds=tuple(seeds)))
     measured = {}
     for title, want in wanted.items():
         row = next(
-            row for row in again.rows if row.setting.method == want.method and row.setting.values[RATE] == rates[title]
+            row for row in again.rows if row.setting.method == want.method and row.setting.values[rate] == rates[title]
         )
         ended = sum(record.ended.status == "diverged" for record in row.records)
         measured[title] = Measured(rates[title], bool(grid.at_the_edge(best[title])), runs_of(row), ended)
