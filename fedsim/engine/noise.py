@@ -224,7 +224,7 @@ class TorchNumbers:
         if seed is None:
             yield
             return
-        with _ONE_AT_A_TIME, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with _ONE_AT_A_TIME, torch.random.fork_rng(_cards(device)):
             torch.manual_seed(seed)
             before = _state(device)
             yield
@@ -237,5 +237,9 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def _state(device: torch.device) -> Tensor:
     """Of torch's generators for the device and for the host."""
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return torch.cat([torch.get_rng_state(), *on_device])
+    return torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, _cards(device))])
+
+
+def _cards(device: torch.device) -> list[torch.device]:
+    """What has a generator beside the host's."""
+    return [device] if device.type == "cuda" and torch.cuda.default_generators else []
