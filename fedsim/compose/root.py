@@ -170,16 +170,17 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         threads=file.runtime.threads,
     )
     with at("strategy"):
-        x = torch.empty(strategy.sent(task.layout).size)
+        sent = strategy.sent(task.layout)
+        x = torch.empty(sent.size)
         strategy.check_fleet(fleet, x)
         if isinstance(strategy, Synchronous) and strategy.deadline is not None:
             for cost in strategy.costs:
                 fleet.check_possible(cost, strategy.deadline, x=x)
-    words = in_words(work, plan, fleet.executor.stacks, task.layout, strategy.sent(task.layout), task.num_examples)
+    words = in_words(work, plan, fleet.executor.stacks, task.layout, sent, task.num_examples)
     words |= frozen_in_words(problem.module) if isinstance(problem, Samples) else {}
-    words |= selection_in_words(resolved["strategy"]) | topology_in_words(strategy, len(fleet.clients), file.seed)
+    words |= selection_in_words(resolved["strategy"]) | topology_in_words(strategy, len(fleet.clients), sent, file.seed)
     if fleet.absence.kills:
-        words["absence"] = _absence(file, strategy, fleet, strategy.sent(task.layout).size)
+        words["absence"] = _absence(file, strategy, fleet, sent.size)
     words |= {"client rows": ROWS_LIE[kept], "workers": workers, "device": str(device)}
     samples = problem if isinstance(problem, Samples) else None
     data, module, sizes = (samples.data, samples.module, samples.sizes) if samples else (None, None, None)

@@ -134,8 +134,8 @@ def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, 
     }
 
 
-def topology_in_words(strategy: Strategy, num_clients: int, seed: int) -> dict[str, str]:
-    """{"topology": how many neighbours peers have, and how fast they agree} of a strategy that has peers."""
+def topology_in_words(strategy: Strategy, num_clients: int, sent: Layout, seed: int) -> dict[str, str]:
+    """{"topology": how many neighbours peers have, and how fast they agree}, and bits, of a strategy that has peers."""
     if not isinstance(strategy, Peers):
         return {}
     graphs, gap = overview(strategy.topology, num_clients, seed)
@@ -144,8 +144,12 @@ def topology_in_words(strategy: Strategy, num_clients: int, seed: int) -> dict[s
     mean = f"{few} to {most} neighbours, {float(degrees.double().mean()):.1f} on average"
     links = f"{few} neighbour{'s' * (few != 1)} each" if few == most else mean
     over = f" a step, over {len(graphs)} of them" if len(graphs) > 1 else ""
-    links = f"{links}, {int(degrees.sum()) // len(graphs):,} messages a step"
-    return {"topology": links if gap is None else f"{links}; spectral gap {gap:.3g}{over}"}
+    messages = int(degrees.sum()) // len(graphs)
+    links = f"{links}, {messages:,} messages a step"
+    return {
+        "topology": links if gap is None else f"{links}; spectral gap {gap:.3g}{over}",
+        "bits per round": f"{32 * sent.size * messages / 1e6:,.2f} Mbit between peers for every model-sized message",
+    }
 
 
 def frozen_in_words(module: nn.Module) -> dict[str, str]:

@@ -154,7 +154,8 @@ def _numbers(history: History) -> Section | None:
         return None
     chosen = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 60)).astype(int))]
     cells = [[show(key, float(row[key])) if row.get(key) is not None else "–" for key in keys] for row in chosen]
-    fold = f"{len(chosen):,} of {len(rows):,} rounds" if len(chosen) < len(rows) else f"{len(rows):,} rounds"
+    rounds = f"{len(rows):,} round{'s' * (len(rows) != 1)}"
+    fold = f"{len(chosen):,} of {rounds}" if len(chosen) < len(rows) else rounds
     header = [key.replace("_", " ") for key in keys]
     return Section(title="Numbers", table=Table(header=header, rows=cells, fold=fold))
 

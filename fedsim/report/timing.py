@@ -52,7 +52,8 @@ def absence_section(history: History) -> Section | None:
     few = len(history.series("too_few")[0])
     return Section(
         title="Absence",
-        text=f"Jobs of all rounds: {', '.join(totals)}. Off line is a mean over a round's looks."
+        text=f"Jobs of all rounds: {', '.join(totals)}."
+        + (" Off line is a mean over a round's looks." if away else "")
         + (f" Rounds of too few replies, which changed nothing: {few:,}." if few else ""),
         keys=[Key(text=counts[key], **look(i)) for i, key in enumerate(shown)],
         pictures=[

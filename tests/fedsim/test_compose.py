@@ -427,5 +427,9 @@ def test_one_million_clients_are_composed_with_100_in_a_round() -> None:
 )
 def test_the_plan_says_how_many_neighbours_peers_have_and_how_fast_they_agree(topology: Any, words: str) -> None:
     composition = compose({**pair("dsgd", None), "strategy": {"name": "dsgd", "topology": topology}}, "file")
+    e = composition.experiment
+    e.strategy.round(e.strategy.init(e.task.init(0)), e.fleet, fedsim.streams.server_rng(0, "server", 0))
     composition.close()
+    sent = e.fleet.ledger.bits_up / 1e6
     assert composition.plan["topology"] == words
+    assert composition.plan["bits per round"] == f"{sent:,.2f} Mbit between peers for every model-sized message"

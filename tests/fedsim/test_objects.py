@@ -155,7 +155,7 @@ def test_another_data_set_or_module_of_the_same_class_is_not_gone_on_with(tmp_pa
     given: dict[str, Any] = {"model": net, "data": (x, y), "out": folder, "resume": True}
     fedsim.run(CONFIG, **{**given, "resume": False})
     moved = x.copy()
-    moved[7, 2] += 1e-6
+    moved[7, 2] += 1
     began = r"round-000003: the run began with other data or another model \(data: 72 rows of \[4\], 6 clients, \w+\)"
     for other in ((moved, y), (x, np.roll(y, 1))):
         with pytest.raises(ConfigError, match=began + r" than these \(data: 72 rows of .*\); resume with the same, or"):
@@ -166,6 +166,17 @@ def test_another_data_set_or_module_of_the_same_class_is_not_gone_on_with(tmp_pa
     for layer in net:
         getattr(layer, "reset_parameters", lambda: None)()  # where training starts is in the checkpoint
     assert len(fedsim.run(CONFIG, **given, rounds=4)) == 4
+
+
+def test_last_bits_of_another_processor_are_no_other_data_nor_another_model(tmp_path: Path) -> None:
+    net, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), points()
+    net[0].requires_grad_(False)
+    fedsim.run(CONFIG, data=(x, y), model=net, out=tmp_path / "run")
+    with torch.no_grad():
+        net[0].weight.copy_(torch.nextafter(net[0].weight, torch.tensor(torch.inf)))
+    away = np.nextafter(x, np.where(np.arange(x.size).reshape(x.shape) % 2, np.inf, -np.inf).astype(x.dtype))
+    assert (away != x).all()
+    assert len(fedsim.run(CONFIG, data=(away, y), model=net, out=tmp_path / "run", resume=True, rounds=4)) == 4
 
 
 def test_another_frozen_base_is_another_model(tmp_path: Path) -> None:

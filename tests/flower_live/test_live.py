@@ -33,7 +33,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "masha1": {
         **SADDLE,
         "rounds": 1,
-        "strategy": {"name": "masha1", "lr": 0.1, "p": 0.2, "compressor": RAND_K, "server_compressor": QSGD},
+        "strategy": {"name": "masha1", "lr": 0.05, "p": 0.2, "compressor": RAND_K, "server_compressor": QSGD},
     },
 }
 DETERMINISTIC = [name for name in EXPERIMENTS if name != "fedfix"]

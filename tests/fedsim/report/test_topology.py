@@ -10,6 +10,7 @@ from fedsim.runs import run
 from tests.composition import pair
 
 
+@pytest.mark.pictures
 def test_a_run_of_peers_shows_its_graph_and_gap(tmp_path):
     raw = pair("dsgd", None)
     run({**raw, "rounds": 1, "strategy": {"name": "dsgd", "topology": "ring"}}, out=tmp_path / "run")
