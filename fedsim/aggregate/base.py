@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fedsim.fleet import TooFewRows
 
+LONGEST = 1e150
+"""Entries from here on count as infinite: a million squares of differences of smaller ones can be added up."""
+
 
 class PreAggregator(Protocol):
     """Frozen settings of a rule that prepares rows for an aggregator, without changing its input."""
@@ -60,11 +63,14 @@ class Robust(Tolerant):
 
 
 def finite_rows(v: Tensor) -> Tensor:
-    """[R] bool: rows without a NaN or an infinity."""
+    """[R] bool: rows without a NaN or an infinity, nor a number whose square would be none in float64."""
     ok = v.sum(dim=1).isfinite()
     doubtful = (~ok).nonzero()[:, 0]  # bad, or so large that the sum overflows
     if doubtful.numel():
         ok[doubtful] = v[doubtful].isfinite().all(dim=1)
+    if v.dtype == torch.float64 and v.numel():
+        low, high = v.aminmax(dim=1)
+        ok &= (low > -LONGEST) & (high < LONGEST)
     return ok
 
 

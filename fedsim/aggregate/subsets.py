@@ -2,7 +2,9 @@
 
 MDA: El Mhamdi, Guerraoui, Guirguis, Hoang, Rouault. Genuinely distributed Byzantine machine learning. PODC 2020.
 SMEA, CAF: Allouah et al. as implemented in ByzFL. Departures: SMEA and CAF there estimate the top eigenvector by one
-step from a random start; here it is exact, from the n x n products of the rows, so no random number is needed.
+step from a random start; here it is exact, from the n x n products of the rows, so no random number is needed. In CAF
+there a row of weight zero still sets the scale by which the others lose theirs, so that one row far away keeps the
+search going almost for ever; here only rows that have a weight do.
 
 All work on the squared distances between rows, whose double centring gives the products: K = -1/2 J D J.
 
