@@ -141,6 +141,7 @@ def bilinear(
         low, high: least and greatest singular value of every A_m.
         lam: strong monotonicity, lambda; 0 is purely bilinear.
         noise: standard deviation of what is added to every entry of the operator.
+        prox: of x and of y, each by itself: a set to stay in, or a penalty.
     """
     if dim < 1 or not 0 < low <= high or lam < 0 or noise < 0:
         raise ValueError(
@@ -162,7 +163,16 @@ def robust_logistic(
     lam: float = 0.1,
     spread: float = 1.0,
 ) -> Task:
-    """Logistic regression against a perturbation |r| <= epsilon that costs rho |r|^2; drawn, with a known solution."""
+    """Logistic regression against a perturbation |r| <= epsilon that costs rho |r|^2; drawn, with a known solution.
+
+    Args:
+        dim: features of a sample.
+        samples: of each client.
+        epsilon: how far the perturbation goes; null for any distance.
+        rho: what its square costs.
+        lam: lambda, weight of the classifier's penalty.
+        spread: how unlike the clients' samples are; 0 draws all alike.
+    """
     if dim < 1 or samples < 1 or (epsilon is not None and epsilon <= 0) or rho <= 0 or lam <= 0 or spread < 0:
         raise ValueError(
             "needs dim >= 1, samples >= 1, epsilon > 0 or null, rho > 0, lam > 0, spread >= 0; got "

@@ -6,19 +6,32 @@ longer than many a run. One unit of a picture is one CSS pixel at its natural si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
+
+from fedsim.report.shapes import (
+    Scale,
+    abbreviated,
+    bar_shape,
+    bottom_axis,
+    left_axis,
+    limits,
+    log_text,
+    path_through,
+    percent_text,
+    stretches,
+    svg,
+    text_at,
+    tick_text,
+)
 
 PANEL = (340, 220)
 NUM_COLOURS = 6
 MAX_POINTS = 600
 NUM_SHADES = 16
-
-Text = Callable[[float], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +80,18 @@ def line_panel(
     """
     log = log and any((curve.y > 0).any() for curve in curves)  # a distance of 0 all along has no logarithm
     bands = [band for curve in curves for band in (curve.low, curve.high) if band is not None and not log]
-    low, high = _limits([*(curve.y for curve in curves), *bands], log)
+    low, high = limits([*(curve.y for curve in curves), *bands], log)
     if percent:
         low, high = max(low, 0.0), min(high, 1.0)
-    left, right = _limits([curve.x for curve in curves], log_x)
+    left, right = limits([curve.x for curve in curves], log_x)
     if all((curve.x >= 0).all() for curve in curves) and not log_x:
         left = 0.0
     x, y = _panel(left, right, 0.0 if counts else low, high, log_x=log_x, log=log)
-    return _svg(
+    return svg(
         PANEL,
         alt,
-        _left(x, y, y.ticks(5), _share if percent else _log_text if log else tick_text, grid=True),
-        _bottom(x, y, x.ticks(6, whole=x_label == "round"), _log_text if log_x else tick_text, x_label),
+        left_axis(x, y, y.ticks(5), percent_text if percent else log_text if log else tick_text, grid=True),
+        bottom_axis(x, y, x.ticks(6, whole=x_label == "round"), log_text if log_x else tick_text, x_label),
         *(_curve(curve, x, y) for curve in reversed(curves)),
     )
 
@@ -100,14 +113,14 @@ def histogram(values: np.ndarray, *, x_label: str, alt: str, percent: bool = Fal
     else:
         edges = np.linspace(low, high, 26) if high > low else np.array([low - 0.5, low + 0.5])
     found = np.histogram(values, edges)[0]
-    x, y = _panel(*_limits([edges], log=False), 0.0, 1.05 * found.max())
+    x, y = _panel(*limits([edges], log=False), 0.0, 1.05 * found.max())
     middle = x(np.median(values))
-    return _svg(
+    return svg(
         PANEL,
         alt,
-        _left(x, y, y.ticks(5), tick_text, grid=True),
-        _bottom(x, y, x.ticks(6, whole), _share if percent else tick_text, x_label),
-        _bars(found, x(edges), y, "c1", 0.75),
+        left_axis(x, y, y.ticks(5), tick_text, grid=True),
+        bottom_axis(x, y, x.ticks(6, whole), percent_text if percent else tick_text, x_label),
+        bar_shape(found, x(edges), y, "c1", 0.75),
         f'<path d="M{middle:.1f} {y.start:g}V{y.end:g}" stroke="var(--ink)" stroke-dasharray="3 2"/>',
     )
 
@@ -124,18 +137,18 @@ def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_
     width, high = 700, float(np.clip(k * 32, 120, 380))
     left = 60 if rows is None else float(np.clip(24 + 6.5 * max(map(len, rows)), 60, 140))
     sizes = counts.sum(1)
-    x, y = _Scale(-0.5, n - 0.5, left, width - 12), _Scale(k - 0.5, -0.5, high + 72, 72)
-    above = _Scale(0, max(1.05 * sizes.max(), 1), 60, 10)
-    return _svg(
+    x, y = Scale(-0.5, n - 0.5, left, width - 12), Scale(k - 0.5, -0.5, high + 72, 72)
+    above = Scale(0, max(1.05 * sizes.max(), 1), 60, 10)
+    return svg(
         (width, high + 118),
         alt,
-        _left(x, above, above.ticks(2), tick_text),
-        _bars(sizes, x(np.arange(n + 1) - 0.5), above, "muted", 0.55),
+        left_axis(x, above, above.ticks(2), tick_text),
+        bar_shape(sizes, x(np.arange(n + 1) - 0.5), above, "muted", 0.55),
         _cells(counts, x, y),
-        _left(x, y, y.ticks(10, whole=True), tick_text, label=y_label)
+        left_axis(x, y, y.ticks(10, whole=True), tick_text, label=y_label)
         if rows is None
-        else _left(x, y, np.arange(k), lambda v: _cut(rows[int(v)])),
-        _bottom(x, y, x.ticks(10, whole=True) if ids else np.zeros(0), tick_text, x_label),
+        else left_axis(x, y, np.arange(k), lambda v: abbreviated(rows[int(v)])),
+        bottom_axis(x, y, x.ticks(10, whole=True) if ids else np.zeros(0), tick_text, x_label),
     )
 
 
@@ -147,11 +160,11 @@ def network(places: np.ndarray, pairs: np.ndarray, *, alt: str) -> str:
         pairs: [2, E] which points are linked.
     """
     width = PANEL[0]
-    x, y = _Scale(-1.1, 1.1, 0, width)(places[:, 0]), _Scale(-1.1, 1.1, width, 0)(places[:, 1])
+    x, y = Scale(-1.1, 1.1, 0, width)(places[:, 0]), Scale(-1.1, 1.1, width, 0)(places[:, 1])
     lines = "".join(f"M{x[i]:.1f} {y[i]:.1f}L{x[j]:.1f} {y[j]:.1f}" for i, j in pairs.T)
     points = "".join(f"M{a:.1f} {b:.1f}h0" for a, b in zip(x, y, strict=True))  # as long as their round ends
     size = float(np.clip(150 / len(places), 3, 8))
-    return _svg(
+    return svg(
         (width, width),
         alt,
         f'<path d="{lines}" stroke="var(--muted)" stroke-width="0.7"/>',
@@ -179,7 +192,7 @@ def value_map(
         alt: what a screen reader says.
     """
     (r, k), high, gap = shades.shape, 34.0, 8.0
-    left = float(np.clip(30 + 6.2 * max(len(_cut(name)) for name in rows), 90, 150))
+    left = float(np.clip(30 + 6.2 * max(len(abbreviated(name)) for name in rows), 90, 150))
     wide = min((700 - left - 12 - gap) / k, 110.0)
     across, down = np.arange(k) * wide + left, np.arange(r) * high + 10
     across[-1] += gap
@@ -195,17 +208,18 @@ def value_map(
         first = y + high / 2 + 4 - 6 * (len(texts[i][j]) - 1)
         for line, text in enumerate(texts[i][j]):
             look = ' fill="var(--ink)"' if not line else ' font-size="9.5"'
-            parts.append(_text(x + wide / 2, first + 12 * line, text, "middle", look))
+            parts.append(text_at(x + wide / 2, first + 12 * line, text, "middle", look))
     parts += [
-        _text(left - 6, at + high / 2 + 4, _cut(name), "end") for at, name in zip(down.tolist(), rows, strict=True)
+        text_at(left - 6, at + high / 2 + 4, abbreviated(name), "end")
+        for at, name in zip(down.tolist(), rows, strict=True)
     ]
     for at, name in zip((across + wide / 2 + 4).tolist(), columns, strict=True):
         turned = f' transform="rotate(-28 {at:.1f} {bottom + 14:.1f})"'
-        parts.append(_text(at, bottom + 14, _cut(name), "end", turned))
+        parts.append(text_at(at, bottom + 14, abbreviated(name), "end", turned))
     middle = (down[0] + bottom) / 2
-    parts.append(_text(12, middle, y_label, "middle", f' transform="rotate(-90 12 {middle:g})"'))
-    parts.append(_text((left + across[-1] + wide) / 2, bottom + 78, x_label, "middle"))
-    return _svg((700, bottom + 88), alt, *parts)
+    parts.append(text_at(12, middle, y_label, "middle", f' transform="rotate(-90 12 {middle:g})"'))
+    parts.append(text_at((left + across[-1] + wide) / 2, bottom + 78, x_label, "middle"))
+    return svg((700, bottom + 88), alt, *parts)
 
 
 def timeline(
@@ -220,8 +234,8 @@ def timeline(
     """
     width, high = 700, float(np.clip(len(jobs) * 14, 60, 380))
     first = min((pairs[0][0] for pairs in jobs if pairs), default=0.0)
-    x = _Scale(first, end if end > first else first + 1, 28, width - 12)
-    y = _Scale(len(jobs) - 0.4, -0.6, high + 14, 14)
+    x = Scale(first, end if end > first else first + 1, 28, width - 12)
+    y = Scale(len(jobs) - 0.4, -0.6, high + 14, 14)
     bars = []
     for parity, colour in enumerate(("c1", "c5")):  # neighbours in time must be told apart
         path = "".join(
@@ -231,13 +245,13 @@ def timeline(
         )
         bars.append(f'<path d="{path}" stroke="var(--{colour})" stroke-width="{0.68 * abs(y(1) - y(0)):.1f}"/>')
     upright = "".join(f"M{x(at):.1f} {y.start:g}V{y.end:g}" for at in steps)
-    return _svg(
+    return svg(
         (width, high + 56),
         alt,
         f'<path d="{upright}" stroke="var(--rule)" stroke-width="0.8"/>',
         *bars,
-        _left(x, y, np.zeros(0), tick_text, label="client"),
-        _bottom(x, y, x.ticks(8), tick_text, x_label),
+        left_axis(x, y, np.zeros(0), tick_text, label="client"),
+        bottom_axis(x, y, x.ticks(8), tick_text, x_label),
     )
 
 
@@ -255,91 +269,15 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
     return np.array(sorted(keep))
 
 
-def tick_text(value: float, log: bool = False) -> str:
-    """A short number for an axis.
-
-    >>> tick_text(12000), tick_text(0.25), tick_text(2.5e6), tick_text(1e-6, log=True), tick_text(-0.5)
-    ('12,000', '0.25', '2.5M', '10⁻⁶', '−0.5')
-    """
-    if value < 0:
-        return "−" + tick_text(-value, log)
-    if log and value and not 1e-3 < value < 1e4:
-        power = int(np.floor(np.log10(value) + 1e-9))
-        lead = round(value / 10.0**power)
-        text = "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return text if lead == 1 else f"{lead}·{text}"
-    for scale, letter in ((1e9, "G"), (1e6, "M")):
-        if value >= scale:
-            return f"{value / scale:.4g}{letter}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _log_text(value: float) -> str:
-    return tick_text(value, log=True)
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.3g} %"
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= 18 else name[:17] + "…"
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """From values to pixels along one axis: `low` lies at `start`, `high` at `end`."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, values: Any) -> Any:
-        low, high = self.low, self.high
-        if self.log:
-            low, high, values = np.log10(low), np.log10(high), np.log10(values)
-        return self.start + (values - low) / (high - low) * (self.end - self.start)
-
-    def ticks(self, most: int, whole: bool = False) -> np.ndarray:
-        """At most about `most` round values from end to end: powers of ten, or 1, 2, 5 times such, or evenly spaced."""
-        low, high = sorted((self.low, self.high))
-        if self.log:
-            powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-            for leads in ([1], [1, 2, 5]):
-                found = np.outer(powers, leads).ravel()
-                found = found[(found >= low) & (found <= high)]
-                if len(found) > 1:
-                    return found[:: -(-len(found) // (most + 1))]
-        least = (high - low) / most
-        power = 10.0 ** np.floor(np.log10(least))
-        steps = power * np.array([1, 2, 2.5, 5, 10, 20])
-        fit = (steps >= least * (1 - 1e-9)) & (not whole or (steps >= 1) & (steps % 1 == 0))
-        step = steps[fit][0] if fit.any() else 1.0  # an axis of whole numbers that is shorter than `most`
-        return step * np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1) + 0.0  # no -0
-
-
 def _panel(
     left: float, right: float, low: float, high: float, *, log_x: bool = False, log: bool = False
-) -> tuple[_Scale, _Scale]:
+) -> tuple[Scale, Scale]:
     """The axes of a panel that span these values."""
     width, height = PANEL
-    return _Scale(left, right, 48, width - 14, log_x), _Scale(low, high, height - 40, 10, log)
+    return Scale(left, right, 48, width - 14, log_x), Scale(low, high, height - 40, 10, log)
 
 
-def _limits(series: Sequence[np.ndarray], log: bool) -> tuple[float, float]:
-    """The least and the greatest finite value, and a twentieth of what is between them beyond."""
-    values = np.concatenate([np.asarray(v, float) for v in series])
-    values = values[np.isfinite(values) & (not log or values > 0)]
-    if log:
-        values = np.log10(values)
-    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    room = 0.05 * (high - low) or (0.5 if log else 0.05 * abs(high)) or 1.0
-    return (10 ** (low - room), 10 ** (high + room)) if log else (low - room, high + room)
-
-
-def _curve(curve: Curve, x: _Scale, y: _Scale) -> str:
+def _curve(curve: Curve, x: Scale, y: Scale) -> str:
     """Band, line and last point."""
     seen = np.isfinite(curve.y) & (curve.y > 0 if y.log else True) & (curve.x > 0 if x.log else True)
     values, places = np.where(seen, curve.y, np.nan), np.where(seen, curve.x, np.nan)
@@ -347,10 +285,10 @@ def _curve(curve: Curve, x: _Scale, y: _Scale) -> str:
     across, out = x(places[keep]), ""
     if curve.low is not None and curve.high is not None:
         low, high = (np.clip(v[keep], y.low, y.high) for v in (curve.low, curve.high))  # below a log axis is no place
-        for part in _stretches(across + low + high):
+        for part in stretches(across + low + high):
             there_and_back = np.append(across[part], across[part][::-1]), np.append(y(low[part]), y(high[part])[::-1])
-            out += f'<path d="{_line(*there_and_back)}Z" fill="var(--{curve.colour})" fill-opacity="0.16"/>'
-    path = "".join(_line(across[part], y(values[keep[part]])) for part in _stretches(values[keep]))
+            out += f'<path d="{path_through(*there_and_back)}Z" fill="var(--{curve.colour})" fill-opacity="0.16"/>'
+    path = "".join(path_through(across[part], y(values[keep[part]])) for part in stretches(values[keep]))
     if not path:
         return out
     dashes = ("", ' stroke-dasharray="7 3.5"', ' stroke-dasharray="1.8 3"')[curve.dash]
@@ -360,24 +298,7 @@ def _curve(curve: Curve, x: _Scale, y: _Scale) -> str:
     return f"{out}{dashes}/><circle {end}/>"
 
 
-def _stretches(y: np.ndarray) -> Iterator[np.ndarray]:
-    """Indices of each run of finite values."""
-    finite = np.flatnonzero(np.isfinite(y))
-    return (part for part in np.split(finite, np.flatnonzero(np.diff(finite) > 1) + 1) if len(part))
-
-
-def _line(x: np.ndarray, y: np.ndarray) -> str:
-    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
-
-
-def _bars(heights: np.ndarray, edges: np.ndarray, y: _Scale, colour: str, opacity: float) -> str:
-    """Bars side by side as one shape; heights [n] as values of y, edges [n + 1] in pixels."""
-    steps = "".join(f"V{top:.1f}H{right:.1f}" for top, right in zip(y(heights), edges[1:], strict=True))
-    path = f"M{edges[0]:.1f} {y.start:g}{steps}V{y.start:g}Z"
-    return f'<path d="{path}" fill="var(--{colour})" fill-opacity="{opacity}"/>'
-
-
-def _cells(counts: np.ndarray, x: _Scale, y: _Scale) -> str:
+def _cells(counts: np.ndarray, x: Scale, y: Scale) -> str:
     """One hue, more or less opaque, in few shades with a path each: the empty end is the page itself."""
     shades = np.ceil(NUM_SHADES * np.sqrt(counts.T / max(counts.max(), 1))).astype(int)
     paths = ""
@@ -387,31 +308,3 @@ def _cells(counts: np.ndarray, x: _Scale, y: _Scale) -> str:
     wide, high = x(1) - x(0), y(1) - y(0)
     place = f'transform="translate({x.start:g} {y(0):.3f}) scale({wide:.4f} {high:.4f})"'
     return f'<g {place} stroke="var(--c1)" stroke-width="1" shape-rendering="crispEdges">{paths}</g>'
-
-
-def _left(x: _Scale, y: _Scale, ticks: np.ndarray, text: Text, *, grid: bool = False, label: str = "") -> str:
-    """Values named at the left of an area, perhaps with lines across, and the axis' name."""
-    names = "".join(_text(x.start - 5, y(v) + 4, text(v), "end") for v in ticks)
-    lines = "".join(f"M{x.start:g} {y(v):.1f}H{x.end:g}" for v in ticks) if grid else ""
-    across = f'<path d="{lines}" stroke="var(--grid)"/>' if grid else ""
-    middle = (y.start + y.end) / 2
-    return across + names + (_text(12, middle, label, "middle", f' transform="rotate(-90 12 {middle:g})"'))
-
-
-def _bottom(x: _Scale, y: _Scale, ticks: np.ndarray, text: Text, label: str) -> str:
-    """The line under an area, with values named, and the axis' name."""
-    marks = "".join(f"M{x(v):.1f} {y.start:g}v3" for v in ticks)
-    names = "".join(_text(x(v), y.start + 15, text(v), "middle") for v in ticks)
-    line = f'<path d="M{x.start:g} {y.start:g}H{x.end:g}{marks}" stroke="var(--rule)"/>'
-    return line + names + _text((x.start + x.end) / 2, y.start + 33, label, "middle")
-
-
-def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>' if text else ""
-
-
-def _svg(size: tuple[float, float], alt: str, *parts: str) -> str:
-    """The picture, named for screen readers."""
-    head = f'<svg class="picture" viewBox="0 0 {size[0]:g} {size[1]:g}" role="img" aria-label="{escape(alt)}"'
-    style = 'font-size="11" fill="var(--muted)" stroke-width="1"'
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><g {style}>{"".join(parts)}</g></svg>'

@@ -45,7 +45,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_guide_runs_as_it_stands(guide: Path, folder: Path) -> None:
     found = blocks(guide)
     play(found, folder, f"docs/{guide.name}")
-    named = [c[c.index("--out") + 1] for b in found if b.language == "bash" for c in b.commands() if "--out" in c]
+    named = [
+        c[c.index("--out") + 1]
+        for b in found
+        if b.language == "bash"
+        for c in b.commands()
+        if "run" in c and "--out" in c
+    ]
     runs = [folder / name for name in named if not Path(name).suffix]
     assert runs and all(len(History.load(run)) > 1 for run in runs)
 

@@ -287,6 +287,7 @@ def test_ctrl_c_after_a_signal_stops_at_once(first: int, tmp_path: Path) -> None
 
 
 def test_runs_in_turns_leave_ctrl_c_as_it_was() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever run another test has left unfinished
     asked = list[int]()
     first, second = interruptible([]), interruptible(asked)
     first.__enter__()

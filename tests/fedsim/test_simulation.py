@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -422,4 +423,4 @@ def test_a_run_leaves_nothing_behind_in_its_process() -> None:
         fedsim.run({**CONFIG, "rounds": 1, "local": {**CONFIG["local"], "steps": 1}})
         gc.collect()
         counts.append(len(gc.get_objects()))
-    assert counts[-1] == counts[-2], f"{counts[-1] - counts[-2]} objects a run"
+    assert min(b - a for a, b in pairwise(counts[1:])) <= 0, f"{counts}: what other tests left may go meanwhile"

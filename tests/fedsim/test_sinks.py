@@ -349,5 +349,5 @@ def no_sink():
 def test_what_is_no_sink_is_refused():
     with pytest.raises(ConfigError, match="no_sink gave a int, not a sink; it needs methods open, write and close"):
         sinks(f"{__name__}:no_sink")
-    with pytest.raises(ConfigError, match=r"^log.sinks\[0\]: the type hints of <class 'dict'> can't be read"):
+    with pytest.raises(ConfigError, match=r"^log.sinks\[0\]: <class 'dict'> does not say what parameters it takes"):
         sinks("builtins:dict")

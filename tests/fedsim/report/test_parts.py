@@ -7,9 +7,10 @@ import pytest
 from fedsim.history import History
 from fedsim.report import clients
 from fedsim.report.curves import over_each_axis, wants_log
-from fedsim.report.draw import MAX_POINTS, Curve, heat_map, histogram, line_panel, thin, tick_text, timeline
+from fedsim.report.draw import MAX_POINTS, Curve, heat_map, histogram, line_panel, thin, timeline
 from fedsim.report.files import read_columns
 from fedsim.report.page import shortened
+from fedsim.report.shapes import tick_text
 from fedsim.report.split import class_entropy, split_section
 from fedsim.report.timing import absence_section, timing_section
 
