@@ -6,8 +6,9 @@ then checks its bits, its round trip and its constants.
 
 from __future__ import annotations
 
+from fedsim.compress.combined import Composed, PerTensor
 from fedsim.compress.low_rank import PowerSGD
-from fedsim.compress.quantize import QSGD, Natural, NaturalDithering, ScaledSign, TernGrad
+from fedsim.compress.quantize import QSGD, BFloat16, Float16, Natural, NaturalDithering, ScaledSign, TernGrad
 from fedsim.compress.sparsify import Bernoulli, Identity, RandK, TopK
 
 COMPRESSORS: dict[str, type] = {
@@ -18,7 +19,11 @@ COMPRESSORS: dict[str, type] = {
     "qsgd": QSGD,
     "terngrad": TernGrad,
     "natural": Natural,
+    "bf16": BFloat16,
+    "fp16": Float16,
     "natural_dithering": NaturalDithering,
     "scaled_sign": ScaledSign,
     "powersgd": PowerSGD,
+    "composed": Composed,
+    "per_tensor": PerTensor,
 }

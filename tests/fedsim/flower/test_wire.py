@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fedsim.compress import COMPRESSORS
+from fedsim.compress.combined import Composed
 from fedsim.compress.error_feedback import Contractive
-from fedsim.compress.packet import Packet
+from fedsim.compress.packet import Compressor, Packet
+from fedsim.compress.quantize import QSGD
 from fedsim.compress.sparsify import RandK, TopK
 from fedsim.flower import wire
 from fedsim.params import Layout
@@ -26,6 +28,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qsgd": {"levels": 4},
     "natural_dithering": {"levels": 4},
     "powersgd": {"rank": 2},
+    "composed": {"first": RandK(k=7), "then": QSGD(levels=4)},
+    "per_tensor": {"of": Composed(first=TopK(fraction=0.2), then=QSGD(levels=4))},
 }
 
 
@@ -82,8 +86,8 @@ def test_a_packet_travels_as_its_own_bytes_and_decodes_to_the_same_numbers(name:
     assert int(got.bits[0]) == int(packet.bits[0]) == bits_of(got)
 
 
-def test_fields_that_follow_from_the_seed_are_drawn_again_by_the_receiver() -> None:
-    compressor = RandK(k=4, shared_seed=True)
+@pytest.mark.parametrize("compressor", [RandK(k=4, shared_seed=True), RandK(k=4, common=True)])
+def test_fields_that_follow_from_the_seed_are_drawn_again_by_the_receiver(compressor: Compressor) -> None:
     packet = compressor.encode(torch.arange(float(P))[None], Streams(5, torch.tensor([3]), torch.tensor([2])), step=9)
     book = wire.Book({"uplink": compressor})
     assert len(wire.packet_array(packet, book, [(5, 3, 2, 9)]).data) == 4 * 4
