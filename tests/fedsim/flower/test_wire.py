@@ -112,14 +112,14 @@ def test_a_compressor_that_the_other_end_lacks_is_refused_at_both_ends() -> None
         wire.read(content, NOBODY)
 
 
-def test_the_book_knows_a_strategys_compressors_bound_and_scaled() -> None:
+def test_the_book_knows_a_strategys_compressors_as_they_are_and_scaled() -> None:
     @dataclass(frozen=True)
     class Compressing:
         lr: float
         compressor: RandK
 
     rule = RandK(k=2)
-    book = wire.Book.of(Compressing(0.1, rule), {"uplink": None, "downlink": TopK(k=1)}, LAYOUT)
+    book = wire.Book.of(Compressing(0.1, rule), {"uplink": None, "downlink": TopK(k=1)})
     assert book.name(rule) == "strategy.compressor"
     assert book.name(Contractive(of=rule)) == "strategy.compressor/contractive"
     assert book.name(TopK(k=1)) == "downlink"
