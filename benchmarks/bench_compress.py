@@ -29,6 +29,7 @@ def settings(num_entries: int) -> dict[str, object]:
         "bernoulli": {"p": 0.1},
         "qsgd": {"levels": 7},
         "natural_dithering": {"levels": 7},
+        "seeds": {"steps": 5},
         "composed": {"first": TopK(fraction=0.01), "then": QSGD(levels=7)},
         "per_tensor": {"of": TopK(fraction=0.01), "layout": layout},
         "powersgd": {"rank": 4, "layout": layout},

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fedsim.compress.combined import Composed, PerTensor
 from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.quantize import QSGD, BFloat16, Float16, Natural, NaturalDithering, ScaledSign, TernGrad
+from fedsim.compress.seeds import Seeds
 from fedsim.compress.sparsify import Bernoulli, Identity, RandK, TopK
 
 COMPRESSORS: dict[str, type] = {
@@ -24,6 +25,7 @@ COMPRESSORS: dict[str, type] = {
     "natural_dithering": NaturalDithering,
     "scaled_sign": ScaledSign,
     "powersgd": PowerSGD,
+    "seeds": Seeds,
     "composed": Composed,
     "per_tensor": PerTensor,
 }

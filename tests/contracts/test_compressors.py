@@ -1,6 +1,7 @@
 """What every compressor of the table must keep: its bits, its bytes, its constants."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ SETTINGS: dict[str, list[dict[str, object]]] = {
     "natural_dithering": [{"levels": 1}, {"levels": 5}, {"levels": 3, "norm": "linf"}, {"levels": 3, "norm": "l1"}],
     "scaled_sign": [{}],
     "powersgd": [{"rank": 2, "layout": LAYOUT}],
+    "seeds": [{"steps": 3}, {"steps": 2, "directions": 2, "layout": replace(LAYOUT, num_buffers=1)}],
     "composed": [
         {"first": TopK(k=9), "then": QSGD(levels=4)},
         {"first": TopK(fraction=0.5), "then": QSGD(levels=1)},  # omega = 4, which error feedback would not bear

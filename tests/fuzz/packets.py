@@ -72,6 +72,11 @@ def _holds(name: str, fields: Mapping[str, Any], bits: Bits, size: int) -> bool:
         k = first.k or round(first.fraction * size)
         placed = vars(first).get("common") or bits.indices(k, size)
         return placed and _holds(_name(then), vars(then), bits, k)
+    if name == "seeds":  # b, of 5 entries, is a buffer where there is a layout
+        count = fields["steps"] * fields.get("directions", 1)
+        return bits.numbers(count, -LIMIT / 16 / count, LIMIT / 16 / count) and bits.numbers(
+            5 if "layout" in fields else 0
+        )
     if name == "bernoulli":
         return bits.take(1, 1) == [0] or bits.numbers(size)
     if name == "natural":

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qsgd": {"levels": 4},
     "natural_dithering": {"levels": 4},
     "powersgd": {"rank": 2},
+    "seeds": {"steps": 5},
     "composed": {"first": RandK(k=7), "then": QSGD(levels=4)},
     "per_tensor": {"of": Composed(first=TopK(fraction=0.2), then=QSGD(levels=4))},
 }
@@ -78,9 +79,10 @@ def test_a_packet_travels_as_its_own_bytes_and_decodes_to_the_same_numbers(name:
     compressor = COMPRESSORS[name](**SETTINGS.get(name, {})).bind(LAYOUT)
     streams = Streams(5, torch.tensor([3]), torch.tensor([2]))
     packet = compressor.encode(streams.normal("v", P), streams)
-    array = wire.packet_array(packet, wire.Book({"uplink": compressor}))
+    book, keys = wire.Book({"uplink": compressor}), ((5, 3, 2, 0),)
+    array = wire.packet_array(packet, book, keys)
     assert len(array.data) == -(-int(packet.bits[0]) // 8)
-    got = trip({"d": packet}, wire.Book({"uplink": compressor}))["d"]
+    got = trip({"d": packet}, book, keys)["d"]
     assert isinstance(got, Packet)
     assert torch.equal(got.decode(), packet.decode())
     assert int(got.bits[0]) == int(packet.bits[0]) == bits_of(got)
