@@ -28,6 +28,7 @@ def settings(num_entries: int) -> dict[str, object]:
         "top_k": {"fraction": 0.01},
         "bernoulli": {"p": 0.1},
         "qsgd": {"levels": 7},
+        "adaptive_qsgd": {"levels": 7},
         "natural_dithering": {"levels": 7},
         "seeds": {"steps": 5},
         "composed": {"first": TopK(fraction=0.01), "then": QSGD(levels=7)},

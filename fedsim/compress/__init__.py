@@ -6,6 +6,7 @@ then checks its bits, its round trip and its constants.
 
 from __future__ import annotations
 
+from fedsim.compress.adaptive import AdaptiveQSGD
 from fedsim.compress.combined import Composed, PerTensor
 from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.quantize import QSGD, BFloat16, Float16, Natural, NaturalDithering, ScaledSign, TernGrad
@@ -18,6 +19,7 @@ COMPRESSORS: dict[str, type] = {
     "top_k": TopK,
     "bernoulli": Bernoulli,
     "qsgd": QSGD,
+    "adaptive_qsgd": AdaptiveQSGD,
     "terngrad": TernGrad,
     "natural": Natural,
     "bf16": BFloat16,

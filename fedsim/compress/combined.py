@@ -33,7 +33,8 @@ class Composed(Compressor):
 
     Args:
         first: what chooses entries, top_k or rand_k.
-        then: what quantizes the k values: qsgd, terngrad, natural, bf16, fp16, natural_dithering or scaled_sign.
+        then: what quantizes the k values: qsgd, adaptive_qsgd, terngrad, natural, bf16, fp16, natural_dithering or
+            scaled_sign.
     """
 
     first: Annotated[Compressor, FromTable("compressor")]

@@ -149,7 +149,7 @@ class Float16(Quantizer):
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
-        largest = _norm(v, inf)[0].to(torch.float32)
+        largest = norm_of(v, inf)[0].to(torch.float32)
         scale = (torch.frexp(largest).exponent - 1 + _LEAST).clamp_(min=0)
         scale = torch.where(largest.isfinite(), scale, _NO_SCALE).to(code_dtype(9))
         code = torch.empty(v.shape, dtype=code_dtype(16), device=v.device)
@@ -158,7 +158,7 @@ class Float16(Quantizer):
             size = share.abs().mul_(2.0**14).clamp_(max=2.0**15)
             normal = _shorten(size, words, 10) - ((127 - 15) << 10)
             fixed = (size * 2.0**24 + uniform(words)).to(torch.int32)  # below 2^-14 codes are 2^-24 apart
-            code[:, at] = torch.where(size < 2.0**-14, fixed, normal) | _sign_bit(share, 15)
+            code[:, at] = torch.where(size < 2.0**-14, fixed, normal) | sign_bit(share, 15)
         return Packet(compressor=self, num_entries=v.shape[1], payload={"scale": scale, "code": code})
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
@@ -195,7 +195,7 @@ class NaturalDithering(Quantizer):
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
-        norm, divisor = _norm(v, _ORDERS[self.norm])
+        norm, divisor = norm_of(v, _ORDERS[self.norm])
         code = torch.empty(v.shape, dtype=torch.uint8, device=v.device)
         for at, words in blocks(v, streams.keys("compress.natural_dithering", step)):
             share = (v[:, at] / divisor).to(torch.float32)
@@ -203,13 +203,13 @@ class NaturalDithering(Quantizer):
             level = _shorten(size, words, 0) - (127 - self.levels)  # 1 -> s, 1/2 -> s - 1, ...
             chance = size * 2.0 ** (self.levels - 1)  # of the least level, for what lies below it
             level = torch.where(chance < 1.0, (uniform(words) < chance).to(torch.int32), level)
-            code[:, at] = level.clamp_(max=self.levels) | _sign_bit(share, self.levels.bit_length())
+            code[:, at] = level.clamp_(max=self.levels) | sign_bit(share, self.levels.bit_length())
         return Packet(compressor=self, num_entries=v.shape[1], payload={"norm": norm, "code": code})
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
         norm = payload["norm"]
         powers = 2.0 ** torch.arange(1 - self.levels, 1, dtype=norm.dtype, device=norm.device)
-        return _look_up(payload["code"], torch.cat([powers.new_zeros(1), powers]), self.levels.bit_length()).mul_(norm)
+        return look_up(payload["code"], torch.cat([powers.new_zeros(1), powers]), self.levels.bit_length()).mul_(norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ def _norm_and_codes(num_entries: int, levels: int) -> tuple[Field, Field]:
     return Field("norm", 1, least=0.0), code
 
 
-def _norm(v: Tensor, order: float) -> tuple[Tensor, Tensor]:
+def norm_of(v: Tensor, order: float) -> tuple[Tensor, Tensor]:
     """Each row's norm [C, 1], and the same with 1 for 0, to divide by."""
     if order == inf:
         low, high = torch.aminmax(v, dim=1, keepdim=True)
@@ -259,7 +259,7 @@ def _norm(v: Tensor, order: float) -> tuple[Tensor, Tensor]:
 def _dither(v: Tensor, levels: int, order: float, keys: Tensor) -> dict[str, Tensor]:
     """Norm [C, 1] and codes [C, P]: the level |v| / norm * s rounded at random, and above it the sign bit."""
     check_stack(v)
-    norm, divisor = _norm(v, order)
+    norm, divisor = norm_of(v, order)
     width = levels.bit_length()
     code = torch.empty(v.shape, dtype=code_dtype(width + 1), device=v.device)
     # Levels as integers with `point` binary places: adding random places and dropping them rounds without bias.
@@ -268,24 +268,24 @@ def _dither(v: Tensor, levels: int, order: float, keys: Tensor) -> dict[str, Ten
         share = v[:, at] / divisor
         fixed = share.abs().mul_(levels * 2.0**point).to(torch.int32)
         level = ((fixed + ((words >> 2) & ((1 << point) - 1))) >> point).clamp_(0, levels)
-        code[:, at] = level | _sign_bit(share, width)
+        code[:, at] = level | sign_bit(share, width)
     return {"norm": norm, "code": code}
 
 
 def _undither(payload: Mapping[str, Tensor], levels: int) -> Tensor:
     norm = payload["norm"]
     level = torch.arange(levels + 1, dtype=norm.dtype, device=norm.device)
-    return _look_up(payload["code"], level, levels.bit_length()).mul_(norm / levels)
+    return look_up(payload["code"], level, levels.bit_length()).mul_(norm / levels)
 
 
-def _sign_bit(v: Tensor, width: int) -> Tensor:
+def sign_bit(v: Tensor, width: int) -> Tensor:
     """int32 with bit `width` set where v is below zero (or -0)."""
     if v.dtype == torch.float32:
         return (v.contiguous().view(torch.int32) >> 31) & (1 << width)
     return v.signbit().to(torch.int32) << width
 
 
-def _look_up(code: Tensor, level: Tensor, width: int) -> Tensor:
+def look_up(code: Tensor, level: Tensor, width: int) -> Tensor:
     """The stack [C, P] whose codes point to levels [s + 1], negated where bit `width` is set."""
     spare = level.new_zeros((1 << width) - level.numel())  # codes that no encoder writes
     table = torch.cat([level, spare, -level, spare])

@@ -23,6 +23,7 @@ SETTINGS: dict[str, list[dict[str, object]]] = {
     "top_k": [{"k": 3}, {"fraction": 0.5}],
     "bernoulli": [{"p": 0.3}],
     "qsgd": [{"levels": 1}, {"levels": 4}, {"levels": 300}],
+    "adaptive_qsgd": [{"levels": 1}, {"levels": 5}],
     "terngrad": [{}],
     "natural": [{}],
     "bf16": [{}],

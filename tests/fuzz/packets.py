@@ -77,6 +77,9 @@ def _holds(name: str, fields: Mapping[str, Any], bits: Bits, size: int) -> bool:
         return bits.numbers(count, -LIMIT / 16 / count, LIMIT / 16 / count) and bits.numbers(
             5 if "layout" in fields else 0
         )
+    if name == "adaptive_qsgd":
+        s = fields["levels"]
+        return bits.numbers(1, 0.0) and bits.numbers(s, 0.0, 1.0) and bits.levels(s, size)
     if name == "bernoulli":
         return bits.take(1, 1) == [0] or bits.numbers(size)
     if name == "natural":

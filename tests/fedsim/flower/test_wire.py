@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top_k": {"k": 7},
     "bernoulli": {"p": 0.5},
     "qsgd": {"levels": 4},
+    "adaptive_qsgd": {"levels": 4},
     "natural_dithering": {"levels": 4},
     "powersgd": {"rank": 2},
     "seeds": {"steps": 5},
