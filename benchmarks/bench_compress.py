@@ -14,19 +14,26 @@ import torch
 
 from fedsim.compress import COMPRESSORS
 from fedsim.compress.packet import Packet
+from fedsim.compress.quantize import QSGD
+from fedsim.compress.sparsify import TopK
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
 
 def settings(num_entries: int) -> dict[str, object]:
     """One usual setting of every compressor in the table."""
+    layout = Layout.of({"w": (num_entries // 1000, 1000), "b": (num_entries % 1000,)})
     fields: dict[str, dict[str, object]] = {
         "rand_k": {"fraction": 0.01},
         "top_k": {"fraction": 0.01},
         "bernoulli": {"p": 0.1},
         "qsgd": {"levels": 7},
+        "adaptive_qsgd": {"levels": 7},
         "natural_dithering": {"levels": 7},
-        "powersgd": {"rank": 4, "layout": Layout.of({"w": (num_entries // 1000, 1000), "b": (num_entries % 1000,)})},
+        "seeds": {"steps": 5},
+        "composed": {"first": TopK(fraction=0.01), "then": QSGD(levels=7)},
+        "per_tensor": {"of": TopK(fraction=0.01), "layout": layout},
+        "powersgd": {"rank": 4, "layout": layout},
     }
     return {name: cls(**fields.get(name, {})) for name, cls in COMPRESSORS.items()}
 

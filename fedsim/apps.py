@@ -176,7 +176,7 @@ def _book(runner: StackRunner, fleet: SimFleet) -> Book:
         "uplink": None if runner.uplink is None else runner.uplink.compressor,
         "downlink": None if fleet.downlink is None else fleet.downlink.compressor,
     }
-    return Book.of(runner.strategy, links, runner.strategy.sent(runner.task.layout))
+    return Book.of(runner.strategy, links)
 
 
 def _patience(settings: Mapping[str, Any]) -> Patience:

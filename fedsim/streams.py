@@ -40,6 +40,26 @@ def mix64(z: Tensor) -> Tensor:
     return z
 
 
+def _bits_of(keys: Tensor, n: int) -> Tensor:
+    """[C, n] int64: the first n numbers of the streams with these keys [C]."""
+    index = torch.arange(1, n + 1, device=keys.device)
+    return mix64(keys[:, None] + index * _GOLDEN)
+
+
+def _uniform_of(keys: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    digits = 53 if dtype == torch.float64 else 24
+    return _shift_right(_bits_of(keys, n), 64 - digits).to(dtype) * 2.0**-digits
+
+
+def normal_of(keys: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[C, n] standard normal numbers of the streams with these keys [C], as `Streams.normal` draws them."""
+    half = (n + 1) // 2
+    u = _uniform_of(keys, 2 * half, torch.float64)
+    radius = torch.sqrt(-2.0 * torch.log1p(-u[:, :half]))
+    angle = u[:, half:] * (2.0 * torch.pi)
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :n].to(dtype)
+
+
 def _hash64(*parts: object) -> int:
     """A signed 64-bit integer from a few plain values, the same in every process."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -89,24 +109,15 @@ class Streams:
 
     def bits(self, purpose: str, n: int, step: int = 0) -> Tensor:
         """[C, n] int64, every bit random (numbers may be negative)."""
-        index = torch.arange(1, n + 1, device=self.clients.device)
-        return mix64(self.keys(purpose, step)[:, None] + index * _GOLDEN)
+        return _bits_of(self.keys(purpose, step), n)
 
     def uniform(self, purpose: str, *shape: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """[C, *shape] uniform on [0, 1): 24 random bits in float32, 53 in float64."""
-        digits = 53 if dtype == torch.float64 else 24
-        u = _shift_right(self.bits(purpose, prod(shape), step), 64 - digits).to(dtype) * 2.0**-digits
-        return u.view(-1, *shape)
+        return _uniform_of(self.keys(purpose, step), prod(shape), dtype).view(-1, *shape)
 
     def normal(self, purpose: str, *shape: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """[C, *shape] standard normal, by Box and Muller's transform in float64."""
-        n = prod(shape)
-        half = (n + 1) // 2
-        u = self.uniform(purpose, 2 * half, step=step, dtype=torch.float64)
-        radius = torch.sqrt(-2.0 * torch.log1p(-u[:, :half]))
-        angle = u[:, half:] * (2.0 * torch.pi)
-        z = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :n]
-        return z.to(dtype).reshape(-1, *shape)
+        return normal_of(self.keys(purpose, step), prod(shape), dtype).reshape(-1, *shape)
 
     def rademacher(self, purpose: str, *shape: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """[C, *shape] of -1 and +1 with equal chance."""

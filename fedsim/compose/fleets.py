@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedsim.compose.refusals import check_absence, check_attack, check_compressor, check_link
+from fedsim.compose.refusals import check_absence, check_attack, check_link, fitted
 from fedsim.compose.sections import ByzantineClients, File, Runtime
 from fedsim.compose.work import Work
 from fedsim.compress.sparsify import Identity
@@ -53,6 +54,18 @@ def compute_device(name: str) -> torch.device:
     return device
 
 
+def with_compressors(strategy: Strategy, layout: Layout) -> Strategy:
+    """The strategy, its own compressors bound to what travels.
+
+    Raises:
+        ConfigError: for a compressor that does not fit the model.
+    """
+    found = compressors(strategy)
+    bound = {name: fitted(f"strategy.{name}", compressor, layout) for name, compressor in found.items()}
+    changed = {name: compressor for name, compressor in bound.items() if compressor is not found[name]}
+    return replace(strategy, **changed) if changed else strategy  # type: ignore[type-var]
+
+
 def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink | None, Downlink | None]:
     """The compressed links of the sections `uplink` and `downlink`, None where nothing is compressed.
 
@@ -60,8 +73,6 @@ def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink 
         ConfigError: for a compressor that does not fit the model or the strategy.
     """
     up, down = file.uplink, file.downlink
-    for name, compressor in compressors(strategy).items():
-        check_compressor(f"strategy.{name}", compressor, layout)
     made = []
     for key, compressor, own in (
         ("uplink", up.compressor, "compressor"),
@@ -70,8 +81,8 @@ def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink 
         plain = isinstance(compressor, Identity)
         if not plain:
             check_link(key, strategy, own)
-        check_compressor(f"{key}.compressor", compressor, layout)
-        made.append(None if plain else compressor.bind(layout))
+        bound = fitted(f"{key}.compressor", compressor, layout)
+        made.append(None if plain else bound)
     if made[0] is None and up.error_feedback:
         raise ConfigError("uplink.error_feedback: needs an uplink.compressor that leaves something out")
     uplink = None if made[0] is None else Uplink(compressor=made[0], error_feedback=up.error_feedback)

@@ -167,10 +167,12 @@ def check_selection(strategy: Strategy, task: Task) -> None:
             )
 
 
-def check_compressor(key: str, compressor: Compressor, layout: Layout) -> None:
-    """Refuse a compressor that does not fit the model."""
+def fitted(key: str, compressor: Compressor, layout: Layout) -> Compressor:
+    """The compressor bound to what travels; one that does not fit the model is refused."""
     with at(key):
-        compressor.bind(layout).bits(layout.size)
+        bound = compressor.bind(layout)
+        bound.bits(layout.size)
+    return bound
 
 
 def check_link(key: str, strategy: Strategy, own: str) -> None:

@@ -23,6 +23,7 @@ from fedsim.compose.fleets import (
     build_links,
     build_memory,
     compute_device,
+    with_compressors,
 )
 from fedsim.compose.identity import identity_of
 from fedsim.compose.problems import plan_of, problem_of, task_of
@@ -225,7 +226,8 @@ def _strategy(file: File, problem: Task | Samples) -> Strategy:
     local, n = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds), len(problem.num_examples)
     prox = problem.prox if isinstance(problem, Task) else FREE
     made = file.strategy(layout=problem.layout, local=local, count=n, prox=prox)
-    return check_strategy(made, problem.num_examples)
+    made = check_strategy(made, problem.num_examples)
+    return with_compressors(made, made.sent(problem.layout))
 
 
 def _fleet(

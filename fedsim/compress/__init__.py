@@ -6,8 +6,11 @@ then checks its bits, its round trip and its constants.
 
 from __future__ import annotations
 
+from fedsim.compress.adaptive import AdaptiveQSGD
+from fedsim.compress.combined import Composed, PerTensor
 from fedsim.compress.low_rank import PowerSGD
-from fedsim.compress.quantize import QSGD, Natural, NaturalDithering, ScaledSign, TernGrad
+from fedsim.compress.quantize import QSGD, BFloat16, Float16, Natural, NaturalDithering, ScaledSign, TernGrad
+from fedsim.compress.seeds import Seeds
 from fedsim.compress.sparsify import Bernoulli, Identity, RandK, TopK
 
 COMPRESSORS: dict[str, type] = {
@@ -16,9 +19,15 @@ COMPRESSORS: dict[str, type] = {
     "top_k": TopK,
     "bernoulli": Bernoulli,
     "qsgd": QSGD,
+    "adaptive_qsgd": AdaptiveQSGD,
     "terngrad": TernGrad,
     "natural": Natural,
+    "bf16": BFloat16,
+    "fp16": Float16,
     "natural_dithering": NaturalDithering,
     "scaled_sign": ScaledSign,
     "powersgd": PowerSGD,
+    "seeds": Seeds,
+    "composed": Composed,
+    "per_tensor": PerTensor,
 }

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsim.compress.packet import LIMIT, Compressor, Field, Packet, check_stack
+from fedsim.compress.packet import LIMIT, Compressor, Field, Packet, bound_layout, check_stack
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
@@ -100,8 +100,4 @@ class PowerSGD(Compressor):
         return [(name, a, b) for name, a, b in sizes if self.rank * (a + b) < a * b]
 
     def _layout(self, num_entries: int) -> Layout:
-        if self.layout is None:
-            raise ValueError("powersgd needs the shapes of the model: call bind(layout) first")
-        if self.layout.size != num_entries:
-            raise ValueError(f"powersgd is bound to {self.layout.size} entries and was given {num_entries}")
-        return self.layout
+        return bound_layout("powersgd", self.layout, num_entries)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -81,8 +81,10 @@ class Field:
 class Compressor(Protocol):
     """Frozen settings of a compression rule. P is the length of the vectors that it is asked about."""
 
-    unbiased: ClassVar[bool] = True
-    """Whether E decode(encode(v)) = v."""
+    @property
+    def unbiased(self) -> bool:
+        """Whether E decode(encode(v)) = v."""
+        return True
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         """Compress v [C, P], float32 or float64; `step` tells apart packets of one client and job."""
@@ -193,6 +195,19 @@ def code_dtype(bits: int) -> torch.dtype:
     if bits <= 8:
         return torch.uint8
     return torch.int16 if bits <= 15 else torch.int32 if bits <= 31 else torch.int64
+
+
+def bound_layout(name: str, layout: Layout | None, num_entries: int) -> Layout:
+    """The layout that a compressor was bound to.
+
+    Raises:
+        ValueError: if it was bound to none, or is asked about vectors of another length.
+    """
+    if layout is None:
+        raise ValueError(f"{name} needs the shapes of the model: call bind(layout) first")
+    if layout.size != num_entries:
+        raise ValueError(f"{name} is bound to {layout.size} entries and was given {num_entries}")
+    return layout
 
 
 def check_stack(v: Tensor) -> None:

@@ -9,7 +9,7 @@ Letters: C clients in the stack, P entries of a vector, k of them sent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import ClassVar
 
@@ -90,17 +90,20 @@ class RandK(Chosen):
 
     Args:
         shared_seed: the receiver draws the same indices from the run's seed, so that they cost nothing.
+        common: all clients draw the same indices in jobs of the same number, likewise from the seed and for nothing:
+            where all clients take part in every round, the mean of their vectors has k entries, too.
     """
 
     name: ClassVar[str] = "rand_k"
     shared_seed: bool = False
+    common: bool = False
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         k = self.count(num_entries)
-        return Field("values", k), _index_field(num_entries, k, self.shared_seed)
+        return Field("values", k), _index_field(num_entries, k, self._seeded)
 
     def shared(self, streams: Streams, num_entries: int, step: int = 0) -> dict[str, Tensor]:
-        return {"index": self._index(streams, num_entries, step)} if self.shared_seed else {}
+        return {"index": self._index(streams, num_entries, step)} if self._seeded else {}
 
     def omega(self, num_entries: int) -> float | None:
         return num_entries / self.count(num_entries) - 1.0
@@ -111,7 +114,13 @@ class RandK(Chosen):
         values = v.gather(1, index.long()) * (v.shape[1] / index.shape[1])
         return Packet(compressor=self, num_entries=v.shape[1], payload={"values": values, "index": index})
 
+    @property
+    def _seeded(self) -> bool:
+        return self.shared_seed or self.common
+
     def _index(self, streams: Streams, num_entries: int, step: int) -> Tensor:
+        if self.common:
+            streams = replace(streams, clients=torch.zeros_like(streams.clients))
         chosen = sample(streams, num_entries, self.count(num_entries), "compress.rand_k", step)
         return chosen.to(code_dtype(_index_bits(num_entries)))
 

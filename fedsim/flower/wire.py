@@ -25,7 +25,6 @@ from torch import Tensor
 from fedsim.compress.error_feedback import Contractive
 from fedsim.compress.packet import Compressor, Packet
 from fedsim.graph import Graph, Inbox
-from fedsim.params import Layout
 from fedsim.sim.account import bits_of
 from fedsim.strategy import Strategy, compressors
 from fedsim.streams import Streams
@@ -87,13 +86,13 @@ class Book:
     compressors: Mapping[str, Compressor]
 
     @classmethod
-    def of(cls, strategy: Strategy, links: Mapping[str, Compressor | None], layout: Layout) -> Book:
-        """Those of an experiment: the strategy's fields and the two links, as they are, bound to the model, scaled."""
+    def of(cls, strategy: Strategy, links: Mapping[str, Compressor | None]) -> Book:
+        """Those of an experiment: the strategy's fields and the two links, as they are and scaled."""
         found = {k: c for k, c in links.items() if c is not None}
         found |= {f"strategy.{name}": c for name, c in compressors(strategy).items()}
         out: dict[str, Compressor] = {}
         for name, compressor in found.items():
-            out |= {name: compressor, f"{name}/bound": compressor.bind(layout)}
+            out[name] = compressor
             if compressor.unbiased:
                 out[f"{name}/contractive"] = Contractive(of=compressor)
         return cls(out)

@@ -320,6 +320,16 @@ def test_links_are_compressed_where_the_file_says_so() -> None:
     assert 0 < history.last("bits_up") <= 5 * 3 * (32 + 32)
 
 
+@pytest.mark.parametrize("compressor", [{"name": "powersgd", "rank": 1}, {"name": "per_tensor", "of": "natural"}])
+def test_a_compressor_of_the_strategys_own_knows_the_model(compressor: dict[str, Any]) -> None:
+    file = {
+        **BLOBS,
+        "strategy": {"name": "ef21", "compressor": compressor},
+        "local": {"steps": 1, "optimizer": {"name": "sgd", "lr": 0.1}},
+    }
+    assert fedsim.run(file, rounds=2).last("bits_up") > 0
+
+
 def test_sinks_come_in_the_files_order_after_json_lines() -> None:
     sinks = made({**BLOBS, "log": {"sinks": ["tensorboard", "jsonl"]}}).sinks
     assert [type(s) for s in sinks] == [JsonLines, TensorBoard]

@@ -6,10 +6,14 @@ Written from the formats in the compressors' docstrings, and from nothing else o
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from typing import Any
+
+from fedsim.compress import COMPRESSORS
 
 P = 33
 LIMIT = 2.0**126
-INDEX = 6  # bits of an index below 33
+TENSORS = 28, 5  # entries of w [7, 4] and of b
 
 
 class Bits:
@@ -33,44 +37,68 @@ class Bits:
         values = [struct.unpack("<f", struct.pack("<I", word))[0] for word in self.take(count)]
         return all(least <= value <= most for value in values)
 
-    def indices(self, count: int) -> bool:
-        """Whether so many indices follow, each greater than the one before."""
-        values = self.take(count, INDEX)
-        return values == sorted(set(values)) and values[-1] < P
+    def indices(self, count: int, size: int) -> bool:
+        """Whether so many indices of `size` entries follow, each greater than the one before."""
+        values = self.take(count, (size - 1).bit_length())
+        return values == sorted(set(values)) and values[-1] < size
 
-    def levels(self, levels: int) -> bool:
+    def levels(self, levels: int, size: int) -> bool:
         """Whether a code of sign and level follows for every entry."""
         width = levels.bit_length()
-        return all(code & ((1 << width) - 1) <= levels for code in self.take(P, width + 1))
+        return all(code & ((1 << width) - 1) <= levels for code in self.take(size, width + 1))
 
     def at_end(self) -> bool:
         return self.left < 8 and self.rest == 0
 
 
-def could_be_written(name: str, fields: dict[str, object], data: bytes) -> bool:
+def could_be_written(name: str, fields: Mapping[str, Any], data: bytes) -> bool:
     """Whether an encoder with these settings can have written the data for a vector of P entries."""
     bits = Bits(data)
     try:
-        return _holds(name, fields, bits) and bits.at_end()
+        return _holds(name, fields, bits, P) and bits.at_end()
     except IndexError:
         return False
 
 
-def _holds(name: str, fields: dict[str, object], bits: Bits) -> bool:
-    k = fields.get("k", max(1, round(float(fields.get("fraction", 0)) * P)))  # type: ignore[arg-type]
-    assert isinstance(k, int)
+def _holds(name: str, fields: Mapping[str, Any], bits: Bits, size: int) -> bool:
+    if name == "per_tensor":
+        return all(_holds(_name(fields["of"]), vars(fields["of"]), bits, each) for each in TENSORS)
+    k = fields.get("k") or max(1, round((fields.get("fraction") or 0) * size))
+    seeded = fields.get("shared_seed") or fields.get("common")
     if name in ("rand_k", "top_k"):
-        return bits.numbers(k) and (bool(fields.get("shared_seed")) or bits.indices(k))
+        return bits.numbers(k) and (seeded or bits.indices(k, size))
+    if name == "composed":
+        first, then = fields["first"], fields["then"]
+        k = first.k or round(first.fraction * size)
+        placed = vars(first).get("common") or bits.indices(k, size)
+        return placed and _holds(_name(then), vars(then), bits, k)
+    if name == "seeds":  # b, of 5 entries, is a buffer where there is a layout
+        count = fields["steps"] * fields.get("directions", 1)
+        return bits.numbers(count, -LIMIT / 16 / count, LIMIT / 16 / count) and bits.numbers(
+            5 if "layout" in fields else 0
+        )
+    if name == "adaptive_qsgd":
+        s = fields["levels"]
+        return bits.numbers(1, 0.0) and bits.numbers(s, 0.0, 1.0) and bits.levels(s, size)
     if name == "bernoulli":
-        return bits.take(1, 1) == [0] or bits.numbers(P)
+        return bits.take(1, 1) == [0] or bits.numbers(size)
     if name == "natural":
-        return all(code & 0xFF <= 254 for code in bits.take(P, 9))
+        return all(code & 0xFF <= 254 for code in bits.take(size, 9))
+    if name == "bf16":
+        return all(code & 0x7FFF < 0x7F80 for code in bits.take(size, 16))
+    if name == "fp16":
+        return bits.take(1, 9)[0] <= 126 + 149 and all(code & 0x7FFF <= 0x7800 for code in bits.take(size, 16))
     if name == "scaled_sign":
-        return bits.numbers(1, 0.0) and len(bits.take(P, 1)) == P
-    if name == "powersgd":  # w [7, 4] is tall, so that its left factor is orthonormal; b has 5 entries
+        return bits.numbers(1, 0.0) and len(bits.take(size, 1)) == size
+    if name == "powersgd":  # w is tall, so that its left factor is orthonormal; b has 5 entries
         return (
             bits.numbers(14, -1.0 - 2**-10, 1.0 + 2**-10) and bits.numbers(8, -LIMIT / 2, LIMIT / 2) and bits.numbers(5)
         )
     if name == "identity":
-        return bits.numbers(P)
-    return bits.numbers(1, 0.0) and bits.levels(int(fields.get("levels", 1)))  # type: ignore[call-overload]
+        return bits.numbers(size)
+    return bits.numbers(1, 0.0) and bits.levels(int(fields.get("levels", 1)), size)
+
+
+def _name(compressor: object) -> str:
+    """Its row of the table."""
+    return next(name for name, kind in COMPRESSORS.items() if kind is type(compressor))

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.compress.seeds import Seeds
 from fedsim.compress.sparsify import RandK, TopK
 from fedsim.sim.links import Uplink
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.streams import Streams
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.build import drawn, local_sgd, play
+from tests.build import Play, drawn, local_sgd, play
 from tests.reference.clients import Formulas
 from tests.reference.compressed import compressed_descent
 from tests.reference.saddle import top
@@ -63,3 +64,45 @@ def test_unbiased_compression_alone_hovers_where_gradients_do_not_vanish() -> No
 def test_top_k_alone_goes_elsewhere_however_small_the_step() -> None:
     plain = Uplink(compressor=TopK(k=2))
     assert min(_stalls_at(0.1, plain, 250), _stalls_at(0.02, plain, 500)) > 0.3
+
+
+def _replayed(task: QuadraticTask, rounds: int, lr: float, steps: int, directions: int, eps: float) -> Tensor:
+    """[rounds, P] of MeZO on every client, by the book: what travels is a list of (step, direction, number)."""
+    x, path = task.x0, []
+    weight = task.num_examples.double() / task.num_examples.sum()
+    for job in range(rounds):
+        model = x
+        for client in range(len(weight)):
+            streams = Streams(0, torch.tensor([client]), torch.tensor([job]))
+
+            def loss(at: Tensor, client: int = client) -> Tensor:
+                return task.evaluate_clients(at, None)["loss"][client]
+
+            y, message = x, []
+            for step in range(1, steps + 1):
+                here = y
+                for i in range(directions):
+                    z = streams.normal(f"optimizer direction {i}", len(x), step=step, dtype=x.dtype)[0]
+                    slope = float(loss(here + eps * z) - loss(here - eps * z)) / (2 * eps)
+                    message.append((step, i, slope))
+                    y = y - lr / directions * slope * z
+            for step, i, number in message:  # at the server
+                z = streams.normal(f"optimizer direction {i}", len(x), step=step, dtype=x.dtype)[0]
+                model = model - weight[client] * lr / directions * number * z
+        x = model
+        path.append(x)
+    return torch.stack(path)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_run_of_mezo_travels_as_one_number_for_every_direction(directions: int) -> None:
+    task = drawn(4, 20)
+    mezo = {"name": "mezo", "lr": 0.01, "zeroth_order": {"eps": 1e-3, "directions": directions}}
+    strategy = FedAvg(local=local_sgd(task, optimizer=mezo, steps=5))
+    seeds = Uplink(compressor=Seeds(steps=5, directions=directions))
+    sent, dense = (Play.start(task, strategy, uplink=uplink, width=3) for uplink in (seeds, None))
+    path = sent.path(3)
+    torch.testing.assert_close(path, dense.path(3), rtol=0, atol=1e-10)
+    torch.testing.assert_close(path, _replayed(task, 3, 0.01, 5, directions, 1e-3), rtol=0, atol=1e-9)
+    assert sent.fleet.ledger.bits_up == 3 * 4 * 32 * 5 * directions
+    assert dense.fleet.ledger.bits_up == 3 * 4 * 32 * 20

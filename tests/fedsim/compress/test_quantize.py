@@ -3,7 +3,8 @@ from math import sqrt
 import pytest
 import torch
 
-from fedsim.compress.quantize import QSGD, Natural, NaturalDithering, ScaledSign, TernGrad
+from fedsim.compress.packet import Compressor
+from fedsim.compress.quantize import QSGD, BFloat16, Float16, Natural, NaturalDithering, ScaledSign, TernGrad
 from fedsim.compress.words import blocks
 from tests.build import streams
 
@@ -115,3 +116,26 @@ def test_random_words_do_not_depend_on_the_width_of_the_blocks() -> None:
 def test_settings_out_of_range_are_refused(make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("rule", "dtype"), [(BFloat16(), torch.bfloat16), (Float16(), torch.float16)])
+def test_16_bit_numbers_are_those_of_torch_and_next_to_what_was_given(rule: Compressor, dtype: torch.dtype) -> None:
+    v = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 0, 500)
+    v /= v.abs().amax(dim=1, keepdim=True) / 1.5  # so that fp16 divides by one
+    sent = rule.encode(v, streams(4)).decode()
+    unit = 2.0**14 if dtype == torch.float16 else 1.0
+    assert torch.equal((sent * unit).to(dtype).float(), sent * unit)
+    given, got = v * unit, (sent * unit).to(dtype)
+    nearest = given.to(dtype)
+    lower = torch.where(nearest.float() <= given, nearest, torch.nextafter(nearest, nearest - nearest.abs() - 1))
+    upper = torch.where(lower.float() == given, lower, torch.nextafter(lower, lower + lower.abs() + 1))
+    assert bool(((got == lower) | (got == upper)).all())
+    assert bool((got == lower).any()) and bool((got == upper).any())
+
+
+def test_a_number_that_16_bits_hold_comes_back_as_it_was() -> None:
+    v = torch.tensor([[1.0, -0.375, 2.0**-20, 0.0, 1.5e-5], [3e38, -1e38, 0.0, 0.0, 0.0]])
+    for rule, dtype in ((BFloat16(), torch.bfloat16), (Float16(), torch.float16)):
+        exact = v.to(torch.bfloat16).float() if dtype == torch.bfloat16 else v[:1].to(dtype).float()
+        assert torch.equal(rule.encode(exact, streams(len(exact))).decode(), exact)
+    assert Float16().bits(10) == 9 + 160 and BFloat16().bits(10) == 160

@@ -93,3 +93,10 @@ def test_steps_and_clients_choose_differently() -> None:
     drawn = sample(streams(2), 10_000, 10, "x")
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(sample(streams(2), 10_000, 10, "x", step=1), drawn)
+
+
+def test_clients_with_common_indices_send_the_same_entries_in_a_round_and_others_in_the_next() -> None:
+    v, rule = torch.randn(4, 60), RandK(k=6, common=True)
+    first, second = (rule.encode(v, streams(4, job=job)).decode() for job in (0, 1))
+    assert int((first.mean(0) != 0).sum()) == 6 and rule.bits(60) == 6 * 32
+    assert torch.equal(first != 0, (first[:1] != 0).expand(4, -1)) and not torch.equal(first != 0, second != 0)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fedsim.compress import COMPRESSORS
+from fedsim.compress.combined import Composed
 from fedsim.compress.error_feedback import Contractive
-from fedsim.compress.packet import Packet
+from fedsim.compress.packet import Compressor, Packet
+from fedsim.compress.quantize import QSGD
 from fedsim.compress.sparsify import RandK, TopK
 from fedsim.flower import wire
 from fedsim.params import Layout
@@ -24,8 +26,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top_k": {"k": 7},
     "bernoulli": {"p": 0.5},
     "qsgd": {"levels": 4},
+    "adaptive_qsgd": {"levels": 4},
     "natural_dithering": {"levels": 4},
     "powersgd": {"rank": 2},
+    "seeds": {"steps": 5},
+    "composed": {"first": RandK(k=7), "then": QSGD(levels=4)},
+    "per_tensor": {"of": Composed(first=TopK(fraction=0.2), then=QSGD(levels=4))},
 }
 
 
@@ -74,16 +80,17 @@ def test_a_packet_travels_as_its_own_bytes_and_decodes_to_the_same_numbers(name:
     compressor = COMPRESSORS[name](**SETTINGS.get(name, {})).bind(LAYOUT)
     streams = Streams(5, torch.tensor([3]), torch.tensor([2]))
     packet = compressor.encode(streams.normal("v", P), streams)
-    array = wire.packet_array(packet, wire.Book({"uplink": compressor}))
+    book, keys = wire.Book({"uplink": compressor}), ((5, 3, 2, 0),)
+    array = wire.packet_array(packet, book, keys)
     assert len(array.data) == -(-int(packet.bits[0]) // 8)
-    got = trip({"d": packet}, wire.Book({"uplink": compressor}))["d"]
+    got = trip({"d": packet}, book, keys)["d"]
     assert isinstance(got, Packet)
     assert torch.equal(got.decode(), packet.decode())
     assert int(got.bits[0]) == int(packet.bits[0]) == bits_of(got)
 
 
-def test_fields_that_follow_from_the_seed_are_drawn_again_by_the_receiver() -> None:
-    compressor = RandK(k=4, shared_seed=True)
+@pytest.mark.parametrize("compressor", [RandK(k=4, shared_seed=True), RandK(k=4, common=True)])
+def test_fields_that_follow_from_the_seed_are_drawn_again_by_the_receiver(compressor: Compressor) -> None:
     packet = compressor.encode(torch.arange(float(P))[None], Streams(5, torch.tensor([3]), torch.tensor([2])), step=9)
     book = wire.Book({"uplink": compressor})
     assert len(wire.packet_array(packet, book, [(5, 3, 2, 9)]).data) == 4 * 4
@@ -108,14 +115,14 @@ def test_a_compressor_that_the_other_end_lacks_is_refused_at_both_ends() -> None
         wire.read(content, NOBODY)
 
 
-def test_the_book_knows_a_strategys_compressors_bound_and_scaled() -> None:
+def test_the_book_knows_a_strategys_compressors_as_they_are_and_scaled() -> None:
     @dataclass(frozen=True)
     class Compressing:
         lr: float
         compressor: RandK
 
     rule = RandK(k=2)
-    book = wire.Book.of(Compressing(0.1, rule), {"uplink": None, "downlink": TopK(k=1)}, LAYOUT)
+    book = wire.Book.of(Compressing(0.1, rule), {"uplink": None, "downlink": TopK(k=1)})
     assert book.name(rule) == "strategy.compressor"
     assert book.name(Contractive(of=rule)) == "strategy.compressor/contractive"
     assert book.name(TopK(k=1)) == "downlink"
