@@ -1,0 +1,200 @@
+"""The third composition root: somebody else's Flower app becomes a run on virtual devices, into a run folder.
+
+The file that goes with it says what the app does not: how many clients there are, how fast they are, and the seed. An
+app is code, and runs with the rights of whoever runs it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedsim.compose.entries import KINDS
+from fedsim.compose.root import NOTES
+from fedsim.config import Call, ConfigError, FromTable, at, decode, first_line, naming
+from fedsim.flower.foreign import private
+from fedsim.flower.foreign.book import Book
+from fedsim.flower.foreign.grid import SimGrid, Steps
+from fedsim.flower.foreign.nodes import Nodes, seeded
+from fedsim.history import History
+from fedsim.loop import ServerError
+from fedsim.report import write_report
+from fedsim.results import check_folder, claimed, versions, write_config
+from fedsim.sinks import JsonLines
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppClients:
+    """Who takes part.
+
+    Args:
+        count: N; node i + 1 has partition-id i.
+        devices: how fast they are.
+        steps: what a message's work counts as, in steps of a device.
+    """
+
+    count: int = 10
+    devices: Annotated[Any, FromTable("device", "constant")] = None
+    steps: Steps = field(default_factory=Steps)
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppRuntime:
+    """How it computes.
+
+    Args:
+        threads: intra-op threads of torch. Clients run one after the other, since the generators that an app draws from
+            are one for a process.
+    """
+
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppFile:
+    """A whole file of a Flower app's run.
+
+    Args:
+        app: the app's folder, with its pyproject.toml.
+        seed: of every random number of the run.
+        run_config: settings of the app itself that are to be different.
+        clients: who takes part.
+        runtime: how it computes.
+    """
+
+    app: str
+    seed: int = 0
+    run_config: dict[str, bool | int | float | str] = field(default_factory=dict)
+    clients: AppClients
+    runtime: AppRuntime
+
+
+@dataclass(frozen=True)
+class App:
+    """An app that is loaded.
+
+    Args:
+        server, client: its two halves.
+        run_config: its settings, flat.
+    """
+
+    server: ServerApp
+    client: ClientApp
+    run_config: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path, overrides: dict[str, Any]) -> App:
+        """Read an app's pyproject.toml and import what it names.
+
+        Raises:
+            ConfigError: if there is no app, a setting is not the app's, or it can't be imported.
+        """
+        with at("app"):
+            try:
+                named = private.components(folder)
+            except FileNotFoundError as e:
+                raise ConfigError(f"app: {folder} holds no pyproject.toml; give the folder of a Flower app") from e
+        with at("run_config"):
+            settings = private.run_config(folder, overrides)
+        halves: dict[str, Any] = {}
+        for name, kind in (("serverapp", ServerApp), ("clientapp", ClientApp)):
+            try:
+                halves[name] = private.load(named[name], folder, kind)
+            except Exception as e:
+                what = f"{name} {named[name]} can't be loaded ({first_line(e)})"
+                raise ConfigError(f"app: {what}; install what it needs, or correct its pyproject.toml") from e
+        return cls(halves["serverapp"], halves["clientapp"], settings)
+
+
+def run_app(
+    raw: Mapping[str, Any], source: str, folder: Path, *, numbered: bool = False, quiet: bool = False
+) -> History:
+    """Run an app to its end.
+
+    Args:
+        raw: the file's content after overrides; see `AppFile`.
+        source: its name, for messages.
+        folder: to write to.
+        numbered: take the first free of `folder`-001, `folder`-002, ... instead.
+        quiet: show nothing but errors.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ConfigError: for a mistake in the file or the app.
+        ServerError: if the app's server raised, or every message to its clients ended in an error.
+    """
+    with naming(source):
+        call: Call = decode(AppFile, {k: v for k, v in raw.items() if k not in NOTES}, "", KINDS)
+        file, resolved = call(), copy.deepcopy(call.resolved)
+        if not numbered:
+            check_folder(folder, resume=False)
+        app = App.load(Path(file.app), file.run_config)
+        devices = file.clients.devices(count=file.clients.count)
+    resolved["run_config"] = app.run_config
+    logging.getLogger("flwr").setLevel(logging.ERROR if quiet else logging.INFO)
+    torch.set_num_threads(file.runtime.threads)
+    with ExitStack() as stack:
+        folder = stack.enter_context(claimed(folder, numbered))
+        write_config(folder / "config.yaml", {**resolved, "versions": versions()})
+        rows = JsonLines()
+        stack.callback(rows.close)
+        rows.open(folder, resolved, None)
+        book = Book(rows.write)
+        nodes = Nodes(app.client, file.clients.count, app.run_config, file.seed)
+        grid = SimGrid(nodes, devices, file.clients.steps, book, file.seed, _Told())
+        stack.callback(grid.close)
+        _serve(app, grid, book, file)
+    if book.errors and not book.replies:
+        raise ServerError(
+            f"{file.app}: all {book.errors} messages to clients ended in errors; the first is shown above"
+        )
+    write_report(folder)
+    return History.load(folder)
+
+
+def _serve(app: App, grid: SimGrid, book: Book, file: AppFile) -> None:
+    """Call the app's server, as Flower does, with the generators that it draws from seeded."""
+    context = Context(private.RUN_ID, private.SERVER_ID, {}, RecordDict(), dict(app.run_config))
+    gc.freeze()  # Flower collects garbage for every list of arrays, and would look through all modules each time
+    try:
+        with seeded(file.seed, "flower server"), private.in_order(grid):
+            app.server(grid, context)
+    except Exception as e:
+        when = f"in round {book.round}" if book.round else "before its first round"
+        raise ServerError(f"{file.app}: its ServerApp failed {when}: {first_line(e)}") from e
+    finally:
+        gc.unfreeze()
+
+
+class _Told:
+    """Shows errors of clients: the first with its traceback, of the others that they were."""
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def __call__(self, node: int, reason: str) -> None:
+        last = reason.strip().rpartition("\n")[2]
+        print(f"fedsim: client {node - 1} raised: {reason if self._first else last}", file=sys.stderr)
+        self._first = False
