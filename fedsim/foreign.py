@@ -26,12 +26,14 @@ from fedsim.compose.root import NOTES
 from fedsim.config import Call, ConfigError, FromTable, at, decode, first_line, naming
 from fedsim.flower.foreign import private
 from fedsim.flower.foreign.book import Book
-from fedsim.flower.foreign.grid import SimGrid, Steps
+from fedsim.flower.foreign.clocks import Clocks, Steps
+from fedsim.flower.foreign.grid import SimGrid
 from fedsim.flower.foreign.nodes import Nodes, seeded
 from fedsim.history import History
 from fedsim.loop import ServerError
 from fedsim.report import write_report
 from fedsim.results import check_folder, claimed, versions, write_config
+from fedsim.sim.absence import Absence, Dropout
 from fedsim.sinks import JsonLines
 
 
@@ -42,11 +44,15 @@ class AppClients:
     Args:
         count: N; node i + 1 has partition-id i.
         devices: how fast they are.
+        availability: when they can be reached. Work whose client goes off line dies.
+        dropout: work that dies by itself.
         steps: what a message's work counts as, in steps of a device.
     """
 
     count: int = 10
     devices: Annotated[Any, FromTable("device", "constant")] = None
+    availability: Annotated[Any, FromTable("availability", "always")] = None
+    dropout: Dropout = field(default_factory=Dropout)
     steps: Steps = field(default_factory=Steps)
 
     def __post_init__(self) -> None:
@@ -151,7 +157,7 @@ def run_app(
         if not numbered:
             check_folder(folder, resume=False)
         app = App.load(Path(file.app), file.run_config)
-        devices = file.clients.devices(count=file.clients.count)
+        clocks = _clocks(file, app)
     resolved["run_config"] = app.run_config
     logging.getLogger("flwr").setLevel(logging.ERROR if quiet else logging.INFO)
     torch.set_num_threads(file.runtime.threads)
@@ -163,7 +169,7 @@ def run_app(
         rows.open(folder, resolved, None)
         book = Book(rows.write)
         nodes = Nodes(app.client, file.clients.count, app.run_config, file.seed)
-        grid = SimGrid(nodes, devices, file.clients.steps, book, file.seed, _Told())
+        grid = SimGrid(nodes, clocks, book, _Told())
         stack.callback(grid.close)
         _serve(app, grid, book, file)
     if book.errors and not book.replies:
@@ -174,12 +180,28 @@ def run_app(
     return History.load(folder)
 
 
+def _clocks(file: AppFile, app: App) -> Clocks:
+    """When the app's clients can be reached, and how fast they are.
+
+    Raises:
+        ConfigError: for absence that the app's server can't wait for in virtual time.
+    """
+    clients = file.clients
+    absence = Absence(availability=clients.availability(count=clients.count), dropout=clients.dropout, seed=file.seed)
+    if absence.away and private.is_older(app.server):
+        raise ConfigError(
+            "clients.availability: this app's server (ServerAppComponents) looks for its clients every few seconds of "
+            "the wall clock, which has no place in virtual time; leave it out, or use clients.dropout"
+        )
+    return Clocks(devices=clients.devices(count=clients.count), steps=clients.steps, absence=absence)
+
+
 def _serve(app: App, grid: SimGrid, book: Book, file: AppFile) -> None:
     """Call the app's server, as Flower does, with the generators that it draws from seeded."""
     context = Context(private.RUN_ID, private.SERVER_ID, {}, RecordDict(), dict(app.run_config))
     gc.freeze()  # Flower collects garbage for every list of arrays, and would look through all modules each time
     try:
-        with seeded(file.seed, "flower server"), private.in_order(grid):
+        with seeded(file.seed, "flower server"), private.on_our_clock(grid, grid.wait_for_nodes):
             app.server(grid, context)
     except Exception as e:
         when = f"in round {book.round}" if book.round else "before its first round"

@@ -49,17 +49,19 @@ class Book:
         self.round, self._group = self.round + 1, group
         self._row = {"round": self.round, "group": group, "messages": 0, "replies": 0, "errors": 0}
 
-    def sent(self, num_bytes: int) -> None:
-        """A message has been pushed."""
+    def sent(self, bits: int) -> None:
+        """A message has been pushed; of one that reaches nobody, none of its bits."""
         self._row["messages"] += 1
-        self.bits_down += 8 * num_bytes
+        self.bits_down += bits
 
-    def came(self, kind: str, num_bytes: int, content: RecordDict | None) -> None:
-        """A reply to a message of this type has arrived; None for an error."""
-        self.bits_up += 8 * num_bytes
+    def came(self, kind: str, bits: int, content: RecordDict | None, dropped: bool) -> None:
+        """A reply to a message of this type has arrived; None for an error, which may be that its node is gone."""
+        self.bits_up += bits
         if content is None:
             self.errors += 1
             self._row["errors"] += 1
+            if dropped:
+                self._row["num_dropped"] = self._row.get("num_dropped", 0) + 1
             return
         self.replies += 1
         self._row["replies"] += 1

@@ -3,8 +3,11 @@
 A message is answered when it is pushed, and its reply arrives when its node's device would have it there: after the
 download, the work and the upload of so many bits. A node does one message at a time. Time moves only where the app
 waits: in `send_and_receive` to the last reply, or to its timeout; in `pull_messages` to the first reply, if none of
-those that it asks for is there. So an app that polls finds the replies one after the other, in the order of their
-arrival, however fast it polls.
+those that it asks for is there; where a strategy of Flower's waits for nodes, to the next coming or going of one. So an
+app that polls finds the replies one after the other, in the order of their arrival, however fast it polls.
+
+A node that is away is not among the ids, and a message to it, or one whose node leaves or drops out before its reply
+has arrived, ends in Flower's error for nodes that are gone.
 """
 
 from __future__ import annotations
@@ -14,38 +17,14 @@ from dataclasses import dataclass, field
 from math import inf
 from threading import RLock
 
-import torch
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.flower.foreign.book import Book
+from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job, Nodes
 from fedsim.flower.foreign.private import EXPIRED, UNAVAILABLE, Run, begin_run, number, pack, unpack
-from fedsim.sim.devices import Devices
-from fedsim.streams import Streams
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steps:
-    """What a message's work counts as, in steps of its node's device.
-
-    Args:
-        train, evaluate, query: of a message of this kind.
-    """
-
-    train: int = 1
-    evaluate: int = 0
-    query: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("train", "evaluate", "query"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more steps, got {getattr(self, name)}")
-
-    def of(self, message_type: str) -> int:
-        """Of a message of this type, such as `train` or `train.action`."""
-        kinds = {"train": self.train, "evaluate": self.evaluate, "query": self.query}
-        return kinds.get(message_type.partition(".")[0], 0)
+from fedsim.sim.absence import LOOKS
 
 
 @dataclass(order=True)
@@ -57,12 +36,14 @@ class Flight:
         sequence: number of its message in the order of pushing; breaks ties.
         message: what it replies to.
         answer: what it says.
+        up: bits of it that have been sent when it arrives.
     """
 
     due: float
     sequence: int
     message: Message = field(compare=False)
     answer: Answer = field(compare=False)
+    up: int = field(compare=False)
 
 
 class SimGrid(Grid):
@@ -70,24 +51,20 @@ class SimGrid(Grid):
 
     Args:
         nodes: the clients.
-        devices: how long their work takes.
-        steps: what it counts as.
+        clocks: when they can be reached, and how long their work takes.
         book: what has happened.
-        seed: of the run.
         told: called with the node and the reason of every error of an app.
     """
 
-    def __init__(
-        self, nodes: Nodes, devices: Devices, steps: Steps, book: Book, seed: int, told: Callable[[int, str], None]
-    ) -> None:
+    def __init__(self, nodes: Nodes, clocks: Clocks, book: Book, told: Callable[[int, str], None]) -> None:
         self._run = begin_run()
-        self._nodes, self._devices, self._steps, self._book, self._seed = nodes, devices, steps, book, seed
-        self._told = told
+        self._nodes, self._clocks, self._book, self._told = nodes, clocks, book, told
         self.now = 0.0
         self.states = dict.fromkeys(range(1, nodes.count + 1), NOTHING_KEPT)
         self._jobs = dict.fromkeys(self.states, 0)
         self._free = dict.fromkeys(self.states, 0.0)  # virtual seconds at which nodes have done what they were sent
         self._count = 0
+        self._waits = 0  # for nodes, since a message was pushed
         self._flying: list[Flight] = []
         self._landed: dict[str, Message] = {}
         self._lock = RLock()  # an app may push and pull from threads
@@ -105,7 +82,8 @@ class SimGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self.states)
+        with self._lock:
+            return [node for node in self.states if self._clocks.on_line(node, self.now)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         with self._lock:
@@ -126,47 +104,64 @@ class SimGrid(Grid):
             self._pass(min(max(due, default=self.now), end))
             return self._take(wanted)
 
+    def wait_for_nodes(self) -> None:
+        """Let time pass until a node comes or goes, for a strategy that needs more of them than there are.
+
+        Raises:
+            ValueError: if none does any more, or the strategy has waited for too long.
+        """
+        with self._lock:
+            then, self._waits = self._clocks.next_change(self._nodes.count, self.now), self._waits + 1
+            if then is None or self._waits > LOOKS:
+                raise ValueError(
+                    f"the strategy waits for more clients than the {len(list(self.get_node_ids()))} of "
+                    f"{self._nodes.count} that are there; raise clients.count or change clients.availability"
+                )
+            self._pass(then)
+
     def _push(self, message: Message, first: bool) -> str:
         """Let a node answer a message, the first of its push or not; the message's id. The reply is on its way."""
         meta = message.metadata
+        self._waits = 0
         self._book.begin(message, first, self.now)
         self._count += 1
         number(message, str(self._count))
-        content, node = pack(message.content), meta.dst_node_id
-        self._book.sent(len(content))
-        if node not in self.states:
-            answer, due = Answer(None, b"", UNAVAILABLE, f"there is no node {node}"), self.now
+        node, start = meta.dst_node_id, max(self.now, self._free.get(meta.dst_node_id, self.now))
+        if node in self.states and self._clocks.on_line(node, start):
+            flight = self._work(message, start)
         else:
-            job = Job(
-                node=node,
-                number=self._jobs[node],
-                message_id=meta.message_id,
-                message_type=meta.message_type,
-                group_id=meta.group_id,
-                ttl=meta.ttl,
-                content=content,
-                state=self.states[node],
-            )
-            answer = self._nodes.answer(job)
-            due = self._finish(job, answer)
-            self._jobs[node], self._free[node], self.states[node] = job.number + 1, due, answer.state
-            if answer.content is None:
-                self._told(node, answer.reason)
-            if due > self.now + meta.ttl:
-                answer, due = Answer(None, b"", EXPIRED, "its time to live was over"), self.now + meta.ttl
-        self._flying.append(Flight(due, self._count, message, answer))
+            self._book.sent(0)
+            flight = Flight(start, self._count, message, Answer(None, b"", UNAVAILABLE, f"node {node} is not there"), 0)
+        if flight.due > (end := self.now + meta.ttl):
+            flight = Flight(end, self._count, message, Answer(None, b"", EXPIRED, "its time to live was over"), 0)
+        self._flying.append(flight)
         return str(meta.message_id)
 
-    def _finish(self, job: Job, answer: Answer) -> float:
-        """Virtual second at which a job's reply arrives."""
-        one = torch.tensor([job.node - 1])
-        seconds = self._devices.seconds(
-            Streams(self._seed, one, torch.tensor([job.number])),
-            torch.tensor([self._steps.of(job.message_type)], dtype=torch.float64),
-            torch.tensor([8.0 * len(job.content)], dtype=torch.float64),
-            torch.tensor([8.0 * len(answer.content or b"")], dtype=torch.float64),
+    def _work(self, message: Message, start: float) -> Flight:
+        """The reply of a node that begins with a message at this second. What it keeps changes only if it replies."""
+        meta, content = message.metadata, pack(message.content)
+        node = meta.dst_node_id
+        job = Job(
+            node=node,
+            number=self._jobs[node],
+            message_id=meta.message_id,
+            message_type=meta.message_type,
+            group_id=meta.group_id,
+            ttl=meta.ttl,
+            content=content,
+            state=self.states[node],
         )
-        return max(self.now, self._free[job.node]) + float(seconds)
+        answer, down = self._nodes.answer(job), 8 * len(content)
+        self._book.sent(down)
+        up = 8 * len(answer.content or b"")
+        ending = self._clocks.ending(node, job.number, meta.message_type, start, down, up)
+        self._jobs[node], self._free[node] = job.number + 1, ending.at
+        if not ending.well:
+            answer = Answer(None, job.state, UNAVAILABLE, f"node {node} went away")
+        elif answer.content is None:
+            self._told(node, answer.reason)
+        self.states[node] = answer.state
+        return Flight(ending.at, self._count, message, answer, ending.up)
 
     def _pass(self, until: float) -> None:
         """Let time pass; what is due by then arrives, in order."""
@@ -176,10 +171,9 @@ class SimGrid(Grid):
         for flight in due:
             answer, meta = flight.answer, flight.message.metadata
             content = None if answer.content is None else unpack(answer.content)
-            self._book.came(meta.message_type, len(answer.content or b""), content)
+            self._book.came(meta.message_type, flight.up, content, dropped=answer.code == UNAVAILABLE)
             told = Error(code=answer.code, reason=answer.reason) if content is None else content
-            reply = number(Message(told, reply_to=flight.message), f"{meta.message_id}r")
-            self._landed[meta.message_id] = reply
+            self._landed[meta.message_id] = number(Message(told, reply_to=flight.message), f"{meta.message_id}r")
 
     def _take(self, wanted: set[str]) -> list[Message]:
         """Replies that have arrived to these messages, in the order of their arrival."""

@@ -18,6 +18,7 @@ from flwr.compat.common import recorddict_compat as compat
 from flwr.proto.recorddict_pb2 import RecordDict as RecordProto
 from flwr.server import server as older
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import strategy_utils
 from flwr.supercore.object_ref import load_app
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -71,6 +72,11 @@ def load(reference: str, folder: Path, kind: type[ServerApp] | type[ClientApp]) 
     return found
 
 
+def is_older(server: ServerApp) -> bool:
+    """Whether an app's server is made of ServerAppComponents, and has no main function."""
+    return server._main is None
+
+
 def pack(record: RecordDict) -> bytes:
     """A record as Flower sends it."""
     return bytes(recorddict_to_proto(record).SerializeToString(deterministic=True))
@@ -88,12 +94,19 @@ def number(message: Message, message_id: str) -> Message:
 
 
 @contextmanager
-def in_order(grid: Grid) -> Iterator[None]:
-    """Flower's older server asks clients from threads and takes their answers as a set, in no order; in here it sends
-    all messages of a round at once and takes the answers in the order of its clients."""
+def on_our_clock(grid: Grid, wait_for_nodes: Callable[[], None]) -> Iterator[None]:
+    """What two parts of Flower do by the wall clock and by threads, done in order and in virtual time.
+
+    Its strategies sleep until there are nodes enough: in here they wait as the grid does. Its older server asks clients
+    from threads and takes their answers as a set, in no order: in here it sends all messages of a round at once and
+    takes the answers in the order of its clients.
+    """
     fit = _asking(grid, MessageType.TRAIN, compat.fitins_to_recorddict, _fit_result)
     evaluate = _asking(grid, MessageType.EVALUATE, compat.evaluateins_to_recorddict, compat.recorddict_to_evaluateres)
-    with mock.patch.multiple(older, fit_clients=fit, evaluate_clients=evaluate):
+    with (
+        mock.patch.multiple(older, fit_clients=fit, evaluate_clients=evaluate),
+        mock.patch.object(strategy_utils, "sleep", lambda seconds: wait_for_nodes()),
+    ):
         yield
 
 

@@ -16,17 +16,23 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import strategy as strategies
+from flwr.serverapp.strategy import strategy_utils
 
 from fedsim.flower.foreign.book import Book
-from fedsim.flower.foreign.grid import SimGrid, Steps
+from fedsim.flower.foreign.clocks import Clocks
+from fedsim.flower.foreign.grid import SimGrid
 from fedsim.flower.foreign.nodes import Nodes, seeded
-from fedsim.flower.foreign.private import EXPIRED, RAISED, UNAVAILABLE
+from fedsim.flower.foreign.private import EXPIRED, RAISED, UNAVAILABLE, on_our_clock
 from fedsim.history import History
+from fedsim.sim.absence import Absence, Dropout
+from fedsim.sim.availability import Bernoulli
 from fedsim.sim.devices import FX, Constant, Devices
+from fedsim.streams import Streams
 from tests.fedsim.console import fedsim
 
 APPS = Path(__file__).parents[2] / "flower_apps"
 MESSAGE, NUMPY = APPS / "message_app", APPS / "numpy_app"
+ALWAYS = Absence()
 
 
 @pytest.fixture(autouse=True)
@@ -150,11 +156,12 @@ def _(message: Message, context: Any) -> Message:
     return Message(message.content, reply_to=message)
 
 
-def grid_of(devices: Devices, count: int = 3) -> tuple[SimGrid, list[dict[str, Any]]]:
+def grid_of(devices: Devices, count: int = 3, absence: Absence = ALWAYS) -> tuple[SimGrid, list[dict[str, Any]]]:
     """A grid of echoing clients, and the rows that it will have written."""
     rows: list[dict[str, Any]] = []
     book = Book(lambda row: rows.append(dict(row)))
-    return SimGrid(Nodes(echo, count, {}, 0), devices, Steps(), book, 0, lambda node, reason: None), rows
+    clocks = Clocks(devices=devices, absence=absence)
+    return SimGrid(Nodes(echo, count, {}, 0), clocks, book, lambda node, reason: None), rows
 
 
 def asks(*nodes: int, **keys: Any) -> list[Message]:
@@ -226,3 +233,62 @@ def test_rounds_are_groups_or_else_server_rounds_or_else_pushes() -> None:
     assert [(row["group"], row["messages"]) for row in rows] == [("a", 3), ("1", 2), ("2", 1), ("", 2), ("", 1)]
     assert [row["round"] for row in rows] == [1, 2, 3, 4, 5]
     json.dumps(rows)
+
+
+def test_dropped_work_costs_its_share_of_bits_and_leaves_the_client_as_it_was() -> None:
+    """Work on a node that dies at a share u of its time has sent u of it, where the upload is all the time there is."""
+    absence = Absence(dropout=Dropout(probability=0.5))
+    grid, rows = grid_of(Constant(seconds_per_step=0.0, uplink=100.0), count=40, absence=absence)
+    replies = {m.metadata.src_node_id: m for m in grid.send_and_receive(asks(*range(1, 41)))}
+    grid.close()
+    u = Streams(0, torch.arange(40), torch.zeros(40, dtype=torch.int64)).uniform("dropout", 2, dtype=torch.float64)
+    died = u[:, 0] < 0.5
+    assert [replies[i + 1].has_error() for i in range(40)] == died.tolist() and 10 < died.sum() < 30
+    assert all(replies[i + 1].error.code == UNAVAILABLE for i in range(40) if died[i])
+    one = 8 * len(recorddict_to_proto(RecordDict({"mine": ConfigRecord({"node": 1})})).SerializeToString())
+    expected = sum(int(float(u[i, 1]) * one + 1e-9) if died[i] else one for i in range(40))
+    assert rows[0]["bits_up"] == pytest.approx(expected, abs=40)
+    assert rows[0]["num_dropped"] == int(died.sum()) and rows[0]["replies"] == 40 - int(died.sum())
+
+
+def test_nodes_that_are_away_are_not_listed_and_waiting_for_them_takes_virtual_time() -> None:
+    law = Bernoulli(p=0.5, seconds=10.0)
+    grid, _ = grid_of(Constant(), count=8, absence=Absence(availability=law))
+    for slot in range(4):
+        expected = [i + 1 for i in range(8) if law.on_line(0, torch.tensor([i]), 10.0 * slot)]
+        assert list(grid.get_node_ids()) == expected and grid.now == 10.0 * slot
+        grid.wait_for_nodes()
+    away = ({*range(1, 9)} - {*grid.get_node_ids()}).pop()
+    (reply,) = grid.send_and_receive(asks(away))
+    assert reply.error.code == UNAVAILABLE and grid.now == 40.0
+
+
+def test_a_strategy_waits_for_nodes_on_the_virtual_clock_and_not_for_ever() -> None:
+    law = Bernoulli(p=0.5, seconds=10.0)
+    grid, _ = grid_of(Constant(), count=4, absence=Absence(availability=law))
+    slot = next(s for s in range(1000) if law.on_line(0, torch.arange(4), 10.0 * s).all())
+    with on_our_clock(grid, grid.wait_for_nodes):
+        nodes, _ = strategy_utils.sample_nodes(grid, 4, 2)
+    assert slot > 0 and grid.now == 10.0 * slot and set(nodes) < {1, 2, 3, 4}
+    always, _ = grid_of(Constant(), count=4)
+    with on_our_clock(always, always.wait_for_nodes), pytest.raises(ValueError, match="more clients than the 4 of 4"):
+        strategy_utils.sample_nodes(always, 5, 2)
+
+
+def test_work_ends_when_its_node_leaves() -> None:
+    """A job of 100 seconds never outlives slots of 10 seconds for a node that is off line within them."""
+    law = Bernoulli(p=0.5, seconds=10.0)
+    grid, _ = grid_of(Constant(seconds_per_step=100.0), count=8, absence=Absence(availability=law))
+    node = next(iter(grid.get_node_ids()))
+    leaves = next(s for s in range(1, 10) if not law.on_line(0, torch.tensor([node - 1]), 10.0 * s))
+    (reply,) = grid.send_and_receive(asks(node))
+    assert reply.error.code == UNAVAILABLE and grid.now == pytest.approx(10.0 * leaves)
+
+
+def test_an_app_with_absent_and_failing_clients_is_the_same_every_time(tmp_path: Path) -> None:
+    rough = ["clients.dropout.probability=0.3", "clients.availability={name: bernoulli, p: 0.8}", "clients.count=12"]
+    first = played(MESSAGE, tmp_path / "a", *rough)
+    assert played(MESSAGE, tmp_path / "b", *rough) == first
+    assert sum(row.get("num_dropped", 0) for row in first) > 0
+    found = fedsim("flower", "run", NUMPY, "--out", tmp_path / "c", *rough)
+    assert found.code == 2 and "ServerAppComponents" in found.err
