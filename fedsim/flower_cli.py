@@ -23,6 +23,7 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder to write to; runs/<app>-NNN if left out.")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that broke off.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Run an unmodified Flower app on virtual devices, reproducibly.
@@ -41,7 +42,9 @@ def run(
     except ModuleNotFoundError as e:
         raise ValueError(f"Flower is not installed ({e}); run pip install 'fedsim-stacks[flower]'") from e
     from fedsim.progress import Progress
+    from fedsim.results import last_folder
 
     stem = Path("runs") / folder.resolve().name
-    history = run_app(raw, source, out or stem, numbered=out is None, quiet=quiet)
+    where = out or (last_folder(stem) if resume else stem)
+    history = run_app(raw, source, where, numbered=out is None and not resume, resume=resume, quiet=quiet)
     Progress(quiet).summary(history)

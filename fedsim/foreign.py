@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -24,17 +25,21 @@ from flwr.serverapp import ServerApp
 from fedsim.compose.entries import KINDS
 from fedsim.compose.root import NOTES
 from fedsim.config import Call, ConfigError, FromTable, at, decode, first_line, naming
+from fedsim.files import write_whole
 from fedsim.flower.foreign import private
 from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks, Steps
 from fedsim.flower.foreign.grid import SimGrid
+from fedsim.flower.foreign.kept import Kept
 from fedsim.flower.foreign.nodes import Nodes, seeded
 from fedsim.history import History
 from fedsim.loop import ServerError
 from fedsim.report import write_report
 from fedsim.results import check_folder, claimed, versions, write_config
 from fedsim.sim.absence import Absence, Dropout
-from fedsim.sinks import JsonLines
+from fedsim.sinks import JsonLines, encode_row
+
+REPLIES_FILE, SUMMARY_FILE = "replies.bin", "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,7 @@ class AppFile:
         run_config: settings of the app itself that are to be different.
         clients: who takes part.
         runtime: how it computes.
+        keep: every reply and Context.state in the folder until the run is over, so that --resume can go on.
     """
 
     app: str
@@ -93,6 +99,7 @@ class AppFile:
     run_config: dict[str, bool | int | float | str] = field(default_factory=dict)
     clients: AppClients
     runtime: AppRuntime
+    keep: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,13 @@ class App:
 
 
 def run_app(
-    raw: Mapping[str, Any], source: str, folder: Path, *, numbered: bool = False, quiet: bool = False
+    raw: Mapping[str, Any],
+    source: str,
+    folder: Path,
+    *,
+    numbered: bool = False,
+    resume: bool = False,
+    quiet: bool = False,
 ) -> History:
     """Run an app to its end.
 
@@ -142,20 +155,23 @@ def run_app(
         source: its name, for messages.
         folder: to write to.
         numbered: take the first free of `folder`-001, `folder`-002, ... instead.
+        resume: play the folder's run again, with the replies that it had, and go on.
         quiet: show nothing but errors.
 
     Returns:
         The rows.
 
     Raises:
-        ConfigError: for a mistake in the file or the app.
+        ConfigError: for a mistake in the file or the app, or a resume of another run or of one that is complete.
         ServerError: if the app's server raised, or every message to its clients ended in an error.
     """
     with naming(source):
         call: Call = decode(AppFile, {k: v for k, v in raw.items() if k not in NOTES}, "", KINDS)
         file, resolved = call(), copy.deepcopy(call.resolved)
         if not numbered:
-            check_folder(folder, resume=False)
+            check_folder(folder, resume)
+        if resume and (folder / SUMMARY_FILE).exists():
+            raise ConfigError(f"{folder} holds a run that is complete; give another --out to run it anew")
         app = App.load(Path(file.app), file.run_config)
         clocks = _clocks(file, app)
     resolved["run_config"] = app.run_config
@@ -163,21 +179,37 @@ def run_app(
     torch.set_num_threads(file.runtime.threads)
     with ExitStack() as stack:
         folder = stack.enter_context(claimed(folder, numbered))
-        write_config(folder / "config.yaml", {**resolved, "versions": versions()})
+        if not resume:
+            write_config(folder / "config.yaml", {**resolved, "versions": versions()})
         rows = JsonLines()
         stack.callback(rows.close)
-        rows.open(folder, resolved, None)
+        rows.open(folder, resolved, 0 if resume else None)  # a resume writes all rows again
         book = Book(rows.write)
         nodes = Nodes(app.client, file.clients.count, app.run_config, file.seed)
-        grid = SimGrid(nodes, clocks, book, _Told())
+        answer = nodes.answer
+        if file.keep:
+            kept = Kept(folder / REPLIES_FILE, nodes)
+            stack.callback(kept.close)
+            answer = kept.answer
+        grid = SimGrid(answer, file.clients.count, clocks, book, _Told())
         stack.callback(grid.close)
         _serve(app, grid, book, file)
-    if book.errors and not book.replies:
-        raise ServerError(
-            f"{file.app}: all {book.errors} messages to clients ended in errors; the first is shown above"
-        )
+        if book.errors and not book.replies:
+            raise ServerError(
+                f"{file.app}: all {book.errors} messages to clients ended in errors; the first is shown above"
+            )
+    return _completed(folder)
+
+
+def _completed(folder: Path) -> History:
+    """A run that is over: its summary and its report are written, and what a resume would need goes."""
+    history = History.load(folder)
+    final = {key: history.last(key) for key in history.keys()}
+    summary = {"rounds": len(history), "ended": "the app's server returned", "final": json.loads(encode_row(final))}
+    write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    (folder / REPLIES_FILE).unlink(missing_ok=True)
     write_report(folder)
-    return History.load(folder)
+    return history
 
 
 def _clocks(file: AppFile, app: App) -> Clocks:
@@ -203,6 +235,8 @@ def _serve(app: App, grid: SimGrid, book: Book, file: AppFile) -> None:
     try:
         with seeded(file.seed, "flower server"), private.on_our_clock(grid, grid.wait_for_nodes):
             app.server(grid, context)
+    except ConfigError:
+        raise
     except Exception as e:
         when = f"in round {book.round}" if book.round else "before its first round"
         raise ServerError(f"{file.app}: its ServerApp failed {when}: {first_line(e)}") from e

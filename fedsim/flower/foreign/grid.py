@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 
 from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks
-from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job, Nodes
+from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job
 from fedsim.flower.foreign.private import EXPIRED, UNAVAILABLE, Run, begin_run, number, pack, unpack
 from fedsim.sim.absence import LOOKS
 
@@ -50,17 +50,25 @@ class SimGrid(Grid):
     """See the module's head.
 
     Args:
-        nodes: the clients.
+        answer: what a node answers to a message.
+        count: N.
         clocks: when they can be reached, and how long their work takes.
         book: what has happened.
         told: called with the node and the reason of every error of an app.
     """
 
-    def __init__(self, nodes: Nodes, clocks: Clocks, book: Book, told: Callable[[int, str], None]) -> None:
+    def __init__(
+        self,
+        answer: Callable[[Job], Answer],
+        count: int,
+        clocks: Clocks,
+        book: Book,
+        told: Callable[[int, str], None],
+    ) -> None:
         self._run = begin_run()
-        self._nodes, self._clocks, self._book, self._told = nodes, clocks, book, told
+        self._answer, self._clocks, self._book, self._told = answer, clocks, book, told
         self.now = 0.0
-        self.states = dict.fromkeys(range(1, nodes.count + 1), NOTHING_KEPT)
+        self.states = dict.fromkeys(range(1, count + 1), NOTHING_KEPT)
         self._jobs = dict.fromkeys(self.states, 0)
         self._free = dict.fromkeys(self.states, 0.0)  # virtual seconds at which nodes have done what they were sent
         self._count = 0
@@ -111,11 +119,11 @@ class SimGrid(Grid):
             ValueError: if none does any more, or the strategy has waited for too long.
         """
         with self._lock:
-            then, self._waits = self._clocks.next_change(self._nodes.count, self.now), self._waits + 1
+            then, self._waits = self._clocks.next_change(len(self.states), self.now), self._waits + 1
             if then is None or self._waits > LOOKS:
                 raise ValueError(
                     f"the strategy waits for more clients than the {len(list(self.get_node_ids()))} of "
-                    f"{self._nodes.count} that are there; raise clients.count or change clients.availability"
+                    f"{len(self.states)} that are there; raise clients.count or change clients.availability"
                 )
             self._pass(then)
 
@@ -151,7 +159,7 @@ class SimGrid(Grid):
             content=content,
             state=self.states[node],
         )
-        answer, down = self._nodes.answer(job), 8 * len(content)
+        answer, down = self._answer(job), 8 * len(content)
         self._book.sent(down)
         up = 8 * len(answer.content or b"")
         ending = self._clocks.ending(node, job.number, meta.message_type, start, down, up)

@@ -93,6 +93,12 @@ class Nodes:
         except Exception:
             return Answer(None, job.state, RAISED, traceback.format_exc())
 
+    def key(self, job: Job) -> bytes:
+        """All that an answer depends on, the app's code aside."""
+        said = (self.seed, self.count, sorted(self.run_config.items()), job.node, job.number, job.message_id)
+        more = (job.message_type, job.group_id, job.ttl, len(job.content), len(job.state))
+        return repr(said + more).encode() + job.content + job.state
+
 
 NOTHING_KEPT = pack(RecordDict())
 
@@ -101,13 +107,18 @@ NOTHING_KEPT = pack(RecordDict())
 def seeded(seed: int, purpose: str, step: int = 0) -> Iterator[None]:
     """The global generators of Python, numpy and torch, seeded by a key inside and put back after it."""
     words = server_rng(seed, purpose, step).integers(2**32, size=3, dtype=np.uint64)
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
-        random.seed(int(words[0]))
-        np.random.seed(int(words[1]))
-        torch.manual_seed(int(words[2]))
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed takes milliseconds where there is no GPU
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)

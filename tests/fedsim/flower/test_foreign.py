@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from flwr.serverapp.strategy import strategy_utils
 from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.grid import SimGrid
-from fedsim.flower.foreign.nodes import Nodes, seeded
+from fedsim.flower.foreign.nodes import Answer, Job, Nodes, seeded
 from fedsim.flower.foreign.private import EXPIRED, RAISED, UNAVAILABLE, on_our_clock
 from fedsim.history import History
 from fedsim.sim.absence import Absence, Dropout
@@ -161,7 +163,7 @@ def grid_of(devices: Devices, count: int = 3, absence: Absence = ALWAYS) -> tupl
     rows: list[dict[str, Any]] = []
     book = Book(lambda row: rows.append(dict(row)))
     clocks = Clocks(devices=devices, absence=absence)
-    return SimGrid(Nodes(echo, count, {}, 0), clocks, book, lambda node, reason: None), rows
+    return SimGrid(Nodes(echo, count, {}, 0).answer, count, clocks, book, lambda node, reason: None), rows
 
 
 def asks(*nodes: int, **keys: Any) -> list[Message]:
@@ -292,3 +294,54 @@ def test_an_app_with_absent_and_failing_clients_is_the_same_every_time(tmp_path:
     assert sum(row.get("num_dropped", 0) for row in first) > 0
     found = fedsim("flower", "run", NUMPY, "--out", tmp_path / "c", *rough)
     assert found.code == 2 and "ServerAppComponents" in found.err
+
+
+class Broken(BaseException):
+    """What ends a process from outside, as far as Python sees it."""
+
+
+def broken_off(app: Path, out: Path, after: int, *overrides: str) -> None:
+    """A run that ends when its clients have had so many messages."""
+    answer = Nodes.answer
+    calls = itertools.count()
+
+    def breaks(self: Nodes, job: Job) -> Answer:
+        if next(calls) == after:
+            raise Broken
+        return answer(self, job)
+
+    with mock.patch.object(Nodes, "answer", breaks), pytest.raises(Broken):
+        fedsim("flower", "run", app, "--out", out, "--quiet", "clients.count=6", *overrides)
+
+
+@pytest.mark.parametrize("app", [MESSAGE, NUMPY], ids=["Message API", "NumPyClient"])
+def test_a_run_that_broke_off_goes_on_to_the_same_rows_without_computing_what_it_had(app: Path, tmp_path: Path) -> None:
+    whole = played(app, tmp_path / "whole")
+    broken_off(app, tmp_path / "run", 11)
+    with (tmp_path / "run" / "replies.bin").open("ab") as file:
+        file.write(b'{"key": "half a fra')  # as a kill leaves it
+    with mock.patch.object(Nodes, "answer", autospec=True, side_effect=Nodes.answer) as answer:
+        assert played(app, tmp_path / "run", "--resume") == whole
+    assert answer.call_count == sum(row["messages"] for row in whole) - 11
+    assert not (tmp_path / "run" / "replies.bin").exists() and (tmp_path / "run" / "summary.json").exists()
+    found = fedsim("flower", "run", app, "--out", tmp_path / "run", "--resume", "clients.count=6")
+    assert found.code == 2 and "complete" in found.err
+
+
+def test_a_damaged_reply_is_computed_again(tmp_path: Path) -> None:
+    whole = played(MESSAGE, tmp_path / "whole")
+    broken_off(MESSAGE, tmp_path / "run", 11)
+    file = tmp_path / "run" / "replies.bin"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    assert played(MESSAGE, tmp_path / "run", "--resume") == whole
+
+
+@pytest.mark.parametrize("other", ["seed=1", "run_config.lr=0.2", "clients.count=7"])
+def test_a_resume_of_another_run_is_refused(other: str, tmp_path: Path) -> None:
+    broken_off(MESSAGE, tmp_path / "run", 11)
+    before = (tmp_path / "run" / "replies.bin").read_bytes(), (tmp_path / "run" / "config.yaml").read_bytes()
+    found = fedsim("flower", "run", MESSAGE, "--out", tmp_path / "run", "--resume", "-q", "clients.count=6", other)
+    assert found.code == 2 and "is not the one that the app sent before" in found.err, found.err
+    assert before == ((tmp_path / "run" / "replies.bin").read_bytes(), (tmp_path / "run" / "config.yaml").read_bytes())
