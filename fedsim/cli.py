@@ -1,4 +1,4 @@
-"""The command line: `fedsim run`, `init`, `check`, `list`, `compare`, `sweep`, `report`, `tune`.
+"""The command line: `fedsim run`, `init`, `check`, `list`, `compare`, `sweep`, `report`, `tune`, `flower run`.
 
 Commands import what they need: help and version come without torch.
 
@@ -17,13 +17,14 @@ from typing import Annotated, Any
 
 import typer
 
-from fedsim import __version__
+from fedsim import __version__, flower_cli
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(flower_cli.app, name="flower")
 
 Config = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 OUT = ("--out", "-o")

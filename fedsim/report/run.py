@@ -35,6 +35,7 @@ _TABLE_KEYS = (
     "client_accuracy_worst_decile",
     "distance",
 )
+REPORTED = ("train.", "evaluate.", "query.")  # what clients of a Flower app report, by kind of message
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -54,6 +55,11 @@ def write_report(run_dir: str | Path) -> Path:
             Section(title=key.replace("_", " ").capitalize(), pictures=over_each_axis([([history], key)]))
             for key in history.test_metrics()
         ),
+        *(
+            Section(title=key, text="As clients reported it.", pictures=over_each_axis([([history], key)]))
+            for key in history.keys()
+            if key.startswith(REPORTED)
+        ),
         _loss(history),
         _distance(history),
         spread_section(history, folder),
@@ -72,7 +78,7 @@ def write_report(run_dir: str | Path) -> Path:
     ]
     page = Page(
         title=history.name,
-        kind="fedsim run",
+        kind=_command(history),
         facts=facts(history.config),
         notices=_notices(history),
         tiles=_tiles(history),
@@ -160,6 +166,10 @@ def _numbers(history: History) -> Section | None:
     return Section(title="Numbers", table=Table(header=header, rows=cells, fold=fold))
 
 
+def _command(history: History) -> str:
+    return f"fedsim flower run {shlex.quote(str(app))}" if (app := history.config.get("app")) else "fedsim run"
+
+
 def _configuration(history: History, folder: Path) -> list[Section]:
     """The file, and the command that runs it again."""
     file = folder / "config.yaml"
@@ -167,10 +177,11 @@ def _configuration(history: History, folder: Path) -> list[Section]:
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
     config, out = shlex.quote(f"{history.name}/config.yaml"), shlex.quote(f"{history.name}-again")
+    option = "--config " if "app" in history.config else ""
     same = "The same configuration, seeds included, gives the same metrics; wall time aside."
     return [
         Section(title="Configuration", text="As resolved: every default written out.", code=shortened(text)),
-        Section(title="Run it again", text=same, code=f"fedsim run {config} --out {out}"),
+        Section(title="Run it again", text=same, code=f"{_command(history)} {option}{config} --out {out}"),
     ]
 
 

@@ -1,0 +1,256 @@
+"""The third composition root: somebody else's Flower app becomes a run on virtual devices, into a run folder.
+
+The file that goes with it says what the app does not: how many clients there are, how fast they are, and the seed. An
+app is code, and runs with the rights of whoever runs it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedsim.compose.entries import KINDS
+from fedsim.compose.root import NOTES
+from fedsim.config import Call, ConfigError, FromTable, at, decode, first_line, naming
+from fedsim.files import write_whole
+from fedsim.flower.foreign import private
+from fedsim.flower.foreign.book import Book
+from fedsim.flower.foreign.clocks import Clocks, Steps
+from fedsim.flower.foreign.grid import SimGrid
+from fedsim.flower.foreign.kept import Kept
+from fedsim.flower.foreign.nodes import Nodes, seeded
+from fedsim.history import History
+from fedsim.loop import ServerError
+from fedsim.report import write_report
+from fedsim.results import check_folder, claimed, versions, write_config
+from fedsim.sim.absence import Absence, Dropout
+from fedsim.sinks import JsonLines, encode_row
+
+REPLIES_FILE, SUMMARY_FILE = "replies.bin", "summary.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppClients:
+    """Who takes part.
+
+    Args:
+        count: N; node i + 1 has partition-id i.
+        devices: how fast they are.
+        availability: when they can be reached. Work whose client goes off line dies.
+        dropout: work that dies by itself.
+        steps: what a message's work counts as, in steps of a device.
+    """
+
+    count: int = 10
+    devices: Annotated[Any, FromTable("device", "constant")] = None
+    availability: Annotated[Any, FromTable("availability", "always")] = None
+    dropout: Dropout = field(default_factory=Dropout)
+    steps: Steps = field(default_factory=Steps)
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppRuntime:
+    """How it computes.
+
+    Args:
+        threads: intra-op threads of torch. Clients run one after the other, since the generators that an app draws from
+            are one for a process.
+    """
+
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppFile:
+    """A whole file of a Flower app's run.
+
+    Args:
+        app: the app's folder, with its pyproject.toml.
+        seed: of every random number of the run.
+        run_config: settings of the app itself that are to be different.
+        clients: who takes part.
+        runtime: how it computes.
+        keep: every reply and Context.state in the folder until the run is over, so that --resume can go on.
+    """
+
+    app: str
+    seed: int = 0
+    run_config: dict[str, bool | int | float | str] = field(default_factory=dict)
+    clients: AppClients
+    runtime: AppRuntime
+    keep: bool = True
+
+
+@dataclass(frozen=True)
+class App:
+    """An app that is loaded.
+
+    Args:
+        server, client: its two halves.
+        run_config: its settings, flat.
+    """
+
+    server: ServerApp
+    client: ClientApp
+    run_config: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path, overrides: dict[str, Any]) -> App:
+        """Read an app's pyproject.toml and import what it names.
+
+        Raises:
+            ConfigError: if there is no app, a setting is not the app's, or it can't be imported.
+        """
+        with at("app"):
+            try:
+                named = private.components(folder)
+            except FileNotFoundError as e:
+                raise ConfigError(f"app: {folder} holds no pyproject.toml; give the folder of a Flower app") from e
+        with at("run_config"):
+            settings = private.run_config(folder, overrides)
+        halves: dict[str, Any] = {}
+        for name, kind in (("serverapp", ServerApp), ("clientapp", ClientApp)):
+            try:
+                halves[name] = private.load(named[name], folder, kind)
+            except Exception as e:
+                what = f"{name} {named[name]} can't be loaded ({first_line(e)})"
+                raise ConfigError(f"app: {what}; install what it needs, or correct its pyproject.toml") from e
+        return cls(halves["serverapp"], halves["clientapp"], settings)
+
+
+def run_app(
+    raw: Mapping[str, Any],
+    source: str,
+    folder: Path,
+    *,
+    numbered: bool = False,
+    resume: bool = False,
+    quiet: bool = False,
+) -> History:
+    """Run an app to its end.
+
+    Args:
+        raw: the file's content after overrides; see `AppFile`.
+        source: its name, for messages.
+        folder: to write to.
+        numbered: take the first free of `folder`-001, `folder`-002, ... instead.
+        resume: play the folder's run again, with the replies that it had, and go on.
+        quiet: show nothing but errors.
+
+    Returns:
+        The rows.
+
+    Raises:
+        ConfigError: for a mistake in the file or the app, or a resume of another run or of one that is complete.
+        ServerError: if the app's server raised, or every message to its clients ended in an error.
+    """
+    with naming(source):
+        call: Call = decode(AppFile, {k: v for k, v in raw.items() if k not in NOTES}, "", KINDS)
+        file, resolved = call(), copy.deepcopy(call.resolved)
+        if not numbered:
+            check_folder(folder, resume)
+        if resume and (folder / SUMMARY_FILE).exists():
+            raise ConfigError(f"{folder} holds a run that is complete; give another --out to run it anew")
+        app = App.load(Path(file.app), file.run_config)
+        clocks = _clocks(file, app)
+    resolved["run_config"] = app.run_config
+    logging.getLogger("flwr").setLevel(logging.ERROR if quiet else logging.INFO)
+    torch.set_num_threads(file.runtime.threads)
+    with ExitStack() as stack:
+        folder = stack.enter_context(claimed(folder, numbered))
+        if not resume:
+            write_config(folder / "config.yaml", {**resolved, "versions": versions()})
+        rows = JsonLines()
+        stack.callback(rows.close)
+        rows.open(folder, resolved, 0 if resume else None)  # a resume writes all rows again
+        book = Book(rows.write)
+        nodes = Nodes(app.client, file.clients.count, app.run_config, file.seed)
+        answer = nodes.answer
+        if file.keep:
+            kept = Kept(folder / REPLIES_FILE, nodes)
+            stack.callback(kept.close)
+            answer = kept.answer
+        grid = SimGrid(answer, file.clients.count, clocks, book, _Told())
+        stack.callback(grid.close)
+        _serve(app, grid, book, file)
+        if book.errors and not book.replies:
+            raise ServerError(
+                f"{file.app}: all {book.errors} messages to clients ended in errors; the first is shown above"
+            )
+    return _completed(folder)
+
+
+def _completed(folder: Path) -> History:
+    """A run that is over: its summary and its report are written, and what a resume would need goes."""
+    history = History.load(folder)
+    final = {key: history.last(key) for key in history.keys()}
+    summary = {"rounds": len(history), "ended": "the app's server returned", "final": json.loads(encode_row(final))}
+    write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    (folder / REPLIES_FILE).unlink(missing_ok=True)
+    write_report(folder)
+    return history
+
+
+def _clocks(file: AppFile, app: App) -> Clocks:
+    """When the app's clients can be reached, and how fast they are.
+
+    Raises:
+        ConfigError: for absence that the app's server can't wait for in virtual time.
+    """
+    clients = file.clients
+    absence = Absence(availability=clients.availability(count=clients.count), dropout=clients.dropout, seed=file.seed)
+    if absence.away and private.is_older(app.server):
+        raise ConfigError(
+            "clients.availability: this app's server (ServerAppComponents) looks for its clients every few seconds of "
+            "the wall clock, which has no place in virtual time; leave it out, or use clients.dropout"
+        )
+    return Clocks(devices=clients.devices(count=clients.count), steps=clients.steps, absence=absence)
+
+
+def _serve(app: App, grid: SimGrid, book: Book, file: AppFile) -> None:
+    """Call the app's server, as Flower does, with the generators that it draws from seeded."""
+    context = Context(private.RUN_ID, private.SERVER_ID, {}, RecordDict(), dict(app.run_config))
+    gc.freeze()  # Flower collects garbage for every list of arrays, and would look through all modules each time
+    try:
+        with seeded(file.seed, "flower server"), private.on_our_clock(grid, grid.wait_for_nodes):
+            app.server(grid, context)
+    except ConfigError:
+        raise
+    except Exception as e:
+        when = f"in round {book.round}" if book.round else "before its first round"
+        raise ServerError(f"{file.app}: its ServerApp failed {when}: {first_line(e)}") from e
+    finally:
+        gc.unfreeze()
+
+
+class _Told:
+    """Shows errors of clients: the first with its traceback, of the others that they were."""
+
+    def __init__(self) -> None:
+        self._first = True
+
+    def __call__(self, node: int, reason: str) -> None:
+        last = reason.strip().rpartition("\n")[2]
+        print(f"fedsim: client {node - 1} raised: {reason if self._first else last}", file=sys.stderr)
+        self._first = False
