@@ -8,6 +8,7 @@ rows. Seconds, the best of the repeats.
 from __future__ import annotations
 
 import argparse
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def main() -> None:
     other = seconds(lambda: (plain(v, v, heard, n - f), wait()), 1)
     print(f"nna for all clients: {ours:.2f} s; plain cdist version: {other:.2f} s; {other / ours:.1f} times faster")
     for name in args.rules:
-        rule = AGGREGATORS[name](**({"f": f} if "f" in AGGREGATORS[name].__annotations__ else {}))
+        rule = AGGREGATORS[name](**({"f": f} if "f" in signature(AGGREGATORS[name]).parameters else {}))
         took = seconds(lambda r=rule: (r(v, torch.ones(n, device=v.device)), wait()), args.repeats)  # type: ignore[misc]
         print(f"{name:<20}{took:>8.2f} s")
 

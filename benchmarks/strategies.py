@@ -65,7 +65,7 @@ class Running:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12, help="3 or more: the first two are not counted")
     arguments = parser.parse_args()
     images()  # says so early where the data set is missing
     torch.set_num_threads(1)
