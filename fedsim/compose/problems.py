@@ -171,7 +171,7 @@ def robust_logistic(
         epsilon: how far the perturbation goes; null for any distance.
         rho: what its square costs.
         lam: lambda, weight of the classifier's penalty.
-        spread: how unlike the clients' samples are; 0 draws all alike.
+        spread: standard deviation of the clients' means; 0 draws all samples alike.
     """
     if dim < 1 or samples < 1 or (epsilon is not None and epsilon <= 0) or rho <= 0 or lam <= 0 or spread < 0:
         raise ValueError(

@@ -105,3 +105,27 @@ def test_a_back_door_needs_images_and_a_class_that_there_is() -> None:
             compose(digits | {"clients": {"count": 8, "byzantine": {"attack": attack, "count": 2}}}, "x.yaml")
     rows = rows_of(digits | {"clients": {"count": 8, "byzantine": {"attack": "backdoor", "count": 2}}, "rounds": 1})
     assert 0 <= rows[-1]["test_attack_success"] <= 1
+
+
+def test_worker_momentum_is_the_running_mean_of_a_clients_gradients() -> None:
+    a, b, x = [1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 1.0, -1.0, 2.0, 0.5], 2.0
+    rows = rows_of(
+        {
+            "rounds": 5,
+            "task": {"name": "quadratic", "a": a, "b": b, "x0": x},
+            "clients": {"count": 5, "byzantine": {"attack": "sign_flip", "ids": [4]}},
+            "strategy": {"name": "fedavg", "server_lr": 0.1, "aggregator": {"name": "trimmed_mean", "f": 1}},
+            "local": {
+                "steps": 1,
+                "batch_size": "full",
+                "optimizer": {"name": "sgd", "lr": 1.0, "momentum": 0.9, "ema": True, "state_scope": "client"},
+            },
+            "evaluate": {"every": 1},
+        }
+    )
+    m = [0.0] * 4
+    for row in rows[-5:]:
+        m = [0.9 * old + 0.1 * a[i] * (x - b[i]) for i, old in enumerate(m)]
+        sent = sorted([*m, -sum(m) / 4])
+        x -= 0.1 * sum(sent[1:-1]) / 3
+        assert row["x"] == pytest.approx([x], abs=1e-6)
