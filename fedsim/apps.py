@@ -124,7 +124,13 @@ def deploy(
     )
     nodes = connect(grid, num_clients, door, clock, patience)
     mail = Mail(grid, nodes, door, clock, patience, experiment.device)
-    return FlowerFleet(mail, seed=door.seed, model_size=door.model_size, downlink=simulated.downlink)
+    return FlowerFleet(
+        mail,
+        seed=door.seed,
+        model_size=door.model_size,
+        downlink=simulated.downlink,
+        needs_all=experiment.strategy.traits.needs_all,
+    )
 
 
 def experiment_of(

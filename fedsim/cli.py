@@ -372,9 +372,10 @@ def _way_out(e: Any) -> str:
 
 def _end_of_run(e: Exception) -> tuple[int, str, BaseException | None]:
     """The same of an exception that says how a run ended; any other is raised again."""
-    from fedsim.loop import Diverged, Interrupted, ServerError
+    from fedsim.loop import Interrupted, ServerError
     from fedsim.observers import ObserverError
     from fedsim.sim.executor import ClientError, Lost
+    from fedsim.stop import Diverged
 
     if isinstance(e, Interrupted):
         return e.exit_code, f"{e}; add --resume to go on", None

@@ -31,14 +31,10 @@ from fedsim.overrides import read_file
 from fedsim.signals import interruptible
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sinks import METRICS_FILE, Sink, restored, rows_in_order
-from fedsim.stop import Course, Stop
+from fedsim.stop import Course, Diverged, Stop
 from fedsim.strategy import Strategy, begin, step
 from fedsim.streams import server_rng
 from fedsim.task import Pool, Task
-
-
-class Diverged(RuntimeError):
-    """The model or a loss is not finite any more."""
 
 
 class ServerError(RuntimeError):
@@ -112,7 +108,7 @@ def _named(strategy: Strategy, half: str, when: str) -> Iterator[None]:
     """What a server half raises is named by strategy and round; a ValueError of ours is a mistake of the file."""
     try:
         yield
-    except (ClientError, ConfigError, Lost):
+    except (ClientError, ConfigError, Diverged, Lost):
         raise
     except Exception as e:
         name = type(strategy).__name__
@@ -305,10 +301,7 @@ class Run:
         if not bad and not bool(torch.isfinite(torch.stack(torch.aminmax(self.state.x))).all()):
             bad = ["the model"]
         if bad:
-            raise Diverged(
-                f"round {self.round}: {', '.join(bad)} not finite, the run diverged; lower local.optimizer.lr or "
-                "strategy.server_lr, clip gradients (local.optimizer.clip), or set allow_divergence=true to go on"
-            )
+            raise Diverged(self.round, ", ".join(bad), ", or set allow_divergence=true to go on")
 
     def save(self) -> None:
         """Save a checkpoint, in a callback once the round's row is written, which it needs; nothing without a folder.

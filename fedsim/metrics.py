@@ -22,8 +22,8 @@ from torch import Tensor
 from fedsim.config import ConfigError
 
 RESERVED = frozenset(
-    "round virtual_seconds wall_seconds bits_up bits_down num_clients num_away num_dropped num_late num_refused "
-    "staleness_mean nonfinite distance x".split()
+    "round virtual_seconds wall_seconds bits_up bits_down num_clients num_away num_dropped num_late num_failed "
+    "num_refused staleness_mean nonfinite distance x".split()
 )
 """Names that a row gets from the loop, the fleet and the task: no strategy and no client half may use them."""
 

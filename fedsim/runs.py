@@ -61,7 +61,7 @@ def run(
 
     Raises:
         ConfigError: for a mistake in the file or the data.
-        fedsim.loop.Diverged: if the model is not finite any more.
+        fedsim.stop.Diverged: if the model is not finite any more.
         fedsim.observers.ObserverError: if a callback raised.
     """
     raw, source = _content(config, overrides, {"model": model, "data": data, "strategy": strategy})

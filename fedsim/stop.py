@@ -17,6 +17,22 @@ EXPLODED = 10.0  # times its first value, a loss that has grown so far is worth 
 WATCHED = ("train_loss", "test_loss", "distance")
 
 
+class Diverged(RuntimeError):
+    """The model, a loss, or what clients send is not finite any more.
+
+    Args:
+        round: in which this was seen, from 1.
+        what: is not finite.
+        way: what may be done beside taking shorter steps.
+    """
+
+    def __init__(self, round: int, what: str, way: str = "") -> None:
+        super().__init__(
+            f"round {round}: {what} not finite, the run diverged; lower local.optimizer.lr or strategy.server_lr, "
+            f"clip gradients (local.optimizer.clip){way}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Patience:
     """Early stopping.

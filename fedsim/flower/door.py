@@ -47,6 +47,10 @@ class Refused(ValueError):
     """No device of this experiment could have said this."""
 
 
+class NotFinite(Refused):
+    """Only a device whose model diverged could have said this."""
+
+
 @dataclass(frozen=True)
 class Opened:
     """A reply that passed: how often its device has written its memory by now, what it gave, and of what form it is."""
@@ -116,6 +120,8 @@ class Door:
                 raise Refused(
                     f"it holds {found} vectors of {self.model_size} entries, and its job's cost says {vectors}"
                 )
+        except Refused:
+            raise
         except ValueError as e:  # a ConfigError too
             raise Refused(str(e)) from e
         bits = torch.tensor([sum(map(bits_of, values.values()))])
@@ -207,7 +213,8 @@ def _logged(content: RecordDict, has_data: bool) -> dict[str, Tensor]:
     check_names(logged, "a device")
     for name, value in logged.items():
         if not isinstance(value, int | float) or (has_data and not isfinite(value)):
-            raise Refused(f"metric {brief(name)} is {brief(value)}, and no finite number")
+            kind = NotFinite if isinstance(value, float) else Refused
+            raise kind(f"metric {brief(name)} is {brief(value)}, and no finite number")
     return {k: torch.tensor([float(v)], dtype=torch.float64) for k, v in logged.items()}
 
 
@@ -216,4 +223,4 @@ def _check_finite(name: str, value: Tensor, may_lack: bool) -> None:
     if value.is_floating_point() and value.numel():
         low, high = (float(v) for v in torch.aminmax(value))
         if not (-LIMIT <= low and high <= LIMIT) and not (may_lack and low != low):
-            raise Refused(f"field {brief(name)} is not finite: it holds {low:g} to {high:g}")
+            raise NotFinite(f"field {brief(name)} is not finite: it holds {low:g} to {high:g}")

@@ -10,6 +10,7 @@ Letters: N clients, R jobs or replies, M vectors sent to peers, P entries of a v
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import inf, nan
 from typing import Any, ClassVar
@@ -21,18 +22,25 @@ from fedsim.compress.packet import Packet
 from fedsim.fleet import Cost, Fold, Held, Late, Replies, Times, Work, weigh
 from fedsim.flower import wire
 from fedsim.flower.downlink import Copies
-from fedsim.flower.mail import Flight, Landed, Letter, Mail
+from fedsim.flower.mail import Ended, Flight, How, Landed, Letter, Mail
 from fedsim.graph import Graph, Inbox, everybody
 from fedsim.metrics import Metrics
 from fedsim.sim.account import Account, check_foldable, is_second_half
 from fedsim.sim.byzantine import held_back
 from fedsim.sim.events import Sent
-from fedsim.sim.executor import Gather, Results, cut, grouped
+from fedsim.sim.executor import ClientError, Gather, Results, cut, grouped
 from fedsim.sim.fleet import ONE_STEP
 from fedsim.sim.links import Downlink
+from fedsim.stop import Diverged
 from fedsim.streams import Streams
 
 ANYTHING = Cost(vectors_up=0)  # of a reply of which no cost says what it holds
+COUNTED: dict[How, str] = {
+    "dropped": "num_dropped",
+    "failed": "num_failed",
+    "refused": "num_refused",
+    "diverged": "num_refused",
+}
 SERVER = -1  # the server's place among client ids, for random numbers behind its own packets
 
 
@@ -44,11 +52,21 @@ class FlowerFleet(Account):
         seed: of the run.
         model_size: P, the size of vectors that the downlink compresses.
         downlink: compresses broadcasts; None sends them as they are.
+        needs_all: why the strategy cannot do without a reply (`Traits`); None where it can.
     """
 
-    def __init__(self, mail: Mail, *, seed: int, model_size: int, downlink: Downlink | None = None) -> None:
+    def __init__(
+        self,
+        mail: Mail,
+        *,
+        seed: int,
+        model_size: int,
+        downlink: Downlink | None = None,
+        needs_all: str | None = None,
+    ) -> None:
         super().__init__(mail.nodes.num_examples, model_size, seed, downlink)
         self.mail = mail
+        self._needs_all = needs_all
         self._copies = None if downlink is None else Copies(downlink)
 
     @property
@@ -245,7 +263,7 @@ class FlowerFleet(Account):
             return [c for c, r in mail.landed.items() if c not in clients and self.sent[r.flight.key].work == name]
 
         def enough() -> bool:
-            ended = sum(f.client in clients for f in (*mail.lost, *mail.refused))
+            ended = sum(e.flight.client in clients for e in mail.ended)
             missing = sum(c not in mail.landed for c in clients) - ended
             if not clients:
                 return bool(kept()) or not mail.flights
@@ -262,16 +280,31 @@ class FlowerFleet(Account):
         return torch.cat([ids[came], torch.tensor(kept(), dtype=torch.int64)]), came
 
     def _bury(self) -> None:
-        """Take off the jobs that end without a reply; what nodes that are gone know of broadcasts is not known."""
+        """Take off the jobs that ended without a reply; what their nodes know of broadcasts is not known.
+
+        Raises:
+            ClientError: if the strategy needs every reply, or all clients that were waited for failed.
+            Diverged: if what all of them sent is not finite.
+        """
         mail = self.mail
-        if ended := [*mail.lost, *mail.refused]:
-            self._end((f.client, f.key, f.started, self.now) for f in ended)
-            counts = {"num_dropped": len(mail.lost), "num_refused": len(mail.refused)}
-            self._observed += Metrics.count(**{name: count for name, count in counts.items() if count})
-            for copy in () if self.downlink is None else self.downlink.copies.values():
-                copy.seen[[f.client for f in mail.lost]] = 0
-            mail.lost.clear()
-            mail.refused.clear()
+        ended, mail.ended = mail.ended, []
+        if not ended:
+            return
+        self._end((e.flight.client, e.flight.key, e.flight.started, self.now) for e in ended)
+        self._observed += Metrics.count(**Counter(COUNTED[e.how] for e in ended))
+        for copy in () if self.downlink is None else self.downlink.copies.values():
+            copy.seen[[e.flight.client for e in ended if e.how in ("dropped", "failed")]] = 0
+        if not mail.landed and not mail.flights:
+            self._check_some(ended)
+        if self._needs_all is not None:
+            raise ClientError(f"{ended[0].what}; the run can't go on without: {self._needs_all}")
+
+    def _check_some(self, ended: Sequence[Ended]) -> None:
+        """Refuse to go on where nobody's job ended with a reply, and that is no fault of the network."""
+        if all(e.how == "diverged" for e in ended):
+            raise Diverged(self.round + 1, "what every client sent")
+        if all(e.how == "failed" for e in ended):
+            raise ClientError("every client failed: " + "; ".join(e.what for e in ended))
 
     def _collect(self, ids: Tensor, fold: Fold | None, given: Tensor | None = None, count: bool = True) -> Replies:
         """All replies of one call, folded stack by stack as if each client were a stack of its own."""

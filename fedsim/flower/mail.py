@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from flwr.app import Message, MessageType, RecordDict
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
-from fedsim.flower.door import Door, Form, Forms, Refused, question
+from fedsim.flower.door import Door, Form, Forms, NotFinite, Refused, question
 from fedsim.graph import Inbox
 from fedsim.sim.account import TOLERANCE, bits_of
 from fedsim.sim.events import Sent
@@ -31,7 +31,10 @@ from fedsim.sim.executor import ClientError, Results
 CPU = torch.device("cpu")
 ODD = Refused("it has not the fields, shapes and metrics that most replies to this work have")
 GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
-"""Errors that say that a node, and not what ran on it, is at fault: they cost its reply, and no more."""
+"""Errors that say that a node, and not what ran on it, is at fault."""
+
+How = Literal["dropped", "failed", "refused", "diverged"]
+"""A job's end without a reply: its node is gone or silent, it raised, its reply is no such, or holds no numbers."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,15 @@ class Landed:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """A job that ended without a reply that can be used: whose, how, and what is to be said of it."""
+
+    flight: Flight
+    how: How
+    what: str
+
+
+@dataclass(frozen=True)
 class Letter:
     """What one client is sent for a job, in an exchange with what its peers sent to it alone."""
 
@@ -88,8 +100,7 @@ class Mail:
         device: where the server's tensors live.
         flights: jobs that have not been answered, and what they were sent, by message.
         landed: replies that nobody has taken yet, by client, in order of arrival.
-        lost: jobs whose nodes are gone and that nobody has noted yet.
-        refused: jobs whose replies did not pass and that nobody has noted yet.
+        ended: jobs that ended without a reply and that nobody has noted yet.
         versions: [N] how often each client has written its memory.
         took: [2, N] float64: seconds of all jobs of each client, and how many these were.
         refusals: [N] how many replies of each client did not pass.
@@ -103,8 +114,7 @@ class Mail:
     device: torch.device = CPU
     flights: dict[str, tuple[Flight, Sent]] = field(default_factory=dict)
     landed: dict[int, Landed] = field(default_factory=dict)
-    lost: list[Flight] = field(default_factory=list)
-    refused: list[Flight] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
     forms: Forms = field(default_factory=Forms)
 
     def __post_init__(self) -> None:
@@ -162,11 +172,7 @@ class Mail:
         return bits
 
     def aside(self, sent: Sent, letters: Sequence[Letter]) -> dict[int, dict[str, Tensor]]:
-        """{client: what it answers} to letters that are no jobs; of those that are there and answer in time.
-
-        Raises:
-            ClientError: if a client failed.
-        """
+        """{client: what it answers} to letters that are no jobs; of those that are there and answer in time."""
         there = self.connected([letter.client for letter in letters], 0)
         letters = [letter for letter, on in zip(letters, there, strict=True) if on]
         contents = []
@@ -179,13 +185,14 @@ class Mail:
         while waiting:
             for message in self.grid.pull_messages(list(waiting)):
                 letter = waiting.pop(message.metadata.reply_to_message_id)
-                if message.has_error() and message.error.code in GONE:
+                if message.has_error():
+                    if message.error.code not in GONE:
+                        self._warn(self._failed(letter.client, sent, message))
                     continue
-                content = content_of(message, f"client {letter.client}, {sent.work}")
                 try:
-                    answers[letter.client] = self.door.scores(content, self._head(sent, letter), sent)
+                    answers[letter.client] = self.door.scores(message.content, self._head(sent, letter), sent)
                 except Refused as e:
-                    self._warn(letter.client, sent, e)
+                    self._warn(self._refused(letter.client, sent, e))
             if self.now - start > self.patience.reply_seconds:
                 break
             if waiting:
@@ -195,7 +202,7 @@ class Mail:
             self.forms.note(question(sent), form, client)
         for client in [c for c, form in forms.items() if not self.forms.usual(question(sent), form)]:
             del answers[client]
-            self._warn(client, sent, ODD)
+            self._warn(self._refused(client, sent, ODD))
         return answers
 
     def look(self) -> bool:
@@ -203,12 +210,12 @@ class Mail:
         messages = list(self.grid.pull_messages(list(self.flights))) if self.flights else []
         came = {m.metadata.reply_to_message_id: m for m in messages}
         for number in [n for n in self.flights if n in came]:
-            flight, sent = self.flights.pop(number)
-            if came[number].has_error() and came[number].error.code in GONE:
-                self.lost.append(flight)
+            (flight, sent), message = self.flights.pop(number), came[number]
+            if message.has_error():
+                self._lose(flight, sent, message)
                 continue
             try:
-                self._land(flight, sent, came[number])
+                self._land(flight, sent, message.content)
             except Refused as e:
                 self._refuse(flight, sent, e)
         for landed in list(self.landed.values()):
@@ -220,8 +227,10 @@ class Mail:
     def wait(self, enough: Callable[[], bool], until: float = inf) -> None:
         """Take in replies until there are enough, or until a time.
 
+        Without a time, those that are still silent when patience is over count as dropped.
+
         Raises:
-            ClientError: if a client failed, or (without a time) nobody replied for too long.
+            ClientError: if nobody but them was waited for.
         """
         last = self.now
         while not enough():
@@ -229,9 +238,8 @@ class Mail:
             if enough() or self.now >= until - TOLERANCE:
                 break
             if until == inf and self.now - last > self.patience.reply_seconds:
-                missing = sorted(self.flights.values(), key=lambda job: job[0].client)
-                shown = ", ".join(f"{f.client} ({sent.work}, round {sent.round + 1})" for f, sent in missing)
-                raise ClientError(f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}")
+                self._give_up()
+                break
             self.clock.sleep(min(self.patience.poll_seconds, max(until - self.now, 0.0)))
 
     def forget(self, clients: Sequence[int]) -> list[Flight]:
@@ -248,9 +256,19 @@ class Mail:
             version=int(self.versions[to.client]),
         )
 
-    def _land(self, flight: Flight, sent: Sent, message: Message) -> None:
+    def _give_up(self) -> None:
+        """Take jobs in flight for lost, unless nobody else's reply is there to go on with."""
+        missing = sorted(self.flights.values(), key=lambda job: job[0].client)
+        shown = ", ".join(f"{flight.client} ({sent.work}, round {sent.round + 1})" for flight, sent in missing)
+        what = f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}"
+        if not self.landed:
+            raise ClientError(what)
+        self._warn(f"{what}; going on without")
+        self.ended += [Ended(flight, "dropped", what) for flight, _ in missing]
+        self.flights.clear()
+
+    def _land(self, flight: Flight, sent: Sent, content: RecordDict) -> None:
         client = flight.client
-        content = content_of(message, f"client {client}, {sent.work} of round {sent.round + 1}")
         has = int(self.nodes.num_examples[client])
         opened = self.door.reply(content, self._head(sent, flight), sent, flight.vectors, has)
         self.versions[client] = opened.version
@@ -259,18 +277,34 @@ class Mail:
         self.landed[client] = Landed(flight, self.now, sent, replace(opened.results, fields=fields), opened.form)
         self.took[:, client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
 
-    def _refuse(self, flight: Flight, sent: Sent, why: Refused) -> None:
-        self.refused.append(flight)
-        self._warn(flight.client, sent, why)
+    def _lose(self, flight: Flight, sent: Sent, message: Message) -> None:
+        """Note a job that was answered with an error."""
+        what = self._failed(flight.client, sent, message)
+        gone = message.error.code in GONE
+        if not gone:
+            self._warn(what)
+        self.ended.append(Ended(flight, "dropped" if gone else "failed", what))
 
-    def _warn(self, client: int, sent: Sent, why: Refused) -> None:
-        """Say whose reply goes unused, and why."""
+    def _refuse(self, flight: Flight, sent: Sent, why: Refused) -> None:
+        """Note a job whose reply did not pass."""
+        what = self._refused(flight.client, sent, why)
+        self._warn(what)
+        self.ended.append(Ended(flight, "diverged" if isinstance(why, NotFinite) else "refused", what))
+
+    def _failed(self, client: int, sent: Sent, message: Message) -> str:
+        return f"{self._who(client, sent)}: {_reason(message)}"
+
+    def _refused(self, client: int, sent: Sent, why: Refused) -> str:
         self.refusals[client] += 1
-        warnings.warn(
-            f"client {client} (node {self.nodes.node_ids[client]}), {sent.work} of round {sent.round + 1}: its reply "
-            f"is refused, {why} ({int(self.refusals[client])} of its replies so far)",
-            stacklevel=2,
-        )
+        count = int(self.refusals[client])
+        return f"{self._who(client, sent)}: its reply is refused, {why} ({count} of its replies so far)"
+
+    def _who(self, client: int, sent: Sent) -> str:
+        return f"client {client} (node {self.nodes.node_ids[client]}), {sent.work} of round {sent.round + 1}"
+
+    def _warn(self, what: str) -> None:
+        """Say whose reply goes unused, and why."""
+        warnings.warn(what, stacklevel=2)
 
 
 def connect(grid: Grid, num_clients: int, door: Door, clock: Clock, patience: Patience) -> Nodes:
@@ -291,8 +325,13 @@ def connect(grid: Grid, num_clients: int, door: Door, clock: Clock, patience: Pa
         asked |= dict(zip(push(grid, contents, MessageType.QUERY, "", patience.reply_seconds), new, strict=True))
         for message in grid.pull_messages(list(asked)) if asked else ():
             node = asked.pop(message.metadata.reply_to_message_id)
+            if message.has_error() and message.error.code in GONE:
+                known.remove(node)  # it left again, and is asked anew when it is back
+                continue
+            if message.has_error():
+                raise ClientError(f"node {node}: {_reason(message)}")
             try:
-                client, num_examples = door.about(content_of(message, f"node {node}"), num_clients)
+                client, num_examples = door.about(message.content, num_clients)
             except Refused as e:
                 raise ClientError(f"node {node}: {e}") from e
             if client in found:
@@ -323,12 +362,6 @@ def push(grid: Grid, contents: Iterable[tuple[int, RecordDict]], kind: str, grou
     return ids
 
 
-def content_of(message: Message, who: str) -> RecordDict:
-    """The content of a reply.
-
-    Raises:
-        ClientError: if the client, or the network, answered with an error.
-    """
-    if message.has_error():
-        raise ClientError(f"{who}: {message.error.reason} (Flower's error {message.error.code})")
-    return message.content
+def _reason(message: Message) -> str:
+    """Why a client, or the network, answered with an error."""
+    return f"{message.error.reason} (Flower's error {message.error.code})"

@@ -33,12 +33,13 @@ def timing_section(history: History, folder: Path) -> Section | None:
 
 
 def absence_section(history: History) -> Section | None:
-    """Who was away, dropped out, was late or refused in each round; None for a run in which nobody could be."""
+    """Who was away, dropped out, was late, failed or was refused in each round; None where nobody could be."""
     counts = {
         "num_clients": "replied",
         "num_away": "off line",
         "num_dropped": "dropped out",
         "num_late": "late",
+        "num_failed": "failed",
         "num_refused": "refused",
     }
     found = {key: history.series(key) for key in counts}

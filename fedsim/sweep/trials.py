@@ -16,7 +16,8 @@ from typing import Any, Literal
 from fedsim import results, runs
 from fedsim.config import ConfigError, first_line
 from fedsim.files import write_whole
-from fedsim.loop import Diverged, Interrupted, Watch
+from fedsim.loop import Interrupted, Watch
+from fedsim.stop import Diverged
 from fedsim.sweep.space import Setting
 
 TRIAL_FILE = "trial.json"

@@ -18,10 +18,10 @@ from fedsim.checkpoint import fingerprint
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.evaluation import Evaluate
-from fedsim.loop import Checkpoint, Diverged, Experiment, Interrupted, Run, ServerError
+from fedsim.loop import Checkpoint, Experiment, Interrupted, Run, ServerError
 from fedsim.signals import interruptible
 from fedsim.sinks import JsonLines
-from fedsim.stop import Patience, Stop
+from fedsim.stop import Diverged, Patience, Stop
 from tests.build import train
 
 

@@ -21,6 +21,7 @@ from fedsim.flower.clock import Patience
 from fedsim.history import History
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError
+from fedsim.stop import Diverged
 from tests.build import train
 from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock, as_bytes, through_bytes
 
@@ -312,8 +313,12 @@ def test_a_resumed_run_goes_on_where_it_stopped(name: str, tmp_path: Path) -> No
 
 def test_resuming_without_the_clients_memory_fails_loudly(tmp_path: Path) -> None:
     raw = experiment("scaffold_m", rounds=6)
+    raw["strategy"] = {**raw["strategy"], "cohort_size": N}
     deploy({**raw, "rounds": 3}, tmp_path / "run")
-    with pytest.raises(ClientError, match="its memory is gone, or the run was resumed"):
+    with (
+        pytest.raises(ClientError, match=r"every client failed: .*its memory is gone.*client 4 \(node"),
+        pytest.warns(UserWarning, match="its memory is gone"),
+    ):
         deploy(raw, tmp_path / "run", **{"fedsim-resume": True})
 
 
@@ -340,6 +345,20 @@ def test_a_new_run_does_not_begin_with_the_memory_of_an_old_one(tmp_path: Path) 
             context.node_config["fedsim-memory"] = str(tmp_path / "memory")
         got = apps.serve(grid, raw, {"fedsim-out": str(tmp_path / run)}, clock).rows
         assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
+
+
+def test_a_run_that_diverges_ends_with_the_message_of_a_simulation() -> None:
+    raw = experiment("fedavg", rounds=40)
+    raw["local"] = {**LOCAL, "optimizer": {"name": "sgd", "lr": 1e3}}
+    with pytest.raises(Diverged) as simulated:
+        runs.run(raw)
+    with (
+        pytest.raises(Diverged, match="what every client sent not finite") as deployed,
+        pytest.warns(UserWarning, match="its reply is refused"),
+    ):
+        rows_of(raw)
+    ending = "the run diverged; lower local.optimizer.lr or strategy.server_lr, clip gradients (local.optimizer.clip)"
+    assert ending in str(deployed.value) and ending in str(simulated.value)
 
 
 def test_attacks_are_refused(tmp_path: Path) -> None:

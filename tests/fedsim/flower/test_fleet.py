@@ -65,11 +65,13 @@ def app() -> ClientApp:
     return client_app(lambda context: (runner, wire.Book({})))
 
 
-def build(seconds: Callable[[int], float] = lambda i: 1.0) -> tuple[FlowerFleet, LocalGrid]:
+def build(
+    seconds: Callable[[int], float] = lambda i: 1.0, needs_all: str | None = None
+) -> tuple[FlowerFleet, LocalGrid]:
     clock = VirtualClock()
     grid = LocalGrid(app(), NUM, clock=clock, seconds=seconds)
     nodes = connect(grid, NUM, DOOR, clock, PATIENCE)
-    return FlowerFleet(Mail(grid, nodes, DOOR, clock, PATIENCE), seed=0, model_size=1), grid
+    return FlowerFleet(Mail(grid, nodes, DOOR, clock, PATIENCE), seed=0, model_size=1, needs_all=needs_all), grid
 
 
 def test_replies_stand_in_the_order_of_ids_whatever_the_order_of_arrival() -> None:
@@ -167,25 +169,59 @@ def test_a_job_that_is_called_off_frees_its_client_and_its_reply_never_comes() -
     assert fleet.ledger.bits_up - up == 2 * (32 + 32)
 
 
-def test_a_failing_client_is_named_with_its_round_and_reason() -> None:
-    fleet, _ = build()
+def test_a_failing_client_costs_its_reply_and_is_named_with_its_round_and_reason() -> None:
+    fleet, grid = build()
     fleet.round = 7
-    with pytest.raises(ClientError, match=r"client 2, fail of round 8: .*no data today"):
-        fleet.ask(ALL, HALVES.fail, cost=NOTHING)
+    named = rf"client 2 \(node {fleet.mail.nodes.node_ids[2]}\), fail of round 8: .*no data today"
+    with pytest.warns(UserWarning, match=named):
+        assert fleet.ask(ALL, HALVES.fail, cost=NOTHING).ids.tolist() == [0, 1, 3]
+    assert fleet.num_at_work == 0 and fleet.end_round().values() == {"num_clients": 3, "num_failed": 1}
+    with pytest.warns(UserWarning, match="no data today"):
+        fleet.send(ALL, HALVES.fail, cost=NOTHING)
+        assert fleet.receive().ids.tolist() == [0, 1, 3]
+    assert not grid.contexts[fleet.mail.nodes.node_ids[2]].state, "a client that failed has written nothing"
+
+
+def test_a_round_in_which_every_client_fails_ends_the_run() -> None:
+    fleet, grid = build()
+    with (
+        pytest.raises(ClientError, match="every client failed: client 2 .*no data today"),
+        pytest.warns(UserWarning, match="no data today"),
+    ):
+        fleet.ask(torch.tensor([2]), HALVES.fail, cost=NOTHING)
+    fleet, grid = build()
+    grid.gone = {0, 1}
+    with pytest.warns(UserWarning, match="no data today"):  # nobody answers, and two of them may be back later
+        assert not len(fleet.ask(torch.tensor([0, 1, 2]), HALVES.fail, cost=NOTHING))
+
+
+def test_a_strategy_that_needs_every_reply_says_why_it_ends() -> None:
+    fleet, grid = build(needs_all="each has a part")
+    assert fleet.ask(ALL, HALVES.tell, x=X).ids.tolist() == [0, 1, 2, 3]
+    grid.gone = {1}
+    with pytest.raises(ClientError, match=r"client 1 .*, tell of round 1: node unavailable .* without: each has a p"):
+        fleet.ask(ALL, HALVES.tell, x=X)
 
 
 def test_a_client_half_that_is_private_or_unknown_is_not_run() -> None:
     fleet, _ = build()
-    with pytest.raises(ClientError, match="has no client half '_secret'"):
+    with (
+        pytest.raises(ClientError, match="has no client half '_secret'"),
+        pytest.warns(UserWarning, match="has no client half '_secret'"),
+    ):
         fleet.ask(ALL, HALVES._secret)
 
 
-def test_a_silent_client_ends_the_run_when_patience_is_over() -> None:
+def test_a_silent_client_costs_its_reply_when_patience_is_over() -> None:
     fleet, _ = build(lambda i: 1e9 if i == 1 and fleet_ready else 1.0)
     fleet_ready.append(True)
     try:
-        with pytest.raises(ClientError, match=r"no reply for 60.0 seconds from client\(s\) 1 \(tell, round 1\)"):
-            fleet.ask(ALL, HALVES.tell, x=X)
+        silent = r"no reply for 60.0 seconds from client\(s\) 1 \(tell, round 1\)"
+        with pytest.warns(UserWarning, match=silent):
+            assert fleet.ask(ALL, HALVES.tell, x=X).ids.tolist() == [0, 2, 3]
+        assert fleet.num_at_work == 0 and fleet.end_round().values()["num_dropped"] == 1
+        with pytest.raises(ClientError, match=r"no reply for 60.0 seconds from client\(s\) 1 \(tell, round 2\)"):
+            fleet.ask(torch.tensor([1]), HALVES.tell, x=X)
     finally:
         fleet_ready.clear()
 
@@ -252,15 +288,8 @@ def test_memory_lasts_from_message_to_message_and_a_node_that_lost_it_says_so() 
     assert fleet.mail.versions.tolist() == [2, 1, 2, 1]
     node = fleet.mail.nodes.node_ids[2]
     grid.contexts[node].state = RecordDict()
-    with pytest.raises(ClientError, match="client 2 wrote its memory 0 times and the server knows of 2"):
-        fleet.ask(ALL, HALVES.count)
-
-
-def test_a_client_that_failed_has_written_nothing() -> None:
-    fleet, grid = build()
-    with pytest.raises(ClientError):
-        fleet.ask(torch.tensor([2]), HALVES.fail, cost=NOTHING)
-    assert not grid.contexts[fleet.mail.nodes.node_ids[2]].state
+    with pytest.warns(UserWarning, match="client 2 wrote its memory 0 times and the server knows of 2"):
+        assert fleet.ask(ALL, HALVES.count).ids.tolist() == [0, 1, 3]
 
 
 def test_peers_hear_each_other_through_the_server() -> None:
