@@ -53,6 +53,17 @@ CASES: dict[str, dict[str, Any]] = {
         "uplink": {"compressor": {**RAND_K, "shared_seed": True}},
         "downlink": {"compressor": {**RAND_K, "shared_seed": True}},
     },
+    "fedavg, mezo by seeds": {
+        **QUADRATIC,
+        "local": {**LOCAL, "optimizer": {"name": "mezo", "lr": 0.02}},
+        "strategy": {"name": "fedavg", "cohort_size": 3},
+        "uplink": {"compressor": {"name": "seeds", "steps": 4}},
+    },
+    "ef21, a compressor that knows the model": {
+        **DESCENT,
+        "strategy": {"name": "ef21", "compressor": {"name": "per_tensor", "of": QSGD}},
+        "local": {**LOCAL, "steps": 1},
+    },
     "fedavg, by samples": {**QUADRATIC, "strategy": {"name": "fedavg", "cohort_size": 3, "selection": "by_samples"}},
     "fedavg, oort": {**QUADRATIC, "strategy": {"name": "fedavg", "cohort_size": 2, "selection": "oort"}},
     "scaffold, power of choice": {
