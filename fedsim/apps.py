@@ -9,7 +9,7 @@ Settings of a run (`flwr run -c "..."`): `fedsim-config`, a path or the file's t
 for nodes and replies; `fedsim-max-examples`, how many samples a device may say it has. Settings of a node
 (`--node-config`): `partition-id`, which client it is; `fedsim-overrides`, what is different there
 (`data.root=/srv/mine runtime.device=cuda:1`); `fedsim-memory`, a folder of its own for this experiment, in which the
-client keeps what it remembers, for a SuperNode that is started anew or a run that is resumed.
+client keeps what it remembers, for a SuperNode that is started again or a run that is resumed.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class Head:
         client: whose job it is, or whose reply.
         number: job index of that client, part of its random keys.
         round: the server step at which the job was sent.
-        version: how often the client has written its memory; both ends must agree on it.
+        version: how often the client had written its memory when the job begins, or when the reply was sent.
+        saved: the same in the server's last checkpoint, to which a resumed run goes back.
     """
 
     work: str
@@ -58,6 +59,7 @@ class Head:
     number: int
     round: int
     version: int
+    saved: int
 
     def write(self, content: RecordDict) -> None:
         content[HEAD] = ConfigRecord(asdict(self))
@@ -77,7 +79,7 @@ class Head:
         return cls(**head)
 
 
-_HEAD = {"work": str, "client": int, "number": int, "round": int, "version": int}
+_HEAD = {"work": str, "client": int, "number": int, "round": int, "version": int, "saved": int}
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ numbers, and quadratics and saddle points come out equal to the last bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 
 from fedsim import apps, runs
 from fedsim.compose import compose
@@ -322,16 +324,35 @@ def test_resuming_without_the_clients_memory_fails_loudly(tmp_path: Path) -> Non
         deploy(raw, tmp_path / "run", **{"fedsim-resume": True})
 
 
+class Killed(BaseException):
+    """What ends a server without a word."""
+
+
+class DeadlyGrid(LocalGrid):
+    """A grid that kills the server in the middle of a round, when it sends its n-th message."""
+
+    deadly: float = inf
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = list(super().push_messages(messages))
+        if self._count >= self.deadly:
+            raise Killed
+        return ids
+
+
 @pytest.mark.parametrize("name", ["scaffold_m", "scaffold_m, compressed", "local adam that remembers"])
-def test_devices_that_keep_their_memory_in_a_folder_resume(name: str, tmp_path: Path) -> None:
-    raw = experiment(name, rounds=6)
+@pytest.mark.parametrize("every", [1, 4])
+def test_devices_that_keep_their_memory_in_a_folder_resume(name: str, every: int, tmp_path: Path) -> None:
+    raw = {**experiment(name, rounds=8), "checkpoint": {"every": every}}
     settings = {"fedsim-out": str(tmp_path / "run")}
-    for rounds, resume in ((3, False), (6, True)):
+    for deadly, resume in ((N + 3 * 7, False), (inf, True)):  # three clients a round, and the queries before
         clock = VirtualClock()
-        grid = LocalGrid(apps.client_app(raw), N, clock=clock)  # new SuperNodes, whose contexts are empty
+        grid = DeadlyGrid(apps.client_app(raw), N, clock=clock)  # new SuperNodes, whose contexts are empty
+        grid.deadly = deadly
         for context in grid.contexts.values():
             context.node_config["fedsim-memory"] = str(tmp_path / "memory")
-        got = apps.serve(grid, {**raw, "rounds": rounds}, {**settings, "fedsim-resume": resume}, clock).rows
+        with nullcontext() if resume else pytest.raises(Killed):
+            got = apps.serve(grid, raw, {**settings, "fedsim-resume": resume}, clock).rows
     assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
     assert 0 < len(list((tmp_path / "memory").glob("client-*.safetensors"))) <= N
 
