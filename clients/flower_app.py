@@ -9,7 +9,7 @@ Letters: C = 1 client of the stack.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +25,9 @@ from fedsim.sim.executor import Jobs, StackRunner
 from fedsim.sim.links import step_of
 from fedsim.terms import Terms
 
-Build = Callable[[Context], tuple[StackRunner, wire.Book]]
-"""What runs client halves here, and the names of compressors, from the settings that a context holds."""
+Build = Callable[[Context], tuple[StackRunner, wire.Book, Mapping[str, str]]]
+"""What runs client halves here, the names of compressors, and {what: as which} of what the server must have as well
+(`Door.agreed`), from the settings that a context holds."""
 
 
 def client_app(build: Build) -> ClientApp:
@@ -39,7 +40,7 @@ def client_app(build: Build) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        runner, book = build(context)
+        runner, book, _ = build(context)
         kept = Kept(context)
         answer = work(runner, book, message.content, context, kept)
         kept.save()
@@ -47,15 +48,15 @@ def client_app(build: Build) -> ClientApp:
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        runner, book = build(context)
+        runner, book, _ = build(context)
         return Message(work(runner, book, message.content, context, Kept(context)), reply_to=message)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        runner, _ = build(context)
+        runner, _, agreed = build(context)
         num_examples = runner.task.num_examples
         client = partition(context, len(num_examples))
-        about = ConfigRecord({"client": client, "num_examples": int(num_examples[client])})
+        about = ConfigRecord({"client": client, "num_examples": int(num_examples[client]), **agreed})
         return Message(RecordDict({ABOUT: about}), reply_to=message)
 
     return app

@@ -63,7 +63,7 @@ X = torch.tensor([10.0])
 
 def app() -> ClientApp:
     runner = StackRunner(TASK, HALVES, 0, torch.device("cpu"))
-    return client_app(lambda context: (runner, wire.Book({})))
+    return client_app(lambda context: (runner, wire.Book({}), {}))
 
 
 def build(
