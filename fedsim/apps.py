@@ -9,7 +9,7 @@ Settings of a run (`flwr run -c "..."`): `fedsim-config`, a path or the file's t
 for nodes and replies; `fedsim-max-examples`, how many samples a device may say it has. Settings of a node
 (`--node-config`): `partition-id`, which client it is; `fedsim-overrides`, what is different there
 (`data.root=/srv/mine runtime.device=cuda:1`); `fedsim-memory`, a folder of its own for this experiment, in which the
-client keeps what it remembers, for a SuperNode that is started anew or a run that is resumed.
+client keeps what it remembers, for a SuperNode that is started again or a run that is resumed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from fedsim.flower.export import write_app
 from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail, connect
 from fedsim.flower.wire import Book
+from fedsim.loop import Experiment
 from fedsim.overrides import apply_overrides, parse_overrides
+from fedsim.results import versions
 from fedsim.shown import run_shown
 from fedsim.sim.executor import StackRunner
 from fedsim.sim.fleet import SimFleet
@@ -62,7 +65,7 @@ def server_app(config: Source | None = None) -> ServerApp:
 def client_app(config: Source | None = None) -> ClientApp:
     """The app that every SuperNode runs; without an experiment it takes the one of the run's settings."""
 
-    def build(context: Context) -> tuple[StackRunner, Book]:
+    def build(context: Context) -> tuple[StackRunner, Book, Mapping[str, str]]:
         raw, source = experiment_of(config, context.run_config, context.node_config)
         return _client(json.dumps(raw), source)
 
@@ -121,6 +124,7 @@ def deploy(
         seed=experiment.seed,
         model_size=experiment.strategy.sent(experiment.task.layout).size,
         max_examples=max_examples,
+        agreed=_agreed(experiment),
     )
     nodes = connect(grid, num_clients, door, clock, patience)
     mail = Mail(grid, nodes, door, clock, patience, experiment.device)
@@ -167,14 +171,29 @@ def export(config: Source, folder: str | Path, overrides: tuple[str, ...] = ()) 
 
 
 @lru_cache(maxsize=2)
-def _client(text: str, source: str) -> tuple[StackRunner, Book]:
+def _client(text: str, source: str) -> tuple[StackRunner, Book, Mapping[str, str]]:
     """What runs client halves, composed once a process."""
     raw = apply_overrides(json.loads(text), ON_CLIENT, source)
     composition = compose(raw, source)
     composition.close()
     executor, fleet = composition.executor, composition.experiment.fleet
     assert isinstance(executor, InProcess) and isinstance(fleet, SimFleet)
-    return executor.runner, _book(executor.runner, fleet)
+    return executor.runner, _book(executor.runner, fleet), _agreed(composition.experiment)
+
+
+def _agreed(experiment: Experiment) -> dict[str, str]:
+    """What both ends must have the same of; a device's data, samples and `runtime` are its own affair."""
+    has = versions()
+    file = {name: experiment.config.get(name) for name in ("seed", "strategy", "local", "uplink", "downlink")}
+    # an optimizer's back end is one of the machine, which `auto` chose there
+    file["local"] = {k: _without_backend(v) for k, v in (file["local"] or {}).items()}
+    said = {"model": repr(experiment.task.layout)} | {k: json.dumps(v, sort_keys=True) for k, v in file.items()}
+    hashes = {name: blake2b(text.encode(), digest_size=4).hexdigest() for name, text in said.items()}
+    return {"fedsim": has["fedsim"], "torch": has["torch"].partition("+")[0], **hashes}
+
+
+def _without_backend(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "backend"} if isinstance(value, Mapping) else value
 
 
 def _book(runner: StackRunner, fleet: SimFleet) -> Book:

@@ -69,22 +69,28 @@ class Door:
         seed: of the run.
         model_size: P, of a vector that travels.
         max_examples: samples that a device may say it has.
+        agreed: {what: as which} that a device must have as the server has it: versions, the model, parts of the file.
     """
 
     book: wire.Book
     seed: int
     model_size: int
     max_examples: int = MAX_EXAMPLES
+    agreed: Mapping[str, str] = field(default_factory=dict)
 
     def about(self, content: RecordDict, num_clients: int) -> tuple[int, int]:
         """(which client a node says it is, how many samples it says it has).
 
         Raises:
-            Refused: if it does not say so, or there is no such client, or it has more samples than a device may.
+            Refused: if it does not say so, or there is no such client, or it has more samples than a device may, or
+                something else than the server.
         """
         said = content.get(wire.ABOUT)
-        if not isinstance(said, ConfigRecord) or set(said) != {"client", "num_examples"}:
-            raise Refused(f"it says {brief(dict(content))}, and not which client it is and how many samples it has")
+        if not isinstance(said, ConfigRecord) or set(said) != {"client", "num_examples", *self.agreed}:
+            raise Refused(
+                f"it says {brief(dict(content))}, and not which client it is, how many samples it has and what else is "
+                "agreed upon: its fedsim is another"
+            )
         client, count = said["client"], said["num_examples"]
         if type(client) is not int or not 0 <= client < num_clients:
             raise Refused(f"it says it is client {brief(client)}, and clients are 0..{num_clients - 1}")
@@ -93,6 +99,12 @@ class Door:
                 f"it says it is client {client} and has {brief(count)} samples; a device has 0..{self.max_examples}, "
                 "or set fedsim-max-examples"
             )
+        for what, known in self.agreed.items():
+            if said[what] != known:
+                raise Refused(
+                    f"client {client} has another {what} than the server ({brief(said[what])}, and not {known!r}); "
+                    "both ends need the same"
+                )
         return client, count
 
     def reply(self, content: RecordDict, head: wire.Head, sent: Sent, vectors: int, num_examples: int) -> Opened:

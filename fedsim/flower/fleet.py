@@ -185,7 +185,7 @@ class FlowerFleet(Account):
         """What a checkpoint needs. Jobs in flight are kept with their broadcasts, to be sent again."""
         return super().state() | {
             "now": self.now,
-            "versions": self.mail.versions,
+            "versions": self.mail.save(),
             "took": self.mail.took,
             "refusals": self.mail.refusals,
             "open": self.mail.open_jobs(),
@@ -194,12 +194,13 @@ class FlowerFleet(Account):
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned, and send open jobs again: to Flower a resumed run is a new one.
 
-        Clients of a new run remember nothing; where a strategy needs what they remembered, they say so.
+        Clients without a folder for it remember nothing in a new run; where they need it, they say so.
         """
         super().load(state)
         mail = self.mail
         mail.start = mail.clock.now() - state["now"]
-        mail.versions, mail.took, mail.refusals = state["versions"], state["took"], state["refusals"]
+        mail.versions, mail.saved = state["versions"].clone(), state["versions"]
+        mail.took, mail.refusals = state["took"], state["refusals"]
         if self._copies is not None:
             self._copies.forget()
         self._busy[:] = False

@@ -59,13 +59,15 @@ class Flight:
 
 @dataclass(frozen=True)
 class Landed:
-    """A reply that has come in: whose, when (in seconds), what was sent, what it holds, and of what form that is."""
+    """A reply that has come in: whose, when (in seconds), what was sent, what it holds, and of what form that is; and
+    the version of its client's memory with which its job began."""
 
     flight: Flight
     at: float
     sent: Sent
     results: Results
     form: Form
+    version: int
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Mail:
         landed: replies that nobody has taken yet, by client, in order of arrival.
         ended: jobs that ended without a reply and that nobody has noted yet.
         versions: [N] how often each client has written its memory.
+        saved: [N] the same in the last checkpoint.
         took: [2, N] float64: seconds of all jobs of each client, and how many these were.
         refusals: [N] how many replies of each client did not pass.
     """
@@ -119,7 +122,7 @@ class Mail:
 
     def __post_init__(self) -> None:
         n = len(self.nodes.node_ids)
-        self.versions = torch.zeros(n, dtype=torch.int64)
+        self.versions, self.saved = torch.zeros(2, n, dtype=torch.int64)
         self.took = torch.zeros(2, n, dtype=torch.float64)
         self.refusals = torch.zeros(n, dtype=torch.int64)
         self.start = self.clock.now()
@@ -133,6 +136,13 @@ class Mail:
         """Jobs whose replies nobody has taken yet, in the order in which they were sent."""
         jobs = [*(flight for flight, _ in self.flights.values()), *(reply.flight for reply in self.landed.values())]
         return sorted(jobs, key=lambda flight: (flight.key, flight.client))
+
+    def save(self) -> Tensor:
+        """[N] versions for a checkpoint, which clients keep from now on; of an open job the one with which it began."""
+        self.saved = self.versions.clone()
+        for client, landed in self.landed.items():
+            self.saved[client] = landed.version
+        return self.saved
 
     def connected(self, clients: Sequence[int], at_least: int) -> list[bool]:
         """Which of these clients are connected, once at least so many are.
@@ -254,6 +264,7 @@ class Mail:
             number=to.number,
             round=sent.round,
             version=int(self.versions[to.client]),
+            saved=int(self.saved[to.client]),
         )
 
     def _give_up(self) -> None:
@@ -271,10 +282,11 @@ class Mail:
         client = flight.client
         has = int(self.nodes.num_examples[client])
         opened = self.door.reply(content, self._head(sent, flight), sent, flight.vectors, has)
-        self.versions[client] = opened.version
+        before, self.versions[client] = int(self.versions[client]), opened.version
         self.forms.note(question(sent), opened.form, client)
         fields = {k: v.to(self.device) for k, v in opened.results.fields.items()}
-        self.landed[client] = Landed(flight, self.now, sent, replace(opened.results, fields=fields), opened.form)
+        results = replace(opened.results, fields=fields)
+        self.landed[client] = Landed(flight, self.now, sent, results, opened.form, before)
         self.took[:, client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
 
     def _lose(self, flight: Flight, sent: Sent, message: Message) -> None:

@@ -49,7 +49,8 @@ class Head:
         client: whose job it is, or whose reply.
         number: job index of that client, part of its random keys.
         round: the server step at which the job was sent.
-        version: how often the client has written its memory; both ends must agree on it.
+        version: how often the client had written its memory when the job begins, or when the reply was sent.
+        saved: the same in the server's last checkpoint, to which a resumed run goes back.
     """
 
     work: str
@@ -57,6 +58,7 @@ class Head:
     number: int
     round: int
     version: int
+    saved: int
 
     def write(self, content: RecordDict) -> None:
         content[HEAD] = ConfigRecord(asdict(self))
@@ -76,7 +78,7 @@ class Head:
         return cls(**head)
 
 
-_HEAD = {"work": str, "client": int, "number": int, "round": int, "version": int}
+_HEAD = {"work": str, "client": int, "number": int, "round": int, "version": int, "saved": int}
 
 
 @dataclass(frozen=True)

@@ -488,7 +488,7 @@ def test_every_name_that_fedsim_reports_is_reserved_and_no_other(tmp_path: Path)
     evaluated = {key for key in reported if key.startswith(EVALUATED)}
     assert {key.partition("_")[0] + "_" for key in evaluated} == set(EVALUATED)
     assert reported - evaluated - RESERVED == {"train_loss"}
-    assert RESERVED - reported == {"nonfinite", "num_refused"}  # the second is of real devices alone
+    assert RESERVED - reported == {"nonfinite", "num_failed", "num_refused"}  # the last two are of real devices
 
 
 def test_a_state_without_a_model_is_refused(tmp_path: Path) -> None:

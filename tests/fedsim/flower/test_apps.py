@@ -7,17 +7,22 @@ numbers, and quadratics and saddle points come out equal to the last bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedsim import apps, runs
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.flower.clock import Patience
+from fedsim.flower.door import Door, Refused
+from fedsim.flower.wire import ABOUT, Book
 from fedsim.history import History
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError
@@ -333,16 +338,35 @@ def test_resuming_without_the_clients_memory_fails_loudly(tmp_path: Path) -> Non
         deploy(raw, tmp_path / "run", **{"fedsim-resume": True})
 
 
+class Killed(BaseException):
+    """What ends a server without a word."""
+
+
+class DeadlyGrid(LocalGrid):
+    """A grid that kills the server in the middle of a round, when it sends its n-th message."""
+
+    deadly: float = inf
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = list(super().push_messages(messages))
+        if self._count >= self.deadly:
+            raise Killed
+        return ids
+
+
 @pytest.mark.parametrize("name", ["scaffold_m", "scaffold_m, compressed", "local adam that remembers"])
-def test_devices_that_keep_their_memory_in_a_folder_resume(name: str, tmp_path: Path) -> None:
-    raw = experiment(name, rounds=6)
+@pytest.mark.parametrize("every", [1, 4])
+def test_devices_that_keep_their_memory_in_a_folder_resume(name: str, every: int, tmp_path: Path) -> None:
+    raw = {**experiment(name, rounds=8), "checkpoint": {"every": every}}
     settings = {"fedsim-out": str(tmp_path / "run")}
-    for rounds, resume in ((3, False), (6, True)):
+    for deadly, resume in ((N + 3 * 7, False), (inf, True)):  # three clients a round, and the queries before
         clock = VirtualClock()
-        grid = LocalGrid(apps.client_app(raw), N, clock=clock)  # new SuperNodes, whose contexts are empty
+        grid = DeadlyGrid(apps.client_app(raw), N, clock=clock)  # new SuperNodes, whose contexts are empty
+        grid.deadly = deadly
         for context in grid.contexts.values():
             context.node_config["fedsim-memory"] = str(tmp_path / "memory")
-        got = apps.serve(grid, {**raw, "rounds": rounds}, {**settings, "fedsim-resume": resume}, clock).rows
+        with nullcontext() if resume else pytest.raises(Killed):
+            got = apps.serve(grid, raw, {**settings, "fedsim-resume": resume}, clock).rows
     assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
     assert 0 < len(list((tmp_path / "memory").glob("client-*.safetensors"))) <= N
 
@@ -397,6 +421,48 @@ def test_a_server_compressor_that_leaves_its_indices_out_is_refused() -> None:
     raw["strategy"] = {**raw["strategy"], "lr": 0.05, "server_compressor": {**RAND_K, "shared_seed": True}}
     with pytest.raises(ValueError, match="set shared_seed: false"):
         rows_of(raw)
+
+
+@pytest.mark.parametrize(
+    ("there", "what"),
+    [
+        ("local.optimizer.lr=0.3", "local"),
+        ("strategy.name=fedavg_m", "strategy"),
+        ("seed=4", "seed"),
+        ("task.dim=7", "model"),
+        ("uplink={compressor: {name: top_k, k: 1}}", "uplink"),
+    ],
+)
+def test_a_device_with_another_experiment_is_refused_by_name_before_the_first_round(there: str, what: str) -> None:
+    raw = experiment("fedavg")
+    grid = LocalGrid(apps.client_app(raw), N)
+    composition = compose(apply_overrides(raw, apps.DEPLOYED, "config"), "config")
+    node, context = list(grid.contexts.items())[2]
+    context.node_config["fedsim-overrides"] = shlex.quote(there)
+    with pytest.raises(ClientError, match=rf"node {node}: client 2 has another {what} than the server \('"):
+        apps.deploy(composition, grid, Patience(), grid.clock)
+    composition.close()
+
+
+def test_a_device_with_another_fedsim_is_refused_by_name() -> None:
+    door = Door(book=Book({}), seed=3, model_size=6, agreed={"fedsim": "1.0"})
+    said = {"client": 2, "num_examples": 7}
+    assert door.about(RecordDict({ABOUT: ConfigRecord({**said, "fedsim": "1.0"})}), N) == (2, 7)
+    with pytest.raises(Refused, match=r"client 2 has another fedsim than the server \('0.9', and not '1.0'\)"):
+        door.about(RecordDict({ABOUT: ConfigRecord({**said, "fedsim": "0.9"})}), N)
+    with pytest.raises(Refused, match="its fedsim is another"):
+        door.about(RecordDict({ABOUT: ConfigRecord(said)}), N)
+
+
+def test_a_device_may_compute_its_steps_in_a_way_of_its_own() -> None:
+    raw = experiment("local adam that remembers")
+    raw["local"] = {**raw["local"], "optimizer": {**raw["local"]["optimizer"], "backend": "eager"}}
+    composition = compose(apply_overrides(raw, apps.DEPLOYED, "config"), "config")
+    grid = LocalGrid(apps.client_app(raw), N)
+    for context in grid.contexts.values():
+        context.node_config["fedsim-overrides"] = "local.optimizer.backend=fused evaluate.every=9"
+    assert len(apps.deploy(composition, grid, Patience(), grid.clock).clients) == N
+    composition.close()
 
 
 def test_no_experiment_at_all_is_said_so() -> None:

@@ -70,7 +70,7 @@ def build(lies: dict[int, Lie], compressor: Compressor | None = None) -> tuple[F
     )
     book = wire.Book({} if compressor is None else {"uplink": compressor})
     clock = VirtualClock()
-    grid = HostileGrid(client_app(lambda context: (runner, book)), NUM, clock=clock)
+    grid = HostileGrid(client_app(lambda context: (runner, book, {})), NUM, clock=clock)
     grid.lies = lies
     door = Door(book=book, seed=0, model_size=P)
     mail = Mail(grid, connect(grid, NUM, door, clock, PATIENCE), door, clock, PATIENCE)
@@ -227,7 +227,7 @@ def test_a_node_that_says_of_itself_what_cannot_be_is_named(about: dict[str, Any
             return reply
 
     runner = StackRunner(quadratic([1.0] * NUM, [0.0] * NUM, 1.0), HALVES, 0, torch.device("cpu"))
-    grid = Posing(client_app(lambda context: (runner, wire.Book({}))), NUM)
+    grid = Posing(client_app(lambda context: (runner, wire.Book({}), {})), NUM)
     with pytest.raises(ClientError, match=rf"^node {NODE}: .*{why}"):
         connect(grid, NUM, Door(book=wire.Book({}), seed=0, model_size=P), VirtualClock(), PATIENCE)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ X = torch.tensor([10.0])
 
 def app() -> ClientApp:
     runner = StackRunner(TASK, HALVES, 0, torch.device("cpu"))
-    return client_app(lambda context: (runner, wire.Book({})))
+    return client_app(lambda context: (runner, wire.Book({}), {}))
 
 
 def build(
@@ -109,6 +110,23 @@ def test_what_a_late_job_wrote_is_forgotten_when_its_reply_was() -> None:
         assert fleet.ask(ALL, HALVES.count, within=2.0)["n"].numel() == NUM - 1
     assert fleet.ask(ALL, HALVES.count)["n"].tolist() == [[4.0]] * (NUM - 1) + [[2.0]]
     assert fleet.ask(ALL, HALVES.count)["n"].tolist() == [[5.0]] * (NUM - 1) + [[3.0]]
+
+
+def test_a_restored_fleet_finds_the_memory_of_its_last_checkpoint_however_long_ago_that_was() -> None:
+    fleet, grid = build(lambda i: 1.0 + i)
+    fleet.ask(ALL, HALVES.count)
+    fleet.send(torch.tensor([0, 3]), HALVES.count)
+    fleet.mail.wait(lambda: bool(fleet.mail.landed))  # a reply that nobody has taken is asked for again
+    state = deepcopy(fleet.state())
+    fleet.receive()
+    for _ in range(3):
+        fleet.ask(ALL, HALVES.count)
+    assert {len(context.state.array_records) for context in grid.contexts.values()} == {3}
+    fleet = FlowerFleet(Mail(grid, fleet.mail.nodes, DOOR, grid.clock, PATIENCE), seed=0, model_size=1)
+    fleet.load(state)
+    again = fleet.receive()
+    assert (again.ids.tolist(), again["n"].tolist()) == ([0, 3], [[2.0], [2.0]])
+    assert fleet.ask(ALL, HALVES.count)["n"].tolist() == [[3.0], [2.0], [2.0], [3.0]]
 
 
 def test_jobs_are_numbered_for_each_client_on_its_own() -> None:
@@ -288,7 +306,7 @@ def test_memory_lasts_from_message_to_message_and_a_node_that_lost_it_says_so() 
     assert fleet.mail.versions.tolist() == [2, 1, 2, 1]
     node = fleet.mail.nodes.node_ids[2]
     grid.contexts[node].state = RecordDict()
-    with pytest.warns(UserWarning, match="client 2 wrote its memory 0 times and the server knows of 2"):
+    with pytest.warns(UserWarning, match=r"client 2 .*wrote its memory 2 times, and here is what it was after 0"):
         assert fleet.ask(ALL, HALVES.count).ids.tolist() == [0, 1, 3]
 
 
