@@ -89,12 +89,33 @@ class Deployment:
         ]
         own = ["--host", HOST, "--port", str(self._ports[i + 1])]
         own += ["--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key", "--ssl-ca-certfile", "ca.crt"]
-        settings = ["--node-config", f"partition-id={i}"]
+        memory = self.folder / f"memory{i}"
+        settings = ["--node-config", f"partition-id={i} fedsim-memory='{memory}'"]
         return self._start(f"n{i}", ["flower-supernode", *link, *own, *settings])
 
-    def submit(self, app: Path, **settings: str) -> str:
+    def kill_node(self, i: int) -> None:
+        """End a SuperNode and all that it started, without a word."""
+        process = self._processes[f"n{i}"]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+    def kill_server_app(self) -> None:
+        """End the process in which the SuperLink runs a ServerApp, which is known by the address it calls."""
+        found = [int(f.name) for f in Path("/proc").iterdir() if f.name.isdigit() and self._is_server_app(f)]
+        assert found, "no ServerApp is running"
+        for process in found:
+            os.kill(process, signal.SIGKILL)
+
+    def _is_server_app(self, folder: Path) -> bool:
+        try:
+            command = (folder / "cmdline").read_text()
+        except OSError:
+            return False  # no process, or one that has ended meanwhile
+        return "flwr-serverapp" in command and self.address in command
+
+    def submit(self, app: Path, **settings: str | bool) -> str:
         """The number of a run that was started."""
-        text = " ".join(f"{key.replace('_', '-')}='{value}'" for key, value in settings.items())
+        text = " ".join(f"{key.replace('_', '-')}={json.dumps(value)}" for key, value in settings.items())
         done = self.cli("run", str(app), "tls", "-c", text)
         assert done.returncode == 0, done.stdout
         return done.stdout.split("Successfully started run")[1].split()[0]
