@@ -76,14 +76,16 @@ def entry(value: Any, key: str, kinds: Kinds | None = None) -> Call:
 def kept() -> Iterator[None]:
     """Inside, the data set read last stays in memory: a process that makes many runs on one data set reads it once."""
     global _last
-    before, _last = _last, {}
+    before, _last = _last, []
     try:
         yield
     finally:
         _last = before
 
 
-_last: dict[str, Dataset | FederatedData] | None = None
+_last: list[Any] | None = None
+"""What made the data set that is kept, with which arguments, and the data set; the first is kept as well, or another
+function might get its place in memory and pass for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +95,11 @@ class _Reading(Call):
     def __call__(self, **given: Any) -> Any:
         if _last is None:
             return super().__call__(**given)
-        key = repr((self.target, self.resolved, {k: v for k, v in given.items() if self.takes(k)}))
-        if key not in _last:
-            _last.clear()
-            _last[key] = super().__call__(**given)
-        return _last[key]
+        said = repr((self.resolved, {k: v for k, v in given.items() if self.takes(k)}))
+        if not (_last and _last[0] is self.target and _last[1] == said):
+            _last.clear()  # before the next is read
+            _last[:] = self.target, said, super().__call__(**given)
+        return _last[2]
 
 
 def as_dataset(made: object, origin: str) -> Dataset | FederatedData:

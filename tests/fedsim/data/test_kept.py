@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
+import numpy as np
+
+from fedsim.config import Given
 from fedsim.data import build
 from fedsim.data.sources import kept, load
 
@@ -23,3 +29,17 @@ def test_the_split_is_that_of_a_data_set_read_anew() -> None:
     alone = build("digits", {"name": "dirichlet", "alpha": 0.5}, 10, 0)
     assert splits[0].order.equal(alone.order) and splits[2].order.equal(alone.order)
     assert not splits[1].order.equal(alone.order) and splits[0].inputs.equal(alone.inputs)
+
+
+def test_what_made_the_data_stays_as_well_or_another_function_could_get_its_place_and_pass_for_it() -> None:
+    def arrays() -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((10, 1), np.float32), np.arange(10) % 2
+
+    there = weakref.ref(arrays)
+    with kept():
+        load({"name": Given.object((), arrays)})
+        del arrays
+        gc.collect()
+        assert there() is not None
+    gc.collect()
+    assert there() is None
