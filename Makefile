@@ -44,7 +44,7 @@ unit: $(BIN)/.test ## the tests alone
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not flower and not alone"
 
 fuzz: $(BIN)/.test ## damaged packets, records, checkpoints and configs by the thousand (minutes)
-	FUZZ=1 $(BIN)/pytest -n 2 --dist loadgroup tests/fuzz
+	FUZZ=1 $(BIN)/pytest -n 2 tests/fuzz
 
 extras: $(BIN)/.test ## every extra resolves from the constraints file (nothing is installed)
 	@for extra in $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])"); do \

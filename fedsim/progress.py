@@ -44,10 +44,8 @@ class Progress:
         if self.quiet:
             return
         plan, rounds = composition.plan, composition.experiment.rounds
-        where, about = (
-            f"{folder}: " if folder else "",
-            f"clients: {plan['clients']}; {plan['engine']}; {plan['workers']}",
-        )
+        where = f"{folder}: " if folder else ""
+        about = f"clients: {plan['clients']}; {plan['engine']}; {plan['workers']}"
         if self.console.is_jupyter:
             self._cell = _Cell(where + about, rounds)
             return
