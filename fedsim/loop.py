@@ -318,9 +318,10 @@ class Run:
         if self.folder is None:
             return
         rows = self.folder.parent / METRICS_FILE
+        written = b""
         if rows.exists():
             sync(rows)  # first, or after a power cut the checkpoint might know of rounds that the file does not
-        written = rows.read_bytes() if rows.exists() else b""
+            written = rows.read_bytes()
         parts = {
             "round": self.round,
             "rows": hashlib.sha256(written).hexdigest(),

@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
-from inspect import isroutine
 from typing import Any
 
 from torch import nn
 
-from fedsim.config import ConfigError, Given, first_line
+from fedsim.config import ConfigError, Given, first_line, is_code
 from fedsim.data import Dataset
 from fedsim.data.arrays import from_arrays
 from fedsim.strategy import Strategy
@@ -59,7 +58,7 @@ def _data(value: Any) -> Entry:
     if isinstance(value, tuple) and len(value) == 3:
         x, y, clients = value
         return {"name": Given.object(value, lambda: from_arrays(x, y, clients=clients))}
-    return _factory("data", value) if isroutine(value) or isinstance(value, type | partial) else _object(value)
+    return _factory("data", value) if is_code(value) or isinstance(value, partial) else _object(value)
 
 
 def _strategy(value: Any) -> Entry:
