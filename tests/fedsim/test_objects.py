@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 import fedsim
 from fedsim.clients.local_training import LocalTraining
+from fedsim.compose import compose
+from fedsim.compose.identity import identity_of
+from fedsim.compose.supervised import Samples
 from fedsim.config import ConfigError
 from fedsim.data.arrays import from_arrays
 from fedsim.data.partition import Iid as IID
+from fedsim.engine.losses import LOSSES
 from fedsim.overrides import read_file
 from fedsim.strategies.fedavg import FedAvg
-from tests.build import without_wall_time
+from tests.build import quadratic, without_wall_time
 
 CONFIG: dict[str, Any] = {
     "rounds": 3,
@@ -166,6 +170,30 @@ def test_another_data_set_or_module_of_the_same_class_is_not_gone_on_with(tmp_pa
     for layer in net:
         getattr(layer, "reset_parameters", lambda: None)()  # where training starts is in the checkpoint
     assert len(fedsim.run(CONFIG, **given, rounds=4)) == 4
+
+
+def test_whatever_a_run_reads_of_its_data_or_formula_tells_it_from_another() -> None:
+    composition = compose(NAMED, "x")
+    composition.close()
+    data, net = composition.data, Net((4,), 3)
+    offsets = data.offsets.clone()
+    offsets[1] += 1  # a row of the second client is the first one's
+    changes: list[dict[str, Any]] = [
+        {"offsets": offsets},
+        {"order": data.order.flip(0)},
+        {"targets": data.targets.flip(0)},
+        {"test_inputs": data.test_inputs + 1},
+        {"test_targets": data.test_targets.roll(1)},
+        {"test_owners": torch.zeros(len(data.test_targets), dtype=torch.int64)},
+        {"num_classes": 4},
+    ]
+    found = {
+        identity_of(Samples(replace(data, **change), None, net, torch.zeros(0), LOSSES["mse"], {}, {}))["data"]
+        for change in [{}, *changes]
+    }
+    assert len(found) == 1 + len(changes)
+    counts = [identity_of(quadratic([1.0, 3.0], [0.0, 1.0], [0.0], num_examples=n)) for n in ([1, 2], [2, 1])]
+    assert counts[0] != counts[1]
 
 
 def test_last_bits_of_another_processor_are_no_other_data_nor_another_model(tmp_path: Path) -> None:
