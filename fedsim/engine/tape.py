@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedsim.engine.calls import Call, Ref, Unsupported, leaves, mapped
 from fedsim.engine.images import Conv2d, MaxPool2d
 from fedsim.engine.norms import GroupNorm
-from fedsim.engine.ops import Add, Bound, Dropout, Linear, Op, ReLU, Reshape, Spec
+from fedsim.engine.ops import Add, Bound, Linear, Op, ReLU, Reshape, Spec
 from fedsim.engine.record import Recording, record
 from fedsim.engine.rows import IN_FRONT, Row, row_of
 from fedsim.engine.segment import Program, Segment, Step
@@ -102,18 +102,19 @@ class _Builder:
                 continue
             row = self.rows.get(i) or self._segment(i)
             slots[i] = first + len(specs)
-            spec = Spec(
-                make=row.make,
-                name=row.params[0].rpartition(".")[0] if row.params else call.name,
-                inputs=tuple(slots[x.index] for x in row.inputs),
-                output=slots[i],
-                shape=_sample_shape(call),
-                params=row.params,
-                trains=call.dtype is not None and call.dtype.is_floating_point,
-                layer=call.layer,
-                settings=row.settings,
+            specs.append(
+                Spec(
+                    make=row.make,
+                    name=row.params[0].rpartition(".")[0] if row.params else call.name,
+                    inputs=tuple(slots[x.index] for x in row.inputs),
+                    output=slots[i],
+                    shape=_sample_shape(call),
+                    params=row.params,
+                    trains=call.dtype is not None and call.dtype.is_floating_point,
+                    layer=call.layer,
+                    settings=row.settings,
+                )
             )
-            specs.append(replace(spec, call=sum(_drawn(spec) == _drawn(other) for other in specs)))
         specs = _mark(_lift_pools(specs), first)
         used = Counter(name for spec in specs for name in spec.params)
         return Tape(
@@ -207,11 +208,6 @@ def _sample_shape(call: Call) -> tuple[int, ...]:
     place = call.place or IN_FRONT
     within = (n for n in (place.before, place.after) if n > 1)
     return (*within, *call.shape[: place.axis], *call.shape[place.axis + 1 :])
-
-
-def _drawn(spec: Spec) -> Any:
-    """What numbers an op draws, if any."""
-    return (Dropout, spec.settings["name"]) if spec.make is Dropout else spec.output
 
 
 def _lift_pools(specs: list[Spec]) -> list[Spec]:

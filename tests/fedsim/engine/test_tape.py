@@ -119,6 +119,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "functional dropout of channels": of(
         lambda m, x: F.dropout1d(m.fc(x), 0.5, m.training, inplace=True), fc=lambda: nn.Linear(E, E)
     ),
+    "dropout that nobody reads": of(
+        lambda m, x: [m.drop(x), F.dropout1d(x), m.fc(F.dropout(m.drop(x)))][-1],
+        drop=lambda: nn.Dropout(0.5),
+        fc=lambda: nn.Linear(E, E),
+    ),
     "positions by arange": of(lambda m, x: x + m.places(torch.arange(x.shape[1])), places=lambda: nn.Embedding(T, E)),
     "positions of a buffer": of(
         lambda m, x: x + m.places(m.order[: x.size(1)]),
