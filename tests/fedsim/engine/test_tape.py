@@ -86,6 +86,11 @@ def padded_mask(m: Any, x: Tensor) -> Tensor:
     return attended(m, x, attn_mask=mask)
 
 
+def without_gradient(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return part(x)
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "encoder layer": layer(encoder_layer),
     "encoder layer, norm first, dropout": layer(lambda: encoder_layer(norm_first=True, activation="gelu", dropout=0.3)),
@@ -164,6 +169,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     ),
     "tied weights": of(lambda m, x: F.linear(F.linear(x, m.embed.weight), m.embed.weight.mT)),
     "in place": of(scaled_in_place, fc=lambda: nn.Linear(E, E)),
+    "no_grad": of(lambda m, x: m.fc(x) * without_gradient(m.fc, x), fc=lambda: nn.Linear(E, E)),
     "no gradient": of(lambda m, x: m.fc(x) * m.fc(x).detach().sigmoid(), fc=lambda: nn.Linear(E, E)),
 }
 
@@ -266,6 +272,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a sample's place in its batch": (of(lambda m, x: x * torch.arange(len(x)).view(-1, 1, 1)), "keep samples apart"),
     "a look at the data": (of(lambda m, x: x if x.sum() > 0 else -x), "looks at its data .__bool__"),
     "noise without a key": (of(lambda m, x: x + torch.rand_like(x)), "or is random"),
+    "dropout in no_grad": (of(lambda m, x: x + without_gradient(F.dropout, x)), "dropout runs in no_grad"),
+    "a layer in no_grad": (
+        of(lambda m, x: x + without_gradient(m.norm, x.mT).mT, norm=lambda: nn.BatchNorm1d(E)),
+        "norm runs in no_grad",
+    ),
     "one call for each sample": (of(lambda m, x: torch.stack([row + 1 for row in x])), "any number of samples"),
     "the size of the batch": (of(lambda m, x: x / len(x)), "div depends on the number of samples|keep samples apart"),
     "a view changed under its tensor": (of(lambda m, x: (x[:, 0].mul_(2), x)[1]), "changed in place under another"),
