@@ -127,8 +127,9 @@ class _Builder:
         )
 
     def _needed(self) -> list[int]:
-        """The calls that the result depends on, in order; what is a constant, is one."""
-        found, waiting = set[int](), [self.recording.result]
+        """The calls that the result and running statistics depend on, in order, but for constants."""
+        tracked = [i for i, call in enumerate(self.calls) if isinstance(call.layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+        found, waiting = set[int](), [self.recording.result, *tracked]
         while waiting:
             i = waiting.pop()
             if i not in found and not self._constant(i):

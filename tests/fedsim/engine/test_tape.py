@@ -234,6 +234,17 @@ def test_gradients_are_those_of_the_plain_engine(name: str, clients: int) -> Non
     torch.testing.assert_close(stepped[:, :n], (p.x - 0.1 * expected)[:, :n], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("clients", [1, 3])
+def test_batchnorm_keeps_its_statistics_where_nobody_reads_what_it_gives(clients: int) -> None:
+    p = problem(of(lambda m, x: (m.norm(x.mT), x)[1], norm=lambda: nn.BatchNorm1d(E)), clients)
+    engine, oracle = p.engines()
+    ours, theirs = zoo.copy_of(p.x), zoo.copy_of(p.x)
+    torch.testing.assert_close(zoo.gradient(engine, ours, p.batch)[0], zoo.gradient(oracle, theirs, p.batch)[0])
+    assert engine.path == "tape", engine.reason
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(ours, p.x)
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if "dropout" not in name])
 def test_weighted_sums_are_those_of_single_samples(name: str) -> None:
     p = problem(MODULES[name], 2)
