@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedsim.engine.base import Batch
 from fedsim.engine.calls import Place
 from fedsim.engine.factors import Outer, Rows, Small, given
-from fedsim.engine.noise import keep_mask, purpose
+from fedsim.engine.noise import keep_mask, mask_shape, purpose
 from fedsim.engine.sinks import Sink
 
 aten = torch.ops.aten
@@ -193,9 +193,7 @@ class Dropout:
             raise ValueError(f"dropout layer {settings['name']} needs keyed noise: give the batch its streams")
         keys = batch.streams.keys(purpose(settings["name"]), batch.step) + settings["call"]
         place: Place = settings["place"]
-        shape = place.in_module(x.shape[lead:])
-        if settings["channels"]:
-            shape = (*shape[:2], *(1 for _ in shape[2:]))
+        shape = mask_shape(place.in_module(x.shape[lead:]), settings["channels"])
         mask = keep_mask(keys if lead else keys[0], shape, settings["p"], x.dtype)
         self.mask = place.samples_first(mask, lead)
         return x * self.mask
