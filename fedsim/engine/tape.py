@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
+from fedsim.config import first_line
 from fedsim.engine.calls import Call, Ref, Unsupported, leaves, mapped
 from fedsim.engine.images import Conv2d, MaxPool2d
 from fedsim.engine.norms import GroupNorm
 from fedsim.engine.ops import Add, Bound, Linear, Op, ReLU, Reshape, Spec
-from fedsim.engine.record import Recording, record
+from fedsim.engine.record import FEW, Recording, record
 from fedsim.engine.rows import IN_FRONT, Row, row_of
 from fedsim.engine.segment import Program, Segment, Step
 from fedsim.trees import Tree
@@ -187,8 +190,21 @@ class _Builder:
             buffers=tuple(self.calls[j].name for j in parts if not self.calls[j].parameter),
             types=tuple(kinds),
         )
+        self._check_batched(program, inputs, parts)
         params = tuple(self.calls[j].name for j in parts if self.calls[j].parameter)
         return Row(Segment, tuple(Ref(j) for j in inputs), params, {"program": program})
+
+    def _check_batched(self, program: Program, inputs: list[int], parts: list[int]) -> None:
+        """Refuse a function that torch cannot batch over clients, on the values of the recording as one client's."""
+        values, own = ([self.calls[j].value for j in indices] for indices in (inputs, parts))
+        if not parts or any(value is None for value in values + own):
+            return
+        samples = [place.samples_first(x.detach())[None] for x, place in zip(values, program.inputs, strict=True)]
+        try:
+            with torch.no_grad():
+                vmap(partial(program, size=FEW))(samples, [p.detach()[None] for p in own])
+        except RuntimeError as error:
+            raise Unsupported(first_line(error)) from error
 
     def _value(self, i: int) -> Tensor:
         """Of a constant."""

@@ -288,6 +288,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         of(lambda m, x: x + without_gradient(m.norm, x.mT).mT, norm=lambda: nn.BatchNorm1d(E)),
         "norm runs in no_grad",
     ),
+    "a function that torch cannot batch": (
+        of(lambda m, x: m.rnn(x)[0], rnn=lambda: nn.RNN(E, E, batch_first=True)),
+        "Batching rule not implemented for aten::rnn_tanh",
+    ),
     "one call for each sample": (of(lambda m, x: torch.stack([row + 1 for row in x])), "any number of samples"),
     "the size of the batch": (of(lambda m, x: x / len(x)), "div depends on the number of samples|keep samples apart"),
     "a view changed under its tensor": (of(lambda m, x: (x[:, 0].mul_(2), x)[1]), "changed in place under another"),
