@@ -50,7 +50,8 @@ def huggingface(
         label: the column of targets; null where they are the next tokens.
         client: the column of client keys, for the natural partition.
         train_split: the split to train on.
-        test_split: the split that is held out; null holds out `test_fraction` of the training rows.
+        test_split: the split that is held out; null, as for a set that was saved without splits, holds out
+            `test_fraction` of the training rows.
         standardize: shift and scale images per channel to mean 0 and deviation 1 over the training rows.
         num_classes: by default one more than the largest label.
         test_fraction: used when test_split is null.
@@ -85,9 +86,12 @@ def _split(path: str, configuration: str | None, split: str, root: str | None, o
     try:
         if any((Path(path) / name).is_file() for name in _SAVED):
             saved = datasets.load_from_disk(path)
-            return saved[split] if isinstance(saved, dict) else saved
+            splits = saved if isinstance(saved, dict) else {"train": saved}  # as the library calls rows without a name
+            if split not in splits:
+                raise ValueError(f"it has {', '.join(splits)}")
+            return splits[split]
         return datasets.load_dataset(path, configuration, split=split, cache_dir=root)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{origin}: cannot load split '{split}' ({one_line(error)}); check the name, the splits and "
             f"the network, or name a local folder as task.dataset.path"

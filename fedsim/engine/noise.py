@@ -11,7 +11,7 @@ Letters: C clients, B samples.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod, sqrt
 from types import FunctionType
@@ -53,6 +53,11 @@ def keep_mask(keys: Tensor, shape: tuple[int, ...], rate: float, dtype: torch.dt
     return kept.to(dtype).mul_(1.0 / (1.0 - rate)).view(*keys.shape, *shape)
 
 
+def mask_shape(shape: Sequence[int], channels: bool) -> tuple[int, ...]:
+    """Of the mask for values [B, ...] of a shape: a number for each, or for each channel [B, Ch, ...] of them."""
+    return (*shape[:2], *(1 for _ in shape[2:])) if channels else tuple(shape)
+
+
 class KeyedDropout(nn.Dropout):
     """Dropout of an input [B, ...] from a key; a second call in the same forward pass draws other numbers.
 
@@ -71,10 +76,9 @@ class KeyedDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return input
-        shape = (*input.shape[:2], *(1 for _ in input.shape[2:])) if self.channels else tuple(input.shape)
         key = self.key + self.calls
         self.calls += 1
-        return input * keep_mask(key, shape, self.p, input.dtype)
+        return input * keep_mask(key, mask_shape(input.shape, self.channels), self.p, input.dtype)
 
 
 def keyed_copy(module: nn.Module) -> nn.Module:
@@ -142,8 +146,7 @@ class KeyedFunctions(TorchFunctionMode):
     def _drop(self, channels: bool, x: Tensor, rate: float, training: bool, inplace: bool) -> Tensor:
         if not training or rate == 0:
             return x
-        shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if channels else tuple(x.shape)
-        mask = keep_mask(self.key + self.calls, shape, rate, x.dtype)
+        mask = keep_mask(self.key + self.calls, mask_shape(x.shape, channels), rate, x.dtype)
         self.calls += 1
         return x.mul_(mask) if inplace else x * mask
 

@@ -131,8 +131,10 @@ class BatchNorm(Local):
             with torch.no_grad():
                 self._track_(mean.reshape(*x.shape[:lead], -1), var.reshape(*x.shape[:lead], -1), count)
         y = centred * torch.rsqrt(var + self.layer.eps)
-        shape = (1, -1, *(1 for _ in x.shape[lead + 2 :]))
-        return _affine(y, affine, shape) if lead else _affine(y.unsqueeze(0), affine, shape).squeeze(0)
+        shape = (*x.shape[:lead], 1, -1, *(1 for _ in x.shape[lead + 2 :]))
+        scale, shift = _pair([p.reshape(shape) for p in affine])
+        y = y if scale is None else y * scale
+        return y if shift is None else y + shift
 
     def _shares(self, x: Tensor, weights: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
         """Each element's share of its channel's mean, as a factor of x, and the number of elements [C, 1] behind it."""
@@ -172,12 +174,3 @@ def _pair(affine: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """(scale, bias), None where a layer has none."""
     scale, bias, *_ = (*affine, None, None)
     return scale, bias
-
-
-def _affine(y: Tensor, affine: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """y [C, B, ...] * scale + bias, each [C, ...] and laid out as [C, *shape]."""
-    if not affine:
-        return y
-    clients = y.shape[0]
-    scale, *bias = (p.reshape(clients, *(n if n != -1 else p.numel() // clients for n in shape)) for p in affine)
-    return y * scale + bias[0] if bias else y * scale

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedsim.engine.base import Batch
 from fedsim.engine.calls import Place
 from fedsim.engine.factors import Outer, Rows, Small, given
-from fedsim.engine.noise import keep_mask, purpose
+from fedsim.engine.noise import keep_mask, mask_shape, purpose
 from fedsim.engine.sinks import Sink
 
 aten = torch.ops.aten
@@ -43,7 +43,6 @@ class Spec:
         in_place: nobody else reads the first input, and its maker keeps no copy: it may be overwritten.
         grad_in_place: the same of the output's gradient.
         channels_last: how a single client's images lie in memory for a convolution on a CPU.
-        call: how many calls of the same layer came before.
         layer: the module that holds the settings of a layer recorded as a whole.
         settings: those of any other op, by the names of torch's function.
     """
@@ -59,7 +58,6 @@ class Spec:
     in_place: bool = False
     grad_in_place: bool = False
     channels_last: bool = True
-    call: int = 0
     layer: nn.Module | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -193,11 +191,9 @@ class Dropout:
         batch, lead, settings = self.bound.batch, self.bound.lead, self.spec.settings
         if batch.streams is None:
             raise ValueError(f"dropout layer {settings['name']} needs keyed noise: give the batch its streams")
-        keys = batch.streams.keys(purpose(settings["name"]), batch.step) + self.spec.call
+        keys = batch.streams.keys(purpose(settings["name"]), batch.step) + settings["call"]
         place: Place = settings["place"]
-        shape = place.in_module(x.shape[lead:])
-        if settings["channels"]:
-            shape = (*shape[:2], *(1 for _ in shape[2:]))
+        shape = mask_shape(place.in_module(x.shape[lead:]), settings["channels"])
         mask = keep_mask(keys if lead else keys[0], shape, settings["p"], x.dtype)
         self.mask = place.samples_first(mask, lead)
         return x * self.mask

@@ -181,6 +181,8 @@ class _Recorder(TorchFunctionMode):
             call.layer, call.args = call.args[0], call.args[1:]
             call.name = self.layers[id(call.layer)]
         if call.function is not None and not torch.is_grad_enabled() and (call.of_inputs or call.of_module):
+            if call.layer is not None or call.function in DROPOUTS:
+                raise Unsupported(f"{call.name} runs in no_grad")
             call.function, call.name = torch.no_grad()(call.function), f"{call.name} in no_grad"
         self.known[id(call.value)] = len(self.calls)
         self.alive.append(call.value)

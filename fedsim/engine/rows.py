@@ -6,8 +6,9 @@ parameters and settings of the op; or nothing, where the op does not fit. What h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,10 @@ class Asked:
         if not isinstance(ref, Ref):
             raise TypeError("not a value")
         return self.calls[ref.index]
+
+    def before(self) -> Iterator[Call]:
+        """The calls before this one."""
+        return takewhile(lambda other: other is not self.call, self.calls)
 
     def in_front(self, *refs: Any) -> bool:
         """Whether the samples are the first axis of these values and of the call's."""
@@ -166,14 +171,20 @@ def _embedding(
 
 def _dropout(asked: Asked, *args: Any, **kwargs: Any) -> Row:
     input, rate, *_ = dropout_of(*args, **kwargs)
-    channels = DROPOUTS[getattr(F, asked.call.name)]
-    return Row(Dropout, (input,), (), {"name": FUNCTIONAL, "p": rate, "channels": channels, "place": asked.call.place})
+    before = sum(c.function in DROPOUTS for c in asked.before())
+    return _dropped(asked, input, FUNCTIONAL, rate, DROPOUTS[getattr(F, asked.call.name)], before)
 
 
 def _dropout_layer(asked: Asked, input: Ref) -> Row:
     layer = asked.call.layer
     assert isinstance(layer, KeyedDropout)
-    settings = {"name": asked.call.name, "p": layer.p, "channels": layer.channels, "place": asked.call.place}
+    before = sum(c.layer is layer for c in asked.before())
+    return _dropped(asked, input, asked.call.name, layer.p, layer.channels, before)
+
+
+def _dropped(asked: Asked, input: Any, name: str, rate: float, channels: bool, before: int) -> Row:
+    """Dropout after so many calls that drew from its stream, also such as the outputs do not depend on."""
+    settings = {"name": name, "p": rate, "channels": channels, "call": before, "place": asked.call.place}
     return Row(Dropout, (input,), (), settings)
 
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
+from fedsim.config import first_line
 from fedsim.engine.calls import Call, Ref, Unsupported, leaves, mapped
 from fedsim.engine.images import Conv2d, MaxPool2d
 from fedsim.engine.norms import GroupNorm
-from fedsim.engine.ops import Add, Bound, Dropout, Linear, Op, ReLU, Reshape, Spec
-from fedsim.engine.record import Recording, record
+from fedsim.engine.ops import Add, Bound, Linear, Op, ReLU, Reshape, Spec
+from fedsim.engine.record import FEW, Recording, record
 from fedsim.engine.rows import IN_FRONT, Row, row_of
 from fedsim.engine.segment import Program, Segment, Step
 from fedsim.trees import Tree
@@ -102,18 +105,19 @@ class _Builder:
                 continue
             row = self.rows.get(i) or self._segment(i)
             slots[i] = first + len(specs)
-            spec = Spec(
-                make=row.make,
-                name=row.params[0].rpartition(".")[0] if row.params else call.name,
-                inputs=tuple(slots[x.index] for x in row.inputs),
-                output=slots[i],
-                shape=_sample_shape(call),
-                params=row.params,
-                trains=call.dtype is not None and call.dtype.is_floating_point,
-                layer=call.layer,
-                settings=row.settings,
+            specs.append(
+                Spec(
+                    make=row.make,
+                    name=row.params[0].rpartition(".")[0] if row.params else call.name,
+                    inputs=tuple(slots[x.index] for x in row.inputs),
+                    output=slots[i],
+                    shape=_sample_shape(call),
+                    params=row.params,
+                    trains=call.dtype is not None and call.dtype.is_floating_point,
+                    layer=call.layer,
+                    settings=row.settings,
+                )
             )
-            specs.append(replace(spec, call=sum(_drawn(spec) == _drawn(other) for other in specs)))
         specs = _mark(_lift_pools(specs), first)
         used = Counter(name for spec in specs for name in spec.params)
         return Tape(
@@ -126,8 +130,9 @@ class _Builder:
         )
 
     def _needed(self) -> list[int]:
-        """The calls that the result depends on, in order; what is a constant, is one."""
-        found, waiting = set[int](), [self.recording.result]
+        """The calls that the result and running statistics depend on, in order, but for constants."""
+        tracked = [i for i, call in enumerate(self.calls) if isinstance(call.layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+        found, waiting = set[int](), [self.recording.result, *tracked]
         while waiting:
             i = waiting.pop()
             if i not in found and not self._constant(i):
@@ -185,8 +190,21 @@ class _Builder:
             buffers=tuple(self.calls[j].name for j in parts if not self.calls[j].parameter),
             types=tuple(kinds),
         )
+        self._check_batched(program, inputs, parts)
         params = tuple(self.calls[j].name for j in parts if self.calls[j].parameter)
         return Row(Segment, tuple(Ref(j) for j in inputs), params, {"program": program})
+
+    def _check_batched(self, program: Program, inputs: list[int], parts: list[int]) -> None:
+        """Refuse a function that torch cannot batch over clients, on the values of the recording as one client's."""
+        values, own = ([self.calls[j].value for j in indices] for indices in (inputs, parts))
+        if not parts or any(value is None for value in values + own):
+            return
+        samples = [place.samples_first(x.detach())[None] for x, place in zip(values, program.inputs, strict=True)]
+        try:
+            with torch.no_grad():
+                vmap(partial(program, size=FEW))(samples, [p.detach()[None] for p in own])
+        except RuntimeError as error:
+            raise Unsupported(first_line(error)) from error
 
     def _value(self, i: int) -> Tensor:
         """Of a constant."""
@@ -207,11 +225,6 @@ def _sample_shape(call: Call) -> tuple[int, ...]:
     place = call.place or IN_FRONT
     within = (n for n in (place.before, place.after) if n > 1)
     return (*within, *call.shape[: place.axis], *call.shape[place.axis + 1 :])
-
-
-def _drawn(spec: Spec) -> Any:
-    """What numbers an op draws, if any."""
-    return (Dropout, spec.settings["name"]) if spec.make is Dropout else spec.output
 
 
 def _lift_pools(specs: list[Spec]) -> list[Spec]:

@@ -133,6 +133,8 @@ def _twin(layer: nn.Module) -> nn.Module | None:
     twin: nn.Module | None = None
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         twin = WeightedBatchNorm(layer)
-    elif isinstance(layer, nn.LSTM | nn.GRU) and not (layer.bidirectional or layer.proj_size or layer.dropout):
+    elif (type(layer) is nn.LSTM or type(layer) is nn.GRU) and not (
+        layer.bidirectional or layer.proj_size or layer.dropout
+    ):
         twin = PlainRecurrent(layer)
     return None if twin is None else twin.train(layer.training)

@@ -83,7 +83,9 @@ class SupervisedTask(Task):
         views = honest and not schedule.shuffle and self._may_view()
 
         def gather(step: int | None, k: int, columns: slice, weights: Tensor | None) -> Batch:
-            labels = read(plan.rows[:k, columns]) if at_once is None else pick(at_once, (slice(k), columns))
+            labels = (
+                _copy(data.targets, plan.rows[:k, columns]) if at_once is None else pick(at_once, (slice(k), columns))
+            )
             line = plan.lines[step] if views and step is not None else None
             if line is None:
                 inputs = _copy(data.inputs, plan.rows[:k, columns])
@@ -94,16 +96,13 @@ class SupervisedTask(Task):
                 inputs, labels = self._lies(inputs, labels, plan.rows[:k, columns], liars[:k])
             return Batch(inputs, labels, weights, own, step or 0)
 
-        def read(rows: Tensor) -> Tree:
-            return _copy(data.targets, rows)
-
         def locate(positions: Tensor) -> Tensor:
             return data.rows(streams.clients, positions)
 
         plan = BatchPlan(self.num_examples[ids], schedule, streams, gather, locate)
         at_once = None
         if isinstance(data.targets, Tensor) and data.targets.ndim == 1:  # this takes no more than the rows themselves
-            at_once = read(plan.rows)
+            at_once = _copy(data.targets, plan.rows)
         return plan
 
     def _lies(self, inputs: Tree, targets: Tree, rows: Tensor, liars: Tensor) -> tuple[Tree, Tree]:

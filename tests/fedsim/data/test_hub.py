@@ -82,10 +82,11 @@ def test_several_columns_of_a_set_saved_to_disk_are_a_dictionary(tmp_path):
     assert tokens.targets.tolist() == [[6, -100, -100], [8, 9, -100]] * 2
     for options, text in (
         ({"features": ["input_ids", "mask"]}, "no column 'mask', it has input_ids, attention_mask, labels"),
-        ({"features": names, "test_split": "dev"}, "cannot load split 'dev'"),
+        ({"features": names, "test_split": "dev"}, r"cannot load split 'dev' \(it has train, test\)"),
+        ({"features": names, "path": str(tmp_path / "one")}, r"cannot load split 'test' \(it has train\)"),
     ):
         with pytest.raises(ValueError, match=text):
-            huggingface(path=str(tmp_path / "both"), label="labels", **options)
+            huggingface(**{"path": str(tmp_path / "both"), "label": "labels", **options})
 
 
 @pytest.mark.filterwarnings("ignore")

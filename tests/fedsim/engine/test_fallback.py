@@ -15,7 +15,7 @@ from fedsim.engine import ENGINES, build_engine
 from fedsim.engine.losses import cross_entropy
 from fedsim.engine.stacked import StackedEngine
 from fedsim.engine.tape import trace
-from fedsim.engine.twins import PlainRecurrent
+from fedsim.engine.twins import PlainRecurrent, batchable_copy
 from fedsim.params import Layout
 from tests.fedsim.engine.zoo import Deciding, batch, gradient, model, numbers_of, stack
 
@@ -66,6 +66,20 @@ def test_the_written_out_recurrent_layers_are_torchs(kind: type[nn.LSTM | nn.GRU
     layer = kind(3, 4, num_layers=2, batch_first=batch_first).double()
     x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
     for found, expected in zip(tree_leaves(PlainRecurrent(layer)(x)), tree_leaves(layer(x)), strict=True):
+        assert (found - expected).abs().max() < 1e-12
+
+
+class Residual(nn.GRU):
+    """Has a forward pass of its own."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y, last = super().forward(x)
+        return x + y, last
+
+
+def test_a_layer_that_derives_from_a_recurrent_one_keeps_its_own_forward_pass() -> None:
+    layer, x = Residual(4, 4, batch_first=True).double(), torch.randn(2, 5, 4, dtype=torch.float64)
+    for found, expected in zip(batchable_copy(layer)(x), layer(x), strict=True):
         assert (found - expected).abs().max() < 1e-12
 
 

@@ -86,6 +86,11 @@ def padded_mask(m: Any, x: Tensor) -> Tensor:
     return attended(m, x, attn_mask=mask)
 
 
+def without_gradient(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return part(x)
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "encoder layer": layer(encoder_layer),
     "encoder layer, norm first, dropout": layer(lambda: encoder_layer(norm_first=True, activation="gelu", dropout=0.3)),
@@ -118,6 +123,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     ),
     "functional dropout of channels": of(
         lambda m, x: F.dropout1d(m.fc(x), 0.5, m.training, inplace=True), fc=lambda: nn.Linear(E, E)
+    ),
+    "dropout that nobody reads": of(
+        lambda m, x: [m.drop(x), F.dropout1d(x), m.fc(F.dropout(m.drop(x)))][-1],
+        drop=lambda: nn.Dropout(0.5),
+        fc=lambda: nn.Linear(E, E),
     ),
     "positions by arange": of(lambda m, x: x + m.places(torch.arange(x.shape[1])), places=lambda: nn.Embedding(T, E)),
     "positions of a buffer": of(
@@ -159,6 +169,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     ),
     "tied weights": of(lambda m, x: F.linear(F.linear(x, m.embed.weight), m.embed.weight.mT)),
     "in place": of(scaled_in_place, fc=lambda: nn.Linear(E, E)),
+    "no_grad": of(lambda m, x: m.fc(x) * without_gradient(m.fc, x), fc=lambda: nn.Linear(E, E)),
     "no gradient": of(lambda m, x: m.fc(x) * m.fc(x).detach().sigmoid(), fc=lambda: nn.Linear(E, E)),
 }
 
@@ -223,6 +234,17 @@ def test_gradients_are_those_of_the_plain_engine(name: str, clients: int) -> Non
     torch.testing.assert_close(stepped[:, :n], (p.x - 0.1 * expected)[:, :n], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("clients", [1, 3])
+def test_batchnorm_keeps_its_statistics_where_nobody_reads_what_it_gives(clients: int) -> None:
+    p = problem(of(lambda m, x: (m.norm(x.mT), x)[1], norm=lambda: nn.BatchNorm1d(E)), clients)
+    engine, oracle = p.engines()
+    ours, theirs = zoo.copy_of(p.x), zoo.copy_of(p.x)
+    torch.testing.assert_close(zoo.gradient(engine, ours, p.batch)[0], zoo.gradient(oracle, theirs, p.batch)[0])
+    assert engine.path == "tape", engine.reason
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(ours, p.x)
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if "dropout" not in name])
 def test_weighted_sums_are_those_of_single_samples(name: str) -> None:
     p = problem(MODULES[name], 2)
@@ -261,6 +283,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a sample's place in its batch": (of(lambda m, x: x * torch.arange(len(x)).view(-1, 1, 1)), "keep samples apart"),
     "a look at the data": (of(lambda m, x: x if x.sum() > 0 else -x), "looks at its data .__bool__"),
     "noise without a key": (of(lambda m, x: x + torch.rand_like(x)), "or is random"),
+    "dropout in no_grad": (of(lambda m, x: x + without_gradient(F.dropout, x)), "dropout runs in no_grad"),
+    "a layer in no_grad": (
+        of(lambda m, x: x + without_gradient(m.norm, x.mT).mT, norm=lambda: nn.BatchNorm1d(E)),
+        "norm runs in no_grad",
+    ),
+    "a function that torch cannot batch": (
+        of(lambda m, x: m.rnn(x)[0], rnn=lambda: nn.RNN(E, E, batch_first=True)),
+        "Batching rule not implemented for aten::rnn_tanh",
+    ),
     "one call for each sample": (of(lambda m, x: torch.stack([row + 1 for row in x])), "any number of samples"),
     "the size of the batch": (of(lambda m, x: x / len(x)), "div depends on the number of samples|keep samples apart"),
     "a view changed under its tensor": (of(lambda m, x: (x[:, 0].mul_(2), x)[1]), "changed in place under another"),
