@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from math import inf
 from threading import RLock
 
-from flwr.app import Error, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Error, Message
 
 from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job
-from fedsim.flower.foreign.private import EXPIRED, UNAVAILABLE, Run, begin_run, number, pack, unpack
+from fedsim.flower.foreign.private import EXPIRED, UNAVAILABLE, OwnGrid, number, pack, unpack
 from fedsim.sim.absence import LOOKS
 
 
@@ -46,7 +45,7 @@ class Flight:
     up: int = field(compare=False)
 
 
-class SimGrid(Grid):
+class SimGrid(OwnGrid):
     """See the module's head.
 
     Args:
@@ -65,7 +64,7 @@ class SimGrid(Grid):
         book: Book,
         told: Callable[[int, str], None],
     ) -> None:
-        self._run = begin_run()
+        super().__init__()
         self._answer, self._clocks, self._book, self._told = answer, clocks, book, told
         self.now = 0.0
         self.states = dict.fromkeys(range(1, count + 1), NOTHING_KEPT)
@@ -76,18 +75,6 @@ class SimGrid(Grid):
         self._flying: list[Flight] = []
         self._landed: dict[str, Message] = {}
         self._lock = RLock()  # an app may push and pull from threads
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         with self._lock:
