@@ -5,6 +5,7 @@ Node i + 1 is client i. A message counts as so many steps of its node's device, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -68,9 +69,10 @@ class Clocks:
     steps: Steps = Steps()
     absence: Absence = Absence()
 
-    def on_line(self, node: int, now: float) -> bool:
-        """Whether a node can be reached."""
-        return not self.absence.away or bool(self.absence.on_line(_clients(node), now))
+    def on_line(self, nodes: Sequence[int], now: float) -> list[int]:
+        """Those of these nodes that can be reached."""
+        on = self.absence.on_line(torch.tensor(nodes) - 1, now)
+        return [node for node, there in zip(nodes, on.tolist(), strict=True) if there]
 
     def ending(self, node: int, number: int, message_type: str, start: float, down: int, up: int) -> Ending:
         """How work ends that begins at this second, on a node's message of this number, with so many bits each way."""

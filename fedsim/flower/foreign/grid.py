@@ -78,7 +78,7 @@ class SimGrid(OwnGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         with self._lock:
-            return [node for node in self.states if self._clocks.on_line(node, self.now)]
+            return self._clocks.on_line([*self.states], self.now)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         with self._lock:
@@ -122,7 +122,7 @@ class SimGrid(OwnGrid):
         self._count += 1
         number(message, str(self._count))
         node, start = meta.dst_node_id, max(self.now, self._free.get(meta.dst_node_id, self.now))
-        if node in self.states and self._clocks.on_line(node, start):
+        if node in self.states and self._clocks.on_line([node], start):
             flight = self._work(message, start)
         else:
             self._book.sent(0)
