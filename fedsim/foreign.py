@@ -150,7 +150,7 @@ def run_app(
             kept = Kept(folder / REPLIES_FILE, nodes)
             stack.callback(kept.close)
             answer = kept.answer
-        grid = SimGrid(answer, file.clients.count, clocks, book, _Told())
+        grid = SimGrid(answer, clocks, book, _Told())
         stack.callback(grid.close)
         _serve(app, grid, book, file)
         if book.errors and not book.replies:
@@ -184,7 +184,8 @@ def _clocks(file: AppFile, app: App) -> Clocks:
             "clients.availability: this app's server (ServerAppComponents) looks for its clients every few seconds of "
             "the wall clock, which has no place in virtual time; leave it out, or use clients.dropout"
         )
-    return Clocks(devices=clients.devices(count=clients.count), steps=clients.steps, absence=absence)
+    devices = clients.devices(count=clients.count)
+    return Clocks(count=clients.count, devices=devices, steps=clients.steps, absence=absence)
 
 
 def _serve(app: App, grid: SimGrid, book: Book, file: AppFile) -> None:

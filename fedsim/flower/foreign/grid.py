@@ -50,7 +50,6 @@ class SimGrid(OwnGrid):
 
     Args:
         answer: what a node answers to a message.
-        count: N.
         clocks: when they can be reached, and how long their work takes.
         book: what has happened.
         told: called with the node and the reason of every error of an app.
@@ -59,7 +58,6 @@ class SimGrid(OwnGrid):
     def __init__(
         self,
         answer: Callable[[Job], Answer],
-        count: int,
         clocks: Clocks,
         book: Book,
         told: Callable[[int, str], None],
@@ -67,7 +65,7 @@ class SimGrid(OwnGrid):
         super().__init__()
         self._answer, self._clocks, self._book, self._told = answer, clocks, book, told
         self.now = 0.0
-        self.states = dict.fromkeys(range(1, count + 1), NOTHING_KEPT)
+        self.states = dict.fromkeys(range(1, clocks.count + 1), NOTHING_KEPT)
         self._jobs = dict.fromkeys(self.states, 0)
         self._free = dict.fromkeys(self.states, 0.0)  # virtual seconds at which nodes have done what they were sent
         self._count = 0
@@ -106,7 +104,7 @@ class SimGrid(OwnGrid):
             ValueError: if none does any more, or the strategy has waited for too long.
         """
         with self._lock:
-            then, self._waits = self._clocks.next_change(len(self.states), self.now), self._waits + 1
+            then, self._waits = self._clocks.next_change(self.now), self._waits + 1
             if then is None or self._waits > LOOKS:
                 raise ValueError(
                     f"the strategy waits for more clients than the {len(list(self.get_node_ids()))} of "

@@ -173,8 +173,8 @@ def grid_of(devices: Devices, count: int = 3, absence: Absence = ALWAYS) -> tupl
     """A grid of echoing clients, and the rows that it will have written."""
     rows: list[dict[str, Any]] = []
     book = Book(lambda row: rows.append(dict(row)))
-    clocks = Clocks(devices=devices, absence=absence)
-    return SimGrid(Nodes(echo, count, {}, 0).answer, count, clocks, book, lambda node, reason: None), rows
+    clocks = Clocks(count=count, devices=devices, absence=absence)
+    return SimGrid(Nodes(echo, count, {}, 0).answer, clocks, book, lambda node, reason: None), rows
 
 
 def asks(*nodes: int, **keys: Any) -> list[Message]:
