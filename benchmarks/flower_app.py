@@ -75,9 +75,8 @@ def apps(hidden: int, steps: int, rounds: int, took: list[float]) -> tuple[Serve
 
 def ours(server: ServerApp, client: ClientApp, clients: int) -> None:
     book = Book(lambda row: None)
-    grid = SimGrid(
-        Nodes(client, clients, {}, 0).answer, clients, Clocks(devices=Constant()), book, lambda node, reason: None
-    )
+    clocks = Clocks(count=clients, devices=Constant())
+    grid = SimGrid(Nodes(client, clients, {}, 0).answer, clocks, book, lambda node, reason: None)
     with seeded(0, "flower server"):
         server(grid, Context(1, 1, {}, RecordDict(), {}))
     assert book.replies and not book.errors

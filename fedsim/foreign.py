@@ -7,7 +7,6 @@ app is code, and runs with the rights of whoever runs it.
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import logging
 import sys
@@ -18,20 +17,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from flwr.app import Context, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
 
 from fedsim.compose.entries import KINDS
 from fedsim.compose.root import NOTES
-from fedsim.config import Call, ConfigError, FromTable, at, decode, first_line, naming
+from fedsim.config import Call, ConfigError, FromTable, decode, first_line, naming
 from fedsim.files import write_whole
-from fedsim.flower.foreign import private
+from fedsim.flower.foreign.app import App
 from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks, Steps
 from fedsim.flower.foreign.grid import SimGrid
 from fedsim.flower.foreign.kept import Kept
-from fedsim.flower.foreign.nodes import Nodes, seeded
+from fedsim.flower.foreign.nodes import Nodes
 from fedsim.history import History
 from fedsim.loop import ServerError
 from fedsim.report import write_report
@@ -102,43 +98,6 @@ class AppFile:
     keep: bool = True
 
 
-@dataclass(frozen=True)
-class App:
-    """An app that is loaded.
-
-    Args:
-        server, client: its two halves.
-        run_config: its settings, flat.
-    """
-
-    server: ServerApp
-    client: ClientApp
-    run_config: dict[str, Any]
-
-    @classmethod
-    def load(cls, folder: Path, overrides: dict[str, Any]) -> App:
-        """Read an app's pyproject.toml and import what it names.
-
-        Raises:
-            ConfigError: if there is no app, a setting is not the app's, or it can't be imported.
-        """
-        with at("app"):
-            try:
-                named = private.components(folder)
-            except FileNotFoundError as e:
-                raise ConfigError(f"app: {folder} holds no pyproject.toml; give the folder of a Flower app") from e
-        with at("run_config"):
-            settings = private.run_config(folder, overrides)
-        halves: dict[str, Any] = {}
-        for name, kind in (("serverapp", ServerApp), ("clientapp", ClientApp)):
-            try:
-                halves[name] = private.load(named[name], folder, kind)
-            except Exception as e:
-                what = f"{name} {named[name]} can't be loaded ({first_line(e)})"
-                raise ConfigError(f"app: {what}; install what it needs, or correct its pyproject.toml") from e
-        return cls(halves["serverapp"], halves["clientapp"], settings)
-
-
 def run_app(
     raw: Mapping[str, Any],
     source: str,
@@ -191,7 +150,7 @@ def run_app(
             kept = Kept(folder / REPLIES_FILE, nodes)
             stack.callback(kept.close)
             answer = kept.answer
-        grid = SimGrid(answer, file.clients.count, clocks, book, _Told())
+        grid = SimGrid(answer, clocks, book, _Told())
         stack.callback(grid.close)
         _serve(app, grid, book, file)
         if book.errors and not book.replies:
@@ -220,28 +179,28 @@ def _clocks(file: AppFile, app: App) -> Clocks:
     """
     clients = file.clients
     absence = Absence(availability=clients.availability(count=clients.count), dropout=clients.dropout, seed=file.seed)
-    if absence.away and private.is_older(app.server):
+    if absence.away and app.is_older:
         raise ConfigError(
             "clients.availability: this app's server (ServerAppComponents) looks for its clients every few seconds of "
             "the wall clock, which has no place in virtual time; leave it out, or use clients.dropout"
         )
-    return Clocks(devices=clients.devices(count=clients.count), steps=clients.steps, absence=absence)
+    devices = clients.devices(count=clients.count)
+    return Clocks(count=clients.count, devices=devices, steps=clients.steps, absence=absence)
 
 
 def _serve(app: App, grid: SimGrid, book: Book, file: AppFile) -> None:
-    """Call the app's server, as Flower does, with the generators that it draws from seeded."""
-    context = Context(private.RUN_ID, private.SERVER_ID, {}, RecordDict(), dict(app.run_config))
-    gc.freeze()  # Flower collects garbage for every list of arrays, and would look through all modules each time
+    """Call the app's server.
+
+    Raises:
+        ServerError: if it raised.
+    """
     try:
-        with seeded(file.seed, "flower server"), private.on_our_clock(grid, grid.wait_for_nodes):
-            app.server(grid, context)
+        app.serve(grid, file.seed)
     except ConfigError:
         raise
     except Exception as e:
         when = f"in round {book.round}" if book.round else "before its first round"
         raise ServerError(f"{file.app}: its ServerApp failed {when}: {first_line(e)}") from e
-    finally:
-        gc.unfreeze()
 
 
 class _Told:

@@ -103,6 +103,7 @@ class Mail:
         flights: jobs that have not been answered, and what they were sent, by message.
         landed: replies that nobody has taken yet, by client, in order of arrival.
         ended: jobs that ended without a reply and that nobody has noted yet.
+        forms: which form replies to each question have had.
         versions: [N] how often each client has written its memory.
         saved: [N] the same in the last checkpoint.
         took: [2, N] float64: seconds of all jobs of each client, and how many these were.

@@ -15,7 +15,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, prod
 from reprlib import repr as brief
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Head:
         return cls(**head)
 
 
-_HEAD = {"work": str, "client": int, "number": int, "round": int, "version": int, "saved": int}
+_HEAD = get_type_hints(Head)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tests.flower_live.deployment import Deployment
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
 
 SEED, STEPS, LR, INTERVAL = 1, 4, 0.1, 15.0
+COMMON = {"seed": SEED, "clients": {"count": 2}, "evaluate": {"every": 1}, "runtime": {"stack": 1}}
 LOCAL = {"steps": STEPS, "batch_size": "full", "optimizer": {"name": "sgd", "lr": LR}}
 QUADRATIC = {"task": {"name": "quadratic", "dim": 6}, "local": LOCAL}
 SADDLE = {"task": {"name": "bilinear", "dim": 6}}
@@ -40,8 +41,7 @@ DETERMINISTIC = [name for name in EXPERIMENTS if name != "fedfix"]
 
 
 def experiment(name: str) -> dict[str, Any]:
-    common = {"seed": SEED, "clients": {"count": 2}, "evaluate": {"every": 1}, "runtime": {"stack": 1}}
-    return {**common, **EXPERIMENTS[name]}
+    return {**COMMON, **EXPERIMENTS[name]}
 
 
 @pytest.fixture(scope="module")

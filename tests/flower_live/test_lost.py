@@ -12,7 +12,7 @@ import pytest
 
 from fedsim import apps, runs
 from tests.flower_live.deployment import Deployment
-from tests.flower_live.test_live import QUADRATIC
+from tests.flower_live.test_live import COMMON, QUADRATIC
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
 
@@ -27,8 +27,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
 
 
 def experiment(strategy: str) -> dict[str, Any]:
-    common = {"seed": 1, "clients": {"count": 2}, "evaluate": {"every": 1}, "runtime": {"stack": 1}}
-    return {**common, **QUADRATIC, "rounds": 2, "strategy": {"name": strategy}, "checkpoint": {"every": 1}}
+    return {**COMMON, **QUADRATIC, "rounds": 2, "strategy": {"name": strategy}, "checkpoint": {"every": 1}}
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

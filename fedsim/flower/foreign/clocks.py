@@ -5,15 +5,17 @@ Node i + 1 is client i. A message counts as so many steps of its node's device, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 import torch
-from torch import Tensor
 
+from fedsim.fleet import Cost
 from fedsim.sim.absence import Absence
 from fedsim.sim.devices import Devices
-from fedsim.streams import Streams
+from fedsim.sim.timing import Timing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,41 +61,35 @@ class Clocks:
     """See the module's head.
 
     Args:
+        count: N.
         devices: durations.
         steps: what messages count as.
         absence: who is away when, and what dies; it has the run's seed.
     """
 
+    count: int
     devices: Devices
     steps: Steps = Steps()
     absence: Absence = Absence()
 
-    def on_line(self, node: int, now: float) -> bool:
-        """Whether a node can be reached."""
-        return not self.absence.away or bool(self.absence.on_line(_clients(node), now))
+    @cached_property
+    def _timing(self) -> Timing:
+        return Timing(self.devices, self.absence, torch.zeros(self.count), 0, 0, self.absence.seed)
+
+    def on_line(self, nodes: Sequence[int], now: float) -> list[int]:
+        """Those of these nodes that can be reached."""
+        on = self.absence.on_line(torch.tensor(nodes) - 1, now)
+        return [node for node, there in zip(nodes, on.tolist(), strict=True) if there]
 
     def ending(self, node: int, number: int, message_type: str, start: float, down: int, up: int) -> Ending:
         """How work ends that begins at this second, on a node's message of this number, with so many bits each way."""
-        clients, numbers = _clients(node), torch.tensor([number])
-        streams, steps = Streams(self.absence.seed, clients, numbers), _double(self.steps.of(message_type))
-        finish = start + self.devices.seconds(streams, steps, _double(down), _double(up))
-        if not self.absence.kills:
-            return Ending(float(finish), up, True)
-        upload = start + self.devices.seconds(streams, steps, _double(down), _double(0))
-        ends = self.absence.ends(clients, numbers, start, finish, upload, torch.tensor([up]))
+        cost, client = Cost(steps=self.steps.of(message_type), bits_up=up), torch.tensor([node - 1])
+        ends = self._timing.ends(client, torch.tensor([number]), start, cost, torch.tensor([down]))
         well = bool(ends.well)
         return Ending(float(ends.at), up if well else int(ends.lost), well)
 
-    def next_change(self, count: int, now: float) -> float | None:
-        """Virtual second at which one of the nodes 1 to count comes or goes; None if none ever does."""
-        changes = self.absence.availability.changes(self.absence.seed, torch.arange(count), now, inf)
+    def next_change(self, now: float) -> float | None:
+        """Virtual second at which one of the nodes comes or goes; None if none ever does."""
+        changes = self.absence.availability.changes(self.absence.seed, torch.arange(self.count), now, inf)
         then = float(changes.min())
         return None if then == inf else then
-
-
-def _clients(node: int) -> Tensor:
-    return torch.tensor([node - 1])
-
-
-def _double(value: float) -> Tensor:
-    return torch.tensor([value], dtype=torch.float64)

@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from math import inf
 from threading import RLock
 
-from flwr.app import Error, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Error, Message
 
 from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job
-from fedsim.flower.foreign.private import EXPIRED, UNAVAILABLE, Run, begin_run, number, pack, unpack
+from fedsim.flower.foreign.private import EXPIRED, UNAVAILABLE, OwnGrid, number, pack, unpack
 from fedsim.sim.absence import LOOKS
 
 
@@ -46,12 +45,11 @@ class Flight:
     up: int = field(compare=False)
 
 
-class SimGrid(Grid):
+class SimGrid(OwnGrid):
     """See the module's head.
 
     Args:
         answer: what a node answers to a message.
-        count: N.
         clocks: when they can be reached, and how long their work takes.
         book: what has happened.
         told: called with the node and the reason of every error of an app.
@@ -60,15 +58,14 @@ class SimGrid(Grid):
     def __init__(
         self,
         answer: Callable[[Job], Answer],
-        count: int,
         clocks: Clocks,
         book: Book,
         told: Callable[[int, str], None],
     ) -> None:
-        self._run = begin_run()
+        super().__init__()
         self._answer, self._clocks, self._book, self._told = answer, clocks, book, told
         self.now = 0.0
-        self.states = dict.fromkeys(range(1, count + 1), NOTHING_KEPT)
+        self.states = dict.fromkeys(range(1, clocks.count + 1), NOTHING_KEPT)
         self._jobs = dict.fromkeys(self.states, 0)
         self._free = dict.fromkeys(self.states, 0.0)  # virtual seconds at which nodes have done what they were sent
         self._count = 0
@@ -77,21 +74,9 @@ class SimGrid(Grid):
         self._landed: dict[str, Message] = {}
         self._lock = RLock()  # an app may push and pull from threads
 
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
         with self._lock:
-            return [node for node in self.states if self._clocks.on_line(node, self.now)]
+            return self._clocks.on_line([*self.states], self.now)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         with self._lock:
@@ -119,7 +104,7 @@ class SimGrid(Grid):
             ValueError: if none does any more, or the strategy has waited for too long.
         """
         with self._lock:
-            then, self._waits = self._clocks.next_change(len(self.states), self.now), self._waits + 1
+            then, self._waits = self._clocks.next_change(self.now), self._waits + 1
             if then is None or self._waits > LOOKS:
                 raise ValueError(
                     f"the strategy waits for more clients than the {len(list(self.get_node_ids()))} of "
@@ -135,7 +120,7 @@ class SimGrid(Grid):
         self._count += 1
         number(message, str(self._count))
         node, start = meta.dst_node_id, max(self.now, self._free.get(meta.dst_node_id, self.now))
-        if node in self.states and self._clocks.on_line(node, start):
+        if node in self.states and self._clocks.on_line([node], start):
             flight = self._work(message, start)
         else:
             self._book.sent(0)

@@ -36,10 +36,25 @@ class LoadError(Exception):
     """The app's objects are not where its pyproject.toml says."""
 
 
-def begin_run() -> Run:
-    """A run, whose server this process is from now on: messages are made in its name."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_ID
-    return Run.create_empty(RUN_ID)
+class OwnGrid(Grid):
+    """What all grids inside this process have: they begin a run, whose server the process is from then on, for messages
+    are made in its name."""
+
+    def __init__(self) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_ID
+        self._run = Run.create_empty(RUN_ID)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
 
 def components(folder: Path) -> dict[str, str]:

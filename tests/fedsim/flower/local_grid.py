@@ -2,7 +2,6 @@
 
 Every message and every client's context is turned into Flower's bytes and back, as on a real grid, so that what passes
 here passes there. On a virtual clock a reply arrives when its client's seconds are over; the work is done at once.
-This is the one file that uses names which Flower does not promise to keep.
 """
 
 from __future__ import annotations
@@ -13,17 +12,12 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.flower.clock import Clock
+from fedsim.flower.foreign.private import RAISED, RUN_ID, SERVER_ID, UNAVAILABLE, OwnGrid, number
 from fedsim.sim.account import TOLERANCE
-
-RAISED, UNAVAILABLE = 2, 5  # Flower's codes for an exception in a client app, and for a node that is gone
-SERVER_NODE = 1
 
 
 @dataclass
@@ -39,7 +33,7 @@ class VirtualClock(Clock):
         self.seconds += seconds
 
 
-class LocalGrid(Grid):
+class LocalGrid(OwnGrid):
     """See the module's head.
 
     Args:
@@ -59,31 +53,18 @@ class LocalGrid(Grid):
         clock: Clock | None = None,
         seconds: Callable[[int], float] = lambda client: 0.0,
     ) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SERVER_NODE  # a Message reads them
-        self._run = Run.create_empty(1)
+        super().__init__()
         self._app, self.clock, self._seconds = app, clock or VirtualClock(), seconds
         self.contexts: dict[int, Context] = {}
         self._client_of: dict[int, int] = {}
         for client in range(num_clients):
-            node = (client + 1) * 7919 % 104729 + SERVER_NODE  # distinct, and not in the clients' order
+            node = (client + 1) * 7919 % 104729 + SERVER_ID  # distinct, and not in the clients' order
             config = {"partition-id": client, "num-partitions": num_clients}
             self._client_of[node] = client
-            self.contexts[node] = Context(1, node, config, RecordDict(), dict(run_config or {}))
+            self.contexts[node] = Context(RUN_ID, node, config, RecordDict(), dict(run_config or {}))
         self.gone: set[int] = set()  # clients whose nodes are not connected
         self._replies: dict[str, tuple[float, Message]] = {}
         self._count = 0
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return sorted(node for node in self.contexts if self._client_of[node] not in self.gone)
@@ -92,19 +73,18 @@ class LocalGrid(Grid):
         ids = []
         for message in messages:
             self._count += 1
-            number = f"message-{self._count}"
-            message.metadata.__dict__["_message_id"] = number
-            node = message.metadata.dst_node_id
+            key = f"message-{self._count}"
+            node = number(message, key).metadata.dst_node_id
             due = self.clock.now() + self._seconds(self._client_of[node])
             answer = self._unavailable if self._client_of[node] in self.gone else self._answer
-            self._replies[number] = due, answer(message, self.contexts[node])
-            ids.append(number)
+            self._replies[key] = due, answer(message, self.contexts[node])
+            ids.append(key)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        wanted = [number for number in message_ids if number in self._replies]
-        due = [number for number in wanted if self._replies[number][0] <= self.clock.now() + TOLERANCE]
-        return [self._replies.pop(number)[1] for number in due]
+        wanted = [key for key in message_ids if key in self._replies]
+        due = [key for key in wanted if self._replies[key][0] <= self.clock.now() + TOLERANCE]
+        return [self._replies.pop(key)[1] for key in due]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         waiting, out = set(self.push_messages(messages)), list[Message]()
@@ -119,15 +99,15 @@ class LocalGrid(Grid):
     def _unavailable(self, message: Message, context: Context) -> Message:
         """What a SuperLink says of a node that is not connected."""
         arrived = Message(message.content, context.node_id, message.metadata.message_type)
-        arrived.metadata.__dict__["_message_id"] = message.metadata.message_id
+        number(arrived, message.metadata.message_id)
         return Message(Error(code=UNAVAILABLE, reason="node unavailable"), reply_to=arrived)
 
     def _answer(self, message: Message, context: Context) -> Message:
         """The client's reply; its context changes only if there is one, as on a SuperNode."""
         content, state = through_bytes(message.content), through_bytes(context.state)
-        here = Context(1, context.node_id, dict(context.node_config), state, dict(context.run_config))
+        here = Context(RUN_ID, context.node_id, dict(context.node_config), state, dict(context.run_config))
         arrived = Message(content, context.node_id, message.metadata.message_type, group_id=message.metadata.group_id)
-        arrived.metadata.__dict__["_message_id"] = message.metadata.message_id
+        number(arrived, message.metadata.message_id)
         try:
             reply = self._app(arrived, here)
         except Exception as error:
@@ -144,4 +124,4 @@ def through_bytes(record: RecordDict) -> RecordDict:
 
 def as_bytes(record: RecordDict) -> dict[str, bytes]:
     """What travels of a record: its parts by their numbers."""
-    return {number: part.deflate() for number, part in get_all_nested_objects(record).items()}
+    return {key: part.deflate() for key, part in get_all_nested_objects(record).items()}

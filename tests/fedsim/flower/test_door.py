@@ -240,6 +240,9 @@ def test_where_replies_differ_most_devices_are_right_however_often_one_speaks() 
     for client in (0, 1):
         forms.note(("q",), ("plain",), client)
     assert forms.usual(("q",), ("plain",)) and not forms.usual(("q",), ("odd",))
+    for k in range(99):
+        forms.note((k,), ("plain",), 0)
+    assert [*forms.seen] == [(k,) for k in range(35, 99)]  # a long run asks many questions
 
 
 def test_a_client_without_samples_may_say_that_it_has_no_loss() -> None:

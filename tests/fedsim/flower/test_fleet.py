@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from fedsim.aggregate import Mean, Median
 from fedsim.clients.flower_app import client_app
 from fedsim.cohort import Cohort
+from fedsim.compress.sparsify import TopK
 from fedsim.fleet import Cost, DrivenFleet
 from fedsim.flower import wire
 from fedsim.flower.clock import Patience
@@ -20,6 +22,7 @@ from fedsim.flower.door import Door
 from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail, connect
 from fedsim.sim.executor import ClientError, StackRunner
+from fedsim.sim.links import Downlink
 from tests.build import heard_sum, quadratic
 from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock
 
@@ -61,9 +64,9 @@ ALL = torch.arange(NUM)
 X = torch.tensor([10.0])
 
 
-def app() -> ClientApp:
+def app(book: wire.Book = DOOR.book) -> ClientApp:
     runner = StackRunner(TASK, HALVES, 0, torch.device("cpu"))
-    return client_app(lambda context: (runner, wire.Book({}), {}))
+    return client_app(lambda context: (runner, book, {}))
 
 
 def build(
@@ -310,6 +313,21 @@ def test_memory_lasts_from_message_to_message_and_a_node_that_lost_it_says_so() 
         assert fleet.ask(ALL, HALVES.count).ids.tolist() == [0, 1, 3]
 
 
+def test_a_client_that_is_back_without_its_copy_is_sent_the_whole_vector() -> None:
+    rule = TopK(k=1)
+    book, clock = wire.Book({"downlink": rule}), VirtualClock()
+    grid = LocalGrid(app(book), NUM, clock=clock)
+    door = replace(DOOR, book=book)
+    mail = Mail(grid, connect(grid, NUM, door, clock, PATIENCE), door, clock, PATIENCE)
+    fleet = FlowerFleet(mail, seed=0, model_size=1, downlink=Downlink(compressor=rule, seed=0))
+    fleet.ask(ALL, HALVES.tell, x=X)
+    grid.gone = {1}
+    assert fleet.ask(ALL, HALVES.tell, x=X + 1).ids.tolist() == [0, 2, 3]
+    grid.gone = set()
+    grid.contexts[mail.nodes.node_ids[1]].state = RecordDict()
+    assert fleet.ask(ALL, HALVES.tell, x=X + 2)["v"].tolist() == [[12.0], [13.0], [14.0], [15.0]]
+
+
 def test_peers_hear_each_other_through_the_server() -> None:
     fleet, _ = build()
     half = fleet.ask(ALL, HALVES.tell, x=X)
@@ -368,6 +386,17 @@ def test_clients_are_known_by_partition_id_and_not_by_node() -> None:
     nodes = connect(grid, NUM, DOOR, VirtualClock(), PATIENCE)
     assert [grid.contexts[n].node_config["partition-id"] for n in nodes.node_ids] == [0, 1, 2, 3]
     assert nodes.num_examples.tolist() == [4, 3, 2, 1]
+
+
+def test_a_node_that_leaves_before_it_has_said_who_it_is_is_asked_again() -> None:
+    class Late(LocalGrid):
+        def get_node_ids(self) -> list[int]:
+            self.gone = {1} if self.clock.now() < 5.0 else set()
+            return list(self.contexts)
+
+    grid = Late(app(), NUM)
+    assert connect(grid, NUM, DOOR, grid.clock, PATIENCE).num_examples.tolist() == [4, 3, 2, 1]
+    assert grid.clock.now() == pytest.approx(5.0, abs=2 * PATIENCE.poll_seconds)
 
 
 @pytest.mark.parametrize(

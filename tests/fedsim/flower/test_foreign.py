@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import strategy_utils
 from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.grid import SimGrid
-from fedsim.flower.foreign.nodes import Answer, Job, Nodes, seeded
+from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job, Nodes, seeded
 from fedsim.flower.foreign.private import EXPIRED, RAISED, UNAVAILABLE, on_our_clock
 from fedsim.history import History
 from fedsim.sim.absence import Absence, Dropout
@@ -71,6 +71,16 @@ def test_what_a_client_draws_depends_on_it_and_its_message_alone(tmp_path: Path)
         torch.randperm(8)
         drawn = random.random()
     assert 6 * whole[0]["train.drawn"] - 5 * one_less[0]["train.drawn"] == pytest.approx(drawn)
+
+
+def test_each_message_of_a_client_has_a_key_of_its_own(tmp_path: Path) -> None:
+    """A client's messages are train 0, evaluate 1, train 2; so the second round draws with key 2."""
+    rows = played(MESSAGE, tmp_path / "run", "run_config.fraction-train=1.0")
+    drawn = []
+    for node in range(1, 7):
+        with seeded(0, f"flower client {node}", 2):
+            drawn.append(random.random())
+    assert rows[1]["train.drawn"] == pytest.approx(sum(drawn) / 6)
 
 
 def test_one_round_is_the_step_and_the_mean_worked_out_from_what_clients_draw(tmp_path: Path) -> None:
@@ -153,6 +163,7 @@ echo = ClientApp()
 
 @echo.train()
 def _(message: Message, context: Any) -> Message:
+    context.state["mine"] = ConfigRecord({"message": message.metadata.message_id})
     assert "bad" not in message.content
     message.content["mine"] = ConfigRecord({"node": context.node_id})
     return Message(message.content, reply_to=message)
@@ -162,8 +173,8 @@ def grid_of(devices: Devices, count: int = 3, absence: Absence = ALWAYS) -> tupl
     """A grid of echoing clients, and the rows that it will have written."""
     rows: list[dict[str, Any]] = []
     book = Book(lambda row: rows.append(dict(row)))
-    clocks = Clocks(devices=devices, absence=absence)
-    return SimGrid(Nodes(echo, count, {}, 0).answer, count, clocks, book, lambda node, reason: None), rows
+    clocks = Clocks(count=count, devices=devices, absence=absence)
+    return SimGrid(Nodes(echo, count, {}, 0).answer, clocks, book, lambda node, reason: None), rows
 
 
 def asks(*nodes: int, **keys: Any) -> list[Message]:
@@ -199,6 +210,7 @@ def test_messages_that_outlive_their_time_or_have_no_node_are_errors_as_flower_h
     bad.content["bad"] = ConfigRecord()
     (reply,) = grid.send_and_receive([bad])
     assert reply.error.code == RAISED and "AssertionError" in reply.error.reason
+    assert grid.states[2] == NOTHING_KEPT != grid.states[1]
 
 
 def test_replies_belong_to_their_messages_and_nothing_is_shared() -> None:
@@ -237,6 +249,16 @@ def test_rounds_are_groups_or_else_server_rounds_or_else_pushes() -> None:
     json.dumps(rows)
 
 
+def test_numbers_that_clients_report_are_averaged_by_their_samples() -> None:
+    rows: list[Any] = []
+    book = Book(rows.append)
+    book.begin(asks(1)[0], True, 0.0)
+    for n, loss in ((1, 2.0), (3, 6.0)):
+        book.came("train", 0, RecordDict({"m": MetricRecord({"num-examples": n, "loss": loss})}), dropped=False)
+    book.close(1.0)
+    assert rows[0]["train.loss"] == (1 * 2.0 + 3 * 6.0) / 4 and "train.num-examples" not in rows[0]
+
+
 def test_dropped_work_costs_its_share_of_bits_and_leaves_the_client_as_it_was() -> None:
     """Work on a node that dies at a share u of its time has sent u of it, where the upload is all the time there is."""
     absence = Absence(dropout=Dropout(probability=0.5))
@@ -247,6 +269,7 @@ def test_dropped_work_costs_its_share_of_bits_and_leaves_the_client_as_it_was() 
     died = u[:, 0] < 0.5
     assert [replies[i + 1].has_error() for i in range(40)] == died.tolist() and 10 < died.sum() < 30
     assert all(replies[i + 1].error.code == UNAVAILABLE for i in range(40) if died[i])
+    assert [grid.states[i + 1] == NOTHING_KEPT for i in range(40)] == died.tolist()
     one = 8 * len(recorddict_to_proto(RecordDict({"mine": ConfigRecord({"node": 1})})).SerializeToString())
     expected = sum(int(float(u[i, 1]) * one + 1e-9) if died[i] else one for i in range(40))
     assert rows[0]["bits_up"] == pytest.approx(expected, abs=40)
@@ -255,14 +278,16 @@ def test_dropped_work_costs_its_share_of_bits_and_leaves_the_client_as_it_was() 
 
 def test_nodes_that_are_away_are_not_listed_and_waiting_for_them_takes_virtual_time() -> None:
     law = Bernoulli(p=0.5, seconds=10.0)
-    grid, _ = grid_of(Constant(), count=8, absence=Absence(availability=law))
+    grid, rows = grid_of(Constant(), count=8, absence=Absence(availability=law))
     for slot in range(4):
         expected = [i + 1 for i in range(8) if law.on_line(0, torch.tensor([i]), 10.0 * slot)]
         assert list(grid.get_node_ids()) == expected and grid.now == 10.0 * slot
         grid.wait_for_nodes()
     away = ({*range(1, 9)} - {*grid.get_node_ids()}).pop()
-    (reply,) = grid.send_and_receive(asks(away))
+    (reply,) = grid.send_and_receive([Message(RecordDict({"c": ConfigRecord({"lr": 0.1})}), away, "train")])
     assert reply.error.code == UNAVAILABLE and grid.now == 40.0
+    grid.close()
+    assert (rows[0]["bits_down"], rows[0]["bits_up"], rows[0]["num_dropped"]) == (0, 0, 1)
 
 
 def test_a_strategy_waits_for_nodes_on_the_virtual_clock_and_not_for_ever() -> None:
@@ -326,6 +351,11 @@ def test_a_run_that_broke_off_goes_on_to_the_same_rows_without_computing_what_it
     assert not (tmp_path / "run" / "replies.bin").exists() and (tmp_path / "run" / "summary.json").exists()
     found = fedsim("flower", "run", app, "--out", tmp_path / "run", "--resume", "clients.count=6")
     assert found.code == 2 and "complete" in found.err
+
+
+def test_replies_are_not_kept_where_they_are_not_wanted(tmp_path: Path) -> None:
+    broken_off(MESSAGE, tmp_path / "run", 11, "keep=false")
+    assert not (tmp_path / "run" / "replies.bin").exists()
 
 
 def test_a_damaged_reply_is_computed_again(tmp_path: Path) -> None:
