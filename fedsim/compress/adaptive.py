@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import Field, Packet, check_stack, code_dtype
-from fedsim.compress.quantize import Quantizer, look_up, norm_of, sign_bit
+from fedsim.compress.quantize import QSGD, Quantizer, look_up, norm_and_codes, norm_of, sign_bit
 from fedsim.compress.words import blocks, uniform
 from fedsim.streams import Streams
 
@@ -42,11 +42,11 @@ class AdaptiveQSGD(Quantizer):
             raise ValueError(f"adaptive_qsgd.levels must be in 1..255, got {self.levels}")
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        code = Field("code", num_entries, 1 + self.levels.bit_length(), number=False, most=self.levels, signed=True)
-        return Field("norm", 1, least=0.0), Field("levels", self.levels, least=0.0, most=1.0), code
+        norm, code = norm_and_codes(num_entries, self.levels)
+        return norm, Field("levels", self.levels, least=0.0, most=1.0), code
 
     def omega(self, num_entries: int) -> float | None:
-        return min(num_entries / self.levels**2, num_entries**0.5 / self.levels)
+        return QSGD(levels=self.levels).omega(num_entries)
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
