@@ -220,6 +220,7 @@ def _theory_step(task: BilinearTask, p: float, q: float) -> float:
 def test_converges_linearly_at_the_theoretical_step(p: float, k: int, factor: float) -> None:
     task = saddle(10, 10, low=1.5)
     strategy = Masha1(lr=_theory_step(task, p, q=20 / k), p=p, compressor=RandK(k=k))
+    assert strategy.proven(task.constants, 20) == pytest.approx((strategy.lr, strategy.lr))
     away = _away(task, _play(task, strategy, 600))
     assert all(float(away[i + 199]) < factor * float(away[i]) for i in (0, 200, 400))
 

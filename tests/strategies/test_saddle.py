@@ -184,6 +184,15 @@ def test_bounds_with_a_compressor_as_worked_out() -> None:
     assert EF21(compressor=TopK(k=2), cohort_size=2, local=local).proven(task.constants, 10) is None
 
 
+def test_bounds_of_masha1_on_one_client_as_worked_out() -> None:
+    # L = 5 of [[3, 4], [-4, 3]]; Q_s of Rand-1 of 2 has q_s = 2, Q has q = 1; p / (2 mu) is the other bound
+    task = _given([[4.0]], [0.0], [0.0], lam=3.0)
+    fields: dict[str, Any] = {"lr": 0.1, "server_compressor": RandK(k=1)}
+    assert Masha1(p=1.0, **fields).proven(task.constants, 2) == pytest.approx((0.1, 1 / (2 * 50**0.5)))
+    assert Masha1(p=0.01, **fields).proven(task.constants, 2) == pytest.approx((0.1, 0.01 / 6))
+    assert Masha1(p=1.0, cohort_size=1, **fields).proven(task.constants, 2) is None
+
+
 def test_a_step_above_the_bound_is_said_with_the_bound() -> None:
     with pytest.warns(UserWarning, match=r"the step 9 is above 0\.\d+, up to which the theory"):
         compose({**SADDLE, "strategy": {"name": "extragradient", "lr": 9.0}}, "x.yaml").close()
