@@ -315,9 +315,7 @@ def test_masha1_refuses_a_biased_compressor_and_names_the_way_out(key: str) -> N
 
 
 @pytest.mark.parametrize("make", [Masha1, Masha2])
-@pytest.mark.parametrize(
-    "bad", [{"lr": 0.0}, {"lr": 0.1, "p": 0.0}, {"lr": 0.1, "p": 1.5}, {"lr": 0.1, "batch_size": 0}]
-)
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"p": 0.0}, {"p": 1.5}, {"batch_size": 0}, {"cohort_size": 0}])
 def test_steps_and_chances_out_of_range_are_refused(make: type, bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="positive|chance of a refresh|_size must be at least 1"):
         make(**{"lr": 0.1, **bad})

@@ -139,3 +139,11 @@ def test_a_number_that_16_bits_hold_comes_back_as_it_was() -> None:
         exact = v.to(torch.bfloat16).float() if dtype == torch.bfloat16 else v[:1].to(dtype).float()
         assert torch.equal(rule.encode(exact, streams(len(exact))).decode(), exact)
     assert Float16().bits(10) == 9 + 160 and BFloat16().bits(10) == 160
+
+
+def test_a_number_far_below_the_largest_of_its_row_is_right_on_average_in_16_bits() -> None:
+    # beside 1 the least code of fp16 is 2^-38, which stands for 2^-40 one time in four
+    rows = 4000
+    sent = Float16().encode(torch.tensor([[1.0, 2.0**-40]]).expand(rows, -1), streams(rows)).decode()[:, 1] * 2.0**38
+    assert set(sent.tolist()) == {0.0, 1.0}
+    assert float(sent.mean()) == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / rows) ** 0.5)
