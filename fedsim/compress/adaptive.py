@@ -72,7 +72,7 @@ class AdaptiveQSGD(Quantizer):
 
 
 def _fitted(x: Tensor, levels: int) -> Tensor:
-    """[C, s + 1] levels from 0 to 1 for ascending entries x [C, P] in [0, 1]; those of rows with NaN are QSGD's."""
+    """[C, s + 1] levels from 0 to 1 for ascending entries x [C, P] in [0, 1]; of a row with NaN they may be NaN."""
     level = torch.linspace(0.0, 1.0, levels + 1, dtype=x.dtype, device=x.device).repeat(len(x), 1)
     total = torch.nn.functional.pad(x.double().cumsum(dim=1), (1, 0))  # of the first entries
     for _ in range(_SWEEPS):
@@ -93,6 +93,5 @@ def _best(x: Tensor, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
         above = b * (last - m - 1) - (total.gather(1, last) - total.gather(1, m + 1))
         enough = below >= above
         low, high = torch.where(enough, low, m + 1), torch.where(enough, m, high)
-        low = torch.minimum(low, high)
     found = x.gather(1, low.clamp(max=x.shape[1] - 1))
     return torch.where(last > first, torch.minimum(torch.maximum(found, a), b), a)

@@ -5,7 +5,7 @@ Horvath et al. arXiv:1905.10988. Scaled sign: Karimireddy et al. arXiv:1901.0984
 Codes have fixed length; an entropy code would be shorter. Probabilities of rounding are multiples of 2^-24.
 
 Rows: a row of zeros comes back as zeros. A row with a NaN or an infinity comes back without one finite entry (natural
-compression keeps it entry by entry, as an infinity), so that a divergence is seen at the receiver.
+compression and bf16 keep it entry by entry, as an infinity), so that a divergence is seen at the receiver.
 
 Letters: C clients in the stack, P entries of a vector, s levels.
 """
