@@ -13,14 +13,14 @@ from collections.abc import Callable
 import torch
 
 from fedsim.compress import COMPRESSORS
-from fedsim.compress.packet import Packet
+from fedsim.compress.packet import Compressor, Packet
 from fedsim.compress.quantize import QSGD
 from fedsim.compress.sparsify import TopK
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
 
-def settings(num_entries: int) -> dict[str, object]:
+def settings(num_entries: int) -> dict[str, Compressor]:
     """One usual setting of every compressor in the table."""
     layout = Layout.of({"w": (num_entries // 1000, 1000), "b": (num_entries % 1000,)})
     fields: dict[str, dict[str, object]] = {
@@ -59,29 +59,27 @@ def main() -> None:
     v = torch.randn(args.rows, args.entries, generator=torch.Generator().manual_seed(0)).to(args.device)
     ids = torch.arange(args.rows, device=args.device)
     streams = Streams(0, ids, torch.zeros_like(ids))
-    megabytes = v.numel() * 4 / 1e6
-    wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
 
     print(f"{args.rows} rows of {args.entries} entries, {args.device}, {torch.get_num_threads()} thread(s)")
-    print(
-        f"{'compressor':<20}{'encode MB/s':>12}{'decode MB/s':>12}{'write MB/s':>12}{'read MB/s':>12}{'bits/entry':>12}"
-    )
+    heads = ("encode MB/s", "decode MB/s", "write MB/s", "read MB/s", "bits/entry")
+    print(f"{'compressor':<20}{''.join(f'{head:>12}' for head in heads)}")
     for name, compressor in settings(args.entries).items():
-        packet = compressor.encode(v, streams)  # type: ignore[attr-defined]
-        data, shared = packet.encode_row(0), compressor.shared(streams.rows([0]), args.entries)  # type: ignore[attr-defined]
-        rates = [
-            megabytes / seconds(lambda c=compressor: (c.encode(v, streams), wait()), args.repeats),  # type: ignore[misc]
-            megabytes / seconds(lambda p=packet: (p.decode(), wait()), args.repeats),  # type: ignore[misc]
-            megabytes / args.rows / seconds(lambda p=packet: p.encode_row(0), args.repeats),  # type: ignore[misc]
-            megabytes
-            / args.rows
-            / seconds(
-                lambda c=compressor, d=data, s=shared: Packet.decode_row(d, c, args.entries, s),  # type: ignore[misc]
-                args.repeats,
-            ),
-        ]
+        rates = measured(compressor, v, streams, args.repeats)
         shown = "".join(f"{rate:>12.0f}" for rate in rates)
-        print(f"{name:<20}{shown}{compressor.bits(args.entries) / args.entries:>12.2f}")  # type: ignore[attr-defined]
+        print(f"{name:<20}{shown}{compressor.bits(args.entries) / args.entries:>12.2f}")
+
+
+def measured(compressor: Compressor, v: torch.Tensor, streams: Streams, repeats: int) -> list[float]:
+    """MB/s of encoding and decoding the stack [C, P], and of writing and reading a row of it."""
+    wait = torch.cuda.synchronize if v.is_cuda else lambda: None
+    packet, entries, row = compressor.encode(v, streams), v.shape[1], v.shape[1] * 4 / 1e6
+    data, shared = packet.encode_row(0), compressor.shared(streams.rows([0]), entries)
+    return [
+        len(v) * row / seconds(lambda: (compressor.encode(v, streams), wait()), repeats),
+        len(v) * row / seconds(lambda: (packet.decode(), wait()), repeats),
+        row / seconds(lambda: packet.encode_row(0), repeats),
+        row / seconds(lambda: Packet.decode_row(data, compressor, entries, shared), repeats),
+    ]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedsim.compress.packet import Field, Packet, check_stack, code_dtype
-from fedsim.compress.quantize import Quantizer, look_up, norm_of, sign_bit
+from fedsim.compress.quantize import QSGD, Quantizer, look_up, norm_and_codes, norm_of, sign_bit
 from fedsim.compress.words import blocks, uniform
 from fedsim.streams import Streams
 
@@ -42,11 +42,11 @@ class AdaptiveQSGD(Quantizer):
             raise ValueError(f"adaptive_qsgd.levels must be in 1..255, got {self.levels}")
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        code = Field("code", num_entries, 1 + self.levels.bit_length(), number=False, most=self.levels, signed=True)
-        return Field("norm", 1, least=0.0), Field("levels", self.levels, least=0.0, most=1.0), code
+        norm, code = norm_and_codes(num_entries, self.levels)
+        return norm, Field("levels", self.levels, least=0.0, most=1.0), code
 
     def omega(self, num_entries: int) -> float | None:
-        return min(num_entries / self.levels**2, num_entries**0.5 / self.levels)
+        return QSGD(levels=self.levels).omega(num_entries)
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
@@ -72,7 +72,7 @@ class AdaptiveQSGD(Quantizer):
 
 
 def _fitted(x: Tensor, levels: int) -> Tensor:
-    """[C, s + 1] levels from 0 to 1 for ascending entries x [C, P] in [0, 1]; those of rows with NaN are QSGD's."""
+    """[C, s + 1] levels from 0 to 1 for ascending entries x [C, P] in [0, 1]; of a row with NaN they may be NaN."""
     level = torch.linspace(0.0, 1.0, levels + 1, dtype=x.dtype, device=x.device).repeat(len(x), 1)
     total = torch.nn.functional.pad(x.double().cumsum(dim=1), (1, 0))  # of the first entries
     for _ in range(_SWEEPS):
@@ -93,6 +93,5 @@ def _best(x: Tensor, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
         above = b * (last - m - 1) - (total.gather(1, last) - total.gather(1, m + 1))
         enough = below >= above
         low, high = torch.where(enough, low, m + 1), torch.where(enough, m, high)
-        low = torch.minimum(low, high)
     found = x.gather(1, low.clamp(max=x.shape[1] - 1))
     return torch.where(last > first, torch.minimum(torch.maximum(found, a), b), a)

@@ -5,7 +5,7 @@ Horvath et al. arXiv:1905.10988. Scaled sign: Karimireddy et al. arXiv:1901.0984
 Codes have fixed length; an entropy code would be shorter. Probabilities of rounding are multiples of 2^-24.
 
 Rows: a row of zeros comes back as zeros. A row with a NaN or an infinity comes back without one finite entry (natural
-compression keeps it entry by entry, as an infinity), so that a divergence is seen at the receiver.
+compression and bf16 keep it entry by entry, as an infinity), so that a divergence is seen at the receiver.
 
 Letters: C clients in the stack, P entries of a vector, s levels.
 """
@@ -48,7 +48,7 @@ class QSGD(Quantizer):
             raise ValueError(f"qsgd.levels must be in 1..65535, got {self.levels}")
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        return _norm_and_codes(num_entries, self.levels)
+        return norm_and_codes(num_entries, self.levels)
 
     def omega(self, num_entries: int) -> float | None:
         return min(num_entries / self.levels**2, sqrt(num_entries) / self.levels)
@@ -69,7 +69,7 @@ class TernGrad(Quantizer):
     """
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        return _norm_and_codes(num_entries, 1)
+        return norm_and_codes(num_entries, 1)
 
     def omega(self, num_entries: int) -> float | None:
         # The worst vector has one entry 1 and the others 1 / (1 + sqrt(P)).
@@ -187,7 +187,7 @@ class NaturalDithering(Quantizer):
             raise ValueError(f"natural_dithering.norm must be one of {', '.join(_ORDERS)}, got {self.norm!r}")
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
-        return _norm_and_codes(num_entries, self.levels)
+        return norm_and_codes(num_entries, self.levels)
 
     def omega(self, num_entries: int) -> float | None:
         t = num_entries ** (1.0 / min(_ORDERS[self.norm], 2.0)) / 2.0 ** (self.levels - 1)
@@ -235,7 +235,7 @@ class ScaledSign(Quantizer):
         return payload["code"].to(scale.dtype).mul_(-2.0).add_(1.0).mul_(scale)
 
 
-def _norm_and_codes(num_entries: int, levels: int) -> tuple[Field, Field]:
+def norm_and_codes(num_entries: int, levels: int) -> tuple[Field, Field]:
     """A norm, and for every entry one of the levels 0..s with a sign bit above it."""
     code = Field("code", num_entries, 1 + levels.bit_length(), number=False, most=levels, signed=True)
     return Field("norm", 1, least=0.0), code

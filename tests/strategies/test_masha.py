@@ -220,6 +220,7 @@ def _theory_step(task: BilinearTask, p: float, q: float) -> float:
 def test_converges_linearly_at_the_theoretical_step(p: float, k: int, factor: float) -> None:
     task = saddle(10, 10, low=1.5)
     strategy = Masha1(lr=_theory_step(task, p, q=20 / k), p=p, compressor=RandK(k=k))
+    assert strategy.proven(task.constants, 20) == pytest.approx((strategy.lr, strategy.lr))
     away = _away(task, _play(task, strategy, 600))
     assert all(float(away[i + 199]) < factor * float(away[i]) for i in (0, 200, 400))
 
@@ -314,9 +315,7 @@ def test_masha1_refuses_a_biased_compressor_and_names_the_way_out(key: str) -> N
 
 
 @pytest.mark.parametrize("make", [Masha1, Masha2])
-@pytest.mark.parametrize(
-    "bad", [{"lr": 0.0}, {"lr": 0.1, "p": 0.0}, {"lr": 0.1, "p": 1.5}, {"lr": 0.1, "batch_size": 0}]
-)
+@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"p": 0.0}, {"p": 1.5}, {"batch_size": 0}, {"cohort_size": 0}])
 def test_steps_and_chances_out_of_range_are_refused(make: type, bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="positive|chance of a refresh|_size must be at least 1"):
         make(**{"lr": 0.1, **bad})

@@ -181,7 +181,23 @@ def test_bounds_with_a_compressor_as_worked_out() -> None:
     ef21 = EF21(compressor=TopK(k=2), local=local).proven(task.constants, 10)  # delta = 5
     left = 0.8**0.5
     assert ef21 is not None and ef21[1] == pytest.approx(1 / (mean + rms * left / (1 - left)))
+    assert EF21(compressor=RandK(k=2), local=local).proven(task.constants, 10) == ef21  # scaled, it has that delta, too
     assert EF21(compressor=TopK(k=2), cohort_size=2, local=local).proven(task.constants, 10) is None
+
+
+@pytest.mark.parametrize("kind", [EF21, Diana, Marina])
+def test_bounds_of_descent_are_silent_about_saddle_points(kind: type) -> None:
+    task = saddle(3, 4, lam=1.0)
+    assert kind(local=local_sgd(task, 0.1)).proven(task.constants, 8) is None
+
+
+def test_bounds_of_masha1_on_one_client_as_worked_out() -> None:
+    # L = 5 of [[3, 4], [-4, 3]]; Q_s of Rand-1 of 2 has q_s = 2, Q has q = 1; p / (2 mu) is the other bound
+    task = _given([[4.0]], [0.0], [0.0], lam=3.0)
+    fields: dict[str, Any] = {"lr": 0.1, "server_compressor": RandK(k=1)}
+    assert Masha1(p=1.0, **fields).proven(task.constants, 2) == pytest.approx((0.1, 1 / (2 * 50**0.5)))
+    assert Masha1(p=0.01, **fields).proven(task.constants, 2) == pytest.approx((0.1, 0.01 / 6))
+    assert Masha1(p=1.0, cohort_size=1, **fields).proven(task.constants, 2) is None
 
 
 def test_a_step_above_the_bound_is_said_with_the_bound() -> None:

@@ -3,6 +3,7 @@ from math import sqrt
 import pytest
 import torch
 
+from fedsim.compress.adaptive import AdaptiveQSGD
 from fedsim.compress.packet import Compressor
 from fedsim.compress.quantize import QSGD, BFloat16, Float16, Natural, NaturalDithering, ScaledSign, TernGrad
 from fedsim.compress.words import blocks
@@ -83,7 +84,7 @@ def test_scaled_sign_has_exactly_the_stated_contraction() -> None:
     assert torch.allclose(error / l2, 1.0 - l1**2 / (30 * l2))
 
 
-@pytest.mark.parametrize("compressor", [QSGD(levels=5), TernGrad(), NaturalDithering(levels=4), Natural()])
+@pytest.mark.parametrize("compressor", [QSGD(levels=5), TernGrad(), NaturalDithering(levels=4), Natural(), BFloat16()])
 @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e25, 1e37])
 def test_very_small_and_very_large_vectors_keep_their_size(compressor, scale: float) -> None:  # type: ignore[no-untyped-def]
     v = repeated([3.0 * scale, -4.0 * scale], 2000)
@@ -91,7 +92,10 @@ def test_very_small_and_very_large_vectors_keep_their_size(compressor, scale: fl
     assert mean.tolist() == pytest.approx([3.0, -4.0], abs=0.3)
 
 
-@pytest.mark.parametrize("compressor", [QSGD(levels=5), TernGrad(), NaturalDithering(levels=4), ScaledSign()])
+@pytest.mark.parametrize(
+    "compressor",
+    [QSGD(levels=5), AdaptiveQSGD(levels=5), TernGrad(), NaturalDithering(levels=4), ScaledSign(), Float16()],
+)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_diverged_does_not_come_back_finite(compressor, bad: float) -> None:  # type: ignore[no-untyped-def]
     sent = compressor.encode(torch.tensor([[1.0, bad, 0.0], [1.0, 2.0, 3.0]]), streams(2)).decode()
@@ -139,3 +143,11 @@ def test_a_number_that_16_bits_hold_comes_back_as_it_was() -> None:
         exact = v.to(torch.bfloat16).float() if dtype == torch.bfloat16 else v[:1].to(dtype).float()
         assert torch.equal(rule.encode(exact, streams(len(exact))).decode(), exact)
     assert Float16().bits(10) == 9 + 160 and BFloat16().bits(10) == 160
+
+
+def test_a_number_far_below_the_largest_of_its_row_is_right_on_average_in_16_bits() -> None:
+    # beside 1 the least code of fp16 is 2^-38, which stands for 2^-40 one time in four
+    rows = 4000
+    sent = Float16().encode(torch.tensor([[1.0, 2.0**-40]]).expand(rows, -1), streams(rows)).decode()[:, 1] * 2.0**38
+    assert set(sent.tolist()) == {0.0, 1.0}
+    assert float(sent.mean()) == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / rows) ** 0.5)
