@@ -58,12 +58,11 @@ class ClippedGossip(MomentumPeers):
         """[C] float64: tau_i of C clients, from the squared distances [E] of what they heard."""
         if self.tau is not None:
             return heard.weights.new_full((len(heard),), self.tau)
-        sums = heard.weights.new_zeros(2, len(heard))
         trusted = heard.ranks(distances) < (heard.counts - self.f)[heard.hearers]
         heaviest = (heard.ranks(-heard.weights.masked_fill(heard.is_own, -1.0)) < self.f) & ~heard.is_own
-        sums[0].index_add_(0, heard.hearers[trusted], (heard.weights * distances)[trusted])
-        sums[1].index_add_(0, heard.hearers[heaviest], heard.weights[heaviest])
-        return torch.where(sums[1] > 0, (sums[0] / sums[1]).sqrt(), inf)
+        spread = heard.sums((heard.weights * distances).where(trusted, 0.0))
+        delta = heard.sums(heard.weights.where(heaviest, 0.0))
+        return torch.where(delta > 0, (spread / delta).sqrt(), inf)
 
 
 def clipped(heard: Graph, distances: Tensor, tau: Tensor) -> Graph:
@@ -76,7 +75,7 @@ def clipped(heard: Graph, distances: Tensor, tau: Tensor) -> Graph:
     """
     share = (tau[heard.hearers] / distances.sqrt().clamp(min=1e-300)).clamp(max=1.0).where(distances < FAR, 0.0)
     kept = (heard.weights * share).masked_fill(heard.is_own, 0.0)
-    rest = 1.0 - kept.new_zeros(len(heard)).index_add_(0, heard.hearers, kept)
+    rest = 1.0 - heard.sums(kept)
     return replace(heard, weights=torch.where(heard.is_own, rest[heard.hearers], kept)).chosen(
         (share > 0) | heard.is_own
     )
