@@ -58,8 +58,7 @@ class Graph:
         own = torch.arange(n)
         rest = 1.0 - torch.zeros(n, dtype=torch.float64).index_add_(0, pairs[0], weights)
         order = torch.argsort(torch.cat([pairs[0], own]) * n + torch.cat([pairs[1], own]))
-        start = torch.cat([torch.zeros(1, dtype=torch.int64), (degrees + 1).cumsum(0)])
-        return cls(start, torch.cat([pairs[1], own])[order], torch.cat([weights, rest])[order], own)
+        return cls(_starts(degrees + 1), torch.cat([pairs[1], own])[order], torch.cat([weights, rest])[order], own)
 
     def __len__(self) -> int:
         return len(self.start) - 1
@@ -82,10 +81,14 @@ class Graph:
     def rows(self, index: Tensor) -> Graph:
         """What some of the peers hear, in their order; whom they hear keeps its number."""
         counts = self.counts[index]
-        start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        start = _starts(counts)
         shift = torch.repeat_interleave(self.start[index] - start[:-1], counts)
         at = shift + torch.arange(len(shift))
         return Graph(start, self.peers[at], self.weights[at], self.own[index])
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[n]: for each who hears the sum of its pairs' values [E]."""
+        return values.new_zeros(len(self)).index_add_(0, self.hearers, values)
 
     def ranks(self, values: Tensor) -> Tensor:
         """[E]: the place of each pair's value [E] among those of who hears, from 0; ties go to the lower peer."""
@@ -96,9 +99,8 @@ class Graph:
 
     def chosen(self, which: Tensor, weights: Tensor | None = None) -> Graph:
         """Some of the pairs [E] bool, with their weights or with others [E]."""
-        counts = torch.zeros_like(self.counts).index_add_(0, self.hearers, which.long())
-        start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return Graph(start, self.peers[which], (self.weights if weights is None else weights)[which], self.own)
+        weights = self.weights if weights is None else weights
+        return Graph(_starts(self.sums(which.long())), self.peers[which], weights[which], self.own)
 
     def without(self, lost: Tensor) -> Graph:
         """The graph without some pairs [E] bool of two peers; their weights go to the vector of who would have heard.
@@ -107,7 +109,7 @@ class Graph:
         """
         if not bool(lost.any()):
             return self
-        rest = self.weights.new_zeros(len(self)).index_add_(0, self.hearers[lost], self.weights[lost])
+        rest = self.sums(self.weights.where(lost, 0.0))
         return self.chosen(~lost, torch.where(self.is_own, self.weights + rest[self.hearers], self.weights))
 
     def among(self, ids: Tensor) -> Graph:
@@ -138,6 +140,11 @@ class Graph:
             return self.dense(len(v)).to(v) @ v
         weights = self.weights.to(v.dtype)
         return F.embedding_bag(self.peers, v, self.start[:-1], mode="sum", per_sample_weights=weights)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """[n + 1]: where the pairs of each peer begin, and where the last one's end, from how many each has [n]."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 @dataclass

@@ -5,7 +5,7 @@ arXiv:2202.01545, with local momentum. The radius of their theorem is tau_i^2 = 
 the honest neighbours j, delta_i the weight of the byzantine ones. Who these are is not known: here the f farthest are
 left out of the sum, and delta_i is what the f heaviest neighbours weigh. With f = 0 nothing is clipped.
 
-Letters: P parameters; theta_i a client's model, m_i its momentum, h_i its model after the local step, W_ij the mixing
+Letters: P parameters; theta_i a client's model, h_i its model after the step along its momentum m_i, W_ij the mixing
 weights, f byzantine neighbours of a client at most.
 """
 
@@ -21,29 +21,22 @@ from fedsim.aggregate.distances import FAR, distances_along
 from fedsim.cohort import Cohort
 from fedsim.config import ConfigError
 from fedsim.graph import Graph, Inbox
-from fedsim.strategies.peers import Peers
+from fedsim.strategies.peers import MomentumPeers
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClippedGossip(Peers):
+class ClippedGossip(MomentumPeers):
     """Polyak momentum, then gossip in which each neighbour's difference to one's own model is clipped; no server.
 
     Args:
-        beta: momentum, in [0, 1).
         f: byzantine neighbours to survive, fewer than any client has.
         tau: radius to clip to, a length; null takes that of the theory, from f.
     """
 
-    beta: float = 0.9
-    f: int = 0
     tau: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta must lie in [0, 1), got {self.beta}")
-        if self.f < 0:
-            raise ValueError(f"f must not be negative, got {self.f}")
         if self.tau is not None and not self.tau > 0:
             raise ValueError(f"tau must be a positive length or null, got {self.tau}")
 
@@ -55,29 +48,21 @@ class ClippedGossip(Peers):
                 "neighbours: one at least must be honest; lower f, or take a topology with more links"
             )
 
-    def half_step(self, clients: Cohort, x0: Tensor | None) -> dict[str, Tensor]:
-        theta = self.model(clients, x0)
-        g = self.gradient(clients, theta)
-        clients.memory["m"] = m = self.beta * clients.memory["m"] + (1 - self.beta) * g
-        return {"h": theta - self.rate(clients) * m}
-
     def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
         distances = distances_along(inbox.heard, inbox.own("h"), inbox["h"])
-        clients.memory["x"] = theta = clipped(inbox.heard, distances, self.radii(inbox.heard, distances)).mix(
-            inbox["h"]
-        )
+        heard = clipped(inbox.heard, distances, self.radii(inbox.heard, distances))
+        clients.memory["x"] = theta = heard.mix(inbox["h"])
         return {"x": theta}
 
     def radii(self, heard: Graph, distances: Tensor) -> Tensor:
         """[C] float64: tau_i of C clients, from the squared distances [E] of what they heard."""
         if self.tau is not None:
             return heard.weights.new_full((len(heard),), self.tau)
-        sums = heard.weights.new_zeros(2, len(heard))
         trusted = heard.ranks(distances) < (heard.counts - self.f)[heard.hearers]
         heaviest = (heard.ranks(-heard.weights.masked_fill(heard.is_own, -1.0)) < self.f) & ~heard.is_own
-        sums[0].index_add_(0, heard.hearers[trusted], (heard.weights * distances)[trusted])
-        sums[1].index_add_(0, heard.hearers[heaviest], heard.weights[heaviest])
-        return torch.where(sums[1] > 0, (sums[0] / sums[1]).sqrt(), inf)
+        spread = heard.sums((heard.weights * distances).where(trusted, 0.0))
+        delta = heard.sums(heard.weights.where(heaviest, 0.0))
+        return torch.where(delta > 0, (spread / delta).sqrt(), inf)
 
 
 def clipped(heard: Graph, distances: Tensor, tau: Tensor) -> Graph:
@@ -90,7 +75,7 @@ def clipped(heard: Graph, distances: Tensor, tau: Tensor) -> Graph:
     """
     share = (tau[heard.hearers] / distances.sqrt().clamp(min=1e-300)).clamp(max=1.0).where(distances < FAR, 0.0)
     kept = (heard.weights * share).masked_fill(heard.is_own, 0.0)
-    rest = 1.0 - kept.new_zeros(len(heard)).index_add_(0, heard.hearers, kept)
+    rest = 1.0 - heard.sums(kept)
     return replace(heard, weights=torch.where(heard.is_own, rest[heard.hearers], kept)).chosen(
         (share > 0) | heard.is_own
     )

@@ -5,8 +5,8 @@ ICML 2023, arXiv:2209.10931, algorithm 1. What is mixed are models, after the lo
 copy of the common model (the authors' code lets all first steps act on one shared tensor).
 The paper's graph is complete; on another one each client does the same among those that it hears.
 
-Letters: n clients, f of them byzantine at most, P parameters; theta_i a client's model, m_i its momentum,
-h_i its model after the local step.
+Letters: n clients, f of them byzantine at most, P parameters; theta_i a client's model, h_i its model after the step
+along its momentum m_i.
 """
 
 from __future__ import annotations
@@ -22,33 +22,24 @@ from fedsim.cohort import Cohort
 from fedsim.config import ConfigError
 from fedsim.fleet import Fleet, Replies
 from fedsim.graph import Graph, Inbox
-from fedsim.strategies.peers import Peers
+from fedsim.strategies.peers import MomentumPeers
 from fedsim.strategy import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
-class Monna(Peers):
+class Monna(MomentumPeers):
     """Polyak momentum, then the average of the nearest peers' models; no server.
 
     Args:
-        beta: momentum, in [0, 1).
         f: byzantine clients to survive among those that a client hears, itself among them; n is their number.
         arrival: all n vectors arrive, and n - f are averaged; adversarial, only n - f do, and n - 2f are.
     """
 
     traits: ClassVar[Traits] = replace(
-        Peers.traits, needs_all="every client waits for nearly all of its neighbours in every step"
+        MomentumPeers.traits, needs_all="every client waits for nearly all of its neighbours in every step"
     )
     beta: float = 0.99
-    f: int = 0
     arrival: Literal["all", "adversarial"] = "all"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta must lie in [0, 1), got {self.beta}")
-        if self.f < 0:
-            raise ValueError(f"f must not be negative, got {self.f}")
 
     def check_graph(self, graph: Graph) -> None:
         peer, fewest = int(graph.counts.argmin()), int(graph.counts.min())
@@ -61,12 +52,6 @@ class Monna(Peers):
     def exchange(self, fleet: Fleet, half: Replies) -> Replies:
         missing = self.f if self.arrival == "adversarial" else 0
         return fleet.exchange(half, self.mix, graph=fleet.graph(self.topology), missing=missing)
-
-    def half_step(self, clients: Cohort, x0: Tensor | None) -> dict[str, Tensor]:
-        theta = self.model(clients, x0)
-        g = self.gradient(clients, theta)
-        clients.memory["m"] = m = self.beta * clients.memory["m"] + (1 - self.beta) * g
-        return {"h": theta - self.rate(clients) * m}
 
     def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
         n = self.counts(clients)

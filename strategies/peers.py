@@ -137,6 +137,31 @@ class Peers(Strategy):
         return self.topology.graph(n, clients.streams.seed, step).counts[clients.ids].to(clients.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MomentumPeers(Peers):
+    """Peers that step along their momentum m_i = beta m_i + (1 - beta) g_i, and mix by a rule that bears liars.
+
+    Args:
+        beta: momentum, in [0, 1).
+        f: byzantine vectors to survive among those that a client hears.
+    """
+
+    beta: float = 0.9
+    f: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must lie in [0, 1), got {self.beta}")
+        if self.f < 0:
+            raise ValueError(f"f must not be negative, got {self.f}")
+
+    def half_step(self, clients: Cohort, x0: Tensor | None) -> dict[str, Tensor]:
+        theta = self.model(clients, x0)
+        clients.memory["m"] = m = self.beta * clients.memory["m"] + (1 - self.beta) * self.gradient(clients, theta)
+        return {"h": theta - self.rate(clients) * m}
+
+
 def honest_mean(fleet: Fleet, replies: Replies) -> tuple[Tensor, float]:
     """(mean [P] of the honest clients' models, mean squared distance to it)."""
     models, honest = replies["x"], fleet.honest(replies.ids)

@@ -42,16 +42,16 @@ def nearest_neighbour_average(pivot: Tensor, sent: Tensor, heard: Graph, keep: i
     tensor([[0.5000]])
     """
     keep = torch.as_tensor(keep, device=sent.device).expand(len(heard))
-    short = keep - heard.counts
-    if bool((short > 0).any()) or bool((keep < 1).any()):
-        at = int(torch.where(keep < 1, short + len(sent), short).argmax())
-        if int(keep[at]) < 1:
-            raise ValueError(f"keep={int(keep[at])} must be at least 1: f is too large for the vectors a client heard")
+    if bool((keep < 1).any()):
+        raise ValueError(f"keep={int(keep.min())} must be at least 1: f is too large for the vectors a client heard")
+    spare = heard.counts - keep
+    if bool((spare < 0).any()):
+        at = int(spare.argmin())
         raise ValueError(
             f"keep={int(keep[at])} exceeds the {int(heard.counts[at])} vectors a client heard; lower f or wait for more"
         )
     each, count = torch.ones_like(heard.weights), keep[:, None]
-    if not bool((short < 0).any()):  # everyone is kept: the plain mean, whatever the distances
+    if not bool(spare.any()):  # everyone is kept: the plain mean, whatever the distances
         return replace(heard, weights=each).mix(sent).div_(count)
     near = heard.ranks(distances_along(heard, pivot, sent)) < keep[heard.hearers]
     return heard.chosen(near, each).mix(sent).div_(count).masked_fill_(~finite_rows(pivot)[:, None], torch.nan)

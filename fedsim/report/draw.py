@@ -26,6 +26,7 @@ from fedsim.report.shapes import (
     svg,
     text_at,
     tick_text,
+    upright_at,
 )
 
 PANEL = (340, 220)
@@ -207,8 +208,8 @@ def value_map(
             )
         first = y + high / 2 + 4 - 6 * (len(texts[i][j]) - 1)
         for line, text in enumerate(texts[i][j]):
-            look = ' fill="var(--ink)"' if not line else ' font-size="9.5"'
-            parts.append(text_at(x + wide / 2, first + 12 * line, text, "middle", look))
+            style = ' font-size="9.5"' if line else ' fill="var(--ink)"'
+            parts.append(text_at(x + wide / 2, first + 12 * line, text, "middle", style))
     parts += [
         text_at(left - 6, at + high / 2 + 4, abbreviated(name), "end")
         for at, name in zip(down.tolist(), rows, strict=True)
@@ -216,8 +217,7 @@ def value_map(
     for at, name in zip((across + wide / 2 + 4).tolist(), columns, strict=True):
         turned = f' transform="rotate(-28 {at:.1f} {bottom + 14:.1f})"'
         parts.append(text_at(at, bottom + 14, abbreviated(name), "end", turned))
-    middle = (down[0] + bottom) / 2
-    parts.append(text_at(12, middle, y_label, "middle", f' transform="rotate(-90 12 {middle:g})"'))
+    parts.append(upright_at(12, (down[0] + bottom) / 2, y_label))
     parts.append(text_at((left + across[-1] + wide) / 2, bottom + 78, x_label, "middle"))
     return svg((700, bottom + 88), alt, *parts)
 

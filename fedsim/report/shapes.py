@@ -113,8 +113,7 @@ def left_axis(x: Scale, y: Scale, ticks: np.ndarray, text: Text, *, grid: bool =
     names = "".join(text_at(x.start - 5, y(v) + 4, text(v), "end") for v in ticks)
     lines = "".join(f"M{x.start:g} {y(v):.1f}H{x.end:g}" for v in ticks) if grid else ""
     across = f'<path d="{lines}" stroke="var(--grid)"/>' if grid else ""
-    middle = (y.start + y.end) / 2
-    return across + names + (text_at(12, middle, label, "middle", f' transform="rotate(-90 12 {middle:g})"'))
+    return across + names + upright_at(12, (y.start + y.end) / 2, label)
 
 
 def bottom_axis(x: Scale, y: Scale, ticks: np.ndarray, text: Text, label: str) -> str:
@@ -127,6 +126,11 @@ def bottom_axis(x: Scale, y: Scale, ticks: np.ndarray, text: Text, label: str) -
 
 def text_at(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>' if text else ""
+
+
+def upright_at(x: float, y: float, text: str) -> str:
+    """Text that reads from below, around its middle."""
+    return text_at(x, y, text, "middle", f' transform="rotate(-90 {x:g} {y:g})"')
 
 
 def svg(size: tuple[float, float], alt: str, *parts: str) -> str:

@@ -122,7 +122,7 @@ class Byzantine:
         receivers, place = torch.unique(links.hearers[told], return_inverse=True)
         here = links.rows(receivers)
         honest = good[here.peers]
-        weight = 1.0 - here.weights.new_zeros(len(here)).index_add_(0, here.hearers[honest], here.weights[honest])
+        weight = 1.0 - here.sums(here.weights.where(honest, 0.0))
         trusted = here.chosen(honest, here.weights / (1.0 - weight)[here.hearers])
         streams = Streams(self.seed, ids[receivers], torch.full_like(receivers, step))
         for name, value in fields.items():

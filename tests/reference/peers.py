@@ -13,6 +13,11 @@ from torch import Tensor
 from tests.reference.clients import Clients, stream
 
 Weights = Callable[[int], Tensor]
+Lie = Callable[[Tensor], Tensor]
+
+
+def flipped(mean: Tensor) -> Tensor:
+    return -mean
 
 
 def monna(
@@ -25,23 +30,19 @@ def monna(
     f: int,
     arrival: str = "all",
     byzantine: Sequence[int] = (),
-    attack: Callable[[Tensor], Tensor] = lambda mean: -mean,
+    attack: Lie = flipped,
     seed: int = 0,
     weights: Weights | None = None,
 ) -> Tensor:
     """[rounds, n, P]: the nodes' models after every round; faulty nodes all send attack(mean of the correct h_i)."""
     n = clients.n
     weights = weights or (lambda t: torch.ones(n, n))
-    theta = [x0.clone() for _ in range(n)]
+    theta, path = [x0.clone() for _ in range(n)], []
     m = [torch.zeros_like(x0) for _ in range(n)]
-    path = []
     for t in range(rounds):
-        h = []
-        for i in range(n):
-            m[i] = beta * m[i] + (1 - beta) * clients.gradient(i, theta[i], t, 0)
-            h.append(theta[i] - lr * m[i])
-        lie = attack(torch.stack([h[i] for i in range(n) if i not in byzantine]).mean(0))
-        sent = [lie if i in byzantine else h[i] for i in range(n)]
+        m = [beta * m[i] + (1 - beta) * clients.gradient(i, theta[i], t, 0) for i in range(n)]
+        h = [theta[i] - lr * m[i] for i in range(n)]
+        sent = told(h, byzantine, attack)
         for i in range(n):
             heard = [j for j in range(n) if weights(t)[i, j] > 0]
             keep = len(heard) - (f if arrival == "all" else 2 * f)
@@ -93,7 +94,7 @@ def clipped_gossip(
     weights: Weights,
     tau: float | None = None,
     byzantine: Sequence[int] = (),
-    attack: Callable[[Tensor], Tensor] = lambda mean: -mean,
+    attack: Lie = flipped,
 ) -> Tensor:
     """[rounds, n, P]: h_i + sum_j W_ij clip(h_j - h_i, tau_i)."""
     n = clients.n
@@ -103,8 +104,7 @@ def clipped_gossip(
         w = weights(t)
         m = [beta * m[i] + (1 - beta) * clients.gradient(i, theta[i], t, 0) for i in range(n)]
         h = [theta[i] - lr * m[i] for i in range(n)]
-        lie = attack(torch.stack([h[i] for i in range(n) if i not in byzantine]).mean(0))
-        sent = [lie if i in byzantine else h[i] for i in range(n)]
+        sent = told(h, byzantine, attack)
         for i in range(n):
             near = [j for j in range(n) if j != i and w[i, j] > 0]
             away = {j: sent[j] - sent[i] for j in near}
@@ -129,20 +129,25 @@ def bridge(
     f: int,
     weights: Weights,
     byzantine: Sequence[int] = (),
-    attack: Callable[[Tensor], Tensor] = lambda mean: -mean,
+    attack: Lie = flipped,
 ) -> Tensor:
     """[rounds, n, P]: BRIDGE-T, the trimmed mean of neighbours' models and one's own, less lr times the gradient."""
     n = clients.n
     w, path = [x0.clone() for _ in range(n)], []
     for t in range(rounds):
-        lie = attack(torch.stack([w[i] for i in range(n) if i not in byzantine]).mean(0))
-        sent, new = [lie if i in byzantine else w[i] for i in range(n)], []
+        sent, new = told(w, byzantine, attack), []
         for i in range(n):
             heard = torch.stack([sent[j] for j in range(n) if weights(t)[i, j] > 0]).sort(0).values
             new.append(heard[f : len(heard) - f].mean(0) - lr * clients.gradient(i, w[i], t, 0))
         w = new
         path.append(torch.stack(w))
     return torch.stack(path)
+
+
+def told(v: Sequence[Tensor], byzantine: Sequence[int], attack: Lie) -> list[Tensor]:
+    """What each node sends: its own v_i, and all faulty ones attack(mean of the correct v_i)."""
+    lie = attack(torch.stack([row for i, row in enumerate(v) if i not in byzantine]).mean(0))
+    return [lie if i in byzantine else row for i, row in enumerate(v)]
 
 
 def mixed(w: Tensor, v: Sequence[Tensor]) -> list[Tensor]:

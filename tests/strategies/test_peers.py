@@ -291,9 +291,14 @@ STAR = {"name": "edges", "edges": [[0, i] for i in range(1, 8)]}
         ("bridge", {"topology": STAR}, ".aggregator: does not fit the 2 vectors that peer 1 hears, .*n=2"),
         ("gradient_tracking", {"topology": {**STAR, "mixing": "uniform"}}, ".topology: .* peer 0 sends counts 3.625"),
         ("fedavg", {"topology": "ring"}, ".topology: unknown key"),
+        ("monna", {"beta": 1.0}, r": beta must lie in \[0, 1\), got 1.0"),
+        ("clipped_gossip", {"f": -1}, ": f must not be negative, got -1"),
+        ("clipped_gossip", {"tau": 0.0}, ": tau must be a positive length or null, got 0.0"),
     ],
 )
-def test_what_does_not_fit_the_graph_is_refused(strategy: str, fields: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_the_graph_or_means_nothing_is_refused(
+    strategy: str, fields: dict[str, Any], message: str
+) -> None:
     raw = pair(strategy, None)
     with pytest.raises(ConfigError, match="file: strategy" + message):
         compose({**raw, "strategy": {**raw["strategy"], **fields}}, "file").close()
