@@ -7,7 +7,6 @@ app is code, and runs with the rights of whoever runs it.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -21,7 +20,6 @@ import torch
 from fedsim.compose.entries import KINDS
 from fedsim.compose.root import NOTES
 from fedsim.config import Call, ConfigError, FromTable, decode, first_line, naming
-from fedsim.files import write_whole
 from fedsim.flower.foreign.app import App
 from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks, Steps
@@ -30,12 +28,11 @@ from fedsim.flower.foreign.kept import Kept
 from fedsim.flower.foreign.nodes import Nodes
 from fedsim.history import History
 from fedsim.loop import ServerError
-from fedsim.report import write_report
-from fedsim.results import check_folder, claimed, versions, write_config
+from fedsim.results import SUMMARY_FILE, check_folder, claimed, versions, write_config, write_summary
 from fedsim.sim.absence import Absence, Dropout
-from fedsim.sinks import JsonLines, encode_row
+from fedsim.sinks import JsonLines
 
-REPLIES_FILE, SUMMARY_FILE = "replies.bin", "summary.json"
+REPLIES_FILE = "replies.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +160,8 @@ def run_app(
 def _completed(folder: Path) -> History:
     """A run that is over: its summary and its report are written, and what a resume would need goes."""
     history = History.load(folder)
-    final = {key: history.last(key) for key in history.keys()}
-    summary = {"rounds": len(history), "ended": "the app's server returned", "final": json.loads(encode_row(final))}
-    write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    write_summary(folder, history, "the app's server returned")
     (folder / REPLIES_FILE).unlink(missing_ok=True)
-    write_report(folder)
     return history
 
 

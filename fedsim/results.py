@@ -34,8 +34,9 @@ from fedsim.sinks import METRICS_FILE, encode_row
 from fedsim.strategies.peers import Peers
 from fedsim.topology import overview
 
+SUMMARY_FILE = "summary.json"
 FILES = (
-    *("config.yaml", "env.json", "split.npz", "topology.npz", "metrics.jsonl", "summary.json", MODEL_FILE, BEST_FILE),
+    *("config.yaml", "env.json", "split.npz", "topology.npz", "metrics.jsonl", SUMMARY_FILE, MODEL_FILE, BEST_FILE),
     *("clients.jsonl", "timeline.jsonl", "report.html"),
 )
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
@@ -189,13 +190,19 @@ def write_results(folder: Path, composition: Composition, x: Tensor, history: Hi
     _write_timeline(folder, experiment.fleet)
     if experiment.evaluate.per_client and composition.data is not None:
         _write_clients(folder, experiment, x)
-    final = {key: history.last(key) for key in history.keys()}
-    summary = {"rounds": history.rows[-1]["round"], "ended": why, "final": json.loads(encode_row(final))}
+    more: dict[str, Any] = {}
     if (best := best_row(history.rows, "test_accuracy")) is not None:
-        summary["best_test_accuracy"] = best["test_accuracy"]
+        more["best_test_accuracy"] = best["test_accuracy"]
     if refused := {str(i): n for i, n in enumerate(experiment.fleet.refusals.tolist()) if n}:
-        summary["refused"] = refused  # replies of devices, by client
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        more["refused"] = refused  # replies of devices, by client
+    write_summary(folder, history, why, **more)
+
+
+def write_summary(folder: Path, history: History, why: str, **more: Any) -> None:
+    """How a run with these rows ended, and why; then its report, without which it is complete all the same."""
+    final = {key: history.last(key) for key in history.keys()}
+    summary = {"rounds": len(history), "ended": why, "final": json.loads(encode_row(final)), **more}
+    write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     _write_report(folder)
 
 

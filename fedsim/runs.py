@@ -21,7 +21,16 @@ from fedsim.observers import observing
 from fedsim.overrides import apply_overrides, read_file
 from fedsim.params import trained
 from fedsim.progress import Progress
-from fedsim.results import as_it_began, check_folder, claimed, holds_run, write_best, write_inputs, write_results
+from fedsim.results import (
+    SUMMARY_FILE,
+    as_it_began,
+    check_folder,
+    claimed,
+    holds_run,
+    write_best,
+    write_inputs,
+    write_results,
+)
 from fedsim.sim.place import follows, place
 
 BY_HAND = "left before its end"  # why a run that was stepped through is over
@@ -320,7 +329,7 @@ class Simulation:
         if self._folder is None:
             self._rows.append(row)
             return
-        (self._folder / "summary.json").unlink(missing_ok=True)  # of fewer rounds, and no longer all that is there
+        (self._folder / SUMMARY_FILE).unlink(missing_ok=True)  # of fewer rounds, and no longer all that is there
         if (best := self._run.best) is not None and best.round == row["round"]:
             write_best(self._folder, self._made, best)
 

@@ -1,6 +1,6 @@
 """Topologies of peers: which graph they have in each step, and the table of their names.
 
-To add one: a frozen dataclass deriving from `Drawn` or `Fixed` with `pairs`, and a row below.
+To add one: a frozen dataclass deriving from `Linked` with `pairs` or `Drawn` with `draw`, and a row below.
 """
 
 from __future__ import annotations
