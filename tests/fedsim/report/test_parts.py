@@ -216,6 +216,8 @@ def test_a_run_in_which_clients_could_be_missing_says_who_was():
     assert "3 replied, 4 dropped out. " in section.text and "which changed nothing: 1." in section.text
     assert [key.text for key in section.keys] == ["replied", "off line", "dropped out"]
     assert [picture.title for picture in section.pictures] == ["Jobs by round", "Clients off line by round"]
+    lost = absence_section(History([{"round": 1, "num_clients": 3, "num_dropped": 1}]))
+    assert lost is not None and lost.text == "Jobs of all rounds: 3 replied, 1 dropped out."  # nothing of off line
     assert absence_section(History([{"round": 1, "num_clients": 3}])) is None
 
 

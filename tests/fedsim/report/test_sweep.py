@@ -110,13 +110,14 @@ def test_of_losses_the_worst_is_the_greatest(tmp_path: Path) -> None:
         SettingLine(
             name=f"{a}{b}",
             method="",
-            values={"a": a, "b": b},
+            values={"a": a, "b": b, "c": more},
             folders=[],
-            value=a + b,
+            value=a + b + more,
             deviation=None,
-            worst=a + b + 0.5,
+            worst=a + b + more + 0.5,
             best=False,
         )
+        for more in (0, 7)  # of settings with the same pair the best, which comes first, counts
         for a in (1, 2)
         for b in (10, 20)
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate import Mean
-from fedsim.clients.byzantine import Alie, InnerProduct, LabelFlip, Mimic, NotANumber, SignFlip, Silence
+from fedsim.clients.byzantine import Alie, Dissensus, InnerProduct, LabelFlip, Mimic, NotANumber, SignFlip, Silence
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost
 from fedsim.graph import Inbox, everybody
@@ -166,6 +166,16 @@ def test_an_adversary_always_arrives_and_so_does_a_clients_own_vector() -> None:
         heard = graph.dense(n)
         assert bool((heard[:, ~good] > 0).all()) and bool((heard.diagonal() > 0).all())
         torch.testing.assert_close(heard.sum(1), torch.ones(n).double(), rtol=0, atol=1e-12)
+
+
+def test_what_is_told_to_one_peer_always_arrives_and_liars_tell_each_other_nothing() -> None:
+    n, ids = 7, torch.arange(7)
+    liar = _lies([2], Dissensus())
+    _, sent, heard = liar.tell(ids, {"v": torch.eye(n).double()}, everybody(n), 0)
+    assert len(sent["v"]) == n + n - 1
+    for job in range(20):
+        graph = held_back(Streams(0, ids, torch.full_like(ids, job)), heard, liar.honest(ids), 2)
+        assert graph.hearers[graph.peers >= n].tolist() == [0, 1, 3, 4, 5, 6]
 
 
 def test_knowledge_lasts_from_step_to_step_and_is_kept_apart_for_each_vector() -> None:

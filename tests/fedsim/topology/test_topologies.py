@@ -82,6 +82,10 @@ def test_spectral_gaps_in_closed_form() -> None:
     assert gap("hypercube", 16) == pytest.approx(2 / 5)  # eigenvalues (d + 1 - 2k) / (d + 1)
     assert gap("complete", 7) == pytest.approx(1.0)
     assert gap("exponential", 16) == pytest.approx(2 / 5)  # 2 / (1 + log2 n), arXiv:2110.13363, proposition 1
+    star = {"edges": tuple((0, i) for i in range(1, 9)), "mixing": "uniform"}
+    assert gap("edges", 9, **star) == pytest.approx(1 / 2)  # a leaf is half itself; means are not kept
+    ring = TOPOLOGIES["ring"]().graph(9, 0, 0)
+    assert spectral_gap([ring, ring]) == pytest.approx(gap("ring", 9))  # per step
     assert gap("exponential", 16, one_peer=True) == pytest.approx(1.0)  # exact after log2 n steps, lemma 1
 
 
