@@ -28,8 +28,9 @@ from fedsim.metrics import Metrics
 from fedsim.sim.account import Account, check_foldable, is_second_half
 from fedsim.sim.byzantine import held_back
 from fedsim.sim.events import Sent
-from fedsim.sim.executor import ClientError, Gather, Results, cut, grouped
+from fedsim.sim.executor import ClientError, Results, cut, grouped
 from fedsim.sim.fleet import ONE_STEP
+from fedsim.sim.gather import Gather
 from fedsim.sim.links import Downlink
 from fedsim.stop import Diverged
 from fedsim.streams import Streams

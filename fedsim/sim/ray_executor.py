@@ -18,17 +18,20 @@ from __future__ import annotations
 import logging
 import pickle
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsim import pages
 from fedsim.config import first_line
+from fedsim.engine.choose import SHARES
 from fedsim.sim.collectives import Collectives, backend_for
-from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, grouped, shown
+from fedsim.sim.executor import Executor, Jobs, Results, StackRunner, T, grouped, shown
 from fedsim.sim.failure import Failure
+from fedsim.sim.gather import Gather
 from fedsim.sim.packing import Parcel, pack
 from fedsim.sim.ray_plane import Plane
 from fedsim.sim.ray_pool import ATTEMPTS, RayPool, Worker
@@ -79,6 +82,7 @@ class RayExecutor(Executor):
         self.resubmitted = 0  # groups that had to be computed again because a worker was lost
         self._costs = runner.task.num_examples if costs is None else costs
         self._ray, self._pickler = ray, ray.cloudpickle.Pickler
+        pages.keep_freed_memory()
         self._runs = 0
         gpus = int(runner.device.type == "cuda")
         backend = backend_for(collectives, gpus=gpus > 0)
@@ -115,10 +119,27 @@ class RayExecutor(Executor):
             if (results := self._plane.run(jobs, groups, self._costs[jobs.ids], self._runs)) is not None:
                 return results
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
-        for group, part in zip(groups, self._in_order(groups, jobs), strict=True):
+        for group, part in zip(groups, self._results(groups, jobs), strict=True):
             gather.add(torch.cat(group), part)
             gather.end_group()
         return gather.results
+
+    def map(self, work: Callable[..., T], pieces: Sequence[Any], **shared: Any) -> list[T]:
+        """See `Executor`; a few calls a worker, so that none waits long for the last.
+
+        Raises:
+            RuntimeError: one call, or every worker, was lost `ATTEMPTS` times in a row.
+        """
+        name, size = self.name_of_method(work), -(-len(pieces) // (SHARES * self.num_workers)) or 1
+        parts = [pack(pieces[i : i + size], pickler=self._pickler) for i in range(0, len(pieces), size)]
+        # not shared: a method of the user's may write to it
+        same = self._ray.put(pack(shared, pickler=self._pickler))
+        done = self._in_order(
+            len(parts),
+            lambda worker, i: worker.actor.map.remote(self._setting, name, parts[i], same),
+            lambda i: f"Task.{name}",
+        )
+        return [value for values in done for value in values]
 
     def close(self) -> None:
         """Stop the workers, and the runtime if it was started here."""
@@ -132,49 +153,58 @@ class RayExecutor(Executor):
 
     # One call ---------------------------------------------------------------------------------------------------
 
-    def _in_order(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
-        """Results in the order of the groups, each computed by whichever worker was free."""
-        self._runs += 1
+    def _results(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
+        """What the stacks of each group gave."""
         models = [self._ray.put(pack(m, share=True, pickler=self._pickler)) for m in jobs.models]
         # not shared: what nobody may write to would end the worker whose client half tries
         inbox = self._ray.put(pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler))
-        todo, lost = deque(range(len(groups))), [0] * len(groups)
-        done: dict[int, Results] = {}
-        for following in range(len(groups)):
+        return self._in_order(
+            len(groups),
+            lambda worker, i: self._submit(worker, groups[i], jobs, inbox, models),
+            lambda i: f"{jobs.work} in round {jobs.round + 1} for client(s) {shown(jobs.ids[torch.cat(groups[i])])}",
+        )
+
+    def _in_order(self, count: int, submit: Callable[[Worker, int], Any], name: Callable[[int], str]) -> Iterator[Any]:
+        """What so many calls returned, in their order, each made of whichever worker was free.
+
+        Args:
+            count: of them.
+            submit: (worker, number of a call) -> the reference to what it returns.
+            name: of a call, for messages.
+        """
+        self._runs += 1
+        todo, lost = deque(range(count)), [0] * count
+        done: dict[int, Any] = {}
+        for following in range(count):
             while following not in done:
                 for worker in self._pool.workers:
                     if worker.ref is None and todo:
-                        self._submit(worker, todo.popleft(), groups, jobs, inbox, models)
+                        ref = submit(worker, index := todo.popleft())
+                        self._pool.call(worker, ref, (self._runs, index), self.timeout_seconds)
                 tag, outcome = self._pool.next_outcome()
                 if tag is None or tag[0] != self._runs:
                     continue  # a worker got ready, or finished what a call that failed had left behind
                 index = tag[1]
                 if isinstance(outcome, Failure):
                     raise outcome.error from outcome.cause
-                if isinstance(outcome, Results):
+                if not isinstance(outcome, Exception):
                     done[index] = outcome
                     continue
                 lost[index] += 1
                 self.resubmitted += 1
                 if lost[index] == ATTEMPTS:
-                    raise RuntimeError(_gave_up(jobs, torch.cat(groups[index]), outcome)) from outcome
-                _log.warning(
-                    "round %d: a worker was lost (%s); its stacks run again", jobs.round + 1, first_line(outcome)
-                )
+                    raise RuntimeError(_gave_up(name(index), outcome)) from outcome
+                _log.warning("%s: a worker was lost (%s); it runs again", name(index), first_line(outcome))
                 todo.appendleft(index)
             yield done.pop(following)
 
-    def _submit(
-        self, worker: Worker, index: int, groups: list[list[Tensor]], jobs: Jobs, inbox: Any, models: list[Any]
-    ) -> None:
-        group = groups[index]
+    def _submit(self, worker: Worker, group: list[Tensor], jobs: Jobs, inbox: Any, models: list[Any]) -> Any:
         part = jobs.rows(torch.cat(group))
         if part.inbox is not None:
             part.inbox.fields = {}
         needed = torch.unique(jobs.which[torch.cat(group)]).tolist()  # in the order that `rows` numbers them
         parcel = pack((replace(part, models=[]), [len(stack) for stack in group]), pickler=self._pickler)
-        ref = worker.actor.run.remote(self._setting, parcel, inbox, *[models[m] for m in needed])
-        self._pool.call(worker, ref, (self._runs, index), self.timeout_seconds)
+        return worker.actor.run.remote(self._setting, parcel, inbox, *[models[m] for m in needed])
 
     # The setting -------------------------------------------------------------------------------------------------
 
@@ -189,9 +219,8 @@ class RayExecutor(Executor):
             ) from error
 
 
-def _gave_up(jobs: Jobs, index: Tensor, error: BaseException) -> str:
+def _gave_up(what: str, error: BaseException) -> str:
     return (
-        f"{jobs.work} in round {jobs.round + 1} for client(s) {shown(jobs.ids[index])} lost its worker {ATTEMPTS} "
-        f"times in a row; the last time: {first_line(error)}. If the node ran out of memory, lower "
-        "runtime.stack or runtime.workers"
+        f"{what} lost its worker {ATTEMPTS} times in a row; the last time: {first_line(error)}. If the node ran out of "
+        "memory, lower runtime.stack or runtime.workers"
     )

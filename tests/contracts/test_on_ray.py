@@ -97,9 +97,10 @@ def test_adapters_give_the_same_bits_and_their_base_travels_once(
     assert expected[-1]["bits_up"] == expected[-1]["bits_down"] == 3 * 4 * 32 * trained
     base = 4 * 64 * 3000  # bytes of one frozen weight
     sizes = [len(stream) + sum(b.nbytes for b in buffers) for stream, buffers in parcels]
-    # one copy for all workers; then a round sends the model, no inbox and two stacks
-    assert [size > base for size in sizes] == [True] + [False] * 3 * (1 + 1 + 2)
-    assert sum(sizes[1:]) < 3 * 4 * trained + 12 * 4096
+    # one copy for all workers; then a round sends the model, no inbox and two stacks, and for each of two evaluations
+    # the model, and one piece or two
+    assert [size > base for size in sizes] == [True] + [False] * 3 * (1 + 1 + 2 + 1 + 1 + 1 + 2)
+    assert sum(sizes[1:]) < 3 * 3 * 4 * trained + 27 * 4096
 
 
 class Killer:

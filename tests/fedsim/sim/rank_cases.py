@@ -102,6 +102,37 @@ def run_all(calls: list[Jobs], folder: str = "") -> list[Results | Exception]:
     return out
 
 
+EVALUATED: dict[str, Any] = {
+    "rounds": 2,
+    "task": {"name": "classification", "dataset": "digits", "model": {"name": "mlp", "hidden": [8]}},
+    "clients": {"count": 4, "byzantine": {"attack": "label_flip", "count": 1}},
+    "strategy": {"name": "fedavg"},
+    "local": {"steps": 1},
+    "evaluate": {"every": 1},
+    "runtime": {"stack": 2, "workers": 1},
+}
+
+
+def evaluated(out: str) -> Rows:
+    """Rows of a run whose samples are two pieces of clients' and one of held-out ones; its folder on rank 0."""
+    return without_wall_time(run(EVALUATED, out=out).rows)
+
+
+def bad_pieces() -> str:
+    """What rank 0 hears of a method that raises on every rank, and what a call after it gives."""
+    ranks = executor(runner())
+    if ranks.serve():
+        return ""
+    try:
+        ranks.map(ranks.runner.task.evaluate_clients, [torch.zeros(33)] * 4, nobody=None)
+    except TypeError as error:
+        found = ranks.map(ranks.runner.task.evaluate_clients, [torch.zeros(33)] * 4, pool=None)
+        return f"{error}, then {len(found)}"
+    finally:
+        ranks.close()
+    return "nothing"
+
+
 class Uneven(Toy):
     """Stacks of clients below 20 reply one field more."""
 

@@ -33,6 +33,7 @@ from tests.fedsim.sim.ray_cases import (
     runner,
     some_jobs,
     worker_dies_in,
+    worker_dies_in_pieces,
 )
 from tests.fedsim.sim.runtime import local_runtime
 
@@ -173,7 +174,35 @@ def test_a_killed_worker_changes_no_bit(
     killer.join(10)
     assert_same_bits(got, in_process(JOBS["folded"]))
     assert executor.resubmitted == before + 1
-    assert "round 5: a worker was lost" in caplog.text
+    assert "step in round 5 for client(s)" in caplog.text and "a worker was lost" in caplog.text
+
+
+def test_pieces_of_the_tasks_own_work_come_back_in_their_order_though_a_worker_is_killed(
+    executors: dict[int, RayExecutor], caplog: pytest.LogCaptureFixture
+) -> None:
+    points = list(torch.linspace(-1, 1, 30 * DIM).view(30, DIM))
+    here = [runner().task.evaluate_clients(x, None)["loss"] for x in points]
+    for executor in executors.values():
+        work = executor.runner.task.evaluate_clients
+        for count in (30, 1, 0):
+            found = executor.map(work, points[:count], pool=None)
+            assert all(torch.equal(a["loss"], b) for a, b in zip(found, here[:count], strict=True))
+    executor = executors[3]
+    executor._pool.free(60.0)
+    executor._ray.get(executor._pool.workers[1].actor.__ray_call__.remote(worker_dies_in_pieces))
+    with caplog.at_level(logging.WARNING, logger="fedsim"):
+        found = executor.map(executor.runner.task.evaluate_clients, points, pool=None)
+    assert all(torch.equal(a["loss"], b) for a, b in zip(found, here, strict=True))
+    assert "Task.evaluate_clients: a worker was lost" in caplog.text
+
+
+def test_an_exception_of_the_tasks_own_work_is_raised_here_and_only_its_methods_travel(
+    executors: dict[int, RayExecutor],
+) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nobody'"):
+        executors[3].map(executors[3].runner.task.evaluate_clients, [torch.zeros(DIM)], nobody=None)
+    with pytest.raises(ValueError, match="Pool.map: workers elsewhere only know methods of the run's own task, not"):
+        executors[3].map(len, [[]])
 
 
 def test_a_hung_worker_is_replaced_after_its_deadline(
