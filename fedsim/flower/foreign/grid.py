@@ -19,15 +19,15 @@ from threading import RLock
 
 from flwr.app import Error, Message
 
-from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job
 from fedsim.flower.foreign.private import EXPIRED, UNAVAILABLE, OwnGrid, number, pack, unpack
+from fedsim.flower.foreign.rounds import RoundLog
 from fedsim.sim.absence import LOOKS
 
 
 @dataclass(order=True)
-class Flight:
+class Arrival:
     """A reply on its way.
 
     Args:
@@ -51,7 +51,7 @@ class SimGrid(OwnGrid):
     Args:
         answer: what a node answers to a message.
         clocks: when they can be reached, and how long their work takes.
-        book: what has happened.
+        log: what has happened.
         told: called with the node and the reason of every error of an app.
     """
 
@@ -59,18 +59,18 @@ class SimGrid(OwnGrid):
         self,
         answer: Callable[[Job], Answer],
         clocks: Clocks,
-        book: Book,
+        log: RoundLog,
         told: Callable[[int, str], None],
     ) -> None:
         super().__init__()
-        self._answer, self._clocks, self._book, self._told = answer, clocks, book, told
+        self._answer, self._clocks, self._log, self._told = answer, clocks, log, told
         self.now = 0.0
         self.states = dict.fromkeys(range(1, clocks.count + 1), NOTHING_KEPT)
         self._jobs = dict.fromkeys(self.states, 0)
         self._free = dict.fromkeys(self.states, 0.0)  # virtual seconds at which nodes have done what they were sent
         self._count = 0
         self._waits = 0  # for nodes, since a message was pushed
-        self._flying: list[Flight] = []
+        self._flying: list[Arrival] = []
         self._landed: dict[str, Message] = {}
         self._lock = RLock()  # an app may push and pull from threads
 
@@ -86,14 +86,14 @@ class SimGrid(OwnGrid):
         with self._lock:
             wanted = set(message_ids)
             if not wanted & self._landed.keys():
-                due = [flight.due for flight in self._flying if flight.message.metadata.message_id in wanted]
+                due = [arrival.due for arrival in self._flying if arrival.message.metadata.message_id in wanted]
                 self._pass(min(due, default=self.now))
             return self._take(wanted)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         with self._lock:
             wanted, end = set(self.push_messages(messages)), inf if timeout is None else self.now + timeout
-            due = [flight.due for flight in self._flying if flight.message.metadata.message_id in wanted]
+            due = [arrival.due for arrival in self._flying if arrival.message.metadata.message_id in wanted]
             self._pass(min(max(due, default=self.now), end))
             return self._take(wanted)
 
@@ -116,21 +116,23 @@ class SimGrid(OwnGrid):
         """Let a node answer a message, the first of its push or not; the message's id. The reply is on its way."""
         meta = message.metadata
         self._waits = 0
-        self._book.begin(message, first, self.now)
+        self._log.begin(message, first, self.now)
         self._count += 1
         number(message, str(self._count))
         node, start = meta.dst_node_id, max(self.now, self._free.get(meta.dst_node_id, self.now))
         if node in self.states and self._clocks.on_line([node], start):
-            flight = self._work(message, start)
+            arrival = self._work(message, start)
         else:
-            self._book.sent(0)
-            flight = Flight(start, self._count, message, Answer(None, b"", UNAVAILABLE, f"node {node} is not there"), 0)
-        if flight.due > (end := self.now + meta.ttl):
-            flight = Flight(end, self._count, message, Answer(None, b"", EXPIRED, "its time to live was over"), 0)
-        self._flying.append(flight)
+            self._log.sent(0)
+            arrival = Arrival(
+                start, self._count, message, Answer(None, b"", UNAVAILABLE, f"node {node} is not there"), 0
+            )
+        if arrival.due > (end := self.now + meta.ttl):
+            arrival = Arrival(end, self._count, message, Answer(None, b"", EXPIRED, "its time to live was over"), 0)
+        self._flying.append(arrival)
         return str(meta.message_id)
 
-    def _work(self, message: Message, start: float) -> Flight:
+    def _work(self, message: Message, start: float) -> Arrival:
         """The reply of a node that begins with a message at this second. What it keeps changes only if it replies."""
         meta, content = message.metadata, pack(message.content)
         node = meta.dst_node_id
@@ -145,7 +147,7 @@ class SimGrid(OwnGrid):
             state=self.states[node],
         )
         answer, down = self._answer(job), 8 * len(content)
-        self._book.sent(down)
+        self._log.sent(down)
         up = 8 * len(answer.content or b"")
         ending = self._clocks.ending(node, job.number, meta.message_type, start, down, up)
         self._jobs[node], self._free[node] = job.number + 1, ending.at
@@ -154,19 +156,19 @@ class SimGrid(OwnGrid):
         elif answer.content is None:
             self._told(node, answer.reason)
         self.states[node] = answer.state
-        return Flight(ending.at, self._count, message, answer, ending.up)
+        return Arrival(ending.at, self._count, message, answer, ending.up)
 
     def _pass(self, until: float) -> None:
         """Let time pass; what is due by then arrives, in order."""
         self.now = max(self.now, until)
-        due = sorted(flight for flight in self._flying if flight.due <= self.now)
-        self._flying = [flight for flight in self._flying if flight.due > self.now]
-        for flight in due:
-            answer, meta = flight.answer, flight.message.metadata
+        due = sorted(arrival for arrival in self._flying if arrival.due <= self.now)
+        self._flying = [arrival for arrival in self._flying if arrival.due > self.now]
+        for arrival in due:
+            answer, meta = arrival.answer, arrival.message.metadata
             content = None if answer.content is None else unpack(answer.content)
-            self._book.came(meta.message_type, flight.up, content, dropped=answer.code == UNAVAILABLE)
+            self._log.came(meta.message_type, arrival.up, content, dropped=answer.code == UNAVAILABLE)
             told = Error(code=answer.code, reason=answer.reason) if content is None else content
-            self._landed[meta.message_id] = number(Message(told, reply_to=flight.message), f"{meta.message_id}r")
+            self._landed[meta.message_id] = number(Message(told, reply_to=arrival.message), f"{meta.message_id}r")
 
     def _take(self, wanted: set[str]) -> list[Message]:
         """Replies that have arrived to these messages, in the order of their arrival."""
@@ -174,4 +176,4 @@ class SimGrid(OwnGrid):
 
     def close(self) -> None:
         """The app is done: write its last round."""
-        self._book.close(self.now)
+        self._log.close(self.now)

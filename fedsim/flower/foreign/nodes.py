@@ -64,7 +64,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Nodes:
+class NodeRunner:
     """All nodes of a run.
 
     Args:

@@ -20,11 +20,11 @@ from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import strategy_utils
 
-from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.grid import SimGrid
-from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job, Nodes, seeded
+from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job, NodeRunner, seeded
 from fedsim.flower.foreign.private import EXPIRED, RAISED, UNAVAILABLE, on_our_clock
+from fedsim.flower.foreign.rounds import RoundLog
 from fedsim.history import History
 from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.availability import Bernoulli
@@ -172,9 +172,9 @@ def _(message: Message, context: Any) -> Message:
 def grid_of(devices: Devices, count: int = 3, absence: Absence = ALWAYS) -> tuple[SimGrid, list[dict[str, Any]]]:
     """A grid of echoing clients, and the rows that it will have written."""
     rows: list[dict[str, Any]] = []
-    book = Book(lambda row: rows.append(dict(row)))
+    log = RoundLog(lambda row: rows.append(dict(row)))
     clocks = Clocks(count=count, devices=devices, absence=absence)
-    return SimGrid(Nodes(echo, count, {}, 0).answer, clocks, book, lambda node, reason: None), rows
+    return SimGrid(NodeRunner(echo, count, {}, 0).answer, clocks, log, lambda node, reason: None), rows
 
 
 def asks(*nodes: int, **keys: Any) -> list[Message]:
@@ -251,11 +251,11 @@ def test_rounds_are_groups_or_else_server_rounds_or_else_pushes() -> None:
 
 def test_numbers_that_clients_report_are_averaged_by_their_samples() -> None:
     rows: list[Any] = []
-    book = Book(rows.append)
-    book.begin(asks(1)[0], True, 0.0)
+    log = RoundLog(rows.append)
+    log.begin(asks(1)[0], True, 0.0)
     for n, loss in ((1, 2.0), (3, 6.0)):
-        book.came("train", 0, RecordDict({"m": MetricRecord({"num-examples": n, "loss": loss})}), dropped=False)
-    book.close(1.0)
+        log.came("train", 0, RecordDict({"m": MetricRecord({"num-examples": n, "loss": loss})}), dropped=False)
+    log.close(1.0)
     assert rows[0]["train.loss"] == (1 * 2.0 + 3 * 6.0) / 4 and "train.num-examples" not in rows[0]
 
 
@@ -327,15 +327,15 @@ class Broken(BaseException):
 
 def broken_off(app: Path, out: Path, after: int, *overrides: str) -> None:
     """A run that ends when its clients have had so many messages."""
-    answer = Nodes.answer
+    answer = NodeRunner.answer
     calls = itertools.count()
 
-    def breaks(self: Nodes, job: Job) -> Answer:
+    def breaks(self: NodeRunner, job: Job) -> Answer:
         if next(calls) == after:
             raise Broken
         return answer(self, job)
 
-    with mock.patch.object(Nodes, "answer", breaks), pytest.raises(Broken):
+    with mock.patch.object(NodeRunner, "answer", breaks), pytest.raises(Broken):
         fedsim("flower", "run", app, "--out", out, "--quiet", "clients.count=6", *overrides)
 
 
@@ -345,7 +345,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_rows_without_computing_what_it
     broken_off(app, tmp_path / "run", 11)
     with (tmp_path / "run" / "replies.bin").open("ab") as file:
         file.write(b'{"key": "half a fra')  # as a kill leaves it
-    with mock.patch.object(Nodes, "answer", autospec=True, side_effect=Nodes.answer) as answer:
+    with mock.patch.object(NodeRunner, "answer", autospec=True, side_effect=NodeRunner.answer) as answer:
         assert played(app, tmp_path / "run", "--resume") == whole
     assert answer.call_count == sum(row["messages"] for row in whole) - 11
     assert not (tmp_path / "run" / "replies.bin").exists() and (tmp_path / "run" / "summary.json").exists()

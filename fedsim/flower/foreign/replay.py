@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedsim.config import ConfigError
-from fedsim.flower.foreign.nodes import Answer, Job, Nodes
+from fedsim.flower.foreign.nodes import Answer, Job, NodeRunner
 
 
-class Kept:
+class Replay:
     """Answers that are looked up in a file while it has them, and computed and added to it from then on.
 
     Args:
@@ -26,7 +26,7 @@ class Kept:
         compute: who answers what is not there.
     """
 
-    def __init__(self, path: Path, compute: Nodes) -> None:
+    def __init__(self, path: Path, compute: NodeRunner) -> None:
         self._path, self._compute = path, compute
         path.touch()
         self._file: BinaryIO = path.open("r+b")
