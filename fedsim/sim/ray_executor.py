@@ -15,9 +15,7 @@ Letters: R jobs, C clients of a stack, W workers.
 
 from __future__ import annotations
 
-import logging
 import pickle
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,16 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.config import first_line
 from fedsim.sim.collectives import Collectives, backend_for
 from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, grouped, shown
-from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, pack
 from fedsim.sim.ray_plane import Plane
-from fedsim.sim.ray_pool import ATTEMPTS, RayPool, Worker
-from fedsim.sim.ray_runtime import connect
-
-_log = logging.getLogger("fedsim")
+from fedsim.sim.ray_pool import RayPool, Worker, pickler
+from fedsim.sim.ray_worker import Actor
 
 
 class RayExecutor(Executor):
@@ -72,26 +66,17 @@ class RayExecutor(Executor):
     ) -> None:
         if timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
-        import ray
-        import ray.cloudpickle
-
         self.runner, self.width, self.timeout_seconds = runner, width, timeout_seconds
-        self.resubmitted = 0  # groups that had to be computed again because a worker was lost
         self._costs = runner.task.num_examples if costs is None else costs
-        self._ray, self._pickler = ray, ray.cloudpickle.Pickler
-        self._runs = 0
+        self._pickler = pickler()
         gpus = int(runner.device.type == "cuda")
         backend = backend_for(collectives, gpus=gpus > 0)
         setting = self._pack_setting(runner)
-        self._started = connect(ray, address, workers, threads, gpus, sum(a.nbytes for a in setting[1]))
+        self._pool = RayPool(Actor, setting, workers=workers, threads=threads, gpus=gpus, address=address)
+        self._plane: Plane | None = None
         try:
-            self._setting = ray.put(setting)
-            joined = address is not None
-            self._pool = RayPool(ray, self._setting, workers=workers, threads=threads, gpus=gpus, wait=joined)
-            self._plane: Plane | None = None
             if backend is not None:
-                nobody_joins = self._started and not joined
-                host = "127.0.0.1" if nobody_joins else ray.util.get_node_ip_address()
+                host = self._pool.ray.util.get_node_ip_address() if self._pool.others_join else "127.0.0.1"
                 self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds)
         except BaseException:
             self.close()
@@ -102,17 +87,21 @@ class RayExecutor(Executor):
         """W."""
         return len(self._pool.workers)
 
+    @property
+    def resubmitted(self) -> int:
+        """Groups that had to be computed again because a worker was lost."""
+        return self._pool.resubmitted
+
     def run(self, jobs: Jobs) -> Results:
         """Run jobs on whichever workers are there.
 
         Raises:
             ClientError: a client half raised; its own exception is the cause.
-            RuntimeError: one group, or every worker, was lost `ATTEMPTS` times in a row.
+            WorkersLost: one group, or every worker, was lost time and again.
         """
         groups = grouped(self.cut(jobs))
         if self._plane is not None and not self._plane.given_up and jobs.weights is not None and len(groups) > 1:
-            self._runs += 1
-            if (results := self._plane.run(jobs, groups, self._costs[jobs.ids], self._runs)) is not None:
+            if (results := self._plane.run(jobs, groups, self._costs[jobs.ids])) is not None:
                 return results
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
         for group, part in zip(groups, self._in_order(groups, jobs), strict=True):
@@ -125,56 +114,35 @@ class RayExecutor(Executor):
         self.__dict__.pop("_plane", None)
         if (pool := self.__dict__.pop("_pool", None)) is not None:
             pool.close()
-        self.__dict__.pop("_setting", None)
-        if self._started:
-            self._started = False
-            self._ray.shutdown()
 
     # One call ---------------------------------------------------------------------------------------------------
 
     def _in_order(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
         """Results in the order of the groups, each computed by whichever worker was free."""
-        self._runs += 1
-        models = [self._ray.put(pack(m, share=True, pickler=self._pickler)) for m in jobs.models]
+        models = [self._pool.ray.put(pack(m, share=True, pickler=self._pickler)) for m in jobs.models]
         # not shared: what nobody may write to would end the worker whose client half tries
-        inbox = self._ray.put(pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler))
-        todo, lost = deque(range(len(groups))), [0] * len(groups)
-        done: dict[int, Results] = {}
-        for following in range(len(groups)):
-            while following not in done:
-                for worker in self._pool.workers:
-                    if worker.ref is None and todo:
-                        self._submit(worker, todo.popleft(), groups, jobs, inbox, models)
-                tag, outcome = self._pool.next_outcome()
-                if tag is None or tag[0] != self._runs:
-                    continue  # a worker got ready, or finished what a call that failed had left behind
-                index = tag[1]
-                if isinstance(outcome, Failure):
-                    raise outcome.error from outcome.cause
-                if isinstance(outcome, Results):
-                    done[index] = outcome
-                    continue
-                lost[index] += 1
-                self.resubmitted += 1
-                if lost[index] == ATTEMPTS:
-                    raise RuntimeError(_gave_up(jobs, torch.cat(groups[index]), outcome)) from outcome
-                _log.warning(
-                    "round %d: a worker was lost (%s); its stacks run again", jobs.round + 1, first_line(outcome)
-                )
-                todo.appendleft(index)
-            yield done.pop(following)
+        inbox = self._pool.ray.put(pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler))
 
-    def _submit(
-        self, worker: Worker, index: int, groups: list[list[Tensor]], jobs: Jobs, inbox: Any, models: list[Any]
-    ) -> None:
-        group = groups[index]
+        def what(index: int) -> str:
+            clients = shown(jobs.ids[torch.cat(groups[index])])
+            return f"{jobs.work} in round {jobs.round + 1} for client(s) {clients}"
+
+        return self._pool.in_order(
+            len(groups),
+            lambda worker, index: self._ask(worker, groups[index], jobs, inbox, models),
+            lambda index: self.timeout_seconds,
+            what,
+            "lower runtime.stack or runtime.workers",
+        )
+
+    def _ask(self, worker: Worker, group: list[Tensor], jobs: Jobs, inbox: Any, models: list[Any]) -> Any:
+        """Let a worker run the stacks of a group; the reference to its answer."""
         part = jobs.rows(torch.cat(group))
         if part.inbox is not None:
             part.inbox.fields = {}
         needed = torch.unique(jobs.which[torch.cat(group)]).tolist()  # in the order that `rows` numbers them
         parcel = pack((replace(part, models=[]), [len(stack) for stack in group]), pickler=self._pickler)
-        ref = worker.actor.run.remote(self._setting, parcel, inbox, *[models[m] for m in needed])
-        self._pool.call(worker, ref, (self._runs, index), self.timeout_seconds)
+        return worker.actor.run.remote(self._pool.setting, parcel, inbox, *[models[m] for m in needed])
 
     # The setting -------------------------------------------------------------------------------------------------
 
@@ -187,11 +155,3 @@ class RayExecutor(Executor):
                 f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
                 "and generators out of them, or use runtime.executor=in_process"
             ) from error
-
-
-def _gave_up(jobs: Jobs, index: Tensor, error: BaseException) -> str:
-    return (
-        f"{jobs.work} in round {jobs.round + 1} for client(s) {shown(jobs.ids[index])} lost its worker {ATTEMPTS} "
-        f"times in a row; the last time: {first_line(error)}. If the node ran out of memory, lower "
-        "runtime.stack or runtime.workers"
-    )
