@@ -76,7 +76,7 @@ def apps(hidden: int, steps: int, rounds: int, took: list[float]) -> tuple[Serve
 def ours(server: ServerApp, client: ClientApp, clients: int) -> None:
     log = RoundLog(lambda row: None)
     clocks = Clocks(count=clients, devices=Constant())
-    grid = SimGrid(NodeRunner(client, clients, {}, 0).answer, clocks, log, lambda node, reason: None)
+    grid = SimGrid(NodeRunner(client, clients, {}, 0).answers, clocks, log, lambda node, reason: None)
     with seeded(0, "flower server"):
         server(grid, Context(1, 1, {}, RecordDict(), {}))
     assert log.replies and not log.errors

@@ -23,7 +23,7 @@ from fedsim.config import Call, ConfigError, FromTable, decode, first_line, nami
 from fedsim.flower.foreign.app import App
 from fedsim.flower.foreign.clocks import Clocks, Steps
 from fedsim.flower.foreign.grid import SimGrid
-from fedsim.flower.foreign.nodes import NodeRunner
+from fedsim.flower.foreign.nodes import Answering, NodeRunner
 from fedsim.flower.foreign.replay import Replay
 from fedsim.flower.foreign.rounds import RoundLog
 from fedsim.history import History
@@ -141,13 +141,13 @@ def run_app(
         stack.callback(rows.close)
         rows.open(folder, resolved, 0 if resume else None)  # a resume writes all rows again
         log = RoundLog(rows.write)
-        nodes = NodeRunner(app.client, file.clients.count, app.run_config, file.seed)
-        answer = nodes.answer
+        answers: Answering = NodeRunner(app.client, file.clients.count, app.run_config, file.seed).answers
         if file.keep:
-            replay = Replay(folder / REPLIES_FILE, nodes)
+            settings = (file.seed, file.clients.count, sorted(app.run_config.items()))
+            replay = Replay(folder / REPLIES_FILE, answers, settings)
             stack.callback(replay.close)
-            answer = replay.answer
-        grid = SimGrid(answer, clocks, log, _Told())
+            answers = replay.answers
+        grid = SimGrid(answers, clocks, log, _Told())
         stack.callback(grid.close)
         _serve(app, grid, log, file)
         if log.errors and not log.replies:

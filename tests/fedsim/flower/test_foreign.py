@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -174,7 +174,7 @@ def grid_of(devices: Devices, count: int = 3, absence: Absence = ALWAYS) -> tupl
     rows: list[dict[str, Any]] = []
     log = RoundLog(lambda row: rows.append(dict(row)))
     clocks = Clocks(count=count, devices=devices, absence=absence)
-    return SimGrid(NodeRunner(echo, count, {}, 0).answer, clocks, log, lambda node, reason: None), rows
+    return SimGrid(NodeRunner(echo, count, {}, 0).answers, clocks, log, lambda node, reason: None), rows
 
 
 def asks(*nodes: int, **keys: Any) -> list[Message]:
@@ -222,6 +222,34 @@ def test_replies_belong_to_their_messages_and_nothing_is_shared() -> None:
         assert (reply.metadata.group_id, reply.metadata.dst_node_id) == ("7", message.metadata.src_node_id)
         assert reply.content["mine"]["node"] == message.metadata.dst_node_id
     assert set(shared) == {"config"}  # what clients add to their message is in no other's
+
+
+def test_a_message_is_what_its_record_was_when_it_was_made() -> None:
+    """Also of an app that makes them one by one, changing its record in between."""
+    grid, _ = grid_of(Constant())
+    record = RecordDict()
+
+    def each() -> Iterator[Message]:
+        for node in (1, 2, 3):
+            record["c"] = ConfigRecord({"for": node})
+            yield Message(record, node, "train")
+
+    replies = grid.send_and_receive(each())
+    assert [reply.content["c"]["for"] for reply in replies] == [1, 2, 3]
+
+
+def test_messages_of_one_push_to_one_node_are_answered_one_after_the_other() -> None:
+    heard: list[list[tuple[int, int, bool]]] = []
+    clocks = Clocks(count=2, devices=Constant(seconds_per_step=1.0))
+
+    def answers(jobs: Sequence[Job]) -> list[Answer]:
+        heard.append([(job.node, job.number, job.state == NOTHING_KEPT) for job in jobs])
+        return list(NodeRunner(echo, 2, {}, 0).answers(jobs))
+
+    grid = SimGrid(answers, clocks, RoundLog(lambda row: None), lambda node, reason: None)
+    replies = grid.send_and_receive(asks(1, 2, 1, 2, 1))
+    assert heard == [[(1, 0, True), (2, 0, True)], [(1, 1, False), (2, 1, False)], [(1, 2, False)]]
+    assert len(list(replies)) == 5 and grid.now == 3.0
 
 
 def test_bits_are_those_of_flowers_serialised_records_and_take_their_time() -> None:
