@@ -21,11 +21,11 @@ from fedsim.compose.entries import KINDS
 from fedsim.compose.root import NOTES
 from fedsim.config import Call, ConfigError, FromTable, decode, first_line, naming
 from fedsim.flower.foreign.app import App
-from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks, Steps
 from fedsim.flower.foreign.grid import SimGrid
-from fedsim.flower.foreign.kept import Kept
-from fedsim.flower.foreign.nodes import Nodes
+from fedsim.flower.foreign.nodes import Answering, NodeRunner
+from fedsim.flower.foreign.replay import Replay
+from fedsim.flower.foreign.rounds import RoundLog
 from fedsim.history import History
 from fedsim.loop import ServerError
 from fedsim.results import SUMMARY_FILE, check_folder, claimed, versions, write_config, write_summary
@@ -140,19 +140,19 @@ def run_app(
         rows = JsonLines()
         stack.callback(rows.close)
         rows.open(folder, resolved, 0 if resume else None)  # a resume writes all rows again
-        book = Book(rows.write)
-        nodes = Nodes(app.client, file.clients.count, app.run_config, file.seed)
-        answer = nodes.answer
+        log = RoundLog(rows.write)
+        answers: Answering = NodeRunner(app.client, file.clients.count, app.run_config, file.seed).answers
         if file.keep:
-            kept = Kept(folder / REPLIES_FILE, nodes)
-            stack.callback(kept.close)
-            answer = kept.answer
-        grid = SimGrid(answer, clocks, book, _Told())
+            settings = (file.seed, file.clients.count, sorted(app.run_config.items()))
+            replay = Replay(folder / REPLIES_FILE, answers, settings)
+            stack.callback(replay.close)
+            answers = replay.answers
+        grid = SimGrid(answers, clocks, log, _Told())
         stack.callback(grid.close)
-        _serve(app, grid, book, file)
-        if book.errors and not book.replies:
+        _serve(app, grid, log, file)
+        if log.errors and not log.replies:
             raise ServerError(
-                f"{file.app}: all {book.errors} messages to clients ended in errors; the first is shown above"
+                f"{file.app}: all {log.errors} messages to clients ended in errors; the first is shown above"
             )
     return _completed(folder)
 
@@ -182,7 +182,7 @@ def _clocks(file: AppFile, app: App) -> Clocks:
     return Clocks(count=clients.count, devices=devices, steps=clients.steps, absence=absence)
 
 
-def _serve(app: App, grid: SimGrid, book: Book, file: AppFile) -> None:
+def _serve(app: App, grid: SimGrid, log: RoundLog, file: AppFile) -> None:
     """Call the app's server.
 
     Raises:
@@ -193,7 +193,7 @@ def _serve(app: App, grid: SimGrid, book: Book, file: AppFile) -> None:
     except ConfigError:
         raise
     except Exception as e:
-        when = f"in round {book.round}" if book.round else "before its first round"
+        when = f"in round {log.round}" if log.round else "before its first round"
         raise ServerError(f"{file.app}: its ServerApp failed {when}: {first_line(e)}") from e
 
 
