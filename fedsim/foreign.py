@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -26,10 +26,12 @@ from fedsim.flower.foreign.grid import SimGrid
 from fedsim.flower.foreign.nodes import Answering, NodeRunner
 from fedsim.flower.foreign.replay import Replay
 from fedsim.flower.foreign.rounds import RoundLog
+from fedsim.flower.foreign.workers import RayNodes, Setting
 from fedsim.history import History
 from fedsim.loop import ServerError
 from fedsim.results import SUMMARY_FILE, check_folder, claimed, versions, write_config, write_summary
 from fedsim.sim.absence import Absence, Dropout
+from fedsim.sim.ray_pool import WorkersLost
 from fedsim.sinks import JsonLines
 
 REPLIES_FILE = "replies.bin"
@@ -60,18 +62,35 @@ class AppClients:
 
 @dataclass(frozen=True, kw_only=True)
 class AppRuntime:
-    """How it computes.
+    """How it computes; the threads alone may touch the last bits.
 
     Args:
-        threads: intra-op threads of torch. Clients run one after the other, since the generators that an app draws from
-            are one for a process.
+        executor: in_process, where clients run one after the other, since the generators that an app draws from are one
+            for a process; or ray.
+        workers: Ray workers, each a process with one client at a time; auto is as many as there is room for.
+        threads: intra-op threads of torch, of each worker.
+        gpus: of each Ray worker.
+        address: of a Ray cluster, all of whose nodes find the app's folder: "auto", "host:port", or null.
+        timeout: seconds for one message, after which a Ray worker counts as hung and is replaced.
     """
 
+    executor: Literal["in_process", "ray"] = "in_process"
+    workers: int | Literal["auto"] = "auto"
     threads: int = 1
+    gpus: int = 0
+    address: str | None = None
+    timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        for name, least in (("workers", 1), ("threads", 1), ("gpus", 0)):
+            value = getattr(self, name)
+            if value != "auto" and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be positive seconds, got {self.timeout}")
+        for name, here in (("workers", ("auto", 1)), ("gpus", (0,)), ("address", (None,))):
+            if self.executor != "ray" and getattr(self, name) not in here:
+                raise ValueError(f"{name} is of Ray workers; add executor: ray, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +138,7 @@ def run_app(
 
     Raises:
         ConfigError: for a mistake in the file or the app, or a resume of another run or of one that is complete.
+        ValueError: if there is no Ray cluster, or no room for a worker.
         ServerError: if the app's server raised, or every message to its clients ended in an error.
     """
     with naming(source):
@@ -134,26 +154,19 @@ def run_app(
     logging.getLogger("flwr").setLevel(logging.ERROR if quiet else logging.INFO)
     torch.set_num_threads(file.runtime.threads)
     with ExitStack() as stack:
+        answers = _answering(file, app, stack)
         folder = stack.enter_context(claimed(folder, numbered))
         if not resume:
             write_config(folder / "config.yaml", {**resolved, "versions": versions()})
         rows = JsonLines()
         stack.callback(rows.close)
         rows.open(folder, resolved, 0 if resume else None)  # a resume writes all rows again
-        log = RoundLog(rows.write)
-        answers: Answering = NodeRunner(app.client, file.clients.count, app.run_config, file.seed).answers
         if file.keep:
             settings = (file.seed, file.clients.count, sorted(app.run_config.items()))
             replay = Replay(folder / REPLIES_FILE, answers, settings)
             stack.callback(replay.close)
             answers = replay.answers
-        grid = SimGrid(answers, clocks, log, _Told())
-        stack.callback(grid.close)
-        _serve(app, grid, log, file)
-        if log.errors and not log.replies:
-            raise ServerError(
-                f"{file.app}: all {log.errors} messages to clients ended in errors; the first is shown above"
-            )
+        _serve(app, SimGrid(answers, clocks, RoundLog(rows.write), _Told()), file)
     return _completed(folder)
 
 
@@ -182,19 +195,48 @@ def _clocks(file: AppFile, app: App) -> Clocks:
     return Clocks(count=clients.count, devices=devices, steps=clients.steps, absence=absence)
 
 
-def _serve(app: App, grid: SimGrid, log: RoundLog, file: AppFile) -> None:
+def _answering(file: AppFile, app: App, stack: ExitStack) -> Answering:
+    """Who computes what the app's nodes answer, until the stack is left.
+
+    Raises:
+        ValueError: if there is no Ray cluster, or no room for a worker.
+    """
+    runtime, own = file.runtime, (file.clients.count, app.run_config, file.seed)
+    if runtime.executor == "in_process":
+        return NodeRunner(app.client, *own).answers
+    nodes = RayNodes(
+        Setting(app.folder, app.client_reference, *own),
+        workers=None if runtime.workers == "auto" else runtime.workers,
+        threads=runtime.threads,
+        gpus=runtime.gpus,
+        address=runtime.address,
+        timeout_seconds=runtime.timeout,
+    )
+    stack.callback(nodes.close)
+    return nodes.answers
+
+
+def _serve(app: App, grid: SimGrid, file: AppFile) -> None:
     """Call the app's server.
 
     Raises:
-        ServerError: if it raised.
+        ServerError: if it raised, every message to its clients ended in an error, or Ray workers were lost time and
+            again.
     """
+    log = grid.log
     try:
         app.serve(grid, file.seed)
     except ConfigError:
         raise
+    except WorkersLost as e:
+        raise ServerError(f"{file.app}: {e}") from e
     except Exception as e:
         when = f"in round {log.round}" if log.round else "before its first round"
         raise ServerError(f"{file.app}: its ServerApp failed {when}: {first_line(e)}") from e
+    finally:
+        grid.close()
+    if log.errors and not log.replies:
+        raise ServerError(f"{file.app}: all {log.errors} messages to clients ended in errors; the first is shown above")
 
 
 class _Told:

@@ -86,7 +86,7 @@ class SimGrid(OwnGrid):
         told: Callable[[int, str], None],
     ) -> None:
         super().__init__()
-        self._answers, self._clocks, self._log, self._told = answers, clocks, log, told
+        self._answers, self._clocks, self.log, self._told = answers, clocks, log, told
         self.now = 0.0
         self.states = dict.fromkeys(range(1, clocks.count + 1), NOTHING_KEPT)
         self._jobs = dict.fromkeys(self.states, 0)
@@ -154,11 +154,11 @@ class SimGrid(OwnGrid):
         there = self._there(starts)
         going = [posted for posted in batch if posted.node in there]
         for posted in batch:
-            self._log.begin(posted.message, posted.first, self.now)
+            self.log.begin(posted.message, posted.first, self.now)
             if posted.node in there:
-                self._log.sent(8 * len(posted.content))
+                self.log.sent(8 * len(posted.content))
             else:
-                self._log.sent(0)
+                self.log.sent(0)
                 nobody = Answer(None, b"", UNAVAILABLE, f"node {posted.node} is not there")
                 self._on_its_way(posted, starts[posted.node], nobody, 0)
         jobs = [self._job(posted) for posted in going]
@@ -214,7 +214,7 @@ class SimGrid(OwnGrid):
         for arrival in due:
             answer, meta = arrival.answer, arrival.message.metadata
             content = None if answer.content is None else unpack(answer.content)
-            self._log.came(meta.message_type, arrival.up, content, dropped=answer.code == UNAVAILABLE)
+            self.log.came(meta.message_type, arrival.up, content, dropped=answer.code == UNAVAILABLE)
             told = Error(code=answer.code, reason=answer.reason) if content is None else content
             self._landed[meta.message_id] = number(Message(told, reply_to=arrival.message), f"{meta.message_id}r")
 
@@ -224,7 +224,7 @@ class SimGrid(OwnGrid):
 
     def close(self) -> None:
         """The app is done: write its last round."""
-        self._log.close(self.now)
+        self.log.close(self.now)
 
 
 def _no_node_twice(posted: Iterable[Posted]) -> Iterator[list[Posted]]:
