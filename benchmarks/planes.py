@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.sim.executor import Jobs, StackRunner
-from fedsim.sim.ray_executor import RayExecutor
+from fedsim.sim.ray_executor import RayExecutor, Setting
 from fedsim.tasks.quadratic import QuadraticTask
 
 MAX_GROUPS = 64
@@ -58,7 +58,7 @@ def main() -> None:
     import ray
 
     ray.init(address="local", num_cpus=2 * args.workers, num_gpus=0, include_dashboard=False, log_to_driver=False)
-    ways = {way: RayExecutor(runner, width=1, workers=args.workers, collectives=way) for way in WAYS}
+    ways = {way: RayExecutor(Setting.of(runner), width=1, workers=args.workers, collectives=way) for way in WAYS}
     print(f"{args.workers} workers\n{'P':>10}{'groups':>8}{'gloo':>10}{'store':>10}{'ratio':>8}")
     for size, groups in product(args.sizes, args.groups):
         for executor in ways.values():

@@ -143,19 +143,19 @@ class Executor(ABC):
     """Runs jobs somewhere; the same jobs give the same bits wherever that is.
 
     Attributes:
-        runner: runs one stack.
+        num_examples: [N] samples of each client, by which a call is cut.
         width: clients of a stack at most.
         stacks: into so many a call is cut at least; set where it is known how many workers there are.
     """
 
-    runner: StackRunner
+    num_examples: Tensor
     width: int
     stacks: int = 1
 
     def cut(self, jobs: Jobs) -> list[Tensor]:
         """Indices of each stack of a call; where peers mix vectors, and train nothing, stacks are wider."""
         width = self.width if jobs.inbox is None else MIXED * self.width
-        return cut(self.runner.task.num_examples[jobs.ids], width, self.stacks)
+        return cut(self.num_examples[jobs.ids], width, self.stacks)
 
     @abstractmethod
     def run(self, jobs: Jobs) -> Results:

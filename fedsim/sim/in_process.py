@@ -29,6 +29,7 @@ class InProcess(Executor):
 
     def __init__(self, runner: StackRunner, *, width: int, workers: int = 1, threads: int = 1) -> None:
         self.runner, self.width, self.workers = runner, width, workers
+        self.num_examples = runner.task.num_examples
         pages.keep_freed_memory()
         self._pool = ThreadPoolExecutor(
             workers, thread_name_prefix="fedsim-worker", initializer=torch.set_num_threads, initargs=(threads,)

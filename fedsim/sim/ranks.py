@@ -51,6 +51,7 @@ class Ranks(Executor):
         what: str,
     ) -> None:
         self.runner, self.width, self.costs = runner, width, costs
+        self.num_examples = runner.task.num_examples
         self.group = join(here, what, backend)
         self._pool = InProcess(runner, width=width, workers=workers, threads=threads)
         self._between_calls = True

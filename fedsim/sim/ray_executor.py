@@ -19,7 +19,7 @@ import logging
 import pickle
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,11 +37,52 @@ from fedsim.sim.ray_runtime import connect
 _log = logging.getLogger("fedsim")
 
 
-class RayExecutor(Executor):
-    """Workers are Ray actors.
+@dataclass(frozen=True)
+class Setting:
+    """What every worker gets once, and what has to be known of it without opening it.
 
     Args:
-        runner: runs one stack; its task, strategy, seed, device and uplink are sent to every worker once.
+        parcel: task, strategy, seed, device and uplink.
+        strategy: its class, for messages.
+        device: where workers compute: "cpu" or "cuda".
+        num_examples: [N] samples of each client.
+    """
+
+    parcel: Parcel
+    strategy: str
+    device: str
+    num_examples: Tensor
+
+    @classmethod
+    def of(cls, runner: StackRunner) -> Setting:
+        """That of a runner of stacks.
+
+        Raises:
+            ValueError: if task or strategy cannot be sent.
+        """
+        parts = (runner.task, runner.strategy, runner.seed, runner.device, runner.uplink)
+        try:
+            parcel = pack(parts, share=True, pickler=pickler())
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
+                "and generators out of them, or use runtime.executor=in_process"
+            ) from error
+        return cls(parcel, type(runner.strategy).__name__, runner.device.type, runner.task.num_examples)
+
+
+def pickler() -> Any:
+    """The class of pickler that takes the user's own classes, wherever they are written."""
+    import ray.cloudpickle
+
+    return ray.cloudpickle.Pickler
+
+
+class RayExecutor(Executor):
+    """Workers are Ray actors, driven by this process.
+
+    Args:
+        setting: of the workers.
         width: clients of a stack.
         workers: how many actors; None for one per GPU of the cluster if the runner's device is one, else one per
             `threads` CPUs.
@@ -54,13 +95,12 @@ class RayExecutor(Executor):
         timeout_seconds: for one group of stacks; a worker that takes longer counts as hung and is replaced.
 
     Raises:
-        ValueError: if task or strategy cannot be sent, there is no cluster at the address, no room for a worker, or no
-            GPU for NCCL.
+        ValueError: if there is no cluster at the address, no room for a worker, or no GPU for NCCL.
     """
 
     def __init__(
         self,
-        runner: StackRunner,
+        setting: Setting,
         *,
         width: int,
         workers: int | None = None,
@@ -73,19 +113,18 @@ class RayExecutor(Executor):
         if timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
         import ray
-        import ray.cloudpickle
 
-        self.runner, self.width, self.timeout_seconds = runner, width, timeout_seconds
+        self.num_examples, self.width, self.timeout_seconds = setting.num_examples, width, timeout_seconds
         self.resubmitted = 0  # groups that had to be computed again because a worker was lost
-        self._costs = runner.task.num_examples if costs is None else costs
-        self._ray, self._pickler = ray, ray.cloudpickle.Pickler
+        self._strategy = setting.strategy
+        self._costs = self.num_examples if costs is None else costs
+        self._ray, self._pickler = ray, pickler()
         self._runs = 0
-        gpus = int(runner.device.type == "cuda")
+        gpus = int(setting.device == "cuda")
         backend = backend_for(collectives, gpus=gpus > 0)
-        setting = self._pack_setting(runner)
-        self._started = connect(ray, address, workers, threads, gpus, sum(a.nbytes for a in setting[1]))
+        self._started = connect(ray, address, workers, threads, gpus, sum(a.nbytes for a in setting.parcel[1]))
         try:
-            self._setting = ray.put(setting)
+            self._setting = ray.put(setting.parcel)
             joined = address is not None
             self._pool = RayPool(ray, self._setting, workers=workers, threads=threads, gpus=gpus, wait=joined)
             self._plane: Plane | None = None
@@ -114,7 +153,7 @@ class RayExecutor(Executor):
             self._runs += 1
             if (results := self._plane.run(jobs, groups, self._costs[jobs.ids], self._runs)) is not None:
                 return results
-        gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
+        gather = Gather(len(jobs.ids), f"{self._strategy}.{jobs.work}", len(groups))
         for group, part in zip(groups, self._in_order(groups, jobs), strict=True):
             gather.add(torch.cat(group), part)
             gather.end_group()
@@ -175,18 +214,6 @@ class RayExecutor(Executor):
         parcel = pack((replace(part, models=[]), [len(stack) for stack in group]), pickler=self._pickler)
         ref = worker.actor.run.remote(self._setting, parcel, inbox, *[models[m] for m in needed])
         self._pool.call(worker, ref, (self._runs, index), self.timeout_seconds)
-
-    # The setting -------------------------------------------------------------------------------------------------
-
-    def _pack_setting(self, runner: StackRunner) -> Parcel:
-        parts = (runner.task, runner.strategy, runner.seed, runner.device, runner.uplink)
-        try:
-            return pack(parts, share=True, pickler=self._pickler)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
-                "and generators out of them, or use runtime.executor=in_process"
-            ) from error
 
 
 def _gave_up(jobs: Jobs, index: Tensor, error: BaseException) -> str:

@@ -23,7 +23,7 @@ from fedsim.sim.executor import ClientError, Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Uplink
-from fedsim.sim.ray_executor import RayExecutor
+from fedsim.sim.ray_executor import RayExecutor, Setting
 from tests.fedsim.sim.ray_cases import (
     DIM,
     NUM_CLIENTS,
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def executors(runtime: None, folder: Path) -> Iterator[dict[int, RayExecutor]]:
     """One executor for each number of workers, one client a stack so that stacks share groups."""
-    made = {w: RayExecutor(runner(folder), width=1, workers=w, collectives="object_store") for w in (1, 3)}
+    made = {w: RayExecutor(Setting.of(runner(folder)), width=1, workers=w, collectives="object_store") for w in (1, 3)}
     yield made
     for executor in made.values():
         executor.close()
@@ -78,7 +78,7 @@ def executors(runtime: None, folder: Path) -> Iterator[dict[int, RayExecutor]]:
 @pytest.fixture(scope="module")
 def talking(runtime: None, folder: Path) -> Iterator[RayExecutor]:
     """Three workers that fold between them."""
-    made = RayExecutor(runner(folder), width=1, workers=3, collectives="gloo")
+    made = RayExecutor(Setting.of(runner(folder)), width=1, workers=3, collectives="gloo")
     yield made
     made.close()
 
@@ -111,7 +111,7 @@ def test_results_hold_sums_rows_metrics_and_bits(executors: dict[int, RayExecuto
 
 def test_rounds_through_a_fleet_with_client_memory_are_the_same_bits(executors: dict[int, RayExecutor]) -> None:
     def rounds(executor: RayExecutor | InProcess) -> list[torch.Tensor]:
-        shared: StackRunner = executor.runner
+        shared = runner()
         fleet = SimFleet(
             num_examples=shared.task.num_examples,
             model_size=DIM,
@@ -136,7 +136,7 @@ def test_rounds_through_a_fleet_with_client_memory_are_the_same_bits(executors: 
 def test_replies_are_compressed_on_the_workers(runtime: None) -> None:
     whole, here = runner(), runner()
     whole.uplink = here.uplink = Uplink(compressor=RandK(k=5))
-    there, process = RayExecutor(whole, width=20, workers=1), InProcess(here, width=20)
+    there, process = RayExecutor(Setting.of(whole), width=20, workers=1), InProcess(here, width=20)
     jobs = some_jobs(fold=False)
     got = there.run(jobs)
     assert_same_bits(got, process.run(jobs))
@@ -251,7 +251,7 @@ def test_an_exception_among_talking_workers_ends_the_call_for_all(talking: RayEx
 
 def test_nccl_without_gpus_is_refused_before_anything_starts() -> None:
     with pytest.raises(ValueError, match="runtime.collectives: nccl needs a GPU for every worker.*use gloo or auto"):
-        RayExecutor(runner(), width=1, collectives="nccl")
+        RayExecutor(Setting.of(runner()), width=1, collectives="nccl")
 
 
 def test_how_sums_travel_is_a_rule_on_the_device() -> None:
@@ -259,54 +259,28 @@ def test_how_sums_travel_is_a_rule_on_the_device() -> None:
     assert backend_for("gloo", gpus=True) == "gloo" and backend_for("object_store", gpus=True) is None
 
 
-def test_a_strategy_that_cannot_be_pickled_is_refused_at_once(runtime: None) -> None:
+def test_a_strategy_that_cannot_be_pickled_is_refused_at_once() -> None:
     whole = runner()
     with pytest.raises(ValueError, match="cannot be sent to Ray workers.*in_process"):
-        RayExecutor(StackRunner(whole.task, (n for n in range(3)), 0, whole.device), width=1, workers=1)
+        Setting.of(StackRunner(whole.task, (n for n in range(3)), 0, whole.device))
 
 
 def test_a_timeout_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="timeout_seconds must be positive, got 0"):
-        RayExecutor(runner(), width=1, workers=1, timeout_seconds=0)
+        RayExecutor(Setting.of(runner()), width=1, workers=1, timeout_seconds=0)
 
 
 def test_an_address_without_a_cluster_is_refused_at_once() -> None:
     code = """
 import sys
-from fedsim.sim.ray_executor import RayExecutor
+from fedsim.sim.ray_executor import RayExecutor, Setting
 from tests.fedsim.sim.ray_cases import runner
 assert "ray" not in sys.modules, "importing the module does not import ray"
 try:
-    RayExecutor(runner(), width=1, address="127.0.0.1:1")
+    RayExecutor(Setting.of(runner()), width=1, address="127.0.0.1:1")
 except ValueError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.startswith("runtime.address=127.0.0.1:1: cannot join a Ray cluster there")
     assert "ray start --head" in done.stdout
-
-
-def test_without_an_address_it_starts_a_runtime_of_its_own_and_stops_it(tmp_path: Path) -> None:
-    """With token authentication, as Ray has it by default, out of the network, no trace in the user's home."""
-    code = """
-import signal
-from fedsim.sim.ray_executor import RayExecutor
-from tests.fedsim.sim.ray_cases import runner, some_jobs
-before = signal.getsignal(signal.SIGTERM)
-executor = RayExecutor(runner(), width=10, workers=1)
-print(executor.run(some_jobs()).sums["delta"].double().sum().item())
-import ray
-assert signal.getsignal(signal.SIGTERM) is before
-assert ray.cluster_resources()["CPU"] == 1
-from tests.fedsim.sim.ports import addresses, family
-assert addresses(family()) == {"127.0.0.1"}, addresses(family())
-executor.close()
-assert not ray.is_initialized()
-"""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=own, check=True, capture_output=True, text=True, timeout=120
-    )
-    assert float(done.stdout) == in_process(JOBS["folded"], width=10).sums["delta"].double().sum().item()
-    assert done.stderr == ""
-    assert not (tmp_path / ".ray").exists()
