@@ -204,11 +204,11 @@ def _executor(
     if here is not None and kind in ("auto", "torchrun"):
         return _ranks(here, runtime, runner, width, costs)
     if kind == "ray" or (kind == "auto" and (several or runtime.address is not None)):
-        from fedsim.sim.ray_executor import RayExecutor
+        from fedsim.sim.ray_process import ray_executor
 
         _check_rows_travel(runtime, device)
         wanted = None if runtime.workers == "auto" else runtime.workers
-        actors = RayExecutor(
+        actors = ray_executor(
             runner,
             width=width,
             workers=wanted,
@@ -216,6 +216,7 @@ def _executor(
             address=runtime.address,
             collectives=runtime.collectives,
             costs=costs,
+            timeout_seconds=runtime.timeout_seconds,
         )
         return actors, actors.num_workers, f"{actors.num_workers} Ray actors, {runtime.threads} thread(s) each"
     workers = _threads(runtime, device)

@@ -66,8 +66,8 @@ class FlowerFleet(Account):
         needs_all: str | None = None,
     ) -> None:
         super().__init__(mail.nodes.num_examples, model_size, seed, downlink)
-        self.mail = mail
-        self._needs_all = needs_all
+        self.mail, self._needs_all = mail, needs_all
+        mail.needs_all = needs_all is not None
         self._copies = None if downlink is None else Copies(downlink)
 
     @property

@@ -35,7 +35,7 @@ from fedsim.sim.ray_worker import Actor
 
 
 class RayExecutor(Executor):
-    """Workers are Ray actors.
+    """Workers are Ray actors, driven by this process.
 
     Args:
         runner: runs one stack; its task, strategy, seed, device and uplink are sent to every worker once.
@@ -75,8 +75,7 @@ class RayExecutor(Executor):
         pages.keep_freed_memory()
         gpus = int(runner.device.type == "cuda")
         backend = backend_for(collectives, gpus=gpus > 0)
-        setting = self._pack_setting(runner)
-        self._pool = RayPool(Actor, setting, workers=workers, threads=threads, gpus=gpus, address=address)
+        self._pool = RayPool(Actor, setting_of(runner), workers=workers, threads=threads, gpus=gpus, address=address)
         self._plane: Plane | None = None
         try:
             if backend is not None:
@@ -119,7 +118,11 @@ class RayExecutor(Executor):
         Raises:
             WorkersLost: one call, or every worker, was lost time and again.
         """
-        name, size = self.name_of_method(work), -(-len(pieces) // (SHARES * self.num_workers)) or 1
+        return self.map_named(self.name_of_method(work), pieces, shared)
+
+    def map_named(self, name: str, pieces: Sequence[Any], shared: dict[str, Any]) -> list[Any]:
+        """`map` of a method of the task, by its name."""
+        size = -(-len(pieces) // (SHARES * self.num_workers)) or 1
         parts = [pack(pieces[i : i + size], pickler=self._pickler) for i in range(0, len(pieces), size)]
         # not shared: a method of the user's may write to it
         same = self._pool.ray.put(pack(shared, pickler=self._pickler))
@@ -163,14 +166,18 @@ class RayExecutor(Executor):
         parcel = pack((replace(part, models=[]), [len(stack) for stack in group]), pickler=self._pickler)
         return worker.actor.run.remote(self._pool.setting, parcel, inbox, *[models[m] for m in needed])
 
-    # The setting -------------------------------------------------------------------------------------------------
 
-    def _pack_setting(self, runner: StackRunner) -> Parcel:
-        parts = (runner.task, runner.strategy, runner.seed, runner.device, runner.uplink)
-        try:
-            return pack(parts, share=True, pickler=self._pickler)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
-                "and generators out of them, or use runtime.executor=in_process"
-            ) from error
+def setting_of(runner: StackRunner) -> Parcel:
+    """What every worker gets once, of which it makes its own runner.
+
+    Raises:
+        ValueError: if task or strategy cannot be sent.
+    """
+    parts = (runner.task, runner.strategy, runner.seed, runner.device, runner.uplink)
+    try:
+        return pack(parts, share=True, pickler=pickler())
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
+            "and generators out of them, or use runtime.executor=in_process"
+        ) from error

@@ -23,7 +23,7 @@ from fedsim.sim.executor import ClientError, Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Uplink
-from fedsim.sim.ray_executor import RayExecutor
+from fedsim.sim.ray_executor import RayExecutor, setting_of
 from tests.fedsim.sim.ray_cases import (
     DIM,
     NUM_CLIENTS,
@@ -112,7 +112,7 @@ def test_results_hold_sums_rows_metrics_and_bits(executors: dict[int, RayExecuto
 
 def test_rounds_through_a_fleet_with_client_memory_are_the_same_bits(executors: dict[int, RayExecutor]) -> None:
     def rounds(executor: RayExecutor | InProcess) -> list[torch.Tensor]:
-        shared: StackRunner = executor.runner
+        shared = runner()
         fleet = SimFleet(
             num_examples=shared.task.num_examples,
             model_size=DIM,
@@ -288,10 +288,10 @@ def test_how_sums_travel_is_a_rule_on_the_device() -> None:
     assert backend_for("gloo", gpus=True) == "gloo" and backend_for("object_store", gpus=True) is None
 
 
-def test_a_strategy_that_cannot_be_pickled_is_refused_at_once(runtime: None) -> None:
+def test_a_strategy_that_cannot_be_pickled_is_refused_at_once() -> None:
     whole = runner()
     with pytest.raises(ValueError, match="cannot be sent to Ray workers.*in_process"):
-        RayExecutor(StackRunner(whole.task, (n for n in range(3)), 0, whole.device), width=1, workers=1)
+        setting_of(StackRunner(whole.task, (n for n in range(3)), 0, whole.device))
 
 
 def test_a_timeout_of_nothing_is_refused() -> None:
@@ -313,29 +313,3 @@ except ValueError as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.startswith("runtime.address=127.0.0.1:1: cannot join a Ray cluster there")
     assert "ray start --head" in done.stdout
-
-
-def test_without_an_address_it_starts_a_runtime_of_its_own_and_stops_it(tmp_path: Path) -> None:
-    """With token authentication, as Ray has it by default, out of the network, no trace in the user's home."""
-    code = """
-import signal
-from fedsim.sim.ray_executor import RayExecutor
-from tests.fedsim.sim.ray_cases import runner, some_jobs
-before = signal.getsignal(signal.SIGTERM)
-executor = RayExecutor(runner(), width=10, workers=1)
-print(executor.run(some_jobs()).sums["delta"].double().sum().item())
-import ray
-assert signal.getsignal(signal.SIGTERM) is before
-assert ray.cluster_resources()["CPU"] == 1
-from tests.fedsim.sim.ports import addresses, family
-assert addresses(family()) == {"127.0.0.1"}, addresses(family())
-executor.close()
-assert not ray.is_initialized()
-"""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=own, check=True, capture_output=True, text=True, timeout=120
-    )
-    assert float(done.stdout) == in_process(JOBS["folded"], width=10).sums["delta"].double().sum().item()
-    assert done.stderr == ""
-    assert not (tmp_path / ".ray").exists()
