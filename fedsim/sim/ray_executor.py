@@ -28,7 +28,7 @@ from torch import Tensor
 from fedsim import pages
 from fedsim.config import first_line
 from fedsim.engine.choose import SHARES
-from fedsim.sim.collectives import Collectives, backend_for
+from fedsim.sim.collectives import Collectives, backend_for, least_groups
 from fedsim.sim.executor import Executor, Jobs, Results, StackRunner, T, grouped, shown
 from fedsim.sim.failure import Failure
 from fedsim.sim.gather import Gather
@@ -96,7 +96,9 @@ class RayExecutor(Executor):
             if backend is not None:
                 nobody_joins = self._started and not joined
                 host = "127.0.0.1" if nobody_joins else ray.util.get_node_ip_address()
-                self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds)
+                one, nbytes = sum(node["Alive"] for node in ray.nodes()) == 1, 4 * runner.task.layout.size
+                least = least_groups(collectives, backend, one_machine=one, nbytes=nbytes)
+                self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds, least)
         except BaseException:
             self.close()
             raise
@@ -114,7 +116,7 @@ class RayExecutor(Executor):
             RuntimeError: one group, or every worker, was lost `ATTEMPTS` times in a row.
         """
         groups = grouped(self.cut(jobs))
-        if self._plane is not None and not self._plane.given_up and jobs.weights is not None and len(groups) > 1:
+        if self._plane is not None and self._plane.takes(jobs, groups):
             self._runs += 1
             if (results := self._plane.run(jobs, groups, self._costs[jobs.ids], self._runs)) is not None:
                 return results
