@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedsim import pages
 from fedsim.engine.choose import SHARES
-from fedsim.sim.collectives import Collectives, backend_for
+from fedsim.sim.collectives import Collectives, backend_for, least_groups
 from fedsim.sim.executor import Executor, Jobs, Results, StackRunner, T, grouped, shown
 from fedsim.sim.gather import Gather
 from fedsim.sim.packing import Parcel, pack
@@ -79,8 +79,11 @@ class RayExecutor(Executor):
         self._plane: Plane | None = None
         try:
             if backend is not None:
-                host = self._pool.ray.util.get_node_ip_address() if self._pool.others_join else "127.0.0.1"
-                self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds)
+                ray = self._pool.ray
+                host = ray.util.get_node_ip_address() if self._pool.others_join else "127.0.0.1"
+                one, nbytes = sum(node["Alive"] for node in ray.nodes()) == 1, 4 * runner.task.layout.size
+                least = least_groups(collectives, backend, one_machine=one, nbytes=nbytes)
+                self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds, least)
         except BaseException:
             self.close()
             raise
@@ -103,7 +106,7 @@ class RayExecutor(Executor):
             WorkersLost: one group, or every worker, was lost time and again.
         """
         groups = grouped(self.cut(jobs))
-        if self._plane is not None and not self._plane.given_up and jobs.weights is not None and len(groups) > 1:
+        if self._plane is not None and self._plane.takes(jobs, groups):
             if (results := self._plane.run(jobs, groups, self._costs[jobs.ids])) is not None:
                 return results
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))

@@ -16,7 +16,7 @@ import torch
 from fedsim.compress.sparsify import RandK
 from fedsim.fleet import Cost
 from fedsim.memory import Memory
-from fedsim.sim import ray_pool
+from fedsim.sim import collectives, ray_pool
 from fedsim.sim.collectives import backend_for
 from fedsim.sim.devices import Constant
 from fedsim.sim.executor import ClientError, Jobs, Results, StackRunner
@@ -286,6 +286,17 @@ def test_nccl_without_gpus_is_refused_before_anything_starts() -> None:
 def test_how_sums_travel_is_a_rule_on_the_device() -> None:
     assert backend_for("auto", gpus=False) == "gloo" and backend_for("auto", gpus=True) == "nccl"
     assert backend_for("gloo", gpus=True) == "gloo" and backend_for("object_store", gpus=True) is None
+
+
+def test_few_sums_of_a_large_model_go_through_the_memory_that_workers_share(
+    runtime: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "LARGE_BYTES", 4 * DIM)
+    executor = RayExecutor(runner(), width=1, workers=1, collectives="auto")
+    plane, few, many = executor._plane, [[]] * 8, [[]] * 9
+    executor.close()
+    assert plane is not None and not plane.takes(JOBS["folded"], few) and plane.takes(JOBS["folded"], many)
+    assert not plane.takes(JOBS["kept apart"], many), "what is not folded goes to the driver in any case"
 
 
 def test_a_strategy_that_cannot_be_pickled_is_refused_at_once() -> None:
