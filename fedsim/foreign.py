@@ -18,9 +18,13 @@ from typing import Annotated, Any, Literal
 import torch
 
 from fedsim.compose.entries import KINDS
+from fedsim.compose.refusals import try_attack
 from fedsim.compose.root import NOTES
-from fedsim.config import Call, ConfigError, FromTable, decode, first_line, naming
+from fedsim.compose.sections import ByzantineClients, Down, Up
+from fedsim.compress.sparsify import Identity
+from fedsim.config import Call, ConfigError, FromTable, at, decode, first_line, naming
 from fedsim.flower.foreign.app import App
+from fedsim.flower.foreign.channel import Channel
 from fedsim.flower.foreign.clocks import Clocks, Steps
 from fedsim.flower.foreign.grid import SimGrid
 from fedsim.flower.foreign.nodes import Answering, NodeRunner
@@ -31,6 +35,7 @@ from fedsim.history import History
 from fedsim.loop import ServerError
 from fedsim.results import SUMMARY_FILE, check_folder, claimed, versions, write_config, write_summary
 from fedsim.sim.absence import Absence, Dropout
+from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.ray_pool import WorkersLost
 from fedsim.sinks import JsonLines
 
@@ -46,6 +51,7 @@ class AppClients:
         devices: how fast they are.
         availability: when they can be reached. Work whose client goes off line dies.
         dropout: work that dies by itself.
+        byzantine: who attacks, and how.
         steps: what a message's work counts as, in steps of a device.
     """
 
@@ -53,6 +59,7 @@ class AppClients:
     devices: Annotated[Any, FromTable("device", "constant")] = None
     availability: Annotated[Any, FromTable("availability", "always")] = None
     dropout: Dropout = field(default_factory=Dropout)
+    byzantine: ByzantineClients = field(default_factory=ByzantineClients)
     steps: Steps = field(default_factory=Steps)
 
     def __post_init__(self) -> None:
@@ -102,6 +109,8 @@ class AppFile:
         seed: of every random number of the run.
         run_config: settings of the app itself that are to be different.
         clients: who takes part.
+        uplink: what clients send.
+        downlink: what clients receive.
         runtime: how it computes.
         keep: every reply and Context.state in the folder until the run is over, so that --resume can go on.
     """
@@ -110,6 +119,8 @@ class AppFile:
     seed: int = 0
     run_config: dict[str, bool | int | float | str] = field(default_factory=dict)
     clients: AppClients
+    uplink: Up
+    downlink: Down
     runtime: AppRuntime
     keep: bool = True
 
@@ -149,7 +160,7 @@ def run_app(
         if resume and (folder / SUMMARY_FILE).exists():
             raise ConfigError(f"{folder} holds a run that is complete; give another --out to run it anew")
         app = App.load(Path(file.app), file.run_config)
-        clocks = _clocks(file, app)
+        clocks, channel = _clocks(file, app), _channel(file)
     resolved["run_config"] = app.run_config
     logging.getLogger("flwr").setLevel(logging.ERROR if quiet else logging.INFO)
     torch.set_num_threads(file.runtime.threads)
@@ -166,7 +177,7 @@ def run_app(
             replay = Replay(folder / REPLIES_FILE, answers, settings)
             stack.callback(replay.close)
             answers = replay.answers
-        _serve(app, SimGrid(answers, clocks, RoundLog(rows.write), _Told()), file)
+        _serve(app, SimGrid(answers, clocks, RoundLog(rows.write), _Told(), channel), file)
     return _completed(folder)
 
 
@@ -193,6 +204,33 @@ def _clocks(file: AppFile, app: App) -> Clocks:
         )
     devices = clients.devices(count=clients.count)
     return Clocks(count=clients.count, devices=devices, steps=clients.steps, absence=absence)
+
+
+def _channel(file: AppFile) -> Channel:
+    """What records become on their way.
+
+    Raises:
+        ConfigError: for byzantine clients that do not exist, or an attack that is none on replies of an app.
+    """
+    section, byzantine = file.clients.byzantine, None
+    with at("clients.byzantine"):
+        ids = section.draw(file.clients.count, file.seed)
+    if len(ids):
+        if section.attack.on_data:
+            raise ConfigError(
+                "clients.byzantine.attack: poisons data, and an app's data are its own; take one on vectors"
+            )
+        byzantine = Byzantine(ids=ids, attack=section.attack, seed=file.seed)
+        try_attack(byzantine, file.clients.count - len(ids), len(ids))
+    up, down = (None if isinstance(c, Identity) else c for c in (file.uplink.compressor, file.downlink.compressor))
+    return Channel(
+        count=file.clients.count,
+        seed=file.seed,
+        uplink=up,
+        downlink=down,
+        error_feedback=file.uplink.error_feedback,
+        byzantine=byzantine,
+    )
 
 
 def _answering(file: AppFile, app: App, stack: ExitStack) -> Answering:

@@ -314,7 +314,8 @@ class StackRunner:
             return value.value
         if self.uplink is None or isinstance(value, Packet) or (isinstance(value, Tensor) and value.ndim < 2):
             return value
-        return self.uplink.encode(name, value.dense() if isinstance(value, Terms) else value, cohort)
+        v = value.dense() if isinstance(value, Terms) else value
+        return self.uplink.encode(name, v, cohort.memory, cohort.streams)
 
 
 def shown(ids: Tensor) -> str:

@@ -14,12 +14,13 @@ has arrived, ends in Flower's error for nodes that are gone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from threading import RLock
 
 from flwr.app import Error, Message
 
+from fedsim.flower.foreign.channel import Channel
 from fedsim.flower.foreign.clocks import Clocks, Work
 from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Answering, Job
 from fedsim.flower.foreign.private import EXPIRED, UNAVAILABLE, OwnGrid, number, pack, unpack
@@ -76,6 +77,7 @@ class SimGrid(OwnGrid):
         clocks: when they can be reached, and how long their work takes.
         log: what has happened.
         told: called with the node and the reason of every error of an app.
+        channel: what records become on their way; None if nothing.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class SimGrid(OwnGrid):
         clocks: Clocks,
         log: RoundLog,
         told: Callable[[int, str], None],
+        channel: Channel | None = None,
     ) -> None:
         super().__init__()
+        self._channel = channel or Channel()
         self._answers, self._clocks, self.log, self._told = answers, clocks, log, told
         self.now = 0.0
         self.states = dict.fromkeys(range(1, clocks.count + 1), NOTHING_KEPT)
@@ -153,29 +157,36 @@ class SimGrid(OwnGrid):
         starts = {posted.node: max(self.now, self._free.get(posted.node, self.now)) for posted in batch}
         there = self._there(starts)
         going = [posted for posted in batch if posted.node in there]
+        told = self._channel.down([posted.node for posted in going], [posted.content for posted in going])
+        bits = {posted.node: each.bits for posted, each in zip(going, told, strict=True)}
         for posted in batch:
             self.log.begin(posted.message, posted.first, self.now)
-            if posted.node in there:
-                self.log.sent(8 * len(posted.content))
-            else:
-                self.log.sent(0)
+            self.log.sent(bits.get(posted.node, 0))
+            if posted.node not in there:
                 nobody = Answer(None, b"", UNAVAILABLE, f"node {posted.node} is not there")
-                self._on_its_way(posted, starts[posted.node], nobody, 0)
-        jobs = [self._job(posted) for posted in going]
-        answers, works = list(self._answers(jobs)), []
-        for job, answer in zip(jobs, answers, strict=True):
-            down, up = 8 * len(job.content), 8 * len(answer.content or b"")
-            works.append(Work(job.node, job.number, job.message_type, starts[job.node], down, up))
-        endings = self._clocks.endings(works)
-        for posted, job, answer, ending in zip(going, jobs, answers, endings, strict=True):
-            node = job.node
-            self._jobs[node], self._free[node] = job.number + 1, ending.at
-            if not ending.well:
-                answer = Answer(None, job.state, UNAVAILABLE, f"node {node} went away")
+                self._flying.append(self._arrival(posted, starts[posted.node], nobody, 0))
+        jobs = [self._job(posted, each.content) for posted, each in zip(going, told, strict=True)]
+        said = [self._channel.up(job, answer) for job, answer in zip(jobs, self._answers(jobs), strict=True)]
+        works = [
+            Work(job.node, job.number, job.message_type, starts[job.node], bits[job.node], each.bits)
+            for job, each in zip(jobs, said, strict=True)
+        ]
+        arrivals = []
+        for posted, job, each, end in zip(going, jobs, said, self._clocks.endings(works), strict=True):
+            self._jobs[job.node], self._free[job.node] = job.number + 1, end.at
+            answer = each.answer
+            if not end.well:
+                answer = Answer(None, job.state, UNAVAILABLE, f"node {job.node} went away")
             elif answer.content is None:
-                self._told(node, answer.reason)
-            self.states[node] = answer.state  # changes only if it replies
-            self._on_its_way(posted, ending.at, answer, ending.up)
+                self._told(job.node, answer.reason)
+            else:
+                self._channel.arrived(job.node, each)
+            self.states[job.node] = answer.state  # changes only if it replies
+            arrivals.append(self._arrival(posted, end.at, answer, end.up))
+        delivered = self._channel.attacked(jobs, [arrival.answer for arrival in arrivals], self.log.round)
+        for arrival, answer in zip(arrivals, delivered, strict=True):
+            silent = answer.content is None and arrival.answer.content is not None
+            self._flying.append(replace(arrival, answer=answer, up=0 if silent else arrival.up))
 
     def _there(self, starts: dict[int, float]) -> set[int]:
         """The nodes that can be reached when they would begin with their messages."""
@@ -185,7 +196,7 @@ class SimGrid(OwnGrid):
                 nodes.setdefault(start, []).append(node)
         return {node for start, some in nodes.items() for node in self._clocks.on_line(some, start)}
 
-    def _job(self, posted: Posted) -> Job:
+    def _job(self, posted: Posted, content: bytes) -> Job:
         meta = posted.message.metadata
         return Job(
             node=posted.node,
@@ -194,17 +205,16 @@ class SimGrid(OwnGrid):
             message_type=meta.message_type,
             group_id=meta.group_id,
             ttl=meta.ttl,
-            content=posted.content,
+            content=content,
             state=self.states[posted.node],
         )
 
-    def _on_its_way(self, posted: Posted, due: float, answer: Answer, up: int) -> None:
-        """A reply leaves its node, or an error comes in its place, unless the message's time to live ends before."""
-        arrival = Arrival(due, posted.sequence, posted.message, answer, up)
+    def _arrival(self, posted: Posted, due: float, answer: Answer, up: int) -> Arrival:
+        """A reply, or an error in its place, on its way; another error if the message's time to live ends before."""
         if due > (end := self.now + posted.message.metadata.ttl):
             expired = Answer(None, b"", EXPIRED, "its time to live was over")
-            arrival = Arrival(end, posted.sequence, posted.message, expired, 0)
-        self._flying.append(arrival)
+            return Arrival(end, posted.sequence, posted.message, expired, 0)
+        return Arrival(due, posted.sequence, posted.message, answer, up)
 
     def _pass(self, until: float) -> None:
         """Let time pass; what is due by then arrives, in order."""
