@@ -83,7 +83,9 @@ class Kept:
         rows = {kind: values for kind, values in self._rows.items() if values}
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(self._path, {f"{kind}:{k}": v for kind, values in rows.items() for k, v in values.items()})
+            # copies, since versions share what no job wrote in between, and a file holds no tensor twice
+            named = {f"{kind}:{k}": v.clone() for kind, values in rows.items() for k, v in values.items()}
+            write_tensors(self._path, named)
             return
         for kind in [*self._state]:
             del self._state[kind]

@@ -27,6 +27,7 @@ from fedsim.history import History
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError
 from fedsim.stop import Diverged
+from fedsim.strategies import STRATEGIES
 from tests.build import train
 from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock, as_bytes, through_bytes
 
@@ -67,6 +68,21 @@ CASES: dict[str, dict[str, Any]] = {
     "ef21, a compressor that knows the model": {
         **DESCENT,
         "strategy": {"name": "ef21", "compressor": {"name": "per_tensor", "of": QSGD}},
+        "local": {**LOCAL, "steps": 1},
+    },
+    "ef21_bc": {
+        **DESCENT,
+        "strategy": {"name": "ef21_bc", "compressor": TOP_K, "server_compressor": TOP_K},
+        "local": {**LOCAL, "steps": 1},
+    },
+    "diana": {
+        **DESCENT,
+        "strategy": {"name": "diana", "compressor": RAND_K, "cohort_size": 3},
+        "local": {**LOCAL, "steps": 1},
+    },
+    "marina": {
+        **DESCENT,
+        "strategy": {"name": "marina", "p": 0.5, "compressor": RAND_K},
         "local": {**LOCAL, "steps": 1},
     },
     "fedavg, by samples": {**QUADRATIC, "strategy": {"name": "fedavg", "cohort_size": 3, "selection": "by_samples"}},
@@ -140,6 +156,19 @@ CASES: dict[str, dict[str, Any]] = {
         **SADDLE,
         "strategy": {"name": "masha2", "lr": 0.05, "p": 0.5, "compressor": TOP_K, "server_compressor": TOP_K},
     },
+    "masha1, minibatches of some clients": {
+        "task": QUADRATIC["task"],
+        "strategy": {
+            "name": "masha1",
+            "lr": 0.05,
+            "p": 0.5,
+            "batch_size": 2,
+            "cohort_size": 3,
+            "compressor": {**RAND_K, "shared_seed": True},
+            "server_compressor": QSGD,
+        },
+    },
+    "optimistic_gradient": {**SADDLE, "strategy": {"name": "optimistic_gradient", "lr": 0.1}},
     "extragradient": {**SADDLE, "strategy": {"name": "extragradient", "lr": 0.1}},
     "uncoded": {**DESCENT, "strategy": {"name": "uncoded", "lr": 0.1}},
     "gradient_coding": {**DESCENT, "strategy": {"name": "gradient_coding", "lr": 0.1, "s": 2}},
@@ -155,10 +184,12 @@ def experiment(name: str, rounds: int = 4) -> dict[str, Any]:
     return {**common, "clients": {"count": N, "devices": SECOND}, **CASES[name]}
 
 
-def rows_of(raw: Mapping[str, Any], seconds: Any = lambda i: 1.0) -> list[dict[str, Any]]:
-    """The rows of a run over a local grid that leaves no folder."""
+def rows_of(raw: Mapping[str, Any], seconds: Any = lambda i: 1.0, memory: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of a run over a local grid that leaves no run folder; clients' memory lies in one if it is given."""
     clock = VirtualClock()
     grid = LocalGrid(apps.client_app(raw), len_clients(raw), clock=clock, seconds=seconds)
+    if memory is not None:
+        remember_in(memory, grid)
     composition = compose(apply_overrides(raw, apps.DEPLOYED, "config"), "config")
     try:
         composition.experiment.fleet = apps.deploy(composition, grid, Patience(poll_seconds=0.1), clock)
@@ -174,15 +205,24 @@ def deploy(raw: Mapping[str, Any], folder: Path, seconds: Any = lambda i: 1.0, *
     return apps.serve(grid, raw, {"fedsim-out": str(folder), **settings}, clock)
 
 
+def remember_in(folder: Path, grid: LocalGrid) -> None:
+    for context in grid.contexts.values():
+        context.node_config["fedsim-memory"] = str(folder)
+
+
 def len_clients(raw: Mapping[str, Any]) -> int:
     count: int = raw["clients"]["count"]
     return count
 
 
+def test_every_strategy_of_the_table_is_tried_over_the_wire() -> None:
+    assert {raw["strategy"]["name"] for raw in CASES.values()} | set(PERSONAL) == set(STRATEGIES)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_over_the_wire_gives_the_simulators_numbers(name: str) -> None:
+def test_a_run_over_the_wire_gives_the_simulators_numbers(name: str, tmp_path: Path) -> None:
     raw = experiment(name)
-    expected, got = runs.run(raw).rows, rows_of(raw)
+    expected, got = runs.run(raw).rows, rows_of(raw, memory=tmp_path / "memory")
     clocks = {"virtual_seconds", "wall_seconds", "bits_up", "bits_down"}
     for row, other in zip(got, expected, strict=True):
         assert {k: v for k, v in row.items() if k not in clocks} == {k: v for k, v in other.items() if k not in clocks}
@@ -242,7 +282,9 @@ def test_adapters_travel_and_their_base_does_not(monkeypatch: pytest.MonkeyPatch
     assert 4 * trained < max(sent) < 4 * trained + 4096 < 4 * 64 * 300
 
 
+NORMED = {"name": "resnet_bn", "width": 2, "stages": 1}  # fedbn keeps normalisation layers to each client
 PERSONAL: dict[str, dict[str, Any]] = {
+    "fedbn": {"name": "fedbn"},
     "fedper": {"name": "fedper", "personal": ["1.bias"], "cohort_size": 3},
     "fedrep": {"name": "fedrep", "personal": ["1.bias"], "head_epochs": 2},
     "ditto": {"name": "ditto", "cohort_size": 3},
@@ -255,7 +297,7 @@ PERSONAL: dict[str, dict[str, Any]] = {
 def test_clients_own_models_stay_on_their_devices_and_are_evaluated_there(name: str, tmp_path: Path) -> None:
     raw = {
         "rounds": 3,
-        "task": {"name": "classification", "dataset": "digits", "model": {"name": "logistic"}},
+        "task": {"name": "classification", "dataset": "digits", "model": NORMED if name == "fedbn" else "logistic"},
         "clients": {"count": 4},
         "data": {"client_test": 0.2},
         "strategy": PERSONAL[name],
@@ -363,8 +405,7 @@ def test_devices_that_keep_their_memory_in_a_folder_resume(name: str, every: int
         clock = VirtualClock()
         grid = DeadlyGrid(apps.client_app(raw), N, clock=clock)  # new SuperNodes, whose contexts are empty
         grid.deadly = deadly
-        for context in grid.contexts.values():
-            context.node_config["fedsim-memory"] = str(tmp_path / "memory")
+        remember_in(tmp_path / "memory", grid)
         with nullcontext() if resume else pytest.raises(Killed):
             got = apps.serve(grid, raw, {**settings, "fedsim-resume": resume}, clock).rows
     assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
@@ -376,8 +417,7 @@ def test_a_new_run_does_not_begin_with_the_memory_of_an_old_one(tmp_path: Path) 
     for run in ("one", "two"):
         clock = VirtualClock()
         grid = LocalGrid(apps.client_app(raw), N, clock=clock)
-        for context in grid.contexts.values():
-            context.node_config["fedsim-memory"] = str(tmp_path / "memory")
+        remember_in(tmp_path / "memory", grid)
         got = apps.serve(grid, raw, {"fedsim-out": str(tmp_path / run)}, clock).rows
         assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
 
