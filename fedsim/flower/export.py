@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "experiment"
+EXPERIMENT = f"{PACKAGE}/experiment.yaml"
 
 PYPROJECT = """\
 [build-system]
@@ -67,4 +68,4 @@ def write_app(folder: Path, raw: Mapping[str, Any]) -> None:
     (package / "__init__.py").write_text("", encoding="utf-8")
     for side in ("server", "client"):
         (package / f"{side}_app.py").write_text(MODULE.format(side=side), encoding="utf-8")
-    (package / "experiment.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(raw))), encoding="utf-8")
+    (folder / EXPERIMENT).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(raw))), encoding="utf-8")
