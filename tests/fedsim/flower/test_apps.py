@@ -22,7 +22,7 @@ from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.flower.clock import Patience
 from fedsim.flower.door import Door, Refused
-from fedsim.flower.wire import ABOUT, Book
+from fedsim.flower.wire import ABOUT, TENSORS, Book
 from fedsim.history import History
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError
@@ -186,13 +186,17 @@ def experiment(name: str, rounds: int = 4) -> dict[str, Any]:
 
 def rows_of(raw: Mapping[str, Any], seconds: Any = lambda i: 1.0, memory: Path | None = None) -> list[dict[str, Any]]:
     """The rows of a run over a local grid that leaves no run folder; clients' memory lies in one if it is given."""
-    clock = VirtualClock()
-    grid = LocalGrid(apps.client_app(raw), len_clients(raw), clock=clock, seconds=seconds)
+    grid = LocalGrid(apps.client_app(raw), len_clients(raw), clock=VirtualClock(), seconds=seconds)
     if memory is not None:
         remember_in(memory, grid)
+    return rows_on(grid, raw)
+
+
+def rows_on(grid: LocalGrid, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a run over a grid."""
     composition = compose(apply_overrides(raw, apps.DEPLOYED, "config"), "config")
     try:
-        composition.experiment.fleet = apps.deploy(composition, grid, Patience(poll_seconds=0.1), clock)
+        composition.experiment.fleet = apps.deploy(composition, grid, Patience(poll_seconds=0.1), grid.clock)
         return train(composition.experiment)[1]
     finally:
         composition.close()
@@ -231,6 +235,31 @@ def test_a_run_over_the_wire_gives_the_simulators_numbers(name: str, tmp_path: P
             clients, rounds = AGAIN.get(name, (0, 0))
             down = other["bits_down"] + clients * min(rounds, row["round"]) * 6 * 32
             assert (row["bits_up"], row["bits_down"]) == (other["bits_up"], down)
+
+
+ENVELOPE = 1400  # bytes: names, types and shapes of a reply's parts, its head, and the parts' numbers at Flower
+
+
+@pytest.mark.parametrize("dim", [6, 300])
+@pytest.mark.parametrize("name", ["fedavg, compressed both ways", "masha1", "masha2"])
+def test_replies_are_as_long_as_the_ledger_says_and_an_envelope(name: str, dim: int) -> None:
+    raw = json.loads(json.dumps(experiment(name)).replace('"dim": 6', f'"dim": {dim}'))
+    raw["strategy"] |= {"lr": 1e-3} if "lr" in raw["strategy"] else {}
+    replies: list[RecordDict] = []
+
+    class Watched(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            came = list(super().pull_messages(message_ids))
+            replies.extend(m.content for m in came if m.metadata.message_type == "train")
+            return came
+
+    rows = rows_on(Watched(apps.client_app(raw), N), raw)
+    vectors = [[len(array.data) for array in reply[TENSORS].values()] for reply in replies]
+    assert (
+        0 <= 8 * sum(map(sum, vectors)) - rows[-1]["bits_up"] < 8 * sum(map(len, vectors))
+    )  # packets fill whole bytes
+    envelopes = [sum(map(len, as_bytes(r).values())) - sum(v) for r, v in zip(replies, vectors, strict=True)]
+    assert len(replies) >= 2 * len(rows) and 0 < min(envelopes) <= max(envelopes) < ENVELOPE
 
 
 def test_minibatches_of_a_classifier_agree_to_float32(tmp_path: Path) -> None:
