@@ -18,7 +18,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from fedsim import runs
 from fedsim.clients import flower_app
 from fedsim.compose import Composition, compose, shared_fields
 from fedsim.config import ConfigError
+from fedsim.flower.client import Answer, app_of
 from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.flower.door import MAX_EXAMPLES, Door
 from fedsim.flower.export import EXPERIMENT, write_app
@@ -65,12 +66,17 @@ def server_app(config: Source | None = None) -> ServerApp:
 
 def client_app(config: Source | None = None) -> ClientApp:
     """The app that every SuperNode runs; without an experiment it takes the one of the run's settings."""
+    return app_of(answer_of(config))
+
+
+def answer_of(config: Source | None = None) -> Answer:
+    """What answers the messages to a device."""
 
     def build(context: Context) -> tuple[StackRunner, Book, Mapping[str, str]]:
         raw, source = experiment_of(config, context.run_config, context.node_config)
         return _client(json.dumps(raw), source)
 
-    return flower_app.client_app(build)
+    return partial(flower_app.answer, build)
 
 
 def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock: Clock = WALL) -> runs.History:

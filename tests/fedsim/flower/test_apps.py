@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from importlib import import_module
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -435,10 +437,12 @@ def test_devices_that_keep_their_memory_in_a_folder_resume(name: str, every: int
         grid = DeadlyGrid(apps.client_app(raw), N, clock=clock)  # new SuperNodes, whose contexts are empty
         grid.deadly = deadly
         remember_in(tmp_path / "memory", grid)
+        if resume:  # and another run has been there meanwhile
+            rows_of({**raw, "strategy": {**raw["strategy"], "server_lr": 0.5}}, memory=tmp_path / "memory")
         with nullcontext() if resume else pytest.raises(Killed):
             got = apps.serve(grid, raw, {**settings, "fedsim-resume": resume}, clock).rows
     assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
-    assert 0 < len(list((tmp_path / "memory").glob("client-*.safetensors"))) <= N
+    assert 0 < len(list((tmp_path / "memory").glob("client-*-of-*.safetensors"))) <= 2 * N
 
 
 def test_a_new_run_does_not_begin_with_the_memory_of_an_old_one(tmp_path: Path) -> None:
@@ -551,15 +555,23 @@ def test_what_is_exported_runs_and_holds_the_overrides(tmp_path: Path) -> None:
         apps.export(experiment("fedavg"), folder)
 
 
-def test_an_exported_module_is_an_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = apps.export(experiment("fedavg"), tmp_path / "app")
+def test_an_exported_app_answers_from_a_process_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = {**experiment("scaffold_m"), "clients": {"count": 1}}
+    raw["strategy"] = {**raw["strategy"], "cohort_size": 1}
+    folder = apps.export(raw, tmp_path / "app")
     monkeypatch.syspath_prepend(str(folder))
-    from importlib import import_module
-
-    clock = VirtualClock()
-    grid = LocalGrid(import_module("experiment.client_app").app, N, clock=clock)
-    assert grid.contexts
+    monkeypatch.setenv("TMPDIR", "/tmp")  # the path of a socket may not be long
+    monkeypatch.setattr("fedsim.warm.IDLE_SECONDS", 2)
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *a, start=subprocess.Popen, **k: started.append(start(*a, **k)))
+    grid = LocalGrid(import_module("experiment.client_app").app, 1)
     settings = {"fedsim-out": str(tmp_path / "run")}
-    rows = apps.serve(grid, folder / "experiment" / "experiment.yaml", settings, clock).rows
-    assert rows[-1]["x"] == runs.run(experiment("fedavg")).rows[-1]["x"]
+    rows = apps.serve(grid, folder / "experiment" / "experiment.yaml", settings, grid.clock).rows
+    assert rows[-1]["x"] == runs.run(raw).rows[-1]["x"]
+    (process,) = started
+    (context,) = grid.contexts.values()
+    context.node_config["partition-id"] = 7
+    (reply,) = grid.send_and_receive([Message(RecordDict(), context.node_id, "query")])
+    assert "ValueError: partition-id=7 is not one of the experiment's 1 clients" in reply.error.reason
+    assert process.wait(60) == 0, "it ends when nobody asks it any more"
     assert callable(import_module("experiment.server_app").app)
