@@ -71,7 +71,7 @@ class Deployment:
         own = ["--superlink", f"{HOST}:{self.port}", "--root-certificates", str(self.folder / "ca.crt")]
         own += ["--auth-supernode-private-key", str(self.folder / f"node{i}.key")]
         settings = f"partition-id={i} fedsim-memory={json.dumps(str(self.folder / f'memory{i}'))}"
-        place = self._place(self.port + 1 + i)
+        place = ["--host", HOST, "--port", str(self.port + 1 + i)]  # for processes of the device's own
         return self._start(f"node{i}", ["flower-supernode", *own, *place, "--node-config", settings])
 
     def submit(self, app: Path, settings: Settings) -> str:
@@ -119,8 +119,10 @@ class Deployment:
             process.wait()
 
     def _start_link(self) -> None:
+        files = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.crt"}
+        tls = [part for name, file in files.items() for part in (f"--ssl-{name}", str(self.folder / file))]
         safe = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-        self._start("link", ["flower-superlink", *self._place(self.port), *safe])
+        self._start("link", ["flower-superlink", "--host", HOST, "--port", str(self.port), *tls, *safe])
         home = self.folder / "cli"
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(
@@ -129,12 +131,6 @@ class Deployment:
         )
         self._show(f"# {home / 'config.toml'} says that {PROFILE!r} is the SuperLink at {HOST}:{self.port}")
         self._await("the SuperLink is not there", ["link"], lambda: is_taken(self.port))
-
-    def _place(self, port: int) -> list[str]:
-        """Options of what listens at a port."""
-        files = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.crt"}
-        tls = [part for name, file in files.items() for part in (f"--ssl-{name}", str(self.folder / file))]
-        return ["--host", HOST, "--port", str(port), *tls]
 
     def _all_joined(self) -> bool:
         nodes = self.cli("supernode", "list", PROFILE, "--format", "json", shown=False)["nodes"]

@@ -1,9 +1,9 @@
 """What a device keeps between two messages: the rows that its client half remembers, and its copies of broadcasts.
 
-Every message starts a process, so that this lies in Flower's `Context.state`, which ends with the run and with the
-SuperNode; or, where the node has a folder for it, in a file of the run there, from which a node or a run that is
-started again goes on. Memory is kept by version, which counts how often it was written. The server says which version
-a job begins with, so that it may have missed a reply, or have gone back to its last checkpoint.
+Nothing but this lasts from one message to the next. It lies in Flower's `Context.state`, which ends with the run and
+with the SuperNode; or, where the node has a folder for it, in a file of the run there, from which a node or a run that
+is started again goes on. Memory is kept by version, which counts how often it was written. The server says which
+version a job begins with, so that it may have missed a reply, or have gone back to its last checkpoint.
 
 Letters: P entries.
 """

@@ -94,6 +94,16 @@ def test_a_run_that_failed_is_said_so(scripts: Path) -> None:
     assert are_gone(scripts)
 
 
+def test_sigterm_ends_what_was_started(scripts: Path) -> None:
+    replace_script(
+        scripts,
+        "flwr",
+        SCRIPTS["flwr"].replace('"list "*)', '"log "*) sleep 1; kill -TERM $PPID; sleep 9;;\n"list "*)'),
+    )
+    assert deploy().code == 143
+    assert are_gone(scripts)
+
+
 def test_a_node_that_ends_is_named_with_what_it_said(scripts: Path) -> None:
     replace_script(scripts, "flwr", SCRIPTS["flwr"].replace("online", "registered"))
     replace_script(scripts, "flower-supernode", "echo unknown key; exit 1")
