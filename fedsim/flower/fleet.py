@@ -187,6 +187,7 @@ class FlowerFleet(Account):
         return super().state() | {
             "now": self.now,
             "versions": self.mail.save(),
+            "run": self.mail.run,
             "took": self.mail.took,
             "refusals": self.mail.refusals,
             "open": self.mail.open_jobs(),
@@ -200,6 +201,7 @@ class FlowerFleet(Account):
         super().load(state)
         mail = self.mail
         mail.start = mail.clock.now() - state["now"]
+        mail.run = state["run"]
         mail.versions, mail.saved = state["versions"].clone(), state["versions"]
         mail.took, mail.refusals = state["took"], state["refusals"]
         if self._copies is not None:
