@@ -62,6 +62,15 @@ def test_what_runs_on_the_clients_beside_the_strategy_runs_on_the_workers(option
     assert on_ray("fedavg", option, workers=2) == here("fedavg", option) != here("fedavg")
 
 
+def test_what_is_kept_of_packets_travels_with_the_job(runtime: None) -> None:
+    def losses(executor: str, warm: bool) -> Rows:
+        power = {"name": "powersgd", "rank": 1, "warm_start": warm}
+        more = {"uplink.compressor": power, "uplink.error_feedback": True, "rounds": 3}
+        return rows("fedavg", **more, **{"runtime.executor": executor, "runtime.workers": 2})
+
+    assert losses("ray", warm=True) == losses("in_process", warm=True) != losses("in_process", warm=False)
+
+
 ADAPTED: dict[str, Any] = {
     "seed": 3,
     "rounds": 3,

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.sparsify import Identity, RandK, TopK
+from fedsim.params import Layout
 from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.links import Downlink
 from fedsim.strategies.centralised import Centralised
@@ -21,7 +23,7 @@ from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.models import logistic
 from tests.build import Play, drawn, local_sgd, play, quadratic, saddle
 from tests.reference.clients import Formulas
-from tests.reference.compressed import diana, ef21, ef21_bc, marina
+from tests.reference.compressed import diana, ef21, ef21_bc, first_q, marina, power_sgd
 from tests.reference.saddle import top
 from tests.strategies.tasks import images, noisy
 
@@ -57,6 +59,15 @@ def test_ef21_bc_equals_its_twin() -> None:
     strategy = EF21BC(compressor=TOP, server_compressor=TopK(k=1), local=local_sgd(task, 0.1))
     expected = ef21_bc(twin, task.x0, 12, eta=0.1, compress=top(2), compress_server=top(1))
     torch.testing.assert_close(play(task, strategy, 12, width=2), expected, rtol=0, atol=1e-12)
+
+
+def test_ef21_bc_with_powersgd_both_ways_equals_its_twin() -> None:
+    task, rule = drawn(4, 12), PowerSGD(rank=1, layout=Layout.of({"w": (4, 3)}))
+    strategy = EF21BC(compressor=rule, server_compressor=rule, local=local_sgd(task, 0.1))
+    up, down = (power_sgd(4, 3, rank=1, first=first_q(3)) for _ in range(2))
+    twin = Formulas(task.a, task.b, 1)
+    expected = ef21_bc(twin, task.x0, 30, eta=0.1, compress=up, compress_server=down)
+    torch.testing.assert_close(play(task, strategy, 30, width=2), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("size, alpha", [(None, None), (2, None), (None, 0.3)])

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.quantize import QSGD, Natural
 from fedsim.compress.sparsify import Identity, RandK, TopK
+from fedsim.params import Layout
 from fedsim.sim.links import Uplink
 from fedsim.strategies.extragradient import Extragradient
 from fedsim.strategies.masha1 import Masha1
@@ -20,6 +22,7 @@ from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.models import logistic
 from tests.build import Play, play, saddle
 from tests.reference.clients import Operators
+from tests.reference.compressed import first_q, power_sgd
 from tests.reference.saddle import extragradient, masha1, masha2, top
 from tests.strategies.tasks import images
 
@@ -78,6 +81,14 @@ def test_masha2_equals_its_twin_with_top_k_both_ways(k: int, server_k: int) -> N
     strategy = Masha2(lr=0.05, p=0.3, compressor=TopK(k=k), server_compressor=TopK(k=server_k))
     expected = masha2(_twin(task), _zero(task), 25, lr=0.05, p=0.3, compress=top(k), compress_server=top(server_k))
     torch.testing.assert_close(_play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-12)
+
+
+def test_masha2_equals_its_twin_with_powersgd_both_ways() -> None:
+    task, rule = saddle(4, 6), PowerSGD(rank=1, layout=Layout.of({"w": (4, 3)}))
+    up, down = (power_sgd(4, 3, rank=1, first=first_q(3)) for _ in range(2))
+    expected = masha2(_twin(task), _zero(task), 25, lr=0.05, p=0.3, compress=up, compress_server=down)
+    strategy = Masha2(lr=0.05, p=0.3, compressor=rule, server_compressor=rule)
+    torch.testing.assert_close(_play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("size, minibatch", [(2, False), (None, True), (2, True)], ids=["pp", "vr", "both"])
