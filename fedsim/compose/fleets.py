@@ -106,6 +106,7 @@ def build_byzantine(section: ByzantineClients, task: Task, strategy: Strategy, s
         attack=section.attack,
         seed=seed,
         rule=None if combine is None else lambda rows, whose: combine(rows, counts[whose]),
+        mix=strategy.mixing(),
     )
     check_attack(byzantine, strategy, len(task.num_examples))
     return byzantine

@@ -207,7 +207,8 @@ def check_attack(byzantine: Byzantine, strategy: Strategy, num_clients: int) -> 
 def try_attack(byzantine: Byzantine, honest: int, b: int) -> None:
     """Refuse an attack that is not defined for so many honest and byzantine clients."""
     streams = Streams(byzantine.seed, byzantine.ids[:b], torch.zeros(b, dtype=torch.int64))
-    rule = None if byzantine.rule is None else lambda sent: torch.zeros(1)
+    known = byzantine.rule is not None or byzantine.mix is not None
+    rule = (lambda sent: torch.zeros(1)) if known else None
     with at("clients.byzantine.attack"):
         byzantine.attack(torch.zeros(honest, 1), b, streams, Knowledge(rule=rule, own=torch.zeros(b, 1)))
 
