@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedsim.clients.direction import Direction
+from fedsim.clients.stepwise import steps_of
 from fedsim.cohort import Cohort
 from fedsim.task import Batches, Session
 
@@ -32,18 +33,13 @@ def corrected_run(cohort: Cohort, x: Tensor, batches: Batches, lr: float, u: Dir
     y = cohort.scratch("y", x).copy_(x)
     total = cohort.scratch("grad_sum", x)
     losses = torch.zeros(len(cohort), device=y.device)
-    session, active = None, -1
-    for step in range(len(batches)):
-        k = batches.active(step)
-        if k != active:
-            session, active = cohort.task.session(y[:k]), k
-        assert session is not None
+    for step, k, session, batch in steps_of(cohort.task, batches, y):
         if step == 0:
-            _, loss = session.gradient(batches[step], total[:k])
+            _, loss = session.gradient(batch, total[:k])
             total[k:] = 0
         else:
             _place_(y[:k], x, total[:k], lr, u, step)
-            loss = _add_gradient_(total[:k], session, batches[step], cohort.scratch("gradient", y)[:k])
+            loss = _add_gradient_(total[:k], session, batch, cohort.scratch("gradient", y)[:k])
         losses[:k] += loss.to(losses.dtype)
     steps = batches.num_steps
     return total / steps.clamp(min=1)[:, None] if len(batches) else torch.zeros_like(y), losses

@@ -6,6 +6,7 @@ local model, g the gradient of a minibatch at y, u the direction of a step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -19,9 +20,19 @@ from fedsim.cohort import Cohort
 from fedsim.optim import Optimizer, OptState
 from fedsim.optim.needs import supply
 from fedsim.streams import Streams
-from fedsim.task import Batches, Schedule, Session
+from fedsim.task import Batches, Schedule, Session, Task
 
 MEMORY = "optimizer/"  # names of the optimizer's rows in a client's memory
+
+
+def steps_of(task: Task, batches: Batches, y: Tensor) -> Iterator[tuple[int, int, Session, Any]]:
+    """(step, k, the task bound to the first k rows of y [C, P], their batch) for each step of a stack."""
+    session, bound = None, -1
+    for step in range(len(batches)):
+        k = batches.active(step)
+        if session is None or k != bound:
+            session, bound = task.session(y[:k]), k
+        yield step, k, session, batches[step]
 
 
 @dataclass(frozen=True)
@@ -76,14 +87,9 @@ class Stepwise:
         """y <- y - lr * u, inside the backward products where the task's engine can: then no gradient is stored."""
         cohort, batches, u, n = self.cohort, self.batches, self.u, self.cohort.task.layout.num_trainable
         losses = torch.zeros(len(cohort), device=y.device)
-        session, k = None, -1
-        for step in range(len(batches)):
-            if batches.active(step) != k:
-                k = batches.active(step)
-                session = cohort.task.session(y[:k])
-                grad_sum = None if total is None else total[:k]
-            assert session is not None
-            batch, factor, loss = batches[step], self._lr_factor(step, k), None
+        for step, k, session, batch in steps_of(cohort.task, batches, y):
+            grad_sum = None if total is None else total[:k]
+            factor, loss = self._lr_factor(step, k), None
             if u.other is None and isinstance(factor, float):
                 beside = u.beside(y[:k], self._spare)
                 loss = session.sgd_step_(batch, lr * factor, scale=u.scale, shift=beside, grad_sum=grad_sum)
@@ -110,14 +116,10 @@ class Stepwise:
         cohort, batches, n = self.cohort, self.batches, self.cohort.task.layout.num_trainable
         gradient = cohort.scratch("gradient", y)
         losses = torch.zeros(len(cohort), device=y.device)
-        state = self._recall(y[:, :n], sent)
-        session, k = None, -1
-        for step in range(len(batches)):
-            if batches.active(step) != k:
-                k = batches.active(step)
-                session, streams = cohort.task.session(y[:k]), cohort.streams.rows(slice(k))
-            assert session is not None
-            batch = batches[step]
+        state, streams = self._recall(y[:, :n], sent), cohort.streams
+        for step, k, session, batch in steps_of(cohort.task, batches, y):
+            if k < len(streams.clients):
+                streams = streams.rows(slice(k))
             if self.fixed is not None:
                 state.unpack_(self.fixed)
             g, loss, aux = self._gradient(session, y[:k], batch, state, gradient[:k], streams)
