@@ -12,7 +12,7 @@ Letters: C clients in the stack, k of them step, P coordinates of the trainable 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -119,25 +119,6 @@ class Optimizer:
         first, s = self.recipe.groups[0], self.settings
         bare = self.recipe.alone and s.clip.value is None and s.average is None and s.gradient_need == "grad"
         return first.rule.heavy_ball if bare and not first.decays and first.lr_weights is None else None
-
-    @property
-    def constant_rate(self) -> float | None:
-        """The rate lr, if every step of every client is x -= lr * g with one and the same number; else None."""
-        constant = self.is_plain_sgd and self.schedule is None and isinstance(self.lr, float | int)
-        return float(self.lr) if constant else None  # type: ignore[arg-type]
-
-    def check_needs(self, available: Set[str]) -> None:
-        """Refuse a rule that needs what the task or the training loop cannot supply.
-
-        Raises:
-            ValueError: naming what is missing.
-        """
-        missing = sorted(self.needs - available)
-        if missing:
-            raise ValueError(
-                f"optimizer {self.spec.get('name')!r} needs {', '.join(missing)}, which this task and training loop do "
-                f"not supply (they supply {', '.join(sorted(available)) or 'nothing'}); choose another rule"
-            )
 
     def wanted(self, state: OptState, k: int | None = None) -> frozenset[str]:
         """Which of `needs` the next step of the first k clients will use."""

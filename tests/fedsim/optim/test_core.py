@@ -293,12 +293,6 @@ def test_a_bad_section_is_refused_with_the_way_out(spec: dict, message: str) -> 
         build(spec, LAYOUT)
 
 
-def test_needs_that_are_not_supplied_are_refused() -> None:
-    build({"name": "sgd", "lr": 0.1}, LAYOUT).check_needs({"grad"})
-    with pytest.raises(ValueError, match="needs grad, which"):
-        build({"name": "sgd", "lr": 0.1}, LAYOUT).check_needs({"loss_eval"})
-
-
 def test_an_unknown_input_and_too_few_hyper_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="aux 'hvp' is no input"):
         step({"name": "sgd", "lr": 0.1}, [0.0, 0.0], [1.0, 1.0], aux={"hvp": torch.zeros(2)})
