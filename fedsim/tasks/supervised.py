@@ -21,7 +21,7 @@ from fedsim.engine import Batch, Engine
 from fedsim.engine.losses import Loss, per_sample
 from fedsim.engine.low_rank import Chain, LowRank, gradients_at, low_rank_run
 from fedsim.params import Layout, on_device
-from fedsim.streams import Streams, mix64
+from fedsim.streams import Streams, as_uniform, mix64
 from fedsim.task import Poison, Pool, Schedule, Session, Task
 from fedsim.tasks.batches import BatchPlan
 from fedsim.tasks.metrics import Metric
@@ -110,7 +110,7 @@ class SupervisedTask(Task):
         attack = self._poison
         assert attack is not None and isinstance(targets, Tensor)
         lies, wanted = attack.wanted(inputs, targets, self.data.num_classes)
-        drawn = (mix64(rows + 1) >> 11).bitwise_and_((1 << 53) - 1).double() / (1 << 53)  # a sample's own number
+        drawn = as_uniform(mix64(rows + 1), torch.float64)  # a sample's own number
         which = (drawn < attack.share) & liars.to(rows.device)[:, None]
         if lies is not inputs:
             assert isinstance(lies, Tensor) and isinstance(inputs, Tensor)
