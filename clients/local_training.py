@@ -1,7 +1,7 @@
 """Local training: some steps of the shared optimizer core on every client of a stack.
 
-There are three ways to compute a run, chosen in `LocalTraining.__call__` and nowhere else: in factors, without forming
-anybody's weights (`fedsim.engine.low_rank`); by the sum of its gradients (`corrected`); step by step (`stepwise`).
+There are two ways to compute a run, chosen in `LocalTraining.__call__` and nowhere else: in factors, without forming
+anybody's weights (`fedsim.engine.low_rank`), or step by step (`stepwise`).
 
 Letters: C clients, P entries, K local steps, S entries of an optimizer's state; x the model a client received, y its
 local model, g the gradient of a minibatch at y, u the direction of a step.
@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedsim.clients.corrected import corrected_run
 from fedsim.clients.direction import GRADIENT, Direction
 from fedsim.clients.stepwise import Stepwise
 from fedsim.cohort import Cohort
@@ -214,10 +213,6 @@ class LocalTraining:
             moved = sums * self.lr if mean is None else Terms.of(mean) * (self.lr * steps.double())
             far = Terms(shift) * (self.lr * reach(steps.double(), self.lr * u.pull))
             run = LocalRun(moved * u.scale + far, steps, all_stepped, mean)
-        elif known and mean_grad and not task.layout.num_buffers:
-            mean, losses = corrected_run(cohort, x, batches, self.lr, u)
-            change = (Terms.of(mean) * u.scale + Terms(shift)) * (self.lr * steps.double())
-            run = LocalRun(change, steps, all_stepped, mean)
         else:
             taken = Stepwise(self.optimizer, self.schedule, self.rounds, cohort, batches, u, fixed)
             y, losses, mean, state_change = taken.run(x, mean_grad=mean_grad, state=state)

@@ -119,19 +119,16 @@ class Session(Protocol):
         *,
         scale: float = 1.0,
         shift: Tensor | None = None,
-        grad_sum: Tensor | None = None,
     ) -> Tensor | None:
         """One step x <- x - lr * (scale * g + shift) in place, fused into the backward products.
 
-        Equal to `gradient` and then the update, up to float rounding. After K steps of one lr the sum of the raw
-        gradients is also ((x_0 - x_K) / lr - K * shift) / scale: that costs nothing on the way, `grad_sum` does.
+        Equal to `gradient` and then the update, up to float rounding.
 
         Args:
             batch: of the C clients.
             lr: the learning rate.
             scale: of the gradient g.
             shift: [P] or [C, P]; its entries for buffers are ignored.
-            grad_sum: [C, P]; g is added to it.
 
         Returns:
             loss [C] before the step, or None where steps are not fused (then nothing was touched).
