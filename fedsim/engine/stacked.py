@@ -78,9 +78,7 @@ class StackedEngine(Engine):
         return TapeSession(self, x)
 
     def logits(self, x: Tensor, inputs: Tree) -> Tensor:
-        if x.ndim == 1 or not x.is_cuda or self.path == "loop":
-            return self.loop.logits(x, inputs)
-        return self.vmapped.logits(x, inputs)
+        return self.loop.logits(x, inputs)
 
     def tape(self, sample: Tree, dtype: torch.dtype) -> Tape | None:
         """The tape for samples like this one [...] and parameters of this type, or None if the module has none."""

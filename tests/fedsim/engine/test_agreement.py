@@ -269,18 +269,6 @@ def test_any_loss_gives_the_same_on_all_paths(name: str, loss: str) -> None:
     check(without_tape(engine), oracle, x, b)
 
 
-def test_logits_of_a_stack_are_those_of_its_rows() -> None:
-    for name in ("resnet_bn", "char_lstm"):
-        module, layout, x0 = model(name)
-        x, b = stack(layout, x0, 2), batch(name, [3, 3])
-        before = copy_of(x)
-        engine = build_engine("stacked", module, layout)
-        assert isinstance(engine, StackedEngine)
-        out = engine.logits(x, b.inputs)
-        assert close(out[1], engine.logits(x[1], b.inputs[1])) and close(out, engine.vmapped.logits(x, b.inputs))
-        assert torch.equal(x, before)
-
-
 def test_threads_share_an_engine_and_get_the_bits_of_one_thread() -> None:
     module, layout, x0 = model("cnn")
     engine = build_engine("stacked", module, layout)
