@@ -22,24 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, T
 import numpy as np
 from torch import Tensor
 
+from fedsim.hints import Within
 from fedsim.optim.segments import Segments
-
-
-@dataclass(frozen=True)
-class Within:
-    """Marks a hyper-parameter that lies in [low, high), or [low, high] if `closed`."""
-
-    low: float
-    high: float
-    closed: bool = False
-
-    def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, a number or one number per client."""
-        for v in value if isinstance(value, tuple) else (value,):
-            if not (self.low <= v < self.high or self.closed and v == self.high):
-                return f"must lie in [{self.low:g}, {self.high:g}{']' if self.closed else ')'}, got {v!r}"
-        return None
-
 
 Hyper = float | tuple[float, ...]  # one number for all clients of the stack, or one per row of it
 if TYPE_CHECKING:  # in a rule's arithmetic it is a number or an array [k] (`of_clients`)
