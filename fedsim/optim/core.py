@@ -4,7 +4,7 @@
     state = optimizer.init(x)                     # x [C, P]
     optimizer.step_(x[:k], grad[:k], state)       # the first k clients step, the others stay as they are
 
-Order of a step: mask, additive term, l2 decay; clipping and other transforms; state and direction; decoupled decay;
+Order of a step: l2 decay; clipping and other transforms; state and direction; decoupled decay;
 x -= lr * u; decay modes that come after the step; weight average.
 
 Letters: C clients in the stack, k of them step, P coordinates of the trainable vector, t a client's step counter.
@@ -162,8 +162,7 @@ class Optimizer:
             grad: [k, P]; never written to.
             state: of C clients. A client whose gradient is not finite does not step; its `skipped` counts.
             lr_scale: factor on the learning rate, one number or [k] (or more: the first k count).
-            aux: `mask` [P] or [k, P] (coordinates at 0 are frozen: no step, no decay, no share in any norm),
-                `add` [P] or [k, P] (added to the gradient), and what the rule `needs`.
+            aux: what the rule `needs` beside the gradient.
             streams: of the k clients, for rules with noise.
             doubt: [] on x's device, zero before the first step, for who does not want to wait for each step: where that
                 takes a wait no gradient is looked at, all step, and this number ends up not finite if one of them was

@@ -1,6 +1,6 @@
 """What an update rule is: a frozen dataclass of hyper-parameters, two short formulas and a declaration of its state.
 
-A rule knows nothing of clients, devices, masks, decay or back ends. It says
+A rule knows nothing of clients, devices, decay or back ends. It says
 - `states`: which numbers it keeps, and per what (coordinate, tensor, row or client);
 - `coefficients(t, lr, host)`: everything that depends on hyper-parameters and the step counter, on the host in float64.
   `t`, `lr` and the fields of `self` are Python numbers where all clients agree and arrays [k] where they do not, so
