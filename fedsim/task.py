@@ -6,7 +6,7 @@ Letters: N clients, C clients of a stack, P entries of a client's vector, K loca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -86,6 +86,25 @@ def reach(steps: T, pull: float) -> T:
     (3, 1.75)
     """
     return steps if not pull else (1 - (1 - pull) ** steps) / pull
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Steps y <- y - lr * (scale * g + pull * (y - x) + shift) from y = x.
+
+    Args:
+        lr: of every step.
+        scale: of the gradients g.
+        pull: towards x.
+        shift: a sum of (weight, tensor [P] that clients share, or [C, P] of their own).
+        less_start: take from each g the gradient of the same minibatch at x [P].
+    """
+
+    lr: float
+    scale: float = 1.0
+    pull: float = 0.0
+    shift: tuple[tuple[float, Tensor], ...] = ()
+    less_start: bool = False
 
 
 class Batches(Protocol):
@@ -278,28 +297,13 @@ class Task(ABC):
         """The task bound to a stack x [C, P], whose steps may share preparations."""
         return PlainSession(self.field, x)
 
-    def factored_run(
-        self,
-        x: Tensor,
-        batches: Any,
-        lr: float,
-        scale: float,
-        pull: float,
-        terms: Sequence[tuple[float, Tensor]],
-        less_start: bool = False,
-    ) -> tuple[Factors, Tensor] | None:
+    def factored_run(self, x: Tensor, batches: Any, walk: Walk) -> tuple[Factors, Tensor] | None:
         """A whole run at once, where that costs less than its steps; else None.
-
-        A step is y <- y - lr * (scale * g + pull * (y - x) + shift), and y is x at first.
 
         Args:
             x: where clients start, [P] or [C, P].
             batches: of the stack.
-            lr: of the steps.
-            scale: of the gradients g.
-            pull: towards x.
-            terms: the shift, a sum of (weight, tensor [P] or [C, P]).
-            less_start: take from each g the gradient of the same minibatch at x [P].
+            walk: its steps.
 
         Returns:
             (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
