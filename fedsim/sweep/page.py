@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsim.history import History, show
+from fedsim.history import History, heading, show
 from fedsim.report.compare import MEASURES
 from fedsim.report.curves import over_each_axis, wants_log
 from fedsim.report.draw import Curve, line_panel, look
@@ -80,7 +80,7 @@ def _pairs(results: Results) -> Section | None:
         "both values the best one. At the ends the worst of a column and of a row, if all its runs ended."
     )
     pictures = maps(results.rows, results.listed, results.target, results.minimise)
-    return Section(title=f"{_title(results.target)} of two keys", text=text, pictures=pictures)
+    return Section(title=f"{heading(results.target)} of two keys", text=text, pictures=pictures)
 
 
 def _axes(results: Results) -> list[Section]:
@@ -100,7 +100,7 @@ def _axes(results: Results) -> list[Section]:
         pictures.append(Picture(title=key, svg=svg))
     keys = [Key(text=name, band=True, **look(i)) for i, name in enumerate(methods) if name]
     text = "At each value the best that any setting of the method reached with it."
-    return [Section(title=f"{_title(results.target)} along the axes", text=text, keys=keys, pictures=pictures)]
+    return [Section(title=f"{heading(results.target)} along the axes", text=text, keys=keys, pictures=pictures)]
 
 
 def _along(rows: Sequence[Row], key: str, method: str, index: int) -> Curve | None:
@@ -126,7 +126,7 @@ def _curves(results: Results) -> list[Section]:
     sections = []
     for key in dict.fromkeys([*([results.target] if results.target else []), *MEASURES]):
         pictures = over_each_axis([(runs, key) for _, runs in lines], log=key == "distance")
-        sections.append(Section(title=_title(key), keys=keys, pictures=pictures))
+        sections.append(Section(title=heading(key), keys=keys, pictures=pictures))
     return sections
 
 
@@ -138,7 +138,3 @@ def _table(results: Results, shown: Sequence[Row], fold: str = "") -> Table:
         rows.append([name, *values, value_text(row, results.target), str(len(row.folders))])
     header = ["", *results.keys, (results.target or "result").replace("_", " "), "seeds"]
     return Table(header=header, rows=rows, fold=fold)
-
-
-def _title(key: str) -> str:
-    return key.replace("_", " ").capitalize()
