@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+FIRST, BEYOND = (1, 39), (1, 43)  # versions of flwr, as in pyproject.toml: apps are run by names that it may change
 
 app = typer.Typer(no_args_is_help=True, help="Flower apps, simulated here.")
 
@@ -37,10 +40,8 @@ def run(
     source = str(config or folder)
     keys = {"app": str(folder), **parse_overrides(overrides or (), source)}
     raw = apply_overrides({}, keys, source) if config is None else read_file(config, keys)
-    try:
-        from fedsim.foreign import run_app
-    except ModuleNotFoundError as e:
-        raise ValueError(f"Flower is not installed ({e}); run pip install 'fedsim-stacks[flower]'") from e
+    _check_flower()
+    from fedsim.foreign import run_app
     from fedsim.progress import Progress
     from fedsim.results import last_folder
 
@@ -48,3 +49,20 @@ def run(
     where = out or (last_folder(stem) if resume else stem)
     history = run_app(raw, source, where, numbered=out is None and not resume, resume=resume, quiet=quiet)
     Progress(quiet).summary(history)
+
+
+def _check_flower() -> None:
+    """Refuse to run apps without Flower, or with a version of it that nobody tried.
+
+    Raises:
+        ValueError: if so.
+    """
+    try:
+        found = version("flwr")
+    except PackageNotFoundError as e:
+        raise ValueError("Flower is not installed; run pip install 'fedsim-stacks[flower]'") from e
+    if not FIRST <= tuple(map(int, found.split(".")[:2])) < BEYOND:
+        (a, b), (c, d) = FIRST, BEYOND
+        raise ValueError(
+            f"flwr {found} is installed, and its apps run here with {a}.{b} to {c}.{d - 1}; install another"
+        )
