@@ -21,8 +21,8 @@ from fedsim.engine import Batch, Engine
 from fedsim.engine.losses import Loss, per_sample
 from fedsim.engine.low_rank import Chain, LowRank, gradients_at, low_rank_run
 from fedsim.params import Layout, on_device
-from fedsim.streams import Streams, mix64
-from fedsim.task import Poison, Pool, Schedule, Session, Task
+from fedsim.streams import Streams, as_uniform, mix64
+from fedsim.task import Poison, Pool, Schedule, Session, Task, Walk
 from fedsim.tasks.batches import BatchPlan
 from fedsim.tasks.metrics import Metric
 from fedsim.tasks.samples import Program, SamplesOracle
@@ -110,7 +110,7 @@ class SupervisedTask(Task):
         attack = self._poison
         assert attack is not None and isinstance(targets, Tensor)
         lies, wanted = attack.wanted(inputs, targets, self.data.num_classes)
-        drawn = (mix64(rows + 1) >> 11).bitwise_and_((1 << 53) - 1).double() / (1 << 53)  # a sample's own number
+        drawn = as_uniform(mix64(rows + 1), torch.float64)  # a sample's own number
         which = (drawn < attack.share) & liars.to(rows.device)[:, None]
         if lies is not inputs:
             assert isinstance(lies, Tensor) and isinstance(inputs, Tensor)
@@ -131,21 +131,12 @@ class SupervisedTask(Task):
     def _chain(self) -> Chain | None:
         return self.engine.chain if isinstance(self.data.inputs, Tensor) else None  # chains have one input
 
-    def factored_run(
-        self,
-        x: Tensor,
-        batches: BatchPlan,
-        lr: float,
-        scale: float,
-        pull: float,
-        terms: Sequence[tuple[float, Tensor]],
-        less_start: bool = False,
-    ) -> tuple[LowRank, Tensor] | None:
+    def factored_run(self, x: Tensor, batches: BatchPlan, walk: Walk) -> tuple[LowRank, Tensor] | None:
         """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
         chain = self._chain
-        if chain is None or not len(batches) or not chain.worthwhile(batches.samples * (1 + less_start)):
+        if chain is None or not len(batches) or not chain.worthwhile(batches.samples * (1 + walk.less_start)):
             return None
-        return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, pull, terms, less_start)
+        return low_rank_run(chain, self.layout, x, *batches.whole(), walk)
 
     def factored_gradients(self, x: Tensor, batches: BatchPlan) -> tuple[LowRank, Tensor] | None:
         chain = self._chain
