@@ -124,8 +124,8 @@ def check_prox(name: str, strategy: Strategy, task: Task) -> None:
     """Refuse a set or a penalty that the strategy's steps would pass over."""
     if task.prox != FREE and getattr(strategy, "prox", FREE) != task.prox:
         raise ConfigError(
-            f"task.prox: {name} has no prox in its steps; leave it out, or take extragradient, optimistic_gradient or "
-            "masha1"
+            f"task.prox: {name} has no prox in its steps; leave it out (task.epsilon: null, where that is it), or "
+            "take extragradient, optimistic_gradient or masha1"
         )
 
 
