@@ -160,7 +160,7 @@ class History:
     def _trained(self, which: str, file: str) -> nn.Module:
         if which in self.models:
             return self.models[which]()
-        from fedsim.tasks.models import stored_model
+        from fedsim.tasks.stored import stored_model
 
         if self.path is None:
             raise ValueError(NO_MODULE)

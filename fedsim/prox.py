@@ -133,6 +133,22 @@ class Each:
         return out
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The same prox of each of `count` equal parts of z, one after the other in it.
+
+    Args:
+        of: each part.
+        count: of parts.
+    """
+
+    of: Prox
+    count: int
+
+    def __call__(self, z: Tensor, gamma: float) -> Tensor:
+        return self.of(z.unflatten(-1, (self.count, -1)), gamma).flatten(-2)
+
+
 def solve(
     field: Callable[[Tensor], Tensor],
     z: Tensor,

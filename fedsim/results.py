@@ -1,6 +1,6 @@
 """A run's folder: whether it holds one, who may write there, and what is left in it: config.yaml (resolved, with
 versions), env.json, metrics.jsonl, summary.json, model.safetensors, model.best.safetensors, clients.jsonl,
-timeline.jsonl, split.npz, topology.npz (of peers), checkpoints/ and report.html.
+timeline.jsonl, split.npz, topology.npz (of peers), pictures.npz (of the model), checkpoints/ and report.html.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fedsim.topology import overview
 SUMMARY_FILE = "summary.json"
 FILES = (
     *("config.yaml", "env.json", "split.npz", "topology.npz", "metrics.jsonl", SUMMARY_FILE, MODEL_FILE, BEST_FILE),
-    *("clients.jsonl", "timeline.jsonl", "report.html"),
+    *("clients.jsonl", "timeline.jsonl", "pictures.npz", "report.html"),
 )
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
 MAX_CLIENTS_LISTED = 100_000
@@ -188,6 +188,7 @@ def write_results(folder: Path, composition: Composition, x: Tensor, history: Hi
     experiment = composition.experiment
     _write_model(folder / MODEL_FILE, composition, x)
     _write_timeline(folder, experiment.fleet)
+    _write_pictures(folder, experiment.task.pictures(x))
     if experiment.evaluate.per_client and composition.data is not None:
         _write_clients(folder, experiment, x)
     more: dict[str, Any] = {}
@@ -234,6 +235,17 @@ def _write_model(path: Path, composition: Composition, x: Tensor, notes: Mapping
     else:
         tensors = {k: v.contiguous() for k, v in composition.experiment.task.layout.views(x.cpu()).items()}
     write_tensors(path, tensors, {"fedsim": json.dumps({"sizes": composition.sizes, **notes})})
+
+
+def _write_pictures(folder: Path, pictures: Mapping[str, Tensor]) -> None:
+    """What the task shows of the final model, as bytes, for the report."""
+    if pictures:
+        content = io.BytesIO()
+        shades: dict[str, Any] = {
+            title: (255 * images).round().to(torch.uint8).cpu().numpy() for title, images in pictures.items()
+        }
+        np.savez_compressed(content, **shades)
+        write_whole(folder / "pictures.npz", content.getvalue())
 
 
 def _write_timeline(folder: Path, fleet: DrivenFleet) -> None:

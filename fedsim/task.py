@@ -328,6 +328,10 @@ class Task(ABC):
         """
         raise AssertionError("a task that lacks every need is not asked")
 
+    def pictures(self, x: Tensor) -> dict[str, Tensor]:
+        """{title: [rows, columns, height, width, 1 or 3] in [0, 1]}: images, grey or coloured, that show x [P]."""
+        return {}
+
     def poison(self, ids: Tensor, attack: Poison) -> None:
         """Let some clients [b] train on what an attacker makes of their samples; evaluation says how it succeeds.
 

@@ -14,12 +14,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from fedsim.compose.games import Adversarial, Gan
 from fedsim.compose.sections import Clients, File, Runtime
 from fedsim.compose.supervised import (
     NUM_CLIENTS,
     Classification,
     LanguageModel,
     Multilabel,
+    OnSamples,
     Regression,
     Samples,
     Supervised,
@@ -33,7 +35,6 @@ from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.own import check_task
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
 from fedsim.tasks.robust import RobustLogisticTask
-from fedsim.tasks.supervised import SupervisedTask
 from fedsim.trees import pick
 
 
@@ -67,7 +68,7 @@ def task_of(problem: Task | Samples, plan: Plan, runtime: Runtime, device: torch
     engine = build_engine(plan.engine, *made, native=plan.native)
     held = None if problem.held is None else problem.held.to(device)
     data, metrics = problem.data.to(device), problem.metrics
-    return SupervisedTask(data, problem.module, problem.x0, engine, problem.loss, held, metrics)
+    return problem.task(data, problem.module, problem.x0, engine, problem.loss, held, metrics, problem.prox)
 
 
 def quadratic(
@@ -184,7 +185,7 @@ def robust_logistic(
     return task.to(device)
 
 
-TASKS: dict[str, Callable[..., Task | Supervised]] = {
+TASKS: dict[str, Callable[..., Task | OnSamples]] = {
     "classification": Classification,
     "regression": Regression,
     "multilabel": Multilabel,
@@ -193,6 +194,8 @@ TASKS: dict[str, Callable[..., Task | Supervised]] = {
     "quadratic": quadratic,
     "bilinear": bilinear,
     "robust_logistic": robust_logistic,
+    "adversarial": Adversarial,
+    "gan": Gan,
 }
 
 
@@ -216,7 +219,7 @@ def problem_of(file: File, device: torch.device) -> Task | Samples:
         partition=file.partition,
         client_test=file.data.client_test,
     )
-    if isinstance(made, Supervised):
+    if isinstance(made, OnSamples):
         return made.samples()
     if file.data.client_test and not made.holds_out:
         raise ConfigError(

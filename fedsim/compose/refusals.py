@@ -122,8 +122,8 @@ def check_prox(name: str, strategy: Strategy, task: Task) -> None:
     """Refuse a set or a penalty that the strategy's steps would pass over."""
     if task.prox != FREE and task.prox not in fields_of(strategy, type(task.prox)).values():
         raise ConfigError(
-            f"task.prox: {name} has no prox in its steps; leave it out, or take extragradient, optimistic_gradient or "
-            "masha1"
+            f"task.prox: {name} has no prox in its steps; leave it out (task.epsilon: null, where that is it), or "
+            "take extragradient, optimistic_gradient or masha1"
         )
 
 

@@ -55,7 +55,6 @@ from fedsim.fleet import Cost
 from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
-from fedsim.prox import FREE
 from fedsim.sim.calls import replies_ahead
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet
@@ -220,8 +219,7 @@ def _strategy(file: File, problem: Task | Samples) -> Strategy:
         schedule = file.local.schedule()
     optimizer = file.local.optimizer(layout=problem.layout)
     local, n = LocalTraining(optimizer=optimizer, schedule=schedule, rounds=file.rounds), len(problem.num_examples)
-    prox = problem.prox if isinstance(problem, Task) else FREE
-    made = file.strategy(layout=problem.layout, local=local, count=n, prox=prox)
+    made = file.strategy(layout=problem.layout, local=local, count=n, prox=problem.prox)
     made = check_strategy(made, problem.num_examples)
     return with_compressors(made, made.sent(problem.layout))
 

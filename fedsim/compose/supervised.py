@@ -6,7 +6,8 @@ A preset fills in loss and metrics and says what targets are; whatever it fills 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -22,9 +23,11 @@ from fedsim.data.targets import Kind, as_kind
 from fedsim.engine.functional import Tensors, outputs_of
 from fedsim.engine.losses import Loss, cross_entropy, masked_cross_entropy
 from fedsim.params import Layout
+from fedsim.prox import FREE, Prox
 from fedsim.tasks.adapted import Lora, adapted, check_frozen
 from fedsim.tasks.metrics import Metric
 from fedsim.tasks.models import init_parameters
+from fedsim.tasks.supervised import SupervisedTask
 from fedsim.trees import IGNORED, pick, tensors
 
 NUM_CLIENTS = 100  # unless the file or the data say how many there are
@@ -42,6 +45,8 @@ class Samples:
         loss: per sample.
         metrics: by name.
         sizes: what the model was made for.
+        prox: of the task.
+        task: its class, called as `SupervisedTask` is.
     """
 
     data: FederatedData
@@ -51,6 +56,8 @@ class Samples:
     loss: Loss
     metrics: dict[str, Metric]
     sizes: Mapping[str, Any]
+    prox: Prox = FREE
+    task: Callable[..., SupervisedTask] = SupervisedTask
 
     @property
     def layout(self) -> Layout:
@@ -62,17 +69,11 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Supervised:
-    """Samples with targets of any kind: any data set, any torch module, your loss and metrics.
+class OnSamples:
+    """A task on samples that clients have.
 
     Args:
         dataset: the data.
-        model: the module; it may ask for `input_shape` (of one sample) and `num_classes`, how wide its output is:
-            classes, labels, or numbers of a target.
-        loss: per sample.
-        metrics: a list, beside the loss.
-        train: names of the parameters that train, such as `classifier.*`; without it and `lora` the module says.
-        lora: adapters that train beside linear layers, and beside what `train` names.
     """
 
     targets: ClassVar[Kind] = "any"
@@ -82,27 +83,12 @@ class Supervised:
     partition: Partition
     client_test: float = 0.0
     dataset: Annotated[Any, FromTable("dataset", "digits")]
-    model: Annotated[Any, FromTable("model", "mlp")]
-    loss: Annotated[Any, FromTable("loss")]
-    metrics: Annotated[Any, FromTable("metrics", ())]
-    train: tuple[str, ...] = ()
-    lora: Lora | None = None
 
+    @abstractmethod
     def samples(self) -> Samples:
         """Data and module of the file, checked and tried together."""
-        data, held = self._data()
-        shape: Any = {k: tuple(t.shape[1:]) for k, t in tensors(data.inputs).items()}
-        sizes = {"input_shape": shape.get("", shape), "num_classes": data.num_classes}
-        with at("task"):
-            module, x0 = init_parameters(lambda: adapted(self.model(**sizes), self.train, self.lora), self.seed)
-        loss = self.loss if self.loss is not masked_cross_entropy or _ignores(data) else cross_entropy
-        metrics = check_model(module, data, loss, dict(self.metrics))
-        with at("task.model"):
-            start = Tensors(module, Layout.of_module(module)).of(x0.clone())
-            check_frozen(module, lambda m: outputs_of(m, start[0] | start[1], pick(data.inputs, slice(2))))
-        return Samples(data, held, module, x0, loss, metrics, sizes)
 
-    def _data(self) -> tuple[FederatedData, FederatedData | None]:
+    def data(self) -> tuple[FederatedData, FederatedData | None]:
         """(what clients train on, what they hold out)."""
         with at("task.dataset"):
             data = as_kind(self.dataset, self.targets)
@@ -122,6 +108,47 @@ class Supervised:
         if self.client_test:
             raise ConfigError("data.client_test: the data says already what each client holds out; leave it out")
         return made, given_out(made)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised(OnSamples):
+    """Samples with targets of any kind: any data set, any torch module, your loss and metrics.
+
+    Args:
+        model: the module; it may ask for `input_shape` (of one sample) and `num_classes`, how wide its output is:
+            classes, labels, or numbers of a target.
+        loss: per sample.
+        metrics: a list, beside the loss.
+        train: names of the parameters that train, such as `classifier.*`; without it and `lora` the module says.
+        lora: adapters that train beside linear layers, and beside what `train` names.
+    """
+
+    model: Annotated[Any, FromTable("model", "mlp")]
+    loss: Annotated[Any, FromTable("loss")]
+    metrics: Annotated[Any, FromTable("metrics", ())]
+    train: tuple[str, ...] = ()
+    lora: Lora | None = None
+
+    def samples(self) -> Samples:
+        data, held = self.data()
+        sizes = self.sizes(data)
+        with at("task"):
+            module, x0 = init_parameters(lambda: self.module(sizes), self.seed)
+        loss = self.loss if self.loss is not masked_cross_entropy or _ignores(data) else cross_entropy
+        metrics = check_model(module, data, loss, dict(self.metrics))
+        with at("task.model"):
+            start = Tensors(module, Layout.of_module(module)).of(x0.clone())
+            check_frozen(module, lambda m: outputs_of(m, start[0] | start[1], pick(data.inputs, slice(2))))
+        return Samples(data, held, module, x0, loss, metrics, sizes)
+
+    def sizes(self, data: FederatedData) -> dict[str, Any]:
+        """What the model is made for, by the names of its factory's parameters."""
+        shape: Any = {k: tuple(t.shape[1:]) for k, t in tensors(data.inputs).items()}
+        return {"input_shape": shape.get("", shape), "num_classes": data.num_classes}
+
+    def module(self, sizes: Mapping[str, Any]) -> nn.Module:
+        """The module for data of these sizes; called with the generator of random numbers keyed."""
+        return adapted(self.model(**sizes), self.train, self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from fedsim.report.shapes import (
     log_text,
     path_through,
     percent_text,
+    png,
     stretches,
     svg,
     text_at,
@@ -151,6 +152,25 @@ def heat_map(counts: np.ndarray, *, rows: Sequence[str] | None, x_label: str, y_
         else left_axis(x, y, np.arange(k), lambda v: abbreviated(rows[int(v)])),
         bottom_axis(x, y, x.ticks(10, whole=True) if ids else np.zeros(0), tick_text, x_label),
     )
+
+
+def images(pixels: np.ndarray, *, alt: str) -> str:
+    """Images side by side, row after row, as an <image> in SVG.
+
+    Args:
+        pixels: [rows, columns, height, width, 1 or 3] uint8.
+        alt: what a screen reader says.
+    """
+    rows, columns, height, width, channels = pixels.shape
+    gap = max(1, height // 8)
+    sheet = np.zeros((rows, columns, height + gap, width + gap, channels + 1), np.uint8)  # see-through between them
+    sheet[:, :, :height, :width, :-1], sheet[:, :, :height, :width, -1] = pixels, 255
+    sheet = sheet.transpose(0, 2, 1, 3, 4).reshape(rows * (height + gap), columns * (width + gap), channels + 1)
+    sheet = sheet[:-gap, :-gap]
+    high, wide = sheet.shape[:2]
+    scale = PANEL[0] / max(high, wide)
+    place = f'width="{wide * scale:.1f}" height="{high * scale:.1f}" style="image-rendering: pixelated"'
+    return svg((wide * scale, high * scale), alt, f'<image href="{png(sheet)}" {place}/>')
 
 
 def network(places: np.ndarray, pairs: np.ndarray, *, alt: str) -> str:

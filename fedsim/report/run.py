@@ -1,7 +1,7 @@
 """`report.html` of one run: what it reached, over rounds, virtual time and bits, for whom, and how to get it again.
 
 The page is made from the run's folder alone: metrics.jsonl, and as far as they are there config.yaml, env.json,
-clients.jsonl, split.npz, topology.npz and timeline.jsonl. What is missing is left out.
+clients.jsonl, split.npz, topology.npz, pictures.npz and timeline.jsonl. What is missing is left out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fedsim.report.curves import over_each_axis
 from fedsim.report.draw import Curve, line_panel, look
 from fedsim.report.files import reading
 from fedsim.report.page import Key, Page, Picture, Section, Table, Tile, shortened
+from fedsim.report.pictures import pictures_section
 from fedsim.report.split import split_section
 from fedsim.report.timing import absence_section, timing_section
 from fedsim.report.topology import topology_section
@@ -60,6 +61,7 @@ def write_report(run_dir: str | Path) -> Path:
         ),
         _loss(history),
         _distance(history),
+        pictures_section(folder),
         spread_section(history, folder),
         split_section(folder),
         topology_section(folder),

@@ -5,6 +5,9 @@ One unit is one CSS pixel at a picture's natural size; y grows downward.
 
 from __future__ import annotations
 
+import struct
+import zlib
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -131,6 +134,20 @@ def text_at(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
 def upright_at(x: float, y: float, text: str) -> str:
     """Text that reads from below, around its middle."""
     return text_at(x, y, text, "middle", f' transform="rotate(-90 {x:g} {y:g})"')
+
+
+def png(pixels: np.ndarray) -> str:
+    """An image [height, width, 2 or 4] uint8, grey or coloured with opacity last, as a data address (RFC 2083)."""
+    height, width, channels = pixels.shape
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 4 if channels == 2 else 6, 0, 0, 0)
+    lines = b"".join(b"\0" + line.tobytes() for line in np.ascontiguousarray(pixels))  # each line as it is
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(lines, 9)), chunk(b"IEND", b"")
+    return "data:image/png;base64," + b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()
 
 
 def svg(size: tuple[float, float], alt: str, *parts: str) -> str:

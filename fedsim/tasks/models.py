@@ -9,22 +9,16 @@ Letters: B samples, T positions, V vocabulary, K classes, E width.
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod, sqrt
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 
-from fedsim.config import decode, decode_entry
-from fedsim.params import Layout, filled
-from fedsim.tasks.adapted import Lora, adapted
+from fedsim.params import Layout
 
 Factory = Callable[..., nn.Module]
 
@@ -199,36 +193,6 @@ def as_module(made: object, name: str) -> nn.Module:
                 "layer that says its size (its factory is given input_shape and num_classes)"
             )
     return made
-
-
-def stored_model(path: Path, task: Mapping[str, Any]) -> nn.Module:
-    """The trained module of a run's folder, in evaluation mode.
-
-    Args:
-        path: its tensors (safetensors), with the sizes it was made for in the head.
-        task: that section of the run's resolved config.
-
-    Raises:
-        ValueError: if there is no such file, the task has no module, or its model is no longer what it was.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; it is written when the run is complete")
-    with safe_open(path, "pt") as file:
-        sizes = json.loads((file.metadata() or {}).get("fedsim", "{}")).get("sizes")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if sizes is None or "model" not in task:
-        raise ValueError(f"{path}: its task has no module; safetensors.torch.load_file reads the tensors")
-    call = decode_entry(MODELS, task["model"], "task.model", needs=sizes, check=as_module)
-    made = call(**{k: _shapes(v) for k, v in sizes.items()})
-    lora = None if task.get("lora") is None else decode(Lora, task["lora"], "task.lora")()
-    return filled(adapted(made, task.get("train") or (), lora), tensors)
-
-
-def _shapes(size: Any) -> Any:
-    """A size as it was before it was written: JSON has no tuples, also in a dictionary of several inputs' shapes."""
-    if isinstance(size, dict):
-        return {name: _shapes(own) for name, own in size.items()}
-    return tuple(size) if isinstance(size, list) else size
 
 
 class ResNet(nn.Module):

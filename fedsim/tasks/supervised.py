@@ -21,6 +21,7 @@ from fedsim.engine import Batch, Engine
 from fedsim.engine.losses import Loss, per_sample
 from fedsim.engine.low_rank import Chain, LowRank, gradients_at, low_rank_run
 from fedsim.params import Layout, on_device
+from fedsim.prox import FREE, Prox
 from fedsim.streams import Streams, as_uniform, mix64
 from fedsim.task import Poison, Pool, Schedule, Session, Task, Walk
 from fedsim.tasks.batches import BatchPlan
@@ -43,6 +44,7 @@ class SupervisedTask(Task):
         sample_loss: (outputs, targets) -> [B] losses; the same that the engine minimises.
         held: what the same clients hold out of their samples, in the clients' order; None if nothing.
         metrics: by the names that rows give them, beside the loss.
+        prox: see `Task`.
     """
 
     def __init__(
@@ -54,11 +56,12 @@ class SupervisedTask(Task):
         sample_loss: Loss,
         held: FederatedData | None = None,
         metrics: Mapping[str, Metric] = MappingProxyType({}),
+        prox: Prox = FREE,
     ) -> None:
         data = by_client(data)
         self.data, self.module, self.x0, self.engine, self.sample_loss = data, module, x0, engine, sample_loss
         self.layout = Layout.of_module(module)
-        self.held, self.holds_out = held, held is not None
+        self.held, self.holds_out, self.prox = held, held is not None, prox
         self.num_examples = data.num_examples.cpu()
         self.metrics = dict(metrics)
         self._means = {name: metric for name, metric in metrics.items() if not metric.whole}
@@ -80,7 +83,7 @@ class SupervisedTask(Task):
     def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> BatchPlan:
         data, liars = self.data, self._liars[ids]
         honest = not bool(liars.any())
-        views = honest and not schedule.shuffle and self._may_view()
+        views = honest and not schedule.shuffle and isinstance(data.inputs, Tensor) and self._may_view()
 
         def gather(step: int | None, k: int, columns: slice, weights: Tensor | None) -> Batch:
             labels = (
@@ -94,7 +97,7 @@ class SupervisedTask(Task):
             own = streams if k == len(ids) else streams.rows(slice(k))
             if not honest:
                 inputs, labels = self._lies(inputs, labels, plan.rows[:k, columns], liars[:k])
-            return Batch(inputs, labels, weights, own, step or 0)
+            return self.redrawn(Batch(inputs, labels, weights, own, step or 0))
 
         def locate(positions: Tensor) -> Tensor:
             return data.rows(streams.clients, positions)
@@ -104,6 +107,10 @@ class SupervisedTask(Task):
         if isinstance(data.targets, Tensor) and data.targets.ndim == 1:  # this takes no more than the rows themselves
             at_once = _copy(data.targets, plan.rows)
         return plan
+
+    def redrawn(self, batch: Batch) -> Batch:
+        """A minibatch with what a step draws anew of it; nothing here."""
+        return batch
 
     def _lies(self, inputs: Tree, targets: Tree, rows: Tensor, liars: Tensor) -> tuple[Tree, Tree]:
         """A batch with samples at rows [k, B] poisoned for those of its clients that lie, [k] bool on the host."""
@@ -173,7 +180,7 @@ class SupervisedTask(Task):
         """Of held-out samples whose label is not the one that an attack on data wants, the share that is given it."""
         if self._poison is None:
             return {}
-        found = pool.map(self._fooled, _pieces(0, len(one(self.data.test_targets))), x=x)
+        found = pool.map(self._fooled, pieces(0, len(one(self.data.test_targets))), x=x)
         hits, count = torch.stack(found).sum(0).tolist()
         return {"test_attack_success": hits / count} if count else {}
 
@@ -202,7 +209,7 @@ class SupervisedTask(Task):
         assert self.held is not None
         ends, found = self.held.offsets.tolist(), []
         for i, own in zip(ids.tolist(), x, strict=True):
-            spans = _pieces(ends[i], ends[i + 1])
+            spans = pieces(ends[i], ends[i + 1])
             parts = self._joined([self._scores(own, self.held.inputs, self.held.targets, s) for s in spans]).parts
             found.append({"examples": torch.tensor(parts.shape[-1])} | self._values(*_sums(parts)))
         return {name: torch.stack([row[name] for row in found]).double() for name in found[0]}
@@ -215,7 +222,7 @@ class SupervisedTask(Task):
     def _score(self, x: Tensor, pool: Pool, *, held_out: bool, keep: bool = False) -> Scores:
         """What the held-out samples, or those of clients in their order, add to loss and metrics."""
         total = len(one(self.data.test_targets) if held_out else self.data.order)
-        return self._joined(pool.map(self._piece, _pieces(0, total), x=x, held_out=held_out, keep=keep))
+        return self._joined(pool.map(self._piece, pieces(0, total), x=x, held_out=held_out, keep=keep))
 
     def _piece(self, span: slice, x: Tensor, held_out: bool, keep: bool) -> Scores:
         """The same of a piece of them."""
@@ -260,7 +267,7 @@ class Scores(NamedTuple):
     outputs: Tensor | None
 
 
-def _pieces(start: int, end: int) -> list[slice]:
+def pieces(start: int, end: int) -> list[slice]:
     """Samples cut at fixed places, so that no number of workers shows."""
     return [slice(i, min(i + EVALUATION_ROWS, end)) for i in range(start, end, EVALUATION_ROWS)]
 

@@ -1,0 +1,46 @@
+"""The report's pictures of a final model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from fedsim.report.draw import images
+from fedsim.report.pictures import pictures_section
+from fedsim.tasks.pictures import grid
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_is_read_by_others_as_it_was(channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, channels), dtype=np.uint8)
+    drawn = re.search(r"base64,([^\"]+)", images(pixels, alt="noise"))
+    assert drawn is not None
+    sheet = matplotlib.image.imread(io.BytesIO(base64.b64decode(drawn[1])), format="png")
+    assert sheet.shape[:2] == (2 * 4 + 1, 3 * 5 + 2)  # and a gap of one between images
+    for i, j in np.ndindex(2, 3):
+        found = sheet[i * 5 : i * 5 + 4, j * 6 : j * 6 + 5]
+        assert (found[..., -1] == 1).all()
+        np.testing.assert_allclose(255 * found[..., :channels], pixels[i, j], atol=0.01)
+
+
+def test_samples_become_images_only_where_they_are_some() -> None:
+    grey = torch.arange(12.0).view(3, 2, 2)
+    assert grid(grey, 2, 0.0, 10.0)[:, :, :, 0, 0].tolist() == [
+        [[0.0, pytest.approx(0.2)], [pytest.approx(0.4), pytest.approx(0.6)]]
+    ]  # type: ignore[index]
+    assert grid(torch.zeros(4, 3, 2, 5), 4, 0.0, 1.0).shape == (1, 4, 2, 5, 3)  # type: ignore[union-attr]
+    assert grid(torch.zeros(4, 7), 2, 0.0, 1.0) is None and grid(torch.zeros(4, 2, 3, 3), 2, 0.0, 1.0) is None
+
+
+def test_no_file_no_section_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    assert pictures_section(tmp_path) is None
+    (tmp_path / "pictures.npz").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="pictures.npz cannot be read .*; remove it to write the report without it"):
+        pictures_section(tmp_path)
