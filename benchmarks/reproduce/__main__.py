@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.reproduce import asynchronous, coding, compression, masha, momentum, personalisation
+from benchmarks.reproduce import asynchronous, coding, compression, masha, momentum, monna, personalisation
 
 # NAME -> function of (folder of the runs, folder of the figures, quick) that gives the page's text
 TABLE: dict[str, Callable[[Path, Path, bool], str]] = {
@@ -22,6 +22,7 @@ TABLE: dict[str, Callable[[Path, Path, bool], str]] = {
     "compression": compression.reproduce,
     "masha": masha.reproduce,
     "momentum": momentum.reproduce,
+    "monna": monna.reproduce,
     "personalisation": personalisation.reproduce,
 }
 

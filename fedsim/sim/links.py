@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedsim.cohort import Cohort
 from fedsim.compress.error_feedback import compress_difference, compress_with_error
 from fedsim.compress.packet import FLOAT_BITS, Compressor, Packet
 from fedsim.compress.sender import Sender
+from fedsim.config import at
 from fedsim.memory import MemoryRows
+from fedsim.params import Layout
 from fedsim.streams import Streams
 
 UPLINK = "uplink/"  # in a client's memory the error's rows are called so, and what is kept of packets
@@ -37,13 +38,13 @@ class Uplink:
     compressor: Compressor
     error_feedback: bool = False
 
-    def encode(self, name: str, v: Tensor, clients: Cohort) -> Packet:
-        """The packet of one field v [C, P] of a stack's replies."""
-        sender = Sender.of(clients, UPLINK + name, step_of(name))
+    def encode(self, name: str, v: Tensor, memory: MemoryRows, streams: Streams) -> Packet:
+        """The packet of one field v [C, P] of replies, by clients with this memory and these streams."""
+        sender = Sender(streams, memory, UPLINK + name, step_of(name))
         if not self.error_feedback:
             return sender.encode(self.compressor, v)
-        error = clients.memory.read(sender.name, tuple(v.shape[1:])).to(v)
-        packet, clients.memory[sender.name] = compress_with_error(v, error, self.compressor, sender)
+        error = memory.read(sender.name, tuple(v.shape[1:])).to(v)
+        packet, memory[sender.name] = compress_with_error(v, error, self.compressor, sender)
         return packet
 
 
@@ -116,6 +117,18 @@ class Downlink:
         """[R] bits to clients that are sent so many messages [R] at once, the whole vector if that is shorter."""
         whole, each = FLOAT_BITS * num_entries, self.compressor.bits(num_entries)
         return (messages.clamp(max=whole // max(each, 1) + 1) * each).clamp(max=whole)
+
+
+def fitted(key: str, compressor: Compressor, layout: Layout) -> Compressor:
+    """The compressor of this key, bound to what travels.
+
+    Raises:
+        ConfigError: if it does not fit.
+    """
+    with at(key):
+        bound = compressor.bind(layout)
+        bound.bits(layout.size)
+    return bound
 
 
 def step_of(name: str) -> int:

@@ -19,7 +19,6 @@ from fedsim.strategies.ef21 import EF21
 from fedsim.strategies.ef21_bc import EF21BC
 from fedsim.strategies.marina import Marina
 from fedsim.streams import Streams
-from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.models import logistic
 from tests.build import Play, drawn, local_sgd, play, quadratic, saddle
 from tests.reference.clients import Formulas
@@ -116,12 +115,8 @@ def test_without_compression_it_is_gradient_descent(kind: type, fields: dict[str
 @every
 def test_a_strongly_monotone_saddle_point_is_found(kind: type, fields: dict[str, Any]) -> None:
     task = saddle(5, 4, lam=2.0)
-    x = play(task, kind(local=local_sgd(task, 0.1), **fields), 100, x0=_zero(task))[-1]
+    x = play(task, kind(local=local_sgd(task, 0.1), **fields), 100)[-1]
     assert float((x - task.solution()).norm()) < 1e-5
-
-
-def _zero(task: BilinearTask) -> Tensor:
-    return torch.zeros(task.layout.size, dtype=torch.float64)
 
 
 def test_a_compressed_downlink_leaves_the_limit_of_ef21_where_it_is() -> None:
