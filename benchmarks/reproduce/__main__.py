@@ -13,12 +13,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.reproduce import asynchronous, coding, masha, momentum, monna, personalisation
+from benchmarks.reproduce import asynchronous, coding, compression, masha, momentum, monna, personalisation
 
 # NAME -> function of (folder of the runs, folder of the figures, quick) that gives the page's text
 TABLE: dict[str, Callable[[Path, Path, bool], str]] = {
     "asynchronous": asynchronous.reproduce,
     "coding": coding.reproduce,
+    "compression": compression.reproduce,
     "masha": masha.reproduce,
     "momentum": momentum.reproduce,
     "monna": monna.reproduce,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.reproduce import asynchronous, masha, momentum, monna, personalisation
+from benchmarks.reproduce import asynchronous, compression, masha, momentum, monna, personalisation
 from benchmarks.reproduce.__main__ import TABLE
 from benchmarks.reproduce.asynchronous import FIX_LONG, PROBLEMS, SYNC, Problem, Scheme
 from benchmarks.reproduce.claims import RATE, Measured, Searched, Wanted, claims_table, search, verdict
@@ -227,6 +227,61 @@ def test_bits_to_a_saddle_point_are_compared_where_it_was_reached() -> None:
     assert verdicts == ["appears", "appears", "appears", even, "appears", "appears", "appears", even]
     assert "| MASHA1, Rand-10% | 0.1 | 7 | 1.0000 ± 0.0000 | 0.0005 ± 0.0000 | 3 of 3 |" in text
     assert "| extragradient, Rand-10% | 0.1 | 7 | 9.0000 ± 0.0000 | 0.5000 ± 0.0000 | 0 of 3 |" in text
+
+
+@pytest.mark.parametrize("group", compression.GROUPS, ids=[group.name for group in compression.GROUPS])
+def test_every_compressed_method_has_the_rates_of_its_group(group: compression.Group) -> None:
+    methods = group.sweep(Path("runs"), quick=False).space.methods()
+    assert [m.entries[group.key] for m in methods] == list(group.methods.values())
+    assert len({m.name for m in methods}) == len(methods) and compression.PROBE not in compression.SEEDS
+    for method in methods:
+        assert [s.values[RATE] for s in method.grid()] == list(group.rates)
+
+
+def sent(*rows: tuple[float, float]) -> History:
+    """A run whose clients had sent so many megabits at such an accuracy."""
+    everybody = compression.CLIENTS * 1e6
+    return History(
+        [
+            {
+                "round": 5 * k,
+                "virtual_seconds": k,
+                "bits_up": up * everybody,
+                "bits_down": everybody,
+                compression.ACCURACY: reached,
+            }
+            for k, (up, reached) in enumerate(rows, 1)
+        ]
+    )
+
+
+def test_what_a_budget_brings_and_what_a_goal_takes_by_hand() -> None:
+    one = sent((1.0, 0.5), (2.0, 0.72), (3.0, 0.69), (4.0, 0.8))
+    assert [compression.within(budget)(one) for budget in (0.5, 1.0, 3.9, 9.0)] == [0.0, 0.5, 0.69, 0.8]
+    assert [compression.megabits_to(goal, one) for goal in (0.5, 0.7, 0.8, 0.9)] == [1.0, 2.0, 4.0, None]
+    assert compression.to(0.7, [one, one]) == "2" and compression.to(0.9, [one]) == "never"
+    assert compression.to(0.7, [one, sent((1.0, 0.6))]) == "2 (1 of 2)"
+
+
+def test_the_page_of_compressed_methods_says_what_was_measured(tmp_path: Path) -> None:
+    titles = [title for group in compression.GROUPS for title in group.methods]
+    ends = {"EF21-BC, Top-1%": 0.95, "DCGD, Rand-5%": 0.8995, "FedAvg, PowerSGD cold": 0.9}
+
+    def runs(title: str) -> list[History]:
+        size = 5.0 if title in ("GD", "FedAvg") else 1e-3 if "MeZO" in title else 0.1  # 5: above the budget at once
+        return [sent((size, 0.6), (2 * size, ends.get(title, 0.96) + 0.001 * seed)) for seed in range(3)]
+
+    measured = {title: Measured(0.1, title == "GD", runs(title), 0) for title in titles}
+    text = compression.page(measured, quick=False)
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    judged = {claim: verdict for claim, *_, verdict in cells if verdict in ("appears", "not told apart", "reversed")}
+    even = [claim.split(" above ")[0] for claim, verdict in judged.items() if verdict == "not told apart"]
+    assert even == ["EF21, Top-1%", "MARINA, Rand-5%", "FedAvg, Top-1%", "FedAvg, PowerSGD"]
+    assert len(judged) == 12 and "reversed" not in judged.values()
+    assert "| GD | 0.1 (end of the grid) | 0.9610 ± 0.0010 | 10 | 1 | 10 | 10 | 10 |" in text
+    assert "| DCGD, Rand-5% | 0.1 | 0.9005 ± 0.0010 | 0.2 | 1 | 0.2 | 0.2 (2 of 3) | never |" in text
+    compression.draw({title: m.runs for title, m in measured.items()}, tmp_path / "bits.png")
+    assert (tmp_path / "bits.png").stat().st_size > 10_000
 
 
 def test_what_liars_do_to_peers_is_judged_by_the_worst_attack(tmp_path: Path) -> None:
