@@ -6,7 +6,7 @@ two are sought in every step against the rule in use. Beside them averaging wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -93,8 +93,7 @@ class Peers:
         return {attack: {HONEST: honest} | {title: attacked[title, attack] for title in titles} for attack in ATTACKS}
 
 
-PAIRS = [(Peers(n, f, 1.0), Peers(n, f, 5.0)) for n, f in ((26, 5), (16, 3))]  # skewed classes, and less so
-PROBLEMS = [*PAIRS[0], *reversed(PAIRS[1])]
+PROBLEMS = [Peers(26, 5, 1.0), Peers(16, 3, 5.0)]
 
 
 def accuracy(run: History) -> float:
@@ -102,10 +101,10 @@ def accuracy(run: History) -> float:
     return float(run.last("test_accuracy"))
 
 
-def seen(title: str, peers: Peers, attacks: Iterable[str] = ATTACKS, pick: Callable[..., float] = min) -> Gains:
-    """Accuracy in each seed; under several attacks that of the worst, unless told to pick another."""
+def seen(title: str, peers: Peers, attacks: Iterable[str] = ATTACKS) -> Gains:
+    """Accuracy in each seed, under several attacks that of the worst."""
     return lambda found: [
-        pick(values)
+        min(values)
         for values in zip(*([accuracy(run) for run in found[peers, attack][title]] for attack in attacks), strict=True)
     ]
 
@@ -120,9 +119,10 @@ def claims() -> list[Claim]:
     out = []
     for p in PROBLEMS:
         honest, worst, bare = seen(HONEST, p), seen(MONNA, p), seen(BARE, p, ["ALIE"])
-        ruined, alie = seen(AVERAGE, p, ("FOE", "sign flip"), max), seen(MONNA, p, ["ALIE"])
+        alie = seen(MONNA, p, ["ALIE"])
+        halved = {attack: ahead(honest, seen(AVERAGE, p, [attack]), share=2) for attack in ("FOE", "sign flip")}
         out += [
-            Claim(f"{p}: FOE and sign flip each cost averaging half its accuracy", ahead(honest, ruined, share=2)),
+            *(Claim(f"{p}: {attack} costs averaging half its accuracy", gains) for attack, gains in halved.items()),
             Claim(
                 f"{p}: MoNNA's worst is within two points of averaging where nobody lies", ahead(worst, honest, 1, 0.02)
             ),
@@ -131,9 +131,11 @@ def claims() -> list[Claim]:
             Claim(f"{p}: MoNNA's worst above BRIDGE-T's worst", ahead(worst, seen(BRIDGE, p))),
             Claim(f"{p}: MoNNA's worst above ClippedGossip's worst", ahead(worst, seen(GOSSIP, p))),
         ]
-    for skewed, mild in PAIRS:
+    for skewed, mild in product(PROBLEMS, PROBLEMS):
+        if skewed.n != mild.n or skewed.alpha >= mild.alpha:
+            continue
         lost = {title: ahead(seen(title, mild), seen(title, skewed)) for title in (MONNA, BARE, BRIDGE, GOSSIP)}
-        size = f"n = {skewed.n}, from alpha = 5 to 1"
+        size = f"n = {skewed.n}, from alpha = {mild.alpha:g} to {skewed.alpha:g}"
         out += [Claim(f"{size}: MoNNA's worst gets lower", lost[MONNA])]
         out += [Claim(f"{size}: by less than {title}'s", ahead(loss, lost[MONNA])) for title, loss in lost.items()][1:]
     return out
@@ -171,14 +173,14 @@ step along momentum, learn nearly as well as if nobody lied, whatever the liars 
 {quick}
 ## What was run, and what was cut
 
-n peers on a complete graph, f of them liars, each with classes drawn from Dirichlet(alpha). As in the paper n = 26 with
-f = 5 and n = 16 with f = 3, alpha 1 and 5, and four attacks: ALIE and FOE with the factor that is sought in every step
-against the rule in use, sign flip, and flipped labels. {rounds} steps on batches of 25, seeds {seeds}; accuracy is that
-of the mean of the honest peers' models on 1,000 held-out images. "Nobody lies" is averaging among the honest peers,
-with the same data.
+n peers on a complete graph, f of them liars, each with classes drawn from Dirichlet(alpha), under four attacks: ALIE
+and FOE with the factor that is sought in every step against the rule in use, sign flip, and flipped labels. {rounds}
+steps on batches of 25, seeds {seeds}; accuracy is that of the mean of the honest peers' models on 1,000 held-out
+images. "Nobody lies" is averaging among the honest peers, with the same data.
 
 | | the paper | here |
 | --- | --- | --- |
+| n, f, alpha | 26, 5, 1; 26, 5, 5; 16, 3, 5 | {problems} |
 | data | MNIST; CIFAR-10 for n = 16 | 12,000 images of Fashion-MNIST at 14 x 14 pixels |
 | model | convolutional | logistic regression, 1,970 numbers |
 | steps | 600; 2,000 | {rounds} |
@@ -187,8 +189,8 @@ with the same data.
 | arrival | f honest vectors never reach a peer | all arrive, since other methods know no such thing |
 | L2 penalty | 1e-4 of the length | none |
 
-Data, model and steps are cut because the search tries the rule 39 times in a step, and the grid of 168 runs is to take
-a quarter of an hour of one core. Of the paper's baselines BRIDGE with a trimmed mean is here, and self-centred clipping
+Data, model and steps are cut because the search tries the rule 39 times in a step, and the 42 runs of a problem are to
+take a few minutes of one core. Of the paper's baselines BRIDGE with a trimmed mean is here, and self-centred clipping
 as ClippedGossip, with the radius of its theory and MoNNA's momentum; its momentum with a trimmed mean, its geometric
 medians and LEARN are not, since the project has no peers with these.
 
@@ -196,8 +198,18 @@ medians and LEARN are not, since the project has no peers with these.
 
 {claims}
 
-Gains are shares of held-out images; of the first claim, what honest peers reach less twice what averaging does under
-attack. "Worst" is the lowest of the four attacks. {rule} Two seeds make a standard error that is itself uncertain.
+Gains are shares of held-out images; where half is lost, what honest peers reach less twice what averaging does. "Worst"
+is the lowest of the four attacks. {rule}
+Two seeds make a standard error that is itself uncertain.
+
+- FOE and ALIE ruin averaging, sign flip does not. What it does is to shorten every model in every step, and a linear
+  classifier that is shorter predicts the same, as one of several layers need not.
+- MoNNA loses nothing to FOE, sign flip and label flip, and about a point to ALIE where n = 26.
+- That momentum is what holds under ALIE hardly shows: without it MoNNA is less than a point below. A convex model and
+  short runs are mild; the paper's gap may need its networks.
+- BRIDGE-T and ClippedGossip lose more than MoNNA everywhere, and most to FOE and sign flip.
+- That more skew (alpha = 1) costs everyone, and MoNNA least, is not judged: for that a size must be run with both.
+  `PROBLEMS` of the script says what is run; a line there adds another, for three minutes of a free core.
 """
 
 
@@ -209,6 +221,7 @@ def page(found: Found, quick: bool) -> str:
         rounds=4 if quick else ROUNDS,
         seeds=" and ".join(map(str, SEEDS)),
         beta=BETA,
+        problems="; ".join(f"{p.n}, {p.f}, {p.alpha:g}" for p in PROBLEMS),
         claims="\n".join(claims_table(claims(), found)),
         rule=RULE,
     )
