@@ -76,10 +76,11 @@ class Schedule:
         return (num_examples + self.batch_size - 1) // self.batch_size
 
 
-T = TypeVar("T", float, Tensor)
+Steps = TypeVar("Steps", float, Tensor)
+T = TypeVar("T")
 
 
-def reach(steps: T, pull: float) -> T:
+def reach(steps: Steps, pull: float) -> Steps:
     """1 + q + ... + q^(steps - 1) with q = 1 - pull: how far steps along one vector go while each takes back `pull`.
 
     >>> reach(3, 0.0), reach(3, 0.5)
@@ -362,6 +363,14 @@ class Poison(Protocol):
 
 
 class Pool(Protocol):
-    """Runs independent pieces of work on the executor's own workers and returns their results in order."""
+    """The executor's workers, wherever they are, for a task's own work beside that of clients."""
 
-    def map(self, function: Any, pieces: list[Any]) -> list[Any]: ...
+    def map(self, work: Callable[..., T], pieces: Sequence[Any], **shared: Any) -> list[T]:
+        """[work(piece, **shared) for each piece], in the pieces' order.
+
+        Args:
+            work: a method of the task; workers elsewhere call that of their own copy by its name.
+            pieces: of the work, independent of each other.
+            shared: what all of them get.
+        """
+        ...

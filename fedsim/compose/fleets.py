@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedsim.compose.refusals import check_absence, check_attack, check_link, fitted
+from fedsim.compose.refusals import check_absence, check_attack, check_link
 from fedsim.compose.sections import ByzantineClients, File, Runtime
 from fedsim.compose.work import Work
 from fedsim.compress.sparsify import Identity
@@ -22,7 +22,7 @@ from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.collectives import backend_for
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.in_process import InProcess
-from fedsim.sim.links import Downlink, Uplink
+from fedsim.sim.links import Downlink, Uplink, fitted
 from fedsim.sim.place import Place, place, take_gpu
 from fedsim.strategy import Strategy, compressors
 from fedsim.task import Task
@@ -83,8 +83,6 @@ def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink 
             check_link(key, strategy, own)
         bound = fitted(f"{key}.compressor", compressor, layout)
         made.append(None if plain else bound)
-    if made[0] is None and up.error_feedback:
-        raise ConfigError("uplink.error_feedback: needs an uplink.compressor that leaves something out")
     uplink = None if made[0] is None else Uplink(compressor=made[0], error_feedback=up.error_feedback)
     return uplink, None if made[1] is None else Downlink(compressor=made[1], seed=file.seed)
 

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from fedsim.clients.byzantine import Silence
 from fedsim.clients.local_training import LocalTraining
-from fedsim.compress.packet import Compressor
 from fedsim.config import ConfigError, FromTable, at
 from fedsim.hints import parameters
 from fedsim.optim import Optimizer
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
-from fedsim.params import Layout
 from fedsim.prox import FREE
 from fedsim.sim.absence import Absence
 from fedsim.sim.byzantine import Byzantine, Knowledge
@@ -167,14 +165,6 @@ def check_selection(strategy: Strategy, task: Task) -> None:
             )
 
 
-def fitted(key: str, compressor: Compressor, layout: Layout) -> Compressor:
-    """The compressor bound to what travels; one that does not fit the model is refused."""
-    with at(key):
-        bound = compressor.bind(layout)
-        bound.bits(layout.size)
-    return bound
-
-
 def check_link(key: str, strategy: Strategy, own: str) -> None:
     """Refuse to compress a link for a strategy that does not bear it, or compresses it by a field `own` of its own."""
     if (no_links := strategy.traits.no_links) is not None:
@@ -211,10 +201,15 @@ def check_attack(byzantine: Byzantine, strategy: Strategy, num_clients: int) -> 
         honest, b = min(num_clients - b, max(replies - 1, 1)), 1
     else:
         honest = num_clients - b
+    try_attack(byzantine, honest, b)
+
+
+def try_attack(byzantine: Byzantine, honest: int, b: int) -> None:
+    """Refuse an attack that is not defined for so many honest and byzantine clients."""
     streams = Streams(byzantine.seed, byzantine.ids[:b], torch.zeros(b, dtype=torch.int64))
     rule = None if byzantine.rule is None else lambda sent: torch.zeros(1)
     with at("clients.byzantine.attack"):
-        attack(torch.zeros(honest, 1), b, streams, Knowledge(rule=rule, own=torch.zeros(b, 1)))
+        byzantine.attack(torch.zeros(honest, 1), b, streams, Knowledge(rule=rule, own=torch.zeros(b, 1)))
 
 
 def check_seen(strategy: Strategy, task: Task) -> None:

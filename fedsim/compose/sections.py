@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.compress.sparsify import Identity
 from fedsim.config import Call, ConfigError, FromTable
 from fedsim.data.checks import check_fraction
 from fedsim.engine import ENGINES
@@ -114,6 +115,10 @@ class Up:
 
     compressor: Annotated[Any, FromTable("compressor", "identity")] = None
     error_feedback: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.compressor, Identity) and self.error_feedback:
+            raise ConfigError("uplink.error_feedback: needs an uplink.compressor that leaves something out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ Letters: N clients, P entries of a vector.
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,7 @@ class Mail:
         landed: replies that nobody has taken yet, by client, in order of arrival.
         ended: jobs that ended without a reply and that nobody has noted yet.
         forms: which form replies to each question have had.
+        run: the number of this run, by which devices keep what they remember.
         versions: [N] how often each client has written its memory.
         saved: [N] the same in the last checkpoint.
         took: [2, N] float64: seconds of all jobs of each client, and how many these were.
@@ -115,6 +117,7 @@ class Mail:
     landed: dict[int, Landed] = field(default_factory=dict)
     ended: list[Ended] = field(default_factory=list)
     forms: Forms = field(default_factory=Forms)
+    run: int = field(default_factory=lambda: secrets.randbits(63))
 
     def __post_init__(self) -> None:
         n = len(self.nodes.node_ids)
@@ -272,6 +275,7 @@ class Mail:
             round=sent.round,
             version=int(self.versions[to.client]),
             saved=int(self.saved[to.client]),
+            run=self.run,
         )
 
     def _send_again(self) -> None:

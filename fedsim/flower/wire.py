@@ -51,6 +51,7 @@ class Head:
         round: the server step at which the job was sent.
         version: how often the client had written its memory when the job begins, or when the reply was sent.
         saved: the same in the server's last checkpoint, to which a resumed run goes back.
+        run: a number that no other run has, and that a resumed one keeps: a device remembers for each run apart.
     """
 
     work: str
@@ -59,6 +60,7 @@ class Head:
     round: int
     version: int
     saved: int
+    run: int
 
     def write(self, content: RecordDict) -> None:
         content[HEAD] = ConfigRecord(asdict(self))

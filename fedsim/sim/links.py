@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedsim.cohort import Cohort
 from fedsim.compress.error_feedback import compress_difference, compress_with_error
 from fedsim.compress.packet import FLOAT_BITS, Compressor, Packet
+from fedsim.config import at
+from fedsim.memory import MemoryRows
+from fedsim.params import Layout
 from fedsim.streams import Streams
 
 ERROR = "uplink/"  # names of the error's rows in a client's memory
@@ -35,14 +37,12 @@ class Uplink:
     compressor: Compressor
     error_feedback: bool = False
 
-    def encode(self, name: str, v: Tensor, clients: Cohort) -> Packet:
-        """The packet of one field v [C, P] of a stack's replies."""
+    def encode(self, name: str, v: Tensor, memory: MemoryRows, streams: Streams) -> Packet:
+        """The packet of one field v [C, P] of replies, by clients with this memory and these streams."""
         if not self.error_feedback:
-            return self.compressor.encode(v, clients.streams, step_of(name))
-        error = clients.memory.read(ERROR + name, tuple(v.shape[1:])).to(v)
-        packet, clients.memory[ERROR + name] = compress_with_error(
-            v, error, self.compressor, clients.streams, step_of(name)
-        )
+            return self.compressor.encode(v, streams, step_of(name))
+        error = memory.read(ERROR + name, tuple(v.shape[1:])).to(v)
+        packet, memory[ERROR + name] = compress_with_error(v, error, self.compressor, streams, step_of(name))
         return packet
 
 
@@ -110,6 +110,18 @@ class Downlink:
         """[R] bits to clients that are sent so many messages [R] at once, the whole vector if that is shorter."""
         whole, each = FLOAT_BITS * num_entries, self.compressor.bits(num_entries)
         return (messages.clamp(max=whole // max(each, 1) + 1) * each).clamp(max=whole)
+
+
+def fitted(key: str, compressor: Compressor, layout: Layout) -> Compressor:
+    """The compressor of this key, bound to what travels.
+
+    Raises:
+        ConfigError: if it does not fit.
+    """
+    with at(key):
+        bound = compressor.bind(layout)
+        bound.bits(layout.size)
+    return bound
 
 
 def step_of(name: str) -> int:

@@ -5,8 +5,8 @@ is not the run's process: it starts another, with a new runtime, and hands it th
 function of its jobs, so the bits are those of a run in which nothing died. What Ray itself prints stays off the run's
 terminal.
 
-Both ends send each other (what, value): to Ray's process the setting, then calls, and None at the end; from it how it
-got ready, what a call gave, and its warnings.
+To Ray's process go the setting and its options, then calls (method of the executor, its arguments, into how many stacks
+at least), and None at the end; from it (what, value): how it got ready, what a call gave, and its warnings.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from fedsim.sim.executor import ClientError, Executor, Jobs, Lost, Results, StackRunner
+from fedsim import pages
+from fedsim.sim.executor import ClientError, Executor, Jobs, Lost, Results, StackRunner, T
 from fedsim.sim.failure import Failure
 from fedsim.sim.packing import pack, unpack
-from fedsim.sim.ray_executor import RayExecutor, Setting, pickler
-from fedsim.sim.ray_pool import ATTEMPTS
+from fedsim.sim.ray_executor import RayExecutor, setting_of
+from fedsim.sim.ray_pool import ATTEMPTS, pickler
 from fedsim.sim.ray_runtime import environment
 
 CLOSE_SECONDS = 60.0  # for Ray to stop all that it started
@@ -49,7 +51,7 @@ def ray_executor(runner: StackRunner, **options: Any) -> RayExecutor | RayProces
     """
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        return RayExecutor(Setting.of(runner), **options)
+        return RayExecutor(runner, **options)
     return RayProcess(runner, **options)
 
 
@@ -67,8 +69,9 @@ class RayProcess(Executor):
     """
 
     def __init__(self, runner: StackRunner, *, width: int, threads: int = 1, **options: Any) -> None:
-        self.num_examples, self.width = runner.task.num_examples, width
-        self._runner, self._options = runner, {"width": width, "threads": threads, **options}
+        self.runner, self.width = runner, width
+        pages.keep_freed_memory()
+        self._options = {"width": width, "threads": threads, **options}
         try:
             self._driver: _Driver | None = _Driver(runner, self._options)
         except Lost as error:
@@ -82,18 +85,32 @@ class RayProcess(Executor):
             ClientError: a client half raised; its own exception is the cause.
             Lost: Ray was lost `ATTEMPTS` times in a row, or does not start again.
         """
+        results: Results = self._call(f"round {jobs.round + 1}", "run", jobs)
+        return results
+
+    def map(self, work: Callable[..., T], pieces: Sequence[Any], **shared: Any) -> list[T]:
+        """See `Executor`.
+
+        Raises:
+            Lost: as `run`.
+        """
+        name = self.name_of_method(work)
+        done: list[T] = self._call(f"Task.{name}", "map_named", name, pieces, shared)
+        return done
+
+    def _call(self, what: str, method: str, *args: Any) -> Any:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                self._driver = self._driver or _Driver(self._runner, self._options)
-                return self._driver.run(jobs, self.stacks)
+                self._driver = self._driver or _Driver(self.runner, self._options)
+                return self._driver.ask((method, args, self.stacks))
             except Lost as error:
                 self.close()
-                what = f"round {jobs.round + 1}: Ray was lost ({error})"
+                lost = f"{what}: Ray was lost ({error})"
                 if attempt == ATTEMPTS:
-                    raise Lost(f"{what}, {ATTEMPTS} times in a row") from error
-                _log.warning("%s; it starts again, and the call with it", what)
+                    raise Lost(f"{lost}, {ATTEMPTS} times in a row") from error
+                _log.warning("%s; it starts again, and the call with it", lost)
             except ValueError as error:
-                raise Lost(f"round {jobs.round + 1}: Ray was lost and does not start again: {error}") from error
+                raise Lost(f"{what}: Ray was lost and does not start again: {error}") from error
         raise AssertionError("the last attempt returns or raises")
 
     def close(self) -> None:
@@ -112,7 +129,7 @@ class _Driver:
     """
 
     def __init__(self, runner: StackRunner, options: dict[str, Any]) -> None:
-        setting = Setting.of(runner)
+        setting = setting_of(runner)
         self._pickler = pickler()
         self._said = tempfile.TemporaryFile()
         self._busy = False
@@ -128,14 +145,10 @@ class _Driver:
                 start_new_session=True,  # Ctrl-C of a terminal is for the run, which ends its round
             )
         try:
-            self.num_workers: int = self._ask((setting, options))
+            self.num_workers: int = self.ask((setting, options))
         except BaseException:
             self.close()
             raise
-
-    def run(self, jobs: Jobs, stacks: int) -> Results:
-        results: Results = self._ask((jobs, stacks))
-        return results
 
     def close(self) -> None:
         """Let it stop Ray unless it is in the middle of a call; whatever is left is killed."""
@@ -153,7 +166,7 @@ class _Driver:
         self._socket.close()
         self._said.close()
 
-    def _ask(self, question: Any) -> Any:
+    def ask(self, question: Any) -> Any:
         """What it answers.
 
         Raises:
@@ -193,15 +206,14 @@ def main() -> None:
     threading.Thread(target=_listen, args=(place, asked), daemon=True).start()
     try:
         setting, options = unpack(asked.get())
-        executor = RayExecutor(setting, **options)
+        executor = RayExecutor(StackRunner(*unpack(setting)), **options)
     except Exception as error:
         return _answer(place, Failure.of(error))
-    del setting  # Ray has it
     _answer(place, executor.num_workers)
     while (question := unpack(asked.get())) is not None:
-        jobs, executor.stacks = question
+        method, args, executor.stacks = question
         try:
-            _answer(place, executor.run(jobs))
+            _answer(place, getattr(executor, method)(*args))
         except ClientError as error:
             _answer(place, Failure(error, error.__cause__))  # made to travel on the worker already
         except Exception as error:

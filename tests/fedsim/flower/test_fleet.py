@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +13,12 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedsim.aggregate import Mean, Median
-from fedsim.clients.flower_app import client_app
+from fedsim.clients.flower_app import answer
 from fedsim.cohort import Cohort
 from fedsim.compress.sparsify import TopK
 from fedsim.fleet import Cost, DrivenFleet
 from fedsim.flower import wire
+from fedsim.flower.client import app_of
 from fedsim.flower.clock import Patience
 from fedsim.flower.door import Door
 from fedsim.flower.fleet import FlowerFleet
@@ -67,7 +69,7 @@ X = torch.tensor([10.0])
 
 def app(book: wire.Book = DOOR.book) -> ClientApp:
     runner = StackRunner(TASK, HALVES, 0, torch.device("cpu"))
-    return client_app(lambda context: (runner, book, {}))
+    return app_of(partial(answer, lambda context: (runner, book, {})))
 
 
 def build(

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fedsim.sim.in_process import InProcess
-from fedsim.sim.ray_executor import RayExecutor, Setting
+from fedsim.sim.ray_executor import RayExecutor
 from tests.fedsim.sim.ray_cases import arm, assert_same_bits, once_marked, runner, some_jobs
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_a_node_lost_in_mid_round_changes_no_bit(
 ) -> None:
     import ray
 
-    executor = RayExecutor(Setting.of(runner(tmp_path)), width=8, address=cluster.address, collectives=collectives)
+    executor = RayExecutor(runner(tmp_path), width=8, address=cluster.address, collectives=collectives)
     assert executor.num_workers == 2, "one worker for each CPU of the cluster"
     here = InProcess(runner(), width=8)
 

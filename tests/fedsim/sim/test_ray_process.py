@@ -12,13 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from fedsim.sim import ray_process
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.ray_process import RayProcess
 from tests.fedsim.sim.ports import addresses, family
-from tests.fedsim.sim.ray_cases import LocalError, arm, assert_same_bits, once_marked, runner, some_jobs
+from tests.fedsim.sim.ray_cases import DIM, LocalError, arm, assert_same_bits, once_marked, runner, some_jobs
 
 pytestmark = pytest.mark.ray
 
@@ -75,6 +76,15 @@ def test_a_clients_exception_and_its_cause_come_through(process: RayProcess, her
     with pytest.raises(ClientError, match=f"{LocalError.__name__}: cannot be sent"):
         process.run(some_jobs("fail_oddly"))
     assert_same_bits(process.run(some_jobs()), here.run(some_jobs()))
+
+
+def test_pieces_of_the_tasks_own_work_come_back_in_their_order(process: RayProcess, here: InProcess) -> None:
+    points = list(torch.linspace(-1, 1, 7 * DIM).view(7, DIM))
+    there = process.map(process.runner.task.evaluate_clients, points, pool=None)
+    for a, b in zip(there, here.map(here.runner.task.evaluate_clients, points, pool=None), strict=True):
+        assert torch.equal(a["loss"], b["loss"])
+    with pytest.raises(ValueError, match="Pool.map: workers elsewhere only know methods of the run's own task"):
+        process.map(len, [[]])
 
 
 def raylet_of(worker: int) -> psutil.Process:
