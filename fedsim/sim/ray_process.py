@@ -209,6 +209,8 @@ def main() -> None:
         executor = RayExecutor(StackRunner(*unpack(setting)), **options)
     except Exception as error:
         return _answer(place, Failure.of(error))
+    del setting
+    executor.let_go()
     _answer(place, executor.num_workers)
     while (question := unpack(asked.get())) is not None:
         method, args, executor.stacks = question
