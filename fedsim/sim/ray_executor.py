@@ -28,7 +28,7 @@ from fedsim.engine.choose import SHARES
 from fedsim.sim.collectives import Collectives, backend_for, least_groups
 from fedsim.sim.executor import Executor, Jobs, Results, StackRunner, T, grouped, shown
 from fedsim.sim.gather import Gather
-from fedsim.sim.packing import Parcel, pack
+from fedsim.sim.packing import Parcel, pack, unpack
 from fedsim.sim.ray_plane import Plane
 from fedsim.sim.ray_pool import RayPool, Worker, pickler
 from fedsim.sim.ray_worker import Actor
@@ -135,6 +135,10 @@ class RayExecutor(Executor):
             lambda i: f"Task.{name}",
         )
         return [value for values in done for value in values]
+
+    def let_go(self) -> None:
+        """Take the task from the object store, so that this process need hold no copy of its data."""
+        self.runner = StackRunner(*unpack(self._pool.ray.get(self._pool.setting)))
 
     def close(self) -> None:
         """Stop the workers, and the runtime if it was started here."""

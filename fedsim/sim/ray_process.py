@@ -132,6 +132,7 @@ class _Driver:
         setting = setting_of(runner)
         self._pickler = pickler()
         self._said = tempfile.TemporaryFile()
+        self._busy = False
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -150,10 +151,11 @@ class _Driver:
             raise
 
     def close(self) -> None:
-        """Let it stop Ray; whatever is left is killed."""
+        """Let it stop Ray unless it is in the middle of a call; whatever is left is killed."""
         try:
-            _send(self._socket, pack(None))
-            self._process.wait(CLOSE_SECONDS)
+            if not self._busy:
+                _send(self._socket, pack(None))
+                self._process.wait(CLOSE_SECONDS)
         except (OSError, subprocess.TimeoutExpired):
             pass
         try:
@@ -170,12 +172,15 @@ class _Driver:
         Raises:
             Lost: if it is gone.
         """
+        parcel = pack(question, share=True, pickler=self._pickler)
+        self._busy = True
         try:
-            _send(self._socket, pack(question, share=True, pickler=self._pickler))
+            _send(self._socket, parcel)
             while (answer := unpack(_receive(self._socket)))[0] == "warning":
                 _log.warning("%s", answer[1])
         except (EOFError, ConnectionError) as error:
             raise Lost(self._last_words()) from error
+        self._busy = False
         if isinstance(outcome := answer[1], Failure):
             raise outcome.error from outcome.cause
         return outcome
@@ -204,6 +209,8 @@ def main() -> None:
         executor = RayExecutor(StackRunner(*unpack(setting)), **options)
     except Exception as error:
         return _answer(place, Failure.of(error))
+    del setting
+    executor.let_go()
     _answer(place, executor.num_workers)
     while (question := unpack(asked.get())) is not None:
         method, args, executor.stacks = question

@@ -13,12 +13,13 @@ import pytest
 
 from fedsim import apps, runs
 from fedsim.config import ConfigError
+from fedsim.flower.deployment import Deployment
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.server import Synchronous
 from tests.build import Rows
 from tests.chaos.killing import SEED, generator
 from tests.composition import pair
-from tests.flower_live.deployment import Deployment
+from tests.flower_live.deployment import completed, deployment_in, kill_node, kill_server_app, wait
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
@@ -28,11 +29,8 @@ SECONDS = 400  # in which a run must end, on a busy machine too; Flower notices 
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    deployment = Deployment(tmp_path_factory.mktemp("deployed"), num_nodes=NODES)
-    try:
+    with deployment_in(tmp_path_factory.mktemp("deployed"), NODES) as deployment:
         yield deployment
-    finally:
-        deployment.close()
 
 
 def experiment(strategy: str) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def rows_of(folder: Path) -> Rows:
 def until(deployment: Deployment, folder: Path, rounds: int) -> None:
     end = time.monotonic() + SECONDS
     while len(rows_of(folder)) < rounds:
-        assert time.monotonic() < end, deployment.cli("list", "tls", "--format", "json").stdout
+        assert time.monotonic() < end, deployment.log("link")
         time.sleep(0.1)
 
 
@@ -73,23 +71,22 @@ def test_a_deployed_run_ends_whatever_is_killed(case: int, deployment: Deploymen
     strategy, node = names[rng.integers(len(names))], int(rng.integers(NODES))
     rounds, delay, out = int(rng.integers(ROUNDS - 1)) + 1, 2 * float(rng.random()), deployment.folder / f"run{case}"
     app = deployment.folder / f"app-{strategy}"
-    run = deployment.submit(app, fedsim_out=str(out))
+    run = deployment.submit(app, {"fedsim-out": str(out)})
     until(deployment, out, rounds)
     time.sleep(delay)
     victim = ["ServerApp", f"SuperNode {node}"][case % 2]
     if case % 2:
-        deployment.kill_node(node)
+        kill_node(deployment, node)
     else:
-        deployment.kill_server_app()
-        assert deployment.wait(run, SECONDS)["status"] != "finished:completed"
-        run = deployment.submit(app, fedsim_out=str(out), fedsim_resume=True)
-    state = deployment.wait(run, SECONDS)
-    assert state["status"] == "finished:completed", state["status-details"] + deployment.log("link")
+        kill_server_app(deployment)
+        assert wait(deployment, run, SECONDS)["status"] != "finished:completed"
+        run = deployment.submit(app, {"fedsim-out": str(out), "fedsim-resume": True})
+    completed(deployment, run, SECONDS)
     rows = rows_of(out)
     assert len(rows) == ROUNDS
     lost = sum(row.get("num_dropped", 0) for row in rows) + sum(row["num_clients"] < NODES for row in rows)
     if case % 2:
-        deployment.start_node(node, register=False)
+        deployment.start_node(node)
         assert lost, rows
         said = f"{lost} losses reported"
     else:

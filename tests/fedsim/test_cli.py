@@ -247,6 +247,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "accuracy in percent": ([D, "stop.test_accuracy=90"], ["stop: test_accuracy is a share", "got 90"]),
     "null for a number": ([Q, "rounds=null"], ["rounds: expected a whole number, got null"]),
     "no workers": ([Q, "runtime.workers=0"], ["runtime: workers must be at least 1 or auto, got 0"]),
+    "no patience": ([Q, "runtime.timeout_seconds=0"], ["runtime: timeout_seconds must be positive, got 0"]),
     "fewer rounds than there are": (
         [Q, "rounds=2", "--out", "used", "--resume"],
         ["rounds: used already has 4", "than 2"],

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedsim import apps, runs
-from fedsim.flower.deployment import Deployment
+from fedsim.flower.deployment import PROFILE, Deployment
 from tests.flower_live.deployment import completed, deployment_in, kill_node, kill_server_app, wait
 from tests.flower_live.test_live import COMMON, QUADRATIC
 
@@ -61,3 +61,17 @@ def test_a_super_node_that_was_killed_costs_its_replies_and_no_more(deployment: 
     completed(deployment, run, 500)
     rows = rows_of(out)
     assert len(rows) == 2 and rows[0]["num_clients"] == 2 and rows[-1]["num_clients"] == 1
+    deployment.start_node(1)  # for the next test
+
+
+def test_where_every_reply_is_needed_a_killed_node_that_comes_back_is_asked_again(deployment: Deployment) -> None:
+    raw, out = {**experiment("monna"), "strategy": {"name": "monna", "beta": 0.9}}, deployment.folder / "monna"
+    run = deployment.submit(apps.export(raw, deployment.folder / "app-monna"), {"fedsim-out": str(out)})
+    until(lambda: len(rows_of(out)) == 1)
+    kill_node(deployment, 1)
+    nodes = ("supernode", "list", PROFILE, "--format", "json")
+    until(lambda: "offline" in [node["status"] for node in deployment.cli(*nodes)["nodes"]])  # else it is not let in
+    time.sleep(10)  # the ServerApp hears of it when it looks next
+    deployment.start_node(1)
+    completed(deployment, run, 500)
+    assert [row["x"] for row in rows_of(out)] == [row["x"] for row in runs.run(raw).rows]

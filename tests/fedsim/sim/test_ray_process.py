@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import signal
@@ -91,6 +92,11 @@ def raylet_of(worker: int) -> psutil.Process:
     return next(p for p in psutil.Process(worker).parents() if p.name() == "raylet")
 
 
+def children() -> list[psutil.Process]:
+    """What this process has started, and they."""
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
 def test_a_raylet_killed_in_mid_call_changes_no_bit(
     process: RayProcess, here: InProcess, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,7 +114,7 @@ def test_a_raylet_killed_in_mid_call_changes_no_bit(
 
 
 @pytest.mark.alone
-def test_ray_that_is_lost_again_and_again_ends_the_run_and_leaves_nothing(
+def test_a_run_that_is_lost_again_and_again_or_stopped_at_once_leaves_nothing(
     process: RayProcess, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_process, "ATTEMPTS", 1)
@@ -116,7 +122,15 @@ def test_ray_that_is_lost_again_and_again_ends_the_run_and_leaves_nothing(
     with pytest.raises(Lost, match="^round 5: Ray was lost .*, 1 times in a row$"):
         process.run(some_jobs())
     killer.join(10)
-    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    assert not children()
+    monkeypatch.setattr(ray_process, "CLOSE_SECONDS", 1e6)  # nobody waits for a call that nobody wants any more
+    killer = once_marked(arm(folder), lambda worker: _thread.interrupt_main())
+    with pytest.raises(KeyboardInterrupt):
+        process.run(some_jobs())
+    killer.join(10)
+    family = children()
+    process.close()
+    assert family and not psutil.wait_procs(family, timeout=60)[1]
 
 
 @pytest.mark.alone
