@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +17,16 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedsim import warm
 
+IMPORTS = """
+import sys
+import fedsim.warm
+
+assert "torch" not in sys.modules, "every message imports this"
+import fedsim.apps
+
+unused = {"ray", "matplotlib", "sklearn", "scipy", "pandas", "pyarrow", "networkx", "tensorboard", "torch._dynamo"}
+assert not (found := (unused | {"fedsim.report", "fedsim.sweep"}) & sys.modules.keys()), found
+"""
 CONFIG = Path("app/experiment/experiment.yaml")
 IDLE = 0.3
 
@@ -59,6 +71,11 @@ def context(run: int = 1) -> Context:
 
 def ask(kind: str, of: Context, n: int = 0) -> RecordDict:
     return warm._ask(CONFIG, kind, RecordDict({"heard": ConfigRecord({"n": n})}), of)
+
+
+def test_devices_import_only_what_they_use() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_messages_are_answered_by_one_that_stays_and_the_context_changes_here(started: list[Any]) -> None:
