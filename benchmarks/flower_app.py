@@ -27,10 +27,10 @@ from flwr.simulation import run_simulation
 from torch import nn
 from torch.nn import functional as F
 
-from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.grid import SimGrid
-from fedsim.flower.foreign.nodes import Nodes, seeded
+from fedsim.flower.foreign.nodes import NodeRunner, seeded
+from fedsim.flower.foreign.rounds import RoundLog
 from fedsim.sim.devices import Constant
 
 
@@ -74,12 +74,12 @@ def apps(hidden: int, steps: int, rounds: int, took: list[float]) -> tuple[Serve
 
 
 def ours(server: ServerApp, client: ClientApp, clients: int) -> None:
-    book = Book(lambda row: None)
+    log = RoundLog(lambda row: None)
     clocks = Clocks(count=clients, devices=Constant())
-    grid = SimGrid(Nodes(client, clients, {}, 0).answer, clocks, book, lambda node, reason: None)
+    grid = SimGrid(NodeRunner(client, clients, {}, 0).answers, clocks, log, lambda node, reason: None)
     with seeded(0, "flower server"):
         server(grid, Context(1, 1, {}, RecordDict(), {}))
-    assert book.replies and not book.errors
+    assert log.replies and not log.errors
 
 
 def flowers(server: ServerApp, client: ClientApp, clients: int) -> None:

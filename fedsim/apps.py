@@ -36,7 +36,8 @@ from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.flower.door import MAX_EXAMPLES, Door
 from fedsim.flower.export import EXPERIMENT, write_app
 from fedsim.flower.fleet import FlowerFleet
-from fedsim.flower.mail import Mail, connect
+from fedsim.flower.mail import Mail
+from fedsim.flower.nodes import connect
 from fedsim.flower.wire import Book
 from fedsim.loop import Experiment
 from fedsim.overrides import apply_overrides, parse_overrides

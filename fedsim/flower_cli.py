@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 
 from fedsim.options import OUT, Config, Overrides, Quiet
 
+FIRST, BEYOND = (1, 39), (1, 43)  # versions of flwr, as in pyproject.toml: it may change names that are used here
 MOST = 20  # devices that `deploy` starts on one machine
 
 app = typer.Typer(no_args_is_help=True, help="Flower apps, simulated here; experiments on real devices.")
@@ -48,8 +50,8 @@ def run(
     source = str(config or folder)
     keys = {"app": str(folder), **parse_overrides(overrides or (), source)}
     raw = apply_overrides({}, keys, source) if config is None else read_file(config, keys)
-    with flower_needed():
-        from fedsim.foreign import run_app
+    check_flower()
+    from fedsim.foreign import run_app
     from fedsim.progress import Progress
     from fedsim.results import last_folder
 
@@ -69,8 +71,8 @@ def export(
 
     CONFIG is an experiment file (YAML); OVERRIDES set keys of it: clients.count=3. See docs/deploy.md.
     """
-    with flower_needed():
-        from fedsim.apps import export as write_app
+    check_flower()
+    from fedsim.apps import export as write_app
 
     write_app(config, folder, tuple(overrides or ()))
     print(f"wrote {folder}; to try it on this machine: fedsim flower deploy {folder}")
@@ -86,8 +88,8 @@ def keys(
 
     FOLDER gets what is missing there: ca.crt, server.pem and server.key, node0.key, node0.pub and so on.
     """
-    with flower_needed():
-        from fedsim.flower.credentials import DAYS, write_credentials
+    check_flower()
+    from fedsim.flower.credentials import DAYS, write_credentials
 
     write_credentials(folder, nodes, host or ())
     print(f"{folder} has keys of {nodes} device(s) and a server's certificate, which is good for {DAYS} days")
@@ -108,9 +110,9 @@ def deploy(
 
     OVERRIDES set keys of the experiment: rounds=2 clients.count=3. See docs/deploy.md.
     """
-    with flower_needed():
-        from fedsim.apps import num_clients
-        from fedsim.flower.deployment import deployed
+    check_flower()
+    from fedsim.apps import num_clients
+    from fedsim.flower.deployment import deployed
 
     count = num_clients(folder, tuple(overrides or ()))
     if count > MOST:
@@ -131,13 +133,21 @@ def deploy(
         raise typer.Exit(1)
 
 
-@contextmanager
-def flower_needed() -> Iterator[None]:
-    """Say what to install where Flower is not."""
+def check_flower() -> None:
+    """Refuse to go on without Flower, or with a version of it that nobody tried.
+
+    Raises:
+        ValueError: if so.
+    """
     try:
-        yield
-    except ModuleNotFoundError as e:
-        raise ValueError(f"Flower is not installed ({e}); run pip install 'fedsim-stacks[flower]'") from e
+        found = version("flwr")
+    except PackageNotFoundError as e:
+        raise ValueError("Flower is not installed; run pip install 'fedsim-stacks[flower]'") from e
+    if not FIRST <= tuple(map(int, found.split(".")[:2])) < BEYOND:
+        (a, b), (c, d) = FIRST, BEYOND
+        raise ValueError(
+            f"flwr {found} is installed, and fedsim was tried with {a}.{b} to {c}.{d - 1}; install one of these"
+        )
 
 
 @contextmanager

@@ -13,23 +13,30 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
 from fedsim.compose.entries import KINDS
+from fedsim.compose.refusals import try_attack
 from fedsim.compose.root import NOTES
-from fedsim.config import Call, ConfigError, FromTable, decode, first_line, naming
+from fedsim.compose.sections import ByzantineClients, Down, Up
+from fedsim.compress.sparsify import Identity
+from fedsim.config import Call, ConfigError, FromTable, at, decode, first_line, naming
 from fedsim.flower.foreign.app import App
-from fedsim.flower.foreign.book import Book
+from fedsim.flower.foreign.channel import Channel
 from fedsim.flower.foreign.clocks import Clocks, Steps
 from fedsim.flower.foreign.grid import SimGrid
-from fedsim.flower.foreign.kept import Kept
-from fedsim.flower.foreign.nodes import Nodes
+from fedsim.flower.foreign.nodes import Answering, NodeRunner
+from fedsim.flower.foreign.replay import Replay
+from fedsim.flower.foreign.rounds import RoundLog
+from fedsim.flower.foreign.workers import RayNodes, Setting
 from fedsim.history import History
 from fedsim.loop import ServerError
 from fedsim.results import SUMMARY_FILE, check_folder, claimed, versions, write_config, write_summary
 from fedsim.sim.absence import Absence, Dropout
+from fedsim.sim.byzantine import Byzantine
+from fedsim.sim.ray_pool import WorkersLost
 from fedsim.sinks import JsonLines
 
 REPLIES_FILE = "replies.bin"
@@ -44,6 +51,7 @@ class AppClients:
         devices: how fast they are.
         availability: when they can be reached. Work whose client goes off line dies.
         dropout: work that dies by itself.
+        byzantine: who attacks, and how.
         steps: what a message's work counts as, in steps of a device.
     """
 
@@ -51,6 +59,7 @@ class AppClients:
     devices: Annotated[Any, FromTable("device", "constant")] = None
     availability: Annotated[Any, FromTable("availability", "always")] = None
     dropout: Dropout = field(default_factory=Dropout)
+    byzantine: ByzantineClients = field(default_factory=ByzantineClients)
     steps: Steps = field(default_factory=Steps)
 
     def __post_init__(self) -> None:
@@ -60,18 +69,35 @@ class AppClients:
 
 @dataclass(frozen=True, kw_only=True)
 class AppRuntime:
-    """How it computes.
+    """How it computes; the threads alone may touch the last bits.
 
     Args:
-        threads: intra-op threads of torch. Clients run one after the other, since the generators that an app draws from
-            are one for a process.
+        executor: in_process, where clients run one after the other, since the generators that an app draws from are one
+            for a process; or ray.
+        workers: Ray workers, each a process with one client at a time; auto is as many as there is room for.
+        threads: intra-op threads of torch, of each worker.
+        gpus: of each Ray worker.
+        address: of a Ray cluster, all of whose nodes find the app's folder: "auto", "host:port", or null.
+        timeout: seconds for one message, after which a Ray worker counts as hung and is replaced.
     """
 
+    executor: Literal["in_process", "ray"] = "in_process"
+    workers: int | Literal["auto"] = "auto"
     threads: int = 1
+    gpus: int = 0
+    address: str | None = None
+    timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        for name, least in (("workers", 1), ("threads", 1), ("gpus", 0)):
+            value = getattr(self, name)
+            if value != "auto" and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be positive seconds, got {self.timeout}")
+        for name, here in (("workers", ("auto", 1)), ("gpus", (0,)), ("address", (None,))):
+            if self.executor != "ray" and getattr(self, name) not in here:
+                raise ValueError(f"{name} is of Ray workers; add executor: ray, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +109,8 @@ class AppFile:
         seed: of every random number of the run.
         run_config: settings of the app itself that are to be different.
         clients: who takes part.
+        uplink: what clients send.
+        downlink: what clients receive.
         runtime: how it computes.
         keep: every reply and Context.state in the folder until the run is over, so that --resume can go on.
     """
@@ -91,6 +119,8 @@ class AppFile:
     seed: int = 0
     run_config: dict[str, bool | int | float | str] = field(default_factory=dict)
     clients: AppClients
+    uplink: Up
+    downlink: Down
     runtime: AppRuntime
     keep: bool = True
 
@@ -119,6 +149,7 @@ def run_app(
 
     Raises:
         ConfigError: for a mistake in the file or the app, or a resume of another run or of one that is complete.
+        ValueError: if there is no Ray cluster, or no room for a worker.
         ServerError: if the app's server raised, or every message to its clients ended in an error.
     """
     with naming(source):
@@ -129,31 +160,24 @@ def run_app(
         if resume and (folder / SUMMARY_FILE).exists():
             raise ConfigError(f"{folder} holds a run that is complete; give another --out to run it anew")
         app = App.load(Path(file.app), file.run_config)
-        clocks = _clocks(file, app)
+        clocks, channel = _clocks(file, app), _channel(file)
     resolved["run_config"] = app.run_config
     logging.getLogger("flwr").setLevel(logging.ERROR if quiet else logging.INFO)
     torch.set_num_threads(file.runtime.threads)
     with ExitStack() as stack:
+        answers = _answering(file, app, stack)
         folder = stack.enter_context(claimed(folder, numbered))
         if not resume:
             write_config(folder / "config.yaml", {**resolved, "versions": versions()})
         rows = JsonLines()
         stack.callback(rows.close)
         rows.open(folder, resolved, 0 if resume else None)  # a resume writes all rows again
-        book = Book(rows.write)
-        nodes = Nodes(app.client, file.clients.count, app.run_config, file.seed)
-        answer = nodes.answer
         if file.keep:
-            kept = Kept(folder / REPLIES_FILE, nodes)
-            stack.callback(kept.close)
-            answer = kept.answer
-        grid = SimGrid(answer, clocks, book, _Told())
-        stack.callback(grid.close)
-        _serve(app, grid, book, file)
-        if book.errors and not book.replies:
-            raise ServerError(
-                f"{file.app}: all {book.errors} messages to clients ended in errors; the first is shown above"
-            )
+            settings = (file.seed, file.clients.count, sorted(app.run_config.items()))
+            replay = Replay(folder / REPLIES_FILE, answers, settings)
+            stack.callback(replay.close)
+            answers = replay.answers
+        _serve(app, SimGrid(answers, clocks, RoundLog(rows.write), _Told(), channel), file)
     return _completed(folder)
 
 
@@ -182,19 +206,75 @@ def _clocks(file: AppFile, app: App) -> Clocks:
     return Clocks(count=clients.count, devices=devices, steps=clients.steps, absence=absence)
 
 
-def _serve(app: App, grid: SimGrid, book: Book, file: AppFile) -> None:
+def _channel(file: AppFile) -> Channel:
+    """What records become on their way.
+
+    Raises:
+        ConfigError: for byzantine clients that do not exist, or an attack that is none on replies of an app.
+    """
+    section, byzantine = file.clients.byzantine, None
+    with at("clients.byzantine"):
+        ids = section.draw(file.clients.count, file.seed)
+    if len(ids):
+        if section.attack.on_data:
+            raise ConfigError(
+                "clients.byzantine.attack: poisons data, and an app's data are its own; take one on vectors"
+            )
+        byzantine = Byzantine(ids=ids, attack=section.attack, seed=file.seed)
+        try_attack(byzantine, file.clients.count - len(ids), len(ids))
+    up, down = (None if isinstance(c, Identity) else c for c in (file.uplink.compressor, file.downlink.compressor))
+    return Channel(
+        count=file.clients.count,
+        seed=file.seed,
+        uplink=up,
+        downlink=down,
+        error_feedback=file.uplink.error_feedback,
+        byzantine=byzantine,
+    )
+
+
+def _answering(file: AppFile, app: App, stack: ExitStack) -> Answering:
+    """Who computes what the app's nodes answer, until the stack is left.
+
+    Raises:
+        ValueError: if there is no Ray cluster, or no room for a worker.
+    """
+    runtime, own = file.runtime, (file.clients.count, app.run_config, file.seed)
+    if runtime.executor == "in_process":
+        return NodeRunner(app.client, *own).answers
+    nodes = RayNodes(
+        Setting(app.folder, app.client_reference, *own),
+        workers=None if runtime.workers == "auto" else runtime.workers,
+        threads=runtime.threads,
+        gpus=runtime.gpus,
+        address=runtime.address,
+        timeout_seconds=runtime.timeout,
+    )
+    stack.callback(nodes.close)
+    return nodes.answers
+
+
+def _serve(app: App, grid: SimGrid, file: AppFile) -> None:
     """Call the app's server.
 
     Raises:
-        ServerError: if it raised.
+        ServerError: if it raised, every message to its clients ended in an error, or Ray workers were lost time and
+            again.
     """
+    log = grid.log
     try:
         app.serve(grid, file.seed)
     except ConfigError:
         raise
+    except WorkersLost as e:
+        raise ServerError(f"{file.app}: {e}") from e
     except Exception as e:
-        when = f"in round {book.round}" if book.round else "before its first round"
+        when = f"in round {log.round}" if log.round else "before its first round"
         raise ServerError(f"{file.app}: its ServerApp failed {when}: {first_line(e)}") from e
+    finally:
+        grid.close()
+    if log.errors and not log.replies:
+        raise ServerError(f"{file.app}: all {log.errors} messages to clients ended in errors; the first is shown above")
 
 
 class _Told:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedsim.compose.refusals import check_absence, check_attack, check_link, fitted
+from fedsim.compose.refusals import check_absence, check_attack, check_link
 from fedsim.compose.sections import ByzantineClients, File, Runtime
 from fedsim.compose.work import Work
 from fedsim.compress.sparsify import Identity
@@ -22,7 +22,7 @@ from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.collectives import backend_for
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.in_process import InProcess
-from fedsim.sim.links import Downlink, Uplink
+from fedsim.sim.links import Downlink, Uplink, fitted
 from fedsim.sim.place import Place, place, take_gpu
 from fedsim.strategy import Strategy, compressors
 from fedsim.task import Task
@@ -83,8 +83,6 @@ def build_links(file: File, strategy: Strategy, layout: Layout) -> tuple[Uplink 
             check_link(key, strategy, own)
         bound = fitted(f"{key}.compressor", compressor, layout)
         made.append(None if plain else bound)
-    if made[0] is None and up.error_feedback:
-        raise ConfigError("uplink.error_feedback: needs an uplink.compressor that leaves something out")
     uplink = None if made[0] is None else Uplink(compressor=made[0], error_feedback=up.error_feedback)
     return uplink, None if made[1] is None else Downlink(compressor=made[1], seed=file.seed)
 
@@ -108,6 +106,7 @@ def build_byzantine(section: ByzantineClients, task: Task, strategy: Strategy, s
         attack=section.attack,
         seed=seed,
         rule=None if combine is None else lambda rows, whose: combine(rows, counts[whose]),
+        mix=strategy.mixing(),
     )
     check_attack(byzantine, strategy, len(task.num_examples))
     return byzantine
@@ -204,11 +203,11 @@ def _executor(
     if here is not None and kind in ("auto", "torchrun"):
         return _ranks(here, runtime, runner, width, costs)
     if kind == "ray" or (kind == "auto" and (several or runtime.address is not None)):
-        from fedsim.sim.ray_executor import RayExecutor
+        from fedsim.sim.ray_process import ray_executor
 
         _check_rows_travel(runtime, device)
         wanted = None if runtime.workers == "auto" else runtime.workers
-        actors = RayExecutor(
+        actors = ray_executor(
             runner,
             width=width,
             workers=wanted,
@@ -216,6 +215,7 @@ def _executor(
             address=runtime.address,
             collectives=runtime.collectives,
             costs=costs,
+            timeout_seconds=runtime.timeout_seconds,
         )
         return actors, actors.num_workers, f"{actors.num_workers} Ray actors, {runtime.threads} thread(s) each"
     workers = _threads(runtime, device)

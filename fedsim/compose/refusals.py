@@ -17,13 +17,11 @@ from torch import Tensor
 
 from fedsim.clients.byzantine import Silence
 from fedsim.clients.local_training import LocalTraining
-from fedsim.compress.packet import Compressor
 from fedsim.config import ConfigError, FromTable, at
 from fedsim.hints import parameters
 from fedsim.optim import Optimizer
 from fedsim.optim.foreign import ForeignOptimizer
 from fedsim.optim.needs import check_needs
-from fedsim.params import Layout
 from fedsim.prox import FREE
 from fedsim.sim.absence import Absence
 from fedsim.sim.byzantine import Byzantine, Knowledge
@@ -122,7 +120,7 @@ def check_local(name: str, strategy: Strategy, task: Task) -> None:
 
 def check_prox(name: str, strategy: Strategy, task: Task) -> None:
     """Refuse a set or a penalty that the strategy's steps would pass over."""
-    if task.prox != FREE and getattr(strategy, "prox", FREE) != task.prox:
+    if task.prox != FREE and task.prox not in fields_of(strategy, type(task.prox)).values():
         raise ConfigError(
             f"task.prox: {name} has no prox in its steps; leave it out, or take extragradient, optimistic_gradient or "
             "masha1"
@@ -167,14 +165,6 @@ def check_selection(strategy: Strategy, task: Task) -> None:
             )
 
 
-def fitted(key: str, compressor: Compressor, layout: Layout) -> Compressor:
-    """The compressor bound to what travels; one that does not fit the model is refused."""
-    with at(key):
-        bound = compressor.bind(layout)
-        bound.bits(layout.size)
-    return bound
-
-
 def check_link(key: str, strategy: Strategy, own: str) -> None:
     """Refuse to compress a link for a strategy that does not bear it, or compresses it by a field `own` of its own."""
     if (no_links := strategy.traits.no_links) is not None:
@@ -211,10 +201,16 @@ def check_attack(byzantine: Byzantine, strategy: Strategy, num_clients: int) -> 
         honest, b = min(num_clients - b, max(replies - 1, 1)), 1
     else:
         honest = num_clients - b
+    try_attack(byzantine, honest, b)
+
+
+def try_attack(byzantine: Byzantine, honest: int, b: int) -> None:
+    """Refuse an attack that is not defined for so many honest and byzantine clients."""
     streams = Streams(byzantine.seed, byzantine.ids[:b], torch.zeros(b, dtype=torch.int64))
-    rule = None if byzantine.rule is None else lambda sent: torch.zeros(1)
+    known = byzantine.rule is not None or byzantine.mix is not None
+    rule = (lambda sent: torch.zeros(1)) if known else None
     with at("clients.byzantine.attack"):
-        attack(torch.zeros(honest, 1), b, streams, Knowledge(rule=rule, own=torch.zeros(b, 1)))
+        byzantine.attack(torch.zeros(honest, 1), b, streams, Knowledge(rule=rule, own=torch.zeros(b, 1)))
 
 
 def check_seen(strategy: Strategy, task: Task) -> None:
@@ -240,7 +236,8 @@ def check_server_optimizer(optimizer: Optimizer | ForeignOptimizer, name: str) -
     """A server has a gradient and nothing else to offer, and keeps its state as long as it runs."""
     if isinstance(optimizer, ForeignOptimizer):
         raise ValueError("import paths are for local optimizers; the server takes a rule of `fedsim list optimizers`")
-    optimizer.check_needs({"grad"})
+    if needs := sorted(optimizer.needs - {"grad"}):
+        raise ValueError(f"{name} needs {', '.join(needs)}, and a server has a gradient alone; choose another rule")
     if optimizer.state_scope != "round":
         raise ValueError("state_scope is for local optimizers, the server always keeps its state; leave it out")
     return optimizer

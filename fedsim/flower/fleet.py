@@ -28,8 +28,9 @@ from fedsim.metrics import Metrics
 from fedsim.sim.account import Account, check_foldable, is_second_half
 from fedsim.sim.byzantine import held_back
 from fedsim.sim.events import Sent
-from fedsim.sim.executor import ClientError, Gather, Results, cut, grouped
+from fedsim.sim.executor import ClientError, Results, cut, grouped
 from fedsim.sim.fleet import ONE_STEP
+from fedsim.sim.gather import Gather
 from fedsim.sim.links import Downlink
 from fedsim.stop import Diverged
 from fedsim.streams import Streams
@@ -65,8 +66,8 @@ class FlowerFleet(Account):
         needs_all: str | None = None,
     ) -> None:
         super().__init__(mail.nodes.num_examples, model_size, seed, downlink)
-        self.mail = mail
-        self._needs_all = needs_all
+        self.mail, self._needs_all = mail, needs_all
+        mail.needs_all = needs_all is not None
         self._copies = None if downlink is None else Copies(downlink)
 
     @property

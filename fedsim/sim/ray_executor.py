@@ -15,30 +15,27 @@ Letters: R jobs, C clients of a stack, W workers.
 
 from __future__ import annotations
 
-import logging
 import pickle
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.config import first_line
-from fedsim.sim.collectives import Collectives, backend_for
-from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, grouped, shown
-from fedsim.sim.failure import Failure
+from fedsim import pages
+from fedsim.engine.choose import SHARES
+from fedsim.sim.collectives import Collectives, backend_for, least_groups
+from fedsim.sim.executor import Executor, Jobs, Results, StackRunner, T, grouped, shown
+from fedsim.sim.gather import Gather
 from fedsim.sim.packing import Parcel, pack
 from fedsim.sim.ray_plane import Plane
-from fedsim.sim.ray_pool import ATTEMPTS, RayPool, Worker
-from fedsim.sim.ray_runtime import connect
-
-_log = logging.getLogger("fedsim")
+from fedsim.sim.ray_pool import RayPool, Worker, pickler
+from fedsim.sim.ray_worker import Actor
 
 
 class RayExecutor(Executor):
-    """Workers are Ray actors.
+    """Workers are Ray actors, driven by this process.
 
     Args:
         runner: runs one stack; its task, strategy, seed, device and uplink are sent to every worker once.
@@ -72,27 +69,21 @@ class RayExecutor(Executor):
     ) -> None:
         if timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
-        import ray
-        import ray.cloudpickle
-
         self.runner, self.width, self.timeout_seconds = runner, width, timeout_seconds
-        self.resubmitted = 0  # groups that had to be computed again because a worker was lost
         self._costs = runner.task.num_examples if costs is None else costs
-        self._ray, self._pickler = ray, ray.cloudpickle.Pickler
-        self._runs = 0
+        self._pickler = pickler()
+        pages.keep_freed_memory()
         gpus = int(runner.device.type == "cuda")
         backend = backend_for(collectives, gpus=gpus > 0)
-        setting = self._pack_setting(runner)
-        self._started = connect(ray, address, workers, threads, gpus, sum(a.nbytes for a in setting[1]))
+        self._pool = RayPool(Actor, setting_of(runner), workers=workers, threads=threads, gpus=gpus, address=address)
+        self._plane: Plane | None = None
         try:
-            self._setting = ray.put(setting)
-            joined = address is not None
-            self._pool = RayPool(ray, self._setting, workers=workers, threads=threads, gpus=gpus, wait=joined)
-            self._plane: Plane | None = None
             if backend is not None:
-                nobody_joins = self._started and not joined
-                host = "127.0.0.1" if nobody_joins else ray.util.get_node_ip_address()
-                self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds)
+                ray = self._pool.ray
+                host = ray.util.get_node_ip_address() if self._pool.others_join else "127.0.0.1"
+                one, nbytes = sum(node["Alive"] for node in ray.nodes()) == 1, 4 * runner.task.layout.size
+                least = least_groups(collectives, backend, one_machine=one, nbytes=nbytes)
+                self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds, least)
         except BaseException:
             self.close()
             raise
@@ -102,96 +93,94 @@ class RayExecutor(Executor):
         """W."""
         return len(self._pool.workers)
 
+    @property
+    def resubmitted(self) -> int:
+        """Groups that had to be computed again because a worker was lost."""
+        return self._pool.resubmitted
+
     def run(self, jobs: Jobs) -> Results:
         """Run jobs on whichever workers are there.
 
         Raises:
             ClientError: a client half raised; its own exception is the cause.
-            RuntimeError: one group, or every worker, was lost `ATTEMPTS` times in a row.
+            WorkersLost: one group, or every worker, was lost time and again.
         """
         groups = grouped(self.cut(jobs))
-        if self._plane is not None and not self._plane.given_up and jobs.weights is not None and len(groups) > 1:
-            self._runs += 1
-            if (results := self._plane.run(jobs, groups, self._costs[jobs.ids], self._runs)) is not None:
+        if self._plane is not None and self._plane.takes(jobs, groups):
+            if (results := self._plane.run(jobs, groups, self._costs[jobs.ids])) is not None:
                 return results
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
-        for group, part in zip(groups, self._in_order(groups, jobs), strict=True):
+        for group, part in zip(groups, self._results(groups, jobs), strict=True):
             gather.add(torch.cat(group), part)
             gather.end_group()
         return gather.results
+
+    def map(self, work: Callable[..., T], pieces: Sequence[Any], **shared: Any) -> list[T]:
+        """See `Executor`; a few calls a worker, so that none waits long for the last.
+
+        Raises:
+            WorkersLost: one call, or every worker, was lost time and again.
+        """
+        return self.map_named(self.name_of_method(work), pieces, shared)
+
+    def map_named(self, name: str, pieces: Sequence[Any], shared: dict[str, Any]) -> list[Any]:
+        """`map` of a method of the task, by its name."""
+        size = -(-len(pieces) // (SHARES * self.num_workers)) or 1
+        parts = [pack(pieces[i : i + size], pickler=self._pickler) for i in range(0, len(pieces), size)]
+        # not shared: a method of the user's may write to it
+        same = self._pool.ray.put(pack(shared, pickler=self._pickler))
+        done = self._in_order(
+            len(parts),
+            lambda worker, i: worker.actor.map.remote(self._pool.setting, name, parts[i], same),
+            lambda i: f"Task.{name}",
+        )
+        return [value for values in done for value in values]
 
     def close(self) -> None:
         """Stop the workers, and the runtime if it was started here."""
         self.__dict__.pop("_plane", None)
         if (pool := self.__dict__.pop("_pool", None)) is not None:
             pool.close()
-        self.__dict__.pop("_setting", None)
-        if self._started:
-            self._started = False
-            self._ray.shutdown()
 
     # One call ---------------------------------------------------------------------------------------------------
 
-    def _in_order(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
-        """Results in the order of the groups, each computed by whichever worker was free."""
-        self._runs += 1
-        models = [self._ray.put(pack(m, share=True, pickler=self._pickler)) for m in jobs.models]
+    def _results(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
+        """What the stacks of each group gave."""
+        models = [self._pool.ray.put(pack(m, share=True, pickler=self._pickler)) for m in jobs.models]
         # not shared: what nobody may write to would end the worker whose client half tries
-        inbox = self._ray.put(pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler))
-        todo, lost = deque(range(len(groups))), [0] * len(groups)
-        done: dict[int, Results] = {}
-        for following in range(len(groups)):
-            while following not in done:
-                for worker in self._pool.workers:
-                    if worker.ref is None and todo:
-                        self._submit(worker, todo.popleft(), groups, jobs, inbox, models)
-                tag, outcome = self._pool.next_outcome()
-                if tag is None or tag[0] != self._runs:
-                    continue  # a worker got ready, or finished what a call that failed had left behind
-                index = tag[1]
-                if isinstance(outcome, Failure):
-                    raise outcome.error from outcome.cause
-                if isinstance(outcome, Results):
-                    done[index] = outcome
-                    continue
-                lost[index] += 1
-                self.resubmitted += 1
-                if lost[index] == ATTEMPTS:
-                    raise RuntimeError(_gave_up(jobs, torch.cat(groups[index]), outcome)) from outcome
-                _log.warning(
-                    "round %d: a worker was lost (%s); its stacks run again", jobs.round + 1, first_line(outcome)
-                )
-                todo.appendleft(index)
-            yield done.pop(following)
+        inbox = self._pool.ray.put(pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler))
+        return self._in_order(
+            len(groups),
+            lambda worker, i: self._ask(worker, groups[i], jobs, inbox, models),
+            lambda i: f"{jobs.work} in round {jobs.round + 1} for client(s) {shown(jobs.ids[torch.cat(groups[i])])}",
+        )
 
-    def _submit(
-        self, worker: Worker, index: int, groups: list[list[Tensor]], jobs: Jobs, inbox: Any, models: list[Any]
-    ) -> None:
-        group = groups[index]
+    def _in_order(self, count: int, ask: Callable[[Worker, int], Any], what: Callable[[int], str]) -> Iterator[Any]:
+        return self._pool.in_order(
+            count, ask, lambda _: self.timeout_seconds, what, "lower runtime.stack or runtime.workers"
+        )
+
+    def _ask(self, worker: Worker, group: list[Tensor], jobs: Jobs, inbox: Any, models: list[Any]) -> Any:
+        """Let a worker run the stacks of a group; the reference to its answer."""
         part = jobs.rows(torch.cat(group))
         if part.inbox is not None:
             part.inbox.fields = {}
         needed = torch.unique(jobs.which[torch.cat(group)]).tolist()  # in the order that `rows` numbers them
         parcel = pack((replace(part, models=[]), [len(stack) for stack in group]), pickler=self._pickler)
-        ref = worker.actor.run.remote(self._setting, parcel, inbox, *[models[m] for m in needed])
-        self._pool.call(worker, ref, (self._runs, index), self.timeout_seconds)
-
-    # The setting -------------------------------------------------------------------------------------------------
-
-    def _pack_setting(self, runner: StackRunner) -> Parcel:
-        parts = (runner.task, runner.strategy, runner.seed, runner.device, runner.uplink)
-        try:
-            return pack(parts, share=True, pickler=self._pickler)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
-                "and generators out of them, or use runtime.executor=in_process"
-            ) from error
+        return worker.actor.run.remote(self._pool.setting, parcel, inbox, *[models[m] for m in needed])
 
 
-def _gave_up(jobs: Jobs, index: Tensor, error: BaseException) -> str:
-    return (
-        f"{jobs.work} in round {jobs.round + 1} for client(s) {shown(jobs.ids[index])} lost its worker {ATTEMPTS} "
-        f"times in a row; the last time: {first_line(error)}. If the node ran out of memory, lower "
-        "runtime.stack or runtime.workers"
-    )
+def setting_of(runner: StackRunner) -> Parcel:
+    """What every worker gets once, of which it makes its own runner.
+
+    Raises:
+        ValueError: if task or strategy cannot be sent.
+    """
+    parts = (runner.task, runner.strategy, runner.seed, runner.device, runner.uplink)
+    try:
+        return pack(parts, share=True, pickler=pickler())
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
+            "and generators out of them, or use runtime.executor=in_process"
+        ) from error

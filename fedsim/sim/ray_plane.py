@@ -33,11 +33,14 @@ class Plane:
         host: this process's address, as the workers know it: they find each other in its store.
         pickler: takes the strategy's own classes.
         timeout_seconds: for one call.
+        least_groups: of a call.
     """
 
-    def __init__(self, pool: RayPool, backend: Backend, host: str, pickler: Any, timeout_seconds: float) -> None:
+    def __init__(
+        self, pool: RayPool, backend: Backend, host: str, pickler: Any, timeout_seconds: float, least_groups: int = 2
+    ) -> None:
         self._pool, self._backend, self._host, self._pickler = pool, backend, host, pickler
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._least_groups = timeout_seconds, least_groups
         self._store = open_store(host)
         self._epoch = self._size = 0
         self._failures = 0  # in a row
@@ -47,14 +50,17 @@ class Plane:
         """Whether groups kept failing."""
         return self._failures >= ATTEMPTS
 
-    def run(self, jobs: Jobs, groups: list[list[Tensor]], costs: Tensor, run: int) -> Results | None:
+    def takes(self, jobs: Jobs, groups: list[list[Tensor]]) -> bool:
+        """Whether a call goes this way: its replies are folded, and there are enough groups of stacks."""
+        return not self.given_up and jobs.weights is not None and len(groups) >= self._least_groups
+
+    def run(self, jobs: Jobs, groups: list[list[Tensor]], costs: Tensor) -> Results | None:
         """Run a call on the workers of an epoch.
 
         Args:
             jobs: R of them.
             groups: of stacks.
             costs: [R] of the jobs.
-            run: the number of this call, which no other has.
 
         Returns:
             The results; None if there is no epoch, or it ended: then nothing has happened.
@@ -62,7 +68,7 @@ class Plane:
         Raises:
             ClientError: if a client half raised.
         """
-        members = self._members(run)
+        members = self._members()
         if len(members) < 2:
             return None
         whole = share_out(jobs, groups, costs, len(members))
@@ -72,14 +78,14 @@ class Plane:
             parcel, own = pack(share, pickler=self._pickler), sent if rank == 0 else None
             calls.append((worker, worker.actor.run_share.remote(self._pool.setting, self._epoch, parcel, own)))
         # twice the group's own deadline, so that those who wait for a worker that hangs tell of it first
-        outcomes = self._pool.each(run, calls, 2 * self._timeout_seconds)
+        outcomes = self._pool.each(calls, 2 * self._timeout_seconds)
         if isinstance(outcomes, Exception):
             self._end(members, outcomes)
             return None
         self._failures = 0
         return together(len(jobs.ids), [index for index, _ in whole], outcomes)
 
-    def _members(self, run: int) -> list[Worker]:
+    def _members(self) -> list[Worker]:
         """The workers of this call's epoch, which is a new one if others are there than in the last."""
         free = self._pool.free(JOIN_SECONDS if self._epoch == 0 else 0.0)
         if len(free) < 2 or all(w.epoch == self._epoch > 0 for w in free) and len(free) == self._size:
@@ -90,7 +96,7 @@ class Plane:
             (w, w.actor.join.remote(self._epoch, *place, rank, len(free), self._backend, self._timeout_seconds))
             for rank, w in enumerate(free)
         ]
-        if isinstance(joined := self._pool.each(-run, calls, 2 * JOIN_SECONDS), Exception):
+        if isinstance(joined := self._pool.each(calls, 2 * JOIN_SECONDS), Exception):
             self._end(free, joined)
             return []
         for worker in free:

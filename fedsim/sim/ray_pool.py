@@ -1,6 +1,7 @@
 """Ray actors and the calls that they are busy with: they are started, awaited and, when they die or hang, brought back.
 
-One call is outstanding for each actor, so the driver always knows who does what and since when.
+One call is outstanding for each actor, so the driver always knows who does what and since when. What actors run is
+theirs: an actor's class takes the number of its threads, and its `ready` the setting, which is the same for all.
 
 Letters: W workers.
 """
@@ -8,15 +9,17 @@ Letters: W workers.
 from __future__ import annotations
 
 import logging
+import pickle
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedsim.config import first_line
-from fedsim.sim.packing import unpack
-from fedsim.sim.ray_runtime import environment
-from fedsim.sim.ray_worker import Actor
+from fedsim.sim.failure import Failure
+from fedsim.sim.packing import Parcel, unpack
+from fedsim.sim.ray_runtime import connect, environment
 
 ATTEMPTS = 4  # how often one group, or one worker's start, is tried before the run gives up
 JOIN_SECONDS = 60.0  # for the first node with room to join a cluster that has none yet
@@ -26,6 +29,17 @@ _log = logging.getLogger("fedsim")
 
 
 Tag = tuple[int, int]
+
+
+class WorkersLost(RuntimeError):
+    """One part of a run, or every worker's start, failed too often."""
+
+
+def pickler() -> type[pickle.Pickler]:
+    """Ray's own, which also takes lambdas and classes of `__main__`."""
+    import ray.cloudpickle
+
+    return ray.cloudpickle.Pickler
 
 
 @dataclass(eq=False)
@@ -51,48 +65,114 @@ class Worker:
 
 
 class RayPool:
-    """The actors of one run.
+    """The actors of one run, and the runtime that they need.
 
     Args:
-        ray: the module, already connected to a runtime.
-        setting: reference to task, strategy and the rest of a `StackRunner`.
+        actor: what runs in the workers' processes.
+        setting: for each of them to get ready with; put into the object store once.
         workers: how many; None for as many as there is room for.
         threads: intra-op threads of each, and its CPUs.
         gpus: of each.
-        wait: for the first node to join.
+        address: "auto" or "host:port" of a running cluster; None starts a runtime on this machine. A runtime that
+            this process is already connected to is used, whatever the address.
 
     Raises:
-        ValueError: if there is no room for a worker.
+        ValueError: if there is no cluster at the address, or no room for a worker.
     """
 
-    def __init__(self, ray: Any, setting: Any, *, workers: int | None, threads: int, gpus: int, wait: bool) -> None:
-        self.ray, self.setting = ray, setting
-        self.workers: list[Worker] = []
-        self._threads, self._gpus = threads, gpus
-        for _ in range(self._count(workers, joining=wait)):
-            self.workers.append(self._start())
+    def __init__(
+        self, actor: type, setting: Parcel, *, workers: int | None, threads: int, gpus: int, address: str | None
+    ) -> None:
+        import ray
+
+        self.ray, self.workers = ray, list[Worker]()
+        self.resubmitted = 0  # calls that ran again because a worker was lost
+        self._actor, self._threads, self._gpus, self._runs = actor, threads, gpus, 0
+        self._started = connect(ray, address, workers, threads, gpus, sum(a.nbytes for a in setting[1]))
+        self.others_join = not self._started or address is not None
+        try:
+            self.setting = ray.put(setting)
+            for _ in range(self._count(workers, joining=address is not None)):
+                self.workers.append(self._start())
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, and the runtime if it was started here."""
         for worker in self.workers:
             self.ray.kill(worker.actor)
         self.workers = []
+        self.__dict__.pop("setting", None)
+        if self._started:
+            self._started = False
+            self.ray.shutdown()
+
+    def in_order(
+        self,
+        count: int,
+        ask: Callable[[Worker, int], Any],
+        seconds: Callable[[int], float],
+        what: Callable[[int], str],
+        relief: str,
+    ) -> Iterator[Any]:
+        """What some calls that know nothing of each other return, in their order, by whichever worker is free.
+
+        Args:
+            count: of calls; each must be a pure function, for it runs again where its worker is lost.
+            ask: (a worker, which call) -> reference to what it was asked to do.
+            seconds: after which this call counts as hung.
+            what: this call is, for messages.
+            relief: what helps against a node that runs out of memory.
+
+        Raises:
+            WorkersLost: if one call, or every worker's start, was lost `ATTEMPTS` times in a row.
+            Exception: what a worker sent as a `Failure`.
+        """
+        self._runs += 1
+        run, todo, lost, done = self._runs, deque(range(count)), [0] * count, dict[int, Any]()
+        for following in range(count):
+            while following not in done:
+                for worker in self.workers:
+                    if worker.ref is None and todo:
+                        index = todo.popleft()
+                        self.call(worker, ask(worker, index), (run, index), seconds(index))
+                tag, outcome = self.next_outcome()
+                if tag is None or tag[0] != run:
+                    continue  # a worker got ready, or finished what a run that failed had left behind
+                index = tag[1]
+                if isinstance(outcome, Failure):
+                    raise outcome.error from outcome.cause
+                if not isinstance(outcome, Exception):
+                    done[index] = outcome
+                    continue
+                lost[index] += 1
+                self.resubmitted += 1
+                if lost[index] == ATTEMPTS:
+                    raise WorkersLost(
+                        f"{what(index)} lost its worker {ATTEMPTS} times in a row; the last time: "
+                        f"{first_line(outcome)}. If the node ran out of memory, {relief}"
+                    ) from outcome
+                _log.warning("a worker was lost (%s); run again: %s", first_line(outcome), what(index))
+                todo.appendleft(index)
+            yield done.pop(following)
 
     def call(self, worker: Worker, ref: Any, tag: Tag, seconds: float) -> None:
         """Note what a worker was just asked to do."""
         worker.ref, worker.tag, worker.seconds, worker.deadline = ref, tag, seconds, time.monotonic() + seconds
 
-    def each(self, run: int, calls: Sequence[tuple[Worker, Any]], seconds: float) -> list[Any] | Exception:
+    def each(self, calls: Sequence[tuple[Worker, Any]], seconds: float) -> list[Any] | Exception:
         """What every one of some calls that wait for each other returned.
 
         Args:
-            run: a number that no other calls have.
             calls: [W] (worker, reference to what it was asked to do).
             seconds: after which one counts as hung.
 
         Returns:
             [W] values; or how one worker was lost, at once: the others may still be busy and are not asked any more.
         """
+        self._runs += 1
+        run = self._runs
         for place, (worker, ref) in enumerate(calls):
             self.call(worker, ref, (run, place), seconds)
         found: dict[int, Any] = {}
@@ -147,7 +227,7 @@ class RayPool:
 
     def _room(self, resources: Mapping[str, float]) -> int:
         if self._gpus:
-            return int(resources.get("GPU", 0))
+            return int(resources.get("GPU", 0)) // self._gpus
         return int(resources.get("CPU", 0)) // self._threads
 
     def _count(self, workers: int | None, *, joining: bool) -> int:
@@ -177,7 +257,7 @@ class RayPool:
             scheduling_strategy="SPREAD",
             runtime_env={"env_vars": environment(self._threads)},
         )
-        return remote(Actor).remote(self._threads)
+        return remote(self._actor).remote(self._threads)
 
     def _get_ready(self, worker: Worker) -> None:
         worker.ref = worker.actor.ready.options(max_task_retries=-1).remote(self.setting)
@@ -193,7 +273,7 @@ class RayPool:
                 "a Ray worker did not start: %s; free in the cluster: %s", first_line(error), free or "nothing"
             )
             if all(w.failures >= ATTEMPTS for w in self.workers):
-                raise RuntimeError(
+                raise WorkersLost(
                     f"no Ray worker could be started in {ATTEMPTS} attempts each; the last one: {error}; see that "
                     "fedsim and your own modules can be imported on every node, and that the cluster has free CPUs or "
                     f"GPUs (now: {free or 'none'})"

@@ -22,10 +22,14 @@ class App:
     """See the module's head.
 
     Args:
+        folder: where it lies, an absolute path.
+        client_reference: what its pyproject.toml says of its ClientApp.
         server, client: its two halves.
         run_config: its settings, flat.
     """
 
+    folder: Path
+    client_reference: str
     server: ServerApp
     client: ClientApp
     run_config: dict[str, Any]
@@ -51,7 +55,7 @@ class App:
             except Exception as e:
                 what = f"{name} {named[name]} can't be loaded ({first_line(e)})"
                 raise ConfigError(f"app: {what}; install what it needs, or correct its pyproject.toml") from e
-        return cls(halves["serverapp"], halves["clientapp"], settings)
+        return cls(folder.resolve(), named["clientapp"], halves["serverapp"], halves["clientapp"], settings)
 
     @property
     def is_older(self) -> bool:

@@ -42,6 +42,26 @@ class Steps:
 
 
 @dataclass(frozen=True)
+class Work:
+    """A node's work on a message.
+
+    Args:
+        node: its id.
+        number: of the message, among those of the node.
+        message_type: of the message.
+        start: virtual second at which it begins.
+        down, up: bits each way.
+    """
+
+    node: int
+    number: int
+    message_type: str
+    start: float
+    down: int
+    up: int
+
+
+@dataclass(frozen=True)
 class Ending:
     """How a node's work on a message ends.
 
@@ -78,15 +98,24 @@ class Clocks:
 
     def on_line(self, nodes: Sequence[int], now: float) -> list[int]:
         """Those of these nodes that can be reached."""
+        if not self.absence.away or not nodes:
+            return list(nodes)
         on = self.absence.on_line(torch.tensor(nodes) - 1, now)
         return [node for node, there in zip(nodes, on.tolist(), strict=True) if there]
 
-    def ending(self, node: int, number: int, message_type: str, start: float, down: int, up: int) -> Ending:
-        """How work ends that begins at this second, on a node's message of this number, with so many bits each way."""
-        cost, client = Cost(steps=self.steps.of(message_type), bits_up=up), torch.tensor([node - 1])
-        ends = self._timing.ends(client, torch.tensor([number]), start, cost, torch.tensor([down]))
-        well = bool(ends.well)
-        return Ending(float(ends.at), up if well else int(ends.lost), well)
+    def endings(self, works: Sequence[Work]) -> list[Ending]:
+        """How each of some nodes' works ends."""
+        alike: dict[tuple[float, int, int], list[int]] = {}
+        for i, work in enumerate(works):
+            alike.setdefault((work.start, self.steps.of(work.message_type), work.up), []).append(i)
+        found: dict[int, Ending] = {}
+        for (start, steps, up), places in alike.items():
+            rows = [(works[i].node - 1, works[i].number, works[i].down) for i in places]
+            ids, numbers, down = torch.tensor(rows).unbind(1)
+            ends = self._timing.ends(ids, numbers, start, Cost(steps=steps, bits_up=up), down)
+            for i, at, well, lost in zip(places, ends.at.tolist(), ends.well.tolist(), ends.lost.tolist(), strict=True):
+                found[i] = Ending(at, up if well else lost, well)
+        return [found[i] for i in range(len(works))]
 
     def next_change(self, now: float) -> float | None:
         """Virtual second at which one of the nodes comes or goes; None if none ever does."""

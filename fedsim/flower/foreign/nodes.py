@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,9 +63,13 @@ class Answer:
     reason: str = ""
 
 
+Answering = Callable[[Sequence[Job]], Iterable[Answer]]
+"""What nodes answer, in the order of their messages, no two of which are for one node."""
+
+
 @dataclass(frozen=True)
-class Nodes:
-    """All nodes of a run.
+class NodeRunner:
+    """Runs any node of an app in this process, which has its generators to itself meanwhile.
 
     Args:
         app: every node's.
@@ -79,25 +83,25 @@ class Nodes:
     run_config: Mapping[str, Any]
     seed: int
 
+    def answers(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+        """What the nodes answer, one after the other; the generators are put back when all are done."""
+        with generators_put_back():
+            for job in jobs:
+                yield self.answer(job)
+
     def answer(self, job: Job) -> Answer:
         """Let the app handle a message; what it raises becomes an error with its traceback."""
         message = Message(unpack(job.content), job.node, job.message_type, ttl=job.ttl, group_id=job.group_id)
         config = {"partition-id": job.node - 1, "num-partitions": self.count}
         context = Context(RUN_ID, job.node, config, unpack(job.state), dict(self.run_config))
         try:
-            with seeded(self.seed, f"flower client {job.node}", job.number):
-                reply = self.app(number(message, job.message_id), context)
+            seed_generators(self.seed, f"flower client {job.node}", job.number)
+            reply = self.app(number(message, job.message_id), context)
             if reply.has_error():
                 return Answer(None, job.state, reply.error.code, reply.error.reason)
             return Answer(pack(reply.content), pack(context.state))
         except Exception:
             return Answer(None, job.state, RAISED, traceback.format_exc())
-
-    def key(self, job: Job) -> bytes:
-        """All that an answer depends on, the app's code aside."""
-        said = (self.seed, self.count, sorted(self.run_config.items()), job.node, job.number, job.message_id)
-        more = (job.message_type, job.group_id, job.ttl, len(job.content), len(job.state))
-        return repr(said + more).encode() + job.content + job.state
 
 
 NOTHING_KEPT = pack(RecordDict())
@@ -106,14 +110,16 @@ NOTHING_KEPT = pack(RecordDict())
 @contextmanager
 def seeded(seed: int, purpose: str, step: int = 0) -> Iterator[None]:
     """The global generators of Python, numpy and torch, seeded by a key inside and put back after it."""
-    words = server_rng(seed, purpose, step).integers(2**32, size=3, dtype=np.uint64)
+    with generators_put_back():
+        seed_generators(seed, purpose, step)
+        yield
+
+
+@contextmanager
+def generators_put_back() -> Iterator[None]:
+    """The global generators of Python, numpy and torch are after it as they were before."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed takes milliseconds where there is no GPU
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(int(words[2]))
     try:
         yield
     finally:
@@ -122,3 +128,13 @@ def seeded(seed: int, purpose: str, step: int = 0) -> Iterator[None]:
         torch.set_rng_state(before[2])
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
+
+
+def seed_generators(seed: int, purpose: str, step: int = 0) -> None:
+    """Seed the global generators of Python, numpy and torch by a key."""
+    words = server_rng(seed, purpose, step).integers(2**32, size=3, dtype=np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed takes milliseconds where there is no GPU
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(int(words[2]))

@@ -37,11 +37,10 @@ class LoadError(Exception):
 
 
 class OwnGrid(Grid):
-    """What all grids inside this process have: they begin a run, whose server the process is from then on, for messages
-    are made in its name."""
+    """What all grids inside this process have."""
 
     def __init__(self) -> None:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_ID
+        begin_run()
         self._run = Run.create_empty(RUN_ID)
 
     def set_run(self, run: Run) -> None:
@@ -55,6 +54,11 @@ class OwnGrid(Grid):
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+def begin_run() -> None:
+    """This process is a run's server from now on: messages are made in its name."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER_ID
 
 
 def components(folder: Path) -> dict[str, str]:

@@ -264,13 +264,18 @@ def test_replies_are_as_long_as_the_ledger_says_and_an_envelope(name: str, dim: 
     assert len(replies) >= 2 * len(rows) and 0 < min(envelopes) <= max(envelopes) < ENVELOPE
 
 
-def test_minibatches_of_a_classifier_agree_to_float32(tmp_path: Path) -> None:
+POWER = {"compressor": {"name": "powersgd", "rank": 1}, "error_feedback": True}
+
+
+@pytest.mark.parametrize("uplink", [{}, POWER], ids=["whole", "after the last packet"])
+def test_minibatches_of_a_classifier_agree_to_float32(uplink: dict[str, Any], tmp_path: Path) -> None:
     raw = {
-        "rounds": 2,
+        "rounds": 3,
         "task": {"name": "classification", "dataset": "digits", "model": {"name": "logistic"}},
         "clients": {"count": 4},
         "strategy": {"name": "fedavg", "cohort_size": 3},
         "local": {"epochs": 1, "batch_size": 20, "optimizer": {"name": "sgd", "lr": 0.1}},
+        "uplink": uplink,
         "evaluate": {"every": 1},
         "runtime": {"stack": 1},
     }

@@ -7,10 +7,12 @@ import socket
 import ssl
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
+from fedsim import flower_cli
 from fedsim.config import ConfigError
 from fedsim.flower.credentials import write_credentials
 from fedsim.flower.deployment import HOST, deployed
@@ -156,8 +158,7 @@ def test_mistakes_are_found_before_anything_starts(arguments: list[str], words: 
 
 @pytest.mark.parametrize("command", [["export", "quadratic.yaml", "app"], ["keys", "f"], ["deploy", "app"]])
 def test_what_to_install_is_said(command: list[str], scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("fedsim.apps", "fedsim.flower.credentials"):
-        monkeypatch.setitem(sys.modules, module, None)  # importing it fails as that of a module that is not there
+    monkeypatch.setattr(flower_cli, "version", mock.Mock(side_effect=flower_cli.PackageNotFoundError("flwr")))
     found = fedsim("flower", *command)
     assert found.code == 2 and "run pip install 'fedsim-stacks[flower]'" in found.err
 

@@ -25,7 +25,8 @@ from fedsim.flower.client import app_of
 from fedsim.flower.clock import Patience
 from fedsim.flower.door import Door, Forms
 from fedsim.flower.fleet import FlowerFleet
-from fedsim.flower.mail import Mail, connect
+from fedsim.flower.mail import Mail
+from fedsim.flower.nodes import connect
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError, StackRunner
 from fedsim.sim.links import Uplink

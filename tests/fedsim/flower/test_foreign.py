@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,11 +20,11 @@ from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import strategy_utils
 
-from fedsim.flower.foreign.book import Book
 from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.grid import SimGrid
-from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job, Nodes, seeded
+from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job, NodeRunner, seeded
 from fedsim.flower.foreign.private import EXPIRED, RAISED, UNAVAILABLE, on_our_clock
+from fedsim.flower.foreign.rounds import RoundLog
 from fedsim.history import History
 from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.availability import Bernoulli
@@ -172,9 +172,9 @@ def _(message: Message, context: Any) -> Message:
 def grid_of(devices: Devices, count: int = 3, absence: Absence = ALWAYS) -> tuple[SimGrid, list[dict[str, Any]]]:
     """A grid of echoing clients, and the rows that it will have written."""
     rows: list[dict[str, Any]] = []
-    book = Book(lambda row: rows.append(dict(row)))
+    log = RoundLog(lambda row: rows.append(dict(row)))
     clocks = Clocks(count=count, devices=devices, absence=absence)
-    return SimGrid(Nodes(echo, count, {}, 0).answer, clocks, book, lambda node, reason: None), rows
+    return SimGrid(NodeRunner(echo, count, {}, 0).answers, clocks, log, lambda node, reason: None), rows
 
 
 def asks(*nodes: int, **keys: Any) -> list[Message]:
@@ -224,6 +224,34 @@ def test_replies_belong_to_their_messages_and_nothing_is_shared() -> None:
     assert set(shared) == {"config"}  # what clients add to their message is in no other's
 
 
+def test_a_message_is_what_its_record_was_when_it_was_made() -> None:
+    """Also of an app that makes them one by one, changing its record in between."""
+    grid, _ = grid_of(Constant())
+    record = RecordDict()
+
+    def each() -> Iterator[Message]:
+        for node in (1, 2, 3):
+            record["c"] = ConfigRecord({"for": node})
+            yield Message(record, node, "train")
+
+    replies = grid.send_and_receive(each())
+    assert [reply.content["c"]["for"] for reply in replies] == [1, 2, 3]
+
+
+def test_messages_of_one_push_to_one_node_are_answered_one_after_the_other() -> None:
+    heard: list[list[tuple[int, int, bool]]] = []
+    clocks = Clocks(count=2, devices=Constant(seconds_per_step=1.0))
+
+    def answers(jobs: Sequence[Job]) -> list[Answer]:
+        heard.append([(job.node, job.number, job.state == NOTHING_KEPT) for job in jobs])
+        return list(NodeRunner(echo, 2, {}, 0).answers(jobs))
+
+    grid = SimGrid(answers, clocks, RoundLog(lambda row: None), lambda node, reason: None)
+    replies = grid.send_and_receive(asks(1, 2, 1, 2, 1))
+    assert heard == [[(1, 0, True), (2, 0, True)], [(1, 1, False), (2, 1, False)], [(1, 2, False)]]
+    assert len(list(replies)) == 5 and grid.now == 3.0
+
+
 def test_bits_are_those_of_flowers_serialised_records_and_take_their_time() -> None:
     record = RecordDict({"arrays": ArrayRecord([np.zeros(100, np.float32)]), "m": MetricRecord({"num-examples": 3})})
     down = 8 * len(recorddict_to_proto(record).SerializeToString())
@@ -251,11 +279,11 @@ def test_rounds_are_groups_or_else_server_rounds_or_else_pushes() -> None:
 
 def test_numbers_that_clients_report_are_averaged_by_their_samples() -> None:
     rows: list[Any] = []
-    book = Book(rows.append)
-    book.begin(asks(1)[0], True, 0.0)
+    log = RoundLog(rows.append)
+    log.begin(asks(1)[0], True, 0.0)
     for n, loss in ((1, 2.0), (3, 6.0)):
-        book.came("train", 0, RecordDict({"m": MetricRecord({"num-examples": n, "loss": loss})}), dropped=False)
-    book.close(1.0)
+        log.came("train", 0, RecordDict({"m": MetricRecord({"num-examples": n, "loss": loss})}), dropped=False)
+    log.close(1.0)
     assert rows[0]["train.loss"] == (1 * 2.0 + 3 * 6.0) / 4 and "train.num-examples" not in rows[0]
 
 
@@ -327,15 +355,15 @@ class Broken(BaseException):
 
 def broken_off(app: Path, out: Path, after: int, *overrides: str) -> None:
     """A run that ends when its clients have had so many messages."""
-    answer = Nodes.answer
+    answer = NodeRunner.answer
     calls = itertools.count()
 
-    def breaks(self: Nodes, job: Job) -> Answer:
+    def breaks(self: NodeRunner, job: Job) -> Answer:
         if next(calls) == after:
             raise Broken
         return answer(self, job)
 
-    with mock.patch.object(Nodes, "answer", breaks), pytest.raises(Broken):
+    with mock.patch.object(NodeRunner, "answer", breaks), pytest.raises(Broken):
         fedsim("flower", "run", app, "--out", out, "--quiet", "clients.count=6", *overrides)
 
 
@@ -345,7 +373,7 @@ def test_a_run_that_broke_off_goes_on_to_the_same_rows_without_computing_what_it
     broken_off(app, tmp_path / "run", 11)
     with (tmp_path / "run" / "replies.bin").open("ab") as file:
         file.write(b'{"key": "half a fra')  # as a kill leaves it
-    with mock.patch.object(Nodes, "answer", autospec=True, side_effect=Nodes.answer) as answer:
+    with mock.patch.object(NodeRunner, "answer", autospec=True, side_effect=NodeRunner.answer) as answer:
         assert played(app, tmp_path / "run", "--resume") == whole
     assert answer.call_count == sum(row["messages"] for row in whole) - 11
     assert not (tmp_path / "run" / "replies.bin").exists() and (tmp_path / "run" / "summary.json").exists()

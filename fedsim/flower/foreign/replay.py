@@ -11,48 +11,61 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from fedsim.config import ConfigError
-from fedsim.flower.foreign.nodes import Answer, Job, Nodes
+from fedsim.flower.foreign.nodes import Answer, Answering, Job
 
 
-class Kept:
+class Replay:
     """Answers that are looked up in a file while it has them, and computed and added to it from then on.
 
     Args:
         path: of the file; made if need be.
         compute: who answers what is not there.
+        settings: of the run, all that answers depend on beside their messages.
     """
 
-    def __init__(self, path: Path, compute: Nodes) -> None:
-        self._path, self._compute = path, compute
+    def __init__(self, path: Path, compute: Answering, settings: tuple[object, ...]) -> None:
+        self._path, self._compute, self._settings = path, compute, settings
         path.touch()
         self._file: BinaryIO = path.open("r+b")
         self._count, self._replays = 0, True
 
-    def answer(self, job: Job) -> Answer:
-        """The answer to the next message.
+    def answers(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+        """The answers to the next messages.
 
         Raises:
-            ConfigError: if it is another message than the file's, or the file can't be written.
+            ConfigError: if one is another message than the file's, or the file can't be written.
         """
-        self._count += 1
-        key = hashlib.sha256(self._compute.key(job)).hexdigest()
-        found = self._read() if self._replays else None
-        if found is None:
-            answer = self._compute.answer(job)
+        keys, done = self._keys(jobs), 0
+        while done < len(jobs) and (found := self._read()) is not None:
+            self._count += 1
+            if found[0] != keys[done]:
+                raise ConfigError(
+                    f"{self._path}: message {self._count}, to client {jobs[done].node - 1}, is not the one that the "
+                    "app sent before; a resume needs the same app, settings and seed, and an app that draws from "
+                    "seeded generators alone; start anew in another --out"
+                )
+            yield found[1]
+            done += 1
+        for key, answer in zip(keys[done:], self._compute(jobs[done:]), strict=True):
             self._write(key, answer)
-            return answer
-        known, answer = found
-        if known != key:
-            raise ConfigError(
-                f"{self._path}: message {self._count}, to client {job.node - 1}, is not the one that the app sent "
-                "before; a resume needs the same app, settings and seed, and an app that draws from seeded generators "
-                "alone; start anew in another --out"
-            )
-        return answer
+            yield answer
+
+    def _keys(self, jobs: Sequence[Job]) -> list[str]:
+        """Digests of all that answers depend on, the app's code aside."""
+        digests: dict[bytes, bytes] = {}  # most messages of a push have the same content
+        keys = []
+        for job in jobs:
+            if job.content not in digests:
+                digests[job.content] = hashlib.sha256(job.content).digest()
+            said = (self._settings, job.node, job.number, job.message_id, job.message_type, job.group_id, job.ttl)
+            parts = repr(said).encode(), digests[job.content], hashlib.sha256(job.state).digest()
+            keys.append(hashlib.sha256(b"".join(parts)).hexdigest())
+        return keys
 
     def close(self) -> None:
         """Let go of the file."""
@@ -60,6 +73,8 @@ class Kept:
 
     def _read(self) -> tuple[str, Answer] | None:
         """The next frame's key and answer; None where there is no whole one, from where on the file is written anew."""
+        if not self._replays:
+            return None
         start = self._file.tell()
         try:
             digest, _, head = self._file.readline().partition(b" ")

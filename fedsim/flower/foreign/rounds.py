@@ -19,7 +19,7 @@ WEIGHTS = "num-examples", "num_examples"  # of Flower's strategies, and of its o
 
 
 @dataclass
-class Book:
+class RoundLog:
     """What has happened.
 
     Args:
