@@ -31,6 +31,7 @@ from flwr.clientapp import ClientApp
 from fedsim.flower.client import Answer, app_of
 
 IDLE_SECONDS = 120  # until the process ends
+BROKEN = (EOFError, ConnectionError, pickle.UnpicklingError)  # what shows that the other end is gone
 
 
 def client_app(config: Path) -> ClientApp:
@@ -49,7 +50,7 @@ def _ask(config: Path, kind: str, content: RecordDict, context: Context) -> Reco
         stream.flush()
         try:
             answer, state = pickle.load(stream)
-        except (EOFError, ConnectionError) as e:
+        except BROKEN as e:
             raise RuntimeError("the process that works for this device has ended, perhaps for lack of memory") from e
     if isinstance(answer, str):
         raise RuntimeError(answer)
@@ -99,7 +100,7 @@ def _folder() -> Path:
 def _stay(server: socket.socket, path: Path, answer: Answer, idle: float) -> None:
     """Answer messages one after the other, until none has come for so many seconds."""
     for connection in _connections(server, path, idle):
-        with connection, connection.makefile("rwb") as stream, suppress(EOFError, ConnectionError):
+        with suppress(*BROKEN), connection, connection.makefile("rwb") as stream:
             kind, content, context = pickle.load(stream)
             pickle.dump(_outcome(answer, kind, content, context), stream)
 

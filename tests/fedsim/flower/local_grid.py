@@ -64,7 +64,7 @@ class LocalGrid(OwnGrid):
             self.contexts[node] = Context(RUN_ID, node, config, RecordDict(), dict(run_config or {}))
         self.gone: set[int] = set()  # clients whose nodes are not connected
         self._replies: dict[str, tuple[float, Message]] = {}
-        self._count = 0
+        self.num_messages = 0
 
     def get_node_ids(self) -> Iterable[int]:
         return sorted(node for node in self.contexts if self._client_of[node] not in self.gone)
@@ -72,8 +72,8 @@ class LocalGrid(OwnGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
         for message in messages:
-            self._count += 1
-            key = f"message-{self._count}"
+            self.num_messages += 1
+            key = f"message-{self.num_messages}"
             node = number(message, key).metadata.dst_node_id
             due = self.clock.now() + self._seconds(self._client_of[node])
             answer = self._unavailable if self._client_of[node] in self.gone else self._answer

@@ -427,7 +427,7 @@ class DeadlyGrid(LocalGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = list(super().push_messages(messages))
-        if self._count >= self.deadly:
+        if self.num_messages >= self.deadly:
             raise Killed
         return ids
 
