@@ -37,7 +37,7 @@ from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.grid import SimGrid
 from fedsim.flower.foreign.nodes import Answering, NodeRunner, seeded
 from fedsim.flower.foreign.rounds import RoundLog
-from fedsim.flower.foreign.workers import RayNodes, Setting
+from fedsim.flower.foreign.workers import NodeSetting, RayNodes
 from fedsim.sim.devices import Constant
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def ours(server: ServerApp, clients: int) -> None:
 
 
 def ours_on_ray(server: ServerApp, clients: int, workers: int) -> None:
-    nodes = RayNodes(Setting(ROOT, "benchmarks.flower_app:client", clients, {}, 0), workers=workers)
+    nodes = RayNodes(NodeSetting(ROOT, "benchmarks.flower_app:client", clients, {}, 0), workers=workers)
     try:
         play(server, clients, nodes.answers)
     finally:

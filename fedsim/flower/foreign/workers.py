@@ -29,7 +29,7 @@ from fedsim.sim.ray_pool import RayPool, Worker
 
 
 @dataclass(frozen=True)
-class Setting:
+class NodeSetting:
     """What a worker makes a `NodeRunner` of.
 
     Args:
@@ -93,7 +93,7 @@ class RayNodes:
 
     def __init__(
         self,
-        setting: Setting,
+        setting: NodeSetting,
         *,
         workers: int | None = None,
         threads: int = 1,
