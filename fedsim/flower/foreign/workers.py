@@ -25,7 +25,7 @@ from fedsim.flower.foreign.nodes import Answer, Job, NodeRunner
 from fedsim.sim.executor import shown
 from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, pack, unpack
-from fedsim.sim.ray_pool import RayPool, Worker
+from fedsim.sim.ray_pool import RayPool, Worker, WorkersLost
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class NodeActor:
         try:
             self._open(setting)
         except Exception as error:
-            return pack(Failure.of(RuntimeError(f"a Ray worker can't load the app: {first_line(error)}")))
+            return pack(Failure.of(WorkersLost(f"a Ray worker can't load the app: {first_line(error)}")))
         return pack(None)
 
     def run(self, setting: Parcel, jobs: Parcel) -> Parcel:
