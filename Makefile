@@ -6,7 +6,7 @@ CONFIG ?= configs/quickstart.yaml
 OUT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types contract unit fuzz extras docs notebooks gallery live gpu bench bench-optim figures reproduce clean
+.PHONY: help run test lint types contract unit fuzz chaos extras docs notebooks gallery live gpu bench bench-optim figures reproduce clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -41,10 +41,13 @@ contract: $(BIN)/.test ## who may import whom
 	$(BIN)/lint-imports
 
 unit: $(BIN)/.test ## the tests alone
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not flower and not alone"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not flower and not alone and not chaos"
 
 fuzz: $(BIN)/.test ## damaged packets, records, checkpoints and configs by the thousand (minutes)
 	FUZZ=1 $(BIN)/pytest -n 2 tests/fuzz
+
+chaos: $(BIN)/.test ## 100 random SIGKILLs over all strategies, on Ray and in a Flower deployment too (half an hour; CHAOS_SEED=N)
+	$(BIN)/pytest -m chaos tests/chaos -s
 
 extras: $(BIN)/.test ## every extra resolves from the constraints file (nothing is installed)
 	@for extra in $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])"); do \
@@ -80,6 +83,7 @@ bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.bench_compress
 	$(BIN)/python -m benchmarks.bench_private
 	$(BIN)/python -m benchmarks.planes
+	$(BIN)/python -m benchmarks.planes --nodes 2
 	$(BIN)/python -m benchmarks.lora
 
 bench-optim: $(BIN)/.test ## the optimizer core beside torch's own kernels, as ratios

@@ -6,7 +6,7 @@ The vectors may be models or pseudo-gradients: an attack looks at numbers only. 
 Sources: sign flip, IPM and ALIE as in ByzFL and in the code of Farhadkhani et al. (MoNNA, ICML 2023); ALIE: Baruch,
 Baruch, Goldberg. A little is enough. NeurIPS 2019; IPM (also known as fall of empires): Xie, Koyejo, Gupta. UAI 2019;
 mimic: Karimireddy, He, Jaggi. arXiv:2006.09365; the search for the worst factor against a rule: Shejwalkar, Houmansadr.
-NDSS 2021, with ByzFL's steps.
+NDSS 2021, with the steps of ByzFL and of the code of MoNNA.
 
 Letters: H honest clients, b byzantine ones, P entries of a vector, mu [P] the honest mean, s [P] their deviation.
 """
@@ -27,8 +27,8 @@ from fedsim.fleet import TooFewRows
 from fedsim.sim.byzantine import Knowledge
 from fedsim.streams import Streams
 
-SEARCH = 20  # tries of a factor
-FIRST, SHRINK = 10.0, 0.8  # the first step of a search, and what a step in vain is shortened by
+SEARCH = 20  # tries of a factor in each search
+FIRST, SHRINK = (10.0, 1.0), 0.8  # the first step of each search, and what a step in vain is shortened by
 
 
 class Attack(Protocol):
@@ -93,7 +93,7 @@ class InnerProduct:
 
     Args:
         tau: factor on the honest mean, taken with the other sign; `optimised` seeks, in every step, the one that moves
-            the result of the rule in use farthest from the honest mean.
+            the result of the rule in use farthest from the honest mean; among peers, the mean of what honest ones make.
     """
 
     tau: float | Literal["optimised"] = 2.0
@@ -117,7 +117,8 @@ class Alie:
     Args:
         k: a factor, negative to subtract; `max` takes the quantile up to which honest clients outnumber those that
             would have to be outvoted: Phi^-1((n - b - q) / (n - b)), q = floor(n / 2) + 1 - b, n = H + b; `optimised`
-            seeks, in every step, the one that moves the result of the rule in use farthest from mu.
+            seeks, in every step, the one that moves the result of the rule in use farthest from mu; among peers, the
+            mean of what honest ones make.
     """
 
     k: float | Literal["max", "optimised"] = 1.5
@@ -283,7 +284,9 @@ def _worst(key: str, mu: Tensor, vector: Callable[[float], Tensor], b: int, know
     """[P]: the vector whose sending moves the rule's result farthest from the honest mean, of those tried.
 
     The factor grows from 0 in steps that double while each is worse than the last; then the steps shrink, as often as
-    tries are left. In a step of fewer rows than the rule takes nothing moves, whatever is sent.
+    tries are left. It never gets smaller again, so there are two searches: a long first step passes over the small
+    factors that harm most where a rule sees through large ones. In a step of fewer rows than the rule takes nothing
+    moves, whatever is sent.
 
     Args:
         key: of the file, for messages.
@@ -298,7 +301,8 @@ def _worst(key: str, mu: Tensor, vector: Callable[[float], Tensor], b: int, know
     rule = known.rule
     if rule is None:
         raise ValueError(
-            f"{key}=optimised tries factors against the server's aggregator, and this strategy has none; give a number"
+            f"{key}=optimised tries factors against what is made of the replies, which this strategy does not tell; "
+            "give a number"
         )
 
     def harm(factor: float) -> float:
@@ -307,16 +311,21 @@ def _worst(key: str, mu: Tensor, vector: Callable[[float], Tensor], b: int, know
         except TooFewRows:
             return 0.0
 
-    best, step, growing = 0.0, FIRST, True
-    worst = harm(best) if b else inf
-    for _ in range(SEARCH - 1 if b else 0):
-        if (found := harm(best + step)) > worst:
-            best, worst = best + step, found
-            step *= 2.0 if growing else SHRINK
-        else:
-            growing = False
-            step *= SHRINK
-    return vector(best)
+    def search(step: float) -> tuple[float, float]:
+        best, worst, growing = 0.0, unmoved, True
+        for _ in range(SEARCH - 1):
+            if (found := harm(best + step)) > worst:
+                best, worst = best + step, found
+                step *= 2.0 if growing else SHRINK
+            else:
+                growing = False
+                step *= SHRINK
+        return worst, best
+
+    if not b:
+        return mu
+    unmoved = harm(0.0)
+    return vector(max((search(step) for step in FIRST), key=lambda found: found[0])[1])
 
 
 ATTACKS: dict[str, type] = {

@@ -1,8 +1,7 @@
 """A Flower client: a stack of one.
 
 The same client halves that a simulator runs on hundreds of clients at once run here on one, on a device of its own.
-Every message starts a process, so nothing lives between two messages but what the client keeps (`flower/kept.py`),
-which never leaves the device.
+Nothing lives between two messages but what the client keeps (`flower/kept.py`), which never leaves the device.
 
 Letters: C = 1 client of the stack.
 """
@@ -14,8 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord, Context, MessageType, MetricRecord, RecordDict
 
 from fedsim.flower import wire
 from fedsim.flower.downlink import receive_copies
@@ -30,36 +28,26 @@ Build = Callable[[Context], tuple[StackRunner, wire.Book, Mapping[str, str]]]
 (`Door.agreed`), from the settings that a context holds."""
 
 
-def client_app(build: Build) -> ClientApp:
-    """The app that a SuperNode runs.
+def answer(build: Build, kind: str, content: RecordDict, context: Context) -> RecordDict:
+    """What a device says to a message of a kind: work that changes what it keeps, work that doesn't, or who it is.
 
     Args:
-        build: called for every message; Flower starts a process for each.
+        build: called for every message.
+        kind: train, evaluate or query.
+        content: of the message.
+        context: of the app; what the client keeps lies in its state, or where its node config says.
     """
-    app = ClientApp()
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        runner, book, _ = build(context)
-        kept = Kept(context)
-        answer = work(runner, book, message.content, context, kept)
-        kept.save()
-        return Message(answer, reply_to=message)
-
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        runner, book, _ = build(context)
-        return Message(work(runner, book, message.content, context, Kept(context)), reply_to=message)
-
-    @app.query()
-    def query(message: Message, context: Context) -> Message:
-        runner, _, agreed = build(context)
+    runner, book, agreed = build(context)
+    if kind == MessageType.QUERY:
         num_examples = runner.task.num_examples
         client = partition(context, len(num_examples))
         about = ConfigRecord({"client": client, "num_examples": int(num_examples[client]), **agreed})
-        return Message(RecordDict({ABOUT: about}), reply_to=message)
-
-    return app
+        return RecordDict({ABOUT: about})
+    kept = Kept(context, wire.Head.read(content).run)
+    said = work(runner, book, content, context, kept)
+    if kind == MessageType.TRAIN:
+        kept.save()
+    return said
 
 
 def partition(context: Context, num_clients: int) -> int:

@@ -1,7 +1,7 @@
 """Local training: some steps of the shared optimizer core on every client of a stack.
 
-There are three ways to compute a run, chosen in `LocalTraining.__call__` and nowhere else: in factors, without forming
-anybody's weights (`fedsim.engine.low_rank`); by the sum of its gradients (`corrected`); step by step (`stepwise`).
+There are two ways to compute a run, chosen in `LocalTraining.__call__` and nowhere else: in factors, without forming
+anybody's weights (`fedsim.engine.low_rank`), or step by step (`stepwise`).
 
 Letters: C clients, P entries, K local steps, S entries of an optimizer's state; x the model a client received, y its
 local model, g the gradient of a minibatch at y, u the direction of a step.
@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedsim.clients.corrected import corrected_run
 from fedsim.clients.direction import GRADIENT, Direction
 from fedsim.clients.stepwise import Stepwise
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Exact
 from fedsim.optim import Optimizer, build
 from fedsim.strategy import Traits
-from fedsim.task import Schedule, reach
+from fedsim.task import Schedule, Walk, reach
 from fedsim.terms import Terms
 
 Reply = Mapping[str, Tensor | Terms | Exact]
@@ -206,18 +205,14 @@ class LocalTraining:
         # with a pull it is not the sum that their mean comes from
         differs = u.other is x and u.other_scale == -u.scale and not mean_grad
         known = self.constant_rate and (u.other is None or differs) and not (u.pull and (mean_grad or differs))
-        shift = u.about(x)
-        factored = task.factored_run(x, batches, self.lr, u.scale, u.pull, shift, differs) if known else None
-        if factored is not None:
+        walk = Walk(self.lr, u.scale, u.pull, u.about(x), differs) if known else None
+        factored = None if walk is None else task.factored_run(x, batches, walk)
+        if walk is not None and factored is not None:
             sums, losses = Terms.of(factored[0]), factored[1]
             mean = (sums * (1 / steps.clamp(min=1).double())).dense() if mean_grad else None
-            moved = sums * self.lr if mean is None else Terms.of(mean) * (self.lr * steps.double())
-            far = Terms(shift) * (self.lr * reach(steps.double(), self.lr * u.pull))
-            run = LocalRun(moved * u.scale + far, steps, all_stepped, mean)
-        elif known and mean_grad and not task.layout.num_buffers:
-            mean, losses = corrected_run(cohort, x, batches, self.lr, u)
-            change = (Terms.of(mean) * u.scale + Terms(shift)) * (self.lr * steps.double())
-            run = LocalRun(change, steps, all_stepped, mean)
+            moved = sums * walk.lr if mean is None else Terms.of(mean) * (walk.lr * steps.double())
+            far = Terms(walk.shift) * (walk.lr * reach(steps.double(), walk.lr * walk.pull))
+            run = LocalRun(moved * walk.scale + far, steps, all_stepped, mean)
         else:
             taken = Stepwise(self.optimizer, self.schedule, self.rounds, cohort, batches, u, fixed)
             y, losses, mean, state_change = taken.run(x, mean_grad=mean_grad, state=state)

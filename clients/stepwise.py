@@ -6,6 +6,7 @@ local model, g the gradient of a minibatch at y, u the direction of a step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -19,9 +20,19 @@ from fedsim.cohort import Cohort
 from fedsim.optim import Optimizer, OptState
 from fedsim.optim.needs import supply
 from fedsim.streams import Streams
-from fedsim.task import Batches, Schedule, Session
+from fedsim.task import Batches, Schedule, Session, Task
 
 MEMORY = "optimizer/"  # names of the optimizer's rows in a client's memory
+
+
+def steps_of(task: Task, batches: Batches, y: Tensor) -> Iterator[tuple[int, int, Session, Any]]:
+    """(step, k, the task bound to the first k rows of y [C, P], their batch) for each step of a stack."""
+    session, bound = None, -1
+    for step in range(len(batches)):
+        k = batches.active(step)
+        if session is None or k != bound:
+            session, bound = task.session(y[:k]), k
+        yield step, k, session, batches[step]
 
 
 @dataclass(frozen=True)
@@ -73,26 +84,19 @@ class Stepwise:
         return y, losses, total, state_change
 
     def _plain(self, y: Tensor, total: Tensor | None, lr: float) -> Tensor:
-        """y <- y - lr * u, inside the backward products where the task's engine can: then no gradient is stored."""
+        """y <- y - lr * u, inside the backward products where nobody wants the gradients and the task's engine can."""
         cohort, batches, u, n = self.cohort, self.batches, self.u, self.cohort.task.layout.num_trainable
         losses = torch.zeros(len(cohort), device=y.device)
-        session, k = None, -1
-        for step in range(len(batches)):
-            if batches.active(step) != k:
-                k = batches.active(step)
-                session = cohort.task.session(y[:k])
-                grad_sum = None if total is None else total[:k]
-            assert session is not None
-            batch, factor, loss = batches[step], self._lr_factor(step, k), None
-            if u.other is None and isinstance(factor, float):
-                beside = u.beside(y[:k], self._spare)
-                loss = session.sgd_step_(batch, lr * factor, scale=u.scale, shift=beside, grad_sum=grad_sum)
+        for step, k, session, batch in steps_of(cohort.task, batches, y):
+            factor, loss = self._lr_factor(step, k), None
+            if total is None and u.other is None and isinstance(factor, float):
+                loss = session.sgd_step_(batch, lr * factor, scale=u.scale, shift=u.beside(y[:k], self._spare))
             if loss is None:
                 g, loss = session.gradient(batch, cohort.scratch("gradient", y)[:k])
-                if grad_sum is not None:
-                    grad_sum += g
+                if total is not None:
+                    total[:k] += g
                 rate = factor.to(y)[:, None] if isinstance(factor, Tensor) else factor
-                y[:k, :n].sub_(lr * rate * self._along(y[:k], g, batch)[:, :n])
+                y[:k, :n].sub_(self._along_(y[:k], g, batch)[:, :n].mul_(lr * rate))
             losses[:k].add_(loss)
         return losses
 
@@ -110,20 +114,16 @@ class Stepwise:
         cohort, batches, n = self.cohort, self.batches, self.cohort.task.layout.num_trainable
         gradient = cohort.scratch("gradient", y)
         losses = torch.zeros(len(cohort), device=y.device)
-        state = self._recall(y[:, :n], sent)
-        session, k = None, -1
-        for step in range(len(batches)):
-            if batches.active(step) != k:
-                k = batches.active(step)
-                session, streams = cohort.task.session(y[:k]), cohort.streams.rows(slice(k))
-            assert session is not None
-            batch = batches[step]
+        state, streams = self._recall(y[:, :n], sent), cohort.streams
+        for step, k, session, batch in steps_of(cohort.task, batches, y):
+            if k < len(streams.clients):
+                streams = streams.rows(slice(k))
             if self.fixed is not None:
                 state.unpack_(self.fixed)
             g, loss, aux = self._gradient(session, y[:k], batch, state, gradient[:k], streams)
             if total is not None:
                 total[:k] += g
-            g, factor = self._along(y[:k], g, batch), self._lr_factor(step, k)
+            g, factor = self._along_(y[:k], g, batch), self._lr_factor(step, k)
             self.optimizer.step_(y[:k, :n], g[:, :n], state, lr_scale=factor, aux=aux, streams=streams, doubt=doubt)
             losses[:k] += loss.to(losses.dtype)
         final = self.optimizer.final(y[:, :n], state)
@@ -148,16 +148,17 @@ class Stepwise:
         out[:, :n], out[:, n:] = g, 0
         return out, needed.loss, aux
 
-    def _along(self, y: Tensor, g: Tensor, batch: Any) -> Tensor:
-        """u [k, P] from the local models y [k, P] and the gradients g [k, P] there."""
+    def _along_(self, y: Tensor, g: Tensor, batch: Any) -> Tensor:
+        """u [k, P] in the place of the gradients g [k, P] at the local models y [k, P]."""
         u, cohort = self.u, self.cohort
-        out = g if u.scale == 1.0 else g * u.scale
+        if u.scale != 1.0:
+            g *= u.scale
         if u.other is not None:
             point = cohort.scratch("other", g)[: len(g)].copy_(u.other)
             there, _ = cohort.task.session(point).gradient(batch, cohort.scratch("other_gradient", g)[: len(g)])
-            out = out + u.other_scale * there
+            g += there.mul_(u.other_scale)
         beside = u.beside(y, self._spare)
-        return out if beside is None else out + beside
+        return g if beside is None else g.add_(beside)
 
     def _spare(self, like: Tensor) -> Tensor:
         """[k, P] to write what a step takes beside gradients."""

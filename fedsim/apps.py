@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ from fedsim import runs
 from fedsim.clients import flower_app
 from fedsim.compose import Composition, compose, shared_fields
 from fedsim.config import ConfigError
+from fedsim.flower.client import Answer, app_of
 from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.flower.door import MAX_EXAMPLES, Door
-from fedsim.flower.export import write_app
+from fedsim.flower.export import EXPERIMENT, write_app
 from fedsim.flower.fleet import FlowerFleet
-from fedsim.flower.mail import Mail, connect
+from fedsim.flower.mail import Mail
+from fedsim.flower.nodes import connect
 from fedsim.flower.wire import Book
 from fedsim.loop import Experiment
 from fedsim.overrides import apply_overrides, parse_overrides
@@ -64,12 +67,17 @@ def server_app(config: Source | None = None) -> ServerApp:
 
 def client_app(config: Source | None = None) -> ClientApp:
     """The app that every SuperNode runs; without an experiment it takes the one of the run's settings."""
+    return app_of(answer_of(config))
+
+
+def answer_of(config: Source | None = None) -> Answer:
+    """What answers the messages to a device."""
 
     def build(context: Context) -> tuple[StackRunner, Book, Mapping[str, str]]:
         raw, source = experiment_of(config, context.run_config, context.node_config)
         return _client(json.dumps(raw), source)
 
-    return flower_app.client_app(build)
+    return partial(flower_app.answer, build)
 
 
 def serve(grid: Grid, config: Source | None, settings: Mapping[str, Any], clock: Clock = WALL) -> runs.History:
@@ -112,13 +120,9 @@ def deploy(
     """
     experiment, simulated, executor = composition.experiment, composition.experiment.fleet, composition.executor
     assert isinstance(simulated, SimFleet) and isinstance(executor, InProcess)
-    if simulated.byzantine is not None:
-        raise ConfigError(
-            "clients.byzantine: attacks are simulated and see the honest clients' vectors; leave the section out of a "
-            "deployment, or run `fedsim run`"
-        )
-    num_clients = len(experiment.task.num_examples)
-    composition.plan["workers"] = f"{num_clients} Flower nodes on the wall clock (clients.devices is for simulations)"
+    _refuse_attacks(composition)
+    count = len(experiment.task.num_examples)
+    composition.plan["workers"] = f"{count} Flower nodes on the wall clock (clients.devices is for simulations)"
     door = Door(
         book=_book(executor.runner, simulated),
         seed=experiment.seed,
@@ -126,7 +130,7 @@ def deploy(
         max_examples=max_examples,
         agreed=_agreed(experiment),
     )
-    nodes = connect(grid, num_clients, door, clock, patience)
+    nodes = connect(grid, count, door, clock, patience)
     mail = Mail(grid, nodes, door, clock, patience, experiment.device)
     return FlowerFleet(
         mail,
@@ -161,13 +165,43 @@ def export(config: Source, folder: str | Path, overrides: tuple[str, ...] = ()) 
     Raises:
         ConfigError: if the experiment has a mistake, or the folder holds something.
     """
-    raw, source = experiment_of(config, {"fedsim-overrides": shlex.join(overrides)})
-    compose(apply_overrides(raw, DEPLOYED, source), source).close()
+    raw, _ = _checked(config, overrides)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty; give a new folder")
     write_app(folder, raw)
     return folder
+
+
+def num_clients(folder: Path, overrides: tuple[str, ...] = ()) -> int:
+    """How many devices an exported experiment needs.
+
+    Raises:
+        ConfigError: if the experiment has a mistake, or the folder holds none.
+    """
+    if not (folder / EXPERIMENT).is_file():
+        raise ConfigError(f"{folder} holds no {EXPERIMENT}; write it by fedsim flower export CONFIG {folder}")
+    sys.path.insert(0, str(folder.absolute()))  # modules of the user's own lie there
+    return _checked(folder / EXPERIMENT, overrides)[1]
+
+
+def _checked(config: Source, overrides: tuple[str, ...]) -> tuple[dict[str, Any], int]:
+    """(content, number of clients) of an experiment that devices can run."""
+    raw, source = experiment_of(config, {"fedsim-overrides": shlex.join(overrides)})
+    composition = compose(apply_overrides(raw, DEPLOYED, source), source)
+    composition.close()
+    _refuse_attacks(composition)
+    return raw, len(composition.experiment.task.num_examples)
+
+
+def _refuse_attacks(composition: Composition) -> None:
+    fleet = composition.experiment.fleet
+    assert isinstance(fleet, SimFleet)
+    if fleet.byzantine is not None:
+        raise ConfigError(
+            "clients.byzantine: attacks are simulated and see the honest clients' vectors; leave the section out of a "
+            "deployment, or run `fedsim run`"
+        )
 
 
 @lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""The command line: `fedsim run`, `init`, `check`, `list`, `compare`, `sweep`, `report`, `tune`, `flower run`.
+"""The command line: `fedsim run`, `init`, `check`, `list`, `compare`, `sweep`, `report`, `tune`, `flower`.
 
 Commands import what they need: help and version come without torch.
 
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from fedsim import __version__, flower_cli
+from fedsim.options import OUT, Config, Overrides, Quiet
 
 app = typer.Typer(
     add_completion=False,
@@ -25,10 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(flower_cli.app, name="flower")
-
-Config = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
-OUT = ("--out", "-o")
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...", show_default=False)]
 
 
 def _version(asked: bool) -> None:
@@ -60,7 +57,7 @@ def run(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(*OUT, help="Folder to write to; runs/<config>-NNN if left out.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run an experiment and leave its results in a folder.
 
@@ -380,7 +377,7 @@ def _end_of_run(e: Exception) -> tuple[int, str, BaseException | None]:
     if isinstance(e, Interrupted):
         return e.exit_code, f"{e}; add --resume to go on", None
     if isinstance(e, Lost):
-        return 1, f"a rank was lost ({e}); start all again, with --resume to go on from the last checkpoint", None
+        return 1, f"the run has lost what it needs: {e}; start again, with --resume from the last checkpoint", None
     if isinstance(e, Diverged):
         return 1, str(e), None
     if isinstance(e, ClientError | ObserverError | ServerError):

@@ -28,6 +28,7 @@ class Graph:
         peers: [E], ascending for each who hears.
         weights: [E] float64, W_ij; what one peer hears adds up to one.
         own: [n], which of the numbers in `peers` is each itself.
+        lost: [n], how many vectors more were on their way to each and never reach it.
 
     >>> ring = Graph.of(4, torch.tensor([[0, 1, 1, 2, 2, 3, 3, 0], [1, 0, 2, 1, 3, 2, 0, 3]]))
     >>> ring.peers.tolist(), ring.weights[:3]
@@ -38,6 +39,7 @@ class Graph:
     peers: Tensor
     weights: Tensor
     own: Tensor
+    lost: Tensor
 
     @classmethod
     def of(cls, n: int, pairs: Tensor, mixing: Mixing = "metropolis", weights: Tensor | None = None) -> Graph:
@@ -58,7 +60,8 @@ class Graph:
         own = torch.arange(n)
         rest = 1.0 - torch.zeros(n, dtype=torch.float64).index_add_(0, pairs[0], weights)
         order = torch.argsort(torch.cat([pairs[0], own]) * n + torch.cat([pairs[1], own]))
-        return cls(_starts(degrees + 1), torch.cat([pairs[1], own])[order], torch.cat([weights, rest])[order], own)
+        peers, weights = torch.cat([pairs[1], own])[order], torch.cat([weights, rest])[order]
+        return cls(_starts(degrees + 1), peers, weights, own, torch.zeros_like(own))
 
     def __len__(self) -> int:
         return len(self.start) - 1
@@ -84,7 +87,7 @@ class Graph:
         start = _starts(counts)
         shift = torch.repeat_interleave(self.start[index] - start[:-1], counts)
         at = shift + torch.arange(len(shift))
-        return Graph(start, self.peers[at], self.weights[at], self.own[index])
+        return Graph(start, self.peers[at], self.weights[at], self.own[index], self.lost[index])
 
     def sums(self, values: Tensor) -> Tensor:
         """[n]: for each who hears the sum of its pairs' values [E]."""
@@ -100,7 +103,7 @@ class Graph:
     def chosen(self, which: Tensor, weights: Tensor | None = None) -> Graph:
         """Some of the pairs [E] bool, with their weights or with others [E]."""
         weights = self.weights if weights is None else weights
-        return Graph(_starts(self.sums(which.long())), self.peers[which], weights[which], self.own)
+        return Graph(_starts(self.sums(which.long())), self.peers[which], weights[which], self.own, self.lost)
 
     def without(self, lost: Tensor) -> Graph:
         """The graph without some pairs [E] bool of two peers; their weights go to the vector of who would have heard.
@@ -110,7 +113,8 @@ class Graph:
         if not bool(lost.any()):
             return self
         rest = self.sums(self.weights.where(lost, 0.0))
-        return self.chosen(~lost, torch.where(self.is_own, self.weights + rest[self.hearers], self.weights))
+        left = self.chosen(~lost, torch.where(self.is_own, self.weights + rest[self.hearers], self.weights))
+        return replace(left, lost=self.lost + self.sums(lost.long()))
 
     def among(self, ids: Tensor) -> Graph:
         """The graph of those peers [R] who are there, numbered as they stand; see `without`."""
@@ -119,7 +123,8 @@ class Graph:
         return replace(here, peers=place[here.peers], own=place[here.own])
 
     def to(self, device: torch.device) -> Graph:
-        return Graph(*(tensor.to(device) for tensor in (self.start, self.peers, self.weights, self.own)))
+        parts = (self.start, self.peers, self.weights, self.own, self.lost)
+        return Graph(*(tensor.to(device) for tensor in parts))
 
     def dense(self, width: int) -> Tensor:
         """[n, width] float64: the matrix W."""
@@ -201,4 +206,5 @@ class Topology(Protocol):
 def everybody(n: int) -> Graph:
     """The graph in which each of n peers hears every other, all alike."""
     peers, own = torch.arange(n).repeat(n), torch.arange(n)
-    return Graph(torch.arange(n + 1) * n, peers, torch.full((n * n,), 1.0 / max(n, 1), dtype=torch.float64), own)
+    weights = torch.full((n * n,), 1.0 / max(n, 1), dtype=torch.float64)
+    return Graph(torch.arange(n + 1) * n, peers, weights, own, torch.zeros_like(own))

@@ -6,7 +6,7 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import FunctionType
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
@@ -51,11 +51,28 @@ def type_hints(body: Callable[..., Any]) -> dict[str, Any]:
     return _KNOWN[body]
 
 
+@dataclass(frozen=True)
+class Within:
+    """Marks a hyper-parameter that lies in [low, high), or [low, high] if `closed`."""
+
+    low: float
+    high: float
+    closed: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, a number or one number per client."""
+        for v in value if isinstance(value, tuple) else (value,):
+            if not (self.low <= v < self.high or self.closed and v == self.high):
+                return f"must lie in [{self.low:g}, {self.high:g}{']' if self.closed else ')'}, got {v!r}"
+        return None
+
+
 def checked(value: Any, hint: Any) -> Any:
     """The value as the hint's type.
 
     Raises:
-        ValueError: if it is of another type, or no file can hold one of that type, or a number needs more than 64 bits.
+        ValueError: if it is of another type, or no file can hold one of that type, or a number needs more than 64 bits
+            or is not `Within` its bounds.
     """
     if (found := _too_long(value)) is not None:
         raise ValueError(f"{found} needs more than the 64 bits that a whole number may have")
@@ -66,11 +83,15 @@ def checked(value: Any, hint: Any) -> Any:
     except PydanticSchemaGenerationError as e:
         raise ValueError(f"a file can't hold a {described(hint)}; give it a default and leave it out") from e
     try:
-        return adapter.validate_json(json.dumps(value), strict=True)
+        made = adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as e:
         raise ValueError(f"expected {described(hint)}, got {_shown(value)}") from e
     except TypeError as e:
         raise ValueError(f"can't be written as plain data: {value!r}") from e
+    for mark in getattr(hint, "__metadata__", ()):
+        if isinstance(mark, Within) and (problem := mark.problem(made)):
+            raise ValueError(problem)
+    return made
 
 
 def _too_long(value: Any) -> int | None:

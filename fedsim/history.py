@@ -205,7 +205,7 @@ class History:
     def headlines(self) -> list[tuple[str, str, str]]:
         """(key, label, final value as text with its unit) of the results that exist; totals of 0 say nothing."""
         out, known = [], [key for key, _ in HEADLINES]
-        own = [(key, key.replace("_", " ").capitalize()) for key in self.test_metrics() if key not in known]
+        own = [(key, heading(key)) for key in self.test_metrics() if key not in known]
         for key, label in [*own, *HEADLINES]:
             values = self.series(key)[1]
             total = key.startswith("bits") or key.endswith("seconds")
@@ -224,6 +224,11 @@ class History:
             for _, label, value in self.headlines()
         )
         return f"<table><caption style='text-align:left'><b>{escape(self.name)}</b></caption>{cells}</table>"
+
+
+def heading(key: str) -> str:
+    """A key as a heading."""
+    return key.replace("_", " ").capitalize()
 
 
 def axis_scale(key: str, largest: float) -> tuple[float, str]:

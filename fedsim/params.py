@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -90,11 +91,7 @@ class Layout:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each tensor starts in the flat vector."""
-        starts, at = [], 0
-        for n in self.sizes:
-            starts.append(at)
-            at += n
-        return tuple(starts)
+        return tuple(accumulate(self.sizes, initial=0))[:-1]
 
     @cached_property
     def size(self) -> int:

@@ -17,6 +17,7 @@ from fedsim.cohort import Cohort
 from fedsim.compress.packet import Compressor
 from fedsim.config import ConfigError
 from fedsim.fleet import Fleet, TooFewRows
+from fedsim.graph import Graph
 from fedsim.metrics import plain_numbers
 from fedsim.params import Layout
 from fedsim.task import Constants
@@ -62,6 +63,8 @@ class Traits:
 
 Combine = Callable[[Tensor, Tensor], Tensor]
 """Rows [R, P] and sample counts [R] of their clients -> [P]."""
+Mix = Callable[[Tensor, Graph], Tensor]
+"""Vectors sent [M, P], and who of C peers heard which -> [C, P]."""
 
 
 class Strategy(ABC):
@@ -105,6 +108,10 @@ class Strategy(ABC):
 
         What comes of it raises TooFewRows for fewer rows than it can judge.
         """
+        return None
+
+    def mixing(self) -> Mix | None:
+        """What each peer makes of the vectors that it hears, for such an attacker; None where there are no peers."""
         return None
 
     def personal_model(self, clients: Cohort, x: Tensor, /) -> Tensor:

@@ -46,15 +46,16 @@ def _bits_of(keys: Tensor, n: int) -> Tensor:
     return mix64(keys[:, None] + index * _GOLDEN)
 
 
-def _uniform_of(keys: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+def as_uniform(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers uniform on [0, 1) from 64 random bits each: 24 of them in float32, 53 in float64."""
     digits = 53 if dtype == torch.float64 else 24
-    return _shift_right(_bits_of(keys, n), 64 - digits).to(dtype) * 2.0**-digits
+    return _shift_right(bits, 64 - digits).to(dtype) * 2.0**-digits
 
 
 def normal_of(keys: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """[C, n] standard normal numbers of the streams with these keys [C], as `Streams.normal` draws them."""
     half = (n + 1) // 2
-    u = _uniform_of(keys, 2 * half, torch.float64)
+    u = as_uniform(_bits_of(keys, 2 * half), torch.float64)
     radius = torch.sqrt(-2.0 * torch.log1p(-u[:, :half]))
     angle = u[:, half:] * (2.0 * torch.pi)
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :n].to(dtype)
@@ -112,8 +113,8 @@ class Streams:
         return _bits_of(self.keys(purpose, step), n)
 
     def uniform(self, purpose: str, *shape: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[C, *shape] uniform on [0, 1): 24 random bits in float32, 53 in float64."""
-        return _uniform_of(self.keys(purpose, step), prod(shape), dtype).view(-1, *shape)
+        """[C, *shape] uniform on [0, 1)."""
+        return as_uniform(self.bits(purpose, prod(shape), step), dtype).view(-1, *shape)
 
     def normal(self, purpose: str, *shape: int, step: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """[C, *shape] standard normal, by Box and Muller's transform in float64."""

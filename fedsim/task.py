@@ -76,16 +76,36 @@ class Schedule:
         return (num_examples + self.batch_size - 1) // self.batch_size
 
 
-T = TypeVar("T", float, Tensor)
+Steps = TypeVar("Steps", float, Tensor)
+T = TypeVar("T")
 
 
-def reach(steps: T, pull: float) -> T:
+def reach(steps: Steps, pull: float) -> Steps:
     """1 + q + ... + q^(steps - 1) with q = 1 - pull: how far steps along one vector go while each takes back `pull`.
 
     >>> reach(3, 0.0), reach(3, 0.5)
     (3, 1.75)
     """
     return steps if not pull else (1 - (1 - pull) ** steps) / pull
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Steps y <- y - lr * (scale * g + pull * (y - x) + shift) from y = x.
+
+    Args:
+        lr: of every step.
+        scale: of the gradients g.
+        pull: towards x.
+        shift: a sum of (weight, tensor [P] that clients share, or [C, P] of their own).
+        less_start: take from each g the gradient of the same minibatch at x [P].
+    """
+
+    lr: float
+    scale: float = 1.0
+    pull: float = 0.0
+    shift: tuple[tuple[float, Tensor], ...] = ()
+    less_start: bool = False
 
 
 class Batches(Protocol):
@@ -119,19 +139,16 @@ class Session(Protocol):
         *,
         scale: float = 1.0,
         shift: Tensor | None = None,
-        grad_sum: Tensor | None = None,
     ) -> Tensor | None:
         """One step x <- x - lr * (scale * g + shift) in place, fused into the backward products.
 
-        Equal to `gradient` and then the update, up to float rounding. After K steps of one lr the sum of the raw
-        gradients is also ((x_0 - x_K) / lr - K * shift) / scale: that costs nothing on the way, `grad_sum` does.
+        Equal to `gradient` and then the update, up to float rounding.
 
         Args:
             batch: of the C clients.
             lr: the learning rate.
             scale: of the gradient g.
             shift: [P] or [C, P]; its entries for buffers are ignored.
-            grad_sum: [C, P]; g is added to it.
 
         Returns:
             loss [C] before the step, or None where steps are not fused (then nothing was touched).
@@ -281,28 +298,13 @@ class Task(ABC):
         """The task bound to a stack x [C, P], whose steps may share preparations."""
         return PlainSession(self.field, x)
 
-    def factored_run(
-        self,
-        x: Tensor,
-        batches: Any,
-        lr: float,
-        scale: float,
-        pull: float,
-        terms: Sequence[tuple[float, Tensor]],
-        less_start: bool = False,
-    ) -> tuple[Factors, Tensor] | None:
+    def factored_run(self, x: Tensor, batches: Any, walk: Walk) -> tuple[Factors, Tensor] | None:
         """A whole run at once, where that costs less than its steps; else None.
-
-        A step is y <- y - lr * (scale * g + pull * (y - x) + shift), and y is x at first.
 
         Args:
             x: where clients start, [P] or [C, P].
             batches: of the stack.
-            lr: of the steps.
-            scale: of the gradients g.
-            pull: towards x.
-            terms: the shift, a sum of (weight, tensor [P] or [C, P]).
-            less_start: take from each g the gradient of the same minibatch at x [P].
+            walk: its steps.
 
         Returns:
             (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
@@ -362,6 +364,14 @@ class Poison(Protocol):
 
 
 class Pool(Protocol):
-    """Runs independent pieces of work on the executor's own workers and returns their results in order."""
+    """The executor's workers, wherever they are, for a task's own work beside that of clients."""
 
-    def map(self, function: Any, pieces: list[Any]) -> list[Any]: ...
+    def map(self, work: Callable[..., T], pieces: Sequence[Any], **shared: Any) -> list[T]:
+        """[work(piece, **shared) for each piece], in the pieces' order.
+
+        Args:
+            work: a method of the task; workers elsewhere call that of their own copy by its name.
+            pieces: of the work, independent of each other.
+            shared: what all of them get.
+        """
+        ...

@@ -55,14 +55,19 @@ class Bridge(Peers):
         return {"w": w}
 
     def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
-        rows, own = inbox.heard.peers.split(inbox.heard.counts.tolist()), inbox.own("w")
-        y = torch.stack([self.screened(inbox["w"][heard], w) for heard, w in zip(rows, own, strict=True)])
+        y = self.combine(inbox["w"], inbox.heard)
         clients.memory["x"] = w = y - self.rate(clients) * clients.memory["g"]
         return {"x": w}
 
-    def screened(self, v: Tensor, own: Tensor) -> Tensor:
-        """[P]: what the rule makes of the vectors [R, P] that one client heard; its own [P] if they are too few."""
+    def combine(self, v: Tensor, heard: Graph) -> Tensor:
+        rows = [tuple(some.tolist()) for some in heard.peers.split(heard.counts.tolist())]
+        made = {some: self.screened(v[list(some)]) for some in dict.fromkeys(rows)}  # on a complete graph one for all
+        own = v[heard.own]
+        return torch.stack([own[i] if (y := made[some]) is None else y for i, some in enumerate(rows)])
+
+    def screened(self, v: Tensor) -> Tensor | None:
+        """[P]: what the rule makes of the vectors [R, P] that a client heard; None if they are too few for it."""
         try:
             return self.aggregator(v, torch.ones(len(v), device=v.device))
         except TooFewRows:
-            return own
+            return None

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate.distances import FAR, distances_along
-from fedsim.cohort import Cohort
 from fedsim.config import ConfigError
-from fedsim.graph import Graph, Inbox
+from fedsim.graph import Graph
 from fedsim.strategies.peers import MomentumPeers
 
 
@@ -48,11 +47,9 @@ class ClippedGossip(MomentumPeers):
                 "neighbours: one at least must be honest; lower f, or take a topology with more links"
             )
 
-    def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
-        distances = distances_along(inbox.heard, inbox.own("h"), inbox["h"])
-        heard = clipped(inbox.heard, distances, self.radii(inbox.heard, distances))
-        clients.memory["x"] = theta = heard.mix(inbox["h"])
-        return {"x": theta}
+    def combine(self, v: Tensor, heard: Graph) -> Tensor:
+        distances = distances_along(heard, v[heard.own], v)
+        return clipped(heard, distances, self.radii(heard, distances)).mix(v)
 
     def radii(self, heard: Graph, distances: Tensor) -> Tensor:
         """[C] float64: tau_i of C clients, from the squared distances [E] of what they heard."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Packet
+from fedsim.compress.sender import Sender
 from fedsim.fleet import Fleet
 from fedsim.strategies.descent import CompressedDescent, check_unbiased, unbiased_omega
 from fedsim.strategies.server import UNIFORM, ServerState
@@ -67,7 +68,7 @@ class Diana(CompressedDescent):
 
     def difference(self, clients: Cohort, x: Tensor) -> dict[str, Packet]:
         h_i = clients.memory["h"]
-        m = self.compressor.encode(self.gradient_at(clients, x).dense() - h_i, clients.streams)
+        m = Sender.of(clients, "m").encode(self.compressor, self.gradient_at(clients, x).dense() - h_i)
         clients.memory["h"] = h_i + self.rate(len(x)) * m.decode()
         return {"m": m}
 

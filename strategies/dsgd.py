@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedsim.cohort import Cohort
-from fedsim.graph import Inbox
+from fedsim.graph import Graph
 from fedsim.strategies.peers import Peers
 
 
@@ -25,6 +25,5 @@ class DSGD(Peers):
         theta = self.model(clients, x0)
         return {"h": theta - self.rate(clients) * self.gradient(clients, theta)}
 
-    def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
-        clients.memory["x"] = theta = inbox.mix("h")
-        return {"x": theta}
+    def combine(self, v: Tensor, heard: Graph) -> Tensor:
+        return heard.mix(v)

@@ -24,6 +24,7 @@ from torch import Tensor
 from fedsim.cohort import Cohort
 from fedsim.compress.error_feedback import compress_difference, contractive
 from fedsim.compress.packet import Packet
+from fedsim.compress.sender import Sender
 from fedsim.fleet import Fleet
 from fedsim.strategies.descent import CompressedDescent
 from fedsim.strategies.server import UNIFORM, ServerState
@@ -62,5 +63,5 @@ class EF21(CompressedDescent):
 
     def difference(self, clients: Cohort, x: Tensor) -> dict[str, Packet]:
         gradient, g_i = self.gradient_at(clients, x).dense(), clients.memory["g"]
-        c, clients.memory["g"] = compress_difference(gradient, g_i, self.compressor, clients.streams)
+        c, clients.memory["g"] = compress_difference(gradient, g_i, self.compressor, Sender.of(clients, "c"))
         return {"c": c}

@@ -11,7 +11,8 @@ Letters: P parameters; x the model, g the mean of all clients' g_i, v the estima
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -21,11 +22,12 @@ from torch import Tensor
 from fedsim.cohort import Cohort
 from fedsim.compress.error_feedback import compress_difference
 from fedsim.compress.packet import Compressor, Packet
+from fedsim.compress.sender import Sender
 from fedsim.compress.sparsify import Identity
 from fedsim.config import FromTable
 from fedsim.fleet import Fleet
 from fedsim.strategies.descent import ONE_MEAN, CompressedDescent
-from fedsim.strategies.reference import NOTHING_UP, server_streams
+from fedsim.strategies.reference import NOTHING_UP, server_sender
 from fedsim.strategies.server import EVERYBODY, NO_ROUNDS, UNIFORM, ServerState
 from fedsim.strategy import Traits
 
@@ -34,10 +36,11 @@ ALL_FOLLOW = "all clients follow every step of the server"
 
 @dataclass(frozen=True, kw_only=True)
 class State(ServerState):
-    """g: [P], the mean of all clients' g_i; v: [P], what clients have of it."""
+    """g: [P], the mean of all clients' g_i; v: [P], what clients have of it; kept: of the server's last packet."""
 
     g: Tensor
     v: Tensor
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +66,10 @@ class EF21BC(CompressedDescent):
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         s, r = self.ask(s, fleet, rng, self.difference, rule=UNIFORM, x=None if s.round else s.x)
         g = s.g + r.mean("c", UNIFORM)
-        b, v = compress_difference(g[None], s.v[None], self.server_compressor, server_streams(s.x, s.round, rng))
+        sender = server_sender(s.x, s.round, rng, s.kept)
+        b, v = compress_difference(g[None], s.v[None], self.server_compressor, sender)
         fleet.ask(fleet.clients, self.move, cost=NOTHING_UP, b=b)
-        return replace(self.descend(s, fleet, v[0]), g=g, v=v[0]), {}
+        return replace(self.descend(s, fleet, v[0]), g=g, v=v[0], kept=sender.memory.written), {}
 
     # Client halves
 
@@ -73,7 +77,7 @@ class EF21BC(CompressedDescent):
         if x is not None:  # the common start
             clients.memory["x"] = x.expand(len(clients), -1)
         gradient, g_i = self.gradient_at(clients, clients.memory["x"][0]).dense(), clients.memory["g"]  # all have one x
-        c, clients.memory["g"] = compress_difference(gradient, g_i, self.compressor, clients.streams)
+        c, clients.memory["g"] = compress_difference(gradient, g_i, self.compressor, Sender.of(clients, "c"))
         return {"c": c}
 
     def move(self, clients: Cohort, b: Tensor) -> dict[str, Tensor]:

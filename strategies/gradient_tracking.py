@@ -42,6 +42,8 @@ class GradientTracking(Peers):
         return {"h": x - self.rate(clients) * y, "y": y}
 
     def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
-        clients.memory["y"] = inbox.mix("y")
-        clients.memory["x"] = x = inbox.mix("h")
-        return {"x": x}
+        clients.memory["y"] = self.combine(inbox["y"], inbox.heard)
+        return super().mix(clients, inbox)
+
+    def combine(self, v: Tensor, heard: Graph) -> Tensor:
+        return heard.mix(v)

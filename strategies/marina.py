@@ -22,6 +22,7 @@ from torch import Tensor
 from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Packet
+from fedsim.compress.sender import Sender
 from fedsim.fleet import Fleet
 from fedsim.strategies.descent import ONE_MEAN, CompressedDescent, check_unbiased, unbiased_omega
 from fedsim.strategies.server import EVERYBODY, NO_ROUNDS, UNIFORM, ServerState
@@ -90,7 +91,7 @@ class Marina(CompressedDescent):
         before = self.gradient_at(clients, clients.memory["x"][0])  # all have the same
         clients.memory["x"] = x.expand(len(clients), -1)
         change = (self.gradient_at(clients, x) - before).dense()
-        return {"change": self.compressor.encode(change, clients.streams)}
+        return {"change": Sender.of(clients, "change").encode(self.compressor, change)}
 
     def chance(self, num_entries: int) -> float:
         """p."""

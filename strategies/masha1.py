@@ -12,7 +12,7 @@ compressor, Q_s the server's, v what the server sends. Every client keeps z, w, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Packet
+from fedsim.compress.sender import Sender
 from fedsim.fleet import Cost, Fleet
 from fedsim.prox import FREE, Prox
 from fedsim.strategies.descent import check_unbiased, unbiased_omega
-from fedsim.strategies.reference import NOTHING_UP, Referring, State, server_streams
+from fedsim.strategies.reference import NOTHING_UP, Referring, State, server_sender
 from fedsim.strategies.server import UNIFORM
 from fedsim.task import Constants
 
@@ -62,17 +63,18 @@ class Masha1(Referring):
         z_bar = (1 - self.p) * s.x + self.p * s.w
         cost = Cost(bits_up=self.compressor.bits(s.x.numel()))
         r = fleet.ask(self.cohort(fleet, rng), self.difference, cost=cost, fold=UNIFORM)
-        v = self.server_compressor.encode(r["d"][None], server_streams(s.x, s.round, rng))
+        sender = server_sender(s.x, s.round, rng, s.kept)
+        v = sender.encode(self.server_compressor, r["d"][None])
         z = self.prox(z_bar - self.lr * (v.decode()[0] + s.fw), self.lr)
         b = bool(rng.random() < self.p)
         fleet.ask(fleet.clients, self.move, cost=NOTHING_UP, v=v, b=b)
-        return self.moved(s, z, b, fleet), {"refresh": int(b)}
+        return self.moved(replace(s, kept=sender.memory.written), z, b, fleet), {"refresh": int(b)}
 
     # Client halves
 
     def difference(self, clients: Cohort) -> dict[str, Packet]:
         d = self.from_reference(clients, self.prox(self.half_point(clients), self.lr))
-        return {"d": self.compressor.encode(d, clients.streams)}
+        return {"d": Sender.of(clients, "d").encode(self.compressor, d)}
 
     def move(self, clients: Cohort, v: Tensor, b: bool) -> dict[str, Tensor]:
         z, w, fw = clients.memory["z"], clients.memory["w"], clients.memory["fw"]

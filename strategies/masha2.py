@@ -21,9 +21,10 @@ from torch import Tensor
 from fedsim.cohort import Cohort
 from fedsim.compress.error_feedback import compress_with_error
 from fedsim.compress.packet import Packet
+from fedsim.compress.sender import Sender
 from fedsim.fleet import Cost, Fleet
 from fedsim.strategies import reference
-from fedsim.strategies.reference import NOTHING_UP, Referring, server_streams
+from fedsim.strategies.reference import NOTHING_UP, Referring, server_sender
 from fedsim.strategies.server import UNIFORM
 
 
@@ -52,17 +53,19 @@ class Masha2(Referring):
         z_bar = (1 - self.p) * s.x + self.p * s.w
         cost = Cost(bits_up=self.compressor.bits(s.x.numel()))
         r = fleet.ask(self.cohort(fleet, rng), self.difference, cost=cost, fold=UNIFORM)
-        c, e = compress_with_error(r["c"][None], s.e[None], self.server_compressor, server_streams(s.x, s.round, rng))
+        sender = server_sender(s.x, s.round, rng, s.kept)
+        c, e = compress_with_error(r["c"][None], s.e[None], self.server_compressor, sender)
         z = z_bar - self.lr * s.fw - c.decode()[0]
         b = bool(rng.random() < self.p)
         fleet.ask(fleet.clients, self.move, cost=NOTHING_UP, c=c, b=b)
-        return self.moved(replace(s, e=e[0]), z, b, fleet), {"refresh": int(b)}  # errors outlive a refresh
+        s = replace(s, e=e[0], kept=sender.memory.written)  # errors outlive a refresh
+        return self.moved(s, z, b, fleet), {"refresh": int(b)}
 
     # Client halves
 
     def difference(self, clients: Cohort) -> dict[str, Packet]:
         d = self.lr * self.from_reference(clients, self.half_point(clients))
-        c, clients.memory["e"] = compress_with_error(d, clients.memory["e"], self.compressor, clients.streams)
+        c, clients.memory["e"] = compress_with_error(d, clients.memory["e"], self.compressor, Sender.of(clients, "c"))
         return {"c": c}
 
     def move(self, clients: Cohort, c: Tensor, b: bool) -> dict[str, Tensor]:

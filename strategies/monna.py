@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from fedsim.aggregate import nearest_neighbour_average
-from fedsim.cohort import Cohort
 from fedsim.config import ConfigError
 from fedsim.fleet import Fleet, Replies
-from fedsim.graph import Graph, Inbox
+from fedsim.graph import Graph
 from fedsim.strategies.peers import MomentumPeers
 from fedsim.strategy import Traits
 
@@ -53,9 +52,8 @@ class Monna(MomentumPeers):
         missing = self.f if self.arrival == "adversarial" else 0
         return fleet.exchange(half, self.mix, graph=fleet.graph(self.topology), missing=missing)
 
-    def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
-        n = self.counts(clients)
+    def combine(self, v: Tensor, heard: Graph) -> Tensor:
+        n = heard.counts + heard.lost
         keep = n - (self.f if self.arrival == "all" else 2 * self.f)
         keep = torch.where(n > 2 * self.f, keep, 1)  # on a graph drawn anew, who hears too few keeps its own
-        clients.memory["x"] = theta = nearest_neighbour_average(inbox.own("h"), inbox["h"], inbox.heard, keep)
-        return {"x": theta}
+        return nearest_neighbour_average(v[heard.own], v, heard, keep)

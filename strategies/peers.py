@@ -24,7 +24,7 @@ from fedsim.config import FromTable, at
 from fedsim.fleet import Cost, Fleet, Replies, TooFewRows
 from fedsim.graph import Graph, Inbox, Topology
 from fedsim.strategies.server import NO_ROUNDS
-from fedsim.strategy import Strategy, Traits
+from fedsim.strategy import Mix, Strategy, Traits
 from fedsim.topology import Complete
 
 NO_SERVER = "peers average among themselves, and no server aggregates or steps"
@@ -109,9 +109,17 @@ class Peers(Strategy):
         """What clients make of their neighbours' vectors."""
         return fleet.exchange(half, self.mix, graph=fleet.graph(self.topology))
 
-    @abstractmethod
     def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
         """{"x": [C, P]}: each client's new model, which it keeps."""
+        clients.memory["x"] = x = self.combine(inbox["h"], inbox.heard)
+        return {"x": x}
+
+    @abstractmethod
+    def combine(self, v: Tensor, heard: Graph) -> Tensor:
+        """[C, P]: what each client makes of those of the vectors sent [M, P] that it heard, as attackers know too."""
+
+    def mixing(self) -> Mix:
+        return self.combine
 
     # For client halves -------------------------------------------------------------------------------------------
 
@@ -130,11 +138,6 @@ class Peers(Strategy):
     def rate(self, clients: Cohort) -> float:
         """The learning rate of this round, which every client knows from the experiment file."""
         return self.local.rate_at(int(clients.rounds[0]))
-
-    def counts(self, clients: Cohort) -> Tensor:
-        """[C]: vectors that each client hears where nobody is silent, its own among them."""
-        n, step = len(clients.task.num_examples), int(clients.rounds[0])
-        return self.topology.graph(n, clients.streams.seed, step).counts[clients.ids].to(clients.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ Letters: C clients of a stack, P entries; z the iterate, F the mean of the clien
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, TypeVar
 
 import numpy as np
@@ -19,9 +20,11 @@ from torch import Tensor
 from fedsim.clients.oracle import full_gradient, gradient
 from fedsim.cohort import Cohort
 from fedsim.compress.packet import Compressor
+from fedsim.compress.sender import Sender
 from fedsim.compress.sparsify import Identity
 from fedsim.config import FromTable
 from fedsim.fleet import Cost, Fleet, choose
+from fedsim.memory import MemoryRows
 from fedsim.strategies.descent import ONE_MEAN
 from fedsim.strategies.saddle import OWN_STEP, check_lr
 from fedsim.strategies.server import NO_ROUNDS, UNIFORM
@@ -34,12 +37,14 @@ NOTHING_UP = Cost(steps=0, bits_up=0)
 
 @dataclass(frozen=True)
 class State:
-    """x: [P], the iterate z; w: [P], the reference; fw: [P], F(w); round: iterations so far."""
+    """x: [P], the iterate z; w: [P], the reference; fw: [P], F(w); round: iterations so far; kept: of the server's last
+    packet, for the next."""
 
     x: Tensor
     w: Tensor
     fw: Tensor
     round: int = 0
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 S = TypeVar("S", bound=State)
@@ -133,7 +138,11 @@ class Referring(Strategy):
         return here - there
 
 
-def server_streams(like: Tensor, round: int, rng: np.random.Generator) -> Streams:
-    """Streams of one row for what the server compresses in a round, on the device of `like`; takes one draw of rng."""
+def server_sender(x: Tensor, round: int, rng: np.random.Generator, kept: Mapping[str, Tensor]) -> Sender:
+    """The server as the sender of one row in a round, on the device of x [P]; takes one draw of rng.
+
+    What it keeps of its last packet it finds in `kept`, and what of this one is in its `memory.written` then.
+    """
     seed = int(rng.integers(1 << 62))
-    return Streams(seed, torch.tensor([SERVER], device=like.device), torch.tensor([round], device=like.device))
+    streams = Streams(seed, torch.tensor([SERVER], device=x.device), torch.tensor([round], device=x.device))
+    return Sender(streams, MemoryRows(kept, 1, len(x), x.device), "server")

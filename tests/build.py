@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsim.clients.local_training import LocalTraining
 from fedsim.cohort import Cohort
 from fedsim.compose import compose
+from fedsim.compress.sender import Sender
 from fedsim.data.federated import FederatedData
 from fedsim.data.images import digits
 from fedsim.engine import build_engine
@@ -115,6 +116,12 @@ def streams(clients: int | list[int] | Tensor, job: int = 0, seed: int = 5) -> S
     """Streams of one job of so many clients, or of these."""
     ids = torch.arange(clients) if isinstance(clients, int) else torch.as_tensor(clients)
     return Streams(seed, ids, torch.full_like(ids, job))
+
+
+def sender(streams: Streams, step: int = 0, memory: MemoryRows | None = None) -> Sender:
+    """Who sends packets with these streams, and keeps nothing unless given where."""
+    rows = len(streams.clients)
+    return Sender(streams, memory or MemoryRows({}, rows, 0, torch.device("cpu")), "sent", step)
 
 
 def formula_batch(rows: list[int], job: int = 0, step: int = 0) -> FormulaBatch:

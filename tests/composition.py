@@ -68,6 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "chosen by samples": {"strategy.selection": "by_samples", "strategy.cohort_size": 4},
     "chosen by Oort": {"strategy.selection": "oort"},
     "byzantine ALIE": {"clients.byzantine": {"attack": "alie", "count": 1}},
+    "ALIE, optimised": {"clients.byzantine": {"attack": {"name": "alie", "k": "optimised"}, "count": 1}},
     "label flip": {"clients.byzantine": {"attack": "label_flip", "count": 1}},
     "random clocks": {"clients.devices": {"name": "exponential", "mean": 1.0, "x": 50}},
     "absence": {

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.reproduce import asynchronous, coding, masha, momentum, personalisation
+from benchmarks.reproduce import asynchronous, coding, masha, momentum, monna, personalisation
 
 # NAME -> function of (folder of the runs, folder of the figures, quick) that gives the page's text
 TABLE: dict[str, Callable[[Path, Path, bool], str]] = {
@@ -21,6 +21,7 @@ TABLE: dict[str, Callable[[Path, Path, bool], str]] = {
     "coding": coding.reproduce,
     "masha": masha.reproduce,
     "momentum": momentum.reproduce,
+    "monna": monna.reproduce,
     "personalisation": personalisation.reproduce,
 }
 

@@ -13,8 +13,9 @@ from typing import Any
 from fedsim.history import History
 from fedsim.metrics import small_is_good
 from fedsim.sweep import Results, Sweep, play
+from fedsim.sweep.page import write_page
 from fedsim.sweep.results import Row
-from fedsim.sweep.shown import Shown, write_page
+from fedsim.sweep.shown import Shown
 from fedsim.sweep.space import Choice
 
 RATE = "local.optimizer.lr"

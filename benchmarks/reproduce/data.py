@@ -6,21 +6,28 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import avg_pool2d, one_hot
 
 from fedsim.data.dataset import Dataset
 from fedsim.data.images import fashion_mnist
 from fedsim.data.text import shakespeare
 
 
-def some_clothes(train: int, test: int, *, root: str | None = None) -> Dataset:
-    """The first images of Fashion-MNIST, whose order is random: so many to train on and to test on."""
+def some_clothes(train: int, test: int, *, pool: int = 1, root: str | None = None) -> Dataset:
+    """The first images of Fashion-MNIST, whose order is random: so many to train on and to test on.
+
+    Args:
+        train, test: how many.
+        pool: width in pixels of the squares that become one pixel, their mean.
+        root: the folder of the configuration's `data.root`.
+    """
     whole = fashion_mnist(root=root)
+    assert isinstance(whole.inputs, Tensor) and isinstance(whole.test_inputs, Tensor)
     return replace(
         whole,
-        inputs=whole.inputs[:train],
+        inputs=avg_pool2d(whole.inputs[:train], pool),
         targets=whole.targets[:train],
-        test_inputs=whole.test_inputs[:test],
+        test_inputs=avg_pool2d(whole.test_inputs[:test], pool),
         test_targets=whole.test_targets[:test],
     )
 

@@ -37,7 +37,7 @@ def nearest_neighbour_average(pivot: Tensor, sent: Tensor, heard: Graph, keep: i
     Raises:
         ValueError: if keep < 1 or some client heard fewer than `keep`.
 
-    >>> heard = Graph(torch.tensor([0, 3]), torch.arange(3), torch.full((3,), 1 / 3), torch.tensor([0]))
+    >>> heard = everybody(3).rows(torch.tensor([0]))
     >>> nearest_neighbour_average(torch.tensor([[0.]]), torch.tensor([[0.], [1.], [9.]]), heard, 2)
     tensor([[0.5000]])
     """

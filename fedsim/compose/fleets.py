@@ -106,6 +106,7 @@ def build_byzantine(section: ByzantineClients, task: Task, strategy: Strategy, s
         attack=section.attack,
         seed=seed,
         rule=None if combine is None else lambda rows, whose: combine(rows, counts[whose]),
+        mix=strategy.mixing(),
     )
     check_attack(byzantine, strategy, len(task.num_examples))
     return byzantine
@@ -202,11 +203,11 @@ def _executor(
     if here is not None and kind in ("auto", "torchrun"):
         return _ranks(here, runtime, runner, width, costs)
     if kind == "ray" or (kind == "auto" and (several or runtime.address is not None)):
-        from fedsim.sim.ray_executor import RayExecutor
+        from fedsim.sim.ray_process import ray_executor
 
         _check_rows_travel(runtime, device)
         wanted = None if runtime.workers == "auto" else runtime.workers
-        actors = RayExecutor(
+        actors = ray_executor(
             runner,
             width=width,
             workers=wanted,
@@ -214,6 +215,7 @@ def _executor(
             address=runtime.address,
             collectives=runtime.collectives,
             costs=costs,
+            timeout_seconds=runtime.timeout_seconds,
         )
         return actors, actors.num_workers, f"{actors.num_workers} Ray actors, {runtime.threads} thread(s) each"
     workers = _threads(runtime, device)

@@ -120,7 +120,7 @@ def check_local(name: str, strategy: Strategy, task: Task) -> None:
 
 def check_prox(name: str, strategy: Strategy, task: Task) -> None:
     """Refuse a set or a penalty that the strategy's steps would pass over."""
-    if task.prox != FREE and getattr(strategy, "prox", FREE) != task.prox:
+    if task.prox != FREE and task.prox not in fields_of(strategy, type(task.prox)).values():
         raise ConfigError(
             f"task.prox: {name} has no prox in its steps; leave it out, or take extragradient, optimistic_gradient or "
             "masha1"
@@ -207,7 +207,8 @@ def check_attack(byzantine: Byzantine, strategy: Strategy, num_clients: int) -> 
 def try_attack(byzantine: Byzantine, honest: int, b: int) -> None:
     """Refuse an attack that is not defined for so many honest and byzantine clients."""
     streams = Streams(byzantine.seed, byzantine.ids[:b], torch.zeros(b, dtype=torch.int64))
-    rule = None if byzantine.rule is None else lambda sent: torch.zeros(1)
+    known = byzantine.rule is not None or byzantine.mix is not None
+    rule = (lambda sent: torch.zeros(1)) if known else None
     with at("clients.byzantine.attack"):
         byzantine.attack(torch.zeros(honest, 1), b, streams, Knowledge(rule=rule, own=torch.zeros(b, 1)))
 
@@ -235,7 +236,8 @@ def check_server_optimizer(optimizer: Optimizer | ForeignOptimizer, name: str) -
     """A server has a gradient and nothing else to offer, and keeps its state as long as it runs."""
     if isinstance(optimizer, ForeignOptimizer):
         raise ValueError("import paths are for local optimizers; the server takes a rule of `fedsim list optimizers`")
-    optimizer.check_needs({"grad"})
+    if needs := sorted(optimizer.needs - {"grad"}):
+        raise ValueError(f"{name} needs {', '.join(needs)}, and a server has a gradient alone; choose another rule")
     if optimizer.state_scope != "round":
         raise ValueError("state_scope is for local optimizers, the server always keeps its state; leave it out")
     return optimizer

@@ -59,7 +59,6 @@ from fedsim.prox import FREE
 from fedsim.sim.calls import replies_ahead
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet
-from fedsim.sim.in_process import InProcess
 from fedsim.sinks import Sink, json_lines_first
 from fedsim.strategies.server import Synchronous
 from fedsim.strategy import Strategy, fields_of
@@ -75,8 +74,7 @@ class Composition:
 
     Args:
         experiment: what the loop runs.
-        executor: runs stacks of clients.
-        pool: threads of this process, for evaluation; the executor itself where that is in process.
+        executor: runs stacks of clients, and evaluates.
         memory: rows that clients keep, in RAM until it is given a folder.
         resolved: the file with every default, and with what `auto` chose.
         plan: {what: in words}.
@@ -87,7 +85,6 @@ class Composition:
 
     experiment: Experiment
     executor: Executor
-    pool: InProcess
     memory: Memory
     resolved: dict[str, Any]
     plan: dict[str, str]
@@ -99,7 +96,6 @@ class Composition:
     def close(self) -> None:
         """Stop the workers."""
         self.executor.close()
-        self.pool.close()
 
 
 def compose(raw: Mapping[str, Any], source: str) -> Composition:
@@ -153,13 +149,13 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     if isinstance(problem, Samples):
         check_seen(strategy, task)
     _resolve(resolved, problem, strategy, plan, device)
-    fleet, pool, workers, kept = _fleet(file, task, strategy, work, plan.width, device)
+    fleet, workers, kept = _fleet(file, task, strategy, work, plan.width, device)
     resolved["runtime"] |= {"stacks": fleet.executor.stacks, "memory": kept}
     experiment = Experiment(
         task=task,
         strategy=strategy,
         fleet=fleet,
-        pool=pool,
+        pool=fleet.executor,
         rounds=file.rounds,
         seed=file.seed,
         config=resolved,
@@ -186,7 +182,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     samples = problem if isinstance(problem, Samples) else None
     data, module, sizes = (samples.data, samples.module, samples.sizes) if samples else (None, None, None)
     notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
-    made = experiment, fleet.executor, pool, fleet.memory, resolved, notes | words, json_lines_first(file.log.sinks)
+    made = experiment, fleet.executor, fleet.memory, resolved, notes | words, json_lines_first(file.log.sinks)
     return Composition(*made, data, module, sizes)
 
 
@@ -232,8 +228,8 @@ def _strategy(file: File, problem: Task | Samples) -> Strategy:
 
 def _fleet(
     file: File, task: Task, strategy: Strategy, work: Work, width: int, device: torch.device
-) -> tuple[SimFleet, InProcess, str, str]:
-    """(simulated fleet, threads for evaluation, what runs the clients in words, where their rows are kept)."""
+) -> tuple[SimFleet, str, str]:
+    """(simulated fleet, what runs the clients in words, where their rows are kept)."""
     n, runtime, sent = len(task.num_examples), file.runtime, strategy.sent(task.layout)
     uplink, downlink = build_links(file, strategy, sent)
     check_state_scope(strategy, uplink)
@@ -256,5 +252,4 @@ def _fleet(
         byzantine=byzantine,
         absence=absence,
     )
-    pool = executor if isinstance(executor, InProcess) else InProcess(runner, width=1, workers=1)
-    return fleet, pool, workers, kept
+    return fleet, workers, kept

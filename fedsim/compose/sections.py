@@ -146,6 +146,7 @@ class Runtime:
         address: of a Ray cluster: "auto", "host:port", or null.
         collectives: how workers in several processes fold: by gloo, by nccl (GPUs), through Ray's object_store, or
             auto: nccl between GPUs, else gloo.
+        timeout_seconds: after which a Ray worker that is busy with one group of stacks counts as hung and is replaced.
         device: cpu, cuda, cuda:1, or auto.
         stack: clients of a stack at most, or auto: a rule on model, sizes and device (`fedsim tune` measures).
         stacks: into how many a cohort is cut at least, or auto: with `stack: auto` as many as the workers need, else 1.
@@ -161,6 +162,7 @@ class Runtime:
     threads: int = 1
     address: str | None = None
     collectives: Literal["auto", "object_store", "gloo", "nccl"] = "auto"
+    timeout_seconds: float = 1800.0
     device: str = "auto"
     stack: int | Literal["auto"] = "auto"
     stacks: int | Literal["auto"] = "auto"
@@ -174,6 +176,8 @@ class Runtime:
             value = getattr(self, name)
             if value != "auto" and value < 1:
                 raise ValueError(f"{name} must be at least 1 or auto, got {value}")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
         if self.engine not in ("auto", *ENGINES) and ":" not in self.engine:
             raise ConfigError(
                 f"runtime.engine: must be one of auto, {', '.join(ENGINES)}, or pkg.module:name, got {self.engine!r}"

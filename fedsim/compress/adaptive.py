@@ -6,7 +6,8 @@ with it, not to a mixture of normal distributions that all workers fit to many.
 
 Between neighbours a <= x <= b rounding at random has the variance (x - a)(b - x). That of all entries is convex in one
 level l between a and b, with the slope: sum over [a, l] of (x - a) less sum over [l, b] of (b - x); so the best l is
-where this changes its sign, at an entry. From QSGD's levels on the variance only falls, so that its omega holds.
+where this changes its sign, at an entry. From QSGD's levels on the variance only falls, so that its omega holds. The
+lowest level is 0 and the highest 1 for every vector, so that only those between are sent.
 
 Letters: C clients in the stack, P entries of a vector, s levels above 0.
 """
@@ -29,7 +30,7 @@ _SWEEPS = 3  # over all levels; more change little
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveQSGD(Quantizer):
-    """QSGD whose levels are fitted to the vector and sent along, 32 s bits: omega = min(P / s^2, sqrt(P) / s) at most.
+    """QSGD with levels fitted to the vector and sent along, 32 (s - 1) bits: omega = min(P / s^2, sqrt(P) / s) at most.
 
     Args:
         levels: s, at least 1; an entry costs 1 + ceil(log2(s + 1)) bits.
@@ -43,7 +44,7 @@ class AdaptiveQSGD(Quantizer):
 
     def fields(self, num_entries: int) -> tuple[Field, ...]:
         norm, code = norm_and_codes(num_entries, self.levels)
-        return norm, Field("levels", self.levels, least=0.0, most=1.0), code
+        return norm, Field("levels", self.levels - 1, least=0.0, most=1.0), code
 
     def omega(self, num_entries: int) -> float | None:
         return QSGD(levels=self.levels).omega(num_entries)
@@ -62,11 +63,12 @@ class AdaptiveQSGD(Quantizer):
             chance = (x - low) / torch.where(high > low, high - low, 1.0)
             found = upper - 1 + (uniform(words) < chance).to(torch.int64)
             code[:, at] = found.to(torch.int32) | sign_bit(v[:, at], width)
-        payload = {"norm": norm, "levels": level[:, 1:], "code": code}
+        payload = {"norm": norm, "levels": level[:, 1:-1], "code": code}
         return Packet(compressor=self, num_entries=v.shape[1], payload=payload)
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
-        level = torch.nn.functional.pad(payload["levels"], (1, 0))
+        between = payload["levels"]
+        level = torch.cat([between.new_zeros(len(between), 1), between, between.new_ones(len(between), 1)], dim=1)
         rows = zip(payload["code"], level, strict=True)
         return torch.stack([look_up(code, own, self.levels.bit_length()) for code, own in rows]).mul_(payload["norm"])
 

@@ -134,11 +134,15 @@ class PerTensor(Compressor):
         return _worst([of.delta(size) for _, size, of in self._parts(num_entries)])
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
+        return self.encode_after(v, {}, streams, step)
+
+    def encode_after(self, v: Tensor, last: Mapping[str, Tensor], streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
         parts, payload = self._parts(v.shape[1]), dict[str, Tensor]()
         pieces = v.split([size for _, size, _ in parts], dim=1)
         for i, ((name, _, of), piece) in enumerate(zip(parts, pieces, strict=True)):
-            packet = of.encode(piece, streams, step * len(parts) + i)  # tensors draw different numbers
+            own = step * len(parts) + i  # tensors draw different numbers
+            packet = of.encode_after(piece, _of(last, name), streams, own)
             payload |= {f"{name}.{field}": value for field, value in packet.payload.items()}
         return Packet(compressor=self, num_entries=v.shape[1], payload=payload)
 

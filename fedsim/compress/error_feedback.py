@@ -15,51 +15,51 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedsim.compress.packet import Compressor, Field, Packet
+from fedsim.compress.sender import Sender
 from fedsim.streams import Streams
 
 
-def compress_with_error(
-    v: Tensor, error: Tensor, compressor: Compressor, streams: Streams, step: int = 0
-) -> tuple[Packet, Tensor]:
+def compress_with_error(v: Tensor, error: Tensor, compressor: Compressor, sender: Sender) -> tuple[Packet, Tensor]:
     """Send v plus what earlier messages left out (EF14).
 
     Args:
         v: [C, P], this round's vectors, step sizes included.
         error: [C, P], zeros at first.
         compressor: as the user named it; see `contractive`.
+        sender: of the packet.
 
     Returns:
         (packet of v + error, the new error [C, P]); sum of all decoded packets + last error = sum of all v.
     """
     u = v + error
-    packet = contractive(compressor, v.shape[1]).encode(u, streams, step)
+    packet = sender.encode(contractive(compressor, v.shape[1]), u)
     return packet, u - packet.decode()
 
 
-def compress_difference(
-    v: Tensor, reference: Tensor, compressor: Compressor, streams: Streams, step: int = 0
-) -> tuple[Packet, Tensor]:
+def compress_difference(v: Tensor, reference: Tensor, compressor: Compressor, sender: Sender) -> tuple[Packet, Tensor]:
     """Send v minus a reference that both sides keep, which moves by what was sent (EF21).
 
     Args:
         v: [C, P].
         reference: [C, P], the same on both sides.
         compressor: as the user named it; see `contractive`.
+        sender: of the packet.
 
     Returns:
         (packet of v - reference, the new reference [C, P], which is the receiver's estimate of v).
     """
-    packet = contractive(compressor, v.shape[1]).encode(v - reference, streams, step)
+    packet = sender.encode(contractive(compressor, v.shape[1]), v - reference)
     return packet, reference + packet.decode()
 
 
 def contractive(compressor: Compressor, num_entries: int) -> Compressor:
-    """The compressor as it stands where it contracts vectors of P entries, else scaled so that it does.
+    """The compressor as it stands where it contracts vectors of P entries, or is biased; else scaled so that it does.
 
     Rand-k, Bernoulli and coarse QSGD are unbiased and send vectors longer than they were given (omega >= 1): what error
     feedback or a running copy left out would grow from message to message.
     """
-    return compressor if compressor.delta(num_entries) is not None else Contractive(of=compressor)
+    expands = compressor.unbiased and compressor.delta(num_entries) is None
+    return Contractive(of=compressor) if expands else compressor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,15 @@
 """PowerSGD: each matrix of a model is sent as the product of two thin ones.
 
 Vogels, Karimireddy, Jaggi. PowerSGD: practical low-rank gradient compression for distributed optimization.
-arXiv:1905.13727. Departures: no warm start, so that a packet is a function of its stack and its key alone; the random
-side is always the shorter one. The receiver needs the two factors only.
+arXiv:1905.13727, algorithm 1. Departures: every client has a Q of its own; the side that Q stands on is always the
+shorter one. The receiver needs the two factors only.
 
-For M [a, b], a >= b, and random Q [b, r]: P = orthonormal basis of M Q, and P P^T M is sent as P and P^T M. The
-projection keeps at least |M Q'|^2, Q' an orthonormal basis of Q, whose mean is r / b |M|^2: hence delta = b / r.
+For M [a, b], a >= b, and Q [b, r]: P = orthonormal basis of M Q, and P P^T M is sent as P and M^T P, which is the next
+message's Q. Where M stays as it is, messages are steps of orthogonal iteration: P turns to the first r left singular
+vectors by (s_{r+1} / s_r)^2 a message. The first Q is random, and so is that after a message of zeros.
+
+The projection keeps at least |M Q'|^2, Q' an orthonormal basis of Q. For a random Q its mean is r / b |M|^2: hence
+delta = b / r. Of a Q that was kept nothing is known, since M may have turned away from it.
 
 Letters: C clients in the stack, P entries of a vector (and the factor [a, r] above), r rank.
 """
@@ -27,17 +31,19 @@ from fedsim.streams import Streams
 
 @dataclass(frozen=True, kw_only=True)
 class PowerSGD(Compressor):
-    """Sends each matrix as two factors of rank r, 32 r (a + b) bits, and vectors as they are: delta = max b / r.
+    """Sends each matrix as two factors of rank r, 32 r (a + b) bits, and vectors as they are.
 
     A tensor of three or more axes is a matrix [first axis, rest]. One that the factors would not make smaller is sent
     as it is. Meant for error feedback, which makes up for the bias.
 
     Args:
         rank: r, at least 1.
+        warm_start: begin where the sender's last message ended; else at random every time, with delta = max b / r.
         layout: of the model; see `bind`.
     """
 
     rank: int
+    warm_start: bool = True
     layout: Layout | None = None
     unbiased: ClassVar[bool] = False
 
@@ -53,14 +59,20 @@ class PowerSGD(Compressor):
         for name, a, b in self._matrices(num_entries):
             basis, other = 1.0 + 2.0**-10, LIMIT / self.rank  # what an orthonormal factor holds, to rounding
             left, right = (basis, other) if a >= b else (other, basis)
-            out.append(Field(f"{name}.left", a * self.rank, least=-left, most=left))
-            out.append(Field(f"{name}.right", b * self.rank, least=-right, most=right))
+            tall, warm = a >= b, self.warm_start
+            out.append(Field(f"{name}.left", a * self.rank, least=-left, most=left, kept=warm and not tall))
+            out.append(Field(f"{name}.right", b * self.rank, least=-right, most=right, kept=warm and tall))
         return (*out, Field("rest", num_entries - sum(a * b for _, a, b in self._matrices(num_entries))))
 
     def delta(self, num_entries: int) -> float | None:
+        if self.warm_start:
+            return None
         return max((min(a, b) / self.rank for _, a, b in self._matrices(num_entries)), default=1.0)
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
+        return self.encode_after(v, {}, streams, step)
+
+    def encode_after(self, v: Tensor, last: Mapping[str, Tensor], streams: Streams, step: int = 0) -> Packet:
         check_stack(v)
         views, payload = self._layout(v.shape[1]).views(v), {}
         matrices = self._matrices(v.shape[1])
@@ -68,6 +80,9 @@ class PowerSGD(Compressor):
             m = views[name].reshape(-1, a, b)
             tall = m if a >= b else m.transpose(1, 2)
             q = streams.normal(f"compress.powersgd.{name}", tall.shape[2], self.rank, step=step, dtype=v.dtype)
+            if (kept := last.get(f"{name}.{'right' if a >= b else 'left'}")) is not None:
+                size = kept.abs().amax(dim=1).view(-1, 1, 1)  # divided by it, products stay within float32
+                q = torch.where((size > 0) & (size < torch.inf), kept.view(q.shape) / size, q)
             left = torch.linalg.qr(tall @ q).Q
             right = tall.transpose(1, 2) @ left
             factors = (left, right) if a >= b else (right, left)

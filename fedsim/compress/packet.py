@@ -44,6 +44,7 @@ class Field:
         least, most: what entries lie between; of integers with a sign, what these are without it.
         signed: whether the highest bit of an integer is a sign.
         ascending: whether every entry is greater than the one before.
+        kept: whether its sender's next packet begins with it (see `fedsim.compress.sender`).
     """
 
     name: str
@@ -56,6 +57,7 @@ class Field:
     most: float = LIMIT
     signed: bool = False
     ascending: bool = False
+    kept: bool = False
 
     def check(self, entries: np.ndarray) -> None:
         """Refuse entries [n] that no encoder writes.
@@ -88,6 +90,15 @@ class Compressor(Protocol):
 
     def encode(self, v: Tensor, streams: Streams, step: int = 0) -> Packet:
         """Compress v [C, P], float32 or float64; `step` tells apart packets of one client and job."""
+
+    def encode_after(self, v: Tensor, last: Mapping[str, Tensor], streams: Streams, step: int = 0) -> Packet:
+        """The same after another packet.
+
+        Args:
+            v, streams, step: as for `encode`.
+            last: {field: [C, n]} of the fields marked `kept` in each client's last packet; zeros where there was none.
+        """
+        return self.encode(v, streams, step)
 
     def decode(self, payload: Mapping[str, Tensor], num_entries: int) -> Tensor:
         """The stack [C, P] that a payload stands for."""

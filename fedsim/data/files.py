@@ -18,6 +18,7 @@ import numpy as np
 from fedsim.data.arrays import from_arrays
 from fedsim.data.checks import as_inputs, as_targets, one_line
 from fedsim.data.dataset import Dataset, row
+from fedsim.data.tables import sides
 from fedsim.trees import one
 
 
@@ -232,30 +233,22 @@ def _read_table(
     file: Path, label: str | tuple[str, ...], client: str, features: str | None, shape: tuple[int, ...] | None
 ) -> _Table:
     table = _arrow(file)
-    columns, labels = table.column_names, [label] if isinstance(label, str) else list(label)
-    for key, column in (*(("label", name) for name in labels), ("features", features)):
-        if column is not None and column not in columns:
-            raise ValueError(f"{file}: no column '{column}', it has {', '.join(columns)}; set task.dataset.{key}")
-    chosen = [features] if features else [name for name in columns if name not in (*labels, client)]
-    if not chosen:
-        raise ValueError(f"{file}: no column left for features beside '{label}'; set task.dataset.features")
-    for name in [*chosen, *labels]:
-        if missing := table[name].null_count:
+    labels = (label,) if isinstance(label, str) else label
+    for name in table.column_names if features is None else (*labels, features):
+        if name != client and name in table.column_names and (missing := table[name].null_count):
             first = int(np.flatnonzero(table[name].is_null().to_numpy())[0])
             raise ValueError(
                 f"{file}: column '{name}' has {missing} missing values, the first in row {first}; fill or drop them"
             )
-    if features:
-        x = _list_column(table[features].combine_chunks(), f"{file}: column '{features}'")
-    else:
-        x = _number_columns({name: table[name].to_numpy() for name in chosen}, file)
+    columns = {name: table[name].to_numpy() for name in table.column_names if name != features}
+    if features in table.column_names:
+        columns[features] = _list_column(table[features].combine_chunks(), f"{file}: column '{features}'")
+    x, y = sides(columns, label, features, client, str(file))
     if shape is not None:
         if min(shape, default=0) < 1 or int(np.prod(shape)) != x.shape[1]:
             raise ValueError(f"{file}: {x.shape[1]} numbers per row do not fill task.dataset.shape={list(shape)}")
         x = x.reshape(len(x), *shape)
-    clients = table[client].to_numpy() if client in columns else None
-    y = [table[name].to_numpy() for name in labels]
-    return _Table(x, y[0] if isinstance(label, str) else np.stack(y, axis=1), clients)
+    return _Table(x, y, columns.get(client))
 
 
 def _arrow(file: Path) -> Any:
@@ -289,14 +282,3 @@ def _list_column(column: object, what: str) -> np.ndarray:
     if values.null_count:
         raise ValueError(f"{what}: {values.null_count} missing values in the lists; fill or drop them")
     return values.to_numpy(zero_copy_only=False).reshape(len(lengths), longest or 0)
-
-
-def _number_columns(columns: dict[str, np.ndarray], file: Path) -> np.ndarray:
-    """Columns of one number each as [n, d] float32, integers too: columns of a table are measurements, not tokens."""
-    for name, values in columns.items():
-        if values.dtype.kind not in "fiub":
-            raise ValueError(
-                f"{file}: column '{name}' holds {values.dtype}, not numbers; drop it, encode it, or name a list column "
-                f"in task.dataset.features"
-            )
-    return np.stack([values.astype(np.float32) for values in columns.values()], axis=1)

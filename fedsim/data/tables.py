@@ -49,8 +49,8 @@ def from_table(
     >>> data.inputs.tolist(), data.targets.tolist(), data.group_names
     ([[40.0, 70.5], [50.0, 80.0]], [1.5, 2.5], ('a', 'b'))
     """
-    x, y = _sides(table, target, features, client, origin)
-    held = (None, None) if test is None else _sides(test, target, features, client, f"{origin}: test rows")
+    x, y = sides(table, target, features, client, origin)
+    held = (None, None) if test is None else sides(test, target, features, client, f"{origin}: test rows")
     keys = None if client is None else _column(table, client, origin)
     shared = client is not None and test is not None and client in _names(test)
     held_by = _column(test, client, origin) if shared and client is not None else None
@@ -100,10 +100,8 @@ def _collated(samples: Any, target: str, origin: str) -> tuple[Any, Any]:
     raise ValueError(f"{origin}: a sample is a {type(samples[0]).__name__}; give (inputs, target) or a dictionary")
 
 
-def _sides(
-    table: Any, target: Names | None, features: Names | None, client: str | None, origin: str
-) -> tuple[Any, Any]:
-    """(inputs, targets) of a table."""
+def sides(table: Any, target: Names | None, features: Names | None, client: str | None, origin: str) -> tuple[Any, Any]:
+    """(inputs, targets) of a table, as `from_table` says."""
     aims = [] if target is None else [target] if isinstance(target, str) else list(target)
     columns = {name: _column(table, name, origin) for name in aims}
     y = None if not aims else columns[aims[0]] if isinstance(target, str) else np.stack(list(columns.values()), axis=1)
@@ -135,7 +133,7 @@ def _column(table: Any, name: str, origin: str) -> np.ndarray:
     if not names:
         raise ValueError(f"{origin}: expected a DataFrame, a Hugging Face Dataset or a mapping of columns")
     if name not in names:
-        raise ValueError(f"{origin}: no column '{name}', it has {', '.join(names)}")
+        raise ValueError(f"{origin}: no column '{name}', it has {', '.join(names)}; name one of these")
     if not isinstance(table, Mapping) and hasattr(table, "with_format"):
         values = table.select_columns([name]).with_format("numpy")[:][name]
     else:

@@ -43,8 +43,6 @@ class LoopEngine(Engine):
         return PlainSession(self._gradient, x)
 
     def logits(self, x: Tensor, inputs: Tree) -> Tensor:
-        if x.ndim > 1:
-            return torch.stack([self.logits(row, pick(inputs, i)) for i, row in enumerate(x)])
         module = self.modules.get(training=False)
         trained, buffers = self.tensors.of(x)
         with torch.no_grad(), products(self.precision, x.device):

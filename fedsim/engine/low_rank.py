@@ -17,7 +17,6 @@ Letters: C clients, R samples of a client's local run, P entries; a layer has `i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,7 @@ from fedsim.engine.base import Batch
 from fedsim.engine.head import loss_and_gradient
 from fedsim.engine.losses import cross_entropy
 from fedsim.params import Layout
-from fedsim.task import reach
+from fedsim.task import Walk, reach
 from fedsim.terms import Weight
 
 
@@ -123,13 +122,9 @@ def low_rank_run(
     whole: Batch,
     width: int,
     active: list[int],
-    lr: float,
-    scale: float = 1.0,
-    pull: float = 0.0,
-    terms: Sequence[tuple[float, Tensor]] = (),
-    less_start: bool = False,
+    walk: Walk,
 ) -> tuple[LowRank, Tensor]:
-    """K steps y <- y - lr * (scale * g + pull * (y - x) + shift) from x on C clients.
+    """K steps from x on C clients.
 
     Args:
         chain: the module's layers.
@@ -138,29 +133,25 @@ def low_rank_run(
         whole: all minibatches side by side: inputs [C, K * width, ...], weights [C, K * width] or None.
         width: B of every step.
         active: for each step, how many of the first clients take it.
-        lr: learning rate.
-        scale: of the gradient.
-        pull: towards x.
-        terms: the shift, a sum of (weight, tensor) with tensors [P] that clients share or [C, P] of their own.
-        less_start: take from each g the gradient of the same minibatch at x [P], where the run starts.
+        walk: the steps.
 
     Returns:
         (sum of each client's gradients g, each times (1 - lr * pull)^(steps after it); sum of its losses [C]).
     """
     first, targets = _tensors(whole)
-    start = gradients_at(chain, layout, x, whole, width, active)[0] if less_start else None
+    start = gradients_at(chain, layout, x, whole, width, active)[0] if walk.less_start else None
     a, d, blocks = _room(chain, first, width) if start is None else _room_beside(start, width)
-    shared = [weight * term for weight, term in terms if term.ndim == 1]
+    shared, lr, pull = [weight * term for weight, term in walk.shift if term.ndim == 1], walk.lr, walk.lr * walk.pull
     shift = sum(shared[1:], shared[0]) if shared else None
     steps = _Steps(
         a=a,
         d=d,
-        own=[(lr * weight, _layers(chain, layout, term)) for weight, term in terms if term.ndim == 2],
-        rate=lr * scale,
-        pull=lr * pull,
+        own=[(lr * weight, _layers(chain, layout, term)) for weight, term in walk.shift if term.ndim == 2],
+        rate=lr * walk.scale,
+        pull=pull,
         width=width,
         blocks=blocks,
-        adds=less_start,
+        adds=walk.less_start,
     )
     losses = first.new_zeros(len(first))
     layers = _layers(chain, layout, x)
@@ -168,7 +159,7 @@ def low_rank_run(
     base = _times(first, layers[0], len(first)) if x.ndim == 1 and shift is None else None
     for step, k in enumerate(active):
         if step and shift is not None:
-            layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * reach(step, lr * pull)))
+            layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * reach(step, pull)))
         z = steps.forward(layers, step, k, base)
         now = slice(step * width, (step + 1) * width)
         shares = None if whole.weights is None else whole.weights[:k, now]

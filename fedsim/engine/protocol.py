@@ -37,7 +37,7 @@ class Engine(Protocol):
         ...
 
     def logits(self, x: Tensor, inputs: Tree) -> Tensor:
-        """The model's outputs in evaluation mode: x [P] with inputs [B, ...], or x [C, P] with inputs [C, B, ...]."""
+        """The outputs in evaluation mode of the model x [P] for inputs [B, ...]."""
         ...
 
     def reads_only(self, sample: Tree) -> bool:

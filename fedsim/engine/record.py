@@ -10,7 +10,7 @@ Letters: B samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,16 +64,17 @@ def record(module: nn.Module, sample: Tree, dtype: torch.dtype | None = None) ->
     Raises:
         Unsupported: if it cannot be told what the module does with any samples.
     """
-    own = dict(module.named_parameters()) | dict(module.named_buffers())
-    floats = [t.dtype for t in own.values() if t.is_floating_point()]
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    floats = [t.dtype for t in (*parameters.values(), *buffers.values()) if t.is_floating_point()]
     kind = dtype or (floats[0] if floats else torch.get_default_dtype())
     generator = torch.Generator().manual_seed(0)
     more = {k: _made_up(t, kind, generator) for k, t in tensors(sample).items()}
     few = {k: t[MORE - FEW :].clone() for k, t in more.items()}
     _call_whole(module.train())
     runs = []
+    lent = _copied(parameters, kind)  # once, for a large model; buffers are there to be written to
     for inputs in (few, more):
-        parts = {k: t.detach().to(kind if t.is_floating_point() else t.dtype, copy=True) for k, t in own.items()}
+        parts = lent | _copied(buffers, kind)
         recorder = _Recorder(module, inputs, parts)
         with torch.enable_grad(), recorder:
             made = outputs_of(module, dict(parts), inputs[""] if "" in inputs else inputs)
@@ -83,6 +84,10 @@ def record(module: nn.Module, sample: Tree, dtype: torch.dtype | None = None) ->
     if result is None or result != runs[1][1]:
         raise Unsupported("what the module returns does not follow from its inputs")
     return Recording(calls, tuple(more), result, all(t._version == 0 for t in few.values()))
+
+
+def _copied(named: Mapping[str, Tensor], kind: torch.dtype) -> dict[str, Tensor]:
+    return {k: t.detach().to(kind if t.is_floating_point() else t.dtype, copy=True) for k, t in named.items()}
 
 
 def call_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -276,7 +281,7 @@ def _place(call: Call, other: Call) -> Place | None:
 
 
 def _same(value: Tensor, other: Tensor) -> bool:
-    if not value.is_floating_point():
-        return torch.equal(value, other)
+    if (equal := torch.equal(value, other)) or not value.is_floating_point():
+        return equal
     size = float(value.abs().nan_to_num(0, 0, 0).max()) if value.numel() else 0.0
     return torch.allclose(value, other, rtol=1e-3, atol=1e-3 * size, equal_nan=True)

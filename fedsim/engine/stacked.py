@@ -78,9 +78,7 @@ class StackedEngine(Engine):
         return TapeSession(self, x)
 
     def logits(self, x: Tensor, inputs: Tree) -> Tensor:
-        if x.ndim == 1 or not x.is_cuda or self.path == "loop":
-            return self.loop.logits(x, inputs)
-        return self.vmapped.logits(x, inputs)
+        return self.loop.logits(x, inputs)
 
     def tape(self, sample: Tree, dtype: torch.dtype) -> Tape | None:
         """The tape for samples like this one [...] and parameters of this type, or None if the module has none."""
@@ -155,21 +153,16 @@ class TapeSession:
         *,
         scale: float = 1.0,
         shift: Tensor | None = None,
-        grad_sum: Tensor | None = None,
     ) -> Tensor | None:
         if not self._prepare(batch):
             return None
         assert self._tape is not None
-        if lr == 0 and grad_sum is not None:  # x stays where it is, so a product can go straight into the sum
-            return self._run(batch, SgdSink(self.engine.layout.views(grad_sum if self.lead else grad_sum[0]), -1.0))
         trained = self.x[:, : self.engine.layout.num_trainable]
-        if grad_sum is None and self._tape.fusible:
+        if self._tape.fusible:
             loss = self._run(batch, SgdSink(self.views, lr * scale))
         else:
             grad, loss = self.gradient(batch)
             trained.sub_(grad[:, : trained.shape[1]], alpha=lr * scale)
-            if grad_sum is not None:
-                grad_sum.add_(grad)
         if shift is not None:
             trained.sub_(shift[..., : trained.shape[1]], alpha=lr)
         return loss

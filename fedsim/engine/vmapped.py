@@ -67,17 +67,6 @@ class Vmapped:
             tail.copy_(before)
             return instead(), error  # if this fails too, it raises: then the way to compute is not the matter
 
-    def logits(self, x: Tensor, inputs: Tree) -> Tensor:
-        """x [C, P] and inputs [C, B, ...] -> outputs in evaluation mode."""
-        module = self.modules.get(training=False)
-        trained, buffers = self.tensors.of(x)
-
-        def one(tensors: dict[str, Tensor], samples: Tree) -> Tensor:
-            return outputs_of(module, tensors, samples)
-
-        with torch.no_grad(), products(self.precision, x.device):
-            return vmap(one)(trained | buffers, inputs).to(x.dtype)
-
     def _program(self, module: nn.Module) -> Callable[..., Any]:
         """This thread's program for its own copy of the module."""
         found = getattr(self._programs, "program", None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "experiment"
+EXPERIMENT = f"{PACKAGE}/experiment.yaml"
 
 PYPROJECT = """\
 [build-system]
@@ -50,7 +51,7 @@ MODULE = '''\
 
 from pathlib import Path
 
-from fedsim.apps import {side}_app
+from fedsim.{module} import {side}_app
 
 app = {side}_app(Path(__file__).with_name("experiment.yaml"))
 '''
@@ -65,6 +66,6 @@ def write_app(folder: Path, raw: Mapping[str, Any]) -> None:
     (folder / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
     (folder / "LICENSE").write_text(LICENSE, encoding="utf-8")
     (package / "__init__.py").write_text("", encoding="utf-8")
-    for side in ("server", "client"):
-        (package / f"{side}_app.py").write_text(MODULE.format(side=side), encoding="utf-8")
-    (package / "experiment.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(raw))), encoding="utf-8")
+    for side, module in (("server", "apps"), ("client", "warm")):
+        (package / f"{side}_app.py").write_text(MODULE.format(side=side, module=module), encoding="utf-8")
+    (folder / EXPERIMENT).write_text(OmegaConf.to_yaml(OmegaConf.create(dict(raw))), encoding="utf-8")

@@ -28,8 +28,9 @@ from fedsim.metrics import Metrics
 from fedsim.sim.account import Account, check_foldable, is_second_half
 from fedsim.sim.byzantine import held_back
 from fedsim.sim.events import Sent
-from fedsim.sim.executor import ClientError, Gather, Results, cut, grouped
+from fedsim.sim.executor import ClientError, Results, cut, grouped
 from fedsim.sim.fleet import ONE_STEP
+from fedsim.sim.gather import Gather
 from fedsim.sim.links import Downlink
 from fedsim.stop import Diverged
 from fedsim.streams import Streams
@@ -65,8 +66,8 @@ class FlowerFleet(Account):
         needs_all: str | None = None,
     ) -> None:
         super().__init__(mail.nodes.num_examples, model_size, seed, downlink)
-        self.mail = mail
-        self._needs_all = needs_all
+        self.mail, self._needs_all = mail, needs_all
+        mail.needs_all = needs_all is not None
         self._copies = None if downlink is None else Copies(downlink)
 
     @property
@@ -186,6 +187,7 @@ class FlowerFleet(Account):
         return super().state() | {
             "now": self.now,
             "versions": self.mail.save(),
+            "run": self.mail.run,
             "took": self.mail.took,
             "refusals": self.mail.refusals,
             "open": self.mail.open_jobs(),
@@ -199,6 +201,7 @@ class FlowerFleet(Account):
         super().load(state)
         mail = self.mail
         mail.start = mail.clock.now() - state["now"]
+        mail.run = state["run"]
         mail.versions, mail.saved = state["versions"].clone(), state["versions"]
         mail.took, mail.refusals = state["took"], state["refusals"]
         if self._copies is not None:

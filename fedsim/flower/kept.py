@@ -1,9 +1,9 @@
 """What a device keeps between two messages: the rows that its client half remembers, and its copies of broadcasts.
 
-Every message starts a process, so that this lies in Flower's `Context.state`, which ends with the run and with the
-SuperNode; or, where the node has a folder for it, in a file there, from which a node or a run that is started again
-goes on. Memory is kept by version, which counts how often it was written. The server says which version a job begins
-with, so that it may have missed a reply, or have gone back to its last checkpoint.
+Nothing but this lasts from one message to the next. It lies in Flower's `Context.state`, which ends with the run and
+with the SuperNode; or, where the node has a folder for it, in a file of the run there, from which a node or a run that
+is started again goes on. Memory is kept by version, which counts how often it was written. The server says which
+version a job begins with, so that it may have missed a reply, or have gone back to its last checkpoint.
 
 Letters: P entries.
 """
@@ -32,15 +32,16 @@ class Kept:
 
     Args:
         context: of the app; its node config may name the folder.
+        run: the number of the run.
 
     Raises:
         ConfigError: if the node's file cannot be read.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, run: int) -> None:
         self._state = context.state
         folder = context.node_config.get(FOLDER)
-        name = f"client-{context.node_config.get('partition-id')}.safetensors"
+        name = f"client-{context.node_config.get('partition-id')}-of-{run:016x}.safetensors"
         self._path = None if not folder else Path(str(folder)) / name
         self._rows = self._from_state() if self._path is None else _from_file(self._path)
 
@@ -83,7 +84,9 @@ class Kept:
         rows = {kind: values for kind, values in self._rows.items() if values}
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(self._path, {f"{kind}:{k}": v for kind, values in rows.items() for k, v in values.items()})
+            # copies, since versions share what no job wrote in between, and a file holds no tensor twice
+            named = {f"{kind}:{k}": v.clone() for kind, values in rows.items() for k, v in values.items()}
+            write_tensors(self._path, named)
             return
         for kind in [*self._state]:
             del self._state[kind]

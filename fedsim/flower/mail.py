@@ -8,21 +8,22 @@ Letters: N clients, P entries of a vector.
 
 from __future__ import annotations
 
+import secrets
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Literal
 
 import torch
 from flwr.app import Message, MessageType, RecordDict
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.flower.door import Door, Form, Forms, NotFinite, Refused, question
+from fedsim.flower.nodes import GONE, Nodes, push, reason
 from fedsim.graph import Inbox
 from fedsim.sim.account import TOLERANCE, bits_of
 from fedsim.sim.events import Sent
@@ -30,19 +31,8 @@ from fedsim.sim.executor import ClientError, Results
 
 CPU = torch.device("cpu")
 ODD = Refused("it has not the fields, shapes and metrics that most replies to this work have")
-GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
-"""Errors that say that a node, and not what ran on it, is at fault."""
-
 How = Literal["dropped", "failed", "refused", "diverged"]
 """A job's end without a reply: its node is gone or silent, it raised, its reply is no such, or holds no numbers."""
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """The clients of a federation: the grid's number of each, and how many samples [N] it says it has."""
-
-    node_ids: tuple[int, ...]
-    num_examples: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,11 +89,15 @@ class Mail:
         door: what replies must pass.
         clock: where seconds come from.
         patience: how long to wait for replies.
+        needs_all: whether a job is sent again when its node was gone and is back.
         device: where the server's tensors live.
         flights: jobs that have not been answered, and what they were sent, by message.
+        contents: of these messages, if all replies are needed.
+        absent: messages whose nodes were gone, to be sent again.
         landed: replies that nobody has taken yet, by client, in order of arrival.
         ended: jobs that ended without a reply and that nobody has noted yet.
         forms: which form replies to each question have had.
+        run: the number of this run, by which devices keep what they remember.
         versions: [N] how often each client has written its memory.
         saved: [N] the same in the last checkpoint.
         took: [2, N] float64: seconds of all jobs of each client, and how many these were.
@@ -116,10 +110,14 @@ class Mail:
     clock: Clock = WALL
     patience: Patience = field(default_factory=Patience)
     device: torch.device = CPU
+    needs_all: bool = False
     flights: dict[str, tuple[Flight, Sent]] = field(default_factory=dict)
+    contents: dict[str, RecordDict] = field(default_factory=dict)
+    absent: set[str] = field(default_factory=set)
     landed: dict[int, Landed] = field(default_factory=dict)
     ended: list[Ended] = field(default_factory=list)
     forms: Forms = field(default_factory=Forms)
+    run: int = field(default_factory=lambda: secrets.randbits(63))
 
     def __post_init__(self) -> None:
         n = len(self.nodes.node_ids)
@@ -180,6 +178,9 @@ class Mail:
             flights.append((Flight(letter.client, letter.number, key, self.now, vectors), sent))
         posted = push(self.grid, contents, MessageType.TRAIN, str(sent.round), self.patience.reply_seconds)
         self.flights |= dict(zip(posted, flights, strict=True))
+        if self.needs_all:
+            kept = dict(zip(posted, (content for _, content in contents), strict=True)) | self.contents
+            self.contents = {number: content for number, content in kept.items() if number in self.flights}
         return bits
 
     def aside(self, sent: Sent, letters: Sequence[Letter]) -> dict[int, dict[str, Tensor]]:
@@ -218,10 +219,18 @@ class Mail:
 
     def look(self) -> bool:
         """Take in replies; those of one look count as having come in the order of sending. True if any did."""
-        messages = list(self.grid.pull_messages(list(self.flights))) if self.flights else []
+        self._send_again()
+        awaited = [number for number in self.flights if number not in self.absent]
+        messages = list(self.grid.pull_messages(awaited)) if awaited else []
         came = {m.metadata.reply_to_message_id: m for m in messages}
         for number in [n for n in self.flights if n in came]:
-            (flight, sent), message = self.flights.pop(number), came[number]
+            (flight, sent), message = self.flights[number], came[number]
+            gone = message.has_error() and message.error.code in GONE
+            if self.needs_all and gone and self.now - flight.started <= self.patience.reply_seconds:
+                self._warn(f"{self._failed(flight.client, sent, message)}; it is asked again when its node is back")
+                self.absent.add(number)
+                continue
+            del self.flights[number]
             if message.has_error():
                 self._lose(flight, sent, message)
                 continue
@@ -266,7 +275,20 @@ class Mail:
             round=sent.round,
             version=int(self.versions[to.client]),
             saved=int(self.saved[to.client]),
+            run=self.run,
         )
+
+    def _send_again(self) -> None:
+        """Ask those again whose nodes were gone and are back: a job that runs twice gives the same."""
+        there = set(self.grid.get_node_ids()) if self.absent else set()
+        self.absent &= self.flights.keys()
+        for number in sorted(self.absent):
+            flight, sent = self.flights[number]
+            if (node := self.nodes.node_ids[flight.client]) in there:
+                content, seconds = self.contents.pop(number), self.patience.reply_seconds
+                (new,) = push(self.grid, [(node, content)], MessageType.TRAIN, str(sent.round), seconds)
+                self.flights[new], self.contents[new] = self.flights.pop(number), content
+                self.absent.remove(number)
 
     def _give_up(self) -> None:
         """Take jobs in flight for lost, unless nobody else's reply is there to go on with."""
@@ -275,7 +297,8 @@ class Mail:
         what = f"no reply for {self.patience.reply_seconds} seconds from client(s) {shown}"
         if not self.landed:
             raise ClientError(what)
-        self._warn(f"{what}; going on without")
+        if not self.needs_all:
+            self._warn(f"{what}; going on without")
         self.ended += [Ended(flight, "dropped", what) for flight, _ in missing]
         self.flights.clear()
 
@@ -305,7 +328,7 @@ class Mail:
         self.ended.append(Ended(flight, "diverged" if isinstance(why, NotFinite) else "refused", what))
 
     def _failed(self, client: int, sent: Sent, message: Message) -> str:
-        return f"{self._who(client, sent)}: {_reason(message)}"
+        return f"{self._who(client, sent)}: {reason(message)}"
 
     def _refused(self, client: int, sent: Sent, why: Refused) -> str:
         self.refusals[client] += 1
@@ -318,63 +341,3 @@ class Mail:
     def _warn(self, what: str) -> None:
         """Say whose reply goes unused, and why."""
         warnings.warn(what, stacklevel=2)
-
-
-def connect(grid: Grid, num_clients: int, door: Door, clock: Clock, patience: Patience) -> Nodes:
-    """Wait until every client has a node, and ask each how many samples it has.
-
-    Raises:
-        ClientError: if nodes are missing when patience is over, two say they are the same client, or one says nothing
-            that can be.
-    """
-    start = clock.now()
-    known: set[int] = set()
-    asked: dict[str, int] = {}
-    found: dict[int, tuple[int, int]] = {}
-    while True:
-        new = sorted(set(grid.get_node_ids()) - known)
-        known |= set(new)
-        contents = [(node, RecordDict()) for node in new]
-        asked |= dict(zip(push(grid, contents, MessageType.QUERY, "", patience.reply_seconds), new, strict=True))
-        for message in grid.pull_messages(list(asked)) if asked else ():
-            node = asked.pop(message.metadata.reply_to_message_id)
-            if message.has_error() and message.error.code in GONE:
-                known.remove(node)  # it left again, and is asked anew when it is back
-                continue
-            if message.has_error():
-                raise ClientError(f"node {node}: {_reason(message)}")
-            try:
-                client, num_examples = door.about(message.content, num_clients)
-            except Refused as e:
-                raise ClientError(f"node {node}: {e}") from e
-            if client in found:
-                raise ClientError(f"nodes {found[client][0]} and {node} both have partition-id={client}")
-            found[client] = node, num_examples
-        if len(found) == num_clients:
-            each = [found[i] for i in range(num_clients)]
-            return Nodes(tuple(node for node, _ in each), torch.tensor([n for _, n in each], dtype=torch.int64))
-        if clock.now() - start > patience.reply_seconds:
-            missing = ", ".join(str(i) for i in range(num_clients) if i not in found)
-            raise ClientError(
-                f"no node with partition-id {missing} within {patience.reply_seconds} seconds; start a SuperNode for "
-                "each, or lower clients.count"
-            )
-        clock.sleep(patience.poll_seconds)
-
-
-def push(grid: Grid, contents: Iterable[tuple[int, RecordDict]], kind: str, group: str, seconds: float) -> list[str]:
-    """Send (node, content) pairs and return the messages' numbers, in order.
-
-    Raises:
-        ClientError: if the grid takes one of them for too large or malformed.
-    """
-    messages = [Message(content, node, kind, ttl=seconds, group_id=group) for node, content in contents]
-    ids = list(grid.push_messages(messages)) if messages else []
-    if len(ids) != len(messages) or None in ids:
-        raise ClientError(f"{len(messages)} messages were sent and the SuperLink took {len(ids) - ids.count(None)}")
-    return ids
-
-
-def _reason(message: Message) -> str:
-    """Why a client, or the network, answered with an error."""
-    return f"{message.error.reason} (Flower's error {message.error.code})"

@@ -51,6 +51,7 @@ class Head:
         round: the server step at which the job was sent.
         version: how often the client had written its memory when the job begins, or when the reply was sent.
         saved: the same in the server's last checkpoint, to which a resumed run goes back.
+        run: a number that no other run has, and that a resumed one keeps: a device remembers for each run apart.
     """
 
     work: str
@@ -59,6 +60,7 @@ class Head:
     round: int
     version: int
     saved: int
+    run: int
 
     def write(self, content: RecordDict) -> None:
         content[HEAD] = ConfigRecord(asdict(self))
@@ -173,9 +175,9 @@ def write_inbox(content: RecordDict, inbox: Inbox) -> int:
     rows, total = inbox.heard.peers, len(next(iter(inbox.fields.values())))
     vectors = {k: v[rows] for k, v in inbox.fields.items()}
     content[INBOX] = ArrayRecord({k: raw_array(v) for k, v in vectors.items()})
-    content[HEARD] = ConfigRecord(
-        {"rows": rows.tolist(), "weights": inbox.heard.weights.tolist(), "total": total, "own": int(inbox.heard.own)}
-    )
+    heard = inbox.heard
+    about = {"rows": rows.tolist(), "weights": heard.weights.tolist(), "own": int(heard.own), "lost": int(heard.lost)}
+    content[HEARD] = ConfigRecord({**about, "total": total})
     return sum(map(bits_of, vectors.values()))
 
 
@@ -194,8 +196,8 @@ def read_inbox(content: RecordDict) -> Inbox | None:
         vectors = _tensor(array)
         fields[name] = vectors.new_zeros(total, *vectors.shape[1:]).index_copy_(0, rows, vectors)
     weights = torch.tensor(about["weights"], dtype=torch.float64)
-    heard = Graph(torch.tensor([0, len(rows)]), rows, weights, torch.tensor([int(about["own"])]))
-    return Inbox(fields, heard)
+    own, lost = (torch.tensor([int(about[key])]) for key in ("own", "lost"))
+    return Inbox(fields, Graph(torch.tensor([0, len(rows)]), rows, weights, own, lost))
 
 
 def raw_array(value: Tensor) -> Array:

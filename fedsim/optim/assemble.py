@@ -104,23 +104,22 @@ def _on_device(coefs: Mapping[str, Any], x: Tensor) -> Values:
 
 
 def _shared(recipe: Recipe, x: Tensor, state: OptState, t: Any, aux: Mapping[str, Tensor]) -> Values:
-    """Mask, additive term and weight average, where present."""
+    """The weight average, where there is one."""
     if aux:
-        known = {"mask", "add"}.union(*(group.rule.inputs for group in recipe.groups))
-        known |= {recipe.settings.gradient_need} - {"grad"}
+        known = {recipe.settings.gradient_need}.union(*(group.rule.inputs for group in recipe.groups)) - {"grad"}
         for name in aux:
             if name not in known:
-                raise ValueError(f"aux {name!r} is no input of this optimizer, which takes {', '.join(sorted(known))}")
-    shared: Values = {n: torch.atleast_2d(aux[n]).to(x.dtype) for n in ("mask", "add") if n in aux}
+                taken = ", ".join(sorted(known)) or "none"
+                raise ValueError(f"aux {name!r} is no input of this optimizer, which takes {taken}")
     average, k = recipe.settings.average, len(x)
     if average is None:
-        return shared
+        return {}
     values: dict[str, Any] = {"average_rate": 1 / t}
     if average.name == "ema":
         values["average_rate"] = 1 - per_client("average.decay", average.decay, k)
         if np.any(t == 1):
             values["average_first"] = np.where(t == 1, 1.0, 0.0) if np.ndim(t) else 1.0
-    return shared | _on_device(values, x) | {"average": state.buffers["average"][:k]}
+    return _on_device(values, x) | {"average": state.buffers["average"][:k]}
 
 
 def _inputs(group: ParamGroup, x: Tensor, t: np.ndarray, aux: Mapping[str, Tensor], streams: Streams | None) -> Values:

@@ -4,7 +4,7 @@
     state = optimizer.init(x)                     # x [C, P]
     optimizer.step_(x[:k], grad[:k], state)       # the first k clients step, the others stay as they are
 
-Order of a step: mask, additive term, l2 decay; clipping and other transforms; state and direction; decoupled decay;
+Order of a step: l2 decay; clipping and other transforms; state and direction; decoupled decay;
 x -= lr * u; decay modes that come after the step; weight average.
 
 Letters: C clients in the stack, k of them step, P coordinates of the trainable vector, t a client's step counter.
@@ -12,7 +12,7 @@ Letters: C clients in the stack, k of them step, P coordinates of the trainable 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -120,25 +120,6 @@ class Optimizer:
         bare = self.recipe.alone and s.clip.value is None and s.average is None and s.gradient_need == "grad"
         return first.rule.heavy_ball if bare and not first.decays and first.lr_weights is None else None
 
-    @property
-    def constant_rate(self) -> float | None:
-        """The rate lr, if every step of every client is x -= lr * g with one and the same number; else None."""
-        constant = self.is_plain_sgd and self.schedule is None and isinstance(self.lr, float | int)
-        return float(self.lr) if constant else None  # type: ignore[arg-type]
-
-    def check_needs(self, available: Set[str]) -> None:
-        """Refuse a rule that needs what the task or the training loop cannot supply.
-
-        Raises:
-            ValueError: naming what is missing.
-        """
-        missing = sorted(self.needs - available)
-        if missing:
-            raise ValueError(
-                f"optimizer {self.spec.get('name')!r} needs {', '.join(missing)}, which this task and training loop do "
-                f"not supply (they supply {', '.join(sorted(available)) or 'nothing'}); choose another rule"
-            )
-
     def wanted(self, state: OptState, k: int | None = None) -> frozenset[str]:
         """Which of `needs` the next step of the first k clients will use."""
         t = state.t[:k].numpy() + 1
@@ -181,8 +162,7 @@ class Optimizer:
             grad: [k, P]; never written to.
             state: of C clients. A client whose gradient is not finite does not step; its `skipped` counts.
             lr_scale: factor on the learning rate, one number or [k] (or more: the first k count).
-            aux: `mask` [P] or [k, P] (coordinates at 0 are frozen: no step, no decay, no share in any norm),
-                `add` [P] or [k, P] (added to the gradient), and what the rule `needs`.
+            aux: what the rule `needs` beside the gradient.
             streams: of the k clients, for rules with noise.
             doubt: [] on x's device, zero before the first step, for who does not want to wait for each step: where that
                 takes a wait no gradient is looked at, all step, and this number ends up not finite if one of them was

@@ -55,7 +55,6 @@ class ForeignOptimizer:
     state_scope: ClassVar[str] = "round"
     is_plain_sgd: ClassVar[bool] = False
     momentum: ClassVar[None] = None
-    constant_rate: ClassVar[None] = None  # its steps are its own
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """What an update rule is: a frozen dataclass of hyper-parameters, two short formulas and a declaration of its state.
 
-A rule knows nothing of clients, devices, masks, decay or back ends. It says
+A rule knows nothing of clients, devices, decay or back ends. It says
 - `states`: which numbers it keeps, and per what (coordinate, tensor, row or client);
 - `coefficients(t, lr, host)`: everything that depends on hyper-parameters and the step counter, on the host in float64.
   `t`, `lr` and the fields of `self` are Python numbers where all clients agree and arrays [k] where they do not, so
@@ -22,24 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, T
 import numpy as np
 from torch import Tensor
 
+from fedsim.hints import Within
 from fedsim.optim.segments import Segments
-
-
-@dataclass(frozen=True)
-class Within:
-    """Marks a hyper-parameter that lies in [low, high), or [low, high] if `closed`."""
-
-    low: float
-    high: float
-    closed: bool = False
-
-    def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, a number or one number per client."""
-        for v in value if isinstance(value, tuple) else (value,):
-            if not (self.low <= v < self.high or self.closed and v == self.high):
-                return f"must lie in [{self.low:g}, {self.high:g}{']' if self.closed else ')'}, got {v!r}"
-        return None
-
 
 Hyper = float | tuple[float, ...]  # one number for all clients of the stack, or one per row of it
 if TYPE_CHECKING:  # in a rule's arithmetic it is a number or an array [k] (`of_clients`)

@@ -10,10 +10,10 @@ Letters: k clients, P coordinates, L tensors, R rows of all matrices together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 from math import prod
 
 import torch
@@ -63,11 +63,7 @@ class Segments:
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each run starts."""
-        starts, at = [], 0
-        for n in self.sizes:
-            starts.append(at)
-            at += n
-        return tuple(starts)
+        return tuple(accumulate(self.sizes, initial=0))[:-1]
 
     def width(self, per: str) -> int:
         """How many numbers one per coordinate, tensor, row, column or client are."""
@@ -81,34 +77,47 @@ class Segments:
 
     def shape_factors(self, like: Tensor) -> Tensor:
         """[1, L] sqrt(max(1, rows / columns)) of each tensor."""
-        return self._constant("shape_factors", like)
+
+        def factors() -> Tensor:
+            return torch.tensor([[max(1.0, rows / columns) ** 0.5 for rows, columns in self.shapes]], dtype=like.dtype)
+
+        return self._constant("shape_factors", like, factors)
 
     def counts(self, like: Tensor) -> Tensor:
         """[1, L] entries of each run, in the dtype and on the device of `like`."""
-        return self._constant("counts", like)
+        return self._constant("counts", like, lambda: torch.tensor([self.sizes], dtype=like.dtype))
 
     def is_matrix(self, like: Tensor) -> Tensor:
         """[1, L] bool, which runs are tensors of two dimensions or more."""
-        return self._constant("is_matrix", like)
+        return self._constant("is_matrix", like, lambda: torch.tensor([self.matrices]))
 
     def column_sums(self, p: Tensor) -> Tensor:
         """Sum over the rows of each tensor viewed as [rows, columns]: [k, P] -> [k, all columns]."""
         if not _many_launches_hurt(p):
-            return torch.cat([view.sum(1) for _, view in self.runs(p)], 1)
-        return self._tall.sums(p.index_select(1, self._constant("by_column", p)))
+            return torch.cat([view.sum(1) for view in self.views(p)], 1)
+
+        def by_column() -> Tensor:
+            return torch.cat([view.T.reshape(-1) for view in self.views(torch.arange(sum(self.sizes)))])
+
+        return self._tall.sums(p.index_select(1, self._constant("by_column", p, by_column)))
 
     @cached_property
     def _tall(self) -> Segments:
-        """Each column a run of its own, as they stand in `by_column`."""
+        """Each column a run of its own, one behind the other."""
         return Segments(tuple(rows for rows, columns in self.shapes for _ in range(columns)))
 
     def column_heights(self, like: Tensor) -> Tensor:
         """[1, all columns], over how many rows each column runs."""
-        return self._constant("column_heights", like)
+        return self._constant("column_heights", like, lambda: torch.tensor([self._tall.sizes], dtype=like.dtype))
 
     def expand_columns(self, per_column: Tensor) -> Tensor:
         """Each column's number at each of its coordinates: [k, all columns] -> [k, P]."""
-        return per_column.index_select(1, self._constant("column", per_column))
+
+        def column() -> Tensor:
+            numbers = torch.arange(per_column.shape[1]).split([columns for _, columns in self.shapes])
+            return torch.cat([own.repeat(rows) for own, (rows, _) in zip(numbers, self.shapes, strict=True)])
+
+        return per_column.index_select(1, self._constant("column", per_column, column))
 
     def sums(self, p: Tensor) -> Tensor:
         """Sum of each run: [k, P] -> [k, L]."""
@@ -126,12 +135,15 @@ class Segments:
         """Each run's number at each of its coordinates: [k, L] -> [k, P]."""
         if len(self.sizes) == 1:
             return per_run.expand(-1, self.sizes[0])
-        return per_run.index_select(1, self._constant("owner", per_run))
+        return per_run.index_select(1, self._constant("owner", per_run, self._owner))
 
-    def runs(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(index, view [k, rows, columns]) of each tensor."""
-        for i, (start, size, shape) in enumerate(zip(self.offsets, self.sizes, self.shapes, strict=True)):
-            yield i, flat.narrow(-1, start, size).unflatten(-1, shape)
+    def _owner(self) -> Tensor:
+        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+
+    def views(self, flat: Tensor) -> Iterator[Tensor]:
+        """[..., rows, columns] of each tensor, from [..., P]."""
+        for start, size, shape in zip(self.offsets, self.sizes, self.shapes, strict=True):
+            yield flat.narrow(-1, start, size).unflatten(-1, shape)
 
     def _loop(self, p: Tensor, how: str) -> Tensor:
         parts, at = [], 0
@@ -161,40 +173,11 @@ class Segments:
     def _constants(self) -> dict[object, Tensor]:
         return {}
 
-    def _constant(self, name: str, like: Tensor) -> Tensor:
+    def _constant(self, name: str, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
         key = (name, like.dtype, like.device)
         if key not in self._constants:
-            self._constants[key] = getattr(self, f"_make_{name}")(like).to(like.device)
+            self._constants[key] = make().to(like.device)
         return self._constants[key]
-
-    def _make_counts(self, like: Tensor) -> Tensor:
-        return torch.tensor([self.sizes], dtype=like.dtype)
-
-    def _make_shape_factors(self, like: Tensor) -> Tensor:
-        return torch.tensor([[max(1.0, rows / columns) ** 0.5 for rows, columns in self.shapes]], dtype=like.dtype)
-
-    def _make_is_matrix(self, like: Tensor) -> Tensor:
-        return torch.tensor([self.matrices])
-
-    def _make_owner(self, like: Tensor) -> Tensor:
-        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
-
-    def _make_column(self, like: Tensor) -> Tensor:
-        parts, at = [], 0
-        for rows, columns in self.shapes:
-            parts.append(torch.arange(at, at + columns).repeat(rows))
-            at += columns
-        return torch.cat(parts)
-
-    def _make_column_heights(self, like: Tensor) -> Tensor:
-        return torch.tensor([[rows for rows, columns in self.shapes for _ in range(columns)]], dtype=like.dtype)
-
-    def _make_by_column(self, like: Tensor) -> Tensor:
-        parts = [
-            torch.arange(start, start + rows * columns).view(rows, columns).T.reshape(-1)
-            for start, (rows, columns) in zip(self.offsets, self.shapes, strict=True)
-        ]
-        return torch.cat(parts)
 
     def _plan(self, sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Where each entry of each block comes from, which entries are real, and blocks per run."""

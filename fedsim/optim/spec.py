@@ -6,18 +6,15 @@ Types, names and the errors about them are the experiment file's (`fedsim.config
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 from torch import Tensor
 
-from fedsim.config import ConfigError, Kinds, did_you_mean, named
-from fedsim.config import decode as decode_section
-from fedsim.hints import type_hints
-from fedsim.optim.rule import Rule, RuleSettings, Within
-from fedsim.optim.settings import Clip, Settings
+from fedsim.config import ConfigError, Kinds, decode, did_you_mean, named
+from fedsim.optim.rule import Rule, RuleSettings
+from fedsim.optim.settings import Settings
 from fedsim.optim.table import INNER, RULES
 from fedsim.params import ROLES
 
@@ -79,33 +76,15 @@ def parse_rule(spec: Any, key: str, also: tuple[str, ...] = ()) -> Ruled:
     for k in values:
         if k not in (known := [*hyper, *own, *also]):
             raise ConfigError(f"{key}.{k}: unknown key{did_you_mean(str(k), known)}")
-    rule = decode(cls, {k: v for k, v in values.items() if k in hyper}, key)
+    rule = decode(cls, {k: v for k, v in values.items() if k in hyper}, key, KINDS)()
     defaults = {"lr": cls.default_lr, "weight_decay": cls.default_weight_decay, "decay": cls.decay}
     common = defaults | {k: v for k, v in values.items() if k in own}
     if common["lr"] is None:
         raise ConfigError(f"{key}.lr: missing; {name} has no customary learning rate")
-    base = decode(RuleSettings, common, key)
+    base = decode(RuleSettings, common, key)()
     if base.decay == "in_update" != cls.decay:
         raise ConfigError(f"{key}.decay: {name} does not put the decay into its update; take {cls.decay}")
     return rule, base
-
-
-def decode(cls: Any, values: Mapping[str, Any], key: str) -> Any:
-    """A dataclass from its section, sections within it included."""
-    hints = type_hints(cls)
-    inside = {}
-    for name, value in values.items():
-        kinds = [k for k in typing.get_args(hints.get(name)) if is_dataclass(k) and isinstance(k, type)]
-        if is_dataclass(value):
-            inside[name] = value
-        elif kinds and isinstance(value, Mapping):
-            inside[name] = decode(kinds[0], value, f"{key}.{name}")
-    call = decode_section(cls, {k: v for k, v in values.items() if k not in inside}, key, KINDS, tuple(inside))
-    for name, value in call.arguments.items():
-        for mark in getattr(hints[name], "__metadata__", ()):
-            if isinstance(mark, Within) and (problem := mark.problem(value)):
-                raise ConfigError(f"{key}.{name}: {problem}")
-    return call(**inside)
 
 
 def _settings(values: dict[str, Any], key: str) -> Settings:
@@ -114,15 +93,14 @@ def _settings(values: dict[str, Any], key: str) -> Settings:
         for k in clip:
             if k not in known:
                 raise ConfigError(f"{key}.clip.{k}: unknown key{did_you_mean(str(k), known)}")
-        renamed = {("norm" if k == "global" else k): v for k, v in clip.items()}
-        values["clip"] = decode(Clip, renamed, f"{key}.clip")
+        values["clip"] = {("norm" if k == "global" else k): v for k, v in clip.items()}
     elif clip is None:
         values.pop("clip", None)
-    elif not is_dataclass(clip):
+    else:
         raise ConfigError(f"{key}.clip: write {{global: {clip}}}, or value, adaptive or tensor, got {clip!r} alone")
     if isinstance(perp := values.get("perp_grad"), bool):
         values["perp_grad"] = {} if perp else None
-    return typing.cast("Settings", decode(Settings, values, key))
+    return cast("Settings", decode(Settings, values, key)())
 
 
 def _inner_rule(value: Any, key: str, kinds: Kinds) -> Rule:
@@ -130,8 +108,8 @@ def _inner_rule(value: Any, key: str, kinds: Kinds) -> Rule:
     cls, name, given = named({name: RULES[name].rule for name in INNER}, value, key)
     hyper = [f.name for f in fields(cls)]
     preset = {k: v for k, v in (RULES[name].preset or {}).items() if k in hyper}
-    rule = decode(cls, {**preset, **given}, key)
-    for f in fields(rule):
+    rule = cast("Rule", decode(cls, {**preset, **given}, key)())
+    for f in fields(cls):
         if isinstance(getattr(rule, f.name), tuple):
             raise ConfigError(f"{key}.{f.name}: must be one number for all clients")
     return rule

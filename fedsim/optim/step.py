@@ -1,19 +1,16 @@
 """One step on a block of rows: the order of section "a step" for every rule, written once.
 
-Gradient inputs (mask, additive term, l2 decay), gradient transforms, the rule's state and direction, decay, the step,
-decay modes that come after it, the weight average. Every back end but torch's own kernels runs this function, eagerly
-or compiled.
+L2 decay, gradient transforms, the rule's state and direction, decay, the step, decay modes that come after it, the
+weight average. Every back end but torch's own kernels runs this function, eagerly or compiled.
 
 Letters: k clients, P coordinates of the trainable vector, p those of one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedsim.optim.groups import ParamGroup, Recipe, Values
@@ -26,7 +23,7 @@ class Block:
     """Everything one step needs about some rows.
 
     Args:
-        shared: mask, add, average, average_rate and average_first, where present.
+        shared: average, average_rate and average_first, where present.
         states: per group, its states, inputs and weight vectors.
         coefs: per group, its coefficients.
         doubt: see `Optimizer.step_`.
@@ -44,45 +41,35 @@ class Block:
 
 def step_block_(recipe: Recipe, x: Tensor, g: Tensor, block: Block) -> None:
     """One step of every row of x [k, P], in place, with gradients g [k, P]."""
-    mask = _tensor(block.shared, "mask")
     if "average_first" in block.shared:  # the average starts at the point the client starts from
         average = block.shared["average"]
         average.lerp_(x, block.shared["average_first"])
-    g = _gradient(recipe, x, g, block, mask)
+    g = _gradient(recipe, x, g, block)
     for group, states, coefs in zip(recipe.groups, block.states, block.coefs, strict=True):
         s, c = Named(states), Named(coefs)
         if group.columns is None:
-            _advance_(group, x, g, s, c, mask)
+            _advance_(group, x, g, s, c)
             continue
         own = x.index_select(1, states["columns"])
-        picked = None if mask is None else mask.index_select(1, s.columns)
-        _advance_(group, own, g.index_select(1, s.columns), s, c, picked)
+        _advance_(group, own, g.index_select(1, s.columns), s, c)
         x.index_copy_(1, s.columns, own)
     if "average" in block.shared:
         block.shared["average"].lerp_(x, block.shared["average_rate"])
 
 
-def _gradient(recipe: Recipe, x: Tensor, g: Tensor, block: Block, mask: Tensor | None) -> Tensor:
-    """The gradient that the rules see: mask, additive term, l2 decay, transforms."""
-    if mask is not None:
-        g = g * mask
-        x = x * mask
-    if "add" in block.shared:
-        add = block.shared["add"]
-        g = g + (add if mask is None else add * mask)
+def _gradient(recipe: Recipe, x: Tensor, g: Tensor, block: Block) -> Tensor:
+    """The gradient that the rules see: l2 decay, transforms."""
     for group, states, coefs in zip(recipe.groups, block.states, block.coefs, strict=True):
         if group.mode == "l2":
-            weights = _tensor(states, "l2_weights")
+            weights = states["l2_weights"]
             g = g + x * coefs["decay_rate"] if weights is None else g + x * (weights * coefs["decay_rate"])
     return transform(x, g, recipe.segments, recipe.settings)
 
 
-def _advance_(group: ParamGroup, x: Tensor, g: Tensor, s: Named, c: Named, mask: Tensor | None) -> None:
+def _advance_(group: ParamGroup, x: Tensor, g: Tensor, s: Named, c: Named) -> None:
     """State, direction, decay and step of one group on its own coordinates."""
     rule, mode = group.rule, group.mode
     lr_weights, decay_weights = s.lr_weights, s.decay_weights
-    if mask is not None:
-        decay_weights = mask if decay_weights is None else decay_weights * mask
     lr = c.lr
     if rule.owns_lr and lr_weights is not None:
         c.lr = lr * lr_weights
@@ -91,11 +78,9 @@ def _advance_(group: ParamGroup, x: Tensor, g: Tensor, s: Named, c: Named, mask:
         c.decay = rate if decay_weights is None else rate * decay_weights
     if group.storage is not None:
         group.storage.decode_(s, x)
-    u = rule.direction(x if mask is None else x * mask, g, s, c, group.segments)
+    u = rule.direction(x, g, s, c, group.segments)
     if group.storage is not None:
         group.storage.encode_(s)
-    if mask is not None:
-        u = u * mask
     if mode in ("decoupled", "independent"):
         shrink_(x, c.decay_rate, decay_weights)
     if rule.owns_lr:
@@ -124,9 +109,3 @@ def _descend_(x: Tensor, u: Tensor, lr: Tensor | float) -> None:
         x.sub_(u * lr)
     else:
         x.add_(u, alpha=-lr)
-
-
-def _tensor(values: Mapping[str, Any], name: str) -> Tensor | None:
-    value = values.get(name)
-    assert value is None or isinstance(value, torch.Tensor)
-    return value

@@ -83,15 +83,13 @@ class StackOptimizer(torch.optim.Optimizer):
         optimizer, lr_scale = self._optimizer(index)
         x = torch.cat([p.detach().reshape(-1) for p in params])[None]
         grad = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in params])[None]
-        aux = {}
-        if any(p.grad is None for p in params):
-            aux["mask"] = torch.cat([torch.full_like(p, float(p.grad is not None)).view(-1) for p in params])
         state = self._load(optimizer, params[0], x)
         ids = torch.tensor([index])
         streams = Streams(self._seed, ids, torch.zeros_like(ids))
-        optimizer.step_(x, grad, state, lr_scale=lr_scale, aux=aux, streams=streams)
+        optimizer.step_(x, grad, state, lr_scale=lr_scale, streams=streams)
         for p, value in zip(params, x[0].split([p.numel() for p in params]), strict=True):
-            p.copy_(value.view_as(p))
+            if p.grad is not None:
+                p.copy_(value.view_as(p))
         rows = state.to_rows()
         self.state[params[0]][_STATE] = {n: v.tolist() if v.dtype == torch.float64 else v for n, v in rows.items()}
 

@@ -1,7 +1,6 @@
 """Transforms of a client's gradient before the rule sees it: clipping and the perpendicular gradient.
 
-Order: value, adaptive, per tensor, over all tensors, then perpendicular. Norms are per client, never over clients; a
-masked coordinate of x and g is zero here and so counts in no norm.
+Order: value, adaptive, per tensor, over all tensors, then perpendicular. Norms are per client, never over clients.
 
 Letters: k clients, P coordinates.
 """

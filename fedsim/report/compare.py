@@ -20,7 +20,7 @@ import numpy as np
 
 from fedsim.config import did_you_mean
 from fedsim.files import write_whole
-from fedsim.history import History, show
+from fedsim.history import History, heading, show
 from fedsim.metrics import small_is_good
 from fedsim.report.curves import AXES, over_each_axis
 from fedsim.report.draw import look
@@ -214,7 +214,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
         ("", lambda r: r["name"]),
         ("seeds", lambda r: str(r["num_runs"])),
-        (f"final {_title(measure).lower()}", lambda r: text(measure, r["final"], r["final_std"])),
+        (f"final {heading(measure).lower()}", lambda r: text(measure, r["final"], r["final_std"])),
         ("best", lambda r: text(measure, r["best"], r["best_std"])),
         ("rounds to target", lambda r: text("round", r["rounds_to_target"])),
         ("time to target", lambda r: text("virtual_seconds", r["virtual_seconds_to_target"])),
@@ -235,7 +235,7 @@ def _html(comparison: Comparison) -> str:
     keys = [Key(text=row["name"], band=row["num_runs"] > 1, **look(i)) for i, row in enumerate(comparison.rows)]
     for key in dict.fromkeys([measure, *MEASURES]):
         pictures = over_each_axis([(group.runs, key) for group in groups], log=key == "distance")
-        sections.append(Section(title=_title(key), keys=keys, pictures=pictures))
+        sections.append(Section(title=heading(key), keys=keys, pictures=pictures))
     num_runs = sum(len(g.runs) for g in groups)
     seeds = " Bands: mean ± standard deviation over seeds." if num_runs > len(groups) else ""
     return Page(
@@ -266,10 +266,6 @@ def _latex(comparison: Comparison) -> str:
 
 
 WRITERS = {".html": _html, ".csv": _csv, ".tex": _latex}
-
-
-def _title(key: str) -> str:
-    return key.replace("_", " ").capitalize()
 
 
 def _seeds(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,22 @@
-"""Columns of a run's side files of one row per client or job."""
+"""The side files of a run that its report reads."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """What goes wrong inside is this file's fault, and a report can do without it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+        raise ValueError(f"{file} cannot be read ({e}); remove it to write the report without it") from e
 
 
 def read_columns(folder: Path, stem: str, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -21,9 +31,7 @@ def read_columns(folder: Path, stem: str, names: Sequence[str]) -> dict[str, np.
     file = folder / f"{stem}.jsonl"
     if not file.is_file():
         return {}
-    try:
+    with reading(file):
         rows = json.loads(f"[{','.join(file.read_text(encoding='utf-8').splitlines())}]")  # at once: twice as fast
         found = [name for name in names if any(name in row for row in rows)]
         return {name: np.array([row.get(name) for row in rows], float) for name in found}
-    except (ValueError, TypeError, OSError) as e:
-        raise ValueError(f"{file} cannot be read ({e}); remove it to write the report without it") from e

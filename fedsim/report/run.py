@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.history import History, show
+from fedsim.history import History, heading, show
 from fedsim.metrics import small_is_good
 from fedsim.report.clients import spread_section
 from fedsim.report.curves import over_each_axis
 from fedsim.report.draw import Curve, line_panel, look
+from fedsim.report.files import reading
 from fedsim.report.page import Key, Page, Picture, Section, Table, Tile, shortened
 from fedsim.report.split import split_section
 from fedsim.report.timing import absence_section, timing_section
@@ -51,10 +52,7 @@ def write_report(run_dir: str | Path) -> Path:
     history = History.load(folder)
     spread = "How far the honest clients are from one another: they agree as this goes to zero."
     sections = [
-        *(
-            Section(title=key.replace("_", " ").capitalize(), pictures=over_each_axis([([history], key)]))
-            for key in history.test_metrics()
-        ),
+        *(Section(title=heading(key), pictures=over_each_axis([([history], key)])) for key in history.test_metrics()),
         *(
             Section(title=key, text="As clients reported it.", pictures=over_each_axis([([history], key)]))
             for key in history.keys()
@@ -190,10 +188,8 @@ def _environment(history: History, folder: Path) -> Section | None:
     found = dict(versions) if isinstance(versions, Mapping) else {}
     file = folder / "env.json"
     if file.is_file():
-        try:
+        with reading(file):
             found |= json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise ValueError(f"{file} is not JSON ({e}); remove it to write the report without it") from e
     rows = [[str(key), shortened(str(value), 300)] for key, value in found.items()]
     return Section(title="Versions and machine", table=Table(header=(), rows=rows, style="prose")) if rows else None
 

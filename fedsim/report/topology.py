@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.report.draw import histogram, network
+from fedsim.report.files import reading
 from fedsim.report.page import Picture, Section
 
 SHOWN_PEERS = 200  # of more peers no picture of the graph would show anything
@@ -24,12 +25,9 @@ def topology_section(folder: Path) -> Section | None:
     file = folder / "topology.npz"
     if not file.is_file():
         return None
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            n, pairs, gap, steps = int(stored["n"]), stored["pairs"], float(stored["gap"]), int(stored["steps"])
+    with reading(file), np.load(file, allow_pickle=False) as stored:
+        n, pairs, gap, steps = int(stored["n"]), stored["pairs"], float(stored["gap"]), int(stored["steps"])
         degrees = np.bincount(pairs[0], minlength=n)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-        raise ValueError(f"{file} cannot be read ({e}); remove it to write the report without it") from e
     pictures = []
     if n <= SHOWN_PEERS:
         title = "Who hears whom in the first step" if steps > 1 else "Who hears whom"

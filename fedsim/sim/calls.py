@@ -16,7 +16,8 @@ from fedsim.fleet import Work
 from fedsim.graph import Inbox
 from fedsim.memory import Memory
 from fedsim.sim.events import Event, Sent
-from fedsim.sim.executor import Executor, Gather, Jobs, Results
+from fedsim.sim.executor import Executor, Jobs, Results
+from fedsim.sim.gather import Gather
 
 STACKS_AHEAD = 4  # of a CPU, so that its cores have full ones while the last of a call is computed; one fills a GPU
 

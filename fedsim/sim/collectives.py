@@ -32,6 +32,8 @@ from fedsim.sim.tree import TreeSum, joins
 Backend = Literal["gloo", "nccl"]
 Collectives = Literal["auto", "object_store", "gloo", "nccl"]
 FOREVER = timedelta(days=365)
+LARGE_BYTES = 8 << 20  # of a vector: from here on workers of one machine hand it on faster in their shared memory
+FEW_GROUPS = 8  # so many vectors a driver takes from there as fast as workers join them
 
 
 def backend_for(collectives: Collectives, *, gpus: bool) -> Backend | None:
@@ -51,6 +53,24 @@ def backend_for(collectives: Collectives, *, gpus: bool) -> Backend | None:
     if collectives == "auto":
         return "nccl" if gpus else "gloo"
     return None if collectives == "object_store" else collectives
+
+
+def least_groups(collectives: Collectives, backend: Backend, *, one_machine: bool, nbytes: int) -> int:
+    """Of how many groups of stacks a call has to be for its sums to go between the workers; a rule, as above.
+
+    Args:
+        collectives: what the file says; `auto` alone may take the object store for some calls.
+        backend: of the workers' groups.
+        one_machine: whether all workers and the driver share their memory.
+        nbytes: of the model.
+
+    >>> [least_groups("auto", "gloo", one_machine=True, nbytes=n) for n in (4 << 20, 40 << 20)]
+    [2, 9]
+    >>> least_groups("auto", "gloo", one_machine=False, nbytes=40 << 20)
+    2
+    """
+    shared = collectives == "auto" and backend == "gloo" and one_machine and nbytes >= LARGE_BYTES
+    return FEW_GROUPS + 1 if shared else 2
 
 
 @dataclass(frozen=True)

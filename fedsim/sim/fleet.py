@@ -195,13 +195,13 @@ class SimFleet(Account):
         """Every client reads its neighbours' vectors (see `Fleet.exchange`); each sends a copy to each of them."""
         ids, n = replies.ids, len(replies)
         links, sent = everybody(n) if graph is None else graph.among(ids), dict(replies.fields)
-        arrive, heard = torch.ones(n, dtype=torch.bool), links
-        if self.byzantine is not None:
-            arrive, sent, heard = self.byzantine.tell(ids, sent, links, self.round)
         numbers = self.job_counts[ids] - 1  # the second half of the job whose reply is exchanged
         streams = Streams(self._seed, ids, numbers)
+        arrive, heard = torch.ones(n, dtype=torch.bool), links
         if missing:
             heard = held_back(streams, heard, self.honest(ids), missing)
+        if self.byzantine is not None:  # who may hold vectors back knows which
+            arrive, sent, heard = self.byzantine.tell(ids, sent, heard, self.round)
         vector = FLOAT_BITS * sum(v[0].numel() for v in replies.fields.values() if v.ndim > 1)
         results = self._calls.run(self._calls.fresh(work, ids, numbers, broadcast, self.round, Inbox(sent, heard)))
         travels = arrive[links.peers] & ~links.is_own

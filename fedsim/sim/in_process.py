@@ -6,15 +6,17 @@ torch releases the interpreter's lock inside its operations, so threads use the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsim import pages
-from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, collect, grouped
+from fedsim.sim.executor import Executor, Jobs, Results, StackRunner, T, grouped
+from fedsim.sim.gather import Gather, collect
 
 
 class InProcess(Executor):
@@ -54,9 +56,8 @@ class InProcess(Executor):
             for future in waiting:
                 future.cancel()
 
-    def map(self, function: Any, pieces: list[Any]) -> list[Any]:
-        """Independent pieces side by side; results in the order of the pieces."""
-        return list(self._pool.map(function, pieces))
+    def map(self, work: Callable[..., T], pieces: Sequence[Any], **shared: Any) -> list[T]:
+        return list(self._pool.map(partial(work, **shared), pieces))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

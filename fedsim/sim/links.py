@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fedsim.compress.error_feedback import compress_difference, compress_with_error
 from fedsim.compress.packet import FLOAT_BITS, Compressor, Packet
+from fedsim.compress.sender import Sender
 from fedsim.config import at
 from fedsim.memory import MemoryRows
 from fedsim.params import Layout
 from fedsim.streams import Streams
 
-ERROR = "uplink/"  # names of the error's rows in a client's memory
+UPLINK = "uplink/"  # in a client's memory the error's rows are called so, and what is kept of packets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,11 @@ class Uplink:
 
     def encode(self, name: str, v: Tensor, memory: MemoryRows, streams: Streams) -> Packet:
         """The packet of one field v [C, P] of replies, by clients with this memory and these streams."""
+        sender = Sender(streams, memory, UPLINK + name, step_of(name))
         if not self.error_feedback:
-            return self.compressor.encode(v, streams, step_of(name))
-        error = memory.read(ERROR + name, tuple(v.shape[1:])).to(v)
-        packet, memory[ERROR + name] = compress_with_error(v, error, self.compressor, streams, step_of(name))
+            return sender.encode(self.compressor, v)
+        error = memory.read(sender.name, tuple(v.shape[1:])).to(v)
+        packet, memory[sender.name] = compress_with_error(v, error, self.compressor, sender)
         return packet
 
 
@@ -56,6 +58,7 @@ class Copy:
         length: bits of all messages that were compressed.
         seen: [N] number of the last message each client got; 0 for none.
         known: [N] `length` by then.
+        kept: {name: [1, n]} of the newest packet, for the next (see `fedsim.compress.sender`).
     """
 
     value: Tensor
@@ -63,6 +66,7 @@ class Copy:
     length: int
     seen: Tensor
     known: Tensor
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,10 @@ class Downlink:
             copy = self.copies[name]
             key = self.seed, step_of(name), copy.version, 0
             streams = Streams(self.seed, *(torch.tensor([part]).to(v.device) for part in key[1:3]))
-            packet, value = compress_difference(v[None], copy.value[None], self.compressor, streams)
+            memory = MemoryRows(copy.kept, 1, v.numel(), v.device)
+            sender = Sender(streams, memory, name)
+            packet, value = compress_difference(v[None], copy.value[None], self.compressor, sender)
+            copy.kept = memory.written
             copy.value, copy.version, copy.length = value[0], copy.version + 1, copy.length + int(packet.bits[0])
             change = Change(packet, key)
         copy, whole = self.copies[name], FLOAT_BITS * v.numel()

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from fedsim.sim.collectives import Backend
-from fedsim.sim.executor import Executor, Jobs, Lost, Results, StackRunner, grouped
+from fedsim.sim.collectives import Backend, outlined
+from fedsim.sim.executor import Executor, Jobs, Lost, Results, StackRunner, T, grouped
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.place import Place
-from fedsim.sim.shares import Share, broadcasts, run_share, share_out, together
+from fedsim.sim.shares import Pieces, Share, broadcasts, check, run_pieces, run_share, share_out, together
 from fedsim.sim.torchrun import join
 
 
@@ -65,14 +67,19 @@ class Ranks(Executor):
         if not len(jobs.ids):
             return self._pool.run(jobs)
         groups = grouped(self.cut(jobs))
-        (_, mine), *others = whole = share_out(jobs, groups, self.costs[jobs.ids], self.group.size)
-        self._between_calls = False
-        for rank, (_, share) in enumerate(others, 1):
-            self.group.send(share, rank)
-        outcomes = [run_share(mine, broadcasts(jobs), self.runner, self._pool.in_order, self.group)]
-        outcomes += [self.group.receive(rank) for rank in range(1, self.group.size)]
-        self._between_calls = True
-        return together(len(jobs.ids), [index for index, _ in whole], outcomes)
+        indices, shares = zip(*share_out(jobs, groups, self.costs[jobs.ids], self.group.size), strict=True)
+        return together(len(jobs.ids), indices, self._divided(shares, broadcasts(jobs)))
+
+    def map(self, work: Callable[..., T], pieces: Sequence[Any], **shared: Any) -> list[T]:
+        """See `Executor`; every rank takes neighbouring pieces.
+
+        Raises:
+            Lost: a rank is gone, and so is the run.
+        """
+        name, size, outlines = self.name_of_method(work), -(-len(pieces) // self.group.size), outlined(shared)
+        parts = [Pieces(name, pieces[r * size : (r + 1) * size], outlines) for r in range(self.group.size)]
+        check(outcomes := self._divided(parts, [shared]))
+        return [value for values in outcomes for value in values]
 
     def serve(self) -> bool:
         """On every rank but 0: run shares until rank 0 has no more.
@@ -85,9 +92,8 @@ class Ranks(Executor):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):  # sent to all ranks; rank 0 ends its round and then this
                 signal.signal(number, signal.SIG_IGN)
-        while isinstance(share := self.group.receive(0), Share):
-            outcome = run_share(share, [], self.runner, self._pool.in_order, self.group)
-            self.group.send(outcome, 0)
+        while (part := self.group.receive(0)) is not None:
+            self.group.send(self._run(part, []), 0)
         return True
 
     def close(self) -> None:
@@ -100,3 +106,18 @@ class Ranks(Executor):
                 pass
         self.group.close()
         self._pool.close()
+
+    def _divided(self, parts: Sequence[Share | Pieces], own: list[Mapping[str, Any]]) -> list[Any]:
+        """[W] what the ranks gave, each for its part, and what is broadcast to them."""
+        self._between_calls = False
+        for rank, part in enumerate(parts[1:], 1):
+            self.group.send(part, rank)
+        outcomes = [self._run(parts[0], own), *(self.group.receive(rank) for rank in range(1, self.group.size))]
+        self._between_calls = True
+        return outcomes
+
+    def _run(self, part: Share | Pieces, own: list[Mapping[str, Any]]) -> Any:
+        """This rank's part of a call."""
+        if isinstance(part, Share):
+            return run_share(part, own, self.runner, self._pool.in_order, self.group)
+        return run_pieces(part, own, self._pool, self.group)

@@ -16,15 +16,18 @@ Letters: R jobs, C clients of a stack, W workers.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.sim.collectives import Collectives, backend_for
-from fedsim.sim.executor import Executor, Gather, Jobs, Results, StackRunner, grouped, shown
+from fedsim import pages
+from fedsim.engine.choose import SHARES
+from fedsim.sim.collectives import Collectives, backend_for, least_groups
+from fedsim.sim.executor import Executor, Jobs, Results, StackRunner, T, grouped, shown
+from fedsim.sim.gather import Gather
 from fedsim.sim.packing import Parcel, pack
 from fedsim.sim.ray_plane import Plane
 from fedsim.sim.ray_pool import RayPool, Worker, pickler
@@ -32,7 +35,7 @@ from fedsim.sim.ray_worker import Actor
 
 
 class RayExecutor(Executor):
-    """Workers are Ray actors.
+    """Workers are Ray actors, driven by this process.
 
     Args:
         runner: runs one stack; its task, strategy, seed, device and uplink are sent to every worker once.
@@ -69,15 +72,18 @@ class RayExecutor(Executor):
         self.runner, self.width, self.timeout_seconds = runner, width, timeout_seconds
         self._costs = runner.task.num_examples if costs is None else costs
         self._pickler = pickler()
+        pages.keep_freed_memory()
         gpus = int(runner.device.type == "cuda")
         backend = backend_for(collectives, gpus=gpus > 0)
-        setting = self._pack_setting(runner)
-        self._pool = RayPool(Actor, setting, workers=workers, threads=threads, gpus=gpus, address=address)
+        self._pool = RayPool(Actor, setting_of(runner), workers=workers, threads=threads, gpus=gpus, address=address)
         self._plane: Plane | None = None
         try:
             if backend is not None:
-                host = self._pool.ray.util.get_node_ip_address() if self._pool.others_join else "127.0.0.1"
-                self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds)
+                ray = self._pool.ray
+                host = ray.util.get_node_ip_address() if self._pool.others_join else "127.0.0.1"
+                one, nbytes = sum(node["Alive"] for node in ray.nodes()) == 1, 4 * runner.task.layout.size
+                least = least_groups(collectives, backend, one_machine=one, nbytes=nbytes)
+                self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds, least)
         except BaseException:
             self.close()
             raise
@@ -100,14 +106,35 @@ class RayExecutor(Executor):
             WorkersLost: one group, or every worker, was lost time and again.
         """
         groups = grouped(self.cut(jobs))
-        if self._plane is not None and not self._plane.given_up and jobs.weights is not None and len(groups) > 1:
+        if self._plane is not None and self._plane.takes(jobs, groups):
             if (results := self._plane.run(jobs, groups, self._costs[jobs.ids])) is not None:
                 return results
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
-        for group, part in zip(groups, self._in_order(groups, jobs), strict=True):
+        for group, part in zip(groups, self._results(groups, jobs), strict=True):
             gather.add(torch.cat(group), part)
             gather.end_group()
         return gather.results
+
+    def map(self, work: Callable[..., T], pieces: Sequence[Any], **shared: Any) -> list[T]:
+        """See `Executor`; a few calls a worker, so that none waits long for the last.
+
+        Raises:
+            WorkersLost: one call, or every worker, was lost time and again.
+        """
+        return self.map_named(self.name_of_method(work), pieces, shared)
+
+    def map_named(self, name: str, pieces: Sequence[Any], shared: dict[str, Any]) -> list[Any]:
+        """`map` of a method of the task, by its name."""
+        size = -(-len(pieces) // (SHARES * self.num_workers)) or 1
+        parts = [pack(pieces[i : i + size], pickler=self._pickler) for i in range(0, len(pieces), size)]
+        # not shared: a method of the user's may write to it
+        same = self._pool.ray.put(pack(shared, pickler=self._pickler))
+        done = self._in_order(
+            len(parts),
+            lambda worker, i: worker.actor.map.remote(self._pool.setting, name, parts[i], same),
+            lambda i: f"Task.{name}",
+        )
+        return [value for values in done for value in values]
 
     def close(self) -> None:
         """Stop the workers, and the runtime if it was started here."""
@@ -117,22 +144,20 @@ class RayExecutor(Executor):
 
     # One call ---------------------------------------------------------------------------------------------------
 
-    def _in_order(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
-        """Results in the order of the groups, each computed by whichever worker was free."""
+    def _results(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
+        """What the stacks of each group gave."""
         models = [self._pool.ray.put(pack(m, share=True, pickler=self._pickler)) for m in jobs.models]
         # not shared: what nobody may write to would end the worker whose client half tries
         inbox = self._pool.ray.put(pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler))
-
-        def what(index: int) -> str:
-            clients = shown(jobs.ids[torch.cat(groups[index])])
-            return f"{jobs.work} in round {jobs.round + 1} for client(s) {clients}"
-
-        return self._pool.in_order(
+        return self._in_order(
             len(groups),
-            lambda worker, index: self._ask(worker, groups[index], jobs, inbox, models),
-            lambda index: self.timeout_seconds,
-            what,
-            "lower runtime.stack or runtime.workers",
+            lambda worker, i: self._ask(worker, groups[i], jobs, inbox, models),
+            lambda i: f"{jobs.work} in round {jobs.round + 1} for client(s) {shown(jobs.ids[torch.cat(groups[i])])}",
+        )
+
+    def _in_order(self, count: int, ask: Callable[[Worker, int], Any], what: Callable[[int], str]) -> Iterator[Any]:
+        return self._pool.in_order(
+            count, ask, lambda _: self.timeout_seconds, what, "lower runtime.stack or runtime.workers"
         )
 
     def _ask(self, worker: Worker, group: list[Tensor], jobs: Jobs, inbox: Any, models: list[Any]) -> Any:
@@ -144,14 +169,18 @@ class RayExecutor(Executor):
         parcel = pack((replace(part, models=[]), [len(stack) for stack in group]), pickler=self._pickler)
         return worker.actor.run.remote(self._pool.setting, parcel, inbox, *[models[m] for m in needed])
 
-    # The setting -------------------------------------------------------------------------------------------------
 
-    def _pack_setting(self, runner: StackRunner) -> Parcel:
-        parts = (runner.task, runner.strategy, runner.seed, runner.device, runner.uplink)
-        try:
-            return pack(parts, share=True, pickler=self._pickler)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
-                "and generators out of them, or use runtime.executor=in_process"
-            ) from error
+def setting_of(runner: StackRunner) -> Parcel:
+    """What every worker gets once, of which it makes its own runner.
+
+    Raises:
+        ValueError: if task or strategy cannot be sent.
+    """
+    parts = (runner.task, runner.strategy, runner.seed, runner.device, runner.uplink)
+    try:
+        return pack(parts, share=True, pickler=pickler())
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the task or the strategy cannot be sent to Ray workers: {error}; keep open files "
+            "and generators out of them, or use runtime.executor=in_process"
+        ) from error

@@ -33,11 +33,14 @@ class Plane:
         host: this process's address, as the workers know it: they find each other in its store.
         pickler: takes the strategy's own classes.
         timeout_seconds: for one call.
+        least_groups: of a call.
     """
 
-    def __init__(self, pool: RayPool, backend: Backend, host: str, pickler: Any, timeout_seconds: float) -> None:
+    def __init__(
+        self, pool: RayPool, backend: Backend, host: str, pickler: Any, timeout_seconds: float, least_groups: int = 2
+    ) -> None:
         self._pool, self._backend, self._host, self._pickler = pool, backend, host, pickler
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._least_groups = timeout_seconds, least_groups
         self._store = open_store(host)
         self._epoch = self._size = 0
         self._failures = 0  # in a row
@@ -46,6 +49,10 @@ class Plane:
     def given_up(self) -> bool:
         """Whether groups kept failing."""
         return self._failures >= ATTEMPTS
+
+    def takes(self, jobs: Jobs, groups: list[list[Tensor]]) -> bool:
+        """Whether a call goes this way: its replies are folded, and there are enough groups of stacks."""
+        return not self.given_up and jobs.weights is not None and len(groups) >= self._least_groups
 
     def run(self, jobs: Jobs, groups: list[list[Tensor]], costs: Tensor) -> Results | None:
         """Run a call on the workers of an epoch.

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from fedsim import pages
 from fedsim.sim.collectives import Backend, Group, meet
-from fedsim.sim.executor import Gather, Lost, StackRunner, collect
+from fedsim.sim.executor import Lost, StackRunner
 from fedsim.sim.failure import Failure
+from fedsim.sim.gather import Gather, collect
 from fedsim.sim.packing import Parcel, pack, unpack
 from fedsim.sim.shares import InOrder, run_share
 
@@ -49,6 +50,14 @@ class Actor:
         except Exception as error:
             return pack(Failure.of(error))
         return pack(gather.results)
+
+    def map(self, setting: Parcel, work: str, pieces: Parcel, shared: Parcel) -> Parcel:
+        """Some pieces of the task's own work, one after the other."""
+        try:
+            method, same = getattr(self._open(setting).task, work), unpack(shared)
+            return pack([method(piece, **same) for piece in unpack(pieces)])
+        except Exception as error:
+            return pack(Failure.of(error))
 
     def join(self, epoch: int, host: str, port: int, rank: int, size: int, backend: Backend, seconds: float) -> Parcel:
         """Enter a new group of workers, whose store is at host:port; what went wrong, if anything did."""

@@ -5,7 +5,7 @@ Letters: R jobs of the call, C clients of a stack, G groups, W workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedsim.sim.collectives import Group, outlined
-from fedsim.sim.executor import ClientError, Gather, Jobs, Results, Rows, StackRunner, check_same_rows, collect
+from fedsim.sim.executor import ClientError, Executor, Jobs, Results, Rows, StackRunner
 from fedsim.sim.failure import Failure
+from fedsim.sim.gather import Gather, check_same_rows, collect
 from fedsim.sim.tree import Sums, shares
 
 InOrder = Callable[[list[Tensor], Jobs], Iterator[Results]]
@@ -109,7 +110,48 @@ def run_share(
     return gather.results if group.rank == 0 else gather.own
 
 
-def together(num_jobs: int, indices: list[Tensor], outcomes: list[Results | Failure | None]) -> Results:
+@dataclass
+class Pieces:
+    """What one worker has to do of a task's own work.
+
+    Args:
+        work: name of the task's method.
+        pieces: its own.
+        outlines: of what all pieces get, which is broadcast.
+    """
+
+    work: str
+    pieces: Sequence[Any]
+    outlines: dict[str, Any]
+
+
+def run_pieces(part: Pieces, own: list[Mapping[str, Any]], pool: Executor, group: Group) -> list[Any] | Failure:
+    """Run some pieces while the others of the group run theirs.
+
+    Args:
+        part: what to do.
+        own: what all pieces get, one broadcast, on worker 0.
+        pool: workers of this process.
+        group: the workers.
+
+    Raises:
+        Lost: if a worker is gone.
+    """
+    (shared,) = group.broadcast([part.outlines], own)
+    try:
+        return pool.map(getattr(pool.runner.task, part.work), part.pieces, **shared)
+    except Exception as error:
+        return Failure.of(error)
+
+
+def check(outcomes: Sequence[Any]) -> None:
+    """Raise what a worker raised, if one did."""
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
+            raise outcome.error from outcome.cause
+
+
+def together(num_jobs: int, indices: Sequence[Tensor], outcomes: Sequence[Results | Failure | None]) -> Results:
     """What the workers of a call returned, in the jobs' order.
 
     Args:
@@ -120,9 +162,7 @@ def together(num_jobs: int, indices: list[Tensor], outcomes: list[Results | Fail
     Raises:
         ClientError: if a client half raised.
     """
-    for outcome in outcomes:
-        if isinstance(outcome, Failure):
-            raise outcome.error from outcome.cause
+    check(outcomes)
     gather, sums = Gather(num_jobs), Sums()
     for index, outcome in zip(indices, outcomes, strict=True):
         assert isinstance(outcome, Results), "a worker without a result of its own goes with one that failed"

@@ -14,7 +14,7 @@ from io import StringIO
 from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeGuard
 
 from fedsim.config import ConfigError, did_you_mean
 from fedsim.files import write_whole
@@ -59,8 +59,9 @@ class Row:
     Args:
         records: its trials that have ended, at most one a seed.
         value: the target's mean over those that are done; None if there is none. deviation: the sample standard
-            deviation, None of fewer than two. worst: of them.
-        num: how many have a value.
+            deviation, None of fewer than two.
+        worst: of the seeds; None unless all have a value.
+        num: how many have.
         whole: whether all seeds have.
     """
 
@@ -71,6 +72,16 @@ class Row:
     worst: float | None
     num: int
     whole: bool
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return self.setting.name or "the file's settings"
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of its runs that are done, one a seed."""
+        return [record.trial.folder for record in self.records if record.ended.status == "done"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,15 @@ class Results:
             if row.whole:
                 found.setdefault(row.setting.method, row)
         return found
+
+    def is_best(self, row: Row) -> bool:
+        """Whether it is its method's best."""
+        return self.best.get(row.setting.method) is row
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Of all axes."""
+        return list(dict.fromkeys(key for row in self.rows for key in row.setting.values))
 
     @property
     def listed(self) -> dict[str, list[Any]]:
@@ -154,14 +174,15 @@ class Results:
 
     def _row(self, records: list[Record]) -> Row:
         values = [value for record in records if (value := value_of(record, self.target)) is not None]
+        whole = len(values) == self.num_seeds
         return Row(
             setting=records[0].trial.setting,
             records=tuple(records),
             value=mean(values) if values else None,
             deviation=stdev(values) if len(values) > 1 else None,
-            worst=(max if self.minimise else min)(values, default=None),
+            worst=(max if self.minimise else min)(values) if whole else None,
             num=len(values),
-            whole=len(values) == self.num_seeds,
+            whole=whole,
         )
 
     def _rank(self, value: float | None) -> float:
@@ -170,7 +191,7 @@ class Results:
         return value if self.minimise else -value
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value is a number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

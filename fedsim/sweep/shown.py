@@ -1,4 +1,4 @@
-"""What `fedsim sweep` shows while it runs and when it has ended, and the page that it leaves."""
+"""What `fedsim sweep` shows while it runs and when it has ended."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fedsim.history import show
-from fedsim.report.sweep import SettingLine, SweepPage
 from fedsim.sweep.drive import Watch
+from fedsim.sweep.page import value_text, write_page
 from fedsim.sweep.results import Record, Results, Row, value_of
 from fedsim.sweep.space import text_of
 from fedsim.sweep.trials import Trial
 
 MAX_ROWS = 24  # of the table in the terminal
-REPORT_FILE = "report.html"
 
 
 class Shown(Watch):
@@ -102,43 +101,16 @@ def show_results(results: Results) -> None:
     print(f"report: {write_page(results)}")
 
 
-def write_page(results: Results) -> Path:
-    """Write the sweep's page into its folder."""
-    lines = [
-        SettingLine(
-            name=row.setting.name or "the file's settings",
-            method=row.setting.method,
-            values=row.setting.values,
-            folders=[r.trial.folder for r in row.records if r.ended.status == "done"],
-            value=row.value,
-            deviation=row.deviation,
-            worst=row.worst if row.whole else None,
-            best=results.best.get(row.setting.method) is row,
-        )
-        for row in results.rows
-    ]
-    troubled = [(r.trial.folder.name, r.ended.status, r.ended.why) for r in results.troubled]
-    page = SweepPage(
-        title=results.folder.resolve().name,
-        lines=lines,
-        axes=results.listed,
-        troubled=troubled,
-        target=results.target,
-        minimise=results.minimise,
-    )
-    return page.write(results.folder / REPORT_FILE)
-
-
 def _table(results: Results) -> Table:
     target = results.target
     assert target is not None
-    axes = list(dict.fromkeys(key for row in results.rows for key in row.setting.values))
+    axes = results.keys
     columns = [Column(""), *(Column(key, overflow="fold") for key in axes), Column(target, justify="right")]
     table = Table(*columns, Column("seeds", justify="right"), box=None)
     for row in _shown(results):
-        best = results.best.get(row.setting.method) is row
+        best = results.is_best(row)
         values = [text_of(row.setting.values[key]) if key in row.setting.values else "" for key in axes]
-        cells = ["best" if best else "", *values, _result(row, target), f"{row.num} of {len(row.records)}"]
+        cells = ["best" if best else "", *values, value_text(row, target), f"{row.num} of {len(row.records)}"]
         table.add_row(*(Text(cell) for cell in cells), style="bold" if best else "")
     return table
 
@@ -153,9 +125,3 @@ def _shown(results: Results) -> list[Row]:
         if count[row.setting.method] <= max(1, MAX_ROWS // num_methods):
             found.append(row)
     return found
-
-
-def _result(row: Row, target: str) -> str:
-    if row.value is None:
-        return "–"
-    return show(target, row.value) + (f" ± {show(target, row.deviation)}" if row.deviation is not None else "")

@@ -100,7 +100,7 @@ class BilinearTask(FormulaTask):
         return solve(lambda z: jacobian @ z + c, torch.zeros_like(c), self.prox, 0.5 / self.constants.of_mean)
 
     def init(self, seed: int) -> Tensor:
-        return torch.zeros(self.layout.size, device=self.a.device)
+        return torch.zeros(self.layout.size, dtype=self.a.dtype, device=self.a.device)
 
     def formula(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         matrix, a, b = (t[rows].to(x.dtype) for t in (self.matrix, self.a, self.b))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from fedsim.engine import Batch, Engine
 from fedsim.engine.losses import Loss, per_sample
 from fedsim.engine.low_rank import Chain, LowRank, gradients_at, low_rank_run
 from fedsim.params import Layout, on_device
-from fedsim.streams import Streams, mix64
-from fedsim.task import Poison, Pool, Schedule, Session, Task
+from fedsim.streams import Streams, as_uniform, mix64
+from fedsim.task import Poison, Pool, Schedule, Session, Task, Walk
 from fedsim.tasks.batches import BatchPlan
 from fedsim.tasks.metrics import Metric
 from fedsim.tasks.samples import Program, SamplesOracle
@@ -110,7 +110,7 @@ class SupervisedTask(Task):
         attack = self._poison
         assert attack is not None and isinstance(targets, Tensor)
         lies, wanted = attack.wanted(inputs, targets, self.data.num_classes)
-        drawn = (mix64(rows + 1) >> 11).bitwise_and_((1 << 53) - 1).double() / (1 << 53)  # a sample's own number
+        drawn = as_uniform(mix64(rows + 1), torch.float64)  # a sample's own number
         which = (drawn < attack.share) & liars.to(rows.device)[:, None]
         if lies is not inputs:
             assert isinstance(lies, Tensor) and isinstance(inputs, Tensor)
@@ -131,21 +131,12 @@ class SupervisedTask(Task):
     def _chain(self) -> Chain | None:
         return self.engine.chain if isinstance(self.data.inputs, Tensor) else None  # chains have one input
 
-    def factored_run(
-        self,
-        x: Tensor,
-        batches: BatchPlan,
-        lr: float,
-        scale: float,
-        pull: float,
-        terms: Sequence[tuple[float, Tensor]],
-        less_start: bool = False,
-    ) -> tuple[LowRank, Tensor] | None:
+    def factored_run(self, x: Tensor, batches: BatchPlan, walk: Walk) -> tuple[LowRank, Tensor] | None:
         """See `Task`. Exact up to rounding, for chains of linear layers that see fewer samples than they are wide."""
         chain = self._chain
-        if chain is None or not len(batches) or not chain.worthwhile(batches.samples * (1 + less_start)):
+        if chain is None or not len(batches) or not chain.worthwhile(batches.samples * (1 + walk.less_start)):
             return None
-        return low_rank_run(chain, self.layout, x, *batches.whole(), lr, scale, pull, terms, less_start)
+        return low_rank_run(chain, self.layout, x, *batches.whole(), walk)
 
     def factored_gradients(self, x: Tensor, batches: BatchPlan) -> tuple[LowRank, Tensor] | None:
         chain = self._chain
@@ -169,7 +160,7 @@ class SupervisedTask(Task):
 
     def evaluate(self, x: Tensor, pool: Pool) -> dict[str, float]:
         data = self.data
-        found = self._score(x, data.test_inputs, data.test_targets, None, pool, keep=bool(self._wholes))
+        found = self._score(x, pool, held_out=True, keep=bool(self._wholes))
         if not found.parts.shape[-1]:
             return {}
         out = {f"test_{name}": float(v) for name, v in self._values(*_sums(found.parts)).items()}
@@ -180,28 +171,26 @@ class SupervisedTask(Task):
 
     def _attack_success(self, x: Tensor, pool: Pool) -> dict[str, float]:
         """Of held-out samples whose label is not the one that an attack on data wants, the share that is given it."""
-        attack, data = self._poison, self.data
-        if attack is None:
+        if self._poison is None:
             return {}
-
-        def piece(start: int) -> Tensor:
-            span = slice(start, start + EVALUATION_ROWS)
-            inputs, targets = pick(data.test_inputs, span), pick(data.test_targets, span)
-            assert isinstance(targets, Tensor)
-            shown, wanted = attack.wanted(each(Tensor.clone, inputs), targets, data.num_classes)
-            with torch.no_grad():
-                given = self.engine.logits(x, shown).argmax(-1)
-            others = wanted != targets
-            return torch.stack([((given == wanted) & others).sum(), others.sum()]).cpu()
-
-        found = pool.map(piece, list(range(0, len(one(data.test_targets)), EVALUATION_ROWS)))
+        found = pool.map(self._fooled, _pieces(0, len(one(self.data.test_targets))), x=x)
         hits, count = torch.stack(found).sum(0).tolist()
         return {"test_attack_success": hits / count} if count else {}
 
+    def _fooled(self, span: slice, x: Tensor) -> Tensor:
+        """[2] of a piece of the held-out samples: how many x gives the wanted label, of those that have another."""
+        attack, data = self._poison, self.data
+        inputs, targets = pick(data.test_inputs, span), pick(data.test_targets, span)
+        assert attack is not None and isinstance(targets, Tensor)
+        shown, wanted = attack.wanted(each(Tensor.clone, inputs), targets, data.num_classes)
+        with torch.no_grad():
+            given = self.engine.logits(x, shown).argmax(-1)
+        others = wanted != targets
+        return torch.stack([((given == wanted) & others).sum(), others.sum()]).cpu()
+
     def evaluate_clients(self, x: Tensor, pool: Pool) -> dict[str, Tensor]:
         """[N] mean loss and metrics of the one model x [P] on every client's own training samples."""
-        data, n = self.data, len(self.num_examples)
-        found = self._score(x, data.inputs, data.targets, data.order, pool)
+        n, found = len(self.num_examples), self._score(x, pool, held_out=False)
         owner = torch.repeat_interleave(torch.arange(n), self.num_examples)
         sums = torch.zeros(*found.parts.shape[:2], n, dtype=torch.float64)
         for total, parts in zip(sums.flatten(0, 1), found.parts.flatten(0, 1), strict=True):
@@ -211,11 +200,10 @@ class SupervisedTask(Task):
     def evaluate_own(self, ids: Tensor, x: Tensor) -> dict[str, Tensor]:
         """See `Task`: mean loss and metrics, one client after the other."""
         assert self.held is not None
-        ends, found = self.held.offsets.cpu(), []
+        ends, found = self.held.offsets.tolist(), []
         for i, own in zip(ids.tolist(), x, strict=True):
-            span = slice(int(ends[i]), int(ends[i + 1]))
-            inputs, targets = (pick(part, span) for part in (self.held.inputs, self.held.targets))
-            parts = self._score(own, inputs, targets, None, _Here()).parts
+            spans = _pieces(ends[i], ends[i + 1])
+            parts = self._joined([self._scores(own, self.held.inputs, self.held.targets, s) for s in spans]).parts
             found.append({"examples": torch.tensor(parts.shape[-1])} | self._values(*_sums(parts)))
         return {name: torch.stack([row[name] for row in found]).double() for name in found[0]}
 
@@ -224,33 +212,35 @@ class SupervisedTask(Task):
         values = zip(self._means.items(), totals[1:], counts[1:], strict=True)
         return {"loss": totals[0] / counts[0]} | {name: m.value(total, count) for (name, m), total, count in values}
 
-    def _score(
-        self, x: Tensor, inputs: Tree, targets: Tree, rows: Tensor | None, pool: Pool, keep: bool = False
-    ) -> Scores:
-        """What n samples add to loss and metrics; they are cut at fixed places, so no number of workers shows."""
-        total = len(one(targets)) if rows is None else len(rows)
-        views = rows is None and self._may_view()
+    def _score(self, x: Tensor, pool: Pool, *, held_out: bool, keep: bool = False) -> Scores:
+        """What the held-out samples, or those of clients in their order, add to loss and metrics."""
+        total = len(one(self.data.test_targets) if held_out else self.data.order)
+        return self._joined(pool.map(self._piece, _pieces(0, total), x=x, held_out=held_out, keep=keep))
 
-        def piece(start: int) -> Scores:
-            span = slice(start, min(start + EVALUATION_ROWS, total))
-            which = span if rows is None else rows[span]
-            samples, aims = (pick(part, which) for part in (inputs, targets))
-            if rows is None and not views:  # a module may write to what it is given
-                samples = each(Tensor.clone, samples)
-            with torch.no_grad():
-                outputs = self.engine.logits(x, samples)
-                loss = per_sample(self.sample_loss(outputs, aims).double())
-                parts = [(loss, torch.ones_like(loss)), *(m.parts(outputs, aims) for m in self._means.values())]
-            both = torch.stack([torch.stack(each_kind) for each_kind in zip(*parts, strict=True)])
-            return Scores(both.cpu(), outputs.cpu() if keep else None)
+    def _piece(self, span: slice, x: Tensor, held_out: bool, keep: bool) -> Scores:
+        """The same of a piece of them."""
+        data = self.data
+        if held_out:
+            return self._scores(x, data.test_inputs, data.test_targets, span, keep)
+        return self._scores(x, data.inputs, data.targets, data.order[span])
 
-        found = pool.map(piece, list(range(0, total, EVALUATION_ROWS)))
+    def _scores(self, x: Tensor, inputs: Tree, targets: Tree, which: slice | Tensor, keep: bool = False) -> Scores:
+        """The same of some samples."""
+        samples, aims = (pick(part, which) for part in (inputs, targets))
+        if isinstance(which, slice) and not self._may_view():  # a module may write to what it is given
+            samples = each(Tensor.clone, samples)
+        with torch.no_grad():
+            outputs = self.engine.logits(x, samples)
+            loss = per_sample(self.sample_loss(outputs, aims).double())
+            parts = [(loss, torch.ones_like(loss)), *(m.parts(outputs, aims) for m in self._means.values())]
+        both = torch.stack([torch.stack(each_kind) for each_kind in zip(*parts, strict=True)])
+        return Scores(both.cpu(), outputs.cpu() if keep else None)
+
+    def _joined(self, found: Sequence[Scores]) -> Scores:
         if not found:
             return Scores(torch.zeros(2, 1 + len(self._means), 0, dtype=torch.float64), None)
-        return Scores(
-            torch.cat([f.parts for f in found], -1),
-            torch.cat([f.outputs for f in found if f.outputs is not None]) if keep else None,
-        )
+        outputs = [f.outputs for f in found if f.outputs is not None]
+        return Scores(torch.cat([f.parts for f in found], -1), torch.cat(outputs) if outputs else None)
 
 
 def _sums(parts: Tensor) -> Tensor:
@@ -270,11 +260,9 @@ class Scores(NamedTuple):
     outputs: Tensor | None
 
 
-class _Here:
-    """Pieces of an evaluation one after the other, by whoever asks."""
-
-    def map(self, function: Any, pieces: list[Any]) -> list[Any]:
-        return [function(piece) for piece in pieces]
+def _pieces(start: int, end: int) -> list[slice]:
+    """Samples cut at fixed places, so that no number of workers shows."""
+    return [slice(i, min(i + EVALUATION_ROWS, end)) for i in range(start, end, EVALUATION_ROWS)]
 
 
 def by_client(data: FederatedData) -> FederatedData:

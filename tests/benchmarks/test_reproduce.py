@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.reproduce import data
 from benchmarks.reproduce.coding import Bursty
 from benchmarks.reproduce.data import evenly, loudest_speakers
+from fedsim.data.arrays import from_arrays
 from fedsim.data.text import FILE
 from fedsim.streams import Streams
 
@@ -39,15 +41,26 @@ def test_a_job_takes_longer_by_its_load() -> None:
 def test_the_loudest_speakers_are_clients_and_their_last_characters_the_context(tmp_path: Path) -> None:
     blocks = {"LOUD": "abc" * 12, "LOUDER": "cba" * 13, "QUIET": "abc"}
     (tmp_path / FILE).write_text("\n\n".join(f"{name}:\n{said}" for name, said in blocks.items()))
-    data = loudest_speakers(2, each=3, test=1, context=3, root=str(tmp_path))
-    assert data.group_names == ("LOUDER", "LOUD") and data.groups is not None
-    assert data.groups.tolist() == [0, 0, 0, 1, 1, 1] and len(data.test_targets) == 1
-    letters = data.class_names
-    for row, target in zip(data.inputs, data.targets, strict=True):
+    plays = loudest_speakers(2, each=3, test=1, context=3, root=str(tmp_path))
+    assert plays.group_names == ("LOUDER", "LOUD") and plays.groups is not None
+    assert plays.groups.tolist() == [0, 0, 0, 1, 1, 1] and len(plays.test_targets) == 1
+    letters = plays.class_names
+    for row, target in zip(plays.inputs, plays.targets, strict=True):
         places = row.reshape(3, len(letters))
         assert places.sum(1).tolist() == [1.0] * 3
         told = "".join(letters[i] for i in places.argmax(1).tolist())
         assert told in ("abc", "cba") and letters[int(target)] == told[0]  # both repeat after three
+
+
+def test_clothes_are_cut_and_their_pixels_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.arange(3 * 16.0).reshape(3, 1, 4, 4)
+    whole = from_arrays(images, torch.arange(3), images + 1, torch.arange(3), num_classes=3, origin="made up")
+    monkeypatch.setattr(data, "fashion_mnist", lambda root: whole)
+    some = data.some_clothes(2, 1, pool=2)
+    assert isinstance(some.inputs, torch.Tensor) and isinstance(some.test_inputs, torch.Tensor)
+    assert some.inputs[0, 0].tolist() == [[2.5, 4.5], [10.5, 12.5]] and some.inputs.shape == (2, 1, 2, 2)
+    assert some.test_inputs[0, 0].tolist() == [[3.5, 5.5], [11.5, 13.5]] and some.test_targets is not None
+    assert some.targets.tolist() == [0, 1] and some.test_targets.tolist() == [0]
 
 
 def test_rows_are_taken_evenly() -> None:

@@ -98,7 +98,7 @@ def test_with_too_few_rows_for_the_rule_anything_does_and_without_a_rule_nothing
     out = InnerProduct(tau="optimised")(H, 2, streams(2), _against(refuses, H))
     assert out is not None and torch.equal(out, torch.zeros(2, 3))
     for attack in (InnerProduct(tau="optimised"), Alie(k="optimised")):
-        with pytest.raises(ValueError, match="=optimised tries factors against the server's aggregator"):
+        with pytest.raises(ValueError, match="=optimised tries factors against what is made of the replies"):
             sent(attack)
 
 

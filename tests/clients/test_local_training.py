@@ -224,3 +224,21 @@ def test_the_cost_of_a_job_is_its_local_steps() -> None:
     local = LocalTraining(optimizer=rule, schedule=Schedule(epochs=3, batch_size=4))
     counts: Tensor = torch.tensor([9, 4, 1, 0])
     assert local.cost.steps_of(counts).tolist() == [9, 3, 3, 0]
+
+
+@pytest.mark.parametrize("engine", ["stacked", "loop"])
+@pytest.mark.parametrize("own_models", [False, True])
+def test_the_change_follows_from_the_mean_gradient_and_folds_as_it_forms(engine: str, own_models: bool) -> None:
+    task = digits_task(mlp, COUNTS, engine)
+    clients = cohort(task, [0, 1, 2, 3])
+    generator = torch.Generator().manual_seed(0)
+    c_i = 0.01 * torch.randn(4, len(task.x0), generator=generator)
+    x = task.x0 + 0.01 * torch.randn(4, len(task.x0), generator=generator) if own_models else task.x0
+    u = 0.5 * (GRADIENT - c_i) + 0.2 * task.x0
+    run = local_sgd(task, epochs=1, steps=None, batch_size=6)(clients, x, u, mean_grad=True)
+    mean, steps, change = run.mean_grad, run.steps[:, None], run.delta.dense()
+    assert mean is not None
+    torch.testing.assert_close(change, 0.1 * steps * (0.5 * (mean - c_i) + 0.2 * task.x0))
+    assert change[3].abs().max() == 0 and mean[3].abs().max() == 0, "no data, no steps"
+    weights = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    torch.testing.assert_close(run.delta.weighted_sum(weights), weights.float() @ change)

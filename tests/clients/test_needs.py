@@ -234,7 +234,7 @@ def test_a_module_with_batch_norm_is_not_trained_in_private() -> None:
 @pytest.mark.parametrize("rule", [{"name": "sophia_g"}, {"name": "mezo", "lr": 1.0}])
 def test_a_server_has_a_gradient_and_nothing_else(rule: dict[str, Any]) -> None:
     raw = {**CONFIG, "strategy": {"name": "fedavg", "server_optimizer": rule}}
-    assert f"strategy.server_optimizer: optimizer {rule['name']!r} needs" in refusal(raw)
+    assert f"strategy.server_optimizer: {rule['name']} needs" in refusal(raw)
 
 
 @pytest.mark.parametrize("strategy", ["scaffold", "fedavg_m", "scaffold_m", "fedavg_m_vr", "scaffold_m_vr", "fedcm"])

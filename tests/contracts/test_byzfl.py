@@ -122,7 +122,7 @@ def test_it_lies_alike(byzfl: Any, name: str, twin: str, ours: Any, theirs: Any,
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(("rule", "twin"), [(r, t) for r, t, *_ in RULES[:6]], ids=names)
 @pytest.mark.parametrize(("attack", "key"), [("alie", "k"), ("foe", "tau")])
-def test_the_factor_that_is_sought_harms_as_much(
+def test_the_factor_that_is_sought_harms_as_much_at_least(
     byzfl: Any, attack: str, key: str, rule: str, twin: str, mixed: bool, case: str
 ) -> None:
     ours, theirs = next((o, t) for name, _, o, t in RULES if name == rule)
@@ -140,4 +140,4 @@ def test_the_factor_that_is_sought_harms_as_much(
     seek = getattr(byzfl.attacks, kind)(agg=getattr(byzfl, twin)(**theirs), pre_agg_list=first, f=F)
     expected = torch.from_numpy(seek(v.numpy().copy())).expand(F, -1)
     harm, theirs_harm = (float((made(out) - v.mean(0)).norm()) for out in (sent, expected))
-    assert harm == pytest.approx(theirs_harm, rel=1e-6)
+    assert harm >= theirs_harm * (1 - 1e-6)  # of our two searches one is theirs

@@ -30,7 +30,7 @@ SETTINGS: dict[str, list[dict[str, object]]] = {
     "fp16": [{}],
     "natural_dithering": [{"levels": 1}, {"levels": 5}, {"levels": 3, "norm": "linf"}, {"levels": 3, "norm": "l1"}],
     "scaled_sign": [{}],
-    "powersgd": [{"rank": 2, "layout": LAYOUT}],
+    "powersgd": [{"rank": 2, "layout": LAYOUT}, {"rank": 2, "layout": LAYOUT, "warm_start": False}],
     "seeds": [{"steps": 3}, {"steps": 2, "directions": 2, "layout": replace(LAYOUT, num_buffers=1)}],
     "composed": [
         {"first": TopK(k=9), "then": QSGD(levels=4)},

@@ -62,6 +62,15 @@ def test_what_runs_on_the_clients_beside_the_strategy_runs_on_the_workers(option
     assert on_ray("fedavg", option, workers=2) == here("fedavg", option) != here("fedavg")
 
 
+def test_what_is_kept_of_packets_travels_with_the_job(runtime: None) -> None:
+    def losses(executor: str, warm: bool) -> Rows:
+        power = {"name": "powersgd", "rank": 1, "warm_start": warm}
+        more = {"uplink.compressor": power, "uplink.error_feedback": True, "rounds": 3}
+        return rows("fedavg", **more, **{"runtime.executor": executor, "runtime.workers": 2})
+
+    assert losses("ray", warm=True) == losses("in_process", warm=True) != losses("in_process", warm=False)
+
+
 ADAPTED: dict[str, Any] = {
     "seed": 3,
     "rounds": 3,
@@ -97,9 +106,10 @@ def test_adapters_give_the_same_bits_and_their_base_travels_once(
     assert expected[-1]["bits_up"] == expected[-1]["bits_down"] == 3 * 4 * 32 * trained
     base = 4 * 64 * 3000  # bytes of one frozen weight
     sizes = [len(stream) + sum(b.nbytes for b in buffers) for stream, buffers in parcels]
-    # one copy for all workers; then a round sends the model, no inbox and two stacks
-    assert [size > base for size in sizes] == [True] + [False] * 3 * (1 + 1 + 2)
-    assert sum(sizes[1:]) < 3 * 4 * trained + 12 * 4096
+    # one copy for all workers; then a round sends the model, no inbox and two stacks, and for each of two evaluations
+    # the model, and one piece or two
+    assert [size > base for size in sizes] == [True] + [False] * 3 * (1 + 1 + 2 + 1 + 1 + 1 + 2)
+    assert sum(sizes[1:]) < 3 * 3 * 4 * trained + 27 * 4096
 
 
 class Killer:

@@ -121,19 +121,6 @@ def test_a_zero_gradient_moves_nothing_without_decay(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_masked_coordinates_keep_every_bit(name: str) -> None:
-    x, grads = problem()
-    mask = (torch.arange(LAYOUT.size) % 3 > 0).float()
-    optimizer = build(section(name), LAYOUT)
-    y = x.clone()
-    state = optimizer.init(y)
-    for g in grads:
-        optimizer.step_(y, g, state, aux={"mask": mask}, streams=streams(torch.arange(7)))
-    assert torch.equal(y[:, mask == 0], x[:, mask == 0])
-    assert torch.isfinite(y).all() and not torch.equal(y, x)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_it_resumes_from_saved_rows_in_mid_run(name: str) -> None:
     x, grads = problem()
     optimizer, ids = build(section(name), LAYOUT), torch.arange(7)

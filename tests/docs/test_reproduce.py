@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from benchmarks.reproduce import asynchronous, masha, momentum, personalisation
+from benchmarks.reproduce import asynchronous, masha, momentum, monna, personalisation
 from benchmarks.reproduce.__main__ import TABLE
 from benchmarks.reproduce.asynchronous import FIX_LONG, PROBLEMS, SYNC, Problem, Scheme
 from benchmarks.reproduce.claims import RATE, Measured, Searched, Wanted, claims_table, search, verdict
@@ -226,3 +227,53 @@ def test_bits_to_a_saddle_point_are_compared_where_it_was_reached() -> None:
     assert verdicts == ["appears", "appears", "appears", even, "appears", "appears", "appears", even]
     assert "| MASHA1, Rand-10% | 0.1 | 7 | 1.0000 ± 0.0000 | 0.0005 ± 0.0000 | 3 of 3 |" in text
     assert "| extragradient, Rand-10% | 0.1 | 7 | 9.0000 ± 0.0000 | 0.5000 ± 0.0000 | 0 of 3 |" in text
+
+
+def test_what_liars_do_to_peers_is_judged_by_the_worst_attack(tmp_path: Path) -> None:
+    # averaging is ruined by FOE and sign flip, no momentum by ALIE; skewed classes cost MoNNA a point, others five
+    def runs(title: str, attack: str, alpha: float) -> list[History]:
+        scores = {monna.AVERAGE: {"FOE": 0.1, "sign flip": 0.2}, monna.BARE: {"ALIE": 0.6}, monna.BRIDGE: {"ALIE": 0.5}}
+        usual = {monna.HONEST: 0.81, monna.GOSSIP: 0.7}.get(title, 0.8)
+        lost = (alpha == 1.0) * (0.01 if title in (monna.MONNA, monna.HONEST) else 0.05)
+        end = scores.get(title, {}).get(attack, usual) - lost
+        return [History([{"round": 10 * i, "test_accuracy": end * i / 12} for i in range(1, 13)]) for _ in monna.SEEDS]
+
+    found = {}
+    for peers in monna.PROBLEMS:
+        titles = (monna.HONEST, *peers.strategies())
+        for attack in monna.ATTACKS:
+            found[peers, attack] = {title: runs(title, attack, peers.alpha) for title in titles}
+    verdicts = {claim.text: verdict(claim.gains(found)) for claim in monna.claims()}
+    assert set(verdicts.values()) == {"appears"} and len(verdicts) == 4 * 6 + 2 * 4
+    text = monna.page(found, quick=False)
+    assert "| MoNNA, beta = 0 | 0.5500 ± 0.0000 | 0.7500 ± 0.0000 | 0.7500 ± 0.0000 | 0.7500 ± 0.0000 |" in text
+    assert text.count("| averaging, nobody lies | 0.8100 ± 0.0000 |") == 2 and "120 steps on batches" in text
+    monna.draw(monna.PROBLEMS[0], found, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+
+def test_liars_are_the_same_for_every_strategy_and_as_many_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = list[Sweep]()
+
+    def no_runs(plan: Sweep) -> Results:
+        plans.append(plan)
+        methods = plan.space.methods()
+        records = [
+            Record(Trial(setting, 0, {}, "made up", plan.folder), Ended("done"), {}) for setting in methods[0].grid()
+        ]
+        return Results(plan.folder, methods, records, plan.target, False, 1)
+
+    monkeypatch.setattr(monna, "played", no_runs)
+    monkeypatch.setattr(monna, "runs_of", lambda row: row.setting.overrides)
+    for peers in monna.PROBLEMS:
+        runs = peers.runs(Path("runs"), quick=False)
+        assert len(runs) == 4 and all(len(titles) == 6 for titles in runs.values())
+        for attack, titles in runs.items():
+            for title, asked in titles.items():
+                told: Any = asked
+                assert (told["clients.count"], told["clients.byzantine.count"]) == (peers.n, peers.f)
+                lies = {"name": "silence"} if title == monna.HONEST else monna.ATTACKS[attack]
+                assert told["clients.byzantine.attack"] == lies
+                section = told["strategy"]
+                assert section.get("f", section.get("aggregator", {}).get("f")) in (None, peers.f)
+    assert len({str(plan.folder) for plan in plans}) == len(plans) == 8

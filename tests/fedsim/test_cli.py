@@ -18,6 +18,8 @@ from fedsim.cli import one_line
 from fedsim.compose import TABLES
 from fedsim.data.images import CHECKSUMS
 from fedsim.metrics import EVALUATED, RESERVED
+from fedsim.sim.executor import Jobs, Lost, Results
+from fedsim.sim.in_process import InProcess
 from tests.fedsim.console import Outcome, contents, fedsim
 
 QUAD = """\
@@ -431,6 +433,26 @@ def test_a_failing_server_half_is_shown_with_its_round_and_its_own_exception(tmp
     assert found.code == 1 and "cli_mine.py" in found.err
     last = found.err.splitlines()[-1]
     assert last == "fedsim: ServerFails.round failed in round 1: IndexError: the server's own trouble"
+
+
+def test_a_run_that_lost_what_it_needs_says_so_with_exit_1_and_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, run = [0], InProcess.run
+
+    def lost(self: InProcess, jobs: Jobs) -> Results:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise Lost("round 4: Ray was lost")
+        return run(self, jobs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InProcess, "run", lost)
+        found = fedsim("run", Q, "--out", tmp_path / "run", "-q")
+    assert found.code == 1 and found.err.count("\n") == 1
+    assert "round 4: Ray was lost; start again, with --resume" in found.err
+    assert fedsim("run", Q, "--out", tmp_path / "run", "-q", "--resume").code == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_failing_start_of_a_strategy_is_shown_with_its_own_exception(tmp_path: Path) -> None:

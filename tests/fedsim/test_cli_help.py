@@ -27,7 +27,7 @@ UNUSED = {"ray", "flwr", "matplotlib", "sklearn", "scipy", "pandas", "pyarrow", 
 
 
 def test_help_and_version_come_without_the_packages_that_take_seconds() -> None:
-    commands = [["--help"], ["run", "--help"], ["sweep", "--help"], ["flower", "run", "--help"], ["--version"]]
+    commands = [["--help"], ["run", "--help"], ["sweep", "--help"], ["flower", "deploy", "--help"], ["--version"]]
     found = _alone(commands, UNUSED | {"torch", "numpy", "pydantic", "omegaconf"})
     assert found.returncode == 0 and found.stdout.count("Usage") == 4, found.stderr
 

@@ -89,7 +89,27 @@ def test_the_worst_factor_is_sought_against_the_rule_in_use_and_refused_where_th
     for name, more in (("fedbuff", {"buffer_size": 4}), ("scaffold", {}), ("fedasync", {})):
         compose(_with({"name": "foe", "tau": "optimised"}, 1, name=name, **more), "x.yaml").close()
     with pytest.raises(ConfigError, match="clients.byzantine.attack: foe.tau=optimised tries factors"):
-        compose(_with({"name": "foe", "tau": "optimised"}, 1, name="dsgd"), "x.yaml")
+        compose(_with({"name": "foe", "tau": "optimised"}, 1, name="uncoded", lr=0.1), "x.yaml")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "dsgd"},
+        {"name": "gradient_tracking"},
+        {"name": "monna", "f": 2, "beta": 0.5},
+        {"name": "clipped_gossip", "f": 2, "beta": 0.5},
+        {"name": "bridge", "aggregator": {"name": "trimmed_mean", "f": 2}},
+    ],
+    ids=lambda strategy: strategy["name"],
+)
+def test_among_peers_it_is_sought_against_what_they_make_of_what_they_hear(strategy: dict[str, Any]) -> None:
+    def after_two_steps(k: Any) -> Tensor:
+        rows = rows_of(_with({"name": "alie", "k": k}, 2, **strategy) | {"rounds": 2, "evaluate": {"every": 2}})
+        return torch.tensor(rows[-1]["x"])
+
+    moved = {k: float((after_two_steps(k) - after_two_steps(0)).norm()) for k in (0.5, 8, "optimised")}
+    assert moved["optimised"] >= max(moved.values()) > 0.0
 
 
 def test_a_back_door_needs_images_and_a_class_that_there_is() -> None:

@@ -155,6 +155,8 @@ def test_resume_without_a_folder_is_refused() -> None:
 
 # Stop and resume --------------------------------------------------------------------------------------------------
 
+POWER = {"name": "powersgd", "rank": 1}
+DIGITS = {"task": {"name": "classification", "dataset": "digits", "model": "logistic"}}
 KINDS: dict[str, dict[str, Any]] = {
     "fedavg": {},
     "scaffold keeps rows for clients": {"strategy": {"name": "scaffold", "cohort_size": 5}},
@@ -167,6 +169,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "local": {"steps": 3, "optimizer": {"name": "adam", "lr": 0.01, "state_scope": "client"}}
     },
     "errors are fed back": {"uplink": {"compressor": {"name": "top_k", "k": 2}, "error_feedback": True}},
+    "a packet begins with the last one": {
+        **DIGITS,
+        "uplink": {"compressor": POWER, "error_feedback": True},
+        "downlink": {"compressor": POWER},
+    },
+    "the server's, too": {
+        **DIGITS,
+        "local": {"optimizer": {"name": "sgd", "lr": 0.1}},
+        "strategy": {"name": "ef21_bc", "compressor": POWER, "server_compressor": POWER},
+    },
     "models travel compressed": {"downlink": {"compressor": {"name": "qsgd", "levels": 4}}},
     "clients lie": {"clients": {"count": 12, "byzantine": {"attack": {"name": "alie"}, "count": 3}}},
 }

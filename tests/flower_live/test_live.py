@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fedsim import apps, runs
+from fedsim.flower.credentials import write_credentials
 from fedsim.tasks.quadratic import QuadraticTask
-from tests.flower_live.deployment import Deployment
+from tests.flower_live.deployment import completed, deployment_in
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
 
@@ -48,23 +49,21 @@ def experiment(name: str) -> dict[str, Any]:
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[dict[str, Any]]]]:
     """{strategy: rows of metrics.jsonl} of five runs: the one that looks at the clock, then the others at once."""
     folder = tmp_path_factory.mktemp("deployment")
-    deployment = Deployment(folder, num_nodes=2)
-    try:
-        stranger = deployment.start_node(2, register=False)
+    write_credentials(folder, num_nodes=3)
+    with deployment_in(folder, num_nodes=2) as deployment:
+        stranger = deployment.start_node(2)
+        states = {}
         for names in (["fedfix"], DETERMINISTIC):
             submitted = []
             for name in names:
                 app = apps.export(experiment(name), folder / f"app-{name}")
-                submitted.append(deployment.submit(app, fedsim_out=str(folder / name)))
-            for number in submitted:
-                state = deployment.wait(number, 600)
-                assert state["status"] == "finished:completed", state["status-details"] + deployment.log("link")
+                submitted.append(deployment.submit(app, {"fedsim-out": str(folder / name)}))
+            for name, number in zip(names, submitted, strict=True):
+                states[name] = completed(deployment, number, 600)
         files = {name: folder / name / "metrics.jsonl" for name in EXPERIMENTS}
         found = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
         assert stranger.poll() not in (None, 0), "a node with an unregistered key was let in"
         yield found
-    finally:
-        deployment.close()
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from fedsim import apps, runs
-from tests.flower_live.deployment import Deployment
+from fedsim.flower.deployment import Deployment
+from tests.flower_live.deployment import completed, deployment_in, kill_node, kill_server_app, wait
 from tests.flower_live.test_live import COMMON, QUADRATIC
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
@@ -19,11 +20,8 @@ pytestmark = [pytest.mark.flower, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    deployment = Deployment(tmp_path_factory.mktemp("lost"), num_nodes=2)
-    try:
+    with deployment_in(tmp_path_factory.mktemp("lost"), num_nodes=2) as deployment:
         yield deployment
-    finally:
-        deployment.close()
 
 
 def experiment(strategy: str) -> dict[str, Any]:
@@ -45,22 +43,21 @@ def until(holds: Callable[[], bool], seconds: float = 400) -> None:
 def test_a_server_app_that_was_killed_resumes_to_the_numbers_of_a_simulation(deployment: Deployment) -> None:
     raw, out = experiment("scaffold_m"), deployment.folder / "scaffold_m"
     app = apps.export(raw, deployment.folder / "app-scaffold_m")
-    killed = deployment.submit(app, fedsim_out=str(out))
+    killed = deployment.submit(app, {"fedsim-out": str(out)})
     until(lambda: len(rows_of(out)) == 1)
-    deployment.kill_server_app()  # devices have been sent the second round, and write their memory all the same
-    assert deployment.wait(killed, 200)["status"] != "finished:completed"
-    run = deployment.submit(app, fedsim_out=str(out), fedsim_resume=True)
-    state = deployment.wait(run, 400)
-    assert state["status"] == "finished:completed", state["status-details"] + deployment.log("link")
+    kill_server_app(deployment)  # devices have been sent the second round, and write their memory all the same
+    assert wait(deployment, killed, 200)["status"] != "finished:completed"
+    run = deployment.submit(app, {"fedsim-out": str(out), "fedsim-resume": True})
+    completed(deployment, run, 400)
     assert [row["x"] for row in rows_of(out)] == [row["x"] for row in runs.run(raw).rows]
 
 
 def test_a_super_node_that_was_killed_costs_its_replies_and_no_more(deployment: Deployment) -> None:
     out = deployment.folder / "fedavg"
-    run = deployment.submit(apps.export(experiment("fedavg"), deployment.folder / "app-fedavg"), fedsim_out=str(out))
+    app = apps.export(experiment("fedavg"), deployment.folder / "app-fedavg")
+    run = deployment.submit(app, {"fedsim-out": str(out)})
     until(lambda: len(rows_of(out)) == 1)
-    deployment.kill_node(1)
-    state = deployment.wait(run, 500)
-    assert state["status"] == "finished:completed", state["status-details"] + deployment.log("link")
+    kill_node(deployment, 1)
+    completed(deployment, run, 500)
     rows = rows_of(out)
     assert len(rows) == 2 and rows[0]["num_clients"] == 2 and rows[-1]["num_clients"] == 1

@@ -79,7 +79,7 @@ def _holds(name: str, fields: Mapping[str, Any], bits: Bits, size: int) -> bool:
         )
     if name == "adaptive_qsgd":
         s = fields["levels"]
-        return bits.numbers(1, 0.0) and bits.numbers(s, 0.0, 1.0) and bits.levels(s, size)
+        return bits.numbers(1, 0.0) and bits.numbers(s - 1, 0.0, 1.0) and bits.levels(s, size)
     if name == "bernoulli":
         return bits.take(1, 1) == [0] or bits.numbers(size)
     if name == "natural":

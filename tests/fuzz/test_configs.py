@@ -16,17 +16,19 @@ from tests.fuzz.amount import cases
 from tests.fuzz.configs import mutated, shipped, text_of
 
 SECONDS = 120
-ROOM = 2 << 30  # bytes that a check may allocate: far above what any of these plans declares
+ROOM = 2 << 30  # bytes of address space that a check may ask for, so that none can harm the machine
+RESIDENT = 210 << 20  # and bytes that it may touch: twice what the largest of the undamaged files takes, read first
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """A limit of time and of memory."""
+    """A limit of time and of memory, the latter as the kernel has counted it: its peak since the block began."""
 
     def ring(*_: object) -> None:
         raise TimeoutError(f"no answer for {SECONDS} seconds")
 
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    used, resident = bytes_of("VmSize"), bytes_of("VmRSS")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     before = signal.signal(signal.SIGALRM, ring)
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, hard))
@@ -37,6 +39,18 @@ def bounded() -> Iterator[None]:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert bytes_of("VmHWM") - resident <= RESIDENT
+
+
+def bytes_of(name: str) -> int:
+    """What the kernel says of this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def test_the_limit_of_memory_sees_a_peak_that_is_over() -> None:
+    with pytest.raises(AssertionError), bounded():
+        bytearray(b"x") * (RESIDENT + (8 << 20))
 
 
 @pytest.mark.filterwarnings("default")

@@ -20,7 +20,7 @@ from tests.fuzz.amount import cases
 P, CLIENT, JOB = 8, 2, 5
 BOOK = wire.Book({"uplink": TopK(k=3), "coin": Bernoulli(p=1.0), "seeded": RandK(k=3, shared_seed=True)})
 DOOR = Door(book=BOOK, seed=0, model_size=P)
-HEAD = wire.Head(work="update", client=CLIENT, number=JOB, round=4, version=1, saved=0)
+HEAD = wire.Head(work="update", client=CLIENT, number=JOB, round=4, version=1, saved=0, run=5)
 SENT = Sent("update", {"x": torch.zeros(P), "lr": 0.1}, 4)
 STREAMS = Streams(0, torch.tensor([CLIENT]), torch.tensor([JOB]))
 V = torch.linspace(-1.0, 1.0, P)[None]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.streams import server_rng
+from fedsim.streams import Streams, server_rng
 from tests.reference.clients import Clients, cohort
 
 Compress = Callable[[Tensor, int, int], Tensor]
@@ -39,6 +40,37 @@ def compressed_descent(
         x = x - total / clients.n
         path.append(x)
     return torch.stack(path)
+
+
+def power_sgd(rows: int, columns: int, rank: int, first: Callable[[int, int], Tensor]) -> Compress:
+    """PowerSGD of one matrix with a warm start, by numpy: P of what M Q spans, then Q = M^T P; a client keeps its Q.
+
+    Q stands on the shorter side, so that a wide matrix is transposed; `first(client, job)` is its first Q.
+    """
+    kept: dict[int, np.ndarray] = {}
+
+    def compress(v: Tensor, client: int, job: int) -> Tensor:
+        m = v.numpy().reshape(rows, columns)
+        tall = m if rows >= columns else m.T
+        q = kept[client] if client in kept else first(client, job).numpy()
+        left, size, _ = np.linalg.svd(tall @ q, full_matrices=False)
+        p = left[:, size > 1e-12 * size.max()]
+        kept[client] = tall.T @ p
+        sent = p @ kept[client].T
+        return torch.from_numpy((sent if rows >= columns else sent.T).reshape(-1).copy())
+
+    return compress
+
+
+def first_q(side: int) -> Callable[[int, int], Tensor]:
+    """PowerSGD's first Q of rank 1 for a matrix w, of a client's job or of the server's (-1) in a round, in seed 0."""
+
+    def first(client: int, job: int) -> Tensor:
+        seed = 0 if client >= 0 else int(server_rng(0, "server", job).integers(1 << 62))
+        streams = Streams(seed, torch.tensor([client]), torch.tensor([job]))
+        return streams.normal("compress.powersgd.w", side, 1, dtype=torch.float64)[0]
+
+    return first
 
 
 def ef21(

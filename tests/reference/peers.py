@@ -51,8 +51,7 @@ def monna(
                 others = [j for j in heard if j != i and j not in byzantine]
                 lost = sorted(others, key=lambda j: draw[heard.index(j)])[:f]
                 heard = [j for j in heard if j not in lost]
-            near = sorted(heard, key=lambda j: (float((sent[j] - sent[i]).norm()), j))[:keep]
-            theta[i] = sum((sent[j] for j in near), start=torch.zeros_like(x0)) / keep
+            theta[i] = nearest(sent, i, heard, keep)
         path.append(torch.stack(theta))
     return torch.stack(path)
 
@@ -106,16 +105,7 @@ def clipped_gossip(
         h = [theta[i] - lr * m[i] for i in range(n)]
         sent = told(h, byzantine, attack)
         for i in range(n):
-            near = [j for j in range(n) if j != i and w[i, j] > 0]
-            away = {j: sent[j] - sent[i] for j in near}
-            radius = tau
-            if radius is None:
-                trusted = sorted(near, key=lambda j: float(away[j].norm()))[: len(near) - f]
-                delta = sum(sorted((float(w[i, j]) for j in near), reverse=True)[:f])
-                whole = sum(float(w[i, j]) * float(away[j].norm()) ** 2 for j in trusted)
-                radius = (whole / delta) ** 0.5 if f else float("inf")
-            cut = {j: v * min(1.0, radius / max(float(v.norm()), 1e-300)) for j, v in away.items()}
-            theta[i] = sent[i] + sum((w[i, j] * cut[j] for j in near), start=torch.zeros_like(x0))
+            theta[i] = clipped(sent, i, w[i], f, tau)
         path.append(torch.stack(theta))
     return torch.stack(path)
 
@@ -137,11 +127,36 @@ def bridge(
     for t in range(rounds):
         sent, new = told(w, byzantine, attack), []
         for i in range(n):
-            heard = torch.stack([sent[j] for j in range(n) if weights(t)[i, j] > 0]).sort(0).values
-            new.append(heard[f : len(heard) - f].mean(0) - lr * clients.gradient(i, w[i], t, 0))
+            new.append(trimmed(sent, i, weights(t)[i], f) - lr * clients.gradient(i, w[i], t, 0))
         w = new
         path.append(torch.stack(w))
     return torch.stack(path)
+
+
+def nearest(sent: Sequence[Tensor], i: int, heard: Sequence[int], keep: int) -> Tensor:
+    """The mean of the `keep` vectors nearest to node i's own among those that it heard; ties to the lower node."""
+    near = sorted(heard, key=lambda j: (float((sent[j] - sent[i]).norm()), j))[:keep]
+    return sum((sent[j] for j in near), start=torch.zeros_like(sent[i])) / keep
+
+
+def clipped(sent: Sequence[Tensor], i: int, w: Tensor, f: int, tau: float | None) -> Tensor:
+    """What node i makes of its neighbours, which weigh w [n], by clipped gossip."""
+    near = [j for j in range(len(sent)) if j != i and w[j] > 0]
+    away = {j: sent[j] - sent[i] for j in near}
+    radius = tau
+    if radius is None:
+        trusted = sorted(near, key=lambda j: float(away[j].norm()))[: len(near) - f]
+        delta = sum(sorted((float(w[j]) for j in near), reverse=True)[:f])
+        whole = sum(float(w[j]) * float(away[j].norm()) ** 2 for j in trusted)
+        radius = (whole / delta) ** 0.5 if f else float("inf")
+    cut = {j: v * min(1.0, radius / max(float(v.norm()), 1e-300)) for j, v in away.items()}
+    return sent[i] + sum((w[j] * cut[j] for j in near), start=torch.zeros_like(sent[i]))
+
+
+def trimmed(sent: Sequence[Tensor], i: int, w: Tensor, f: int) -> Tensor:
+    """The trimmed mean of what node i hears, those of weight w [n] above zero."""
+    heard = torch.stack([sent[j] for j in range(len(sent)) if w[j] > 0]).sort(0).values
+    return heard[f : len(heard) - f].mean(0)
 
 
 def told(v: Sequence[Tensor], byzantine: Sequence[int], attack: Lie) -> list[Tensor]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.sparsify import Identity, RandK, TopK
+from fedsim.params import Layout
 from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.links import Downlink
 from fedsim.strategies.centralised import Centralised
@@ -17,11 +19,10 @@ from fedsim.strategies.ef21 import EF21
 from fedsim.strategies.ef21_bc import EF21BC
 from fedsim.strategies.marina import Marina
 from fedsim.streams import Streams
-from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.models import logistic
 from tests.build import Play, drawn, local_sgd, play, quadratic, saddle
 from tests.reference.clients import Formulas
-from tests.reference.compressed import diana, ef21, ef21_bc, marina
+from tests.reference.compressed import diana, ef21, ef21_bc, first_q, marina, power_sgd
 from tests.reference.saddle import top
 from tests.strategies.tasks import images, noisy
 
@@ -57,6 +58,15 @@ def test_ef21_bc_equals_its_twin() -> None:
     strategy = EF21BC(compressor=TOP, server_compressor=TopK(k=1), local=local_sgd(task, 0.1))
     expected = ef21_bc(twin, task.x0, 12, eta=0.1, compress=top(2), compress_server=top(1))
     torch.testing.assert_close(play(task, strategy, 12, width=2), expected, rtol=0, atol=1e-12)
+
+
+def test_ef21_bc_with_powersgd_both_ways_equals_its_twin() -> None:
+    task, rule = drawn(4, 12), PowerSGD(rank=1, layout=Layout.of({"w": (4, 3)}))
+    strategy = EF21BC(compressor=rule, server_compressor=rule, local=local_sgd(task, 0.1))
+    up, down = (power_sgd(4, 3, rank=1, first=first_q(3)) for _ in range(2))
+    twin = Formulas(task.a, task.b, 1)
+    expected = ef21_bc(twin, task.x0, 30, eta=0.1, compress=up, compress_server=down)
+    torch.testing.assert_close(play(task, strategy, 30, width=2), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("size, alpha", [(None, None), (2, None), (None, 0.3)])
@@ -105,12 +115,8 @@ def test_without_compression_it_is_gradient_descent(kind: type, fields: dict[str
 @every
 def test_a_strongly_monotone_saddle_point_is_found(kind: type, fields: dict[str, Any]) -> None:
     task = saddle(5, 4, lam=2.0)
-    x = play(task, kind(local=local_sgd(task, 0.1), **fields), 100, x0=_zero(task))[-1]
+    x = play(task, kind(local=local_sgd(task, 0.1), **fields), 100)[-1]
     assert float((x - task.solution()).norm()) < 1e-5
-
-
-def _zero(task: BilinearTask) -> Tensor:
-    return torch.zeros(task.layout.size, dtype=torch.float64)
 
 
 def test_a_compressed_downlink_leaves_the_limit_of_ef21_where_it_is() -> None:

@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.seeds import Seeds
 from fedsim.compress.sparsify import RandK, TopK
-from fedsim.sim.links import Uplink
+from fedsim.params import Layout
+from fedsim.sim.links import Uplink, step_of
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.streams import Streams
 from fedsim.tasks.quadratic import QuadraticTask
 from tests.build import Play, drawn, local_sgd, play
 from tests.reference.clients import Formulas
-from tests.reference.compressed import compressed_descent
+from tests.reference.compressed import compressed_descent, power_sgd
 from tests.reference.saddle import top
 
 
@@ -41,6 +43,21 @@ def test_equals_its_twin(compressor: Any, compress: Any, feedback: bool) -> None
     got = play(task, FedAvg(local=local_sgd(task, 0.1, steps=1)), 40, uplink=uplink, width=3)
     expected = compressed_descent(_twin(task), task.x0, 40, eta=0.1, compress=compress, feedback=feedback)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 6)], ids=["tall", "wide"])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_powersgd_begins_where_the_clients_last_message_ended(shape: tuple[int, int], feedback: bool) -> None:
+    def first(client: int, job: int) -> Tensor:
+        streams = Streams(0, torch.tensor([client]), torch.tensor([job]))
+        return streams.normal("compress.powersgd.w", min(shape), 1, step=step_of("delta"), dtype=torch.float64)[0]
+
+    task, rule = drawn(4, 12), PowerSGD(rank=1, layout=Layout.of({"w": shape}))
+    uplink = Uplink(compressor=rule, error_feedback=feedback)
+    got = play(task, FedAvg(local=local_sgd(task, 0.1, steps=1)), 30, uplink=uplink, width=3)
+    compress = power_sgd(*shape, rank=1, first=first)
+    expected = compressed_descent(_twin(task), task.x0, 30, eta=0.1, compress=compress, feedback=feedback)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
 def _stalls_at(eta: float, uplink: Uplink, rounds: int) -> float:

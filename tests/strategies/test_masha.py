@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.quantize import QSGD, Natural
 from fedsim.compress.sparsify import Identity, RandK, TopK
+from fedsim.params import Layout
 from fedsim.sim.links import Uplink
 from fedsim.strategies.extragradient import Extragradient
 from fedsim.strategies.masha1 import Masha1
@@ -20,16 +22,9 @@ from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.models import logistic
 from tests.build import Play, play, saddle
 from tests.reference.clients import Operators
+from tests.reference.compressed import first_q, power_sgd
 from tests.reference.saddle import extragradient, masha1, masha2, top
 from tests.strategies.tasks import images
-
-
-def _zero(task: BilinearTask) -> Tensor:
-    return torch.zeros(task.layout.size, dtype=torch.float64)
-
-
-def _play(task: BilinearTask, strategy: Any, rounds: int, **fleet: Any) -> Tensor:
-    return play(task, strategy, rounds, x0=_zero(task), **fleet)
 
 
 def _twin(task: BilinearTask) -> Operators:
@@ -57,8 +52,8 @@ def _keyed_server(compressor: Any) -> Any:
 
 def test_extragradient_equals_its_twin() -> None:
     task = saddle(4, 6, lam=0.1)
-    expected = extragradient(_twin(task), _zero(task), 20, lr=0.2)
-    torch.testing.assert_close(_play(task, Extragradient(lr=0.2), 20), expected, rtol=0, atol=1e-12)
+    expected = extragradient(_twin(task), task.init(0), 20, lr=0.2)
+    torch.testing.assert_close(play(task, Extragradient(lr=0.2), 20), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("compressor", [Identity(), RandK(k=3), QSGD(levels=4), Natural()])
@@ -66,18 +61,26 @@ def test_masha1_equals_its_twin_with_compression_both_ways(compressor: Any) -> N
     task = saddle(4, 6)
     strategy = Masha1(lr=0.05, p=0.3, compressor=compressor, server_compressor=RandK(k=8))
     expected = masha1(
-        _twin(task), _zero(task), 25, lr=0.05, p=0.3,
+        _twin(task), task.init(0), 25, lr=0.05, p=0.3,
         compress=_keyed(compressor), compress_server=_keyed_server(RandK(k=8)),
     )  # fmt: skip
-    torch.testing.assert_close(_play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("k, server_k", [(12, 12), (2, 12), (2, 5)])
 def test_masha2_equals_its_twin_with_top_k_both_ways(k: int, server_k: int) -> None:
     task = saddle(4, 6)
     strategy = Masha2(lr=0.05, p=0.3, compressor=TopK(k=k), server_compressor=TopK(k=server_k))
-    expected = masha2(_twin(task), _zero(task), 25, lr=0.05, p=0.3, compress=top(k), compress_server=top(server_k))
-    torch.testing.assert_close(_play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-12)
+    expected = masha2(_twin(task), task.init(0), 25, lr=0.05, p=0.3, compress=top(k), compress_server=top(server_k))
+    torch.testing.assert_close(play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-12)
+
+
+def test_masha2_equals_its_twin_with_powersgd_both_ways() -> None:
+    task, rule = saddle(4, 6), PowerSGD(rank=1, layout=Layout.of({"w": (4, 3)}))
+    up, down = (power_sgd(4, 3, rank=1, first=first_q(3)) for _ in range(2))
+    expected = masha2(_twin(task), _zero(task), 25, lr=0.05, p=0.3, compress=up, compress_server=down)
+    strategy = Masha2(lr=0.05, p=0.3, compressor=rule, server_compressor=rule)
+    torch.testing.assert_close(_play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("size, minibatch", [(2, False), (None, True), (2, True)], ids=["pp", "vr", "both"])
@@ -98,14 +101,14 @@ def test_a_part_of_the_devices_and_of_their_samples_equals_the_twin(size: int | 
 @pytest.mark.parametrize("kind", [Masha1, Masha2])
 def test_with_certain_refresh_and_no_compression_it_is_extragradient(kind: type) -> None:
     task = saddle(4, 6)
-    ours = _play(task, kind(lr=0.2, p=1.0), 30)
-    torch.testing.assert_close(ours, _play(task, Extragradient(lr=0.2), 30), rtol=0, atol=1e-12)
+    ours = play(task, kind(lr=0.2, p=1.0), 30)
+    torch.testing.assert_close(ours, play(task, Extragradient(lr=0.2), 30), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_without_compression_both_forms_are_the_same(p: float) -> None:
     task = saddle(4, 6)
-    one, two = (_play(task, kind(lr=0.1, p=p), 40) for kind in (Masha1, Masha2))
+    one, two = (play(task, kind(lr=0.1, p=p), 40) for kind in (Masha1, Masha2))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
 
 
@@ -113,8 +116,8 @@ def test_without_compression_both_forms_are_the_same(p: float) -> None:
 def test_all_devices_as_the_cohort_change_no_bit(kind: type) -> None:
     task = saddle(4, 6)
     compressor = RandK(k=3)
-    all_of_them = _play(task, kind(lr=0.1, p=0.4, cohort_size=4, compressor=compressor), 20)
-    assert torch.equal(all_of_them, _play(task, kind(lr=0.1, p=0.4, compressor=compressor), 20))
+    all_of_them = play(task, kind(lr=0.1, p=0.4, cohort_size=4, compressor=compressor), 20)
+    assert torch.equal(all_of_them, play(task, kind(lr=0.1, p=0.4, compressor=compressor), 20))
 
 
 @pytest.mark.parametrize("kind, compressor", [(Masha1, RandK(k=100)), (Masha2, TopK(k=100))])
@@ -127,13 +130,13 @@ def test_a_minibatch_of_all_samples_is_the_whole_operator(kind: type, compressor
 def test_a_part_of_the_devices_is_enough_to_converge_linearly() -> None:
     task = saddle(10, 10, low=1.5)
     strategy = Masha1(lr=_theory_step(task, 0.1, q=2), p=0.1, cohort_size=3, compressor=RandK(k=10))
-    away = _away(task, _play(task, strategy, 600))
+    away = _away(task, play(task, strategy, 600))
     assert all(float(away[i + 199]) < 0.4 * float(away[i]) for i in (0, 200, 400))
 
 
 def test_errors_of_devices_that_are_not_asked_stay() -> None:
     task = saddle(4, 6)
-    play = Play.start(task, Masha2(lr=0.1, p=0.2, cohort_size=1, compressor=TopK(k=1)), x0=_zero(task))
+    play = Play.start(task, Masha2(lr=0.1, p=0.2, cohort_size=1, compressor=TopK(k=1)))
     play.path(3)
     for _ in range(5):
         before = play.fleet.memory.of(play.fleet.clients)["e"].clone()
@@ -144,21 +147,21 @@ def test_errors_of_devices_that_are_not_asked_stay() -> None:
 
 def test_a_single_device_without_compression_depends_on_the_coins_alone() -> None:
     task = saddle(1, 5)
-    first, again, other = (_play(task, Masha1(lr=0.1, p=0.4), 20, seed=s) for s in (0, 0, 1))
+    first, again, other = (play(task, Masha1(lr=0.1, p=0.4), 20, seed=s) for s in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_coins_do_not_depend_on_the_compressor() -> None:
     task, coins = saddle(4, 6), []
     for compressor in (Identity(), RandK(k=2), QSGD(levels=2)):
-        play = Play.start(task, Masha1(lr=0.01, p=0.4, compressor=compressor), x0=_zero(task))
+        play = Play.start(task, Masha1(lr=0.01, p=0.4, compressor=compressor))
         coins.append([play.step()["refresh"] for _ in range(25)])
     assert coins[0] == coins[1] == coins[2] and 0 < sum(coins[0]) < 25
 
 
 def test_devices_and_server_draw_different_entries() -> None:
     task = saddle(3, 50)
-    play = Play.start(task, Masha1(lr=0.01, compressor=RandK(k=10)), x0=_zero(task))
+    play = Play.start(task, Masha1(lr=0.01, compressor=RandK(k=10)))
     play.step()
     streams = Streams(0, torch.arange(3), torch.full((3,), 2))
     index = RandK(k=10).encode(torch.ones(3, 100), streams).payload["index"]
@@ -168,13 +171,13 @@ def test_devices_and_server_draw_different_entries() -> None:
 def test_the_server_compressor_follows_the_seed() -> None:
     task = saddle(3, 6)
     strategy = Masha1(lr=0.05, p=1e-9, server_compressor=RandK(k=2))  # coins never fall: nothing else is random
-    assert not torch.equal(_play(task, strategy, 3, seed=0), _play(task, strategy, 3, seed=1))
+    assert not torch.equal(play(task, strategy, 3, seed=0), play(task, strategy, 3, seed=1))
 
 
 def test_clients_hold_what_the_server_holds() -> None:
     task = saddle(4, 6)
     strategy = Masha2(lr=0.05, p=0.3, compressor=TopK(k=2), server_compressor=TopK(k=3))
-    play = Play.start(task, strategy, x0=_zero(task))
+    play = Play.start(task, strategy)
     for _ in range(10):
         play.step()
         kept = play.fleet.memory.of(play.fleet.clients)
@@ -186,7 +189,7 @@ def test_error_feedback_loses_nothing() -> None:
     # with p tiny the reference stays, so that the sum of what was sent and what is kept is the sum of all messages
     task = saddle(3, 4)
     strategy = Masha2(lr=0.1, p=1e-9, compressor=TopK(k=1))
-    play = Play.start(task, strategy, x0=_zero(task))
+    play = Play.start(task, strategy)
     play.step()
     f_w = torch.stack([_twin(task).full(m, play.state.w) for m in range(3)])
     z, total = torch.zeros(8, dtype=torch.float64), torch.zeros(3, 8, dtype=torch.float64)
@@ -221,7 +224,7 @@ def test_converges_linearly_at_the_theoretical_step(p: float, k: int, factor: fl
     task = saddle(10, 10, low=1.5)
     strategy = Masha1(lr=_theory_step(task, p, q=20 / k), p=p, compressor=RandK(k=k))
     assert strategy.proven(task.constants, 20) == pytest.approx((strategy.lr, strategy.lr))
-    away = _away(task, _play(task, strategy, 600))
+    away = _away(task, play(task, strategy, 600))
     assert all(float(away[i + 199]) < factor * float(away[i]) for i in (0, 200, 400))
 
 
@@ -229,7 +232,7 @@ def test_converges_linearly_at_the_theoretical_step(p: float, k: int, factor: fl
 def test_error_feedback_converges_linearly_with_top_k(server: Any, factor: float) -> None:
     task = saddle(10, 10, low=1.5)
     strategy = Masha2(lr=0.05, p=0.1, compressor=TopK(fraction=0.1), server_compressor=server)
-    away = _away(task, _play(task, strategy, 600))
+    away = _away(task, play(task, strategy, 600))
     assert all(float(away[i + 199]) < factor * float(away[i]) for i in (0, 200, 400))
 
 
@@ -241,20 +244,20 @@ def test_top_k_without_error_feedback_diverges_where_masha2_converges() -> None:
 
     task = saddle(10, 10, low=1.5)
     careless = Careless(lr=0.05, p=0.1, compressor=TopK(fraction=0.1))
-    away = _away(task, _play(task, careless, 400))
+    away = _away(task, play(task, careless, 400))
     assert float(away[-1]) > 10 * float(away[0])
 
 
 def test_a_reference_that_is_never_refreshed_diverges_on_a_bilinear_problem() -> None:
     task = saddle(5, 5)
-    away = _away(task, _play(task, Masha1(lr=0.3, p=1e-12), 60))
+    away = _away(task, play(task, Masha1(lr=0.3, p=1e-12), 60))
     assert float(away[-1]) > 10 * float(away[0])
 
 
 @pytest.mark.parametrize("lr, fails", [(0.02, "stalls"), (0.1, "diverges"), (0.3, "diverges")])
 def test_compressed_extragradient_does_not_converge(lr: float, fails: str) -> None:
     task = saddle(25, 50)
-    away = _away(task, _play(task, Extragradient(lr=lr), 300, uplink=Uplink(compressor=RandK(k=10))))
+    away = _away(task, play(task, Extragradient(lr=lr), 300, uplink=Uplink(compressor=RandK(k=10))))
     if fails == "diverges":
         assert float(away[-1]) > 3 * float(away[0])
     assert float(away.min()) > 0.1
@@ -262,7 +265,7 @@ def test_compressed_extragradient_does_not_converge(lr: float, fails: str) -> No
 
 def _bits_to(task: BilinearTask, strategy: Any, target: float, limit: int) -> tuple[int, float]:
     """(iterations, bits up of one device) until |z - z*| is as small as the target."""
-    play, star = Play.start(task, strategy, x0=_zero(task)), task.solution()
+    play, star = Play.start(task, strategy), task.solution()
     for k in range(limit):
         play.step()
         if float((play.state.x - star).norm()) <= target:
@@ -295,9 +298,7 @@ def test_with_strong_monotonicity_masha1_beats_extragradient_at_one_over_l_but_n
 
 def test_bits_of_a_run_are_those_of_packets_refreshes_and_coins() -> None:
     task, rounds = saddle(5, 50), 30
-    play = Play.start(
-        task, Masha1(lr=0.1, p=0.3, compressor=RandK(k=10), server_compressor=RandK(k=20)), x0=_zero(task)
-    )
+    play = Play.start(task, Masha1(lr=0.1, p=0.3, compressor=RandK(k=10), server_compressor=RandK(k=20)))
     refreshes = 1 + sum(play.step()["refresh"] for _ in range(rounds))
     up, down = 10 * (32 + 7), 20 * (32 + 7) + 1  # indices of 100 entries take 7 bits, the coin one
     start = 3200  # z^0 itself

@@ -32,12 +32,8 @@ KINDS: list[tuple[type, dict[str, Any]]] = [
 every = pytest.mark.parametrize("kind, fields", KINDS, ids=[kind.__name__ for kind, _ in KINDS])
 
 
-def _zero(task: BilinearTask) -> Tensor:
-    return torch.zeros(task.layout.size, dtype=torch.float64)
-
-
 def _last(task: BilinearTask, strategy: Any, rounds: int) -> Tensor:
-    return play(task, strategy, rounds, x0=_zero(task))[-1]
+    return play(task, strategy, rounds)[-1]
 
 
 def _given(matrix: Any, a: Any, b: Any, **settings: Any) -> BilinearTask:
@@ -51,14 +47,14 @@ def _given(matrix: Any, a: Any, b: Any, **settings: Any) -> BilinearTask:
 
 def test_optimistic_gradient_equals_its_twin() -> None:
     task = saddle(4, 6, lam=0.1)
-    expected = optimistic_gradient(Operators(task.matrix, task.a, task.b, 0.1), _zero(task), 20, lr=0.2)
-    got = play(task, OptimisticGradient(lr=0.2), 20, x0=_zero(task), width=3)
+    expected = optimistic_gradient(Operators(task.matrix, task.a, task.b, 0.1), task.init(0), 20, lr=0.2)
+    got = play(task, OptimisticGradient(lr=0.2), 20, width=3)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_it_converges_on_a_bilinear_problem_with_half_of_extragradients_messages() -> None:
     task = saddle(4, 6, low=1.0)
-    play = Play.start(task, OptimisticGradient(lr=0.25), x0=_zero(task))
+    play = Play.start(task, OptimisticGradient(lr=0.25))
     path = play.path(120)
     away = (path - task.solution()).norm(dim=1)
     assert float(away[-1]) < 1e-3 * float(away[0])
@@ -75,7 +71,7 @@ def test_the_game_of_stone_scissors_paper_is_played_evenly(kind: type, fields: d
     even = torch.full((6,), 1 / 3, dtype=torch.float64)
     torch.testing.assert_close(task.solution(), even, rtol=0, atol=1e-9)
     task.b[0, 0] = 0.1  # the players begin uneven, and go on as if the game were even
-    start = play(task, Extragradient(lr=0.3, prox=task.prox), 1, x0=_zero(task))[-1]
+    start = play(task, Extragradient(lr=0.3, prox=task.prox), 1)[-1]
     task.b[0, 0] = 0.0
     found = play(task, kind(lr=0.2, prox=task.prox, **fields), 250, x0=start)[-1]
     torch.testing.assert_close(found, even, rtol=0, atol=1e-3)
@@ -105,7 +101,7 @@ def test_inside_a_ball_the_last_point_is_the_projection_of_its_own_step(kind: ty
 
 def test_clients_of_masha1_project_as_the_server_does() -> None:
     task = saddle(3, 4, prox=Ball(radius=0.2))
-    play = Play.start(task, Masha1(lr=0.2, p=0.5, compressor=RandK(k=2), prox=task.prox), x0=_zero(task))
+    play = Play.start(task, Masha1(lr=0.2, p=0.5, compressor=RandK(k=2), prox=task.prox))
     play.path(6)
     assert torch.equal(play.fleet.memory.of(play.fleet.clients)["z"], play.state.x.expand(3, -1))
 
@@ -138,7 +134,7 @@ def test_a_set_that_a_strategy_would_leave_is_refused(strategy: dict[str, Any]) 
 
 def test_fedavg_on_a_saddle_point_is_local_descent_ascent() -> None:
     task = saddle(3, 4, lam=0.8)
-    twin, z = Operators(task.matrix, task.a, task.b, 0.8), _zero(task)
+    twin, z = Operators(task.matrix, task.a, task.b, 0.8), task.init(0)
     for _ in range(5):
         ends = []
         for m in range(3):

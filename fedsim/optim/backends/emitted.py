@@ -25,8 +25,7 @@ from fedsim.optim.groups import Recipe, Values
 from fedsim.optim.step import Block, step_block_
 
 _WEIGHTS = {"lr_weights", "decay_weights", "l2_weights"}
-_ARRAYS = ("mask", "add", "average")  # of what all groups share
-_SHARED = (*_ARRAYS, "average_rate", "average_first")
+_SHARED = ("average", "average_rate", "average_first")
 _MANY = 1 << 16  # entries from which several threads pay
 _RECORDING = Lock()  # workers are threads, and torch records for one at a time
 
@@ -116,8 +115,8 @@ def _inputs(block: Block) -> tuple[Values, Values]:
     arrays = {n: v for n, v in block.states[0].items() if v is not None and n not in _WEIGHTS}
     if not block.shared:
         return arrays, block.coefs[0]
-    arrays |= {n: v for n, v in block.shared.items() if n in _ARRAYS}
-    return arrays, block.coefs[0] | {n: v for n, v in block.shared.items() if n not in _ARRAYS}
+    numbers = {n: v for n, v in block.shared.items() if n != "average"}
+    return arrays | {"average": block.shared["average"]}, block.coefs[0] | numbers
 
 
 def kernel_of(recipe: Recipe, dtype: torch.dtype, arrays: Values, numbers: Values) -> Kernel | None:

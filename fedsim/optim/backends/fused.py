@@ -31,7 +31,7 @@ class Fused:
     name, automatic = "fused", True
 
     def has_kernel(self, recipe: Recipe) -> bool:
-        """Whether torch has a kernel for this rule with these settings (per-client numbers and masks aside)."""
+        """Whether torch has a kernel for this rule with these settings (per-client numbers aside)."""
         group, clip = recipe.groups[0], recipe.settings.clip
         if not recipe.alone or group.lr_weights is not None or clip.value is not None:
             return False

@@ -55,7 +55,8 @@ def hearing(heard: torch.Tensor) -> Graph:
     """The graph of a matrix [C, M] bool of who heard whom."""
     counts, peers = heard.sum(1), heard.nonzero()[:, 1]
     start = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return Graph(start, peers, torch.ones(len(peers)).double(), torch.arange(len(heard)))
+    own = torch.arange(len(heard))
+    return Graph(start, peers, torch.ones(len(peers)).double(), own, torch.zeros_like(own))
 
 
 def one_client(pivot, sent, heard, keep):  # type: ignore[no-untyped-def]

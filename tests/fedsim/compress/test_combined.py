@@ -72,6 +72,9 @@ def test_matrices_in_factors_are_already_per_tensor() -> None:
     both = PerTensor(of=PowerSGD(rank=2)).bind(LAYOUT), PowerSGD(rank=2).bind(LAYOUT)
     assert both[0].bits(33) == both[1].bits(33)
     assert not torch.equal(both[0].encode(v, streams(2)).decode(), v)
+    last = [{f.name: drawn(2, f.count) for f in rule.fields(33) if f.kept} for rule in both]
+    sent = [rule.encode_after(v, kept, streams(2)).decode() for rule, kept in zip(both, last, strict=True)]
+    assert last[0] and torch.equal(*sent)  # after a last packet nothing is random
 
 
 def test_a_coin_for_every_tensor_and_an_unknown_model_are_refused() -> None:

@@ -4,7 +4,7 @@ import torch
 from fedsim.compress.error_feedback import Contractive, compress_difference, compress_with_error, contractive
 from fedsim.compress.quantize import QSGD, Natural
 from fedsim.compress.sparsify import Bernoulli, RandK, TopK
-from tests.build import streams
+from tests.build import sender, streams
 
 
 def test_what_was_sent_and_the_last_error_add_up_to_what_was_given() -> None:
@@ -13,16 +13,16 @@ def test_what_was_sent_and_the_last_error_add_up_to_what_was_given() -> None:
     given, sent = error.clone(), error.clone()
     for step in range(20):
         v = torch.randn(3, 40, generator=g, dtype=torch.float64)
-        packet, error = compress_with_error(v, error, TopK(k=4), streams(3), step)
+        packet, error = compress_with_error(v, error, TopK(k=4), sender(streams(3), step))
         given, sent = given + v, sent + packet.decode()
     assert torch.allclose(sent + error, given, atol=1e-12)
 
 
 def test_error_feedback_worked_by_hand() -> None:
     v, error = torch.tensor([[3.0, 2.0]]), torch.zeros(1, 2)
-    packet, error = compress_with_error(v, error, TopK(k=1), streams(1))
+    packet, error = compress_with_error(v, error, TopK(k=1), sender(streams(1)))
     assert packet.decode().tolist() == [[3.0, 0.0]] and error.tolist() == [[0.0, 2.0]]
-    packet, error = compress_with_error(v, error, TopK(k=1), streams(1))
+    packet, error = compress_with_error(v, error, TopK(k=1), sender(streams(1)))
     assert packet.decode().tolist() == [[0.0, 4.0]] and error.tolist() == [[3.0, 0.0]]
 
 
@@ -48,7 +48,7 @@ def test_ef21_is_exact_where_plain_compression_is_not() -> None:
 
         def estimate(gradients: torch.Tensor, step: int) -> torch.Tensor:
             nonlocal reference
-            _, reference = compress_difference(gradients, reference, compressor, own, step)
+            _, reference = compress_difference(gradients, reference, compressor, sender(own, step))
             return reference.mean(0)
 
         return estimate
@@ -66,8 +66,8 @@ def test_what_an_expanding_compressor_leaves_out_stays_bounded(compressor) -> No
     reference = error
     delta = 1 + compressor.omega(20)
     for step in range(200):
-        _, error = compress_with_error(v, error, compressor, streams(50), step)
-        _, reference = compress_difference(v, reference, compressor, streams(50), step)
+        _, error = compress_with_error(v, error, compressor, sender(streams(50), step))
+        _, reference = compress_difference(v, reference, compressor, sender(streams(50), step))
     # e <- (1 - 1/delta) |v + e|^2 in the mean: its fixed point is below (2 delta)^2 |v|^2 (Karimireddy et al. 2019)
     assert float(error.square().sum(1).mean()) < 4 * delta**2 * float(v.square().sum(1).mean())
     assert float((reference - v).square().sum(1).mean()) < 1e-3 * float(v.square().sum(1).mean())
@@ -86,7 +86,7 @@ def test_ef14_comes_nearer_with_a_smaller_step() -> None:
     def distance(lr: float, steps: int) -> float:
         x, error = torch.zeros(10, dtype=torch.float64), torch.zeros(4, 10, dtype=torch.float64)
         for step in range(steps):
-            packet, error = compress_with_error(lr * a * (x - b), error, TopK(k=2), streams(4), step)
+            packet, error = compress_with_error(lr * a * (x - b), error, TopK(k=2), sender(streams(4), step))
             x = x - packet.decode().mean(0)
         return float((x - best).norm())
 

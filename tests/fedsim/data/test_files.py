@@ -157,9 +157,9 @@ def test_a_parquet_folder_is_one_client_per_file(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "arguments", "message"),
     [
-        ({"f": [1.0]}, {}, "no column 'label', it has f; set task.dataset.label"),
-        ({"f": [1.0], "label": [0]}, {"features": "g"}, "no column 'g', it has f, label; set task.dataset.features"),
-        ({"label": [0]}, {}, "no column left for features"),
+        ({"f": [1.0]}, {}, "no column 'label', it has f; name one of these"),
+        ({"f": [1.0], "label": [0]}, {"features": "g"}, "no column 'g', it has f, label; name one of these"),
+        ({"label": [0]}, {}, "no column is left for features"),
         (
             {"f": [1.0, None], "label": [0, 1]},
             {},

@@ -93,7 +93,7 @@ def test_an_engine_travels_by_pickle(name: str) -> None:
         gradient(engine, x, b)
     copy = pickle.loads(pickle.dumps(engine))
     assert copy.name == name
-    assert torch.equal(copy.logits(x, b.inputs), engine.logits(x, b.inputs))
+    assert torch.equal(copy.logits(x[0], b.inputs[0]), engine.logits(x[0], b.inputs[0]))
 
 
 def test_bad_names_are_answered_with_the_known_ones() -> None:

@@ -11,7 +11,7 @@ from fedsim.engine.low_rank import chain_of, low_rank_run
 from fedsim.params import Layout
 from fedsim.runs import run
 from fedsim.streams import Streams
-from fedsim.task import Schedule
+from fedsim.task import Schedule, Walk
 from fedsim.tasks import supervised
 from fedsim.tasks.batches import BatchPlan
 from fedsim.tasks.models import MODELS, init_parameters
@@ -80,7 +80,7 @@ def test_factors_equal_steps_taken_one_by_one(
 
     chain = chain_of(module)
     assert chain is not None
-    sums, loss_sums = low_rank_run(chain, layout, x, *plan.whole(), LR, scale, pull, terms)
+    sums, loss_sums = low_rank_run(chain, layout, x, *plan.whole(), Walk(LR, scale, pull, tuple(terms)))
     torch.testing.assert_close(sums.dense(), total, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(loss_sums, losses, rtol=1e-12, atol=1e-13)
     weights = torch.rand(len(counts), generator=generator, dtype=torch.float64)

@@ -103,12 +103,9 @@ def test_a_step_changes_the_parameters_by_the_gradient_at_the_old_ones(clients: 
     engine, oracle = engines(module)
     for shift in (None, torch.linspace(-1, 1, x.shape[1], dtype=torch.float64)):
         expected = x - 0.1 * (0.7 * gradient(oracle, x, b)[0] + (0 if shift is None else shift))
-        total = torch.ones_like(x)
-        one, other = x.clone(), x.clone()
-        engine.session(one).sgd_step_(b, 0.1, scale=0.7, shift=shift)
-        engine.session(other).sgd_step_(b, 0.1, scale=0.7, shift=shift, grad_sum=total)
-        assert torch.allclose(one, expected, atol=1e-12) and torch.allclose(other, expected, atol=1e-12)
-        assert torch.allclose(total, gradient(oracle, x, b)[0] + 1, atol=1e-12)
+        found = x.clone()
+        engine.session(found).sgd_step_(b, 0.1, scale=0.7, shift=shift)
+        assert torch.allclose(found, expected, atol=1e-12)
 
 
 def test_a_clients_numbers_are_the_same_bits_in_any_stack_and_on_any_number_of_threads(

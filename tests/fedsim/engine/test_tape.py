@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.engine import Batch
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import Loss, cross_entropy, masked_cross_entropy
+from fedsim.engine.noise import keyed_copy
 from fedsim.engine.stacked import StackedEngine
+from fedsim.engine.tape import trace
 from fedsim.params import Layout
 from fedsim.tasks.models import init_parameters
 from tests.fedsim.engine import zoo
@@ -306,3 +309,24 @@ def test_what_has_no_tape_says_why(name: str) -> None:
     engine, _ = p.engines()
     assert engine.tape(p.batch.inputs[0, 0], torch.float64) is None
     assert re.search(reason, engine.reason), engine.reason
+
+
+class Copies(TorchDispatchMode):
+    """Counts new tensors of at least so many entries."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.entries, self.made = entries, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.made += isinstance(out, Tensor) and out.numel() >= self.entries and not func.is_view
+        return out
+
+
+def test_a_large_models_parameters_are_copied_once_to_record_it() -> None:
+    module = nn.Sequential(nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 2))
+    copied = keyed_copy(module)
+    with Copies(400 * 300) as copies:
+        assert trace(copied, torch.zeros(400)).specs
+    assert copies.made == 1

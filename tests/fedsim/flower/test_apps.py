@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from importlib import import_module
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.flower.clock import Patience
 from fedsim.flower.door import Door, Refused
-from fedsim.flower.wire import ABOUT, Book
+from fedsim.flower.wire import ABOUT, TENSORS, Book
 from fedsim.history import History
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError
 from fedsim.stop import Diverged
+from fedsim.strategies import STRATEGIES
 from tests.build import train
 from tests.fedsim.flower.local_grid import LocalGrid, VirtualClock, as_bytes, through_bytes
 
@@ -67,6 +70,21 @@ CASES: dict[str, dict[str, Any]] = {
     "ef21, a compressor that knows the model": {
         **DESCENT,
         "strategy": {"name": "ef21", "compressor": {"name": "per_tensor", "of": QSGD}},
+        "local": {**LOCAL, "steps": 1},
+    },
+    "ef21_bc": {
+        **DESCENT,
+        "strategy": {"name": "ef21_bc", "compressor": TOP_K, "server_compressor": TOP_K},
+        "local": {**LOCAL, "steps": 1},
+    },
+    "diana": {
+        **DESCENT,
+        "strategy": {"name": "diana", "compressor": RAND_K, "cohort_size": 3},
+        "local": {**LOCAL, "steps": 1},
+    },
+    "marina": {
+        **DESCENT,
+        "strategy": {"name": "marina", "p": 0.5, "compressor": RAND_K},
         "local": {**LOCAL, "steps": 1},
     },
     "fedavg, by samples": {**QUADRATIC, "strategy": {"name": "fedavg", "cohort_size": 3, "selection": "by_samples"}},
@@ -140,6 +158,19 @@ CASES: dict[str, dict[str, Any]] = {
         **SADDLE,
         "strategy": {"name": "masha2", "lr": 0.05, "p": 0.5, "compressor": TOP_K, "server_compressor": TOP_K},
     },
+    "masha1, minibatches of some clients": {
+        "task": QUADRATIC["task"],
+        "strategy": {
+            "name": "masha1",
+            "lr": 0.05,
+            "p": 0.5,
+            "batch_size": 2,
+            "cohort_size": 3,
+            "compressor": {**RAND_K, "shared_seed": True},
+            "server_compressor": QSGD,
+        },
+    },
+    "optimistic_gradient": {**SADDLE, "strategy": {"name": "optimistic_gradient", "lr": 0.1}},
     "extragradient": {**SADDLE, "strategy": {"name": "extragradient", "lr": 0.1}},
     "uncoded": {**DESCENT, "strategy": {"name": "uncoded", "lr": 0.1}},
     "gradient_coding": {**DESCENT, "strategy": {"name": "gradient_coding", "lr": 0.1, "s": 2}},
@@ -155,13 +186,19 @@ def experiment(name: str, rounds: int = 4) -> dict[str, Any]:
     return {**common, "clients": {"count": N, "devices": SECOND}, **CASES[name]}
 
 
-def rows_of(raw: Mapping[str, Any], seconds: Any = lambda i: 1.0) -> list[dict[str, Any]]:
-    """The rows of a run over a local grid that leaves no folder."""
-    clock = VirtualClock()
-    grid = LocalGrid(apps.client_app(raw), len_clients(raw), clock=clock, seconds=seconds)
+def rows_of(raw: Mapping[str, Any], seconds: Any = lambda i: 1.0, memory: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of a run over a local grid that leaves no run folder; clients' memory lies in one if it is given."""
+    grid = LocalGrid(apps.client_app(raw), len_clients(raw), clock=VirtualClock(), seconds=seconds)
+    if memory is not None:
+        remember_in(memory, grid)
+    return rows_on(grid, raw)
+
+
+def rows_on(grid: LocalGrid, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a run over a grid."""
     composition = compose(apply_overrides(raw, apps.DEPLOYED, "config"), "config")
     try:
-        composition.experiment.fleet = apps.deploy(composition, grid, Patience(poll_seconds=0.1), clock)
+        composition.experiment.fleet = apps.deploy(composition, grid, Patience(poll_seconds=0.1), grid.clock)
         return train(composition.experiment)[1]
     finally:
         composition.close()
@@ -174,15 +211,24 @@ def deploy(raw: Mapping[str, Any], folder: Path, seconds: Any = lambda i: 1.0, *
     return apps.serve(grid, raw, {"fedsim-out": str(folder), **settings}, clock)
 
 
+def remember_in(folder: Path, grid: LocalGrid) -> None:
+    for context in grid.contexts.values():
+        context.node_config["fedsim-memory"] = str(folder)
+
+
 def len_clients(raw: Mapping[str, Any]) -> int:
     count: int = raw["clients"]["count"]
     return count
 
 
+def test_every_strategy_of_the_table_is_tried_over_the_wire() -> None:
+    assert {raw["strategy"]["name"] for raw in CASES.values()} | set(PERSONAL) == set(STRATEGIES)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_over_the_wire_gives_the_simulators_numbers(name: str) -> None:
+def test_a_run_over_the_wire_gives_the_simulators_numbers(name: str, tmp_path: Path) -> None:
     raw = experiment(name)
-    expected, got = runs.run(raw).rows, rows_of(raw)
+    expected, got = runs.run(raw).rows, rows_of(raw, memory=tmp_path / "memory")
     clocks = {"virtual_seconds", "wall_seconds", "bits_up", "bits_down"}
     for row, other in zip(got, expected, strict=True):
         assert {k: v for k, v in row.items() if k not in clocks} == {k: v for k, v in other.items() if k not in clocks}
@@ -193,13 +239,43 @@ def test_a_run_over_the_wire_gives_the_simulators_numbers(name: str) -> None:
             assert (row["bits_up"], row["bits_down"]) == (other["bits_up"], down)
 
 
-def test_minibatches_of_a_classifier_agree_to_float32(tmp_path: Path) -> None:
+ENVELOPE = 1400  # bytes: names, types and shapes of a reply's parts, its head, and the parts' numbers at Flower
+
+
+@pytest.mark.parametrize("dim", [6, 300])
+@pytest.mark.parametrize("name", ["fedavg, compressed both ways", "masha1", "masha2"])
+def test_replies_are_as_long_as_the_ledger_says_and_an_envelope(name: str, dim: int) -> None:
+    raw = json.loads(json.dumps(experiment(name)).replace('"dim": 6', f'"dim": {dim}'))
+    raw["strategy"] |= {"lr": 1e-3} if "lr" in raw["strategy"] else {}
+    replies: list[RecordDict] = []
+
+    class Watched(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            came = list(super().pull_messages(message_ids))
+            replies.extend(m.content for m in came if m.metadata.message_type == "train")
+            return came
+
+    rows = rows_on(Watched(apps.client_app(raw), N), raw)
+    vectors = [[len(array.data) for array in reply[TENSORS].values()] for reply in replies]
+    assert (
+        0 <= 8 * sum(map(sum, vectors)) - rows[-1]["bits_up"] < 8 * sum(map(len, vectors))
+    )  # packets fill whole bytes
+    envelopes = [sum(map(len, as_bytes(r).values())) - sum(v) for r, v in zip(replies, vectors, strict=True)]
+    assert len(replies) >= 2 * len(rows) and 0 < min(envelopes) <= max(envelopes) < ENVELOPE
+
+
+POWER = {"compressor": {"name": "powersgd", "rank": 1}, "error_feedback": True}
+
+
+@pytest.mark.parametrize("uplink", [{}, POWER], ids=["whole", "after the last packet"])
+def test_minibatches_of_a_classifier_agree_to_float32(uplink: dict[str, Any], tmp_path: Path) -> None:
     raw = {
-        "rounds": 2,
+        "rounds": 3,
         "task": {"name": "classification", "dataset": "digits", "model": {"name": "logistic"}},
         "clients": {"count": 4},
         "strategy": {"name": "fedavg", "cohort_size": 3},
         "local": {"epochs": 1, "batch_size": 20, "optimizer": {"name": "sgd", "lr": 0.1}},
+        "uplink": uplink,
         "evaluate": {"every": 1},
         "runtime": {"stack": 1},
     }
@@ -242,7 +318,9 @@ def test_adapters_travel_and_their_base_does_not(monkeypatch: pytest.MonkeyPatch
     assert 4 * trained < max(sent) < 4 * trained + 4096 < 4 * 64 * 300
 
 
+NORMED = {"name": "resnet_bn", "width": 2, "stages": 1}  # fedbn keeps normalisation layers to each client
 PERSONAL: dict[str, dict[str, Any]] = {
+    "fedbn": {"name": "fedbn"},
     "fedper": {"name": "fedper", "personal": ["1.bias"], "cohort_size": 3},
     "fedrep": {"name": "fedrep", "personal": ["1.bias"], "head_epochs": 2},
     "ditto": {"name": "ditto", "cohort_size": 3},
@@ -255,7 +333,7 @@ PERSONAL: dict[str, dict[str, Any]] = {
 def test_clients_own_models_stay_on_their_devices_and_are_evaluated_there(name: str, tmp_path: Path) -> None:
     raw = {
         "rounds": 3,
-        "task": {"name": "classification", "dataset": "digits", "model": {"name": "logistic"}},
+        "task": {"name": "classification", "dataset": "digits", "model": NORMED if name == "fedbn" else "logistic"},
         "clients": {"count": 4},
         "data": {"client_test": 0.2},
         "strategy": PERSONAL[name],
@@ -363,12 +441,13 @@ def test_devices_that_keep_their_memory_in_a_folder_resume(name: str, every: int
         clock = VirtualClock()
         grid = DeadlyGrid(apps.client_app(raw), N, clock=clock)  # new SuperNodes, whose contexts are empty
         grid.deadly = deadly
-        for context in grid.contexts.values():
-            context.node_config["fedsim-memory"] = str(tmp_path / "memory")
+        remember_in(tmp_path / "memory", grid)
+        if resume:  # and another run has been there meanwhile
+            rows_of({**raw, "strategy": {**raw["strategy"], "server_lr": 0.5}}, memory=tmp_path / "memory")
         with nullcontext() if resume else pytest.raises(Killed):
             got = apps.serve(grid, raw, {**settings, "fedsim-resume": resume}, clock).rows
     assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
-    assert 0 < len(list((tmp_path / "memory").glob("client-*.safetensors"))) <= N
+    assert 0 < len(list((tmp_path / "memory").glob("client-*-of-*.safetensors"))) <= 2 * N
 
 
 def test_a_new_run_does_not_begin_with_the_memory_of_an_old_one(tmp_path: Path) -> None:
@@ -376,8 +455,7 @@ def test_a_new_run_does_not_begin_with_the_memory_of_an_old_one(tmp_path: Path) 
     for run in ("one", "two"):
         clock = VirtualClock()
         grid = LocalGrid(apps.client_app(raw), N, clock=clock)
-        for context in grid.contexts.values():
-            context.node_config["fedsim-memory"] = str(tmp_path / "memory")
+        remember_in(tmp_path / "memory", grid)
         got = apps.serve(grid, raw, {"fedsim-out": str(tmp_path / run)}, clock).rows
         assert [row["x"] for row in got] == [row["x"] for row in runs.run(raw).rows]
 
@@ -482,15 +560,23 @@ def test_what_is_exported_runs_and_holds_the_overrides(tmp_path: Path) -> None:
         apps.export(experiment("fedavg"), folder)
 
 
-def test_an_exported_module_is_an_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = apps.export(experiment("fedavg"), tmp_path / "app")
+def test_an_exported_app_answers_from_a_process_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = {**experiment("scaffold_m"), "clients": {"count": 1}}
+    raw["strategy"] = {**raw["strategy"], "cohort_size": 1}
+    folder = apps.export(raw, tmp_path / "app")
     monkeypatch.syspath_prepend(str(folder))
-    from importlib import import_module
-
-    clock = VirtualClock()
-    grid = LocalGrid(import_module("experiment.client_app").app, N, clock=clock)
-    assert grid.contexts
+    monkeypatch.setenv("TMPDIR", "/tmp")  # the path of a socket may not be long
+    monkeypatch.setattr("fedsim.warm.IDLE_SECONDS", 2)
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *a, start=subprocess.Popen, **k: started.append(start(*a, **k)))
+    grid = LocalGrid(import_module("experiment.client_app").app, 1)
     settings = {"fedsim-out": str(tmp_path / "run")}
-    rows = apps.serve(grid, folder / "experiment" / "experiment.yaml", settings, clock).rows
-    assert rows[-1]["x"] == runs.run(experiment("fedavg")).rows[-1]["x"]
+    rows = apps.serve(grid, folder / "experiment" / "experiment.yaml", settings, grid.clock).rows
+    assert rows[-1]["x"] == runs.run(raw).rows[-1]["x"]
+    (process,) = started
+    (context,) = grid.contexts.values()
+    context.node_config["partition-id"] = 7
+    (reply,) = grid.send_and_receive([Message(RecordDict(), context.node_id, "query")])
+    assert "ValueError: partition-id=7 is not one of the experiment's 1 clients" in reply.error.reason
+    assert process.wait(60) == 0, "it ends when nobody asks it any more"
     assert callable(import_module("experiment.server_app").app)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from torch import Tensor
 
 from fedsim import apps
-from fedsim.clients.flower_app import client_app
+from fedsim.clients.flower_app import answer
 from fedsim.cohort import Cohort
 from fedsim.compose import compose
 from fedsim.compress import COMPRESSORS
 from fedsim.compress.packet import Compressor
 from fedsim.flower import wire
+from fedsim.flower.client import app_of
 from fedsim.flower.clock import Patience
 from fedsim.flower.door import Door, Forms
 from fedsim.flower.fleet import FlowerFleet
-from fedsim.flower.mail import Mail, connect
+from fedsim.flower.mail import Mail
+from fedsim.flower.nodes import connect
 from fedsim.overrides import apply_overrides
 from fedsim.sim.executor import ClientError, StackRunner
 from fedsim.sim.links import Uplink
@@ -70,7 +73,7 @@ def build(lies: dict[int, Lie], compressor: Compressor | None = None) -> tuple[F
     )
     book = wire.Book({} if compressor is None else {"uplink": compressor})
     clock = VirtualClock()
-    grid = HostileGrid(client_app(lambda context: (runner, book, {})), NUM, clock=clock)
+    grid = HostileGrid(app_of(partial(answer, lambda context: (runner, book, {}))), NUM, clock=clock)
     grid.lies = lies
     door = Door(book=book, seed=0, model_size=P)
     mail = Mail(grid, connect(grid, NUM, door, clock, PATIENCE), door, clock, PATIENCE)
@@ -227,7 +230,7 @@ def test_a_node_that_says_of_itself_what_cannot_be_is_named(about: dict[str, Any
             return reply
 
     runner = StackRunner(quadratic([1.0] * NUM, [0.0] * NUM, 1.0), HALVES, 0, torch.device("cpu"))
-    grid = Posing(client_app(lambda context: (runner, wire.Book({}), {})), NUM)
+    grid = Posing(app_of(partial(answer, lambda context: (runner, wire.Book({}), {}))), NUM)
     with pytest.raises(ClientError, match=rf"^node {NODE}: .*{why}"):
         connect(grid, NUM, Door(book=wire.Book({}), seed=0, model_size=P), VirtualClock(), PATIENCE)
 

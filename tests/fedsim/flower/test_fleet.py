@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,15 +13,17 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedsim.aggregate import Mean, Median
-from fedsim.clients.flower_app import client_app
+from fedsim.clients.flower_app import answer
 from fedsim.cohort import Cohort
 from fedsim.compress.sparsify import TopK
 from fedsim.fleet import Cost, DrivenFleet
 from fedsim.flower import wire
+from fedsim.flower.client import app_of
 from fedsim.flower.clock import Patience
 from fedsim.flower.door import Door
 from fedsim.flower.fleet import FlowerFleet
-from fedsim.flower.mail import Mail, connect
+from fedsim.flower.mail import Mail
+from fedsim.flower.nodes import connect
 from fedsim.sim.executor import ClientError, StackRunner
 from fedsim.sim.links import Downlink
 from tests.build import heard_sum, quadratic
@@ -66,7 +69,7 @@ X = torch.tensor([10.0])
 
 def app(book: wire.Book = DOOR.book) -> ClientApp:
     runner = StackRunner(TASK, HALVES, 0, torch.device("cpu"))
-    return client_app(lambda context: (runner, book, {}))
+    return app_of(partial(answer, lambda context: (runner, book, {})))
 
 
 def build(
@@ -220,8 +223,29 @@ def test_a_strategy_that_needs_every_reply_says_why_it_ends() -> None:
     fleet, grid = build(needs_all="each has a part")
     assert fleet.ask(ALL, HALVES.tell, x=X).ids.tolist() == [0, 1, 2, 3]
     grid.gone = {1}
-    with pytest.raises(ClientError, match=r"client 1 .*, tell of round 1: node unavailable .* without: each has a p"):
+    silent = r"no reply for 60.0 seconds from client\(s\) 1 \(tell, round 1\); .* without: each has a part"
+    with pytest.raises(ClientError, match=silent), pytest.warns(UserWarning, match="node unavailable"):
         fleet.ask(ALL, HALVES.tell, x=X)
+
+
+def test_where_every_reply_is_needed_a_node_that_comes_back_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, grid = build(needs_all="each has a part")
+    assert fleet.ask(ALL, HALVES.count)["n"].tolist() == [[1.0]] * NUM
+    grid.gone = {1, 2}
+    start, back = grid.clock.now(), {10.0: 2, 40.0: 1}  # seconds after which who comes back
+
+    def sleep(seconds: float) -> None:
+        VirtualClock.sleep(grid.clock, seconds)  # type: ignore[arg-type]
+        grid.gone = {client for after, client in back.items() if grid.clock.now() - start < after}
+
+    monkeypatch.setattr(grid.clock, "sleep", sleep)
+    with pytest.warns(UserWarning, match=r"client [12] .*, count of round 1: node unavailable .* asked again when"):
+        r = fleet.ask(ALL, HALVES.count)
+    assert r.ids.tolist() == [0, 1, 2, 3] and r["n"].tolist() == [[2.0]] * NUM
+    assert r.seconds.tolist() == pytest.approx([1.0, 41.0, 11.0, 1.0], abs=0.3)
+    assert fleet.num_at_work == 0 and not fleet.mail.absent
+    assert fleet.ask(ALL, HALVES.count)["n"].tolist() == [[3.0]] * NUM
+    assert len(fleet.mail.contents) == NUM, "no more than the last call's"
 
 
 def test_a_client_half_that_is_private_or_unknown_is_not_run() -> None:

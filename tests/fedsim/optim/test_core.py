@@ -53,32 +53,6 @@ def test_vectors_do_not_decay_unless_asked() -> None:
         assert views["b"].unique().tolist() == pytest.approx([0.95 if asked else 1.0])
 
 
-def test_the_additive_term_comes_before_clipping_and_after_the_mask() -> None:
-    spec = {"name": "sgd", "lr": 1.0, "clip": {"global": 1.0}}
-    moved = step(spec, [0.0, 0.0], [3.0, 9.0], aux={"add": torch.tensor([1.0, 9.0]), "mask": torch.tensor([1.0, 0.0])})
-    assert moved.tolist() == pytest.approx([-1.0, 0.0], abs=1e-5)
-
-
-def test_a_masked_coordinate_neither_moves_nor_decays_nor_counts_in_a_norm() -> None:
-    x, grads = problem()
-    mask = (torch.arange(LAYOUT.size) % 3 > 0).double()
-    for spec in (
-        {"name": "adamw", "lr": 0.1, "weight_decay": 0.3, "decay_vectors": True, "clip": {"global": 1.0}},
-        {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.3, "perp_grad": True, "average": {"name": "swa"}},
-    ):
-        optimizer = build(spec, LAYOUT)
-        ends = []
-        for junk in (0.0, 7.0):  # what stands at masked coordinates must not matter anywhere else
-            y, free = x.clone(), mask.bool()
-            y[:, ~free] = x[:, ~free] + junk
-            state = optimizer.init(y)
-            for g in grads:
-                optimizer.step_(y, g + junk * (1 - mask), state, aux={"mask": mask})
-            assert torch.equal(y[:, ~free], x[:, ~free] + junk)
-            ends.append(y[:, free])
-        assert torch.equal(*ends)
-
-
 def test_roles_take_their_own_rules_and_multipliers() -> None:
     x, grads = problem()
     mixed = stack_run(
@@ -291,12 +265,6 @@ def test_momentum_is_known_of_a_step_that_is_nothing_else() -> None:
 def test_a_bad_section_is_refused_with_the_way_out(spec: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(spec, LAYOUT)
-
-
-def test_needs_that_are_not_supplied_are_refused() -> None:
-    build({"name": "sgd", "lr": 0.1}, LAYOUT).check_needs({"grad"})
-    with pytest.raises(ValueError, match="needs grad, which"):
-        build({"name": "sgd", "lr": 0.1}, LAYOUT).check_needs({"loss_eval"})
 
 
 def test_an_unknown_input_and_too_few_hyper_parameters_are_refused() -> None:

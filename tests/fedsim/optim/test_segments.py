@@ -26,7 +26,7 @@ def test_loop_and_blocks_agree_with_plain_slices(seg: Segments) -> None:
 def test_rows_group_back_into_tensors() -> None:
     p = torch.ones(2, LAYOUT.size)
     assert SEG.rows_of.sums(SEG.rows.sums(p)).tolist() == [[150.0, 1.0, 108.0, 70.0, 10000.0]] * 2
-    assert [tuple(view.shape) for _, view in SEG.runs(p)] == [
+    assert [tuple(view.shape) for view in SEG.views(p)] == [
         (2, 3, 50),
         (2, 1, 1),
         (2, 4, 27),

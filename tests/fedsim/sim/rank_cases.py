@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,20 +26,30 @@ from fedsim.sim.place import Place, place
 from fedsim.sim.ranks import Ranks
 from tests.build import Rows, without_wall_time
 from tests.composition import pair
+from tests.fedsim.sim.namespaces import PORT, Node
 from tests.fedsim.sim.ray_cases import NUM_CLIENTS, Toy, die_in, runner, some_jobs
 
 SECONDS = 100  # after which a process counts as hung
 
 
-def launch(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What a function returns on each rank: its value, an exception, or the number of the signal that ended it."""
+def launch(size: int, function: Callable[..., Any], *args: Any, nodes: Sequence[Node] = ()) -> list[Any]:
+    """What a function returns on each rank: its value, an exception, or the number of the signal that ended it.
+
+    With nodes each rank is on its own, and the store of all on the first's.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    if nodes:
+        where = {"MASTER_ADDR": nodes[0].address, "MASTER_PORT": str(PORT), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    else:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     started = []
     for rank in range(size):
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(theirs, rank, size, store.port, pack((function, args))))
+        env = where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        node = nodes[rank] if nodes else None
+        process = context.Process(target=_child, args=(theirs, env, node, pack((function, args))))
         process.start()
         theirs.close()
         started.append((process, mine))
@@ -59,11 +69,11 @@ def _outcome(process: Any, pipe: Connection) -> Any:
     return value if process.exitcode == 0 else -(process.exitcode or 0)
 
 
-def _child(pipe: Connection, rank: int, size: int, port: int, what: Parcel) -> None:
+def _child(pipe: Connection, env: dict[str, str], node: Node | None, what: Parcel) -> None:
+    if node is not None:
+        node.enter()
     function, args = unpack(what)  # by bytes, for torch would send tensors as files of a process that may be gone
-    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ |= {k: str(v) for k, v in ours.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= env | {"LOCAL_WORLD_SIZE": env["WORLD_SIZE"]}
     torch.set_num_threads(1)
     try:
         value = function(*args)
@@ -100,6 +110,37 @@ def run_all(calls: list[Jobs], folder: str = "") -> list[Results | Exception]:
                 out.append(Results(dict(got.fields), got.sums, dict(got.memory), dict(got.metrics), got.bits_up))
     ranks.close()
     return out
+
+
+EVALUATED: dict[str, Any] = {
+    "rounds": 2,
+    "task": {"name": "classification", "dataset": "digits", "model": {"name": "mlp", "hidden": [8]}},
+    "clients": {"count": 4, "byzantine": {"attack": "label_flip", "count": 1}},
+    "strategy": {"name": "fedavg"},
+    "local": {"steps": 1},
+    "evaluate": {"every": 1},
+    "runtime": {"stack": 2, "workers": 1},
+}
+
+
+def evaluated(out: str) -> Rows:
+    """Rows of a run whose samples are two pieces of clients' and one of held-out ones; its folder on rank 0."""
+    return without_wall_time(run(EVALUATED, out=out).rows)
+
+
+def bad_pieces() -> str:
+    """What rank 0 hears of a method that raises on every rank, and what a call after it gives."""
+    ranks = executor(runner())
+    if ranks.serve():
+        return ""
+    try:
+        ranks.map(ranks.runner.task.evaluate_clients, [torch.zeros(33)] * 4, nobody=None)
+    except TypeError as error:
+        found = ranks.map(ranks.runner.task.evaluate_clients, [torch.zeros(33)] * 4, pool=None)
+        return f"{error}, then {len(found)}"
+    finally:
+        ranks.close()
+    return "nothing"
 
 
 class Uneven(Toy):

@@ -121,6 +121,16 @@ def worker_dies_in(actor: Actor, where: str) -> None:
     die_in(where)
 
 
+def worker_dies_in_pieces(actor: Actor) -> None:
+    """Called in a worker: it is killed when it is next given pieces of a task's own work."""
+
+    def die(self: QuadraticTask, x: Tensor, pool: Any) -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    QuadraticTask.evaluate_clients = die  # type: ignore[method-assign]
+
+
 def runner(folder: Path | str = "") -> StackRunner:
     """The toy on noisy quadratics whose clients differ in weight."""
     task = QuadraticTask.drawn(NUM_CLIENTS, DIM, seed=3, spread=5.0, noise=0.3)

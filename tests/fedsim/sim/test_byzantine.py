@@ -162,7 +162,7 @@ def test_an_adversary_always_arrives_and_so_does_a_clients_own_vector() -> None:
     ids = torch.arange(n)
     for job in range(20):
         graph = held_back(Streams(0, ids, torch.full_like(ids, job)), everybody(n), good, f)
-        assert graph.counts.tolist() == [n - f] * n
+        assert graph.counts.tolist() == [n - f] * n and graph.lost.tolist() == [f] * n
         heard = graph.dense(n)
         assert bool((heard[:, ~good] > 0).all()) and bool((heard.diagonal() > 0).all())
         torch.testing.assert_close(heard.sum(1), torch.ones(n).double(), rtol=0, atol=1e-12)
@@ -171,11 +171,11 @@ def test_an_adversary_always_arrives_and_so_does_a_clients_own_vector() -> None:
 def test_what_is_told_to_one_peer_always_arrives_and_liars_tell_each_other_nothing() -> None:
     n, ids = 7, torch.arange(7)
     liar = _lies([2], Dissensus())
-    _, sent, heard = liar.tell(ids, {"v": torch.eye(n).double()}, everybody(n), 0)
-    assert len(sent["v"]) == n + n - 1
     for job in range(20):
-        graph = held_back(Streams(0, ids, torch.full_like(ids, job)), heard, liar.honest(ids), 2)
-        assert graph.hearers[graph.peers >= n].tolist() == [0, 1, 3, 4, 5, 6]
+        links = held_back(Streams(0, ids, torch.full_like(ids, job)), everybody(n), liar.honest(ids), 2)
+        _, sent, heard = liar.tell(ids, {"v": torch.eye(n).double()}, links, 0)
+        assert len(sent["v"]) == n + n - 1
+        assert heard.hearers[heard.peers >= n].tolist() == [0, 1, 3, 4, 5, 6]
 
 
 def test_knowledge_lasts_from_step_to_step_and_is_kept_apart_for_each_vector() -> None:

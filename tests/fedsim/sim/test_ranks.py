@@ -58,6 +58,19 @@ def test_strategies_give_the_metrics_of_one_process(size: int) -> None:
     assert first == [here(strategy) for strategy in SOME]
 
 
+def test_ranks_share_an_evaluation_and_give_the_metrics_of_one_process(tmp_path: Path) -> None:
+    expected = rank_cases.evaluated(str(tmp_path / "here"))
+    first, *_ = launch(3, rank_cases.evaluated, str(tmp_path / "there"))
+    assert first == expected and {"test_attack_success", "client_accuracy_std"} <= expected[-1].keys()
+    one, other = ((tmp_path / name / "clients.jsonl").read_bytes() for name in ("here", "there"))
+    assert one == other
+
+
+def test_an_exception_in_an_evaluation_is_raised_where_the_loop_is_and_the_next_call_works() -> None:
+    first, *_ = launch(2, rank_cases.bad_pieces)
+    assert "unexpected keyword argument 'nobody', then 4" in first
+
+
 @pytest.mark.alone
 def test_every_strategy_of_the_table_does() -> None:
     (first, *_) = launch(2, rank_cases.rows, list(STRATEGIES))

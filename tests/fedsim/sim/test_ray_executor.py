@@ -16,14 +16,14 @@ import torch
 from fedsim.compress.sparsify import RandK
 from fedsim.fleet import Cost
 from fedsim.memory import Memory
-from fedsim.sim import ray_pool
+from fedsim.sim import collectives, ray_pool
 from fedsim.sim.collectives import backend_for
 from fedsim.sim.devices import Constant
 from fedsim.sim.executor import ClientError, Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Uplink
-from fedsim.sim.ray_executor import RayExecutor
+from fedsim.sim.ray_executor import RayExecutor, setting_of
 from tests.fedsim.sim.ray_cases import (
     DIM,
     NUM_CLIENTS,
@@ -33,6 +33,7 @@ from tests.fedsim.sim.ray_cases import (
     runner,
     some_jobs,
     worker_dies_in,
+    worker_dies_in_pieces,
 )
 from tests.fedsim.sim.runtime import local_runtime
 
@@ -111,7 +112,7 @@ def test_results_hold_sums_rows_metrics_and_bits(executors: dict[int, RayExecuto
 
 def test_rounds_through_a_fleet_with_client_memory_are_the_same_bits(executors: dict[int, RayExecutor]) -> None:
     def rounds(executor: RayExecutor | InProcess) -> list[torch.Tensor]:
-        shared: StackRunner = executor.runner
+        shared = runner()
         fleet = SimFleet(
             num_examples=shared.task.num_examples,
             model_size=DIM,
@@ -174,6 +175,34 @@ def test_a_killed_worker_changes_no_bit(
     assert_same_bits(got, in_process(JOBS["folded"]))
     assert executor.resubmitted == before + 1
     assert "a worker was lost" in caplog.text and "run again: step in round 5 for client(s)" in caplog.text
+
+
+def test_pieces_of_the_tasks_own_work_come_back_in_their_order_though_a_worker_is_killed(
+    executors: dict[int, RayExecutor], caplog: pytest.LogCaptureFixture
+) -> None:
+    points = list(torch.linspace(-1, 1, 30 * DIM).view(30, DIM))
+    here = [runner().task.evaluate_clients(x, None)["loss"] for x in points]
+    for executor in executors.values():
+        work = executor.runner.task.evaluate_clients
+        for count in (30, 1, 0):
+            found = executor.map(work, points[:count], pool=None)
+            assert all(torch.equal(a["loss"], b) for a, b in zip(found, here[:count], strict=True))
+    executor = executors[3]
+    executor._pool.free(60.0)
+    executor._pool.ray.get(executor._pool.workers[1].actor.__ray_call__.remote(worker_dies_in_pieces))
+    with caplog.at_level(logging.WARNING, logger="fedsim"):
+        found = executor.map(executor.runner.task.evaluate_clients, points, pool=None)
+    assert all(torch.equal(a["loss"], b) for a, b in zip(found, here, strict=True))
+    assert "run again: Task.evaluate_clients" in caplog.text
+
+
+def test_an_exception_of_the_tasks_own_work_is_raised_here_and_only_its_methods_travel(
+    executors: dict[int, RayExecutor],
+) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nobody'"):
+        executors[3].map(executors[3].runner.task.evaluate_clients, [torch.zeros(DIM)], nobody=None)
+    with pytest.raises(ValueError, match="Pool.map: workers elsewhere only know methods of the run's own task, not"):
+        executors[3].map(len, [[]])
 
 
 def test_a_hung_worker_is_replaced_after_its_deadline(
@@ -259,10 +288,21 @@ def test_how_sums_travel_is_a_rule_on_the_device() -> None:
     assert backend_for("gloo", gpus=True) == "gloo" and backend_for("object_store", gpus=True) is None
 
 
-def test_a_strategy_that_cannot_be_pickled_is_refused_at_once(runtime: None) -> None:
+def test_few_sums_of_a_large_model_go_through_the_memory_that_workers_share(
+    runtime: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives, "LARGE_BYTES", 4 * DIM)
+    executor = RayExecutor(runner(), width=1, workers=1, collectives="auto")
+    plane, few, many = executor._plane, [[]] * 8, [[]] * 9
+    executor.close()
+    assert plane is not None and not plane.takes(JOBS["folded"], few) and plane.takes(JOBS["folded"], many)
+    assert not plane.takes(JOBS["kept apart"], many), "what is not folded goes to the driver in any case"
+
+
+def test_a_strategy_that_cannot_be_pickled_is_refused_at_once() -> None:
     whole = runner()
     with pytest.raises(ValueError, match="cannot be sent to Ray workers.*in_process"):
-        RayExecutor(StackRunner(whole.task, (n for n in range(3)), 0, whole.device), width=1, workers=1)
+        setting_of(StackRunner(whole.task, (n for n in range(3)), 0, whole.device))
 
 
 def test_a_timeout_of_nothing_is_refused() -> None:
@@ -284,29 +324,3 @@ except ValueError as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.startswith("runtime.address=127.0.0.1:1: cannot join a Ray cluster there")
     assert "ray start --head" in done.stdout
-
-
-def test_without_an_address_it_starts_a_runtime_of_its_own_and_stops_it(tmp_path: Path) -> None:
-    """With token authentication, as Ray has it by default, out of the network, no trace in the user's home."""
-    code = """
-import signal
-from fedsim.sim.ray_executor import RayExecutor
-from tests.fedsim.sim.ray_cases import runner, some_jobs
-before = signal.getsignal(signal.SIGTERM)
-executor = RayExecutor(runner(), width=10, workers=1)
-print(executor.run(some_jobs()).sums["delta"].double().sum().item())
-import ray
-assert signal.getsignal(signal.SIGTERM) is before
-assert ray.cluster_resources()["CPU"] == 1
-from tests.fedsim.sim.ports import addresses, family
-assert addresses(family()) == {"127.0.0.1"}, addresses(family())
-executor.close()
-assert not ray.is_initialized()
-"""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=own, check=True, capture_output=True, text=True, timeout=120
-    )
-    assert float(done.stdout) == in_process(JOBS["folded"], width=10).sums["delta"].double().sum().item()
-    assert done.stderr == ""
-    assert not (tmp_path / ".ray").exists()

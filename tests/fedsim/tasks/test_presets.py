@@ -147,7 +147,7 @@ def _outputs(run: Any, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def test_metrics_of_numbers_are_those_of_scikit_learn() -> None:
     run = compose(_config("regression"), "test")
     z, y = _outputs(run, run.experiment.task.x0)
-    found = run.experiment.task.evaluate(run.experiment.task.x0, run.pool)
+    found = run.experiment.task.evaluate(run.experiment.task.x0, run.executor)
     assert found == pytest.approx(
         {
             "test_loss": sk.mean_squared_error(y, z),
@@ -157,7 +157,7 @@ def test_metrics_of_numbers_are_those_of_scikit_learn() -> None:
         },
         rel=1e-5,
     )
-    by_client = run.experiment.task.evaluate_clients(run.experiment.task.x0, run.pool)
+    by_client = run.experiment.task.evaluate_clients(run.experiment.task.x0, run.executor)
     assert set(by_client) == {"loss", "mae", "rmse"}  # an R2 of all is no mean of clients' R2s
     torch.testing.assert_close(by_client["rmse"], by_client["loss"].sqrt())
     run.close()
@@ -166,7 +166,7 @@ def test_metrics_of_numbers_are_those_of_scikit_learn() -> None:
 def test_metrics_of_labels_are_those_of_scikit_learn() -> None:
     run = compose(_config("multilabel"), "test")
     z, y = _outputs(run, run.experiment.task.x0)
-    found = run.experiment.task.evaluate(run.experiment.task.x0, run.pool)
+    found = run.experiment.task.evaluate(run.experiment.task.x0, run.executor)
     assert found["test_label_accuracy"] == pytest.approx(np.mean((z > 0) == y))
     assert found["test_exact_match"] == pytest.approx(sk.accuracy_score(y, z > 0))
     assert found["test_f1"] == pytest.approx(sk.f1_score(y, z > 0, average="micro"))
@@ -177,7 +177,7 @@ def test_metrics_of_labels_are_those_of_scikit_learn() -> None:
 def test_perplexity_is_over_all_positions_that_count() -> None:
     run = compose(_config("language_model"), "test")
     z, y = (torch.from_numpy(part) for part in _outputs(run, run.experiment.task.x0))
-    found = run.experiment.task.evaluate(run.experiment.task.x0, run.pool)
+    found = run.experiment.task.evaluate(run.experiment.task.x0, run.executor)
     counts = y != -100
     assert int(counts.sum()) == int(MASK[N:, 1:].sum()) < counts.numel() - len(counts)
     mean = F.cross_entropy(z.flatten(0, 1), y.flatten(), ignore_index=-100)
@@ -250,7 +250,7 @@ def test_positions_that_do_not_count_may_stand_in_held_out_rows_alone() -> None:
     config = _config("language_model") | {"partition": "iid", "clients": {"count": 5}}
     config["task"] |= {"dataset": f"{__name__}:padded_test", "model": {"name": "char_lstm", "hidden": 4, "layers": 1}}
     run = compose(config, "test")
-    found = run.experiment.task.evaluate(run.experiment.task.x0, run.pool)
+    found = run.experiment.task.evaluate(run.experiment.task.x0, run.executor)
     assert math.exp(found["test_loss"]) == pytest.approx(found["test_perplexity"])  # all rows count as often
     run.close()
     config["task"]["name"] = "classification"
@@ -300,7 +300,7 @@ def test_losses_and_metrics_of_ones_own_are_as_good_as_those_of_the_table() -> N
     a, b = (run.experiment.task for run in (ours, theirs))
     assert torch.equal(experiment_state(ours)[0].x, experiment_state(theirs)[0].x)
     z, y = _outputs(theirs, b.x0)
-    found, table = (task.evaluate(b.x0, ours.pool) for task in (b, a))
+    found, table = (task.evaluate(b.x0, ours.executor) for task in (b, a))
     assert found["test_loss"] == table["test_loss"] and found["test_error"] == pytest.approx(table["test_mse"])
     assert found["test_nearly"] == pytest.approx(np.mean(np.abs(z - y) < 0.5))
     assert found["test_per_row"] == pytest.approx(np.mean(np.abs(z - y)))

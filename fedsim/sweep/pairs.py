@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from math import inf, isfinite
 from typing import Any
@@ -13,38 +12,24 @@ import numpy as np
 from fedsim.history import show
 from fedsim.report.draw import value_map
 from fedsim.report.page import Picture
+from fedsim.sweep.results import Row
 
 MAX_VALUES = 16  # of a key, or cells are too small to read
 MAX_PAIRS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """What a setting reached.
-
-    Args:
-        values: {key: value} of the axes.
-        value: of the target, the mean over seeds; None where there is none.
-        worst: of its seeds; None unless all of them came to their end.
-    """
-
-    values: Mapping[str, Any]
-    value: float | None
-    worst: float | None
-
-
-def maps(cells: Sequence[Cell], axes: Mapping[str, Sequence[Any]], target: str, minimise: bool) -> list[Picture]:
+def maps(rows: Sequence[Row], axes: Mapping[str, Sequence[Any]], target: str, minimise: bool) -> list[Picture]:
     """A picture for every two keys; of several settings with the same pair the best one counts.
 
     Args:
-        cells: every setting, the best first.
+        rows: every setting, the best first.
         axes: {key: its values in the order to show}; the first key goes down, the second across.
         target: the metric.
         minimise: whether a small one is good.
     """
     shown = {key: list(map(label, values)) for key, values in axes.items() if 1 < len(values) <= MAX_VALUES}
     pairs = list(combinations(shown, 2))[:MAX_PAIRS]
-    return [_map(cells, (down, across), shown, target, minimise) for down, across in pairs]
+    return [_map(rows, (down, across), shown, target, minimise) for down, across in pairs]
 
 
 def label(value: Any) -> str:
@@ -62,18 +47,18 @@ def label(value: Any) -> str:
 
 
 def _map(
-    cells: Sequence[Cell], keys: tuple[str, str], shown: Mapping[str, Sequence[str]], target: str, minimise: bool
+    rows: Sequence[Row], keys: tuple[str, str], shown: Mapping[str, Sequence[str]], target: str, minimise: bool
 ) -> Picture:
     down, across = keys
     sign = -1.0 if minimise else 1.0  # times it, more is better
     means = np.full((len(shown[down]) + 1, len(shown[across]) + 1), np.nan)
     worst = means.copy()
-    best = {tuple(label(cell.values.get(key)) for key in keys): cell for cell in reversed(cells)}
+    best = {tuple(label(row.setting.values.get(key)) for key in keys): row for row in reversed(rows)}
     for i, j in np.ndindex(len(shown[down]), len(shown[across])):
-        cell = best.get((shown[down][i], shown[across][j]))
-        if cell is not None and cell.value is not None:
-            means[i, j] = sign * cell.value
-            worst[i, j] = np.nan if cell.worst is None else sign * cell.worst
+        row = best.get((shown[down][i], shown[across][j]))
+        if row is not None and row.value is not None:
+            means[i, j] = sign * row.value
+            worst[i, j] = np.nan if row.worst is None else sign * row.worst
     ended = np.isfinite(worst[:-1, :-1])
     for values in (means, worst):
         inner = np.where(ended, values[:-1, :-1], -inf)

@@ -1,0 +1,125 @@
+"""A run outlives the runtime of Ray that it started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from fedsim.sim import ray_process
+from fedsim.sim.executor import ClientError, Lost
+from fedsim.sim.in_process import InProcess
+from fedsim.sim.ray_process import RayProcess
+from tests.fedsim.sim.ports import addresses, family
+from tests.fedsim.sim.ray_cases import DIM, LocalError, arm, assert_same_bits, once_marked, runner, some_jobs
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a victim can be armed."""
+    return tmp_path_factory.mktemp("victim")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A user's home, in which Ray is left to its own settings."""
+    path = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("HOME", str(path))
+        yield path
+
+
+@pytest.fixture(scope="module")
+def process(home: Path, folder: Path) -> Iterator[RayProcess]:
+    made = RayProcess(runner(folder), width=10, workers=2, collectives="object_store")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[InProcess]:
+    made = InProcess(runner(), width=10)
+    yield made
+    made.close()
+
+
+def test_it_gives_the_bits_of_the_process_itself_and_listens_to_this_machine_alone(
+    process: RayProcess, here: InProcess, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    for jobs in (some_jobs(), some_jobs(fold=False, num_models=3)):
+        assert_same_bits(process.run(jobs), here.run(jobs))
+    assert process.num_workers == 2
+    assert addresses(family()) == {"127.0.0.1"}
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (home / ".ray").exists() and capfd.readouterr() == ("", "")
+
+
+def test_a_clients_exception_and_its_cause_come_through(process: RayProcess, here: InProcess) -> None:
+    with pytest.raises(ClientError, match=r"^Toy.fail failed in round 5 for client\(s\) .*: ZeroDivisionError") as e:
+        process.run(some_jobs("fail"))
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+    (note,) = e.value.__cause__.__notes__
+    assert "ray_cases.py" in note
+    with pytest.raises(ClientError, match=f"{LocalError.__name__}: cannot be sent"):
+        process.run(some_jobs("fail_oddly"))
+    assert_same_bits(process.run(some_jobs()), here.run(some_jobs()))
+
+
+def test_pieces_of_the_tasks_own_work_come_back_in_their_order(process: RayProcess, here: InProcess) -> None:
+    points = list(torch.linspace(-1, 1, 7 * DIM).view(7, DIM))
+    there = process.map(process.runner.task.evaluate_clients, points, pool=None)
+    for a, b in zip(there, here.map(here.runner.task.evaluate_clients, points, pool=None), strict=True):
+        assert torch.equal(a["loss"], b["loss"])
+    with pytest.raises(ValueError, match="Pool.map: workers elsewhere only know methods of the run's own task"):
+        process.map(len, [[]])
+
+
+def raylet_of(worker: int) -> psutil.Process:
+    """The raylet that started a worker process."""
+    return next(p for p in psutil.Process(worker).parents() if p.name() == "raylet")
+
+
+def test_a_raylet_killed_in_mid_call_changes_no_bit(
+    process: RayProcess, here: InProcess, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed: list[Any] = []
+
+    def kill(worker: int) -> None:
+        killed.append(raylet_of(worker))
+        killed[0].kill()
+
+    killer = once_marked(arm(folder), kill)
+    with caplog.at_level(logging.WARNING, logger="fedsim"):
+        assert_same_bits(process.run(some_jobs()), here.run(some_jobs()))
+    killer.join(10)
+    assert killed and "round 5: Ray was lost (" in caplog.text
+
+
+@pytest.mark.alone
+def test_ray_that_is_lost_again_and_again_ends_the_run_and_leaves_nothing(
+    process: RayProcess, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_process, "ATTEMPTS", 1)
+    killer = once_marked(arm(folder), lambda worker: raylet_of(worker).kill())
+    with pytest.raises(Lost, match="^round 5: Ray was lost .*, 1 times in a row$"):
+        process.run(some_jobs())
+    killer.join(10)
+    assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.alone
+def test_a_mistake_is_refused_as_in_the_process_itself() -> None:
+    with pytest.raises(ValueError, match="runtime.collectives: nccl needs a GPU for every worker"):
+        RayProcess(runner(), width=1, collectives="nccl")
