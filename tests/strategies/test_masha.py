@@ -78,9 +78,9 @@ def test_masha2_equals_its_twin_with_top_k_both_ways(k: int, server_k: int) -> N
 def test_masha2_equals_its_twin_with_powersgd_both_ways() -> None:
     task, rule = saddle(4, 6), PowerSGD(rank=1, layout=Layout.of({"w": (4, 3)}))
     up, down = (power_sgd(4, 3, rank=1, first=first_q(3)) for _ in range(2))
-    expected = masha2(_twin(task), _zero(task), 25, lr=0.05, p=0.3, compress=up, compress_server=down)
+    expected = masha2(_twin(task), task.init(0), 25, lr=0.05, p=0.3, compress=up, compress_server=down)
     strategy = Masha2(lr=0.05, p=0.3, compressor=rule, server_compressor=rule)
-    torch.testing.assert_close(_play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("size, minibatch", [(2, False), (None, True), (2, True)], ids=["pp", "vr", "both"])
