@@ -30,7 +30,7 @@ from fedsim.flower.foreign.grid import SimGrid
 from fedsim.flower.foreign.nodes import Answering, NodeRunner
 from fedsim.flower.foreign.replay import Replay
 from fedsim.flower.foreign.rounds import RoundLog
-from fedsim.flower.foreign.workers import RayNodes, Setting
+from fedsim.flower.foreign.workers import NodeSetting, RayNodes
 from fedsim.history import History
 from fedsim.loop import ServerError
 from fedsim.results import SUMMARY_FILE, check_folder, claimed, versions, write_config, write_summary
@@ -177,7 +177,7 @@ def run_app(
             replay = Replay(folder / REPLIES_FILE, answers, settings)
             stack.callback(replay.close)
             answers = replay.answers
-        _serve(app, SimGrid(answers, clocks, RoundLog(rows.write), _Told(), channel), file)
+        _serve(app, SimGrid(answers, clocks, RoundLog(rows.write), _Errors(), channel), file)
     return _completed(folder)
 
 
@@ -243,7 +243,7 @@ def _answering(file: AppFile, app: App, stack: ExitStack) -> Answering:
     if runtime.executor == "in_process":
         return NodeRunner(app.client, *own).answers
     nodes = RayNodes(
-        Setting(app.folder, app.client_reference, *own),
+        NodeSetting(app.folder, app.client_reference, *own),
         workers=None if runtime.workers == "auto" else runtime.workers,
         threads=runtime.threads,
         gpus=runtime.gpus,
@@ -277,7 +277,7 @@ def _serve(app: App, grid: SimGrid, file: AppFile) -> None:
         raise ServerError(f"{file.app}: all {log.errors} messages to clients ended in errors; the first is shown above")
 
 
-class _Told:
+class _Errors:
     """Shows errors of clients: the first with its traceback, of the others that they were."""
 
     def __init__(self) -> None:

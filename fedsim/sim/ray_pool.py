@@ -32,7 +32,7 @@ Tag = tuple[int, int]
 
 
 class WorkersLost(RuntimeError):
-    """One part of a run, or every worker's start, failed too often."""
+    """Workers did not do what a run can't do without."""
 
 
 def pickler() -> type[pickle.Pickler]:
@@ -223,7 +223,7 @@ class RayPool:
             cause = error.cause
             if isinstance(cause, self.ray.exceptions.RayError):
                 raise cause from None  # an argument was lost with its node, say
-            raise RuntimeError(f"a Ray worker failed outside of any client's work: {error}") from None
+            raise WorkersLost(f"a Ray worker failed outside of any client's work: {error}") from None
 
     def _room(self, resources: Mapping[str, float]) -> int:
         if self._gpus:

@@ -100,7 +100,7 @@ class Channel:
             for places in together.values():
                 vectors = {contents[i]: self._floats(contents[i]) for i in places}
                 (first, *others) = [floats for floats in vectors.values() if floats is not None]
-                if not all(torch.equal(floats.value, first.value) for floats in others):
+                if not all(_same(floats.value, first.value) for floats in others):
                     raise ValueError("the app sends its clients different arrays at once; leave it out for this app")
                 ids = torch.tensor([nodes[i] - 1 for i in places])
                 value, bits, _ = self._down(first).send(first.key, first.value.float(), ids, self.count)
@@ -195,3 +195,8 @@ class Channel:
 def _sealed(floats: Floats, value: Tensor) -> tuple[bytes, int]:
     """(the record with these numbers, bits of what travels beside them)."""
     return pack(floats.replaced(value)), 8 * len(pack(floats.emptied()))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, those that are no numbers as well."""
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -42,7 +42,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Work:
+class Booking:
     """A node's work on a message.
 
     Args:
@@ -103,19 +103,19 @@ class Clocks:
         on = self.absence.on_line(torch.tensor(nodes) - 1, now)
         return [node for node, there in zip(nodes, on.tolist(), strict=True) if there]
 
-    def endings(self, works: Sequence[Work]) -> list[Ending]:
-        """How each of some nodes' works ends."""
+    def endings(self, bookings: Sequence[Booking]) -> list[Ending]:
+        """How each of some nodes' work ends."""
         alike: dict[tuple[float, int, int], list[int]] = {}
-        for i, work in enumerate(works):
-            alike.setdefault((work.start, self.steps.of(work.message_type), work.up), []).append(i)
+        for i, booking in enumerate(bookings):
+            alike.setdefault((booking.start, self.steps.of(booking.message_type), booking.up), []).append(i)
         found: dict[int, Ending] = {}
         for (start, steps, up), places in alike.items():
-            rows = [(works[i].node - 1, works[i].number, works[i].down) for i in places]
+            rows = [(bookings[i].node - 1, bookings[i].number, bookings[i].down) for i in places]
             ids, numbers, down = torch.tensor(rows).unbind(1)
             ends = self._timing.ends(ids, numbers, start, Cost(steps=steps, bits_up=up), down)
             for i, at, well, lost in zip(places, ends.at.tolist(), ends.well.tolist(), ends.lost.tolist(), strict=True):
                 found[i] = Ending(at, up if well else lost, well)
-        return [found[i] for i in range(len(works))]
+        return [found[i] for i in range(len(bookings))]
 
     def next_change(self, now: float) -> float | None:
         """Virtual second at which one of the nodes comes or goes; None if none ever does."""

@@ -21,7 +21,7 @@ from threading import RLock
 from flwr.app import Error, Message
 
 from fedsim.flower.foreign.channel import Channel
-from fedsim.flower.foreign.clocks import Clocks, Work
+from fedsim.flower.foreign.clocks import Booking, Clocks
 from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Answering, Job
 from fedsim.flower.foreign.private import EXPIRED, UNAVAILABLE, OwnGrid, number, pack, unpack
 from fedsim.flower.foreign.rounds import RoundLog
@@ -76,7 +76,7 @@ class SimGrid(OwnGrid):
         answers: what nodes answer to messages.
         clocks: when they can be reached, and how long their work takes.
         log: what has happened.
-        told: called with the node and the reason of every error of an app.
+        complain: called with the node and the reason of every error of an app.
         channel: what records become on their way; None if nothing.
     """
 
@@ -85,12 +85,12 @@ class SimGrid(OwnGrid):
         answers: Answering,
         clocks: Clocks,
         log: RoundLog,
-        told: Callable[[int, str], None],
+        complain: Callable[[int, str], None],
         channel: Channel | None = None,
     ) -> None:
         super().__init__()
         self._channel = channel or Channel()
-        self._answers, self._clocks, self.log, self._told = answers, clocks, log, told
+        self._answers, self._clocks, self.log, self._complain = answers, clocks, log, complain
         self.now = 0.0
         self.states = dict.fromkeys(range(1, clocks.count + 1), NOTHING_KEPT)
         self._jobs = dict.fromkeys(self.states, 0)
@@ -167,18 +167,18 @@ class SimGrid(OwnGrid):
                 self._flying.append(self._arrival(posted, starts[posted.node], nobody, 0))
         jobs = [self._job(posted, each.content) for posted, each in zip(going, told, strict=True)]
         said = [self._channel.up(job, answer) for job, answer in zip(jobs, self._answers(jobs), strict=True)]
-        works = [
-            Work(job.node, job.number, job.message_type, starts[job.node], bits[job.node], each.bits)
+        bookings = [
+            Booking(job.node, job.number, job.message_type, starts[job.node], bits[job.node], each.bits)
             for job, each in zip(jobs, said, strict=True)
         ]
         arrivals = []
-        for posted, job, each, end in zip(going, jobs, said, self._clocks.endings(works), strict=True):
+        for posted, job, each, end in zip(going, jobs, said, self._clocks.endings(bookings), strict=True):
             self._jobs[job.node], self._free[job.node] = job.number + 1, end.at
             answer = each.answer
             if not end.well:
                 answer = Answer(None, job.state, UNAVAILABLE, f"node {job.node} went away")
             elif answer.content is None:
-                self._told(job.node, answer.reason)
+                self._complain(job.node, answer.reason)
             else:
                 self._channel.arrived(job.node, each)
             self.states[job.node] = answer.state  # changes only if it replies

@@ -25,11 +25,11 @@ from fedsim.flower.foreign.nodes import Answer, Job, NodeRunner
 from fedsim.sim.executor import shown
 from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, pack, unpack
-from fedsim.sim.ray_pool import RayPool, Worker
+from fedsim.sim.ray_pool import RayPool, Worker, WorkersLost
 
 
 @dataclass(frozen=True)
-class Setting:
+class NodeSetting:
     """What a worker makes a `NodeRunner` of.
 
     Args:
@@ -64,7 +64,7 @@ class NodeActor:
         try:
             self._open(setting)
         except Exception as error:
-            return pack(Failure.of(RuntimeError(f"a Ray worker can't load the app: {first_line(error)}")))
+            return pack(Failure.of(WorkersLost(f"a Ray worker can't load the app: {first_line(error)}")))
         return pack(None)
 
     def run(self, setting: Parcel, jobs: Parcel) -> Parcel:
@@ -93,7 +93,7 @@ class RayNodes:
 
     def __init__(
         self,
-        setting: Setting,
+        setting: NodeSetting,
         *,
         workers: int | None = None,
         threads: int = 1,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,15 +22,19 @@ from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import strategy_utils
 
+from fedsim.flower.foreign.app import App
 from fedsim.flower.foreign.clocks import Clocks
 from fedsim.flower.foreign.grid import SimGrid
 from fedsim.flower.foreign.nodes import NOTHING_KEPT, Answer, Job, NodeRunner, seeded
-from fedsim.flower.foreign.private import EXPIRED, RAISED, UNAVAILABLE, on_our_clock
+from fedsim.flower.foreign.private import EXPIRED, RAISED, UNAVAILABLE, on_our_clock, pack
 from fedsim.flower.foreign.rounds import RoundLog
+from fedsim.flower.foreign.workers import NodeActor, NodeSetting
 from fedsim.history import History
+from fedsim.sim import packing
 from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.availability import Bernoulli
 from fedsim.sim.devices import FX, Constant, Devices
+from fedsim.sim.ray_pool import WorkersLost
 from fedsim.streams import Streams
 from tests.fedsim.console import fedsim
 
@@ -403,3 +409,21 @@ def test_a_resume_of_another_run_is_refused(other: str, tmp_path: Path) -> None:
     found = fedsim("flower", "run", MESSAGE, "--out", tmp_path / "run", "--resume", "-q", "clients.count=6", other)
     assert found.code == 2 and "is not the one that the app sent before" in found.err, found.err
     assert before == ((tmp_path / "run" / "replies.bin").read_bytes(), (tmp_path / "run" / "config.yaml").read_bytes())
+
+
+def test_a_worker_answers_as_this_process_does_and_says_why_it_cannot_load_an_app() -> None:
+    settings = {"lr": 0.1, "fail": "", "strategy": "FedAvg"}
+    content = pack(RecordDict({"arrays": ArrayRecord({"w": torch.zeros(1)}), "config": ConfigRecord({"lr": 0.1})}))
+    jobs = [Job(node, 2, str(node), "train", "1", 9.0, content, NOTHING_KEPT) for node in (3, 1)]
+    setting = NodeSetting(MESSAGE, "quick.client_app:app", 4, settings, seed=5)
+    actor = NodeActor(torch.get_num_threads())
+    parcel = packing.pack(setting)
+    try:
+        assert packing.unpack(actor.ready(parcel)) is None
+        found = packing.unpack(actor.run(parcel, packing.pack(jobs)))
+        app = App.load(MESSAGE, {}).client
+    finally:
+        gc.unfreeze()
+    assert found == list(NodeRunner(app, 4, settings, 5).answers(jobs)) and found[0].content != found[1].content
+    failed = packing.unpack(NodeActor(1).ready(packing.pack(replace(setting, reference="quick.client_app:nothing"))))
+    assert isinstance(failed.error, WorkersLost) and "a Ray worker can't load the app: LoadError" in str(failed.error)

@@ -234,6 +234,7 @@ def test_a_run_with_lossy_links_and_liars_resumes_to_the_same_rows(app: Path, tm
     assert whole != played(app, tmp_path / "plain", *LOSSY[-2:])
     broken_off(app, tmp_path / "run", 15, *LOSSY)
     assert played(app, tmp_path / "run", *LOSSY, "--resume") == whole
+    assert played(app, tmp_path / "again", "--config", str(tmp_path / "whole" / "config.yaml")) == whole
 
 
 @pytest.mark.parametrize(
