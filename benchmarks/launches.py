@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedsim.compose import compose
-from fedsim.loop import train
+from fedsim.loop import Run
 from tests.device import pretend_gpu
 
 MLP = {"name": "mlp", "hidden": [200]}
@@ -47,7 +47,7 @@ def counted(case: str, clients: int, steps: int, rounds: int) -> tuple[int, int,
     with pretend_gpu() as counts:
         composition = compose(config, case)
         before = counts.launches, counts.waits, counts.bytes_up, counts.bytes_down
-        train(composition.experiment)
+        list(Run(composition.experiment).rounds())
         composition.close()
         after = counts.launches, counts.waits, counts.bytes_up, counts.bytes_down
     launches, waits, up, down = (b - a for a, b in zip(before, after, strict=True))

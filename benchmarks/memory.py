@@ -25,7 +25,7 @@ import torch
 from benchmarks.rounds import images
 from fedsim.compose import compose
 from fedsim.data import FederatedData
-from fedsim.loop import train
+from fedsim.loop import Run
 
 SAMPLES = 60
 
@@ -65,7 +65,7 @@ def run(config: dict[str, Any], folder: Path, parent: Connection) -> None:
     peak_before = kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     turn()
-    train(composition.experiment, folder=folder, watch=turn)
+    list(Run(composition.experiment, folder=folder, watch=turn).rounds())
     composition.close()
 
 

@@ -28,6 +28,7 @@ from fedsim.fleet import DrivenFleet
 from fedsim.metrics import check_names, without_value
 from fedsim.observers import observing
 from fedsim.overrides import read_file
+from fedsim.pages import room_on_gpu
 from fedsim.signals import interruptible
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sinks import METRICS_FILE, Sink, restored, rows_in_order
@@ -35,6 +36,8 @@ from fedsim.stop import Course, Diverged, Stop
 from fedsim.strategy import Strategy, begin, step
 from fedsim.streams import server_rng
 from fedsim.task import Pool, Task
+
+SMALLER = "lower runtime.stack if above 1, or local.batch_size, take a smaller model, or set runtime.device=cpu"
 
 
 class ServerError(RuntimeError):
@@ -108,7 +111,7 @@ def _named(strategy: Strategy, half: str, when: str) -> Iterator[None]:
     """What a server half raises is named by strategy and round; a ValueError of ours is a mistake of the file."""
     try:
         yield
-    except (ClientError, ConfigError, Diverged, Lost):
+    except (ClientError, ConfigError, Diverged, Lost, torch.OutOfMemoryError):
         raise
     except Exception as e:
         name = type(strategy).__name__
@@ -245,7 +248,7 @@ class Run:
     def _played(self) -> tuple[dict[str, Any], bool, str | None]:
         """A round up to its row in the sinks: (the row, whether an evaluation was due, why the run ends with it)."""
         e = self.experiment
-        with _threads(e.threads):
+        with _threads(e.threads), room_on_gpu(f"round {self.round + 1} has", SMALLER):
             row = self._round()
             if due := self.round % e.evaluate.every == 0 or self.round == e.rounds:
                 row |= self.evaluation()

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 
 import psutil
 import torch
 from torch import Tensor
+
+from fedsim.config import ConfigError, first_line
 
 PAGE = 1 << 21  # bytes
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE on x86 and ARM, without a name in `mmap`: more than there is may be had
@@ -43,6 +46,19 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
     whole = torch.frombuffer(block, dtype=torch.uint8)
     start = -whole.data_ptr() % PAGE
     return whole[start : start + nbytes].view(dtype).view(*shape)
+
+
+@contextmanager
+def room_on_gpu(what: str, way_out: str) -> Iterator[None]:
+    """Say what has no room, and the way out, where a GPU is full.
+
+    Raises:
+        ConfigError: instead of torch's own error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise ConfigError(f"{what} no room on the GPU ({first_line(e)}); {way_out}") from e
 
 
 def apart(first: Tensor, nth: int, shape: Sequence[int], value: float, dtype: torch.dtype) -> Tensor:

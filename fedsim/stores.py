@@ -67,14 +67,10 @@ class InTensor:
             return
         # on the host what is not touched takes no memory, so that nothing need ever be moved
         capacity = most if self._device.type == "cpu" else max(needed, min(2 * len(old), most))
-        try:
+        size = f"{capacity * prod(self.shape) * self.dtype.itemsize / 1e9:,.1f} GB"
+        rows = f"runtime.memory: the rows of {capacity:,} clients ({size}) have"
+        with pages.room_on_gpu(rows, "take runtime.memory=ram or disk"):
             self._rows = pages.empty((capacity, *self.shape), self.dtype, self._device)
-        except torch.OutOfMemoryError as e:
-            nbytes = capacity * prod(self.shape) * self.dtype.itemsize
-            raise ConfigError(
-                f"runtime.memory: device needs {nbytes / 1e9:,.1f} GB on {self._device} for the rows of {capacity:,} "
-                "clients, and there is no room for them; take runtime.memory=ram or disk"
-            ) from e
         self._rows[: len(old)] = old
 
     def read(self, slots: Tensor) -> Tensor:

@@ -101,6 +101,11 @@ class Streams:
         return mix64(mix64(self._by_client + base) + self._by_job)
 
     @cached_property
+    def on_host(self) -> Streams:
+        """The same streams with their numbers drawn on the host; of a device's it waits once."""
+        return Streams(self.seed, self.clients.cpu(), self.jobs.cpu())
+
+    @cached_property
     def _by_client(self) -> Tensor:
         return self.clients * _GOLDEN
 

@@ -50,6 +50,11 @@ def compute_device(name: str) -> torch.device:
     except RuntimeError as e:
         raise ConfigError(f"runtime.device: unknown device {name!r}; use cpu, cuda, cuda:1 or auto") from e
     if device.type == "cuda" and not torch.cuda.is_available():
+        if here is not None and here.local_size > 1:
+            raise ConfigError(
+                f"runtime.device: rank {here.rank} has no GPU: {here.local_size} ranks run on this machine, and each "
+                "takes one; start at most as many a node as it has GPUs (--nproc_per_node), or set runtime.device=cpu"
+            )
         raise ConfigError(f"runtime.device: {name!r} was asked for but no CUDA device is visible; use cpu or auto")
     return device
 

@@ -55,6 +55,7 @@ from fedsim.fleet import Cost
 from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
+from fedsim.pages import room_on_gpu
 from fedsim.sim.calls import replies_ahead
 from fedsim.sim.executor import Executor, StackRunner
 from fedsim.sim.fleet import SimFleet
@@ -139,7 +140,8 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     work = work_of(strategy, problem.num_examples)
     with at("runtime"):
         plan = plan_of(problem, work, file.runtime, device)
-    task = task_of(problem, plan, file.runtime, device)
+    with room_on_gpu("runtime.device: the data and the model have", "take a larger card, or runtime.device=cpu"):
+        task = task_of(problem, plan, file.runtime, device)
     check_local(file.strategy.name, strategy, task)
     check_prox(file.strategy.name, strategy, task)
     check_step(strategy, task)

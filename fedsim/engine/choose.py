@@ -34,6 +34,7 @@ WIDE_STACK_BYTES = 16 * 2**20  # of parameters where products have so many rows
 STACK_ROWS = 3200  # of a stack in such a product: with more of them activations leave the caches
 GPU_SHARE = 0.5  # of a GPU's memory for one stack; the rest is for data, evaluation and torch itself
 GPU_COPIES = 6  # vectors of a client alive at once: received, local, gradient, direction, two of an optimizer
+LEAST_COPIES = 3  # the server's model, the received one, the local one
 MAX_WIDTH_CPU = 16  # from 8 clients on the cost of a call no longer shows, and more stacks keep more cores busy
 MIN_WIDTH_VMAP = 4  # a stack under torch.func costs more than its clients one by one, unless they are many
 MAX_WIDTH_GPU = 512
@@ -95,7 +96,8 @@ def choose_engine(
             granted without.
 
     Raises:
-        ValueError: for a width below one, an unknown precision, or native with another engine than stacked.
+        ValueError: for a width below one, an unknown precision, native with another engine than stacked, or a model
+            that is too large for the GPU.
     """
     check_precision(precision)
     device = torch.device(device)
@@ -226,6 +228,11 @@ def _gpu_width(
     module: nn.Module, layout: Layout, device: torch.device, batch_size: int, sample: Tree | None
 ) -> tuple[int, str]:
     total = torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else 8 * 2**30
+    if (least := 4 * LEAST_COPIES * layout.size) > total:
+        raise ValueError(
+            f"{layout.size:,} parameters take {least / 2**30:,.1f} GiB for one client alone, and the GPU has "
+            f"{total / 2**30:,.1f}; take a smaller model, a larger card, or device=cpu"
+        )
     each = memory_bytes(layout, 1, batch_size) + 4 * batch_size * _frozen_activations(module, sample)
     width = min(max(1, int(GPU_SHARE * total) // each), MAX_WIDTH_GPU)
     need = width * each / 2**30

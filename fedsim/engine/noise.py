@@ -219,7 +219,7 @@ class TorchNumbers:
         """[C], for `seeded`; None where nothing is drawn."""
         if self._drawn is False or streams is None:
             return [None] * clients
-        return streams.keys("torch", step).tolist()
+        return streams.on_host.keys("torch", step).tolist()
 
     @contextmanager
     def seeded(self, seed: int | None, device: torch.device) -> Iterator[None]:

@@ -295,6 +295,8 @@ class StackRunner:
             reply = getattr(self.strategy, jobs.work)(*arguments, **broadcast)
             check_reply(reply, len(jobs.ids))
             lent.check_unwritten()
+        except torch.OutOfMemoryError:  # no fault of a client half's
+            raise
         except Exception as error:
             raise ClientError(
                 f"{self.name_of(jobs.work)} failed in round {jobs.round + 1} for client(s) {shown(jobs.ids)}: "

@@ -1,9 +1,18 @@
-"""Benchmarks that build entries of our tables still can, on sizes that take no time."""
+"""Benchmarks find what they import, and those that build entries of our tables still can, on small sizes."""
+
+import pkgutil
+from importlib import import_module
 
 import pytest
 
+import benchmarks
 from benchmarks import bench_aggregate
 from fedsim.aggregate import AGGREGATORS
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(benchmarks.__path__)])
+def test_every_benchmark_finds_what_it_imports(name: str) -> None:
+    import_module(f"benchmarks.{name}")
 
 
 def test_every_aggregator_can_be_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsim import pages
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
 from fedsim.compress import COMPRESSORS
@@ -285,18 +286,57 @@ def test_rows_that_the_device_has_no_room_for_are_one_message_and_go_on_elsewher
     config = {**pair("scaffold", None), "rounds": 2, "evaluate": {"every": 1}}
     expected = run(config, "cuda", memory="ram")
 
-    def full(*shape: Any) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     run({**config, "rounds": 1}, "cuda", tmp_path, memory="device")
     with monkeypatch.context() as patch:
-        patch.setattr("fedsim.stores.pages", SimpleNamespace(empty=full))
+        patch.setattr("fedsim.stores.pages", SimpleNamespace(empty=full, room_on_gpu=pages.room_on_gpu))
         message = (
-            r"runtime.memory: device needs 0.0 GB on cuda:?0? for the rows of . clients.*runtime.memory=ram or disk"
+            r"runtime.memory: the rows of . clients \(0.0 GB\) have no room on the GPU \(OutOfMemoryError: .*\); take "
+            "runtime.memory=ram or disk"
         )
         with pytest.raises(ConfigError, match=message):
             run(config, "cuda", tmp_path, resume=True, memory="device")
     assert run(config, "cuda", tmp_path, resume=True, memory="ram") == expected[1:]
+
+
+def full(*args: Any, **kwargs: Any) -> Any:
+    """What a card says that has no room."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB\nand more")
+
+
+FULL = {
+    "a stack": (
+        "fedsim.clients.local_training.LocalTraining.__call__",
+        "round 1 has no room .*; lower runtime.stack if",
+    ),
+    "the server": ("fedsim.strategies.fedavg.FedAvg.step", "round 1 has no room on the GPU .*take a smaller model"),
+    "an evaluation": ("fedsim.evaluation.Evaluate.metrics", "round 1 has no room on the GPU"),
+    "the data": ("fedsim.compose.root.task_of", "runtime.device: the data and the model have no room .*a larger card"),
+}
+
+
+@pretended
+@pytest.mark.parametrize("what", FULL)
+def test_a_card_that_is_full_is_one_message(what: str, gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, message = FULL[what]
+    monkeypatch.setattr(place, full)
+    with pytest.raises(ConfigError, match=message) as raised:
+        run({**pair("fedavg", None), "rounds": 1}, "cuda")
+    assert "(OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB)" in str(raised.value)
+
+
+@pretended
+def test_a_model_that_is_too_large_for_one_client_is_refused_before_anything_starts(
+    gpu: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "task": {"name": "classification", "dataset": "digits", "model": {"name": "mlp", "hidden": [1000]}},
+        "runtime": {"device": "cuda"},
+    }
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**19))
+    with pytest.raises(
+        ConfigError, match="runtime: 75,010 parameters take 0.0 GiB for one client alone, and the GPU has"
+    ):
+        rows_of(config)
 
 
 @pretended

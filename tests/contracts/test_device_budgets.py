@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.compose import compose
@@ -103,6 +104,30 @@ def test_a_private_step_never_waits() -> None:
     rule = {"name": "sgd", "lr": 0.05, "dp": {"clip": 1.0, "noise": 0.5}}
     short, long = (second_round(3, steps, rule=rule) for steps in (2, 4))
     assert short.waits == long.waits <= WAITS_OF_A_STACK and short.launches < long.launches
+
+
+class Drawing(nn.Module):
+    """Draws from torch's own generator, so it runs in the loop engine, one client after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x.flatten(1))
+        return out + 0.1 * torch.randn_like(out)
+
+
+def drawing(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return Drawing()
+
+
+@pytest.mark.filterwarnings("ignore:Drawing cannot be batched")
+def test_a_step_that_draws_from_torchs_generator_never_waits() -> None:
+    model = "tests.contracts.test_device_budgets:drawing"
+    short, long, two = (second_round(*size, model=model) for size in ((2, 2), (2, 4), (3, 4)))
+    assert short.waits == long.waits == two.waits <= WAITS_OF_A_STACK + 2  # and the ids, by which it is seeded
+    assert short.launches < long.launches
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedsim.compose.fleets import compute_device
 from fedsim.config import ConfigError
 from fedsim.runs import run
 from fedsim.sim.collectives import interface_to
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sim.in_process import InProcess
+from fedsim.sim.place import Place
 from fedsim.strategies import STRATEGIES
 from tests.build import rows_in
 from tests.fedsim.sim import rank_cases
@@ -116,6 +118,16 @@ def test_a_rank_that_does_not_join_is_one_message_of_rank_0(missing: dict[str, i
     said = launch(3, rank_cases.join_or_not, *who.values())
     assert said[0].startswith(f"ConfigError: {message}")
     assert "joined" not in said
+
+
+def test_more_ranks_than_gpus_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.compose.fleets.place", lambda: Place(6, 2, 8, 4, "head"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the third rank of a node with two GPUs sees none
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    message = r"rank 6 has no GPU: 4 ranks run on this machine, and each takes one; start at most .*--nproc_per_node"
+    with pytest.raises(ConfigError, match=f"^runtime.device: {message}"):
+        compute_device("cuda")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_the_interface_is_the_one_that_leads_to_the_host() -> None:
