@@ -78,7 +78,7 @@ class AppRuntime:
         threads: intra-op threads of torch, of each worker.
         gpus: of each Ray worker.
         address: of a Ray cluster, all of whose nodes find the app's folder: "auto", "host:port", or null.
-        timeout: seconds for one message, after which a Ray worker counts as hung and is replaced.
+        timeout_seconds: seconds for one message, after which a Ray worker counts as hung and is replaced.
     """
 
     executor: Literal["in_process", "ray"] = "in_process"
@@ -86,15 +86,15 @@ class AppRuntime:
     threads: int = 1
     gpus: int = 0
     address: str | None = None
-    timeout: float = 1800.0
+    timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 1), ("threads", 1), ("gpus", 0)):
             value = getattr(self, name)
             if value != "auto" and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout must be positive seconds, got {self.timeout}")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be positive seconds, got {self.timeout_seconds}")
         for name, here in (("workers", ("auto", 1)), ("gpus", (0,)), ("address", (None,))):
             if self.executor != "ray" and getattr(self, name) not in here:
                 raise ValueError(f"{name} is of Ray workers; add executor: ray, or leave it out")
@@ -248,7 +248,7 @@ def _answering(file: AppFile, app: App, stack: ExitStack) -> Answering:
         threads=runtime.threads,
         gpus=runtime.gpus,
         address=runtime.address,
-        timeout_seconds=runtime.timeout,
+        timeout_seconds=runtime.timeout_seconds,
     )
     stack.callback(nodes.close)
     return nodes.answers

@@ -59,9 +59,9 @@ class QuadraticTask(FormulaTask):
 
     @property
     def constants(self) -> Constants:
-        full = self.a.double() if self.a.ndim == 3 else torch.diag_embed(self.a.double())
-        own, mean = torch.linalg.eigvalsh(full).cpu(), torch.linalg.eigvalsh(full.mean(0)).cpu()
-        return Constants(own[:, -1], float(mean[-1]), float(mean[0]), potential=True)
+        a = self.a.double().cpu()
+        own, mean = (t if a.ndim == 2 else torch.linalg.eigvalsh(t) for t in (a, a.mean(0)))
+        return Constants(own.amax(1), float(mean.max()), float(mean.min()), potential=True)
 
     def solution(self) -> Tensor:
         """[d] float64: the minimiser of the sum, weighted by the clients' examples."""

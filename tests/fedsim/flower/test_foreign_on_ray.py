@@ -76,6 +76,8 @@ def test_what_is_of_ray_workers_alone_is_refused_in_one_process(tmp_path: Path) 
     for key in ("workers=2", "gpus=1", "address=auto"):
         found = fedsim("flower", "run", MESSAGE, "--out", tmp_path / "run", f"runtime.{key}")
         assert found.code == 2 and "is of Ray workers; add executor: ray" in found.err, found.err
-    found = fedsim("flower", "run", MESSAGE, "--out", tmp_path / "run", "runtime.executor=ray", "runtime.timeout=0")
-    assert found.code == 2 and "timeout must be positive" in found.err
+    found = fedsim(
+        "flower", "run", MESSAGE, "--out", tmp_path / "run", "runtime.executor=ray", "runtime.timeout_seconds=0"
+    )
+    assert found.code == 2 and "timeout_seconds must be positive" in found.err
     assert not (tmp_path / "run").exists()

@@ -135,3 +135,14 @@ def test_a_client_without_examples_takes_no_step() -> None:
 def test_constants_that_do_not_fit_are_refused(a: Any, b: Any, x0: Any) -> None:
     with pytest.raises(ValueError, match="do not fit: give one entry per client"):
         QuadraticTask(torch.tensor(a).float(), torch.tensor(b).float(), torch.tensor(x0).float())
+
+
+def test_constants_of_diagonals_are_those_of_their_matrices_and_take_no_matrix() -> None:
+    diagonals = torch.tensor([[1.0, 3.0, -2.0], [2.0, 0.5, 4.0]])
+    b, x0 = torch.zeros(2, 3), torch.zeros(3)
+    one, other = (QuadraticTask(a, b, x0).constants for a in (diagonals, torch.diag_embed(diagonals)))
+    assert one.each.tolist() == [3.0, 4.0]
+    assert (one.of_mean, one.mu) == (1.75, 1.0) == pytest.approx((other.of_mean, other.mu))
+    assert torch.equal(one.each, other.each)
+    many = 200_000  # as a matrix, 320 GB
+    assert QuadraticTask(torch.ones(1, many), torch.zeros(1, many), torch.zeros(many)).constants.mu == 1.0
