@@ -29,7 +29,6 @@ from fedsim.fleet import DrivenFleet
 from fedsim.history import BEST_FILE, MODEL_FILE, History
 from fedsim.loop import Experiment
 from fedsim.overrides import read_file
-from fedsim.params import Layout
 from fedsim.sinks import METRICS_FILE, encode_row
 from fedsim.strategies.peers import Peers
 from fedsim.topology import overview
@@ -157,7 +156,7 @@ def _write_environment(folder: Path, device: torch.device) -> None:
 
 def _write_split(folder: Path, composition: Composition) -> None:
     """Which client has how many samples of each class, for the report's picture."""
-    data = composition.data
+    data = None if composition.samples is None else composition.samples.data
     if data is None or not data.has_classes or data.num_clients > MAX_CLIENTS_LISTED or data.num_classes > 1000:
         return
     names = [str(k) for k in range(data.num_classes)] if data.class_names is None else list(data.class_names)
@@ -189,7 +188,7 @@ def write_results(folder: Path, composition: Composition, x: Tensor, history: Hi
     _write_model(folder / MODEL_FILE, composition, x)
     _write_timeline(folder, experiment.fleet)
     _write_pictures(folder, experiment.task.pictures(x))
-    if experiment.evaluate.per_client and composition.data is not None:
+    if experiment.evaluate.per_client and composition.samples is not None:
         _write_clients(folder, experiment, x)
     more: dict[str, Any] = {}
     if (best := best_row(history.rows, "test_accuracy")) is not None:
@@ -230,11 +229,12 @@ def write_best(folder: Path, composition: Composition, best: Best) -> None:
 
 def _write_model(path: Path, composition: Composition, x: Tensor, notes: Mapping[str, Any] = {}) -> None:
     """A module's state dict, or a formula's own tensors, of x [P]; beside it what the module was made for."""
-    if composition.module is not None:
-        tensors = Layout.of_module(composition.module).state_dict(x.cpu(), composition.module)
+    samples = composition.samples
+    if samples is not None:
+        tensors = samples.layout.state_dict(x.cpu(), samples.module)
     else:
         tensors = {k: v.contiguous() for k, v in composition.experiment.task.layout.views(x.cpu()).items()}
-    write_tensors(path, tensors, {"fedsim": json.dumps({"sizes": composition.sizes, **notes})})
+    write_tensors(path, tensors, {"fedsim": json.dumps({"sizes": samples and samples.sizes, **notes})})
 
 
 def _write_pictures(folder: Path, pictures: Mapping[str, Tensor]) -> None:

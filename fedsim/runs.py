@@ -243,19 +243,19 @@ class Simulation:
         Raises:
             ValueError: if the task has no module.
         """
-        if self._made.module is None:
+        if self._made.samples is None:
             raise ValueError(f"{NO_MODULE}; simulation.state.x holds the server's vector")
-        return trained(self._made.module, self.state.x)
+        return trained(self._made.samples.module, self.state.x)
 
     @property
     def history(self) -> History:
         """The rows so far, with their models."""
-        run, folder, module = self._run, self._folder, self._made.module
+        run, folder, samples = self._run, self._folder, self._made.samples
         models = {}
-        if module is not None:
-            models["model"] = partial(trained, module, run.state.x)
-        if module is not None and run.best is not None and run.best.x is not None:
-            models["best_model"] = partial(trained, module, run.best.x)
+        if samples is not None:
+            models["model"] = partial(trained, samples.module, run.state.x)
+        if samples is not None and run.best is not None and run.best.x is not None:
+            models["best_model"] = partial(trained, samples.module, run.best.x)
         if folder is None:
             return History(list(self._rows), dict(self._made.resolved), None, models)
         return replace(History.load(folder), models=models)

@@ -22,15 +22,15 @@ from torch import Tensor
 from fedsim.clients.local_training import LocalTraining, Reply
 from fedsim.cohort import Cohort
 from fedsim.compose import Composition, compose
+from fedsim.compose.problems import task_of
 from fedsim.config import ConfigError
-from fedsim.engine import build_engine
+from fedsim.engine import Plan
 from fedsim.engine.native import suits
 from fedsim.fleet import choose
 from fedsim.sim.executor import ClientError, Jobs, StackRunner
 from fedsim.sim.in_process import InProcess
 from fedsim.strategy import fields_of
 from fedsim.streams import server_rng
-from fedsim.tasks.supervised import SupervisedTask
 
 SECONDS = 0.5  # that one measured call should take
 REPEATS = 3
@@ -76,10 +76,10 @@ class Bench:
         self.experiment = composition.experiment
         task, strategy = self.experiment.task, self.experiment.strategy
         trained = fields_of(strategy, LocalTraining)
-        if not isinstance(task, SupervisedTask) or not trained:
-            raise ConfigError("fedsim tune: nothing to choose; only local steps on a supervised task use an engine")
+        if composition.samples is None or not trained:
+            raise ConfigError("fedsim tune: nothing to choose; only local steps on samples use an engine")
         (local,) = trained.values()
-        self.task, self.local = task, local
+        self.samples, self.local = composition.samples, local
         clients = torch.arange(len(task.num_examples))
         size = min(strategy.at_work(len(clients)), MAX_COHORT)
         ids = choose(clients, size, server_rng(self.experiment.seed, "server", 0))
@@ -89,7 +89,7 @@ class Bench:
         self.most = int(local.schedule.num_steps(task.num_examples[self.ids]).max())
         self.steps = 1
         self.precision = composition.resolved["runtime"]["precision"]
-        self.native = suits(task.module, task.sample_loss, self.experiment.device, self.precision)
+        self.native = suits(self.samples.module, self.samples.loss, self.experiment.device, self.precision)
 
     def settle(self, candidate: Candidate) -> None:
         """Choose K so that a call takes about `SECONDS`, from a call of one step."""
@@ -104,10 +104,9 @@ class Bench:
         Raises:
             ClientError: if the candidate can't train this model.
         """
-        experiment, task = self.experiment, self.task
-        made = task.module, task.layout, task.sample_loss, experiment.device, self.precision
-        engine = build_engine(candidate.engine, *made, native=candidate.native)
-        here = SupervisedTask(task.data, task.module, task.x0, engine, task.sample_loss)
+        experiment = self.experiment
+        plan = Plan(candidate.engine, candidate.stack, "", candidate.native)
+        here = task_of(self.samples, plan, self.precision, experiment.device)
         schedule = replace(self.local.schedule, epochs=None, steps=self.steps)
         runner = StackRunner(
             here, LocalWork(replace(self.local, schedule=schedule)), experiment.seed, experiment.device
@@ -130,7 +129,7 @@ class Bench:
     def _jobs(self) -> Jobs:
         r = len(self.ids)
         none = torch.zeros(r, dtype=torch.int64)
-        x = self.task.x0.to(self.experiment.device)
+        x = self.samples.x0.to(self.experiment.device)
         return Jobs("train", self.ids, none, [{"x": x}], none, weights=torch.full((r,), 1.0 / r))
 
 

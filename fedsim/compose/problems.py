@@ -60,11 +60,11 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
     )
 
 
-def task_of(problem: Task | Samples, plan: Plan, runtime: Runtime, device: torch.device) -> Task:
+def task_of(problem: Task | Samples, plan: Plan, precision: str, device: torch.device) -> Task:
     """The task, computed as planned."""
     if isinstance(problem, Task):
         return problem
-    made = problem.module, problem.layout, problem.loss, device, runtime.precision
+    made = problem.module, problem.layout, problem.loss, device, precision
     engine = build_engine(plan.engine, *made, native=plan.native)
     held = None if problem.held is None else problem.held.to(device)
     data, metrics = problem.data.to(device), problem.metrics

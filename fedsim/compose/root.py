@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fedsim.clients.local_training import LocalTraining
 from fedsim.compose.entries import KINDS
@@ -49,7 +48,6 @@ from fedsim.compose.work import (
     work_of,
 )
 from fedsim.config import OBJECT, ConfigError, at, decode, naming
-from fedsim.data.federated import FederatedData
 from fedsim.engine import Plan
 from fedsim.fleet import Cost
 from fedsim.loop import Experiment
@@ -79,8 +77,7 @@ class Composition:
         resolved: the file with every default, and with what `auto` chose.
         plan: {what: in words}.
         sinks: where rows go.
-        data, module: of a supervised task.
-        sizes: what the module was made for, by the names of its factory's parameters.
+        samples: what a task on samples is made of; None for a formula.
     """
 
     experiment: Experiment
@@ -89,9 +86,7 @@ class Composition:
     resolved: dict[str, Any]
     plan: dict[str, str]
     sinks: list[Sink]
-    data: FederatedData | None = None
-    module: nn.Module | None = None
-    sizes: Mapping[str, Any] | None = None
+    samples: Samples | None = None
 
     def close(self) -> None:
         """Stop the workers."""
@@ -141,7 +136,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     with at("runtime"):
         plan = plan_of(problem, work, file.runtime, device)
     with room_on_gpu("runtime.device: the data and the model have", "take a larger card, or runtime.device=cpu"):
-        task = task_of(problem, plan, file.runtime, device)
+        task = task_of(problem, plan, file.runtime.precision, device)
     check_local(file.strategy.name, strategy, task)
     check_prox(file.strategy.name, strategy, task)
     check_step(strategy, task)
@@ -181,10 +176,9 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
         words["absence"] = _absence(file, strategy, fleet, sent.size)
     words |= {"client rows": ROWS_LIE[kept], "workers": workers, "device": str(device)}
     samples = problem if isinstance(problem, Samples) else None
-    data, module, sizes = (samples.data, samples.module, samples.sizes) if samples else (None, None, None)
-    notes = {"data": " ".join(data.notes)} if data is not None and data.notes else {}
+    notes = {"data": " ".join(samples.data.notes)} if samples is not None and samples.data.notes else {}
     made = experiment, fleet.executor, fleet.memory, resolved, notes | words, json_lines_first(file.log.sinks)
-    return Composition(*made, data, module, sizes)
+    return Composition(*made, samples)
 
 
 def _absence(file: File, strategy: Strategy, fleet: SimFleet, size: int) -> str:

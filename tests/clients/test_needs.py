@@ -170,8 +170,8 @@ def test_a_run_from_a_file_equals_its_plain_twin(rule: type[Rule], scope: str, t
     history = fedsim.run(raw, out=tmp_path / "run", **{"runtime.stack": 3})
     composition = compose(raw, "x.yaml")
     composition.close()
-    data, module = composition.data, composition.module
-    assert data is not None and module is not None
+    assert composition.samples is not None
+    data, module = composition.samples.data, composition.samples.module
     rows = data.order.split(data.num_examples.tolist())
     twin = Twin(module, [data.inputs[r] for r in rows], [data.targets[r] for r in rows], BATCH)
     x0 = composition.experiment.task.init(0)

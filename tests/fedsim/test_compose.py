@@ -63,7 +63,7 @@ def test_an_empty_file_is_the_defaults() -> None:
     composition = made({})
     e = composition.experiment
     assert e.rounds == 100 and e.seed == 0 and type(e.strategy).__name__ == "FedAvg"
-    assert composition.data is not None and composition.data.num_clients == 100
+    assert composition.samples is not None and composition.samples.data.num_clients == 100
     assert isinstance(composition.sinks[0], JsonLines) and len(composition.sinks) == 1
     assert composition.resolved["local"] == {
         "epochs": None,
@@ -293,8 +293,8 @@ def test_a_natural_partition_has_as_many_clients_as_the_data_names() -> None:
         "partition": "natural",
     }
     composition = made(raw)
-    assert composition.data is not None
-    assert composition.resolved["clients"]["count"] == composition.data.num_clients > 1
+    assert composition.samples is not None
+    assert composition.resolved["clients"]["count"] == composition.samples.data.num_clients > 1
     with pytest.raises(ConfigError, match="clients.count=5, but the data has .* natural clients; leave it out"):
         made({**raw, "clients": {"count": 5}})
 

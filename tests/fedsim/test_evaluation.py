@@ -42,8 +42,8 @@ def test_own_models_are_scored_one_by_one_on_what_their_clients_hold_out() -> No
     composition = compose(config(), "config")
     e = composition.experiment
     state, rows, _ = train(e)
-    module, layout, held = composition.module, e.task.layout, e.task.held  # type: ignore[attr-defined]
-    assert module is not None
+    assert composition.samples is not None
+    module, layout, held = composition.samples.module, e.task.layout, e.task.held  # type: ignore[attr-defined]
     body, kept = layout.views(state.x), e.fleet.memory.of(torch.arange(6))  # type: ignore[attr-defined]
     loss, hits, each = 0.0, 0.0, []
     for i, (a, b) in enumerate(zip(held.offsets[:-1].tolist(), held.offsets[1:].tolist(), strict=True)):

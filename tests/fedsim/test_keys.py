@@ -108,7 +108,7 @@ def test_init_writes_a_file_that_runs(tmp_path: Path) -> None:
 def test_a_first_file_of_every_data_set_that_needs_no_download_is_accepted(dataset: str) -> None:
     composition = compose(apply_overrides(starter("fedavg", dataset), {}, "x"), "x")
     composition.close()
-    assert composition.resolved["task"]["dataset"]["name"] == dataset and composition.data.num_clients > 1
+    assert composition.resolved["task"]["dataset"]["name"] == dataset and composition.samples.data.num_clients > 1
 
 
 def test_a_first_file_takes_what_suits_the_data() -> None:

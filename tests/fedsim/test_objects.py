@@ -175,7 +175,8 @@ def test_another_data_set_or_module_of_the_same_class_is_not_gone_on_with(tmp_pa
 def test_whatever_a_run_reads_of_its_data_or_formula_tells_it_from_another() -> None:
     composition = compose(NAMED, "x")
     composition.close()
-    data, net = composition.data, Net((4,), 3)
+    assert composition.samples is not None
+    data, net = composition.samples.data, Net((4,), 3)
     offsets = data.offsets.clone()
     offsets[1] += 1  # a row of the second client is the first one's
     changes: list[dict[str, Any]] = [

@@ -33,14 +33,14 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tuning.build_engine
+    real = tuning.task_of
 
-    def build(name: str, *args: Any, **more: Any) -> Any:
-        if name == "compiled":
+    def made(samples: Any, plan: Any, *more: Any) -> Any:
+        if plan.engine == "compiled":
             raise RuntimeError("no compiler here\nand more about it")
-        return real(name, *args, **more)
+        return real(samples, plan, *more)
 
-    monkeypatch.setattr(tuning, "build_engine", build)
+    monkeypatch.setattr(tuning, "task_of", made)
 
 
 def test_candidates_are_the_rules_choice_the_loop_and_every_width_up_to_the_cohort() -> None:
