@@ -138,7 +138,7 @@ class Play:
         self._family()
         self._process.join(SECONDS)
         assert self._process.exitcode == 0, (self._process.exitcode, self.said.read_text())
-        left = psutil.wait_procs(self._seen, timeout=30)[1]
+        left = [p for p in psutil.wait_procs(self._seen, timeout=30)[1] if _runs(p)]
         assert not left, left
 
     def stop(self) -> None:
@@ -154,6 +154,14 @@ class Play:
             family = []
         self._seen += [p for p in family if p not in self._seen]
         return family
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it is more than an entry that nobody has collected, which in a container may stay."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _command(process: psutil.Process) -> str:
