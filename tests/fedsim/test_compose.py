@@ -93,9 +93,9 @@ def test_the_plan_says_whether_values_were_scaled(tmp_path: Path) -> None:
     as_they_are, scaled = (
         made({**BLOBS, "task": {**BLOBS["task"], "dataset": {**files, "images": images}}}) for images in (False, True)
     )
-    assert as_they_are.data is not None and float(as_they_are.data.inputs.min()) == 255
+    assert as_they_are.samples is not None and float(as_they_are.samples.data.inputs.min()) == 255
     assert "taken as they are" in as_they_are.plan["data"]
-    assert scaled.data is not None and float(scaled.data.inputs.max()) == 1
+    assert scaled.samples is not None and float(scaled.samples.data.inputs.max()) == 1
     assert scaled.plan["data"] == "Pixels were divided by 255."
     assert "divided by 16" in made({}).plan["data"] and "data" not in made(BLOBS).plan
 

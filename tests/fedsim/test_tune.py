@@ -113,11 +113,11 @@ def test_measuring_trains_the_first_cohort_as_the_run_would() -> None:
     assert bench.most == 3 * int((drawn.max() + 4) // 5)
     bench.settle(Candidate("stacked", 4, 1))
     assert 1 <= bench.steps <= bench.most
-    before = bench.task.x0.clone()
+    before = bench.samples.x0.clone()
     assert bench.rate(Candidate("loop", 1, 1)) > 0
-    assert torch.equal(bench.task.x0, before)
+    assert torch.equal(bench.samples.x0, before)
 
 
 def test_a_run_without_engines_has_nothing_to_tune() -> None:
-    with pytest.raises(ConfigError, match="nothing to choose; only local steps on a supervised task"):
+    with pytest.raises(ConfigError, match="nothing to choose; only local steps on samples"):
         list(tune({"task": "quadratic"}, "x"))
