@@ -342,9 +342,8 @@ class DrivenFleet(Fleet, Protocol):
     @property
     def ledger(self) -> Traffic: ...
 
-    @property
-    def refusals(self) -> Tensor:
-        """[N] how many replies of each client were not fit to be used."""
+    def devices(self) -> Mapping[str, Tensor]:
+        """{what: [N]} that is known of each client's device; empty in a simulation."""
         ...
 
     def evaluate(self, ids: Tensor, work: Work, **broadcast: Any) -> Mapping[str, Tensor]:

@@ -187,14 +187,13 @@ def write_results(folder: Path, composition: Composition, x: Tensor, history: Hi
     experiment = composition.experiment
     _write_model(folder / MODEL_FILE, composition, x)
     _write_timeline(folder, experiment.fleet)
+    _write_rows(folder / "devices.jsonl", experiment.fleet.devices())
     _write_pictures(folder, experiment.task.pictures(x))
     if experiment.evaluate.per_client and composition.samples is not None:
         _write_clients(folder, experiment, x)
     more: dict[str, Any] = {}
     if (best := best_row(history.rows, "test_accuracy")) is not None:
         more["best_test_accuracy"] = best["test_accuracy"]
-    if refused := {str(i): n for i, n in enumerate(experiment.fleet.refusals.tolist()) if n}:
-        more["refused"] = refused  # replies of devices, by client
     write_summary(folder, history, why, **more)
 
 
@@ -265,11 +264,15 @@ def _write_clients(folder: Path, experiment: Experiment, x: torch.Tensor) -> Non
     if task.holds_out:
         own = experiment.evaluate.own_scores(experiment.strategy, experiment.fleet, x)
         values |= {"held_out": own.pop("examples").long(), **own}
-    counts = task.num_examples.tolist()
-    columns = {k: v.tolist() for k, v in values.items()}
-    lines = [
-        encode_row({"client": i, "num_examples": n, **{k: v[i] for k, v in columns.items()}})
-        for i, n in enumerate(counts)
-        if n > 0
-    ]
-    write_whole(folder / "clients.jsonl", "\n".join(lines) + "\n")
+    trained = (task.num_examples > 0).nonzero()[:, 0]
+    _write_rows(folder / "clients.jsonl", {"num_examples": task.num_examples, **values}, trained)
+
+
+def _write_rows(path: Path, columns: Mapping[str, Tensor], clients: Tensor | None = None) -> None:
+    """A line for each of some clients (all by default) of columns {name: [N]}; no file without columns."""
+    if not columns:
+        return
+    ids = torch.arange(len(next(iter(columns.values())))) if clients is None else clients
+    rows = {name: column[ids].tolist() for name, column in columns.items()}
+    lines = [encode_row({"client": i, **{k: v[row] for k, v in rows.items()}}) for row, i in enumerate(ids.tolist())]
+    write_whole(path, "\n".join(lines) + "\n")

@@ -80,10 +80,9 @@ class FlowerFleet(Account):
         """Jobs in flight."""
         return len(self.mail.flights) + len(self.mail.landed)
 
-    @property
-    def refusals(self) -> Tensor:
-        """[N] how many replies of each client did not pass the door."""
-        return self.mail.refusals
+    def devices(self) -> Mapping[str, Tensor]:
+        """{what: [N]} of each client's device."""
+        return self.mail.devices.columns()
 
     # The server half's side -------------------------------------------------------------------------------------
 
@@ -159,7 +158,7 @@ class FlowerFleet(Account):
 
     def job_times(self, cost: Cost, samples: int, messages: Tensor | None = None, **broadcast: Any) -> Times:
         """The mean of what jobs took so far, NaN for clients that have done none."""
-        mean = self.mail.took[0] / self.mail.took[1]
+        mean = self.mail.devices.mean_seconds
         return Times(mean, torch.zeros_like(mean))
 
     # The loop's side --------------------------------------------------------------------------------------------
@@ -188,8 +187,7 @@ class FlowerFleet(Account):
             "now": self.now,
             "versions": self.mail.save(),
             "run": self.mail.run,
-            "took": self.mail.took,
-            "refusals": self.mail.refusals,
+            "devices": self.mail.devices.state(),
             "open": self.mail.open_jobs(),
         }
 
@@ -203,7 +201,7 @@ class FlowerFleet(Account):
         mail.start = mail.clock.now() - state["now"]
         mail.run = state["run"]
         mail.versions, mail.saved = state["versions"].clone(), state["versions"]
-        mail.took, mail.refusals = state["took"], state["refusals"]
+        mail.devices.load(state["devices"])
         if self._copies is not None:
             self._copies.forget()
         self._busy[:] = False

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
+from fedsim.flower.devices import Devices
 from fedsim.flower.door import Door, Form, Forms, NotFinite, Refused, question
 from fedsim.flower.nodes import GONE, Nodes, push, reason
 from fedsim.graph import Inbox
@@ -100,8 +101,7 @@ class Mail:
         run: the number of this run, by which devices keep what they remember.
         versions: [N] how often each client has written its memory.
         saved: [N] the same in the last checkpoint.
-        took: [2, N] float64: seconds of all jobs of each client, and how many these were.
-        refusals: [N] how many replies of each client did not pass.
+        devices: what is known of each.
     """
 
     grid: Grid
@@ -122,8 +122,7 @@ class Mail:
     def __post_init__(self) -> None:
         n = len(self.nodes.node_ids)
         self.versions, self.saved = torch.zeros(2, n, dtype=torch.int64)
-        self.took = torch.zeros(2, n, dtype=torch.float64)
-        self.refusals = torch.zeros(n, dtype=torch.int64)
+        self.devices = Devices(n)
         self.start = self.clock.now()
 
     @property
@@ -299,7 +298,8 @@ class Mail:
             raise ClientError(what)
         if not self.needs_all:
             self._warn(f"{what}; going on without")
-        self.ended += [Ended(flight, "dropped", what) for flight, _ in missing]
+        for flight, _ in missing:
+            self._end(flight, "dropped", what)
         self.flights.clear()
 
     def _land(self, flight: Flight, sent: Sent, content: RecordDict) -> None:
@@ -311,7 +311,7 @@ class Mail:
         fields = {k: v.to(self.device) for k, v in opened.results.fields.items()}
         results = replace(opened.results, fields=fields)
         self.landed[client] = Landed(flight, self.now, sent, results, opened.form, before)
-        self.took[:, client] += torch.tensor([self.now - flight.started, 1.0], dtype=torch.float64)
+        self.devices.replied(client, self.now - flight.started, results.metrics)
 
     def _lose(self, flight: Flight, sent: Sent, message: Message) -> None:
         """Note a job that was answered with an error."""
@@ -319,7 +319,11 @@ class Mail:
         gone = message.error.code in GONE
         if not gone:
             self._warn(what)
-        self.ended.append(Ended(flight, "dropped" if gone else "failed", what))
+        self._end(flight, "dropped" if gone else "failed", what)
+
+    def _end(self, flight: Flight, how: Literal["dropped", "failed"], what: str) -> None:
+        self.devices.count(flight.client, how)
+        self.ended.append(Ended(flight, how, what))
 
     def _refuse(self, flight: Flight, sent: Sent, why: Refused) -> None:
         """Note a job whose reply did not pass."""
@@ -331,8 +335,7 @@ class Mail:
         return f"{self._who(client, sent)}: {reason(message)}"
 
     def _refused(self, client: int, sent: Sent, why: Refused) -> str:
-        self.refusals[client] += 1
-        count = int(self.refusals[client])
+        count = self.devices.count(client, "refused")
         return f"{self._who(client, sent)}: its reply is refused, {why} ({count} of its replies so far)"
 
     def _who(self, client: int, sent: Sent) -> str:

@@ -1,7 +1,7 @@
 """`report.html` of one run: what it reached, over rounds, virtual time and bits, for whom, and how to get it again.
 
 The page is made from the run's folder alone: metrics.jsonl, and as far as they are there config.yaml, env.json,
-clients.jsonl, split.npz, topology.npz, pictures.npz and timeline.jsonl. What is missing is left out.
+clients.jsonl, devices.jsonl, split.npz, topology.npz, pictures.npz and timeline.jsonl. What is missing is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fedsim.history import History, heading, show
 from fedsim.metrics import small_is_good
 from fedsim.report.clients import spread_section
 from fedsim.report.curves import over_each_axis
+from fedsim.report.devices import devices_section
 from fedsim.report.draw import Curve, line_panel, look
 from fedsim.report.files import reading
 from fedsim.report.page import Key, Page, Picture, Section, Table, Tile, shortened
@@ -67,6 +68,7 @@ def write_report(run_dir: str | Path) -> Path:
         topology_section(folder),
         timing_section(history, folder),
         absence_section(history),
+        devices_section(folder),
         Section(
             title="Spread of the honest clients",
             text=spread,

@@ -61,10 +61,9 @@ class Account:
 
     state_classes: ClassVar[dict[str, type]] = {"Sent": Sent, "Ledger": Ledger, "Copy": Copy}
 
-    @property
-    def refusals(self) -> Tensor:
-        """[N] how many replies of each client were not fit to be used: none of those that fedsim itself computed."""
-        return torch.zeros_like(self.job_counts)
+    def devices(self) -> Mapping[str, Tensor]:
+        """{what: [N]} of each client's device; nothing of those that are only simulated."""
+        return {}
 
     def end_round(self) -> Metrics:
         """What clients logged and how many replied since the last call; the next round begins."""

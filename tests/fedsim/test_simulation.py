@@ -97,10 +97,12 @@ def test_the_model_says_what_the_run_measured() -> None:
     history = fedsim.run(CONFIG)
     made = compose(CONFIG, "x")
     made.close()
-    assert made.data is not None
+    assert made.samples is not None
     with torch.no_grad():
-        guessed = history.model(made.data.test_inputs).argmax(1)
-    assert float((guessed == made.data.test_targets).double().mean()) == pytest.approx(history.last("test_accuracy"))
+        guessed = history.model(made.samples.data.test_inputs).argmax(1)
+    assert float((guessed == made.samples.data.test_targets).double().mean()) == pytest.approx(
+        history.last("test_accuracy")
+    )
 
 
 def test_a_run_left_early_is_complete_and_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
@@ -386,10 +388,10 @@ def test_models_come_back_from_a_folder(tmp_path: Path) -> None:
         assert all(torch.equal(first.state_dict()[k], v) for k, v in second.state_dict().items())
     made = compose(CONFIG, "x")
     made.close()
-    assert made.data is not None
+    assert made.samples is not None
     with torch.no_grad():
-        guessed = there.best_model(made.data.test_inputs).argmax(1)
-    assert float((guessed == made.data.test_targets).double().mean()) == pytest.approx(max(accuracy))
+        guessed = there.best_model(made.samples.data.test_inputs).argmax(1)
+    assert float((guessed == made.samples.data.test_targets).double().mean()) == pytest.approx(max(accuracy))
 
 
 def test_what_has_no_model_says_so(tmp_path: Path) -> None:

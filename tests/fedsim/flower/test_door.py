@@ -28,6 +28,7 @@ from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail
 from fedsim.flower.nodes import connect
 from fedsim.overrides import apply_overrides
+from fedsim.report.devices import devices_section
 from fedsim.sim.executor import ClientError, StackRunner
 from fedsim.sim.links import Uplink
 from tests.build import quadratic, train
@@ -135,7 +136,7 @@ def test_a_lie_costs_its_reply_names_its_device_and_is_counted(name: str) -> Non
     ):
         r = fleet.ask(ALL, HALVES.update, x=X)
     assert r.ids.tolist() == [0, 1, 3] and torch.equal(r["delta"], X + torch.tensor([[0.0], [1.0], [3.0]]))
-    assert fleet.refusals.tolist() == [0, 0, 1, 0]
+    assert fleet.devices()["refused"].tolist() == [0, 0, 1, 0]
     row = fleet.end_round().values()
     assert row == {"train_loss": pytest.approx(6 / 8), "num_clients": 3, "num_refused": 1}
     grid.lies = {}
@@ -256,7 +257,7 @@ def test_a_client_without_samples_may_say_that_it_has_no_loss() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:client 2")
-def test_a_run_with_a_liar_is_the_run_without_it_and_its_summary_says_who_that_was(tmp_path: Path) -> None:
+def test_a_run_with_a_liar_is_the_run_without_it_and_its_folder_says_who_that_was(tmp_path: Path) -> None:
     raw = {**experiment("fedavg, by samples"), "strategy": {"name": "fedavg"}}
     clock = VirtualClock()
     grid = HostileGrid(apps.client_app(raw), N, clock=clock)
@@ -270,7 +271,13 @@ def test_a_run_with_a_liar_is_the_run_without_it_and_its_summary_says_who_that_w
     composition.close()
     assert [row["x"] for row in got] == [row["x"] for row in without]
     assert [(row["round"], row["num_refused"], "mine" in row) for row in got] == [(k, 1, False) for k in (1, 2, 3, 4)]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["refused"] == {str(LIAR): 4}
+    devices = [json.loads(line) for line in (tmp_path / "run" / "devices.jsonl").read_text().splitlines()]
+    assert [(d["client"], d["replied"], d["refused"]) for d in devices] == [
+        (i, 0 if i == LIAR else 4, 4 if i == LIAR else 0) for i in range(N)
+    ]
+    section = devices_section(tmp_path / "run")
+    assert section is not None and section.table is not None
+    assert section.table.rows[0][0] == str(LIAR), "whose jobs were lost stands first"
 
 
 def test_a_limit_of_samples_is_a_setting_of_the_run() -> None:

@@ -370,6 +370,11 @@ def test_what_jobs_took_is_measured() -> None:
     assert tau.shape == (NUM,)
     assert tau[[0, 2]].tolist() == pytest.approx([1.0, 3.0], abs=0.11)
     assert bool(torch.isnan(tau[[1, 3]]).all())
+    known, again = fleet.devices(), build(lambda i: 1.0)[0]
+    assert known["replied"].tolist() == [1, 0, 1, 0] and known["dropped"].tolist() == [0] * NUM
+    assert torch.equal(known["mean_seconds"].isnan(), tau.isnan())
+    again.load(fleet.state())
+    assert all(torch.equal(v.nan_to_num(-1), known[k].nan_to_num(-1)) for k, v in again.devices().items())
 
 
 def test_a_restored_fleet_sends_open_jobs_again_with_their_numbers() -> None:
