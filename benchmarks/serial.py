@@ -4,10 +4,10 @@
 
 W1 and W2 are those of benchmarks.rounds; scaffold_m is SCAFFOLD with momentum on W1. All are composed from a config, in
 process (as many threads as workers) and on Ray, and their rounds take turns. Of processor time, which other work on the
-machine moves less than the clock, it shows medians a round: t, what the process itself takes, and s, what the driver
-takes on Ray, where workers do the rest; and the same of an evaluation after the first. Of the clock it shows the best
-round on Ray over the best in process. W workers then reach at most (t + s) / (t / min(W, 64) + s) times the speed of
-one, for a call has 64 groups of stacks at most: an upper bound, since it leaves out what travels meanwhile.
+machine moves less than the clock, it shows medians a round: t, what the process itself takes, and s, what the run and
+Ray's driver take on Ray, where workers do the rest; and the same of an evaluation after the first. Of the clock it
+shows the best round on Ray over the best in process. W workers then reach at most (t + s) / (t / min(W, 64) + s) times
+the speed of one, for a call has 64 groups of stacks at most: an upper bound, as it leaves out what travels meanwhile.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+import psutil
 
 from benchmarks.rounds import WORKLOADS, machine
 from fedsim.compose import compose
@@ -46,10 +48,15 @@ def config(case: str, executor: str, workers: int) -> dict[str, Any]:
 
 
 def measured(call: Callable[[], object]) -> tuple[float, float]:
-    """(milliseconds of the clock, of this process's processor time)."""
-    clock, spent = time.perf_counter(), time.process_time()
+    """(milliseconds of the clock, of the processor's time)."""
+    clock, before = time.perf_counter(), spent()
     call()
-    return 1e3 * (time.perf_counter() - clock), 1e3 * (time.process_time() - spent)
+    return 1e3 * (time.perf_counter() - clock), 1e3 * (spent() - before)
+
+
+def spent() -> float:
+    """Seconds of processor time of this process and of the one that drives Ray for it, without those below that."""
+    return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children())
 
 
 def row(case: str, rounds: int, workers: int) -> list[str]:

@@ -97,7 +97,10 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """The server's own sums run on as many intra-op threads as a worker's, so that no number of cores shows in them."""
+    """The server's own sums run on as many intra-op threads as a worker's, so that no number of cores shows in them.
+
+    Threads beyond these, once woken, would spin for milliseconds beside the workers.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -228,7 +231,8 @@ class Run:
         if self.ended is not None:
             raise ValueError(f"round {number}: the run has ended, {self.ended}")
         try:
-            row, due, reason = self._played()
+            with _threads(e.threads):
+                row, due, reason = self._played()
         except BaseException:
             self.broken, self.ended = True, f"round {number} broke off"
             raise
@@ -248,7 +252,7 @@ class Run:
     def _played(self) -> tuple[dict[str, Any], bool, str | None]:
         """A round up to its row in the sinks: (the row, whether an evaluation was due, why the run ends with it)."""
         e = self.experiment
-        with _threads(e.threads), room_on_gpu(f"round {self.round + 1} has", SMALLER):
+        with room_on_gpu(f"round {self.round + 1} has", SMALLER):
             row = self._round()
             if due := self.round % e.evaluate.every == 0 or self.round == e.rounds:
                 row |= self.evaluation()
