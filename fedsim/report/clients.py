@@ -47,7 +47,7 @@ def _by_round(history: History, whose: str, what: str) -> Picture | None:
     worst_rounds, worst = history.series(f"{whose}_{what}_worst_decile")
     if len(worst_rounds):
         curves.append(Curve(x=worst_rounds, y=worst.astype(float), colour="c2"))
-    title = TITLES[whose].format(what)
+    title = TITLES[whose].format(what.replace("_", " "))
     alt = f"{title}: mean, standard deviation and worst tenth"
     svg = line_panel(curves, x_label="round", alt=alt, percent="accuracy" in what)
     return Picture(title=title, svg=svg)
