@@ -97,10 +97,7 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """The server's own sums run on as many intra-op threads as a worker's, so that no number of cores shows in them.
-
-    Threads beyond these, once woken, would spin for milliseconds beside the workers.
-    """
+    """A round has as many intra-op threads as a worker: no number of cores shows, and none spins beside workers."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
