@@ -93,8 +93,10 @@ def raylet_of(worker: int) -> psutil.Process:
 
 
 def children() -> list[psutil.Process]:
-    """What this process has started, and they."""
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    """The processes that drive Ray for this one, and what they have started."""
+    drivers = [p for p in psutil.Process().children() if ray_process.MAIN in p.cmdline()]
+    family = [one for p in drivers for one in (p, *p.children(recursive=True))]
+    return [p for p in family if p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_raylet_killed_in_mid_call_changes_no_bit(
