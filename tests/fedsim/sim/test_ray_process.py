@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ def test_pieces_of_the_tasks_own_work_come_back_in_their_order(process: RayProce
         assert torch.equal(a["loss"], b["loss"])
     with pytest.raises(ValueError, match="Pool.map: workers elsewhere only know methods of the run's own task"):
         process.map(len, [[]])
+    with pytest.raises(ValueError, match="poisons labels, which this task does not have"):
+        process.map(process.runner.task.poison, [torch.tensor([0])], attack=None)
 
 
 def raylet_of(worker: int) -> psutil.Process:
@@ -125,8 +127,10 @@ def test_a_run_that_is_lost_again_and_again_or_stopped_at_once_leaves_nothing(
         process.run(some_jobs())
     killer.join(10)
     assert not children()
+    here = threading.main_thread().ident
+    assert here is not None
     monkeypatch.setattr(ray_process, "CLOSE_SECONDS", 1e6)  # nobody waits for a call that nobody wants any more
-    killer = once_marked(arm(folder), lambda worker: _thread.interrupt_main())
+    killer = once_marked(arm(folder), lambda worker: signal.pthread_kill(here, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         process.run(some_jobs())
     killer.join(10)
