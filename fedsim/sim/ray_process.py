@@ -110,6 +110,8 @@ class RayProcess(Executor):
                     raise Lost(f"{lost}, {ATTEMPTS} times in a row") from error
                 _log.warning("%s; it starts again, and the call with it", lost)
             except ValueError as error:
+                if self._driver is not None:  # it has started, and this is what the call raised
+                    raise
                 raise Lost(f"{what}: Ray was lost and does not start again: {error}") from error
         raise AssertionError("the last attempt returns or raises")
 
