@@ -1,6 +1,7 @@
 """A run's folder: whether it holds one, who may write there, and what is left in it: config.yaml (resolved, with
 versions), env.json, metrics.jsonl, summary.json, model.safetensors, model.best.safetensors, clients.jsonl,
-timeline.jsonl, split.npz, topology.npz (of peers), pictures.npz (of the model), checkpoints/ and report.html.
+devices.jsonl (of a deployment), timeline.jsonl, split.npz, topology.npz (of peers), pictures.npz (of the model),
+checkpoints/ and report.html.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fedsim.topology import overview
 SUMMARY_FILE = "summary.json"
 FILES = (
     *("config.yaml", "env.json", "split.npz", "topology.npz", "metrics.jsonl", SUMMARY_FILE, MODEL_FILE, BEST_FILE),
-    *("clients.jsonl", "timeline.jsonl", "pictures.npz", "report.html"),
+    *("clients.jsonl", "devices.jsonl", "timeline.jsonl", "pictures.npz", "report.html"),
 )
 PACKAGES = ("torch", "numpy", "ray", "flwr", "safetensors")
 MAX_CLIENTS_LISTED = 100_000

@@ -130,7 +130,10 @@ class Session(Protocol):
     """
 
     def gradient(self, batch: Any, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(gradient or operator [C, P], loss [C]) at the present x; batches are in the task's own form."""
+        """(gradient or operator [C, P], loss [C]) at the present x; batches are in the task's own form.
+
+        The gradient is the caller's to write to; it lies in `out` [C, P] if that is given.
+        """
 
     def sgd_step_(
         self,

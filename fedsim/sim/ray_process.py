@@ -83,7 +83,7 @@ class RayProcess(Executor):
 
         Raises:
             ClientError: a client half raised; its own exception is the cause.
-            Lost: Ray was lost, or did not start again, `ATTEMPTS` times in a row.
+            Lost: Ray was lost `ATTEMPTS` times in a row, or does not start again.
         """
         results: Results = self._call(f"round {jobs.round + 1}", "run", jobs)
         return results
@@ -101,27 +101,19 @@ class RayProcess(Executor):
     def _call(self, what: str, method: str, *args: Any) -> Any:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self._driven().ask((method, args, self.stacks))
+                self._driver = self._driver or _Driver(self.runner, self._options)
+                return self._driver.ask((method, args, self.stacks))
             except Lost as error:
                 self.close()
                 lost = f"{what}: Ray was lost ({error})"
                 if attempt == ATTEMPTS:
                     raise Lost(f"{lost}, {ATTEMPTS} times in a row") from error
                 _log.warning("%s; it starts again, and the call with it", lost)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _driven(self) -> _Driver:
-        """Ray's process, another one if the last was lost.
-
-        Raises:
-            Lost: if it does not start again; what a call raises is no such thing, a ValueError included.
-        """
-        if self._driver is None:
-            try:
-                self._driver = _Driver(self.runner, self._options)
             except ValueError as error:
-                raise Lost(f"it does not start again: {error}") from error
-        return self._driver
+                if self._driver is not None:  # it has started, and this is what the call raised
+                    raise
+                raise Lost(f"{what}: Ray was lost and does not start again: {error}") from error
+        raise AssertionError("the last attempt returns or raises")
 
     def close(self) -> None:
         """Stop Ray, and its process."""

@@ -36,17 +36,17 @@ RAY = {
 
 @dataclass(frozen=True)
 class Kill:
-    """One SIGKILL.
+    """One SIGKILL in a run on Ray.
 
     Args:
         victim: "driver", or a key of `RAY`.
-        at: rounds that are done by then (with Ray), or the share of an undisturbed run's time (in process).
-        delay: seconds later (with Ray).
+        at: rounds that are done by then.
+        delay: seconds later.
     """
 
     victim: str
-    at: float
-    delay: float = 0.0
+    at: int
+    delay: float
 
 
 def generator(*place: int) -> Generator:

@@ -63,7 +63,7 @@ def test_a_run_on_ray_that_loses_whatever_it_uses_gives_the_same_bits(case: int,
     told = []
     try:
         for kill in kills_on_ray(case):
-            play.until(int(kill.at))
+            play.until(kill.at)
             time.sleep(kill.delay)
             before = play.rounds()
             while play.running and not play.kill(kill.victim, rng):

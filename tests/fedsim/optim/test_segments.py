@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fedsim.optim import segments
 from fedsim.optim.segments import Segments
 from fedsim.params import Layout
 
@@ -33,6 +34,20 @@ def test_rows_group_back_into_tensors() -> None:
         (2, 1, 70),
         (2, 2, 5000),
     ]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_columns_agree_with_plain_slices_in_either_form(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_many_launches_hurt", lambda p: on_gpu)
+    p = torch.randn(3, LAYOUT.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seg = Segments.of(LAYOUT)
+    tensors = [q.unflatten(1, shape) for q, shape in zip(p.split(list(seg.sizes), 1), seg.shapes, strict=True)]
+    sums = [q.sum(1, keepdim=True) for q in tensors]
+    per_column = torch.cat([q.flatten(1) for q in sums], 1)
+    assert torch.allclose(seg.column_sums(p), per_column, rtol=0, atol=1e-12)
+    at_each = torch.cat([total.expand_as(q).flatten(1) for total, q in zip(sums, tensors, strict=True)], 1)
+    assert torch.equal(seg.expand_columns(per_column), at_each)
+    assert seg.column_heights(p).tolist() == [[3.0] * 50 + [1.0] + [4.0] * 27 + [1.0] * 70 + [2.0] * 5000]
 
 
 @pytest.mark.parametrize("form", ["_loop", "_blocked"])

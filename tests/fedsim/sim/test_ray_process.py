@@ -143,3 +143,32 @@ def test_a_run_that_is_lost_again_and_again_or_stopped_at_once_leaves_nothing(
 def test_a_mistake_is_refused_as_in_the_process_itself() -> None:
     with pytest.raises(ValueError, match="runtime.collectives: nccl needs a GPU for every worker"):
         RayProcess(runner(), width=1, collectives="nccl")
+
+
+class Driver:
+    """One that raises what a class attribute says, when it starts or when it is asked."""
+
+    num_workers = 1
+    start: Exception | None = None
+    answer: Exception = ValueError("the task's own")
+
+    def __init__(self, *_: Any) -> None:
+        if self.start is not None:
+            raise self.start
+
+    def ask(self, question: Any) -> Any:
+        raise self.answer
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_value_error_of_the_call_is_told_from_one_of_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_process, "_Driver", Driver)
+    process = RayProcess(runner(), width=1)
+    with pytest.raises(ValueError, match="^the task's own$"):
+        process.run(some_jobs())
+    monkeypatch.setattr(Driver, "answer", Lost("it ended"))
+    monkeypatch.setattr(Driver, "start", ValueError("no cluster"))
+    with pytest.raises(Lost, match="^round 5: Ray was lost and does not start again: no cluster$"):
+        process.run(some_jobs())
