@@ -88,11 +88,11 @@ class Group:
     rates: tuple[float, ...]
     wanted: Mapping[str, Wanted]
 
-    def search(self, runs: Path, quick: bool) -> Measures:
-        """{method: its best step's runs}."""
+    def sweep(self, runs: Path, quick: bool) -> Sweep:
+        """The grid: every method, every step, one seed."""
         rates = ",".join(map(str, self.rates[1:3] if quick else self.rates))
         common = f"rounds={20 if quick else ROUNDS}", f"{self.rate}={rates}"
-        plan = Sweep(
+        return Sweep(
             config=self.config,
             space=parse_space([*self.texts, *common], "strategy.name", str(self.config)),
             folder=runs / self.folder,
@@ -100,7 +100,10 @@ class Group:
             target="bits_up",
             minimise=True,
         )
-        return search(plan, self.wanted, SEEDS[:2] if quick else SEEDS, self.rate).measured
+
+    def search(self, runs: Path, quick: bool) -> Measures:
+        """{method: its best step's runs}."""
+        return search(self.sweep(runs, quick), self.wanted, SEEDS[:2] if quick else SEEDS, self.rate).measured
 
 
 @dataclass(frozen=True, eq=False)

@@ -231,6 +231,17 @@ def test_bits_to_a_saddle_point_are_compared_where_it_was_reached() -> None:
     assert "| extragradient, Rand-10% | 0.1 | 7 | 9.0000 ± 0.0000 | 0.5000 ± 0.0000 | 0 of 3 |" in text
 
 
+@pytest.mark.parametrize("problem", masha.PROBLEMS, ids=lambda problem: problem.name)
+def test_every_method_on_saddle_points_has_the_steps_of_its_group(problem: masha.Problem) -> None:
+    titles = [title for group in problem.groups for title in group.wanted]
+    assert set(titles) <= set(masha.NAMES) and len(set(titles)) == len(titles) and masha.PROBE not in masha.SEEDS
+    for group in problem.groups:
+        methods = group.sweep(Path("runs"), quick=False).space.methods()
+        assert {m.name for m in methods} == {wanted.method for wanted in group.wanted.values()}
+        for method in methods:
+            assert [s.values[group.rate] for s in method.grid()] == list(group.rates)
+
+
 @pytest.mark.parametrize("group", compression.GROUPS, ids=[group.name for group in compression.GROUPS])
 def test_every_compressed_method_has_the_rates_of_its_group(group: compression.Group) -> None:
     methods = group.sweep(Path("runs"), quick=False).space.methods()
