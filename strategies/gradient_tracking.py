@@ -42,7 +42,7 @@ class GradientTracking(Peers):
         return {"h": x - self.rate(clients) * y, "y": y}
 
     def mix(self, clients: Cohort, inbox: Inbox) -> dict[str, Tensor]:
-        clients.memory["y"] = self.combine(inbox["y"], inbox.heard)
+        clients.memory["y"] = inbox.mix("y")
         return super().mix(clients, inbox)
 
     def combine(self, v: Tensor, heard: Graph) -> Tensor:

@@ -69,80 +69,84 @@ Measures = dict[str, Measured]
 
 
 @dataclass(frozen=True)
+class Group:
+    """Methods that are tried with the same steps.
+
+    Args:
+        folder: of its runs, in that of its problem.
+        config: of all of them.
+        texts: what else makes their grid.
+        rate: the key of the step.
+        rates: the steps.
+        wanted: {title: method, and what its step is chosen by}.
+    """
+
+    folder: str
+    config: Path
+    texts: tuple[str, ...]
+    rate: str
+    rates: tuple[float, ...]
+    wanted: Mapping[str, Wanted]
+
+    def sweep(self, runs: Path, quick: bool) -> Sweep:
+        """The grid: every method, every step, one seed."""
+        rates = ",".join(map(str, self.rates[1:3] if quick else self.rates))
+        common = f"rounds={20 if quick else ROUNDS}", f"{self.rate}={rates}"
+        return Sweep(
+            config=self.config,
+            space=parse_space([*self.texts, *common], "strategy.name", str(self.config)),
+            folder=runs / self.folder,
+            seeds=(PROBE,),
+            target="bits_up",
+            minimise=True,
+        )
+
+    def search(self, runs: Path, quick: bool) -> Measures:
+        """{method: its best step's runs}."""
+        return search(self.sweep(runs, quick), self.wanted, SEEDS[:2] if quick else SEEDS, self.rate).measured
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
+    """What methods are compared on."""
+
+    title: str
+    name: str
+    groups: tuple[Group, ...]
+
+    def search(self, runs: Path, quick: bool) -> Measures:
+        """{method: its best step's runs}."""
+        return {name: m for group in self.groups for name, m in group.search(runs / self.name, quick).items()}
+
+
+def by_bits(*names: str) -> dict[str, Wanted]:
+    """Methods that reach the target, by what they send until then."""
+    return {name: Wanted(name, "bits_up") for name in names}
+
+
+def bilinear(lam: float) -> Problem:
     """Bilinear saddle points of this strong monotonicity."""
-
-    lam: float
-
-    def __str__(self) -> str:
-        return f"lam = {self.lam:g}"
-
-    @property
-    def name(self) -> str:
-        return f"lam{self.lam:g}"
-
-    def search(self, runs: Path, quick: bool) -> Measures:
-        """{method: its best step's runs}."""
-
-        def found(name: str, texts: tuple[str, ...], rate: str, wanted: Mapping[str, Wanted]) -> Measures:
-            config, common = DESCENT_FILE if rate == RATE else OWN_FILE, (f"task.lam={self.lam}",)
-            return searched(config, (*texts, *common), rate, RATES, runs / self.name / name, wanted, quick)
-
-        names = ("extragradient", "optimistic_gradient", "masha1", "masha2")
-        out = found("own-step", OWN_STEP, "strategy.lr", {name: Wanted(name, "bits_up") for name in names})
-        if self.lam:
-            descent = {"fedavg": Wanted("fedavg", "distance"), "diana": Wanted("diana", "bits_up")}
-            return out | found("descent", DESCENT, RATE, descent)
-        failing = {"compressed": "extragradient", "compressed_optimistic": "optimistic_gradient"}
-        plain = {title: Wanted(name, "distance") for title, name in failing.items()}
-        return out | found("compressed", FAILING, "strategy.lr", plain)
-
-
-@dataclass(frozen=True)
-class Adversary:
-    """Robust logistic regression with so many devices, the stand-in for adversarial training."""
-
-    devices: int
-
-    def __str__(self) -> str:
-        return f"{self.devices} devices"
-
-    @property
-    def name(self) -> str:
-        return f"adversary{self.devices}"
-
-    def search(self, runs: Path, quick: bool) -> Measures:
-        """{method: its best step's runs}."""
-        wanted = {name: Wanted(name, "bits_up") for name in ("extragradient", "optimistic_gradient", "masha1")}
-        texts = (*ADVERSARY, f"clients.count={self.devices}")
-        return searched(OWN_FILE, texts, "strategy.lr", RATES[1:], runs / self.name, wanted, quick)
-
-
-def searched(
-    config: Path,
-    texts: tuple[str, ...],
-    rate: str,
-    rates: tuple[float, ...],
-    folder: Path,
-    wanted: Mapping[str, Wanted],
-    quick: bool,
-) -> Measures:
-    """{method: its best step's runs}."""
-    common = f"rounds={20 if quick else ROUNDS}", f"{rate}={','.join(map(str, rates[1:3] if quick else rates))}"
-    plan = Sweep(
-        config=config,
-        space=parse_space([*texts, *common], "strategy.name", str(config)),
-        folder=folder,
-        seeds=(PROBE,),
-        target="bits_up",
-        minimise=True,
+    here, names = (f"task.lam={lam}",), ("extragradient", "optimistic_gradient", "masha1", "masha2")
+    own = Group("own-step", OWN_FILE, (*OWN_STEP, *here), "strategy.lr", RATES, by_bits(*names))
+    descent = {"fedavg": Wanted("fedavg", "distance")} | by_bits("diana")
+    failing = {"compressed": "extragradient", "compressed_optimistic": "optimistic_gradient"}
+    away = {title: Wanted(name, "distance") for title, name in failing.items()}
+    other = (
+        Group("descent", DESCENT_FILE, (*DESCENT, *here), RATE, RATES, descent)
+        if lam
+        else Group("compressed", OWN_FILE, (*FAILING, *here), "strategy.lr", RATES, away)
     )
-    return search(plan, wanted, SEEDS[:2] if quick else SEEDS, rate).measured
+    return Problem(f"lam = {lam:g}", f"lam{lam:g}", (own, other))
 
 
-Either = Problem | Adversary
-FREE, STRONG, FEW, MANY = Problem(0.0), Problem(0.5), Adversary(10), Adversary(25)
-PROBLEMS: tuple[Either, ...] = (FREE, STRONG, FEW, MANY)
+def adversary(devices: int) -> Problem:
+    """Robust logistic regression with so many devices, the stand-in for adversarial training."""
+    texts, names = (*ADVERSARY, f"clients.count={devices}"), ("extragradient", "optimistic_gradient", "masha1")
+    group = Group("", OWN_FILE, texts, "strategy.lr", RATES[1:], by_bits(*names))
+    return Problem(f"{devices} devices", f"adversary{devices}", (group,))
+
+
+FREE, STRONG, FEW, MANY = PROBLEMS = (bilinear(0.0), bilinear(0.5), adversary(10), adversary(25))
 
 
 def distance(run: History) -> float:
@@ -158,7 +162,7 @@ def saved(run: History) -> float:
     return -megabits(run)
 
 
-def fewer_by(factor: float, better: str, than: str, problem: Either) -> Gains:
+def fewer_by(factor: float, better: str, than: str, problem: Problem) -> Gains:
     return gain(better, than, problem, lambda run: -factor * megabits(run), saved)
 
 
@@ -185,16 +189,16 @@ def reproduce(runs: Path, figures: Path, quick: bool) -> str:
     measured = {problem: problem.search(runs, quick) for problem in PROBLEMS}
     found: Found = {problem: {name: m.runs for name, m in methods.items()} for problem, methods in measured.items()}
     for problem, methods in found.items():
-        figure = Figure(title=str(problem), x="bits_up", y="distance", variants={}, log=True)
+        figure = Figure(title=problem.title, x="bits_up", y="distance", variants={}, log=True)
         draw(figure, {NAMES[name]: histories for name, histories in methods.items()}, picture(figures, problem))
     return "\n".join(page(measured, found, quick)) + "\n"
 
 
-def picture(figures: Path, problem: Either) -> Path:
+def picture(figures: Path, problem: Problem) -> Path:
     return figures / f"masha-{problem.name}.png"
 
 
-def page(measured: Mapping[Either, Measures], found: Found, quick: bool) -> list[str]:
+def page(measured: Mapping[Problem, Measures], found: Found, quick: bool) -> list[str]:
     lines = [
         "# Saddle points over compressed links",
         "",
@@ -223,7 +227,7 @@ def page(measured: Mapping[Either, Measures], found: Found, quick: bool) -> list
         "",
     ]
     for problem, methods in measured.items():
-        lines += [f"## {problem}", "", f"![Distance over bits](figures/{picture(Path(), problem).name})", ""]
+        lines += [f"## {problem.title}", "", f"![Distance over bits](figures/{picture(Path(), problem).name})", ""]
         lines += ["| method | step | rounds | Mbit up a client | distance at the end | there |"]
         lines += ["| --- | --- | --- | --- | --- | --- |", *(row(NAMES[name], m) for name, m in methods.items()), ""]
     return lines

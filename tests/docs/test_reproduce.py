@@ -231,6 +231,17 @@ def test_bits_to_a_saddle_point_are_compared_where_it_was_reached() -> None:
     assert "| extragradient, Rand-10% | 0.1 | 7 | 9.0000 ± 0.0000 | 0.5000 ± 0.0000 | 0 of 3 |" in text
 
 
+@pytest.mark.parametrize("problem", masha.PROBLEMS, ids=lambda problem: problem.name)
+def test_every_method_on_saddle_points_has_the_steps_of_its_group(problem: masha.Problem) -> None:
+    titles = [title for group in problem.groups for title in group.wanted]
+    assert set(titles) <= set(masha.NAMES) and len(set(titles)) == len(titles) and masha.PROBE not in masha.SEEDS
+    for group in problem.groups:
+        methods = group.sweep(Path("runs"), quick=False).space.methods()
+        assert {m.name for m in methods} == {wanted.method for wanted in group.wanted.values()}
+        for method in methods:
+            assert [s.values[group.rate] for s in method.grid()] == list(group.rates)
+
+
 @pytest.mark.parametrize("group", compression.GROUPS, ids=[group.name for group in compression.GROUPS])
 def test_every_compressed_method_has_the_rates_of_its_group(group: compression.Group) -> None:
     methods = group.sweep(Path("runs"), quick=False).space.methods()
@@ -286,10 +297,7 @@ def test_the_page_of_compressed_methods_says_what_was_measured(tmp_path: Path) -
     assert (tmp_path / "bits.png").stat().st_size > 10_000
 
 
-PEERS = [monna.Peers(n, f, alpha) for n, f in ((26, 5), (16, 3)) for alpha in (1.0, 5.0)]
-
-
-def test_what_liars_do_to_peers_is_judged_by_the_worst_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_liars_do_to_peers_is_judged_by_the_worst_attack(tmp_path: Path) -> None:
     # averaging is ruined by FOE and sign flip, no momentum by ALIE; skewed classes cost MoNNA a point, others five
     def runs(title: str, attack: str, alpha: float) -> list[History]:
         scores = {monna.AVERAGE: {"FOE": 0.1, "sign flip": 0.2}, monna.BARE: {"ALIE": 0.6}, monna.BRIDGE: {"ALIE": 0.5}}
@@ -298,9 +306,8 @@ def test_what_liars_do_to_peers_is_judged_by_the_worst_attack(tmp_path: Path, mo
         end = scores.get(title, {}).get(attack, usual) - lost
         return [History([{"round": 10 * i, "test_accuracy": end * i / 12} for i in range(1, 13)]) for _ in monna.SEEDS]
 
-    monkeypatch.setattr(monna, "PROBLEMS", PEERS)
     found = {}
-    for peers in PEERS:
+    for peers in monna.PROBLEMS:
         titles = (monna.HONEST, *peers.strategies())
         for attack in monna.ATTACKS:
             found[peers, attack] = {title: runs(title, attack, peers.alpha) for title in titles}
@@ -309,7 +316,7 @@ def test_what_liars_do_to_peers_is_judged_by_the_worst_attack(tmp_path: Path, mo
     text = monna.page(found, quick=False)
     assert "| MoNNA, beta = 0 | 0.5500 ± 0.0000 | 0.7500 ± 0.0000 | 0.7500 ± 0.0000 | 0.7500 ± 0.0000 |" in text
     assert text.count("| averaging, nobody lies | 0.8100 ± 0.0000 |") == 2 and "26, 5, 1; 26, 5, 5; 16, 3, 1" in text
-    monna.draw(PEERS[0], found, tmp_path / "accuracy.png")
+    monna.draw(monna.PROBLEMS[0], found, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
 
@@ -326,7 +333,7 @@ def test_liars_are_the_same_for_every_strategy_and_as_many_as_it_is_told(monkeyp
 
     monkeypatch.setattr(monna, "played", no_runs)
     monkeypatch.setattr(monna, "runs_of", lambda row: row.setting.overrides)
-    for peers in PEERS:
+    for peers in monna.PROBLEMS:
         runs = peers.runs(Path("runs"), quick=False)
         assert len(runs) == 4 and all(len(titles) == 6 for titles in runs.values())
         for attack, titles in runs.items():
