@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -15,8 +17,14 @@ def reading(file: Path) -> Iterator[None]:
     """What goes wrong inside is this file's fault, and a report can do without it."""
     try:
         yield
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, BadZipFile) as e:
         raise ValueError(f"{file} cannot be read ({e}); remove it to write the report without it") from e
+
+
+def arrays(file: Path) -> dict[str, np.ndarray]:
+    """{name: array} of an .npz file; read whole, since numpy leaves one open that is damaged."""
+    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
+        return dict(stored)
 
 
 def read_columns(folder: Path, stem: str, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from zipfile import BadZipFile
-
-import numpy as np
 
 from fedsim.report.draw import images
+from fedsim.report.files import arrays, reading
 from fedsim.report.page import Picture, Section
 
 
@@ -20,9 +18,6 @@ def pictures_section(folder: Path) -> Section | None:
     file = folder / "pictures.npz"
     if not file.is_file():
         return None
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            pictures = [Picture(title=title, svg=images(stored[title], alt=title)) for title in stored.files]
-    except (OSError, ValueError, TypeError, BadZipFile) as e:
-        raise ValueError(f"{file} cannot be read ({e}); remove it to write the report without it") from e
+    with reading(file):
+        pictures = [Picture(title=title, svg=images(found, alt=title)) for title, found in arrays(file).items()]
     return Section(title="The final model", pictures=pictures)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.report.draw import heat_map, histogram
-from fedsim.report.files import reading
+from fedsim.report.files import arrays, reading
 from fedsim.report.page import Picture, Section
 
 SHOWN_CLIENTS = 200
@@ -54,9 +54,9 @@ def class_entropy(counts: np.ndarray) -> np.ndarray:
 
 def _read(file: Path) -> tuple[np.ndarray, list[str] | None]:
     with reading(file):
-        with np.load(file, allow_pickle=False) as stored:
-            counts = stored["counts"]
-            names = [str(name) for name in stored["class_names"]] if "class_names" in stored else None
+        stored = arrays(file)
+        counts = stored["counts"]
+        names = [str(name) for name in stored["class_names"]] if "class_names" in stored else None
         if counts.ndim != 2 or counts.dtype.kind not in "iuf" or (counts.size and not counts.min() >= 0):
             raise ValueError(f"counts must be [clients, classes] and not negative, got {counts.shape}")
         if names is not None and len(names) != counts.shape[1]:

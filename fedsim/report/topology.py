@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.report.draw import histogram, network
-from fedsim.report.files import reading
+from fedsim.report.files import arrays, reading
 from fedsim.report.page import Picture, Section
 
 SHOWN_PEERS = 200  # of more peers no picture of the graph would show anything
@@ -25,7 +25,8 @@ def topology_section(folder: Path) -> Section | None:
     file = folder / "topology.npz"
     if not file.is_file():
         return None
-    with reading(file), np.load(file, allow_pickle=False) as stored:
+    with reading(file):
+        stored = arrays(file)
         n, pairs, gap, steps = int(stored["n"]), stored["pairs"], float(stored["gap"]), int(stored["steps"])
         degrees = np.bincount(pairs[0], minlength=n)
     pictures = []

@@ -122,7 +122,7 @@ class Trial:
         A run that diverged would do so again; one that failed may not.
         """
         said = self._said() or {}
-        if (self.folder / "summary.json").exists():  # be it that `fedsim run --resume` completed it
+        if (self.folder / results.SUMMARY_FILE).exists():  # be it that `fedsim run --resume` completed it
             return Ended("done", seconds=said.get("seconds", 0.0))
         if said.get("status") == "diverged":
             return Ended("diverged", said["why"], said["seconds"])
@@ -130,7 +130,7 @@ class Trial:
 
     def final(self) -> dict[str, Any]:
         """The last value of every metric of a run that is done."""
-        return dict(json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))["final"])
+        return dict(json.loads((self.folder / results.SUMMARY_FILE).read_text(encoding="utf-8"))["final"])
 
     def _said(self) -> dict[str, Any] | None:
         file = self.folder / TRIAL_FILE

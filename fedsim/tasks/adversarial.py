@@ -13,23 +13,18 @@ Letters: C clients of a stack, P entries of z = (r, w), K classes, d numbers of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.data.federated import FederatedData
-from fedsim.engine import Engine
 from fedsim.engine.functional import outputs_of
-from fedsim.engine.losses import Loss, per_sample
+from fedsim.engine.losses import per_sample
 from fedsim.params import Layout
-from fedsim.prox import FREE, Prox
 from fedsim.task import Pool, Session
-from fedsim.tasks.metrics import Metric
 from fedsim.tasks.pictures import grid
 from fedsim.tasks.supervised import SupervisedTask, pieces
 from fedsim.trees import Tree, one, pick
@@ -104,26 +99,13 @@ class AdversarialTask(SupervisedTask):
     """See the module's head.
 
     Args:
-        data, module, x0, engine, sample_loss, held, metrics: see `SupervisedTask`; data are of `with_labels`, and the
-            module is a `Perturbed`.
-        prox: where r may go.
+        args, more: those of `SupervisedTask`; data are of `with_labels`, the module is a `Perturbed`, and `prox` says
+            where r may go.
         rho: what |r|^2 costs; above 0 where nothing bounds r.
     """
 
-    def __init__(
-        self,
-        data: FederatedData,
-        module: nn.Module,
-        x0: Tensor,
-        engine: Engine,
-        sample_loss: Loss,
-        held: FederatedData | None = None,
-        metrics: Mapping[str, Metric] = MappingProxyType({}),
-        prox: Prox = FREE,
-        *,
-        rho: float = 0.0,
-    ) -> None:
-        super().__init__(data, module, x0, engine, sample_loss, held, metrics, prox)
+    def __init__(self, *args: Any, rho: float = 0.0, **more: Any) -> None:
+        super().__init__(*args, **more)
         self.rho = rho
 
     def session(self, x: Tensor) -> Session:

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 
 from fedsim.report.draw import images
 from fedsim.report.pictures import pictures_section
+from fedsim.report.split import split_section
+from fedsim.report.topology import topology_section
 from fedsim.tasks.pictures import grid
 
 
@@ -39,8 +42,11 @@ def test_samples_become_images_only_where_they_are_some() -> None:
     assert grid(torch.zeros(4, 7), 2, 0.0, 1.0) is None and grid(torch.zeros(4, 2, 3, 3), 2, 0.0, 1.0) is None
 
 
-def test_no_file_no_section_and_a_broken_one_is_named(tmp_path: Path) -> None:
-    assert pictures_section(tmp_path) is None
-    (tmp_path / "pictures.npz").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="pictures.npz cannot be read .*; remove it to write the report without it"):
-        pictures_section(tmp_path)
+@pytest.mark.parametrize("section", [pictures_section, split_section, topology_section])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"something else"])
+def test_a_file_of_arrays_that_is_damaged_is_one_message(section: Any, content: bytes, tmp_path: Path) -> None:
+    assert section(tmp_path) is None, "no file, no section"
+    for name in ("pictures", "split", "topology"):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"\.npz cannot be read \(.*\); remove it to write the report without it"):
+        section(tmp_path)
