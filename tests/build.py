@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ from fedsim.tasks.metrics import METRICS
 from fedsim.tasks.models import Factory, init_parameters
 from fedsim.tasks.quadratic import QuadraticTask
 from fedsim.tasks.supervised import SupervisedTask
+
+T = TypeVar("T", bound=Task)
 
 
 def train(experiment: Experiment, **options: Any) -> tuple[Any, list[dict[str, Any]], str]:
@@ -281,3 +284,14 @@ def digits_task(model: Factory, counts: list[int], engine: str = "stacked") -> S
     loss = LOSSES["cross_entropy"]
     built = build_engine(engine, module, Layout.of_module(module), loss, torch.device("cpu"))
     return SupervisedTask(data, module, x0, built, loss, metrics={"accuracy": METRICS["accuracy"]})
+
+
+@contextmanager
+def task_and_pool(raw: Mapping[str, Any], kind: type[T]) -> Iterator[tuple[T, Any]]:
+    """(the task of an experiment, which is of this kind; a pool to evaluate on)."""
+    composition = compose(raw, "x.yaml")
+    try:
+        assert isinstance(composition.experiment.task, kind)
+        yield composition.experiment.task, composition.executor
+    finally:
+        composition.close()

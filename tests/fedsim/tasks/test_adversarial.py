@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from fedsim.prox import Ball, Rows
 from fedsim.runs import run
 from fedsim.task import Schedule
 from fedsim.tasks.adversarial import NAME, AdversarialTask
-from tests.build import streams
+from tests.build import streams, task_and_pool
 
 EXTRAGRADIENT = {"name": "extragradient", "lr": 0.1}
 RAW: dict[str, Any] = {
@@ -54,15 +53,9 @@ def raw(strategy: dict[str, Any] = EXTRAGRADIENT, **task: Any) -> dict[str, Any]
     return found
 
 
-@contextmanager
-def made(**task: Any) -> Iterator[tuple[AdversarialTask, Any]]:
+def made(**task: Any) -> AbstractContextManager[tuple[AdversarialTask, Any]]:
     """(the task of a file, a pool to evaluate on)."""
-    composition = compose(raw(**task), "x.yaml")
-    try:
-        assert isinstance(composition.experiment.task, AdversarialTask)
-        yield composition.experiment.task, composition.executor
-    finally:
-        composition.close()
+    return task_and_pool(raw(**task), AdversarialTask)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.7])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from fedsim.strategies.extragradient import Extragradient
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.task import Schedule
 from fedsim.tasks.gan import LOSSES, GanTask, Players, frechet_distance, with_noise
-from tests.build import Play, local_sgd, streams
+from tests.build import Play, local_sgd, streams, task_and_pool
 
 MLP = {"name": "mlp", "hidden": [5]}
 WGAN = {"loss": "wasserstein", "prox": {"name": "box", "low": -0.1, "high": 0.1}}
@@ -40,15 +40,9 @@ def raw(**task: Any) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def made(**task: Any) -> Iterator[tuple[GanTask, Any]]:
+def made(**task: Any) -> AbstractContextManager[tuple[GanTask, Any]]:
     """(the task of a file, a pool to evaluate on)."""
-    composition = compose(raw(**task), "x.yaml")
-    try:
-        assert isinstance(composition.experiment.task, GanTask)
-        yield composition.experiment.task, composition.executor
-    finally:
-        composition.close()
+    return task_and_pool(raw(**task), GanTask)
 
 
 def batch_of(task: GanTask, ids: list[int], size: int = 4, job: int = 0) -> Any:
@@ -242,13 +236,9 @@ def test_a_box_for_the_discriminator_leaves_the_generator_free() -> None:
 
 
 def test_labels_are_nothing_to_poison_and_a_loss_nothing_to_minimise() -> None:
-    file = replace_in(raw(), clients={"count": 10, "byzantine": {"attack": {"name": "label_flip"}, "count": 2}})
+    file = {**raw(), "clients": {"count": 10, "byzantine": {"attack": {"name": "label_flip"}, "count": 2}}}
     with pytest.raises(ConfigError, match="does not look at"):
-        compose(replace_in(file, strategy={"name": "fedavg"}, local={"steps": 1}), "x.yaml")
+        compose({**file, "strategy": {"name": "fedavg"}, "local": {"steps": 1}}, "x.yaml")
     with pytest.raises(ConfigError, match="two players have no loss in common"):
         local = {"steps": 1, "optimizer": {"name": "mezo", "lr": 0.1}}
-        compose(replace_in(raw(), strategy={"name": "fedavg"}, local=local), "x.yaml")
-
-
-def replace_in(file: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    return {**file, **sections}
+        compose({**raw(), "strategy": {"name": "fedavg"}, "local": local}, "x.yaml")
