@@ -111,11 +111,6 @@ def test_stem_that_forgets_everything_is_local_sgd_one_step_late() -> None:
 # Where they end --------------------------------------------------------------------------------------------------
 
 
-def test_mb_storm_reaches_the_solution_however_many_minibatches() -> None:
-    x = play(two_clients(), MBStorm(beta=0.3, gamma=0.2, local=local_sgd(two_clients())), 300)
-    assert float(x[-1]) == pytest.approx(0.75, abs=1e-9)
-
-
 def _rest(eta: float, steps: int, a: float) -> float:
     """Where STEM comes to rest on the two clients: (x, d) of each moves by a matrix, K times, and then is averaged."""
     mean = torch.zeros(3, 3, dtype=torch.float64)
