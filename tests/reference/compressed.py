@@ -80,7 +80,7 @@ def ef21(
     g, jobs = [torch.zeros_like(x) for _ in range(clients.n)], [0] * clients.n
     path = []
     for r in range(rounds):
-        for i in cohort(0, r, clients.n, size):
+        for i in cohort(r, clients.n, size):
             g[i] = g[i] + compress(clients.gradient(i, x, jobs[i], 0) - g[i], i, jobs[i])
             jobs[i] += 1
         x = x - eta * torch.stack(g).mean(0)
@@ -117,7 +117,7 @@ def diana(
     h, jobs = [torch.zeros_like(x) for _ in range(clients.n)], [0] * clients.n
     path = []
     for r in range(rounds):
-        mean, asked = torch.stack(h).mean(0), cohort(0, r, clients.n, size)
+        mean, asked = torch.stack(h).mean(0), cohort(r, clients.n, size)
         m = {i: compress(clients.gradient(i, x, jobs[i], 0) - h[i], i, jobs[i]) for i in asked}
         x = x - eta * (mean + torch.stack(list(m.values())).mean(0))
         for i in asked:
