@@ -20,7 +20,7 @@ from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
 from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
 from fedsim.tasks.models import mlp
-from tests.build import local_sgd, play, two_clients
+from tests.build import Play, local_sgd, play, two_clients
 from tests.reference.drift import feddyn, fedprox
 from tests.reference.fedavg import fedavg
 from tests.reference.momentum import fedavg_m
@@ -101,6 +101,16 @@ def test_two_clients_walk_as_worked_out(kind: Any, settings: dict[str, Any], fir
 def test_two_clients_end_where_they_must(kind: Any, settings: dict[str, Any], rounds: int, limit: float) -> None:
     x = play(two_clients(), kind(local=local_sgd(two_clients()), **settings), rounds)[-1]
     assert float(x) == pytest.approx(limit, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind, kept, mean", [(Scaffold, "c", "c"), (FedDyn, "g", "h")])
+def test_a_client_without_data_keeps_zero(kind: Any, kept: str, mean: str) -> None:
+    task, _ = images(mlp, [6, 0, 9], 4)
+    game = Play.start(task, kind(local=local_sgd(task, 0.1, epochs=1, steps=None, batch_size=4)))
+    game.path(2)
+    rows = game.fleet.memory.of(torch.arange(3))[kept]
+    assert rows[1].abs().max() == 0 and rows[0].abs().max() > 0
+    torch.testing.assert_close(getattr(game.state, mean), rows.mean(0), rtol=0, atol=1e-7)
 
 
 NAN, INF = float("nan"), float("inf")

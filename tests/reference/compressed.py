@@ -11,10 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.compress.packet import Compressor
 from fedsim.streams import Streams, server_rng
-from tests.reference.clients import Clients, cohort
+from tests.reference.clients import Clients, cohort, stream
 
 Compress = Callable[[Tensor, int, int], Tensor]
+
+
+def keyed(compressor: Compressor, seed: int = 0) -> Compress:
+    """A compressor of the simulator, for one vector of one client's job."""
+
+    def compress(v: Tensor, client: int, job: int) -> Tensor:
+        return compressor.encode(v[None], stream(seed, client, job)).decode()[0]
+
+    return compress
 
 
 def compressed_descent(

@@ -1,4 +1,4 @@
-"""FedAvg-M and FedAvg-M-VR: beta = 1 as FedAvg, fixed point, and the variance of their momentum."""
+"""FedAvg-M and FedAvg-M-VR: beta = 1 as FedAvg, a fixed point, and the variance of momentum, MB-STORM's too."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from fedsim.params import Layout
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedavg_m import FedAvgM
 from fedsim.strategies.fedavg_m_vr import FedAvgMVR
+from fedsim.strategies.mb_storm import MBStorm
 from tests.build import Play, local_sgd, play, quadratic, two_clients
 from tests.strategies.tasks import noisy
 
-kinds = pytest.mark.parametrize("kind", [FedAvgM, FedAvgMVR])
 
-
-@kinds
+@pytest.mark.parametrize("kind", [FedAvgM, FedAvgMVR])
 @pytest.mark.parametrize("size", [None, 2])
 def test_beta_one_is_fedavg(kind: Any, size: int | None) -> None:
     task, _ = noisy(steps=3)
@@ -35,7 +34,7 @@ def test_fixed_point_is_that_of_fedavg_with_eta_times_beta() -> None:
     torch.testing.assert_close(x, short, rtol=0, atol=1e-6)
 
 
-@kinds
+@pytest.mark.parametrize("kind", [FedAvgM, FedAvgMVR, MBStorm])
 def test_momentum_of_a_frozen_model_varies_as_an_exponential_average(kind: Any) -> None:
     # 500 coordinates are 500 repetitions; gamma = 0 freezes x, and a tiny eta keeps local models at x
     beta, clients, steps, sigma, eta = 0.1, 4, 5, 2.0, 1e-9

@@ -14,9 +14,8 @@ from fedsim.strategies.fedavg_m_vr import FedAvgMVR
 from fedsim.strategies.scaffold import Scaffold
 from fedsim.strategies.scaffold_m import ScaffoldM
 from fedsim.strategies.scaffold_m_vr import ScaffoldMVR
-from fedsim.tasks.models import mlp
 from tests.build import Play, local_sgd, play, quadratic, two_clients
-from tests.strategies.tasks import images, noisy
+from tests.strategies.tasks import noisy
 
 KINDS = [Scaffold, partial(Scaffold, option="I"), partial(ScaffoldM, beta=0.3), partial(ScaffoldMVR, beta=0.3)]
 every = pytest.mark.parametrize("kind", KINDS, ids=["option II", "option I", "momentum", "reduced"])
@@ -44,15 +43,6 @@ def test_one_client_is_plain_sgd() -> None:
     task = quadratic([2], [1], 3)
     x = play(task, Scaffold(local=local_sgd(task, 0.1, steps=4)), 3)[:, 0].tolist()
     assert x == pytest.approx([1 + 2 * 0.8 ** (4 * r) for r in (1, 2, 3)])
-
-
-def test_a_client_without_data_keeps_its_control_variate_at_zero() -> None:
-    task, _ = images(mlp, [6, 0, 9], 4)
-    play = Play.start(task, Scaffold(local=local_sgd(task, 0.1, epochs=1, steps=None, batch_size=4)))
-    play.path(2)
-    rows = play.fleet.memory.of(torch.arange(3))["c"]
-    assert rows[1].abs().max() == 0 and rows[0].abs().max() > 0
-    torch.testing.assert_close(play.state.c, rows.mean(0), rtol=0, atol=1e-7)
 
 
 def test_momentum_in_the_local_rule_is_refused() -> None:

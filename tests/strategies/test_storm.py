@@ -133,15 +133,6 @@ def test_the_bias_of_stem_vanishes_with_the_rate_and_without_drift() -> None:
     assert away[0] < 0.75 - 0.598711 and away[1] < away[0] / 5 and away[2] < away[1] / 5
 
 
-def test_the_estimate_of_a_frozen_model_varies_as_an_exponential_average() -> None:
-    beta, clients, steps, sigma = 0.1, 4, 5, 2.0
-    task = quadratic(torch.ones(clients, 500), torch.zeros(clients, 500), torch.zeros(500), noise=sigma)
-    game = Play.start(task, MBStorm(beta=beta, gamma=0.0, local=local_sgd(task, 0.1, steps=steps)))
-    game.path(60)
-    variance = float(game.path(60, lambda state: state.g).square().mean())
-    assert variance == pytest.approx(beta / (2 - beta) * sigma**2 / (clients * steps), rel=0.06)
-
-
 # What travels, and what is refused -------------------------------------------------------------------------------
 
 
