@@ -17,7 +17,7 @@ from fedsim.config import Call, ConfigError, FromTable
 from fedsim.data.checks import check_fraction
 from fedsim.engine import ENGINES
 from fedsim.evaluation import Evaluate
-from fedsim.loop import Checkpoint
+from fedsim.experiment import Checkpoint
 from fedsim.sim.absence import Dropout
 from fedsim.streams import server_rng
 from fedsim.task import Schedule
