@@ -228,6 +228,20 @@ def test_certificates_prove_the_server_and_nobody_else(tmp_path: Path) -> None:
     assert "mismatch" in str(handshake(tmp_path, "example.org"))
 
 
+def test_a_certificate_that_does_not_serve_any_more_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_credentials(tmp_path, 1, ["fl.example.org"])
+    write_credentials(tmp_path, 2, ["fl.example.org"])
+    with pytest.raises(ConfigError, match=r"server.pem does not name other.example.org, 10.0.0.7; remove it"):
+        write_credentials(tmp_path, 2, ["other.example.org", "fl.example.org", "10.0.0.7"])
+    (tmp_path / "server.pem").unlink()
+    monkeypatch.setattr("fedsim.flower.credentials.DAYS", 0)
+    write_credentials(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"server.pem expired on \d{4}-\d\d-\d\d; remove it"):
+        write_credentials(tmp_path, 1)
+
+
 def test_keys_are_pairs_for_their_owner_alone_and_are_not_written_twice(tmp_path: Path) -> None:
     write_credentials(tmp_path, 2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
