@@ -340,18 +340,34 @@ def test_memory_lasts_from_message_to_message_and_a_node_that_lost_it_says_so() 
         assert fleet.ask(ALL, HALVES.count).ids.tolist() == [0, 1, 3]
 
 
-def test_a_client_that_is_back_without_its_copy_is_sent_the_whole_vector() -> None:
+def compressed(seconds: Callable[[int], float] = lambda i: 1.0) -> tuple[FlowerFleet, LocalGrid]:
+    """A fleet whose broadcasts go as changes."""
     rule = TopK(k=1)
     book, clock = wire.Book({"downlink": rule}), VirtualClock()
-    grid = LocalGrid(app(book), NUM, clock=clock)
+    grid = LocalGrid(app(book), NUM, clock=clock, seconds=seconds)
     door = replace(DOOR, book=book)
     mail = Mail(grid, connect(grid, NUM, door, clock, PATIENCE), door, clock, PATIENCE)
-    fleet = FlowerFleet(mail, seed=0, model_size=1, downlink=Downlink(compressor=rule, seed=0))
+    return FlowerFleet(mail, seed=0, model_size=1, downlink=Downlink(compressor=rule, seed=0)), grid
+
+
+def test_a_change_that_nobody_knows_did_not_arrive_costs_one_reply_and_no_wrong_number() -> None:
+    fleet, grid = compressed(lambda i: 5.0 if i == 1 else 1.0)
+    fleet.ask(ALL, HALVES.tell, x=X)
+    grid.gone = {1}
+    assert fleet.ask(ALL, HALVES.tell, within=2.0, x=X + 1).ids.tolist() == [0, 2, 3]  # before the error is there
+    grid.gone = set()
+    with pytest.warns(UserWarning, match="client 1 .*change 3 of 'x' arrived, and no copy after change 2 is here"):
+        assert fleet.ask(ALL, HALVES.tell, x=X + 2)["v"].tolist() == [[12.0], [14.0], [15.0]]
+    assert fleet.ask(ALL, HALVES.tell, x=X + 3)["v"].tolist() == [[13.0], [14.0], [15.0], [16.0]]
+
+
+def test_a_client_that_is_back_without_its_copy_is_sent_the_whole_vector() -> None:
+    fleet, grid = compressed()
     fleet.ask(ALL, HALVES.tell, x=X)
     grid.gone = {1}
     assert fleet.ask(ALL, HALVES.tell, x=X + 1).ids.tolist() == [0, 2, 3]
     grid.gone = set()
-    grid.contexts[mail.nodes.node_ids[1]].state = RecordDict()
+    grid.contexts[fleet.mail.nodes.node_ids[1]].state = RecordDict()
     assert fleet.ask(ALL, HALVES.tell, x=X + 2)["v"].tolist() == [[12.0], [13.0], [14.0], [15.0]]
 
 
