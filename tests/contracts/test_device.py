@@ -153,9 +153,11 @@ def test_what_runs_beside_a_strategy_gives_the_numbers_of_the_cpu(option: str) -
         {"name": "adamw", "dp": {"clip": 1.0, "noise": 0.5}},
         {"name": "adamw", "state_scope": "client"},
         {"name": "adamw", "state_scope": "server"},
+        {"name": "torch.optim:AdamW"},
     ],
     ids=lambda rule: " ".join(map(str, rule.values())),
 )
+@pytest.mark.filterwarnings("ignore:.*not batched")
 def test_what_optimizers_need_or_keep_gives_the_numbers_of_the_cpu(rule: dict[str, Any]) -> None:
     config = pair("fedavg", None)
     config["local"] = {**config["local"], "optimizer": {"lr": 0.01, **rule}}

@@ -107,6 +107,13 @@ def test_a_local_step_costs_the_same_launches_for_any_number_of_clients_and_neve
     assert short.launches < long.launches == many.launches
 
 
+@pytest.mark.filterwarnings("ignore:.*not batched")
+def test_a_step_of_torchs_own_optimizers_never_waits() -> None:
+    rule = {"name": "torch.optim:AdamW", "lr": 0.001}
+    short, long, many = (second_round(*size, rule=rule) for size in ((2, 2), (2, 4), (5, 4)))
+    assert short.waits == long.waits == many.waits <= WAITS_OF_A_STACK and short.launches < long.launches
+
+
 def test_a_private_step_never_waits() -> None:
     rule = {"name": "sgd", "lr": 0.05, "dp": {"clip": 1.0, "noise": 0.5}}
     short, long = (second_round(3, steps, rule=rule) for steps in (2, 4))
