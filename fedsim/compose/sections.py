@@ -147,7 +147,7 @@ class Runtime:
         collectives: how workers in several processes fold: by gloo, by nccl (GPUs), through Ray's object_store, or
             auto: nccl between GPUs, else gloo.
         timeout_seconds: after which a Ray worker that is busy with one group of stacks counts as hung and is replaced.
-        device: cpu, cuda, cuda:1, or auto.
+        device: cpu, cuda, cuda:1 (that card alone, in process), or auto: cuda where a GPU is visible.
         stack: clients of a stack at most, or auto: a rule on model, sizes and device (`fedsim tune` measures).
         stacks: into how many a cohort is cut at least, or auto: with `stack: auto` as many as the workers need, else 1.
         engine: loop, stacked, compiled, pkg.module:name, or auto.

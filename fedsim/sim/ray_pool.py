@@ -240,6 +240,11 @@ class RayPool:
                 f"the Ray cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, but a worker needs "
                 f"{self._threads} CPU(s){' and a GPU' if self._gpus else ''}; add nodes, or lower runtime.threads"
             )
+        if workers is not None and workers > room and not self.others_join:
+            raise ValueError(
+                f"runtime.workers: {workers} Ray workers were asked for, and this machine has {room} GPU(s), one "
+                "for each; lower it, or leave it at auto"
+            )
         if workers is not None and workers > room:
             _log.warning("%d Ray workers were asked for, but there is room for %d; the rest wait", workers, room)
         return room if workers is None else workers
