@@ -20,6 +20,7 @@ from fedsim.data.images import CHECKSUMS
 from fedsim.metrics import EVALUATED, RESERVED
 from fedsim.sim.executor import Jobs, Lost, Results
 from fedsim.sim.in_process import InProcess
+from fedsim.sim.ray_pool import WorkersLost
 from tests.fedsim.console import Outcome, contents, fedsim
 
 QUAD = """\
@@ -238,6 +239,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown table": ([Q, "task=clasification"], ["task.name:", "did you mean 'classification'"]),
     "unknown device": ([Q, "runtime.device=tpu9"], ["runtime.device:", "'tpu9'", "use cpu"]),
+    "a device of another kind": ([Q, "runtime.device=mps"], ["runtime.device: unknown device 'mps'", "use cpu"]),
     "unknown engine": ([D, "runtime.engine=fast"], ["runtime.engine:", "one of auto, loop, stacked", "'fast'"]),
     "wrong type": ([Q, "rounds=1.5"], ["rounds: expected a whole number, got 1.5"]),
     "text for a number": ([D, "strategy.cohort_size=ten"], ["strategy.cohort_size: expected a whole number", "'ten'"]),
@@ -436,15 +438,16 @@ def test_a_failing_server_half_is_shown_with_its_round_and_its_own_exception(whe
     assert found.err.splitlines()[-1] == f"fedsim: {where}: IndexError: the server's own trouble"
 
 
+@pytest.mark.parametrize("what", [Lost, WorkersLost])
 def test_a_run_that_lost_what_it_needs_says_so_with_exit_1_and_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: type[Lost], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, run = [0], InProcess.run
 
     def lost(self: InProcess, jobs: Jobs) -> Results:
         calls[0] += 1
         if calls[0] == 4:
-            raise Lost("round 4: Ray was lost")
+            raise what("round 4: Ray was lost")
         return run(self, jobs)
 
     with monkeypatch.context() as patch:
