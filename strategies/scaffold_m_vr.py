@@ -51,8 +51,7 @@ class ScaffoldMVR(Momentum):
 
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
         rule = self.rule(rng, s.last)
-        sent = {"x": s.x, "x_prev": s.x_prev, "g": s.g, "c": s.c}
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, **sent)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x, x_prev=s.x_prev, g=s.g, c=s.c)
         g = r.mean("u", rule)
         c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
         return replace(self.step(s, g, self.step_size(fleet, r)), x_prev=s.x, g=g, c=c), {}
