@@ -248,7 +248,7 @@ def test_rows_that_clients_keep_stay_on_the_device(kind: str) -> None:
         second_round(8, model=m, **KEEPERS[kind]) for m in ("logistic", {"name": "mlp", "hidden": [32] * 3})
     )
     assert (small.bytes_up, small.bytes_down) == (large.bytes_up, large.bytes_down), "ids, counts and numbers alone"
-    assert small.waits == large.waits
+    assert small.waits == large.waits and small.bytes_down <= 8 * 24, "three numbers of each client"
 
 
 def test_rows_that_are_kept_elsewhere_cross_over_once_each_way() -> None:
