@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsim.config import first_line
+from fedsim.sim.executor import Lost
 from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel, unpack
 from fedsim.sim.ray_runtime import connect, environment
@@ -31,8 +32,8 @@ _log = logging.getLogger("fedsim")
 Tag = tuple[int, int]
 
 
-class WorkersLost(RuntimeError):
-    """Workers did not do what a run can't do without."""
+class WorkersLost(Lost):
+    """Workers did not do what a run can't do without, and Ray itself is there: to start it anew would not help."""
 
 
 def pickler() -> type[pickle.Pickler]:
