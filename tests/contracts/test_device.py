@@ -7,6 +7,7 @@ numbers are a CPU's up to the order of sums; what it finds is tensors on the wro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from math import isclose
@@ -30,7 +31,9 @@ from fedsim.engine.build import ENGINES
 from fedsim.optim import build
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Knowledge
+from fedsim.sim.packing import pack
 from fedsim.sim.place import Place
+from fedsim.sim.ray_worker import Actor
 from fedsim.strategies import STRATEGIES
 from fedsim.streams import Streams
 from fedsim.tasks.models import MODELS, init_parameters
@@ -45,7 +48,11 @@ from tests.contracts.test_optimizers import LAYOUT, NAMES, problem, section
 from tests.device import Counts, pretend_gpu, why_not
 
 REAL = torch.cuda.is_available()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not REAL and why_not() is not None, reason=str(why_not()))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not REAL and why_not() is not None, reason=str(why_not())),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
+]
 pretended = pytest.mark.skipif(REAL, reason="about the pretend GPU")
 
 
@@ -135,6 +142,22 @@ def test_every_strategy_gives_the_numbers_of_the_cpu(name: str) -> None:
 def test_every_strategy_gives_the_same_bits_again_on_one_card() -> None:
     for name in STRATEGIES:
         assert run(pair(name, None), "cuda") == run(pair(name, None), "cuda"), name
+
+
+@pretended
+def test_a_process_that_computes_on_a_card_asks_for_the_same_order_of_sums(
+    gpu: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.append(mode))
+    compose({**pair("fedavg", None), "runtime": {"device": "cpu"}}, "config").close()
+    assert asked == []
+    compose({**pair("fedavg", None), "runtime": {"device": "cuda"}}, "config").close()
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    worker = object.__new__(Actor)  # without setting this process's threads
+    worker._runner = None
+    worker._open(pack((None, None, 0, torch.device("cuda"), None)))
+    assert asked == [True, True]
 
 
 @pytest.mark.parametrize("option", ["uplink top_k, error feedback", "NNM before it", "server Adam", "local AdamW"])
