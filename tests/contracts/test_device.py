@@ -46,6 +46,7 @@ from tests.contracts.test_attacks import TO_ALL
 from tests.contracts.test_compressors import SETTINGS, stack
 from tests.contracts.test_optimizers import LAYOUT, NAMES, problem, section
 from tests.device import Counts, pretend_gpu, why_not
+from tests.fedsim.engine import zoo
 
 REAL = torch.cuda.is_available()
 pytestmark = [
@@ -219,6 +220,24 @@ def test_every_engine_gives_the_gradient_and_the_logits_of_the_cpu(engine: str, 
         return [g, loss] if model == "char_lstm" else [g, loss, made.logits(start[0].clone(), given[0])]
 
     assert_same_on_both(compute, 2e-5)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "transformer"])
+def test_products_of_lower_precision_come_close(model: str) -> None:
+    module, layout, x0 = zoo.model(model, dropout=False)
+    module, x, host = module.float(), x0.float().repeat(2, 1), zoo.batch(model, [5, 3], padded=False)
+    inputs = host.inputs if model in zoo.SEQUENCES else host.inputs.float()
+
+    def gradient(device: str, engine: str, precision: str) -> Tensor:
+        made = build_engine(engine, module, layout, "cross_entropy", torch.device(device), precision=precision)
+        batch = Batch(inputs.to(device), host.targets.to(device), None, keyed(2, device))
+        return made.session(x.to(device)).gradient(batch)[0].cpu()
+
+    expected = gradient("cpu", "loop", "fp32")
+    with a_gpu():
+        for precision, share in (("tf32", 0.01), ("bf16", 0.2)):
+            found = gradient("cuda", "stacked", precision)
+            assert (found - expected).norm() <= share * expected.norm(), precision
 
 
 @pytest.mark.parametrize(
