@@ -73,8 +73,8 @@ def a_gpu() -> Iterator[None]:
 def run(
     config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False, memory: str = "auto"
 ) -> Rows:
-    """The rows of a run on a device."""
-    runtime = {"workers": 1, "stack": 3, "device": device, "memory": memory}
+    """The rows of a run on a device, in this process however many GPUs there are."""
+    runtime = {"executor": "in_process", "workers": 1, "stack": 3, "device": device, "memory": memory}
     return rows_of({**config, "runtime": runtime}, folder, resume)
 
 
