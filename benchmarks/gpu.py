@@ -7,7 +7,8 @@ torch.optim.SGD; `vmap` is torch.func's gradient of as many clients as the wides
 ways take turns; a figure is microseconds for one client's step, the best of all turns, each of which ends with a wait
 for the card. Launches and waits are what torch's profiler sees of one stack's run of steps: kernels, and calls that
 stop the host until the card is done. The share is that of the products' floating-point operations in what a large
-matrix product reaches on this card in the same precision.
+matrix product reaches on this card in the same precision. As in a run, torch's deterministic algorithms are used, by
+all ways alike.
 
 Rounds: the workloads of benchmarks.rounds, with the data on the card.
 """
@@ -29,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import rounds
 from benchmarks.zoo import CASES, LR, STEPS, Case, Ways
+from fedsim.engine.precision import same_bits_again
 from fedsim.tasks.models import MODELS
 
 RESNET_18 = partial(MODELS["resnet"], (3, 32, 32), 10, width=64, blocks=2, stages=4)
@@ -166,13 +168,14 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[16, 64, 256, 512])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each model")
     parser.add_argument("--workloads", nargs="*", default=list(rounds.WORKLOADS), choices=list(rounds.WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8, help="two at least: the first is told apart")
     parser.add_argument("--matrix", type=int, default=8192, help="side of the product that the share is measured by")
     parser.add_argument("--page", type=Path, help="where to write the figures; printed without")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: no CUDA device is visible; try the script itself with --device cpu")
+    same_bits_again(device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     top = peak(device, args.matrix)
     lines = [

@@ -340,7 +340,7 @@ def pretend_gpu() -> Iterator[Counts]:
     _guard.swap_hooks()
     fakes = [
         mock.patch.multiple(torch.cuda, **cuda),
-        mock.patch.multiple(torch, compile=as_it_is, tensor=_tensor),
+        mock.patch.multiple(torch, compile=as_it_is, tensor=_tensor, use_deterministic_algorithms=nothing),
         mock.patch.object(torch.backends.cudnn, "is_acceptable", lambda tensor: False),
     ]
     try:

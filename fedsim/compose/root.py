@@ -49,6 +49,7 @@ from fedsim.compose.work import (
 )
 from fedsim.config import OBJECT, ConfigError, at, decode, naming
 from fedsim.engine import Plan
+from fedsim.engine.precision import same_bits_again
 from fedsim.experiment import Experiment
 from fedsim.fleet import Cost
 from fedsim.memory import Memory
@@ -130,6 +131,7 @@ def read_file(raw: Mapping[str, Any]) -> tuple[File, dict[str, Any]]:
 
 def _build(file: File, resolved: dict[str, Any]) -> Composition:
     device = compute_device(file.runtime.device)
+    same_bits_again(device)
     problem = problem_of(file, device)
     strategy = _strategy(file, problem)
     work = work_of(strategy, problem.num_examples)

@@ -83,7 +83,10 @@ class SupervisedTask(Task):
     def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> BatchPlan:
         data, liars = self.data, self._liars[ids]
         honest = not bool(liars.any())
-        views = honest and not schedule.shuffle and isinstance(data.inputs, Tensor) and self._may_view()
+        on_host = (
+            one(data.inputs).device.type == "cpu"
+        )  # rows tell where a view begins, and a device would be waited for
+        views = on_host and honest and not schedule.shuffle and isinstance(data.inputs, Tensor) and self._may_view()
 
         def gather(step: int | None, k: int, columns: slice, weights: Tensor | None) -> Batch:
             labels = (

@@ -7,6 +7,7 @@ numbers are a CPU's up to the order of sums; what it finds is tensors on the wro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from math import isclose
@@ -30,7 +31,9 @@ from fedsim.engine.build import ENGINES
 from fedsim.optim import build
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Knowledge
+from fedsim.sim.packing import pack
 from fedsim.sim.place import Place
+from fedsim.sim.ray_worker import Actor
 from fedsim.strategies import STRATEGIES
 from fedsim.streams import Streams
 from fedsim.tasks.models import MODELS, init_parameters
@@ -43,9 +46,14 @@ from tests.contracts.test_attacks import TO_ALL
 from tests.contracts.test_compressors import SETTINGS, stack
 from tests.contracts.test_optimizers import LAYOUT, NAMES, problem, section
 from tests.device import Counts, pretend_gpu, why_not
+from tests.fedsim.engine import zoo
 
 REAL = torch.cuda.is_available()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not REAL and why_not() is not None, reason=str(why_not()))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not REAL and why_not() is not None, reason=str(why_not())),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
+]
 pretended = pytest.mark.skipif(REAL, reason="about the pretend GPU")
 
 
@@ -65,8 +73,8 @@ def a_gpu() -> Iterator[None]:
 def run(
     config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False, memory: str = "auto"
 ) -> Rows:
-    """The rows of a run on a device."""
-    runtime = {"workers": 1, "stack": 3, "device": device, "memory": memory}
+    """The rows of a run on a device, in this process however many GPUs there are."""
+    runtime = {"executor": "in_process", "workers": 1, "stack": 3, "device": device, "memory": memory}
     return rows_of({**config, "runtime": runtime}, folder, resume)
 
 
@@ -137,6 +145,22 @@ def test_every_strategy_gives_the_same_bits_again_on_one_card() -> None:
         assert run(pair(name, None), "cuda") == run(pair(name, None), "cuda"), name
 
 
+@pretended
+def test_a_process_that_computes_on_a_card_asks_for_the_same_order_of_sums(
+    gpu: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.append(mode))
+    compose({**pair("fedavg", None), "runtime": {"device": "cpu"}}, "config").close()
+    assert asked == []
+    compose({**pair("fedavg", None), "runtime": {"device": "cuda"}}, "config").close()
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    worker = object.__new__(Actor)  # without setting this process's threads
+    worker._runner = None
+    worker._open(pack((None, None, 0, torch.device("cuda"), None)))
+    assert asked == [True, True]
+
+
 @pytest.mark.parametrize("option", ["uplink top_k, error feedback", "NNM before it", "server Adam", "local AdamW"])
 def test_what_runs_beside_a_strategy_gives_the_numbers_of_the_cpu(option: str) -> None:
     expected = run(pair("fedavg", option), "cpu")
@@ -196,6 +220,24 @@ def test_every_engine_gives_the_gradient_and_the_logits_of_the_cpu(engine: str, 
         return [g, loss] if model == "char_lstm" else [g, loss, made.logits(start[0].clone(), given[0])]
 
     assert_same_on_both(compute, 2e-5)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "transformer"])
+def test_products_of_lower_precision_come_close(model: str) -> None:
+    module, layout, x0 = zoo.model(model, dropout=False)
+    module, x, host = module.float(), x0.float().repeat(2, 1), zoo.batch(model, [5, 3], padded=False)
+    inputs = host.inputs if model in zoo.SEQUENCES else host.inputs.float()
+
+    def gradient(device: str, engine: str, precision: str) -> Tensor:
+        made = build_engine(engine, module, layout, "cross_entropy", torch.device(device), precision=precision)
+        batch = Batch(inputs.to(device), host.targets.to(device), None, keyed(2, device))
+        return made.session(x.to(device)).gradient(batch)[0].cpu()
+
+    expected = gradient("cpu", "loop", "fp32")
+    with a_gpu():
+        for precision, share in (("tf32", 0.01), ("bf16", 0.2)):
+            found = gradient("cuda", "stacked", precision)
+            assert (found - expected).norm() <= share * expected.norm(), precision
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,11 @@ def second_round(
     memory: str = "auto",
     partition: str | dict[str, Any] = "iid",
     engine: str = "auto",
+    rounds: int = 1,
 ) -> Spent:
-    """What the second round of a run on digits costs; all clients are one stack unless told otherwise."""
+    """What the second round of a run on digits, or so many, cost; all clients are one stack unless told otherwise."""
     config = {
-        "rounds": 2,
+        "rounds": 1 + rounds,
         "task": {"name": "classification", "dataset": "digits", "model": model},
         "partition": partition,
         "clients": {"count": clients},
@@ -94,7 +95,8 @@ def second_round(
         try:
             play.step()
             before = spent(counts)
-            play.step()
+            for _ in range(rounds):
+                play.step()
         finally:
             composition.close()
         return spent(counts, before)
@@ -248,7 +250,13 @@ def test_rows_that_clients_keep_stay_on_the_device(kind: str) -> None:
         second_round(8, model=m, **KEEPERS[kind]) for m in ("logistic", {"name": "mlp", "hidden": [32] * 3})
     )
     assert (small.bytes_up, small.bytes_down) == (large.bytes_up, large.bytes_down), "ids, counts and numbers alone"
-    assert small.waits == large.waits
+    assert small.waits == large.waits and small.bytes_down <= 8 * 24, "three numbers of each client"
+
+
+def test_rounds_cost_the_same_with_any_number_of_jobs_in_flight() -> None:
+    strategy = {"name": "fedbuff", "buffer_size": 2}
+    few, many = (second_round(n, model="logistic", strategy=strategy, rounds=8) for n in (8, 32))
+    assert many.waits <= few.waits <= 8 * (3 + WAITS_OF_A_STACK) and many.launches <= few.launches
 
 
 def test_rows_that_are_kept_elsewhere_cross_over_once_each_way() -> None:
