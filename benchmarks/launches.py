@@ -3,9 +3,9 @@
     python -m benchmarks.launches
 
 A launch costs a GPU's host some 5 microseconds, whatever it computes, and a wait costs it all that is still enqueued.
-So a stack pays when launches do not grow with its clients. Figures are of one steady round: what two rounds take less
-what one does. Of these, those of a local step are what a further step adds. Counted are operations as torch
-dispatches them, each at least one kernel.
+So a stack pays when launches do not grow with its clients, and graphs where a step is many launches. Figures are of one
+steady round: what two rounds take less what one does. Of these, those of a local step are what a further step adds.
+Counted are operations as torch dispatches them, each at least one kernel; a replay of a graph is one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | str, dict[str, Any]]] = 
 COHORTS = (8, 64)
 
 
-def counted(case: str, clients: int, steps: int, rounds: int) -> tuple[int, int, int, int]:
+def counted(case: str, clients: int, steps: int, rounds: int, graphs: bool) -> tuple[int, int, int, int]:
     """(launches, waits, bytes to the device, bytes from it) of so many rounds with all clients."""
     strategy, model, optimizer = CASES[case]
     data = {"name": "blobs", "num_examples": 100 * clients, "shape": [1, 28, 28], "num_test": 0}
@@ -42,7 +42,7 @@ def counted(case: str, clients: int, steps: int, rounds: int) -> tuple[int, int,
         "strategy": strategy,
         "local": {"steps": steps, "batch_size": 20, "optimizer": optimizer},
         "evaluate": {"every": 1000, "per_client": False},
-        "runtime": {"device": "cuda", "workers": 1},
+        "runtime": {"device": "cuda", "workers": 1, "graphs": graphs},
     }
     with pretend_gpu() as counts:
         composition = compose(config, case)
@@ -54,16 +54,24 @@ def counted(case: str, clients: int, steps: int, rounds: int) -> tuple[int, int,
     return launches, waits, up, down
 
 
+def steady(case: str, clients: int, steps: int, graphs: bool) -> list[int]:
+    """What the second round adds to the first."""
+    one, two = (counted(case, clients, steps, rounds, graphs) for rounds in (1, 2))
+    return [b - a for a, b in zip(one, two, strict=True)]
+
+
 def main() -> None:
-    print("| a round of | clients | launches | of them a local step | waits | bytes up | bytes down |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| a round of | clients | launches | of them a local step | in graphs | a step | waits | bytes up | down |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for case in CASES:
         for clients in COHORTS:
-            one, two = (counted(case, clients, 3, rounds) for rounds in (1, 2))
-            launches, waits, up, down = (b - a for a, b in zip(one, two, strict=True))
-            longer = counted(case, clients, 4, 2)[0] - counted(case, clients, 4, 1)[0]
+            launches, waits, up, down = steady(case, clients, 3, False)
+            replayed, waits_too, *_ = steady(case, clients, 3, True)
+            assert waits == waits_too
+            step, step_too = (steady(case, clients, 4, g)[0] - n for g, n in ((False, launches), (True, replayed)))
             print(
-                f"| {case} | {clients} | {launches} | {longer - launches} | {waits} | {up:,} | {down:,} |", flush=True
+                f"| {case} | {clients} | {launches} | {step} | {replayed} | {step_too} | {waits} | {up:,} | {down:,} |",
+                flush=True,
             )
 
 

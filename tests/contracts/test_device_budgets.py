@@ -68,6 +68,7 @@ def second_round(
     rule: dict[str, Any] | None = None,
     uplink: dict[str, Any] | None = None,
     memory: str = "auto",
+    graphs: bool = False,
 ) -> Spent:
     """What the second round of a run on digits costs; all clients are one stack unless told otherwise."""
     config = {
@@ -78,7 +79,7 @@ def second_round(
         "strategy": strategy or {"name": "fedavg"},
         "local": {"steps": steps, "batch_size": 8, "optimizer": rule or {"name": "sgd", "lr": 0.05}} if steps else {},
         "uplink": uplink or {},
-        "runtime": {"device": "cuda", "workers": 1, "stack": stack or clients, "memory": memory},
+        "runtime": {"device": "cuda", "workers": 1, "stack": stack or clients, "memory": memory, "graphs": graphs},
     }
     with pretend_gpu() as counts:
         composition = compose(config, "config")
@@ -98,6 +99,14 @@ def test_a_local_step_costs_the_same_launches_for_any_number_of_clients_and_neve
     short, long, many = (second_round(*size, **KINDS[kind]) for size in ((2, 2), (2, 4), (16, 4)))
     assert short.waits == long.waits == many.waits <= WAITS_OF_A_STACK
     assert short.launches < long.launches == many.launches
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet", {"name": "mlp", "dropout": 0.5}], ids=str)
+def test_a_replayed_step_costs_a_few_launches_whatever_the_model(model: Any) -> None:
+    """Two for the minibatch, two to copy it, one for the rate, the replay, a copy of the loss, and its sum."""
+    drop = 3 * (model not in ("cnn", "resnet"))  # who drops: clients and jobs, and the seed of the layer
+    four, six = (second_round(3, steps, model=model, graphs=True) for steps in (4, 6))
+    assert six.launches - four.launches == 2 * (8 + drop) and six.waits == four.waits <= WAITS_OF_A_STACK
 
 
 def test_a_private_step_never_waits() -> None:
