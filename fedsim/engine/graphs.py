@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedsim.engine.base import Batch
-from fedsim.engine.factors import Number, add_
+from fedsim.engine.factors import CHUNK, Number, add_
 from fedsim.engine.noise import generators
 from fedsim.engine.protocol import Engine
 from fedsim.params import Layout
@@ -106,18 +106,19 @@ class GraphedSession(Session):
         key: object,
         batch: Batch,
         lr: Number | None,
-        *out: Tensor,
+        out: Tensor | None = None,
     ) -> Tensor | None:
-        """What a call gives that writes to x and to `out`."""
+        """What a call gives; beside that it writes to `out` and buffers of x, or to all of x."""
         call = self.known.call((place(self.x), key, kind(batch)), batch, self.x)
         if call.refused:
             return None
         if call.plain:
             return work(self.plain, batch, call.lr if lr is None else call.lr.fill_(lr))
-        rest = self.x[:, self.trained.shape[1] :]
+        buffers = self.x[:, self.trained.shape[1] :]
+        changed, written = ([self.trained, buffers], []) if out is None else ([buffers], [out])
         # each time in a new session, for what one keeps of a pass would fill the memory that graphs share
         anew = lambda *given: work(self.engine.session(self.x), *given)  # noqa: E731
-        return call(self.known, anew, batch, lr, [self.trained, rest, *out])
+        return call(self.known, anew, batch, lr, changed, written)
 
 
 class Known(threading.local):
@@ -170,7 +171,13 @@ class Call:
         self.believed = self.plain = self.refused = False
 
     def __call__(
-        self, known: Known, work: Made, batch: Batch, lr: Number | None, written: Sequence[Tensor]
+        self,
+        known: Known,
+        work: Made,
+        batch: Batch,
+        lr: Number | None,
+        changed: Sequence[Tensor],
+        written: Sequence[Tensor],
     ) -> Tensor | None:
         """The loss [C] of a batch, or None where sessions can't do it.
 
@@ -179,7 +186,8 @@ class Call:
             work: what is done, and replayed.
             batch: of the same kind as ever.
             lr: learning rate; None where the work reads none.
-            written: what the work writes to, first the stack in two parts.
+            changed: what the work reads and changes.
+            written: what it only writes to.
         """
         self.times += 1
         if self.times == 3:
@@ -189,7 +197,7 @@ class Call:
             self.graph.replay()
             return self.loss.clone()
         if self.graph is not None:
-            return self._both(work, batch, written)
+            return self._both(work, batch, changed, written)
         loss = self._watched(work, batch) if self.times == 2 else work(self._with(batch), self.lr)
         self.refused = loss is None
         return loss
@@ -225,26 +233,26 @@ class Call:
             # the stream outside takes the thread back from a capture that breaks off, as the one inside does not
             with _one_at_a_time, torch.cuda.stream(stream), torch.cuda.graph(graph, **options):
                 loss = work(self._with(self.batch), self.lr)
-        except RuntimeError:  # by something that the watch does not see
+        except Exception:  # by something that the watch does not see; what is wrong without a graph too will be raised
             self.plain = True
             return
         assert loss is not None
         self.graph, self.loss = graph, loss
 
-    def _both(self, work: Made, batch: Batch, written: Sequence[Tensor]) -> Tensor:
+    def _both(self, work: Made, batch: Batch, changed: Sequence[Tensor], written: Sequence[Tensor]) -> Tensor:
         """Made as ever and by the graph, which is believed if it gives the same."""
         assert self.graph is not None
-        for out in written[2:]:
-            out.zero_()
-        before = [t.clone() for t in written]
+        before, places = [t.clone() for t in changed], [*changed, *written]
         loss = work(self._with(batch), self.lr)
         assert loss is not None
-        expected = [t.clone() for t in written]
-        for t, start in zip(written, before, strict=True):
+        expected = [t.clone() for t in places]
+        for t, start in zip(changed, before, strict=True):
             t.copy_(start)
+        for t in written:
+            t.fill_(torch.nan)
         self.graph.replay()
-        rows = zip((self.loss, *written), (loss, *expected), (torch.zeros_like(loss), *before), strict=True)
-        self.believed = all([agree(*row) for row in rows])
+        before += [t.new_zeros(()).expand_as(t) for t in (*written, loss)]
+        self.believed = all(map(agree, (*places, self.loss), (*expected, loss), before))
         if not self.believed:
             warnings.warn(
                 "a CUDA graph gave other numbers than the step that it stands for, which goes on without it; "
@@ -252,7 +260,7 @@ class Call:
                 stacklevel=2,
             )
             self.graph, self.plain = None, True
-            for t, right in zip(written, expected, strict=True):
+            for t, right in zip(places, expected, strict=True):
                 t.copy_(right)
         return loss
 
@@ -314,13 +322,17 @@ def kind(batch: Batch) -> object:
 
 
 def agree(found: Tensor, expected: Tensor, before: Tensor) -> bool:
-    """Whether two changes of one tensor are the same up to the order of sums."""
+    """Whether two changes of one tensor [C, ...] are the same up to the order of sums."""
     if not found.numel():
         return True
-    change = expected - before
-    largest, start = (float(t.nan_to_num(0.0, 0.0, 0.0).abs().max()) for t in (change, before))
-    rounding = 4 * torch.finfo(found.dtype).eps * start
-    return torch.allclose(found - before, change, rtol=0.0, atol=TOLERANCE * largest + rounding, equal_nan=True)
+    some = max(1, CHUNK // found[0].numel())  # rows at a time: a stack may fill half of the memory
+    for new, right, old in zip(found.split(some), expected.split(some), before.split(some), strict=True):
+        change = right - old
+        largest, start = (float(t.nan_to_num(0.0, 0.0, 0.0).abs().max()) for t in (change, old))
+        rounding = 4 * torch.finfo(found.dtype).eps * start
+        if not torch.allclose(new - old, change, rtol=0.0, atol=TOLERANCE * largest + rounding, equal_nan=True):
+            return False
+    return True
 
 
 def _read(batch: Batch) -> tuple[Tensor, ...]:

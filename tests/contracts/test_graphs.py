@@ -254,6 +254,16 @@ def test_runs_of_ragged_clients_give_what_they_give_without_graphs(kind: str) ->
     assert REAL or kind in FUSED or graphed == plain
 
 
+def test_graphs_are_held_to_what_a_step_changes_and_not_to_what_there_was() -> None:
+    start, nan = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.nan
+    step = 1e-4 * torch.tensor([[1.0, 2.0], [-3.0, 4.0]])
+    assert room.agree(start + 1.001 * step, start + step, start), "sums in another order"
+    assert not room.agree(start, start + step, start), "nothing was done"
+    assert not room.agree(start + 1.1 * step, start + step, start), "at another learning rate"
+    assert not room.agree(start + step.flip(0), start + step, start), "for other clients"
+    assert room.agree(start * nan, start * nan, start) and not room.agree(start * nan, start, start)
+
+
 @pytest.mark.parametrize("runtime", [{"device": "cpu"}, {"device": "cuda", "engine": "compiled"}], ids=str)
 def test_graphs_where_there_can_be_none_are_one_message(runtime: dict[str, Any]) -> None:
     config = {"task": {"name": "classification", "dataset": "digits"}, "runtime": {**runtime, "graphs": True}}
