@@ -102,7 +102,7 @@ def wait(device: torch.device) -> None:
 
 
 def seen(call: Callable[[], int], device: torch.device) -> tuple[int, int]:
-    """(launches of kernels and graphs, waits of the host) of one call, as the profiler counts them; zeros without a GPU."""
+    """(kernels and graphs launched, waits of the host) of a call, as the profiler counts them; zeros without a GPU."""
     if device.type != "cuda":
         return 0, 0
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:

@@ -97,7 +97,7 @@ class SupervisedTask(Task):
             own = streams if k == len(ids) else streams.rows(slice(k))
             if not honest:
                 inputs, labels = self._lies(inputs, labels, plan.rows[:k, columns], liars[:k])
-            return self.redrawn(Batch(inputs, labels, weights, own, step or 0))
+            return self.redrawn(Batch(inputs, labels, weights, own, step or 0, plan.counts(step, k)))
 
         def locate(positions: Tensor) -> Tensor:
             return data.rows(streams.clients, positions)
