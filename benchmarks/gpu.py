@@ -4,11 +4,11 @@
 
 Steps: local steps of plain SGD for stacks of several widths. The plain loop takes one client after the other with
 torch.optim.SGD; `vmap` is torch.func's gradient of as many clients as the widest stack, with the step written out. The
-ways take turns; a figure is microseconds for one client's step, the best of all turns, each of which ends with a wait
-for the card. Launches and waits are what torch's profiler sees of one stack's run of steps: kernels, and calls that
-stop the host until the card is done. The share is that of the products' floating-point operations in what a large
-matrix product reaches on this card in the same precision. As in a run, torch's deterministic algorithms are used, by
-all ways alike.
+ways take turns; `eager` is the narrowest stack without CUDA graphs. A figure is microseconds for one client's step, the
+best of all turns, each of which ends with a wait for the card. Launches and waits are what torch's profiler sees of one
+stack's run of steps: kernels and graphs, and calls that stop the host until the card is done. The share is that of the
+products' floating-point operations in what a large matrix product reaches on this card in the same precision. As in a
+run, torch's deterministic algorithms are used, by all ways alike.
 
 Rounds: the workloads of benchmarks.rounds, with the data on the card.
 """
@@ -35,12 +35,14 @@ from fedsim.tasks.models import MODELS
 
 RESNET_18 = partial(MODELS["resnet"], (3, 32, 32), 10, width=64, blocks=2, stages=4)
 CASES_HERE = {**CASES, "resnet-18": Case(RESNET_18, (3, 32, 32))}
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 STEPS_HEAD = [
     "model",
     "P",
     "plain us",
     "vmap us",
+    "eager us (width)",
     "fedsim us (width)",
     "plain / fedsim",
     "launches a step",
@@ -102,13 +104,13 @@ def wait(device: torch.device) -> None:
 
 
 def seen(call: Callable[[], int], device: torch.device) -> tuple[int, int]:
-    """(kernels, waits of the host) of one call, as the profiler counts them; zeros without a GPU."""
+    """(kernels and graphs launched, waits of the host) of a call, as the profiler counts them; zeros without a GPU."""
     if device.type != "cuda":
         return 0, 0
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         call()
     counts = {e.key: e.count for e in found.key_averages()}
-    launches = sum(n for k, n in counts.items() if k.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    launches = sum(n for k, n in counts.items() if k.startswith(LAUNCHES))
     return launches, sum(counts.get(k, 0) for k in WAITS)
 
 
@@ -116,7 +118,8 @@ def steps_row(name: str, device: torch.device, widths: list[int], seconds: float
     """One line of the table of steps."""
     here = Ways(CASES_HERE[name], device, rows=max(widths))
     fits = [w for w in widths if w <= here.plan().width] or [here.plan().width]
-    ways = {"plain": here.plain(), "vmap": vmapped(here)}
+    eager = here.engine(here.plan("stacked", fits[0]), graphs=False)
+    ways = {"plain": here.plain(), "vmap": vmapped(here), "eager": eager}
     ways |= {str(w): here.engine(here.plan("stacked", w)) for w in fits}
     best = dict.fromkeys(ways, float("inf"))
     failed: dict[str, str] = {}
@@ -138,6 +141,7 @@ def steps_row(name: str, device: torch.device, widths: list[int], seconds: float
         f"{here.layout.size:,}",
         f"{best['plain']:.1f}",
         failed.get("vmap") or f"{best['vmap']:.1f}",
+        f"{best['eager']:.1f} ({fits[0]})",
         figures,
         f"{best['plain'] / best[widest]:.1f}",
         f"{launches / STEPS:.0f}",

@@ -3,9 +3,10 @@
     python -m benchmarks.launches
 
 A launch costs a GPU's host some 5 microseconds, whatever it computes, and a wait costs it all that is still enqueued.
-So a stack pays when launches do not grow with its clients. Figures are of a steady round: the second, or a mean of
-several where those of a strategy differ. Of these, those of a local step are what a further step adds. Counted are
-operations as torch dispatches them, each at least one kernel.
+So a stack pays when launches do not grow with its clients, and graphs where a step is many launches. Figures are of a
+steady round: the second, or a mean of several where those of a strategy differ. Of these, those of a local step are
+what a further step adds. Counted are operations as torch dispatches them, each at least one kernel; a replay of a
+graph is one.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def text(num_examples: int) -> Dataset:
     return Dataset(inputs=x, targets=y, test_inputs=x[:0], test_targets=y[:0], num_classes=80)
 
 
-def counted(case: Case, clients: int, steps: int) -> list[float]:
+def counted(case: Case, clients: int, steps: int, graphs: bool) -> list[float]:
     """[launches, waits, bytes to the device, bytes from it] of a round."""
     data = {**case.data, "num_examples": SAMPLES * clients}
     config = {
@@ -87,7 +88,7 @@ def counted(case: Case, clients: int, steps: int) -> list[float]:
         "strategy": case.strategy,
         "local": {"steps": steps, "batch_size": BATCH, "optimizer": case.optimizer} if case.optimizer else {},
         "evaluate": {"every": 1000, "per_client": False},
-        "runtime": {"device": "cuda", "workers": 1},
+        "runtime": {"device": "cuda", "workers": 1, "graphs": graphs},
     }
     with pretend_gpu() as counts:
         composition = compose(config, "config")
@@ -101,16 +102,23 @@ def counted(case: Case, clients: int, steps: int) -> list[float]:
     return [(b - a) / case.rounds for a, b in zip(before, after, strict=True)]
 
 
+def figures(case: Case, clients: int, graphs: bool) -> list[str]:
+    """Cells of a line: launches, those of a local step, waits, bytes up and down."""
+    launches, *others = counted(case, clients, 3, graphs)
+    step = counted(case, clients, 4, graphs)[0] - launches if case.optimizer and case.rounds == 1 else 0
+    return [f"{launches:,.0f}", f"{step:.0f}" if step else "", *(f"{n:,.0f}" for n in others)]
+
+
 def main() -> None:
-    print("| a round of | clients | launches | of them a local step | waits | bytes up | bytes down |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| a round of | clients | launches | of them a local step | in graphs | a step | waits | bytes up | down |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, case in CASES.items():
         for clients in case.cohorts:
-            figures = counted(case, clients, 3)
-            step = counted(case, clients, 4)[0] - figures[0] if case.optimizer and case.rounds == 1 else 0
-            launches, *others = (f"{n:,.0f}" for n in figures)
+            launches, step, *others = figures(case, clients, graphs=False)
+            replayed, step_too, *others_too = figures(case, clients, graphs=True)
+            assert others == others_too
             print(
-                f"| {name} | {clients} | {launches} | {f'{step:.0f}' if step else ''} | {' | '.join(others)} |",
+                f"| {name} | {clients} | {launches} | {step} | {replayed} | {step_too} | {' | '.join(others)} |",
                 flush=True,
             )
 

@@ -25,6 +25,7 @@ from fedsim.compose import Composition, compose
 from fedsim.compose.problems import task_of
 from fedsim.config import ConfigError
 from fedsim.engine import Plan
+from fedsim.engine.choose import graphed
 from fedsim.engine.native import suits
 from fedsim.fleet import choose
 from fedsim.sim.executor import ClientError, Jobs, StackRunner
@@ -105,7 +106,8 @@ class Bench:
             ClientError: if the candidate can't train this model.
         """
         experiment = self.experiment
-        plan = Plan(candidate.engine, candidate.stack, "", candidate.native)
+        graphs = graphed(candidate.engine, experiment.device)
+        plan = Plan(candidate.engine, candidate.stack, "", candidate.native, graphs)
         here = task_of(self.samples, plan, self.precision, experiment.device)
         schedule = replace(self.local.schedule, epochs=None, steps=self.steps)
         runner = StackRunner(

@@ -9,7 +9,8 @@
 A factory or `.to("cuda")` ends in the kernels that are registered here for torch's dispatch key CUDA, which a build
 for CPUs leaves free. They give a `Pretend`, whose operations come to `__torch_dispatch__`: there they are checked,
 counted and done on the CPU tensors inside. So there is no mode to be in: workers' threads, autograd, torch.func and
-modules just work. The numbers are a CPU's; kernels, streams, graphs and torch.compile of a GPU are not covered.
+modules just work. The numbers are a CPU's; kernels, streams and torch.compile of a GPU are not covered. Its graphs are
+those of `tests.device_graphs`.
 
 What counts: a launch is an operation that is neither a view nor an allocation, at least one kernel on a GPU. A wait is
 where the host stands until the device has done all its work: a number, a copy to or from memory that is not pinned, a
@@ -38,6 +39,8 @@ import torch
 import torch._dynamo  # before torch.compile is replaced: it keeps a table of torch's functions
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tests import device_graphs as graphs
 
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
@@ -72,6 +75,10 @@ class Counts:
 
     def add(self, kind: str, number: int = 1) -> None:
         """Count something that just happens."""
+        if kind == "waits":
+            graphs.refuse_to_wait()
+        if graphs.capturing() is not None:
+            return
         with self._lock:
             setattr(self, kind, getattr(self, kind) + number)
             self.places[kind, *_caller()] += number
@@ -174,7 +181,7 @@ def _inside(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
     on_gpu = kwargs.get("device") is None or torch.device(kwargs["device"]).type == "cuda"
     here = tree_map(_inner, kwargs) | ({"device": "cpu"} if kwargs.get("device") is not None else {})
     before = [t.shape for t in tensors]
-    given = func(*tree_map(_inner, args), **here)
+    given = graphs.run(func, tree_map(_inner, args), here)
     if torch.Tag.inplace_view in func.tags:  # squeeze_ and the like: the outside follows the inside
         with torch._C._DisableTorchDispatch():
             func(*args, **kwargs)
@@ -208,7 +215,8 @@ def _count(func: Any, name: str, args: Any, kwargs: Any, tensors: list[Pretend])
 def _to_copy(func: Any, source: Pretend, **kwargs: Any) -> Tensor:
     """`.to` from the device, to itself or to the host."""
     target = torch.device(kwargs.get("device") or GPU)
-    made: Tensor = func(source.inner, **(kwargs | ({"device": "cpu"} if "device" in kwargs else {})))
+    options = kwargs | ({"device": "cpu"} if "device" in kwargs else {})
+    made: Tensor = graphs.run(func, (source.inner,), options)
     if target.type == "cuda":
         _counts.add("launches")
         return Pretend(made)
@@ -223,7 +231,7 @@ def _copy_(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         _moved("bytes_up", source, non_blocking and source.is_pinned())
     elif to.numel():
         _moved("bytes_down", source, non_blocking)
-    _inner(to).copy_(_inner(source))
+    graphs.run(aten.copy_.default, (_inner(to), _inner(source)), {})
     return to
 
 
@@ -258,17 +266,18 @@ def _refuse_mixed(func: Any, name: str, args: Any, tensors: list[Tensor]) -> Non
 def _factory(overload: Any) -> Callable[..., Tensor]:
     def make(*args: Any, **kwargs: Any) -> Tensor:
         _counts.add("launches")
-        return Pretend(overload(*args, **{**kwargs, "device": "cpu"}))
+        return Pretend(graphs.run(overload, args, {**kwargs, "device": "cpu"}))
 
     return make
 
 
 def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **others: Any) -> Tensor:
-    return Pretend(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+    options = {"dtype": dtype, "memory_format": memory_format or torch.contiguous_format}
+    return Pretend(graphs.run(aten.empty.memory_format, (size,), options))
 
 
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **others: Any) -> Tensor:
-    return Pretend(torch.empty_strided(size, stride, dtype=dtype))
+    return Pretend(graphs.run(aten.empty_strided.default, (size, stride), {"dtype": dtype}))
 
 
 def why_not() -> str | None:
@@ -339,7 +348,7 @@ def pretend_gpu() -> Iterator[Counts]:
     as_it_is: Any = lambda function=None, **options: function if function is not None else lambda f: f  # noqa: E731
     _guard.swap_hooks()
     fakes = [
-        mock.patch.multiple(torch.cuda, **cuda),
+        mock.patch.multiple(torch.cuda, **cuda, **graphs.fakes(lambda: _counts.add("launches"))),
         mock.patch.multiple(torch, compile=as_it_is, tensor=_tensor, use_deterministic_algorithms=nothing),
         mock.patch.object(torch.backends.cudnn, "is_acceptable", lambda tensor: False),
     ]

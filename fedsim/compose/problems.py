@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABCMeta
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -29,6 +30,7 @@ from fedsim.compose.supervised import (
 from fedsim.compose.work import Work
 from fedsim.config import ConfigError, FromTable, at
 from fedsim.engine import Plan, build_engine, choose_engine
+from fedsim.engine.choose import graphed
 from fedsim.prox import Prox
 from fedsim.task import Task
 from fedsim.tasks.bilinear import BilinearTask
@@ -43,7 +45,7 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
     if isinstance(problem, Task):
         width = max(1, min(1024, len(problem.num_examples))) if runtime.stack == "auto" else runtime.stack
         return Plan("exact", width, "the task computes its own field")
-    return choose_engine(
+    plan = choose_engine(
         problem.module,
         problem.layout,
         device=device,
@@ -58,6 +60,7 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
         loss=problem.loss,
         sample=pick(problem.data.inputs, 0),
     )
+    return replace(plan, graphs=graphed(plan.engine, device, runtime.graphs))
 
 
 def task_of(problem: Task | Samples, plan: Plan, precision: str, device: torch.device) -> Task:
@@ -65,7 +68,7 @@ def task_of(problem: Task | Samples, plan: Plan, precision: str, device: torch.d
     if isinstance(problem, Task):
         return problem
     made = problem.module, problem.layout, problem.loss, device, precision
-    engine = build_engine(plan.engine, *made, native=plan.native)
+    engine = build_engine(plan.engine, *made, native=plan.native, graphs=plan.graphs)
     held = None if problem.held is None else problem.held.to(device)
     data, metrics = problem.data.to(device), problem.metrics
     return problem.task(data, problem.module, problem.x0, engine, problem.loss, held, metrics, problem.prox)

@@ -200,7 +200,7 @@ def _resolve(
     out["clients"]["count"] = len(problem.num_examples)
     out["runtime"] |= {"stack": plan.width, "device": str(device)}
     if isinstance(problem, Samples):
-        out["runtime"] |= {"engine": plan.engine, "native": plan.native}
+        out["runtime"] |= {"engine": plan.engine, "native": plan.native, "graphs": plan.graphs}
     if out["strategy"]["name"].startswith(OBJECT):  # for readers, and to tell it from another on resume
         out["strategy"] |= {k: v for k, v in vars(strategy).items() if isinstance(v, bool | int | float | str | None)}
         return

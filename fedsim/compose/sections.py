@@ -152,6 +152,7 @@ class Runtime:
         stacks: into how many a cohort is cut at least, or auto: with `stack: auto` as many as the workers need, else 1.
         engine: loop, stacked, compiled, pkg.module:name, or auto.
         native: whether the stacked engine takes a classifier's last layer and loss in C++ (on a CPU), or auto.
+        graphs: whether steps on a GPU are captured as CUDA graphs and replayed, or auto: with engine loop or stacked.
         precision: of products; storage is float32.
         memory: where clients' rows are kept between rounds: ram, disk (a file in the run's folder), device (where
             stacks of this process are computed), or auto: the first of device, ram and disk that surely has room.
@@ -168,6 +169,7 @@ class Runtime:
     stacks: int | Literal["auto"] = "auto"
     engine: str = "auto"
     native: bool | Literal["auto"] = "auto"
+    graphs: bool | Literal["auto"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     memory: Literal["auto", "device", "ram", "disk"] = "auto"
 

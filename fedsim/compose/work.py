@@ -122,13 +122,14 @@ def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, 
     wide = f"{plan.width} client{'s' * (plan.width != 1)}"
     shares = shares_of(work, n, plan.width, stacks)
     counts, gains = zip(*((str(w), f"{speedup(shares, w):.1f}") for w in WORKERS), strict=True)
+    how = " with C++" if plan.native else " in CUDA graphs" if plan.graphs else ""
     return {
         "clients": f"{len(n):,}, {work.cohort_size:,} of them in a round",
         "samples per client": f"{int(n.min()):,} to {int(n.max()):,}, median {int(n.median()):,}; "
         f"{int((n == 0).sum()):,} clients have none",
         "local steps": f"{int(steps.min()):,} to {int(steps.max()):,}",
         "model": f"{layout.num_trainable:,} parameters{buffers}{kept}",
-        "engine": f"{plan.engine}{' with C++' if plan.native else ''}, {wide} a stack ({plan.reason})",
+        "engine": f"{plan.engine}{how}, {wide} a stack ({plan.reason})",
         "stacks": f"{len(shares):,} a round; with {', '.join(counts)} workers {', '.join(gains)} times one worker's "
         "speed at best",
         "memory": f"about {stack_bytes / 2**20:,.1f} MiB a worker for parameters, gradients, one buffer and the "

@@ -76,6 +76,7 @@ def second_round(
     partition: str | dict[str, Any] = "iid",
     engine: str = "auto",
     rounds: int = 1,
+    graphs: bool = False,
 ) -> Spent:
     """What the second round of a run on digits, or so many, cost; all clients are one stack unless told otherwise."""
     config = {
@@ -86,7 +87,14 @@ def second_round(
         "strategy": strategy or {"name": "fedavg"},
         "local": {"steps": steps, "batch_size": 8, "optimizer": rule or {"name": "sgd", "lr": 0.05}} if steps else {},
         "uplink": uplink or {},
-        "runtime": {"device": "cuda", "workers": 1, "stack": stack or clients, "memory": memory, "engine": engine},
+        "runtime": {
+            "device": "cuda",
+            "workers": 1,
+            "stack": stack or clients,
+            "memory": memory,
+            "engine": engine,
+            "graphs": graphs,
+        },
     }
     with pretend_gpu() as counts:
         composition = compose(config, "config")
@@ -107,6 +115,14 @@ def test_a_local_step_costs_the_same_launches_for_any_number_of_clients_and_neve
     short, long, many = (second_round(*size, **KINDS[kind]) for size in ((2, 2), (2, 4), (16, 4)))
     assert short.waits == long.waits == many.waits <= WAITS_OF_A_STACK
     assert short.launches < long.launches == many.launches
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet", {"name": "mlp", "dropout": 0.5}], ids=str)
+def test_a_replayed_step_costs_a_few_launches_whatever_the_model(model: Any) -> None:
+    """Two for the minibatch, two to copy it, one for the rate, the replay, a copy of the loss, and its sum."""
+    drop = 3 * (model not in ("cnn", "resnet"))  # who drops: clients and jobs, and the seed of the layer
+    four, six = (second_round(3, steps, model=model, graphs=True) for steps in (4, 6))
+    assert six.launches - four.launches == 2 * (8 + drop) and six.waits == four.waits <= WAITS_OF_A_STACK
 
 
 @pytest.mark.filterwarnings("ignore:.*not batched")
