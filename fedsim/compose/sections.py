@@ -153,6 +153,8 @@ class Runtime:
         engine: loop, stacked, compiled, pkg.module:name, or auto.
         native: whether the stacked engine takes a classifier's last layer and loss in C++ (on a CPU), or auto.
         precision: of products; storage is float32.
+        data: where the samples lie beside a GPU: device (all of them on it), host (in RAM, from where minibatches are
+            copied ahead of the steps), or auto: the device if they take a quarter of it at most.
         memory: where clients' rows are kept between rounds: ram, disk (a file in the run's folder), device (where
             stacks of this process are computed), or auto: the first of device, ram and disk that surely has room.
     """
@@ -169,6 +171,7 @@ class Runtime:
     engine: str = "auto"
     native: bool | Literal["auto"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    data: Literal["auto", "device", "host"] = "auto"
     memory: Literal["auto", "device", "ram", "disk"] = "auto"
 
     def __post_init__(self) -> None:
