@@ -26,6 +26,7 @@ from tests.contracts.test_aggregators import build as build_rule
 from tests.contracts.test_aggregators import rows as drawn_rows
 from tests.contracts.test_optimizers import NAMES, section
 from tests.device import Counts, pretend_gpu, why_not
+from tests.device_streams import pretend_streams
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -68,6 +69,7 @@ def second_round(
     rule: dict[str, Any] | None = None,
     uplink: dict[str, Any] | None = None,
     memory: str = "auto",
+    data: str = "auto",
 ) -> Spent:
     """What the second round of a run on digits costs; all clients are one stack unless told otherwise."""
     config = {
@@ -78,9 +80,9 @@ def second_round(
         "strategy": strategy or {"name": "fedavg"},
         "local": {"steps": steps, "batch_size": 8, "optimizer": rule or {"name": "sgd", "lr": 0.05}} if steps else {},
         "uplink": uplink or {},
-        "runtime": {"device": "cuda", "workers": 1, "stack": stack or clients, "memory": memory},
+        "runtime": {"device": "cuda", "workers": 1, "stack": stack or clients, "memory": memory, "data": data},
     }
-    with pretend_gpu() as counts:
+    with pretend_gpu() as counts, pretend_streams():
         composition = compose(config, "config")
         run = composition.experiment
         play = Play(run.strategy, run.fleet, run.strategy.init(run.task.init(0).to("cuda")))
