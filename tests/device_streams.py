@@ -27,6 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 from unittest import mock
 
@@ -77,7 +78,7 @@ class Watch:
         self.events: list[Times] = [{}]  # by number; 0 is none
         self.sent: list[tuple[Tensor, Tensor, int, Use]] = []  # page-locked memory under way, and what was in it
         self.races: list[str] = []
-        self.num_streams, self.open = 1, True
+        self.open = True
 
     # Events ------------------------------------------------------------------------------------------------------
 
@@ -217,15 +218,14 @@ def _library() -> ctypes.CDLL:
 
 
 _watch = Watch()
+_numbers = count(1)  # of all contexts, since a stream may be kept from one to the next; 0 is the default stream
 
 
 class Stream:
     """`torch.cuda.Stream`."""
 
     def __init__(self, device: Any = None, priority: int = 0, *, number: int | None = None) -> None:
-        with _watch.lock:
-            _watch.num_streams += number is None
-            self.number = _watch.num_streams - 1 if number is None else number
+        self.number = next(_numbers) if number is None else number
         self.device = GPU
 
     def __eq__(self, other: object) -> bool:
@@ -285,7 +285,7 @@ def _stream(stream: Stream) -> Iterator[None]:
 
 
 def _synchronize(device: Any = None) -> None:
-    for number in range(_watch.num_streams):
+    for number in list(_watch.done):
         Stream(number=number).synchronize()
 
 
