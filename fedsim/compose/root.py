@@ -49,8 +49,8 @@ from fedsim.compose.work import (
 )
 from fedsim.config import OBJECT, ConfigError, at, decode, naming
 from fedsim.engine import Plan
+from fedsim.experiment import Experiment
 from fedsim.fleet import Cost
-from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
 from fedsim.pages import room_on_gpu

@@ -30,7 +30,7 @@ from fedsim.sim.executor import ClientError, Executor, Jobs, Lost, Results, Stac
 from fedsim.sim.failure import Failure
 from fedsim.sim.packing import pack, unpack
 from fedsim.sim.ray_executor import RayExecutor, setting_of
-from fedsim.sim.ray_pool import ATTEMPTS, pickler
+from fedsim.sim.ray_pool import ATTEMPTS, WorkersLost, pickler
 from fedsim.sim.ray_runtime import environment
 
 CLOSE_SECONDS = 60.0  # for Ray to stop all that it started
@@ -83,7 +83,7 @@ class RayProcess(Executor):
 
         Raises:
             ClientError: a client half raised; its own exception is the cause.
-            Lost: Ray was lost `ATTEMPTS` times in a row, or does not start again.
+            Lost: Ray was lost `ATTEMPTS` times in a row, or does not start again, or its workers were.
         """
         results: Results = self._call(f"round {jobs.round + 1}", "run", jobs)
         return results
@@ -103,6 +103,8 @@ class RayProcess(Executor):
             try:
                 self._driver = self._driver or _Driver(self.runner, self._options)
                 return self._driver.ask((method, args, self.stacks))
+            except WorkersLost:
+                raise
             except Lost as error:
                 self.close()
                 lost = f"{what}: Ray was lost ({error})"

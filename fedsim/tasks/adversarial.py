@@ -179,8 +179,6 @@ class AdversarialTask(SupervisedTask):
         if not most:
             return {}
         low, high = float(clean.min()), float(clean.max())
-        found = {
-            "Perturbation of each class (grey is none)": grid(r, SHOWN, -most, most),
-            "Samples as they are, and with it": grid(torch.cat([clean, clean + r[labels]]), SHOWN, low, high),
-        }
-        return {title: images for title, images in found.items() if images is not None}
+        both = torch.cat([clean, clean + r[labels]])
+        shown = grid("Perturbation of each class (grey is none)", r, SHOWN, -most, most)
+        return shown | grid("Samples as they are, and with it", both, SHOWN, low, high)

@@ -86,6 +86,11 @@ class BatchPlan:
         """How many of the first clients still take this step."""
         return self._active[step]
 
+    def counts(self, step: int | None, k: int) -> list[int] | None:
+        """[k] samples of the first clients in a step, known without asking the device; None for all steps at once."""
+        found: list[int] | None = None if step is None else self._filled[:k, step].tolist()
+        return found
+
     def _samples(self, step: int | None, k: int, columns: slice, weights: Tensor | None) -> Samples:
         rows = self.rows[:k, columns]
         counted = torch.ones(rows.shape, device=rows.device) if weights is None else weights

@@ -192,11 +192,8 @@ class GanTask(SupervisedTask):
         real = inputs["real"][:SHOWN].cpu()
         low, high = float(real.min()), float(real.max())
         made = self.made(x, inputs["noise"], slice(SHOWN)).cpu()
-        found = {
-            "Samples of the generator": grid(made, COLUMNS, low, high),
-            "Samples of the data": grid(real, COLUMNS, low, high),
-        }
-        return {title: images for title, images in found.items() if images is not None}
+        shown = grid("Samples of the generator", made, COLUMNS, low, high)
+        return shown | grid("Samples of the data", real, COLUMNS, low, high)
 
 
 def frechet_distance(samples: Tensor, others: Tensor) -> float:

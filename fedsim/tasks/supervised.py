@@ -102,7 +102,7 @@ class SupervisedTask(Task):
             own = streams if k == len(ids) else streams.rows(slice(k))
             if not honest:
                 inputs, labels = self._lies(inputs, labels, rows, liars[:k])
-            return self.redrawn(Batch(inputs, labels, weights, own, step or 0))
+            return self.redrawn(Batch(inputs, labels, weights, own, step or 0, plan.counts(step, k)))
 
         def locate(positions: Tensor) -> Tensor:
             return data.rows(ids if host else streams.clients, positions.to(data.order.device))

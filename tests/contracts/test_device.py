@@ -22,6 +22,7 @@ from torch import Tensor
 from fedsim import pages
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
+from fedsim.compose import compose
 from fedsim.compress import COMPRESSORS
 from fedsim.config import ConfigError
 from fedsim.engine import Batch, build_engine
@@ -157,9 +158,11 @@ def test_what_runs_beside_a_strategy_gives_the_numbers_of_the_cpu(option: str) -
         {"name": "adamw", "dp": {"clip": 1.0, "noise": 0.5}},
         {"name": "adamw", "state_scope": "client"},
         {"name": "adamw", "state_scope": "server"},
+        {"name": "torch.optim:AdamW"},
     ],
     ids=lambda rule: " ".join(map(str, rule.values())),
 )
+@pytest.mark.filterwarnings("ignore:.*not batched")
 def test_what_optimizers_need_or_keep_gives_the_numbers_of_the_cpu(rule: dict[str, Any]) -> None:
     config = pair("fedavg", None)
     config["local"] = {**config["local"], "optimizer": {"lr": 0.01, **rule}}
@@ -355,6 +358,20 @@ def test_rows_lie_on_the_device_only_in_the_process_that_computes(
     config = {**pair("scaffold", None), "runtime": {"device": "cuda", "executor": executor, "memory": "device"}}
     with pytest.raises(ConfigError, match="runtime.memory: device is for stacks that this process computes itself"):
         rows_of(config)
+
+
+@pretended
+def test_a_card_that_is_named_has_to_be_there_and_is_used_alone(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"runtime.device: 'cuda:7' was asked for, and 1 GPU\(s\) are visible"):
+        run(pair("fedavg", None), "cuda:7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = {**pair("fedavg", None), "runtime": {"device": "cuda:0"}}
+    composition = compose(config, "config")
+    composition.close()
+    assert composition.plan["workers"].endswith("in this process, 1 intra-op thread(s) each")
+    config["runtime"] |= {"executor": "ray"}
+    with pytest.raises(ConfigError, match="each Ray worker takes a GPU of its own; use cuda, not 'cuda:0'"):
+        compose(config, "config")
 
 
 class OnceInfinite(QuadraticTask):
