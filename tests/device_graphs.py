@@ -30,7 +30,7 @@ _pools: dict[object, WeakSet[Graph]] = {}
 class Graph:
     """torch.cuda.CUDAGraph."""
 
-    launched: Callable[[], None]
+    launched: Callable[[Graph], None]
 
     def __init__(self) -> None:
         self.steps: list[tuple[Any, Any, Any, list[Tensor]]] = []
@@ -49,13 +49,18 @@ class Graph:
 
     def replay(self) -> None:
         assert self.done and capturing() is None
-        type(self).launched()
+        type(self).launched(self)
         for other in _pools[self._pool]:
             spoil(other.made)
         for func, args, kwargs, given in self.steps:
             for old, new in zip(given, tensors_of(func(*args, **kwargs)), strict=True):
                 if old is not new:
                     old.copy_(new)
+
+    def accesses(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What a replay reads, and what it writes to."""
+        written = [t for func, args, kwargs, _ in self.steps for t in written_by(func, args, kwargs)]
+        return [t for _, args, kwargs, _ in self.steps for t in tensors_of((args, kwargs))], [*written, *self.made]
 
     def note(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation of a capture; its results are those of the right shapes."""
@@ -120,8 +125,8 @@ def refuse_to_wait() -> None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
 
-def fakes(launched: Callable[[], None]) -> dict[str, Any]:
-    """What stands in torch.cuda, and tells how often something was launched."""
+def fakes(launched: Callable[[Graph], None]) -> dict[str, Any]:
+    """What stands in torch.cuda, and tells which graphs are launched."""
     _pools.clear()
     Graph.launched = staticmethod(launched)
     nothing: dict[str, Any] = {"Stream": lambda device=None: None, "stream": lambda stream: nullcontext()}

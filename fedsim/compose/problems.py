@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABCMeta
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.own import check_task
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
 from fedsim.tasks.robust import RobustLogisticTask
-from fedsim.trees import pick
+from fedsim.trees import pick, tensors
+
+DATA_SHARE = 0.25  # of a card, for samples; stacks take half, rows of clients a quarter
 
 
 def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch.device) -> Plan:
@@ -63,15 +65,36 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
     return replace(plan, graphs=graphed(plan.engine, device, runtime.graphs))
 
 
-def task_of(problem: Task | Samples, plan: Plan, precision: str, device: torch.device) -> Task:
+def place_data(problem: Samples, runtime: Runtime, device: torch.device) -> Literal["device", "host"]:
+    """Where the samples lie; `auto` takes the device for a quarter of it at most.
+
+    Raises:
+        ConfigError: for the host's memory beside a device that is no GPU of CUDA.
+    """
+    if device.type == "cpu":
+        return "host"
+    if runtime.data == "host" and device.type != "cuda":
+        raise ConfigError(f"runtime.data: host is for GPUs of CUDA, not for {device}; use auto or device")
+    if runtime.data != "auto" or device.type != "cuda":
+        return "host" if runtime.data == "host" else "device"
+    sets = [data for data in (problem.data, problem.held) if data is not None]
+    parts = [part for data in sets for part in (data.inputs, data.targets, data.test_inputs, data.test_targets)]
+    needed = sum(t.nbytes for part in parts for t in tensors(part).values())
+    return "device" if needed <= DATA_SHARE * torch.cuda.get_device_properties(device).total_memory else "host"
+
+
+def task_of(
+    problem: Task | Samples, plan: Plan, precision: str, device: torch.device, data_on: Literal["device", "host"]
+) -> Task:
     """The task, computed as planned."""
     if isinstance(problem, Task):
         return problem
     made = problem.module, problem.layout, problem.loss, device, precision
     engine = build_engine(plan.engine, *made, native=plan.native, graphs=plan.graphs)
-    held = None if problem.held is None else problem.held.to(device)
-    data, metrics = problem.data.to(device), problem.metrics
-    return problem.task(data, problem.module, problem.x0, engine, problem.loss, held, metrics, problem.prox)
+    data, held, metrics = problem.data, problem.held, problem.metrics
+    if data_on == "device":
+        data, held = data.to(device), None if held is None else held.to(device)
+    return problem.task(data, problem.module, problem.x0, engine, problem.loss, held, metrics, problem.prox, device)
 
 
 def quadratic(

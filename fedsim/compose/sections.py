@@ -154,6 +154,8 @@ class Runtime:
         native: whether the stacked engine takes a classifier's last layer and loss in C++ (on a CPU), or auto.
         graphs: whether steps on a GPU are captured as CUDA graphs and replayed, or auto: with engine loop or stacked.
         precision: of products; storage is float32.
+        data: where the samples lie beside a GPU: device (all of them on it), host (in RAM, from where minibatches are
+            copied ahead of the steps), or auto: the device if they take a quarter of it at most.
         memory: where clients' rows are kept between rounds: ram, disk (a file in the run's folder), device (where
             stacks of this process are computed), or auto: the first of device, ram and disk that surely has room.
     """
@@ -171,6 +173,7 @@ class Runtime:
     native: bool | Literal["auto"] = "auto"
     graphs: bool | Literal["auto"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    data: Literal["auto", "device", "host"] = "auto"
     memory: Literal["auto", "device", "ram", "disk"] = "auto"
 
     def __post_init__(self) -> None:

@@ -46,6 +46,7 @@ from tests.contracts.test_attacks import TO_ALL
 from tests.contracts.test_compressors import SETTINGS, stack
 from tests.contracts.test_optimizers import LAYOUT, NAMES, problem, section
 from tests.device import Counts, pretend_gpu, why_not
+from tests.device_streams import pretend_streams
 from tests.fedsim.engine import zoo
 
 REAL = torch.cuda.is_available()
@@ -70,12 +71,17 @@ def a_gpu() -> Iterator[None]:
         yield
 
 
-def run(
-    config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False, memory: str = "auto"
-) -> Rows:
+@contextmanager
+def streams() -> Iterator[None]:
+    """The same, with streams that pretend too, and a look for races between them."""
+    with a_gpu(), nullcontext() if REAL else pretend_streams():
+        yield
+
+
+def run(config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False, **runtime: Any) -> Rows:
     """The rows of a run on a device, in this process however many GPUs there are."""
-    runtime = {"executor": "in_process", "workers": 1, "stack": 3, "device": device, "memory": memory}
-    return rows_of({**config, "runtime": runtime}, folder, resume)
+    here = {"executor": "in_process", "workers": 1, "stack": 3, "device": device, **runtime}
+    return rows_of({**config, "runtime": here}, folder, resume)
 
 
 def assert_alike(rows: Rows, others: Rows) -> None:
@@ -135,8 +141,8 @@ def test_launches_waits_and_bytes_are_counted(gpu: Counts) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_gives_the_numbers_of_the_cpu(name: str) -> None:
     expected = run(pair(name, None), "cpu")
-    with a_gpu():
-        assert_alike(run(pair(name, None), "cuda"), expected)
+    with streams():
+        assert_alike(run(pair(name, None), "cuda", workers=2, data="host"), expected)
 
 
 @pytest.mark.skipif(not REAL, reason="a pretend GPU computes as the CPU does")

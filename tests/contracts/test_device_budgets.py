@@ -30,6 +30,7 @@ from tests.contracts.test_aggregators import build as build_rule
 from tests.contracts.test_aggregators import rows as drawn_rows
 from tests.contracts.test_optimizers import NAMES, section
 from tests.device import Counts, pretend_gpu, why_not
+from tests.device_streams import pretend_streams
 from tests.fedsim.engine import zoo
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -73,6 +74,7 @@ def second_round(
     rule: dict[str, Any] | None = None,
     uplink: dict[str, Any] | None = None,
     memory: str = "auto",
+    data: str = "auto",
     partition: str | dict[str, Any] = "iid",
     engine: str = "auto",
     rounds: int = 1,
@@ -94,9 +96,10 @@ def second_round(
             "memory": memory,
             "engine": engine,
             "graphs": graphs,
+            "data": data,
         },
     }
-    with pretend_gpu() as counts:
+    with pretend_gpu() as counts, pretend_streams():
         composition = compose(config, "config")
         run = composition.experiment
         play = Play(run.strategy, run.fleet, run.strategy.init(run.task.init(0).to("cuda")))
