@@ -14,11 +14,10 @@ from typing import Any
 
 from fedsim.sim.collectives import Backend, Collectives, least_groups
 from fedsim.sim.packing import Parcel
+from fedsim.sim.pipe import NOTHING
 from fedsim.sim.ray_plane import Plane
 from fedsim.sim.ray_pool import RayPool, Worker
 from fedsim.sim.ray_worker import Actor
-
-NOTHING: Parcel = b"", []
 
 
 class Driver:
