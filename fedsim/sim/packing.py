@@ -2,7 +2,8 @@
 
 A parcel is a pickle (protocol 5) without its large parts, which stand beside it as byte arrays. A store that keeps
 byte arrays in shared memory hands them out as read-only views; tensors of the opened parcel then lie right there, or
-in private copies where somebody might write.
+in private copies where somebody might write. Byte arrays that may be written to are the receiver's own, and tensors
+simply lie there.
 
 Letters: none; shapes are those of the objects.
 """
@@ -58,7 +59,8 @@ def pack(value: Any, *, share: bool = False, pickler: type[pickle.Pickler] = pic
     # a subclass, because picklers look their table up once, when they are made
     packer = type("Packer", (pickler,), {"dispatch_table": table})
     packer(stream, protocol=5, buffer_callback=buffers.append).dump(value)
-    return stream.getvalue(), [np.frombuffer(b.raw(), dtype=np.uint8) for b in buffers]
+    # read-only, for these are the sender's
+    return stream.getvalue(), [np.frombuffer(b.raw().toreadonly(), dtype=np.uint8) for b in buffers]
 
 
 def unpack(parcel: Parcel) -> Any:
@@ -103,6 +105,6 @@ def _rebuild(
 ) -> Tensor:
     here = torch.from_numpy(np.asarray(_Writable(raw)))
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
-    own = here.to(device) if device == "cuda" else here if shared else here.clone()
+    own = here.to(device) if device == "cuda" else here if shared or raw.flags.writeable else here.clone()
     tensor = own.view(dtype).view(shape).permute([order.index(d) for d in range(len(order))])
     return tensor.requires_grad_(requires_grad) if requires_grad else tensor

@@ -3,9 +3,10 @@
 A call is cut into stacks and the stacks into groups as in process (fedsim.sim.executor). A group is one task: a pure
 function of the jobs' ids, numbers and memory rows, of the broadcasts and of what every actor got at its start. So a
 task may run twice, on any actor, and whatever dies, the bits are those of a run in which nothing did. Clients'
-memory travels with the jobs and comes back with the replies; the driver's process alone keeps it. A lost actor or
+memory travels with the jobs and comes back with the replies; the run's process alone keeps it. A lost actor or
 node is not a lost client: the simulated federation never hears of it.
 
+What travels is packed and opened here and on the workers; what drives Ray (fedsim.sim.ray_driver) only hands it on.
 Broadcasts lie in the object store once a call, and task, data and strategy once a run; actors of one node map the
 same bytes. Where replies are folded, workers can instead talk to each other (fedsim.sim.ray_plane); the bits are the
 same, and when that fails the object store is there.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,13 +27,13 @@ from torch import Tensor
 
 from fedsim import pages
 from fedsim.engine.choose import SHARES
-from fedsim.sim.collectives import Collectives, backend_for, least_groups
+from fedsim.sim.collectives import Collectives, backend_for
 from fedsim.sim.executor import Executor, Jobs, Results, StackRunner, T, grouped, shown
 from fedsim.sim.gather import Gather
 from fedsim.sim.packing import Parcel, pack, unpack
-from fedsim.sim.ray_plane import Plane
-from fedsim.sim.ray_pool import RayPool, Worker, pickler
-from fedsim.sim.ray_worker import Actor
+from fedsim.sim.ray_driver import Driver
+from fedsim.sim.ray_pool import pickler
+from fedsim.sim.shares import broadcasts, share_out, together
 
 
 class RayExecutor(Executor):
@@ -69,34 +71,32 @@ class RayExecutor(Executor):
     ) -> None:
         if timeout_seconds <= 0:
             raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
-        self.runner, self.width, self.timeout_seconds = runner, width, timeout_seconds
+        self.runner, self.width = runner, width
         self._costs = runner.task.num_examples if costs is None else costs
         self._pickler = pickler()
         pages.keep_freed_memory()
         gpus = int(runner.device.type == "cuda")
-        backend = backend_for(collectives, gpus=gpus > 0)
-        self._pool = RayPool(Actor, setting_of(runner), workers=workers, threads=threads, gpus=gpus, address=address)
-        self._plane: Plane | None = None
-        try:
-            if backend is not None:
-                ray = self._pool.ray
-                host = ray.util.get_node_ip_address() if self._pool.others_join else "127.0.0.1"
-                one, nbytes = sum(node["Alive"] for node in ray.nodes()) == 1, 4 * runner.task.layout.size
-                least = least_groups(collectives, backend, one_machine=one, nbytes=nbytes)
-                self._plane = Plane(self._pool, backend, host, self._pickler, timeout_seconds, least)
-        except BaseException:
-            self.close()
-            raise
+        self._options: dict[str, Any] = {
+            "workers": workers,
+            "threads": threads,
+            "gpus": gpus,
+            "address": address,
+            "collectives": collectives,
+            "backend": backend_for(collectives, gpus=gpus > 0),
+            "nbytes": 4 * runner.task.layout.size,
+            "timeout_seconds": timeout_seconds,
+        }
+        self._driver: Any = self._start()
+
+    def _start(self) -> Any:
+        """What drives Ray: a `Driver`, or what is asked as one."""
+        return Driver(setting_of(self.runner), **self._options)
 
     @property
     def num_workers(self) -> int:
         """W."""
-        return len(self._pool.workers)
-
-    @property
-    def resubmitted(self) -> int:
-        """Groups that had to be computed again because a worker was lost."""
-        return self._pool.resubmitted
+        found: int = self._driver.num_workers
+        return found
 
     def run(self, jobs: Jobs) -> Results:
         """Run jobs on whichever workers are there.
@@ -106,11 +106,11 @@ class RayExecutor(Executor):
             WorkersLost: one group, or every worker, was lost time and again.
         """
         groups = grouped(self.cut(jobs))
-        if self._plane is not None and self._plane.takes(jobs, groups):
-            if (results := self._plane.run(jobs, groups, self._costs[jobs.ids])) is not None:
+        if jobs.weights is not None and len(groups) >= self._driver.least_groups:
+            if (results := self._together(groups, jobs)) is not None:
                 return results
         gather = Gather(len(jobs.ids), self.runner.name_of(jobs.work), len(groups))
-        for group, part in zip(groups, self._results(groups, jobs), strict=True):
+        for group, part in zip(groups, self._apart(groups, jobs), strict=True):
             gather.add(torch.cat(group), part)
             gather.end_group()
         return gather.results
@@ -121,57 +121,52 @@ class RayExecutor(Executor):
         Raises:
             WorkersLost: one call, or every worker, was lost time and again.
         """
-        return self.map_named(self.name_of_method(work), pieces, shared)
-
-    def map_named(self, name: str, pieces: Sequence[Any], shared: dict[str, Any]) -> list[Any]:
-        """`map` of a method of the task, by its name."""
+        name = self.name_of_method(work)
         size = -(-len(pieces) // (SHARES * self.num_workers)) or 1
-        parts = [pack(pieces[i : i + size], pickler=self._pickler) for i in range(0, len(pieces), size)]
-        # not shared: a method of the user's may write to it
-        same = self._pool.ray.put(pack(shared, pickler=self._pickler))
-        done = self._in_order(
-            len(parts),
-            lambda worker, i: worker.actor.map.remote(self._pool.setting, name, parts[i], same),
-            lambda i: f"Task.{name}",
-        )
-        return [value for values in done for value in values]
-
-    def let_go(self) -> None:
-        """Take the task from the object store, so that this process need hold no copy of its data."""
-        self.runner = StackRunner(*unpack(self._pool.ray.get(self._pool.setting)))
+        parts = [pieces[i : i + size] for i in range(0, len(pieces), size)]
+        parcels = (pack(part, pickler=self._pickler) for part in [shared, *((name, part) for part in parts)])
+        found = self._driver.in_order("map", [[0]] * len(parts), [f"Task.{name}"] * len(parts), parcels)
+        return [value for parcel in found for value in unpack(parcel)]
 
     def close(self) -> None:
         """Stop the workers, and the runtime if it was started here."""
-        self.__dict__.pop("_plane", None)
-        if (pool := self.__dict__.pop("_pool", None)) is not None:
-            pool.close()
+        if (driver := self.__dict__.get("_driver")) is not None:
+            self._driver = None
+            driver.close()
 
     # One call ---------------------------------------------------------------------------------------------------
 
-    def _results(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
+    def _together(self, groups: list[list[Tensor]], jobs: Jobs) -> Results | None:
+        """What workers fold between them; None if they cannot, and then nothing has happened."""
+        if (size := self._driver.members()) < 2:
+            return None
+        whole = share_out(jobs, groups, self._costs[jobs.ids], size)
+        parcels = (self._shared(part) for part in [broadcasts(jobs), *(share for _, share in whole)])
+        outcomes = [unpack(parcel) for parcel in self._driver.run_shares(parcels)]
+        return together(len(jobs.ids), [index for index, _ in whole], outcomes) if outcomes else None
+
+    def _apart(self, groups: list[list[Tensor]], jobs: Jobs) -> Iterator[Results]:
         """What the stacks of each group gave."""
-        models = [self._pool.ray.put(pack(m, share=True, pickler=self._pickler)) for m in jobs.models]
         # not shared: what nobody may write to would end the worker whose client half tries
-        inbox = self._pool.ray.put(pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler))
-        return self._in_order(
-            len(groups),
-            lambda worker, i: self._ask(worker, groups[i], jobs, inbox, models),
-            lambda i: f"{jobs.work} in round {jobs.round + 1} for client(s) {shown(jobs.ids[torch.cat(groups[i])])}",
-        )
+        inbox = pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler)
+        # of the models each group gets its own, in the order that `rows` numbers them
+        used = [[0, *(1 + torch.unique(jobs.which[torch.cat(group)])).tolist()] for group in groups]
+        round = f"{jobs.work} in round {jobs.round + 1} for client(s)"
+        what = [f"{round} {shown(jobs.ids[torch.cat(group)])}" for group in groups]
+        models = (self._shared(model) for model in jobs.models)
+        parts = (self._shared(_part(group, jobs)) for group in groups)
+        found = self._driver.in_order("run", used, what, chain([inbox], models, parts))
+        return (unpack(parcel) for parcel in found)
 
-    def _in_order(self, count: int, ask: Callable[[Worker, int], Any], what: Callable[[int], str]) -> Iterator[Any]:
-        return self._pool.in_order(
-            count, ask, lambda _: self.timeout_seconds, what, "lower runtime.stack or runtime.workers"
-        )
+    def _shared(self, value: Any) -> Parcel:
+        return pack(value, share=True, pickler=self._pickler)
 
-    def _ask(self, worker: Worker, group: list[Tensor], jobs: Jobs, inbox: Any, models: list[Any]) -> Any:
-        """Let a worker run the stacks of a group; the reference to its answer."""
-        part = jobs.rows(torch.cat(group))
-        if part.inbox is not None:
-            part.inbox.fields = {}
-        needed = torch.unique(jobs.which[torch.cat(group)]).tolist()  # in the order that `rows` numbers them
-        parcel = pack((replace(part, models=[]), [len(stack) for stack in group]), pickler=self._pickler)
-        return worker.actor.run.remote(self._pool.setting, parcel, inbox, *[models[m] for m in needed])
+
+def _part(group: list[Tensor], jobs: Jobs) -> tuple[Jobs, list[int]]:
+    """The jobs of a group, without what is broadcast, and how many each of its stacks has."""
+    part = jobs.rows(torch.cat(group))
+    inbox = part.inbox and replace(part.inbox, fields={})
+    return replace(part, models=[], inbox=inbox), [len(stack) for stack in group]
 
 
 def setting_of(runner: StackRunner) -> Parcel:

@@ -10,16 +10,12 @@ Letters: W workers.
 from __future__ import annotations
 
 import logging
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Iterator
 
 from fedsim.config import first_line
 from fedsim.sim.collectives import Backend, open_store
-from fedsim.sim.executor import Jobs, Results
-from fedsim.sim.packing import pack
+from fedsim.sim.packing import Parcel
 from fedsim.sim.ray_pool import ATTEMPTS, JOIN_SECONDS, RayPool, Worker
-from fedsim.sim.shares import broadcasts, share_out, together
 
 _log = logging.getLogger("fedsim")
 
@@ -31,17 +27,13 @@ class Plane:
         pool: the actors.
         backend: of their groups.
         host: this process's address, as the workers know it: they find each other in its store.
-        pickler: takes the strategy's own classes.
         timeout_seconds: for one call.
-        least_groups: of a call.
     """
 
-    def __init__(
-        self, pool: RayPool, backend: Backend, host: str, pickler: Any, timeout_seconds: float, least_groups: int = 2
-    ) -> None:
-        self._pool, self._backend, self._host, self._pickler = pool, backend, host, pickler
-        self._timeout_seconds, self._least_groups = timeout_seconds, least_groups
+    def __init__(self, pool: RayPool, backend: Backend, host: str, timeout_seconds: float) -> None:
+        self._pool, self._backend, self._host, self._timeout_seconds = pool, backend, host, timeout_seconds
         self._store = open_store(host)
+        self._members = list[Worker]()
         self._epoch = self._size = 0
         self._failures = 0  # in a row
 
@@ -50,43 +42,35 @@ class Plane:
         """Whether groups kept failing."""
         return self._failures >= ATTEMPTS
 
-    def takes(self, jobs: Jobs, groups: list[list[Tensor]]) -> bool:
-        """Whether a call goes this way: its replies are folded, and there are enough groups of stacks."""
-        return not self.given_up and jobs.weights is not None and len(groups) >= self._least_groups
+    def members(self) -> int:
+        """How many workers the next call has."""
+        self._members = [] if self.given_up else self._meet()
+        return len(self._members)
 
-    def run(self, jobs: Jobs, groups: list[list[Tensor]], costs: Tensor) -> Results | None:
-        """Run a call on the workers of an epoch.
+    def run(self, parcels: Iterator[Parcel]) -> list[Parcel]:
+        """Run a call on the members.
 
         Args:
-            jobs: R of them.
-            groups: of stacks.
-            costs: [R] of the jobs.
+            parcels: what is broadcast, then each member's share (`fedsim.sim.shares`).
 
         Returns:
-            The results; None if there is no epoch, or it ended: then nothing has happened.
-
-        Raises:
-            ClientError: if a client half raised.
+            What they gave; nothing if the epoch ended: then nothing has happened.
         """
-        members = self._members()
-        if len(members) < 2:
-            return None
-        whole = share_out(jobs, groups, costs, len(members))
-        sent = self._pool.ray.put(pack(broadcasts(jobs), share=True, pickler=self._pickler))
+        members, sent = self._members, self._pool.ray.put(next(parcels))
         calls = []
-        for rank, (worker, (_, share)) in enumerate(zip(members, whole, strict=True)):
-            parcel, own = pack(share, pickler=self._pickler), sent if rank == 0 else None
-            calls.append((worker, worker.actor.run_share.remote(self._pool.setting, self._epoch, parcel, own)))
+        for rank, (worker, share) in enumerate(zip(members, parcels, strict=True)):
+            own = sent if rank == 0 else None
+            calls.append((worker, worker.actor.run_share.remote(self._pool.setting, self._epoch, share, own)))
         # twice the group's own deadline, so that those who wait for a worker that hangs tell of it first
         outcomes = self._pool.each(calls, 2 * self._timeout_seconds)
         if isinstance(outcomes, Exception):
             self._end(members, outcomes)
-            return None
+            return []
         self._failures = 0
-        return together(len(jobs.ids), [index for index, _ in whole], outcomes)
+        return outcomes
 
-    def _members(self) -> list[Worker]:
-        """The workers of this call's epoch, which is a new one if others are there than in the last."""
+    def _meet(self) -> list[Worker]:
+        """The workers of the next call's epoch, which is a new one if others are there than in the last."""
         free = self._pool.free(JOIN_SECONDS if self._epoch == 0 else 0.0)
         if len(free) < 2 or all(w.epoch == self._epoch > 0 for w in free) and len(free) == self._size:
             return free

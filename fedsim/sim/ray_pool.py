@@ -1,7 +1,8 @@
 """Ray actors and the calls that they are busy with: they are started, awaited and, when they die or hang, brought back.
 
 One call is outstanding for each actor, so the driver always knows who does what and since when. What actors run is
-theirs: an actor's class takes the number of its threads, and its `ready` the setting, which is the same for all.
+theirs: an actor's class takes the number of its threads, and its `ready` the setting, which is the same for all. An
+actor returns parcels, which nobody opens here, or a `Failure`, or an exception for that it is lost to the others.
 
 Letters: W workers.
 """
@@ -19,7 +20,7 @@ from typing import Any
 from fedsim.config import first_line
 from fedsim.sim.executor import Lost
 from fedsim.sim.failure import Failure
-from fedsim.sim.packing import Parcel, unpack
+from fedsim.sim.packing import Parcel
 from fedsim.sim.ray_runtime import connect, environment
 
 ATTEMPTS = 4  # how often one group, or one worker's start, is tried before the run gives up
@@ -219,7 +220,7 @@ class RayPool:
     def _fetch(self, ref: Any, seconds: float) -> Any:
         """What a finished call returned; the bytes may still have to come from another node."""
         try:
-            return unpack(self.ray.get(ref, timeout=seconds))
+            return self.ray.get(ref, timeout=seconds)
         except self.ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, self.ray.exceptions.RayError):

@@ -1,12 +1,12 @@
-"""The Ray executor in a process of its own, which the run outlives.
+"""Ray in a process of its own, which the run outlives.
 
 Ray ends the process that drives it, at once and past every handler, when the raylet of its machine is gone. Here that
 is not the run's process: it starts another, with a new runtime, and hands it the same call again. A call is a pure
 function of its jobs, so the bits are those of a run in which nothing died. What Ray itself prints stays off the run's
 terminal.
 
-To Ray's process go the setting and its options, then calls (method of the executor, its arguments, into how many stacks
-at least), and None at the end; from it (what, value): how it got ready, what a call gave, and its warnings.
+Over a pipe go to Ray's process what it makes its `Driver` of, then questions, each a method of the driver with its
+arguments and a stream of parcels, and None at the end; from it parcels, warnings, and how each question ended.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from fedsim import pages
-from fedsim.sim.executor import ClientError, Executor, Jobs, Lost, Results, StackRunner, T
+from fedsim.sim.executor import ClientError, Jobs, Lost, Results, StackRunner, T
 from fedsim.sim.failure import Failure
-from fedsim.sim.packing import pack, unpack
+from fedsim.sim.packing import Parcel, pack, unpack
+from fedsim.sim.pipe import Pipe
+from fedsim.sim.ray_driver import Driver
 from fedsim.sim.ray_executor import RayExecutor, setting_of
 from fedsim.sim.ray_pool import ATTEMPTS, WorkersLost, pickler
 from fedsim.sim.ray_runtime import environment
@@ -39,7 +39,7 @@ MAIN = "from fedsim.sim.ray_process import main; main()"
 _log = logging.getLogger("fedsim")
 
 
-def ray_executor(runner: StackRunner, **options: Any) -> RayExecutor | RayProcess:
+def ray_executor(runner: StackRunner, **options: Any) -> RayExecutor:
     """Ray actors, driven by a process of their own; by this one where its user has connected it to Ray already.
 
     Args:
@@ -50,33 +50,23 @@ def ray_executor(runner: StackRunner, **options: Any) -> RayExecutor | RayProces
         ValueError: see `RayProcess`.
     """
     ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        return RayExecutor(runner, **options)
-    return RayProcess(runner, **options)
+    return (RayExecutor if ray is not None and ray.is_initialized() else RayProcess)(runner, **options)
 
 
-class RayProcess(Executor):
+class RayProcess(RayExecutor):
     """Workers are Ray actors, driven by a process of their own.
 
-    Args:
-        runner: runs one stack; its task, strategy, seed, device and uplink are sent to every worker once.
-        width: clients of a stack.
-        threads: intra-op threads of each worker.
-        options: of `RayExecutor`.
+    Args: as of `RayExecutor`.
 
     Raises:
         ValueError: if task or strategy cannot be sent, Ray does not start, or for a mistake in the options.
     """
 
-    def __init__(self, runner: StackRunner, *, width: int, threads: int = 1, **options: Any) -> None:
-        self.runner, self.width = runner, width
-        pages.keep_freed_memory()
-        self._options = {"width": width, "threads": threads, **options}
+    def _start(self) -> Any:
         try:
-            self._driver: _Driver | None = _Driver(runner, self._options)
+            return _Driver(setting_of(self.runner), self._options)
         except Lost as error:
             raise ValueError(f"Ray does not start on this machine: {error}") from error
-        self.num_workers = self._driver.num_workers
 
     def run(self, jobs: Jobs) -> Results:
         """Run jobs on whichever workers are there; if Ray is lost, again by another.
@@ -85,8 +75,7 @@ class RayProcess(Executor):
             ClientError: a client half raised; its own exception is the cause.
             Lost: Ray was lost `ATTEMPTS` times in a row, or does not start again, or its workers were.
         """
-        results: Results = self._call(f"round {jobs.round + 1}", "run", jobs)
-        return results
+        return self._again(f"round {jobs.round + 1}", lambda: super(RayProcess, self).run(jobs))
 
     def map(self, work: Callable[..., T], pieces: Sequence[Any], **shared: Any) -> list[T]:
         """See `Executor`.
@@ -94,15 +83,16 @@ class RayProcess(Executor):
         Raises:
             Lost: as `run`.
         """
-        name = self.name_of_method(work)
-        done: list[T] = self._call(f"Task.{name}", "map_named", name, pieces, shared)
-        return done
+        what = f"Task.{self.name_of_method(work)}"
+        return self._again(what, lambda: super(RayProcess, self).map(work, pieces, **shared))
 
-    def _call(self, what: str, method: str, *args: Any) -> Any:
+    def _again(self, what: str, call: Callable[[], T]) -> T:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                self._driver = self._driver or _Driver(self.runner, self._options)
-                return self._driver.ask((method, args, self.stacks))
+                if self._driver is not None and self._driver.busy:  # with a call that was left before its end
+                    self.close()
+                self._driver = self._driver or self._start()
+                return call()
             except WorkersLost:
                 raise
             except Lost as error:
@@ -117,27 +107,22 @@ class RayProcess(Executor):
                 raise Lost(f"{what}: Ray was lost and does not start again: {error}") from error
         raise AssertionError("the last attempt returns or raises")
 
-    def close(self) -> None:
-        """Stop Ray, and its process."""
-        if self._driver is not None:
-            self._driver.close()
-            self._driver = None
-
 
 class _Driver:
-    """Ray's process, seen from the run.
+    """Ray's process, seen from the run, and asked as the `Driver` in there.
+
+    Attributes:
+        busy: whether it is in the middle of a call.
 
     Raises:
-        Lost: if it ended before it was ready.
+        Lost: if it ended before it was ready; so do the methods if it is gone.
         ValueError: what was refused there.
     """
 
-    def __init__(self, runner: StackRunner, options: dict[str, Any]) -> None:
-        setting = setting_of(runner)
-        self._pickler = pickler()
+    def __init__(self, setting: Parcel, options: dict[str, Any]) -> None:
         self._said = tempfile.TemporaryFile()
-        self._busy = False
-        self._socket, theirs = socket.socketpair()
+        here, theirs = socket.socketpair()
+        self._pipe = Pipe(here)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", MAIN, str(theirs.fileno())],
@@ -149,7 +134,7 @@ class _Driver:
                 start_new_session=True,  # Ctrl-C of a terminal is for the run, which ends its round
             )
         try:
-            self.num_workers: int = self.ask((setting, options))
+            ((self.num_workers, self.least_groups),) = map(unpack, self._ask(options, [setting]))
         except BaseException:
             self.close()
             raise
@@ -157,8 +142,8 @@ class _Driver:
     def close(self) -> None:
         """Let it stop Ray unless it is in the middle of a call; whatever is left is killed."""
         try:
-            if not self._busy:
-                _send(self._socket, pack(None))
+            if not self.busy:
+                self._pipe.send(None)
                 self._process.wait(CLOSE_SECONDS)
         except (OSError, subprocess.TimeoutExpired):
             pass
@@ -167,27 +152,42 @@ class _Driver:
         except ProcessLookupError:
             pass
         self._process.wait()
-        self._socket.close()
+        self._pipe.close()
         self._said.close()
 
-    def ask(self, question: Any) -> Any:
-        """What it answers.
+    def in_order(
+        self, method: str, used: Sequence[Sequence[int]], what: Sequence[str], parcels: Iterable[Parcel]
+    ) -> Iterator[Parcel]:
+        """See `Driver`."""
+        return self._ask(("in_order", method, used, what), parcels)
 
-        Raises:
-            Lost: if it is gone.
-        """
-        parcel = pack(question, share=True, pickler=self._pickler)
-        self._busy = True
+    def members(self) -> int:
+        """See `Driver`."""
+        (size,) = map(unpack, self._ask(("members",), []))
+        return int(size)
+
+    def run_shares(self, parcels: Iterable[Parcel]) -> Iterator[Parcel]:
+        """See `Driver`."""
+        return self._ask(("run_shares",), parcels)
+
+    def _ask(self, question: Any, parcels: Iterable[Parcel]) -> Iterator[Parcel]:
+        self.busy = True
         try:
-            _send(self._socket, parcel)
-            while (answer := unpack(_receive(self._socket)))[0] == "warning":
-                _log.warning("%s", answer[1])
+            self._pipe.send(question)
+            for parcel in parcels:
+                self._pipe.send(True, parcel)
+            self._pipe.send(False)
+            while (answer := self._pipe.receive())[0] not in ("end", "failure"):
+                if answer[0] == "warning":
+                    _log.warning("%s", unpack(answer[1]))
+                else:
+                    yield answer[1]
         except (EOFError, ConnectionError) as error:
             raise Lost(self._last_words()) from error
-        self._busy = False
-        if isinstance(outcome := answer[1], Failure):
-            raise outcome.error from outcome.cause
-        return outcome
+        self.busy = False
+        if answer[0] == "failure":
+            failure = unpack(answer[1])
+            raise failure.error from failure.cause
 
     def _last_words(self) -> str:
         code = self._process.wait()
@@ -201,82 +201,64 @@ class _Driver:
 
 
 def main() -> None:
-    """Drive Ray for the process at the other end of a socket, until that says so or is gone."""
-    place = socket.socket(fileno=int(sys.argv[1]))
+    """Drive Ray for the process at the other end of a pipe, until that says so or is gone."""
+    pages.keep_freed_memory()
+    pipe = Pipe(socket.socket(fileno=int(sys.argv[1])))
     signal.signal(signal.SIGTERM, lambda *_: None)  # a cluster sends it to all processes; the run ends its round
-    _log.addHandler(_Teller(place))
+    _log.addHandler(_Teller(pipe))
     _log.propagate = False
-    asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(place, asked), daemon=True).start()
+    asked: queue.SimpleQueue[tuple[Any, Parcel]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(pipe, asked), daemon=True).start()
+    options = asked.get()[0]
     try:
-        setting, options = unpack(asked.get())
-        executor = RayExecutor(StackRunner(*unpack(setting)), **options)
+        driver = Driver(*_stream(asked), **options)
     except Exception as error:
-        return _answer(place, Failure.of(error))
-    del setting
-    executor.let_go()
-    _answer(place, executor.num_workers)
-    while (question := unpack(asked.get())) is not None:
-        method, args, executor.stacks = question
+        return _fail(pipe, error)
+    _answer(pipe, (driver.num_workers, driver.least_groups))
+    while (question := asked.get()[0]) is not None:
+        (method, *args), parcels = question, _stream(asked)
         try:
-            _answer(place, getattr(executor, method)(*args))
-        except ClientError as error:
-            _answer(place, Failure(error, error.__cause__))  # made to travel on the worker already
+            _answer(pipe, driver.members() if method == "members" else getattr(driver, method)(*args, parcels))
         except Exception as error:
-            _answer(place, Failure.of(error))
-    executor.close()
+            _fail(pipe, error)
+        for _ in parcels:  # of a call that failed before it took them all
+            pass
+    driver.close()
 
 
-def _listen(place: socket.socket, asked: queue.SimpleQueue[Any]) -> None:
+def _listen(pipe: Pipe, asked: queue.SimpleQueue[tuple[Any, Parcel]]) -> None:
     """Take in what is asked, and end when nobody is there to ask: Ray's processes end with this one."""
     try:
         while True:
-            asked.put(_receive(place))
+            asked.put(pipe.receive())
     except (EOFError, OSError):
         os._exit(1)
 
 
-def _answer(place: socket.socket, value: Any) -> None:
-    _send(place, pack(("answer", value), share=True, pickler=pickler()))
+def _stream(asked: queue.SimpleQueue[tuple[Any, Parcel]]) -> Iterator[Parcel]:
+    """The parcels of a question."""
+    while (message := asked.get())[0]:
+        yield message[1]
+
+
+def _answer(pipe: Pipe, found: Any) -> None:
+    for parcel in found if isinstance(found, Iterator) else [pack(found)]:
+        pipe.send("parcel", parcel)
+    pipe.send("end")
+
+
+def _fail(pipe: Pipe, error: Exception) -> None:
+    # that of a client half was made to travel on the worker already
+    told = Failure(error, error.__cause__) if isinstance(error, ClientError) else Failure.of(error)
+    pipe.send("failure", pack(told, pickler=pickler()))
 
 
 class _Teller(logging.Handler):
     """Hands warnings to the run's process, whose logger says them."""
 
-    def __init__(self, place: socket.socket) -> None:
+    def __init__(self, pipe: Pipe) -> None:
         super().__init__(logging.WARNING)
-        self._place = place
+        self._pipe = pipe
 
     def emit(self, record: logging.LogRecord) -> None:
-        _send(self._place, pack(("warning", record.getMessage())))
-
-
-# Parcels on a socket -------------------------------------------------------------------------------------------------
-
-
-def _send(place: socket.socket, parcel: tuple[bytes, list[np.ndarray]]) -> None:
-    parts = [np.frombuffer(parcel[0], dtype=np.uint8), *parcel[1]]
-    sizes = np.array([len(parts), *(part.nbytes for part in parts)], dtype=np.int64)
-    for part in (sizes, *parts):
-        place.sendall(part.data.cast("B")) if part.nbytes else None
-
-
-def _receive(place: socket.socket) -> tuple[bytes, list[np.ndarray]]:
-    (count,) = _exactly(place, 8).view(np.int64)
-    stream, *buffers = [_exactly(place, int(size)) for size in _exactly(place, 8 * int(count)).view(np.int64)]
-    return stream.tobytes(), buffers
-
-
-def _exactly(place: socket.socket, size: int) -> np.ndarray:
-    """So many bytes.
-
-    Raises:
-        EOFError: if the other end is gone.
-    """
-    out = np.empty(size, dtype=np.uint8)
-    left = out.data
-    while left:
-        if not (count := place.recv_into(left)):
-            raise EOFError("the other end is closed")
-        left = left[count:]
-    return out
+        self._pipe.send("warning", pack(record.getMessage()))

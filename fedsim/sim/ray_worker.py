@@ -29,15 +29,15 @@ class Actor:
         self._group: Group | None = None
         self._epoch = 0
 
-    def ready(self, setting: Parcel) -> Parcel:
+    def ready(self, setting: Parcel) -> Failure | None:
         """Open the task and the strategy, which imports the user's modules."""
         try:
             self._open(setting)
         except ImportError as error:
-            return pack(Failure.of(RuntimeError(f"a Ray worker cannot import what the run needs: {error}")))
-        return pack(None)
+            return Failure.of(RuntimeError(f"a Ray worker cannot import what the run needs: {error}"))
+        return None
 
-    def run(self, setting: Parcel, parcel: Parcel, inbox: Parcel, *models: Parcel) -> Parcel:
+    def run(self, setting: Parcel, parcel: Parcel, inbox: Parcel, *models: Parcel) -> Parcel | Failure:
         """Run the stacks of one group in their order and fold their sums in that order."""
         jobs, sizes = unpack(parcel)
         jobs.models = [unpack(model) for model in models]
@@ -49,18 +49,21 @@ class Actor:
             stacks = list(torch.arange(len(jobs.ids)).split(sizes))
             collect(gather, [stacks], _one_by_one(runner)(stacks, jobs))
         except Exception as error:
-            return pack(Failure.of(error))
+            return Failure.of(error)
         return pack(gather.results)
 
-    def map(self, setting: Parcel, work: str, pieces: Parcel, shared: Parcel) -> Parcel:
+    def map(self, setting: Parcel, parcel: Parcel, shared: Parcel) -> Parcel | Failure:
         """Some pieces of the task's own work, one after the other."""
+        (work, pieces), same = unpack(parcel), unpack(shared)
         try:
-            method, same = getattr(self._open(setting).task, work), unpack(shared)
-            return pack([method(piece, **same) for piece in unpack(pieces)])
+            method = getattr(self._open(setting).task, work)
+            return pack([method(piece, **same) for piece in pieces])
         except Exception as error:
-            return pack(Failure.of(error))
+            return Failure.of(error)
 
-    def join(self, epoch: int, host: str, port: int, rank: int, size: int, backend: Backend, seconds: float) -> Parcel:
+    def join(
+        self, epoch: int, host: str, port: int, rank: int, size: int, backend: Backend, seconds: float
+    ) -> Lost | None:
         """Enter a new group of workers, whose store is at host:port; what went wrong, if anything did."""
         self._leave()
         try:
@@ -69,21 +72,21 @@ class Actor:
             meet(mine, rank, size, JOIN_SECONDS)
             self._group = Group(mine, rank, size, host=host, backend=backend, timeout_seconds=seconds)
         except (Lost, dist.DistError) as error:
-            return pack(Lost(str(error)))
+            return Lost(str(error))
         self._epoch = epoch
-        return pack(None)
+        return None
 
-    def run_share(self, setting: Parcel, epoch: int, parcel: Parcel, sent: Parcel | None) -> Parcel:
+    def run_share(self, setting: Parcel, epoch: int, parcel: Parcel, sent: Parcel | None) -> Parcel | Lost:
         """Run a share with the others of the group; what is broadcast is given to the first of them."""
         if self._group is None or self._epoch != epoch:
-            return pack(Lost("the worker was started anew"))
+            return Lost("the worker was started anew")
         try:
             runner = self._open(setting)
             own = [] if sent is None else unpack(sent)
             return pack(run_share(unpack(parcel), own, runner, _one_by_one(runner), self._group))
         except Lost as error:
             self._leave()
-            return pack(error)
+            return error
 
     def _leave(self) -> None:
         if self._group is not None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from fedsim.runs import run
-from fedsim.sim.executor import Jobs
+from fedsim.sim.executor import Jobs, Results
 from fedsim.sim.packing import Parcel, pack
+from fedsim.sim.ray_driver import Driver
 from fedsim.sim.ray_executor import RayExecutor
 from fedsim.sim.ray_plane import Plane
 from fedsim.strategies import STRATEGIES
@@ -119,24 +120,30 @@ class Killer:
         self.folder = folder
         self.marks: dict[str, Path] = {}
         self.resubmitted = 0
-        self.ask, close = RayExecutor._ask, RayExecutor.close
+        self.jobs: Jobs | None = None
+        run, ask, close = RayExecutor.run, Driver._ask, Driver.close
         killer = self
 
-        def ask(executor: RayExecutor, worker: Any, group: Any, jobs: Jobs, *sent: Any) -> Any:
-            if jobs.round >= 1 and jobs.work not in killer.marks:
-                killer.arm(executor, worker, jobs.work)
-            return killer.ask(executor, worker, group, jobs, *sent)
+        def note_and_run(executor: RayExecutor, jobs: Jobs) -> Results:
+            killer.jobs = jobs
+            return run(executor, jobs)
 
-        def note_and_close(executor: RayExecutor) -> None:
-            killer.resubmitted = max(killer.resubmitted, executor.resubmitted)
-            close(executor)
+        def arm_and_ask(driver: Driver, worker: Any, method: str, *args: Any) -> Any:
+            if method == "run" and killer.jobs and killer.jobs.round >= 1 and killer.jobs.work not in killer.marks:
+                killer.arm(driver, worker, killer.jobs.work)
+            return ask(driver, worker, method, *args)
 
-        patch.setattr(RayExecutor, "_ask", ask)
-        patch.setattr(RayExecutor, "close", note_and_close)
+        def note_and_close(driver: Driver) -> None:
+            killer.resubmitted = max(killer.resubmitted, driver.pool.resubmitted)
+            close(driver)
 
-    def arm(self, executor: RayExecutor, worker: Any, work: str) -> None:
+        patch.setattr(RayExecutor, "run", note_and_run)
+        patch.setattr(Driver, "_ask", arm_and_ask)
+        patch.setattr(Driver, "close", note_and_close)
+
+    def arm(self, driver: Driver, worker: Any, work: str) -> None:
         mark = self.marks[work] = self.folder / work
-        executor._pool.ray.get(worker.actor.__ray_call__.remote(hang_after_a_stack, str(mark)))
+        driver.pool.ray.get(worker.actor.__ray_call__.remote(hang_after_a_stack, str(mark)))
         once_marked(mark, lambda pid: os.kill(pid, signal.SIGKILL))
 
 
@@ -163,15 +170,15 @@ def test_metrics_of_workers_that_talk_to_each_other_equal_those_in_process(
     strategy: str, workers: int, runtime: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last of several workers is killed in the middle of the third fold."""
-    folds, together = [0], Plane.run
+    folds, members = [0], Plane.members
 
-    def run_and_kill(plane: Plane, *args: Any) -> Any:
+    def kill_and_count(plane: Plane) -> int:
         folds[0] += 1
         if folds[0] == 3 and workers > 1:
             actor = plane._pool.workers[-1].actor
             plane._pool.ray.get(actor.__ray_call__.remote(worker_dies_in, "fold"))
-        return together(plane, *args)
+        return members(plane)
 
-    monkeypatch.setattr(Plane, "run", run_and_kill)
+    monkeypatch.setattr(Plane, "members", kill_and_count)
     assert on_ray(strategy, workers=workers, collectives="gloo") == here(strategy)
     assert folds[0] == (ROUNDS if strategy in ("fedavg", "scaffold_m") else 0), "the others do not fold"

@@ -59,13 +59,13 @@ class NodeActor:
         torch.set_num_threads(threads)
         self._runner: NodeRunner | None = None
 
-    def ready(self, setting: Parcel) -> Parcel:
+    def ready(self, setting: Parcel) -> Failure | None:
         """Load the app."""
         try:
             self._open(setting)
         except Exception as error:
-            return pack(Failure.of(WorkersLost(f"a Ray worker can't load the app: {first_line(error)}")))
-        return pack(None)
+            return Failure.of(WorkersLost(f"a Ray worker can't load the app: {first_line(error)}"))
+        return None
 
     def run(self, setting: Parcel, jobs: Parcel) -> Parcel:
         """Let nodes answer messages, one after the other."""
@@ -128,7 +128,7 @@ class RayNodes:
             "lower runtime.workers",
         )
         for answers in found:
-            yield from answers
+            yield from unpack(answers)
 
     def close(self) -> None:
         """Stop the workers, and the runtime if it was started here."""

@@ -64,6 +64,17 @@ def test_unshared_tensors_are_the_receivers_own() -> None:
     assert torch.equal(got, x + 1) and x[0] == 0
 
 
+def test_what_is_received_in_buffers_of_its_own_lies_there_and_the_senders_tensors_are_safe() -> None:
+    x = torch.arange(4.0)
+    stream, buffers = pack(x)
+    (mine,) = (array.copy() for array in buffers)
+    got = unpack((stream, [mine]))
+    assert torch.equal(got, x) and got.data_ptr() == mine.ctypes.data
+    same = unpack(pack(x))
+    same += 1
+    assert x.tolist() == [0, 1, 2, 3]
+
+
 def test_parameters_are_never_shared_and_tied_ones_stay_tied() -> None:
     module = nn.Sequential(nn.Linear(1, BIG, bias=False), nn.Linear(1, BIG, bias=False))
     module[1].weight = module[0].weight

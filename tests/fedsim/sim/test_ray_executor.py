@@ -150,14 +150,14 @@ def test_replies_are_compressed_on_the_workers(runtime: None) -> None:
 
 def test_the_clients_own_exception_names_clients_work_and_round(executors: dict[int, RayExecutor]) -> None:
     executor = executors[3]
-    before = executor.resubmitted
+    before = executor._driver.pool.resubmitted
     with pytest.raises(
         ClientError, match=r"^Toy.fail failed in round 5 for client\(s\) 7: ZeroDivisionError: client seven"
     ) as e:
         executor.run(some_jobs("fail"))
     assert isinstance(e.value.__cause__, ZeroDivisionError)
     assert any("ray_cases.py" in note for note in e.value.__cause__.__notes__)
-    assert executor.resubmitted == before, "a client's error is not retried"
+    assert executor._driver.pool.resubmitted == before, "a client's error is not retried"
     assert_same_bits(executor.run(JOBS["folded"]), in_process(JOBS["folded"]))
 
 
@@ -169,13 +169,13 @@ def test_an_exception_that_cannot_be_sent_still_tells_its_story(executors: dict[
 def test_a_killed_worker_changes_no_bit(
     executors: dict[int, RayExecutor], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    executor, before = executors[3], executors[3].resubmitted
+    executor, before = executors[3], executors[3]._driver.pool.resubmitted
     killer = once_marked(arm(folder), lambda pid: os.kill(pid, signal.SIGKILL))
     with caplog.at_level(logging.WARNING, logger="fedsim"):
         got = executor.run(JOBS["folded"])
     killer.join(10)
     assert_same_bits(got, in_process(JOBS["folded"]))
-    assert executor.resubmitted == before + 1
+    assert executor._driver.pool.resubmitted == before + 1
     assert "a worker was lost" in caplog.text and "run again: step in round 5 for client(s)" in caplog.text
 
 
@@ -190,8 +190,8 @@ def test_pieces_of_the_tasks_own_work_come_back_in_their_order_though_a_worker_i
             found = executor.map(work, points[:count], pool=None)
             assert all(torch.equal(a["loss"], b) for a, b in zip(found, here[:count], strict=True))
     executor = executors[3]
-    executor._pool.free(60.0)
-    executor._pool.ray.get(executor._pool.workers[1].actor.__ray_call__.remote(worker_dies_in_pieces))
+    executor._driver.pool.free(60.0)
+    executor._driver.pool.ray.get(executor._driver.pool.workers[1].actor.__ray_call__.remote(worker_dies_in_pieces))
     with caplog.at_level(logging.WARNING, logger="fedsim"):
         found = executor.map(executor.runner.task.evaluate_clients, points, pool=None)
     assert all(torch.equal(a["loss"], b) for a, b in zip(found, here, strict=True))
@@ -211,12 +211,12 @@ def test_a_hung_worker_is_replaced_after_its_deadline(
     executors: dict[int, RayExecutor], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = executors[1]
-    monkeypatch.setattr(executor, "timeout_seconds", 3.0)
+    monkeypatch.setattr(executor._driver, "timeout_seconds", 3.0)
     mark = arm(folder)
     got = executor.run(JOBS["folded"])
     assert mark.exists(), "the victim did hang"
     assert_same_bits(got, in_process(JOBS["folded"]))
-    assert executor.resubmitted == 1
+    assert executor._driver.pool.resubmitted == 1
 
 
 def test_a_group_that_always_loses_its_worker_ends_with_a_clear_error(
@@ -231,18 +231,18 @@ def test_a_group_that_always_loses_its_worker_ends_with_a_clear_error(
 def test_workers_that_talk_to_each_other_give_the_same_bits(talking: RayExecutor) -> None:
     for jobs in JOBS.values():
         assert_same_bits(talking.run(jobs), in_process(jobs, workers=2))
-    assert epochs(talking) == {talking._plane._epoch}, "all three are in one group"
+    assert epochs(talking) == {talking._driver.plane._epoch}, "all three are in one group"
 
 
 def epochs(executor: RayExecutor) -> set[int]:
     """The groups that the workers are in; 0 is none."""
-    return {worker.epoch for worker in executor._pool.workers}
+    return {worker.epoch for worker in executor._driver.pool.workers}
 
 
 def fold_together(executor: RayExecutor, patch: pytest.MonkeyPatch) -> Results:
     """A folded call that must not need the object store for its sums."""
     with patch.context() as inner:
-        inner.setattr(executor, "_ask", None)
+        inner.setattr(executor, "_apart", None)
         return executor.run(JOBS["folded"])
 
 
@@ -250,10 +250,10 @@ def fold_together(executor: RayExecutor, patch: pytest.MonkeyPatch) -> Results:
 def test_a_worker_killed_among_talking_ones_changes_no_bit(
     talking: RayExecutor, where: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, workers = in_process(JOBS["folded"]), talking._pool.workers
-    talking._pool.free(60.0)
+    expected, workers = in_process(JOBS["folded"]), talking._driver.pool.workers
+    talking._driver.pool.free(60.0)
     assert_same_bits(fold_together(talking, monkeypatch), expected)
-    talking._pool.ray.get(workers[1].actor.__ray_call__.remote(worker_dies_in, where))
+    talking._driver.pool.ray.get(workers[1].actor.__ray_call__.remote(worker_dies_in, where))
     with caplog.at_level(logging.WARNING, logger="fedsim"):
         assert_same_bits(talking.run(JOBS["folded"]), expected)
     assert "the workers' group is dissolved" in caplog.text and "this time" in caplog.text
@@ -265,16 +265,16 @@ def test_a_worker_killed_among_talking_ones_changes_no_bit(
 def test_a_worker_that_hangs_among_talking_ones_is_left_behind(
     talking: RayExecutor, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    talking._pool.free(60.0)
-    monkeypatch.setattr(talking._plane, "_timeout_seconds", 2.0)
-    monkeypatch.setattr(talking._plane, "_size", 0)  # a new group, with this deadline
+    talking._driver.pool.free(60.0)
+    monkeypatch.setattr(talking._driver.plane, "_timeout_seconds", 2.0)
+    monkeypatch.setattr(talking._driver.plane, "_size", 0)  # a new group, with this deadline
     mark = arm(folder)
     assert_same_bits(talking.run(JOBS["folded"]), in_process(JOBS["folded"]))
     assert mark.exists(), "the victim did hang"
 
 
 def test_an_exception_among_talking_workers_ends_the_call_for_all(talking: RayExecutor) -> None:
-    talking._pool.free(60.0)
+    talking._driver.pool.free(60.0)
     with pytest.raises(ClientError, match=r"^Toy.fail failed in round 5 for client\(s\) 7: ZeroDivisionError"):
         talking.run(some_jobs("fail"))
     assert_same_bits(talking.run(JOBS["folded"]), in_process(JOBS["folded"]))
@@ -295,10 +295,9 @@ def test_few_sums_of_a_large_model_go_through_the_memory_that_workers_share(
 ) -> None:
     monkeypatch.setattr(collectives, "LARGE_BYTES", 4 * DIM)
     executor = RayExecutor(runner(), width=1, workers=1, collectives="auto")
-    plane, few, many = executor._plane, [[]] * 8, [[]] * 9
+    least = executor._driver.least_groups
     executor.close()
-    assert plane is not None and not plane.takes(JOBS["folded"], few) and plane.takes(JOBS["folded"], many)
-    assert not plane.takes(JOBS["kept apart"], many), "what is not folded goes to the driver in any case"
+    assert least == 9
 
 
 def test_a_strategy_that_cannot_be_pickled_is_refused_at_once() -> None:

@@ -149,7 +149,8 @@ def test_a_mistake_is_refused_as_in_the_process_itself() -> None:
 class Driver:
     """One that raises what a class attribute says, when it starts or when it is asked."""
 
-    num_workers = 1
+    num_workers = least_groups = 1
+    busy = False
     start: Exception | None = None
     answer: Exception = ValueError("the task's own")
 
@@ -157,7 +158,7 @@ class Driver:
         if self.start is not None:
             raise self.start
 
-    def ask(self, question: Any) -> Any:
+    def members(self) -> int:
         raise self.answer
 
     def close(self) -> None:
