@@ -35,6 +35,8 @@ class Actor:
             self._open(setting)
         except ImportError as error:
             return Failure.of(RuntimeError(f"a Ray worker cannot import what the run needs: {error}"))
+        except torch.OutOfMemoryError as error:
+            return Failure.of(error)
         return None
 
     def run(self, setting: Parcel, parcel: Parcel, inbox: Parcel, *models: Parcel) -> Parcel | Failure:

@@ -24,8 +24,10 @@ from fedsim.sim.executor import ClientError, Jobs, Results, StackRunner
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Uplink
+from fedsim.sim.packing import pack, unpack
 from fedsim.sim.ray_executor import RayExecutor, setting_of
 from fedsim.sim.ray_pool import RayPool
+from fedsim.sim.ray_worker import Actor
 from tests.fedsim.sim.ray_cases import (
     DIM,
     NUM_CLIENTS,
@@ -309,6 +311,15 @@ def test_a_strategy_that_cannot_be_pickled_is_refused_at_once() -> None:
 def test_a_timeout_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="timeout_seconds must be positive, got 0"):
         RayExecutor(runner(), width=1, workers=1, timeout_seconds=0)
+
+
+def test_a_worker_whose_card_is_full_when_it_starts_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(worker: Actor, setting: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Actor, "_open", full)
+    said = unpack(object.__new__(Actor).ready(pack(None)))
+    assert isinstance(said.error, torch.OutOfMemoryError), "the loop says what to lower"
 
 
 def test_more_workers_than_gpus_of_this_machine_are_refused() -> None:
