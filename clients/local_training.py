@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsim.clients.direction import GRADIENT, Direction
-from fedsim.clients.stepwise import Stepwise
+from fedsim.clients.stepwise import Stepwise, less_
 from fedsim.cohort import Cohort
 from fedsim.fleet import Cost, Exact
 from fedsim.optim import Optimizer, build
@@ -216,7 +216,7 @@ class LocalTraining:
         else:
             taken = Stepwise(self.optimizer, self.schedule, self.rounds, cohort, batches, u, fixed)
             y, losses, mean, state_change = taken.run(x, mean_grad=mean_grad, state=state)
-            run = LocalRun(Terms.of(x - y), steps, all_stepped, mean, state_change)
+            run = LocalRun(Terms.of(less_(y, x)), steps, all_stepped, mean, state_change)
         cohort.log(train_loss=losses / steps.clamp(min=1))
         return run
 

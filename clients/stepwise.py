@@ -25,6 +25,11 @@ from fedsim.task import Batches, Schedule, Session, Task
 MEMORY = "optimizer/"  # names of the optimizer's rows in a client's memory
 
 
+def less_(new: Tensor, old: Tensor) -> Tensor:
+    """old - new, [C, n], in the place of new [C, n]."""
+    return torch.sub(old, new, out=new)
+
+
 def steps_of(task: Task, batches: Batches, y: Tensor) -> Iterator[tuple[int, int, Session, Any]]:
     """(step, k, the task bound to the first k rows of y [C, P], their batch) for each step of a stack."""
     session, bound = None, -1
@@ -58,14 +63,14 @@ class Stepwise:
     def run(
         self, x: Tensor, *, mean_grad: bool, state: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(y [C, P] in a scratch buffer, sum of losses [C], mean of raw gradients [C, P], change of state [C, S]).
+        """(y [C, P], sum of losses [C], mean of raw gradients [C, P], change of state [C, S]), all of them fresh.
 
         Args:
             x: where clients start, [P] or [C, P].
             mean_grad: whether the mean is wanted.
             state: [S] or [C, S], the optimizer's state that came with the model.
         """
-        y = self.cohort.scratch("y", x).copy_(x)
+        y = x.new_empty(len(self.cohort), x.shape[-1]).copy_(x)
         total = torch.zeros_like(y) if mean_grad else None
         state_change = None
         if self.optimizer.is_plain_sgd and isinstance(self.optimizer.lr, float | int):
@@ -78,7 +83,7 @@ class Stepwise:
                 total = total if total is None else total.zero_()
                 losses, after = self._by_rule(y, total, state, None)
             self._remember(after)
-            state_change = None if state is None else state - after.pack(state)
+            state_change = None if state is None else less_(after.pack(state), state)
         if total is not None:
             total /= self.batches.num_steps.clamp(min=1)[:, None]
         return y, losses, total, state_change
