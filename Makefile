@@ -86,6 +86,7 @@ bench: $(BIN)/.test ## the standing workloads beside the plain loop, as ratios
 	$(BIN)/python -m benchmarks.planes --nodes 2
 	$(BIN)/python -m benchmarks.serial
 	$(BIN)/python -m benchmarks.lora
+	$(BIN)/python -m benchmarks.copies
 
 bench-optim: $(BIN)/.test ## the optimizer core beside torch's own kernels, as ratios
 	$(BIN)/python -m benchmarks.bench_optim

@@ -65,7 +65,7 @@ class Stepwise:
             mean_grad: whether the mean is wanted.
             state: [S] or [C, S], the optimizer's state that came with the model.
         """
-        y = self.cohort.scratch("y", x).copy_(x)
+        y = self.cohort.scratch("y", x).copy_(x)  # one place from round to round, as graphs of steps need it
         total = torch.zeros_like(y) if mean_grad else None
         state_change = None
         if self.optimizer.is_plain_sgd and isinstance(self.optimizer.lr, float | int):

@@ -62,7 +62,8 @@ class FedBuffStream(Asynchronous, Selecting):
         check_fits("concurrency", self.concurrency, fleet)
 
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
-        rule, rows, num_examples = self.rule(rng, s.last), [], []
+        rule, num_examples = self.rule(rng, s.last), list[Tensor]()
+        rows = s.x.new_empty(self.buffer_size, len(s.x))
         for _ in range(self.buffer_size):
             among = self.among(s, fleet, fleet.present(with_data=True), self.concurrency - fleet.num_at_work)
             s, fresh = self.choose(s, among, rng)
@@ -70,8 +71,9 @@ class FedBuffStream(Asynchronous, Selecting):
             r = fleet.receive(count=1)
             if len(r):  # else all that were at work dropped out
                 s = self.noted(s, r)
-                rows.append(r.weighted("delta", (1.0 + r.staleness.double()) ** -self.exponent, like=s.x))
+                weights = (1.0 + r.staleness.double()) ** -self.exponent
+                rows[len(num_examples)] = r.weighted("delta", weights, like=s.x)
                 num_examples.append(r.num_examples.sum())
-        if not rows:
+        if not num_examples:
             raise TooFewRows("nobody replied", s)
-        return self.step(s, rule(torch.stack(rows), torch.stack(num_examples))), {}
+        return self.step(s, rule(rows[: len(num_examples)], torch.stack(num_examples))), {}

@@ -57,7 +57,7 @@ class ServerState:
     Args:
         x: [P], the model to send and to evaluate.
         optimizer: the server optimizer's state, None without one.
-        own: [P], where that optimizer stands, which is not x if it averages weights or looks ahead; None at first.
+        own: [P], where that optimizer stands if it averages weights or looks ahead; None where it stands at x.
         round: steps so far.
         last: [P], what the last step was taken along, where the aggregator begins there (centred clipping).
         known: what its selection remembers of the clients.
@@ -148,8 +148,10 @@ class Server(Aggregating):
         own[:n] = before[:n]
         factor = 1.0 if rule.schedule is None else rule.schedule.at_step(rounds=k, steps=k)
         rule.step_(own[None, :n], lr * d[None, :n], state, lr_scale=factor)
-        x = torch.cat([rule.final(own[None, :n], state)[0], own[n:]])
-        return replace(s, x=x, optimizer=state, own=own)
+        final = rule.final(own[None, :n], state)[0]
+        if final.data_ptr() == own.data_ptr():
+            return replace(s, x=own, optimizer=state, own=None)
+        return replace(s, x=torch.cat([final, own[n:]]), optimizer=state, own=own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ class Mean:
         total = w.sum()
         if not bool(total > 0):
             raise ValueError(f"mean needs weights that sum to a positive number, got {float(total)}")
-        return w @ v / total
+        return (w @ v).div_(total)
 
     def weigh(self, num_examples: Tensor) -> Tensor:
         """[R] float64 weights that sum to one, from sample counts [R].

@@ -141,8 +141,8 @@ def low_rank_run(
     first, targets = _tensors(whole)
     start = gradients_at(chain, layout, x, whole, width, active)[0] if walk.less_start else None
     a, d, blocks = _room(chain, first, width) if start is None else _room_beside(start, width)
-    shared, lr, pull = [weight * term for weight, term in walk.shift if term.ndim == 1], walk.lr, walk.lr * walk.pull
-    shift = sum(shared[1:], shared[0]) if shared else None
+    shift, lr, pull = _shared(walk), walk.lr, walk.lr * walk.pull
+    moved = x if shift is None else torch.empty_like(x)
     steps = _Steps(
         a=a,
         d=d,
@@ -159,7 +159,7 @@ def low_rank_run(
     base = _times(first, layers[0], len(first)) if x.ndim == 1 and shift is None else None
     for step, k in enumerate(active):
         if step and shift is not None:
-            layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * reach(step, pull)))
+            layers = _layers(chain, layout, torch.sub(x, shift, alpha=lr * reach(step, pull), out=moved))
         z = steps.forward(layers, step, k, base)
         now = slice(step * width, (step + 1) * width)
         shares = None if whole.weights is None else whole.weights[:k, now]
@@ -167,6 +167,15 @@ def low_rank_run(
         losses[:k] += loss
         steps.backward(layers, step, k, dz)
     return LowRank(layout, chain, tuple(steps.a), tuple(steps.d)), losses
+
+
+def _shared(walk: Walk) -> Tensor | None:
+    """[P]: the part of the shift that all clients share, None for nothing."""
+    out = None
+    for weight, term in walk.shift:
+        if term.ndim == 1:
+            out = weight * term if out is None else out.add_(weight * term)
+    return out
 
 
 def gradients_at(

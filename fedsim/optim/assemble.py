@@ -1,4 +1,4 @@
-"""What a step needs, gathered before it runs: coefficients on the host in float64, states, inputs, weight vectors.
+"""What a step needs, gathered before it runs: coefficients on the host in float64, states, inputs.
 
 When all clients agree on counter and hyper-parameters, a coefficient is a Python number; else it is computed per
 client, cast once and moved to the device in one transfer as [k, 1].
@@ -48,7 +48,7 @@ def assemble(
             coefs["decay_rate"] = rate if alone else rate * (scale if base.decay == "independent" else lr)
         after |= {group.name + n: getattr(host, n) for n in rule.host}
         block.coefs.append(_on_device(coefs, x))
-        states = {**own_states(group, state, x), **group.constants(x)}
+        states: Values = {**own_states(group, state, x), "columns": group.own_columns(x)}
         if rule.inputs:
             states |= _inputs(group, x, np.broadcast_to(t, k), aux, streams)
         block.states.append(states)
@@ -134,7 +134,7 @@ def _inputs(group: ParamGroup, x: Tensor, t: np.ndarray, aux: Mapping[str, Tenso
             inputs[name] = _noise(group, x, t, streams)
             continue
         picks = value is not None and group.columns is not None and value.shape[-1] == x.shape[1]
-        inputs[name] = value[..., group.constants(x)["columns"]] if picks and value is not None else value
+        inputs[name] = value[..., group.own_columns(x)] if picks and value is not None else value
     return inputs
 
 

@@ -118,7 +118,7 @@ class Optimizer:
         """The momentum, if a step is m = momentum * m + g, x -= lr * m and nothing else (0: plain SGD); else None."""
         first, s = self.recipe.groups[0], self.settings
         bare = self.recipe.alone and s.clip.value is None and s.average is None and s.gradient_need == "grad"
-        return first.rule.heavy_ball if bare and not first.decays and first.lr_weights is None else None
+        return first.rule.heavy_ball if bare and not first.decays and first.lr_factors is None else None
 
     @property
     def state_bytes(self) -> int:

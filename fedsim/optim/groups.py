@@ -27,6 +27,7 @@ from fedsim.optim.storage import Storage, make_storage
 from fedsim.params import ROLES, Layout
 
 Values = dict[str, Any]  # [k, w], [1, w] or [k, 1] tensors, numbers that all clients share, or None
+Factors = tuple[float, ...]  # one a tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +43,10 @@ class ParamGroup:
         widths: of each buffer.
         storage: how they stand for the rule's states; None if they are those.
         columns: [p] int64, its coordinates in the whole vector; None means all of them in order.
-        lr_weights: [1, p] factors on the learning rate; None means 1 everywhere.
-        decay_weights: [1, p] factors on the decay rate; None means 1 everywhere.
-        l2_weights: [1, P] the same over the whole vector, zero outside this group; None means 1 everywhere.
+        lr_factors: one for each of its tensors, on the learning rate; None means 1 everywhere.
+        decay_factors: the same, on the decay rate.
+        l2_factors: the same of all tensors of the whole vector, zero outside this group.
+        whole: segments of the whole vector [P].
         decays: whether any coordinate decays at all.
     """
 
@@ -56,9 +58,10 @@ class ParamGroup:
     widths: tuple[int, ...]
     storage: Storage | None
     columns: Tensor | None
-    lr_weights: Tensor | None
-    decay_weights: Tensor | None
-    l2_weights: Tensor | None
+    lr_factors: Factors | None
+    decay_factors: Factors | None
+    l2_factors: Factors | None
+    whole: Segments
     decays: bool
     _constants: dict[object, Values] = field(default_factory=dict, repr=False)
 
@@ -77,18 +80,29 @@ class ParamGroup:
         """Whether some hyper-parameter is given one per client."""
         return any(isinstance(getattr(self.rule, f.name), tuple) for f in fields(self.rule))  # type: ignore[arg-type]
 
-    def constants(self, x: Tensor) -> Values:
-        """Weight vectors and columns on x's device and in its type, made once."""
+    def weights(self, x: Tensor) -> Values:
+        """The factors of each coordinate on x's device and in its type, made once: [1, p], of l2 decay [1, P].
+
+        A step that is told where each factor begins needs no vectors of the model's size, so they are made for others.
+        """
         key = (x.device, x.dtype)
         if key not in self._constants:
-            vectors = {
-                "lr_weights": self.lr_weights,
-                "decay_weights": self.decay_weights,
-                "l2_weights": self.l2_weights,
+            decay = _vector(self.decay_factors, self.segments, x)
+            self._constants[key] = {
+                "lr_weights": _vector(self.lr_factors, self.segments, x),
+                "decay_weights": decay,
+                "l2_weights": decay if self.columns is None else _vector(self.l2_factors, self.whole, x),
             }
-            self._constants[key] = {n: None if v is None else v.to(x.device, x.dtype) for n, v in vectors.items()}
-            self._constants[key]["columns"] = None if self.columns is None else self.columns.to(x.device)
         return self._constants[key]
+
+    def own_columns(self, x: Tensor) -> Tensor | None:
+        """Its columns on x's device, moved there once."""
+        if self.columns is None:
+            return None
+        if x.device not in self._constants:
+            self._constants[x.device] = {"columns": self.columns.to(x.device)}
+        found: Tensor = self._constants[x.device]["columns"]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +155,7 @@ def _group(name: str, ruled: Ruled, tensors: list[int], alone: bool, settings: S
         wd = [w * f for w, f in zip(wd, lr, strict=True)]
     decays = base.weight_decay != 0 and any(wd)
     columns = None if alone else _columns(layout, tensors)
-    weights = _vector(wd, own.sizes) if decays else None
+    owned = dict(zip(tensors, wd, strict=True))
     segments = Segments.of(own)
     states = rule.sized_states(segments)
     storage = make_storage(settings.state_dtype, states, segments, own.roles)
@@ -155,9 +169,10 @@ def _group(name: str, ruled: Ruled, tensors: list[int], alone: bool, settings: S
         widths=tuple(sum(s.per) if isinstance(s.per, tuple) else segments.width(s.per) for s in states),
         storage=storage,
         columns=columns,
-        lr_weights=_vector(lr, own.sizes),
-        decay_weights=weights,
-        l2_weights=weights if columns is None else _spread(weights, columns, own.size, layout.size),
+        lr_factors=_unless_one(lr),
+        decay_factors=_unless_one(wd) if decays else None,
+        l2_factors=_unless_one([owned.get(i, 0.0) for i in range(len(layout.names))]) if decays else None,
+        whole=Segments.of(layout),
         decays=decays,
     )
 
@@ -175,17 +190,17 @@ def _factors(own: Layout, given: Mapping[str, float] | None, what: str, layout: 
     return factors
 
 
-def _vector(factors: Sequence[float], sizes: Sequence[int]) -> Tensor | None:
-    """[1, p], or None when every factor is one."""
-    if all(f == 1 for f in factors):
+def _unless_one(factors: Sequence[float]) -> Factors | None:
+    """The factors, or None when every one is one."""
+    return None if all(f == 1 for f in factors) else tuple(factors)
+
+
+def _vector(factors: Factors | None, segments: Segments, like: Tensor) -> Tensor | None:
+    """[1, p]: each tensor's factor at each of its coordinates."""
+    if factors is None:
         return None
-    return torch.repeat_interleave(torch.tensor(factors, dtype=torch.float64), torch.tensor(sizes))[None]
-
-
-def _spread(weights: Tensor | None, columns: Tensor, size: int, total: int) -> Tensor:
-    full = torch.zeros(1, total, dtype=torch.float64)
-    full[0, columns] = torch.ones(size, dtype=torch.float64) if weights is None else weights[0]
-    return full
+    runs = zip(torch.tensor(factors, dtype=like.dtype), segments.sizes, strict=True)
+    return torch.cat([factor.expand(size) for factor, size in runs])[None].to(like.device)
 
 
 def _columns(layout: Layout, tensors: list[int]) -> Tensor:

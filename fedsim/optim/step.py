@@ -24,7 +24,7 @@ class Block:
 
     Args:
         shared: average, average_rate and average_first, where present.
-        states: per group, its states, inputs and weight vectors.
+        states: per group, its states and inputs, and its weights where the step runs on vectors of them.
         coefs: per group, its coefficients.
         doubt: see `Optimizer.step_`.
     """

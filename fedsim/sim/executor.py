@@ -209,19 +209,17 @@ def grouped(stacks: list[Tensor]) -> list[list[Tensor]]:
 
 @dataclass
 class Answer:
-    """What one stack gave, as it would travel.
+    """What one stack gave, as it would travel; no tensor of it lies where somebody else's does.
 
     Args:
         values: {field: [C, ...], terms of it, or a packet that nobody has decoded yet}.
         memory: {name: [C, ...]} rows to keep.
         metrics: {name: [C]} diagnostics.
-        lent: what the stack was handed.
     """
 
     values: dict[str, Tensor | Terms | Packet]
     memory: dict[str, Tensor]
     metrics: dict[str, Tensor]
-    lent: Lent
 
 
 @dataclass
@@ -247,12 +245,12 @@ class StackRunner:
 
     def run(self, jobs: Jobs) -> Results:
         """Run one stack; with weights, fields of two or more dimensions come back summed over the stack."""
-        answer = self.answer(jobs)
-        own, num_clients = answer.lent.own, len(jobs.ids)
+        answer, num_clients = self.answer(jobs), len(jobs.ids)
         weights = None if jobs.weights is None else jobs.weights.to(self.device)
         bits = torch.zeros(num_clients, dtype=torch.int64)
         fields, sums = {}, {}
-        for name, value in answer.values.items():
+        for name in list(answer.values):
+            value = answer.values.pop(name)  # what it was made of goes before the next one is formed
             if isinstance(value, Packet):
                 bits += value.bits.cpu()
                 value = value.decode()
@@ -267,9 +265,9 @@ class StackRunner:
             if weights is not None and value.ndim > 1:
                 sums[name] = torch.tensordot(weights.to(value), value, dims=1)
             else:
-                fields[name] = own(value if value.ndim else value.expand(num_clients))
-        metrics = {k: own(v).cpu().to(torch.float64) for k, v in answer.metrics.items()}
-        return Results(fields, sums, {k: own(v).to(self.rows_on) for k, v in answer.memory.items()}, metrics, bits)
+                fields[name] = value if value.ndim else value.expand(num_clients).clone()
+        metrics = {k: v.cpu().to(torch.float64) for k, v in answer.metrics.items()}
+        return Results(fields, sums, {k: v.to(self.rows_on) for k, v in answer.memory.items()}, metrics, bits)
 
     def answer(self, jobs: Jobs) -> Answer:
         """What the client half of one stack replies, checked, and compressed by the uplink.
@@ -304,7 +302,7 @@ class StackRunner:
             ) from error
         check_names(cohort.metrics, self.name_of(jobs.work))
         values = {name: self._sent(name, value, cohort) for name, value in reply.items()}
-        return Answer(values, cohort.memory.written, cohort.metrics, lent)
+        return Answer(*(lent.owned(given) for given in (values, cohort.memory.written, cohort.metrics)))
 
     def name_of(self, work: str) -> str:
         """A client half's name in messages."""

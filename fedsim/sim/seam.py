@@ -10,6 +10,7 @@ Letters: R jobs, C clients of a stack, P entries of a client's vector.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ class Lent:
                     f"it wrote to the {name} that it received, in place; let it write to a copy (y = {name}.clone())"
                 )
         self._memory.check_unwritten()
+
+    def owned(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values, with tensors that are nobody else's; vectors made of terms will be new ones in any case."""
+
+        def made(value: Any) -> Any:
+            if isinstance(value, Packet):
+                return replace(value, payload=self.owned(value.payload))
+            return self.own(value) if isinstance(value, Tensor) else value
+
+        return {name: made(value) for name, value in values.items()}
 
     def own(self, value: Tensor) -> Tensor:
         """The tensor itself if nobody else holds its storage, else a copy; from now on it counts as somebody's."""

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fedsim.native import TYPES, library
 from fedsim.optim.backends import emit
-from fedsim.optim.groups import Recipe, Values
+from fedsim.optim.groups import Factors, Recipe, Values
+from fedsim.optim.segments import Segments
 from fedsim.optim.step import Block, step_block_
 
 _WEIGHTS = {"lr_weights", "decay_weights", "l2_weights"}
@@ -112,7 +113,7 @@ def _column(value: Any, k: int) -> np.ndarray:
 
 def _inputs(block: Block) -> tuple[Values, Values]:
     """The arrays and the numbers that a kernel takes, weights left out."""
-    arrays = {n: v for n, v in block.states[0].items() if v is not None and n not in _WEIGHTS}
+    arrays = {n: v for n, v in block.states[0].items() if v is not None}
     if not block.shared:
         return arrays, block.coefs[0]
     numbers = {n: v for n, v in block.shared.items() if n != "average"}
@@ -132,7 +133,7 @@ def kernel_of(recipe: Recipe, dtype: torch.dtype, arrays: Values, numbers: Value
 
 def _make(recipe: Recipe, dtype: torch.dtype, arrays: tuple[str, ...], numbers: tuple[str, ...]) -> Kernel | None:
     group = recipe.groups[0]
-    given = {"lr_weights": group.lr_weights, "decay_weights": group.decay_weights, "l2_weights": group.l2_weights}
+    given = {"lr_weights": group.lr_factors, "decay_weights": group.decay_factors, "l2_weights": group.l2_factors}
     weights = {n: w for n, w in given.items() if w is not None}
 
     def step(x: Tensor, g: Tensor, *inputs: Tensor) -> None:
@@ -154,7 +155,7 @@ def _make(recipe: Recipe, dtype: torch.dtype, arrays: tuple[str, ...], numbers: 
         if recipe.settings.backend == "compiled":
             _warn()
         return None
-    return Kernel(compiled, *_runs(recipe, list(weights.values())), 2 + len(arrays), len(numbers))
+    return Kernel(compiled, *_runs(group.segments, list(weights.values())), 2 + len(arrays), len(numbers))
 
 
 @cache
@@ -164,8 +165,8 @@ def _warn() -> None:
     )
 
 
-def _runs(recipe: Recipe, weights: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def _runs(segments: Segments, weights: list[Factors]) -> tuple[np.ndarray, np.ndarray]:
     """Where each run of equal weights ends, and its weights [W, R]."""
-    table = torch.cat([*weights, torch.ones(1, sum(recipe.segments.sizes), dtype=torch.float64)]).numpy()
-    ends = np.append(np.flatnonzero((table[:, 1:] != table[:, :-1]).any(0)) + 1, table.shape[1])
-    return ends.astype(np.int64), np.ascontiguousarray(table[:, ends - 1])
+    table = np.array([*weights, [1.0] * len(segments.sizes)])
+    last = np.append((table[:, 1:] != table[:, :-1]).any(0), True)
+    return np.cumsum(segments.sizes, dtype=np.int64)[last], np.ascontiguousarray(table[:, last])

@@ -33,9 +33,9 @@ class Fused:
     def has_kernel(self, recipe: Recipe) -> bool:
         """Whether torch has a kernel for this rule with these settings (per-client numbers aside)."""
         group, clip = recipe.groups[0], recipe.settings.clip
-        if not recipe.alone or group.lr_weights is not None or clip.value is not None:
+        if not recipe.alone or group.lr_factors is not None or clip.value is not None:
             return False
-        if not (group.mode in (None, "decoupled") or (group.mode == "l2" and group.decay_weights is None)):
+        if not (group.mode in (None, "decoupled") or (group.mode == "l2" and group.decay_factors is None)):
             return False
         return _kernel_of(group.rule) is not None
 
@@ -58,7 +58,7 @@ def _step_(recipe: Recipe, x: Tensor, g: Tensor, block: Block) -> None:
     kernel, decoupled = _kernel_of(group.rule), group.mode == "decoupled"
     assert kernel is not None
     decay = group.base.weight_decay if group.mode is not None else 0.0
-    if decoupled and group.decay_weights is not None:  # the kernel knows one rate for all coordinates
+    if decoupled and group.decay_factors is not None:  # the kernel knows one rate for all coordinates
         shrink_(x, coefs["decay_rate"], states["decay_weights"])
         decay = 0.0
     assert isinstance(decay, float | int)

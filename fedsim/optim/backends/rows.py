@@ -6,6 +6,7 @@ Letters: k clients, P coordinates.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import isfinite
 
 import numpy as np
@@ -23,6 +24,8 @@ def by_rows(
 ) -> list[int]:
     """Run a step on blocks of rows of about so many entries (on a CPU); returns the rows that were left out."""
     k, left, checked = len(x), [], recipe.settings.skip_nonfinite
+    states = [own | group.weights(x) for own, group in zip(block.states, recipe.groups, strict=True)]
+    block = replace(block, states=states)
     for rows in row_blocks(x, entries, recipe.decodes):
         bad = None
         if checked and block.doubt is not None:
