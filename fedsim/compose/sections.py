@@ -183,6 +183,11 @@ class Runtime:
                 raise ValueError(f"{name} must be at least 1 or auto, got {value}")
         if not self.timeout_seconds > 0:
             raise ValueError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
+        if self.address is not None and self.executor in ("in_process", "torchrun"):
+            raise ValueError(
+                f"address={self.address} is a Ray cluster's, and executor={self.executor} joins none; leave it "
+                "out (null), or take ray or auto"
+            )
         if self.engine not in ("auto", *ENGINES) and ":" not in self.engine:
             raise ConfigError(
                 f"runtime.engine: must be one of auto, {', '.join(ENGINES)}, or pkg.module:name, got {self.engine!r}"

@@ -239,6 +239,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown table": ([Q, "task=clasification"], ["task.name:", "did you mean 'classification'"]),
     "unknown device": ([Q, "runtime.device=tpu9"], ["runtime.device:", "'tpu9'", "use cpu"]),
+    "a cluster for nobody": (
+        [Q, "runtime.executor=in_process", "runtime.address=auto"],
+        ["runtime: address=auto is a Ray cluster's", "take ray or auto"],
+    ),
     "a device of another kind": ([Q, "runtime.device=mps"], ["runtime.device: unknown device 'mps'", "use cpu"]),
     "unknown engine": ([D, "runtime.engine=fast"], ["runtime.engine:", "one of auto, loop, stacked", "'fast'"]),
     "wrong type": ([Q, "rounds=1.5"], ["rounds: expected a whole number, got 1.5"]),
