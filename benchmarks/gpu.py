@@ -4,21 +4,27 @@
 
 Steps: local steps of plain SGD for stacks of several widths. The plain loop takes one client after the other with
 torch.optim.SGD; `vmap` is torch.func's gradient of as many clients as the widest stack, with the step written out. The
-ways take turns; a figure is microseconds for one client's step, the best of all turns, each of which ends with a wait
-for the card. Launches and waits are what torch's profiler sees of one stack's run of steps: kernels, and calls that
-stop the host until the card is done. The share is that of the products' floating-point operations in what a large
-matrix product reaches on this card in the same precision.
+ways take turns; `eager` is the narrowest stack without CUDA graphs. A figure is microseconds for one client's step, the
+best of all turns, each of which ends with a wait for the card. Launches and waits are what torch's profiler sees of one
+stack's run of steps: kernels and graphs, and calls that stop the host until the card is done. The share is that of the
+products' floating-point operations in what a large matrix product reaches on this card in the same precision. As in a
+run, torch's deterministic algorithms are used, by all ways alike.
 
 Rounds: the workloads of benchmarks.rounds, with the data on the card.
+
+Side by side: whole rounds of 100 clients, three steps of 20 images each, with one, two and four workers (a CUDA stream
+each), and with the samples on the card or in RAM.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -29,22 +35,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import rounds
 from benchmarks.zoo import CASES, LR, STEPS, Case, Ways
+from fedsim.compose import compose
+from fedsim.engine.precision import same_bits_again
+from fedsim.loop import Run
 from fedsim.tasks.models import MODELS
 
 RESNET_18 = partial(MODELS["resnet"], (3, 32, 32), 10, width=64, blocks=2, stages=4)
 CASES_HERE = {**CASES, "resnet-18": Case(RESNET_18, (3, 32, 32))}
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 STEPS_HEAD = [
     "model",
     "P",
     "plain us",
     "vmap us",
+    "eager us (width)",
     "fedsim us (width)",
     "plain / fedsim",
     "launches a step",
     "waits",
     "share",
 ]
+SIDE_HEAD = ["a round of", "workers", "samples", "best ms", "median ms"]
 ROUNDS_HEAD = ["workload", "system", "first ms", "best ms", "median ms", "ratio", "difference"]
 
 
@@ -100,13 +112,13 @@ def wait(device: torch.device) -> None:
 
 
 def seen(call: Callable[[], int], device: torch.device) -> tuple[int, int]:
-    """(kernels, waits of the host) of one call, as the profiler counts them; zeros without a GPU."""
+    """(kernels and graphs launched, waits of the host) of a call, as the profiler counts them; zeros without a GPU."""
     if device.type != "cuda":
         return 0, 0
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         call()
     counts = {e.key: e.count for e in found.key_averages()}
-    launches = sum(n for k, n in counts.items() if k.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    launches = sum(n for k, n in counts.items() if k.startswith(LAUNCHES))
     return launches, sum(counts.get(k, 0) for k in WAITS)
 
 
@@ -114,7 +126,8 @@ def steps_row(name: str, device: torch.device, widths: list[int], seconds: float
     """One line of the table of steps."""
     here = Ways(CASES_HERE[name], device, rows=max(widths))
     fits = [w for w in widths if w <= here.plan().width] or [here.plan().width]
-    ways = {"plain": here.plain(), "vmap": vmapped(here)}
+    eager = here.engine(here.plan("stacked", fits[0]), graphs=False)
+    ways = {"plain": here.plain(), "vmap": vmapped(here), "eager": eager}
     ways |= {str(w): here.engine(here.plan("stacked", w)) for w in fits}
     best = dict.fromkeys(ways, float("inf"))
     failed: dict[str, str] = {}
@@ -136,6 +149,7 @@ def steps_row(name: str, device: torch.device, widths: list[int], seconds: float
         f"{here.layout.size:,}",
         f"{best['plain']:.1f}",
         failed.get("vmap") or f"{best['vmap']:.1f}",
+        f"{best['eager']:.1f} ({fits[0]})",
         figures,
         f"{best['plain'] / best[widest]:.1f}",
         f"{launches / STEPS:.0f}",
@@ -153,10 +167,34 @@ def rounds_rows(name: str, device: torch.device, num_rounds: int) -> list[list[s
     return lines
 
 
+def side_by_side(model: str, device: torch.device, num_rounds: int) -> Iterator[list[str]]:
+    """The lines of the table of workers and places of samples for one model."""
+    for data, workers in product(("device", "host"), (1, 2, 4)):
+        config = {
+            "rounds": num_rounds + 1,
+            "task": {
+                "name": "classification",
+                "dataset": {"name": "blobs", "num_examples": 20_000, "shape": [1, 28, 28], "num_test": 0},
+                "model": model,
+            },
+            "clients": {"count": 100},
+            "strategy": {"name": "fedavg"},
+            "local": {"steps": 3, "batch_size": 20, "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}},
+            "evaluate": {"every": 1000, "per_client": False},
+            "runtime": {"device": str(device), "workers": workers, "data": data},
+        }
+        made = compose(config, model)
+        run, times = Run(made.experiment), []
+        for _ in range(num_rounds + 1):
+            times.append(1000 * timed(run.step, device))
+        made.close()
+        yield [model, str(workers), data, f"{min(times[1:]):.1f}", f"{median(times[1:]):.1f}"]
+
+
 def table(cells: list[str]) -> str:
     """A line of a table of Markdown; its head has a line below."""
     line = "| " + " | ".join(cells) + " |"
-    return line + "\n|" + " --- |" * len(cells) if cells in (STEPS_HEAD, ROUNDS_HEAD) else line
+    return line + "\n|" + " --- |" * len(cells) if cells in (STEPS_HEAD, ROUNDS_HEAD, SIDE_HEAD) else line
 
 
 def main() -> None:
@@ -166,13 +204,15 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[16, 64, 256, 512])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each model")
     parser.add_argument("--workloads", nargs="*", default=list(rounds.WORKLOADS), choices=list(rounds.WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8, help="two at least: the first is told apart")
+    parser.add_argument("--side-by-side", nargs="*", default=["mlp", "cnn", "resnet"], choices=list(MODELS))
     parser.add_argument("--matrix", type=int, default=8192, help="side of the product that the share is measured by")
     parser.add_argument("--page", type=Path, help="where to write the figures; printed without")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: no CUDA device is visible; try the script itself with --device cpu")
+    same_bits_again(device)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     top = peak(device, args.matrix)
     lines = [
@@ -184,6 +224,10 @@ def main() -> None:
     say(lines, "\n## Rounds\n\n" + table(ROUNDS_HEAD))
     for name in args.workloads:
         say(lines, "\n".join(table(line) for line in rounds_rows(name, device, args.rounds)))
+    say(lines, "\n## Side by side\n\n" + table(SIDE_HEAD))
+    for name in args.side_by_side:
+        for line in side_by_side(name, device, args.rounds):
+            say(lines, table(line))
     if args.page is not None:
         head = "# Measured on a GPU\n\nMade by `make gpu`; `benchmarks/gpu.py` says what is measured.\n\n"
         args.page.write_text(head + "\n".join(lines) + "\n")

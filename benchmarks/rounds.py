@@ -34,6 +34,7 @@ from fedsim.aggregate import Mean
 from fedsim.clients.local_training import LocalTraining
 from fedsim.data import DATASETS, FederatedData
 from fedsim.engine import build_engine, choose_engine
+from fedsim.engine.choose import graphed
 from fedsim.engine.losses import LOSSES
 from fedsim.memory import Memory
 from fedsim.optim import build
@@ -96,7 +97,8 @@ class Fedsim:
             precision=precision,
             plain=True,
         )
-        built = build_engine(plan.engine, module, layout, device=device, precision=precision, native=plan.native)
+        options = {"native": plan.native, "graphs": graphed(plan.engine, device)}
+        built = build_engine(plan.engine, module, layout, device=device, precision=precision, **options)
         self.task = SupervisedTask(data, module, x0, built, LOSSES["cross_entropy"])
         local = LocalTraining(
             optimizer=build({"name": "sgd", "lr": LR}, layout),

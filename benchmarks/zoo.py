@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.engine import Batch, build_engine, choose_engine
+from fedsim.engine.choose import graphed
 from fedsim.pages import keep_freed_memory
 from fedsim.params import Layout
 from fedsim.tasks.models import MODELS, TransformerBlock, init_parameters
@@ -146,17 +147,18 @@ class Ways:
             sample=self.inputs[0, 0],
         )
 
-    def engine(self, plan: Any) -> Callable[[], int]:
+    def engine(self, plan: Any, graphs: bool | str = "auto") -> Callable[[], int]:
         """A call that steps the clients of one stack and says how many steps it took."""
-        engine = build_engine(plan.engine, self.module, self.layout, device=self.device, native=plan.native)
-        x = torch.empty(plan.width, self.layout.size, device=self.device)
+        options = {"native": plan.native, "graphs": graphed(plan.engine, self.device, graphs)}
+        engine = build_engine(plan.engine, self.module, self.layout, device=self.device, **options)
+        x, out = torch.empty(2, plan.width, self.layout.size, device=self.device)
         batch = Batch(self.inputs[: plan.width], self.targets[: plan.width])
 
         def call() -> int:
             session = engine.session(x.copy_(self.x0))
             for _ in range(STEPS):
                 if session.sgd_step_(batch, LR) is None:
-                    gradient, _ = session.gradient(batch)
+                    gradient, _ = session.gradient(batch, out)
                     x.sub_(gradient, alpha=LR)
             return STEPS * plan.width
 

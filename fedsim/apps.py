@@ -31,6 +31,7 @@ from fedsim import runs
 from fedsim.clients import flower_app
 from fedsim.compose import Composition, compose, shared_fields
 from fedsim.config import ConfigError
+from fedsim.experiment import Experiment
 from fedsim.flower.client import Answer, app_of
 from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.flower.door import MAX_EXAMPLES, Door
@@ -39,7 +40,6 @@ from fedsim.flower.fleet import FlowerFleet
 from fedsim.flower.mail import Mail
 from fedsim.flower.nodes import connect
 from fedsim.flower.wire import Book
-from fedsim.loop import Experiment
 from fedsim.overrides import apply_overrides, parse_overrides
 from fedsim.results import versions
 from fedsim.shown import run_shown

@@ -377,7 +377,7 @@ def _end_of_run(e: Exception) -> tuple[int, str, BaseException | None]:
     if isinstance(e, Interrupted):
         return e.exit_code, f"{e}; add --resume to go on", None
     if isinstance(e, Lost):
-        return 1, f"the run has lost what it needs: {e}; start again, with --resume from the last checkpoint", None
+        return 1, f"the run has lost what it needs: {e}; start again, with --resume from what was saved", None
     if isinstance(e, Diverged):
         return 1, str(e), None
     if isinstance(e, ClientError | ObserverError | ServerError):

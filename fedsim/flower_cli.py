@@ -101,7 +101,9 @@ def deploy(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(*OUT, help="Folder to write to; runs/experiment-NNN if left out.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
-    port: Annotated[int, typer.Option(help="Of the server; each device has one that follows.", max=65000)] = 8000,
+    port: Annotated[
+        int, typer.Option(help="Of the server; each device has one that follows.", min=1, max=65000)
+    ] = 8000,
 ) -> None:
     """Try an exported experiment on a federation of this machine: a server, and as many devices as it has clients.
 
@@ -123,7 +125,8 @@ def deploy(
     settings: dict[str, Any] = {"fedsim-overrides": shlex.join(overrides)} if overrides else {}
     settings |= {"fedsim-out": str(out.absolute())} if out else {}
     settings |= {"fedsim-resume": True} if resume else {}
-    with terminable(), deployed(folder.with_name(f"{folder.name}-federation"), count, port) as deployment:
+    place = folder.resolve()  # `.` has no name
+    with terminable(), deployed(place.with_name(f"{place.name}-federation"), count, port) as deployment:
         number = deployment.submit(folder, settings)
         deployment.follow(number)
         while not (state := deployment.status(number))["status"].startswith("finished"):

@@ -36,7 +36,7 @@ from fedsim.loop import ServerError
 from fedsim.results import SUMMARY_FILE, check_folder, claimed, versions, write_config, write_summary
 from fedsim.sim.absence import Absence, Dropout
 from fedsim.sim.byzantine import Byzantine
-from fedsim.sim.ray_pool import WorkersLost
+from fedsim.sim.executor import Lost
 from fedsim.sinks import JsonLines
 
 REPLIES_FILE = "replies.bin"
@@ -151,6 +151,7 @@ def run_app(
         ConfigError: for a mistake in the file or the app, or a resume of another run or of one that is complete.
         ValueError: if there is no Ray cluster, or no room for a worker.
         ServerError: if the app's server raised, or every message to its clients ended in an error.
+        Lost: if Ray workers were lost time and again.
     """
     with naming(source):
         call: Call = decode(AppFile, {k: v for k, v in raw.items() if k not in NOTES}, "", KINDS)
@@ -258,17 +259,15 @@ def _serve(app: App, grid: SimGrid, file: AppFile) -> None:
     """Call the app's server.
 
     Raises:
-        ServerError: if it raised, every message to its clients ended in an error, or Ray workers were lost time and
-            again.
+        ServerError: if it raised, or every message to its clients ended in an error.
+        Lost: if Ray workers were lost time and again.
     """
     log = grid.log
     try:
         app.serve(grid, file.seed)
-    except ConfigError:
+    except (ConfigError, Lost):
         raise
-    except WorkersLost as e:
-        raise ServerError(f"{file.app}: {e}") from e
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         when = f"in round {log.round}" if log.round else "before its first round"
         raise ServerError(f"{file.app}: its ServerApp failed {when}: {first_line(e)}") from e
     finally:

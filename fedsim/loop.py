@@ -6,12 +6,10 @@ neither how clients are reached nor what the strategy's state is made of.
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -19,23 +17,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim import checkpoint
 from fedsim.best import Best, best_of, check_named
 from fedsim.config import ConfigError, place
-from fedsim.evaluation import Evaluate
-from fedsim.files import sync
-from fedsim.fleet import DrivenFleet
+from fedsim.experiment import Experiment
 from fedsim.metrics import check_names, without_value
 from fedsim.observers import observing
-from fedsim.overrides import read_file
 from fedsim.pages import room_on_gpu
+from fedsim.resume import Standing, newest, save
 from fedsim.signals import interruptible
 from fedsim.sim.executor import ClientError, Lost
-from fedsim.sinks import METRICS_FILE, Sink, restored, rows_in_order
-from fedsim.stop import Course, Diverged, Stop
+from fedsim.sinks import Sink
+from fedsim.stop import Course, Diverged
 from fedsim.strategy import Strategy, begin, step
 from fedsim.streams import server_rng
-from fedsim.task import Pool, Task
 
 SMALLER = "lower runtime.stack if above 1, or local.batch_size, take a smaller model, or set runtime.device=cpu"
 
@@ -50,46 +44,6 @@ class Interrupted(RuntimeError):
     def __init__(self, round: int, number: int) -> None:
         super().__init__(f"stopped after round {round}")
         self.exit_code = 128 + number
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """When to save, and what is kept of it.
-
-    Args:
-        every: rounds between checkpoints; null saves only when interrupted and at the end.
-        keep: how many of the newest checkpoints are kept; null keeps all.
-        best: a metric of rows (test_accuracy); the model of the round in which it is best is kept too.
-    """
-
-    every: int | None = 20
-    keep: int | None = 2
-    best: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, unit in (("every", "round"), ("keep", "checkpoint")):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 {unit} or null, got {value}")
-
-
-@dataclass(kw_only=True)
-class Experiment:
-    """Everything a run consists of, built by the composition root from an experiment file (or by hand)."""
-
-    task: Task
-    strategy: Strategy
-    fleet: DrivenFleet
-    pool: Pool
-    rounds: int
-    seed: int = 0
-    config: Mapping[str, Any] = field(default_factory=dict)
-    evaluate: Evaluate = field(default_factory=Evaluate)
-    stop: Stop = field(default_factory=Stop)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    allow_divergence: bool = False
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    threads: int = 1
 
 
 Watch = Callable[[Mapping[str, Any]], None]
@@ -321,78 +275,25 @@ class Run:
             return
         if self.folder is None:
             return
-        rows = self.folder.parent / METRICS_FILE
-        written = b""
-        if rows.exists():
-            sync(rows)  # first, or after a power cut the checkpoint might know of rounds that the file does not
-            written = rows.read_bytes()
-        parts = {
-            "round": self.round,
-            "rows": hashlib.sha256(written).hexdigest(),
-            "wall_seconds": time.perf_counter() - self._started,
-            "strategy": self.state,
-            "fleet": self.experiment.fleet.state(),
-            "config": checkpoint.fingerprint(self.experiment.config),
-            "best": self.best,
-        }
-        checkpoint.save(self.folder, self.round, parts, self.experiment.checkpoint.keep)
+        standing = Standing(
+            round=self.round,
+            seconds=time.perf_counter() - self._started,
+            state=self.state,
+            fleet=self.experiment.fleet.state(),
+            best=self.best,
+        )
+        save(self.folder, self.experiment, standing)
         self.saved = self.round
 
     def restore(self) -> None:
         """Go on from the newest sound checkpoint whose rows are all there; from the start if none was ever made."""
         assert self.folder is not None
-        file = self.folder.parent / METRICS_FILE
-        rows = [restored(row) for row in rows_in_order(file)]
-        lines = file.read_bytes().splitlines(keepends=True) if rows else []
-        trouble: list[str] = []
-        found = checkpoint.checkpoints(self.folder)
-        if not found and (began := self.folder.parent / "config.yaml").exists():
-            checkpoint.check_same(began, self.experiment.config, checkpoint.fingerprint(read_file(began)))
-        for path in reversed(found):
-            try:
-                self._restore(checkpoint.load(path), rows, lines)
-                break
-            except checkpoint.Damaged as e:
-                trouble.append(str(e))
-        what = f"{self.folder}: {'; '.join(trouble)}"
-        if trouble and not self.round:
-            raise ConfigError(f"{what}; there is no other to go on from, start anew in another folder")
-        if trouble:
-            warnings.warn(f"{what}; going on from round {self.round} instead", stacklevel=2)
-
-    def _restore(self, found: checkpoint.Saved, rows: Sequence[Mapping[str, Any]], lines: Sequence[bytes]) -> None:
-        """Go on from a checkpoint, of the rows that there are and the lines of their file.
-
-        Raises:
-            Damaged: if it can't be gone on from, but another may.
-            ConfigError: if it belongs to another run than this one.
-        """
-        e, path = self.experiment, found.path
-        checkpoint.check_same(path, e.config, found.take("config"))
-        saved = found.take("strategy", checkpoint.classes_of(self.state), e.device)
-        fleet = found.take("fleet", e.fleet.state_classes, e.device)
-        round, before = found.take("round"), found.take("wall_seconds")
-        best = found.take("best", {"Best": Best}, e.device)
-        layout = e.task.layout
-        wrong = checkpoint.misfit(saved, self.state, (layout.size, layout.num_trainable))
-        if wrong is None and round > len(rows):
-            wrong = f"{METRICS_FILE} lacks row {len(rows) + 1} or holds it twice"
-        if wrong is None and hashlib.sha256(b"".join(lines[:round])).hexdigest() != found.take("rows"):
-            wrong = f"{METRICS_FILE} is not what was written up to round {round}"
-        if wrong:
-            raise checkpoint.Damaged(f"{path.name}: {wrong}")
-        if round > e.rounds:
-            raise ConfigError(
-                f"rounds: {path.parents[1]} already has {round}, more than {e.rounds}; give at least as many to go on, "
-                "or start anew in another folder"
-            )
-        e.fleet.load(fleet)
-        self.state, self.round, self.saved, self.course = saved, round, round, Course(e.stop, rows[:round])
-        self.last = dict(rows[round - 1]) if round else {}
-        if best is not None and best.metric == e.checkpoint.best:
-            self.best = best
-        elif e.checkpoint.best is not None:  # named by the resume alone: what was best before has no model
-            for row in rows[:round]:
-                x = saved.x if row["round"] == round else None
-                self.best = best_of(self.best, e.checkpoint.best, row, x)
-        self._started -= before
+        e = self.experiment
+        found = newest(self.folder, e, self.state)
+        if found is None:
+            return
+        e.fleet.load(found.fleet)
+        self.state, self.round, self.saved, self.best = found.state, found.round, found.round, found.best
+        self.course = Course(e.stop, found.rows)
+        self.last = dict(found.rows[-1]) if found.rows else {}
+        self._started -= found.seconds

@@ -25,10 +25,10 @@ from torch import Tensor
 from fedsim.best import Best, best_row
 from fedsim.compose import Composition
 from fedsim.config import ConfigError
+from fedsim.experiment import Experiment
 from fedsim.files import held, write_tensors, write_whole
 from fedsim.fleet import DrivenFleet
 from fedsim.history import BEST_FILE, MODEL_FILE, History
-from fedsim.loop import Experiment
 from fedsim.overrides import read_file
 from fedsim.sinks import METRICS_FILE, encode_row
 from fedsim.strategies.peers import Peers

@@ -12,7 +12,7 @@ Letters: C clients in the stack, n numbers per client.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -93,12 +93,15 @@ class Streams:
 
     def rows(self, which: slice | list[int] | Tensor) -> Streams:
         """The streams of some rows of the stack."""
-        return Streams(self.seed, self.clients[which], self.jobs[which])
+        return replace(self, clients=self.clients[which], jobs=self.jobs[which])
 
     def keys(self, purpose: str, step: int = 0) -> Tensor:
         """[C] int64: each client's key for a purpose and a step."""
-        base = _hash64(self.seed, purpose, step)
-        return mix64(mix64(self._by_client + base) + self._by_job)
+        return mix64(mix64(self._by_client + self.base(purpose, step)) + self._by_job)
+
+    def base(self, purpose: str, step: int) -> int | Tensor:
+        """What the keys of all clients have in common."""
+        return _hash64(self.seed, purpose, step)
 
     @cached_property
     def on_host(self) -> Streams:

@@ -138,7 +138,7 @@ class Session(Protocol):
     def sgd_step_(
         self,
         batch: Any,
-        lr: float,
+        lr: float | Tensor,
         *,
         scale: float = 1.0,
         shift: Tensor | None = None,
@@ -149,7 +149,7 @@ class Session(Protocol):
 
         Args:
             batch: of the C clients.
-            lr: the learning rate.
+            lr: the learning rate; also as a tensor [].
             scale: of the gradient g.
             shift: [P] or [C, P]; its entries for buffers are ignored.
 

@@ -25,6 +25,7 @@ from fedsim.compose import Composition, compose
 from fedsim.compose.problems import task_of
 from fedsim.config import ConfigError
 from fedsim.engine import Plan
+from fedsim.engine.choose import graphed
 from fedsim.engine.native import suits
 from fedsim.fleet import choose
 from fedsim.sim.executor import ClientError, Jobs, StackRunner
@@ -88,7 +89,8 @@ class Bench:
             raise ConfigError("fedsim tune: no client of the first cohort has a sample")
         self.most = int(local.schedule.num_steps(task.num_examples[self.ids]).max())
         self.steps = 1
-        self.precision = composition.resolved["runtime"]["precision"]
+        runtime = composition.resolved["runtime"]
+        self.precision, self.data_on = runtime["precision"], runtime["data"]
         self.native = suits(self.samples.module, self.samples.loss, self.experiment.device, self.precision)
 
     def settle(self, candidate: Candidate) -> None:
@@ -105,8 +107,9 @@ class Bench:
             ClientError: if the candidate can't train this model.
         """
         experiment = self.experiment
-        plan = Plan(candidate.engine, candidate.stack, "", candidate.native)
-        here = task_of(self.samples, plan, self.precision, experiment.device)
+        graphs = graphed(candidate.engine, experiment.device)
+        plan = Plan(candidate.engine, candidate.stack, "", candidate.native, graphs)
+        here = task_of(self.samples, plan, self.precision, experiment.device, self.data_on)
         schedule = replace(self.local.schedule, epochs=None, steps=self.steps)
         runner = StackRunner(
             here, LocalWork(replace(self.local, schedule=schedule)), experiment.seed, experiment.device
@@ -153,7 +156,7 @@ def tune(raw: Mapping[str, Any], source: str) -> Iterator[str]:
     bench.settle(auto)
     yield (
         f"{len(bench.ids)} clients of a cohort, {bench.steps} of {bench.most} local steps, on "
-        f"{bench.experiment.device} ({cores} workers at most); client steps a second, best of {REPEATS}"
+        f"{bench.experiment.device} ({cores} worker(s) by default); client steps a second, best of {REPEATS}"
     )
     yield f"{'engine':<10}{'native':<8}{'stack':>6}{'workers':>9}{'steps/s':>12}"
     rates: dict[Candidate, float] = {}
@@ -164,8 +167,9 @@ def tune(raw: Mapping[str, Any], source: str) -> Iterator[str]:
         others.append(replace(winner, engine="stacked", native=True))
     yield from _measure(bench, others, rates)
     winner = best(rates)
-    fewer = [replace(winner, workers=n) for n in worker_counts(bench.experiment)]
-    yield from _measure(bench, fewer, rates)
+    share = {n: -(-len(bench.ids) // n) for n in worker_counts(bench.experiment)}  # so that each has a stack
+    others = [replace(winner, workers=n, stack=min(winner.stack, width)) for n, width in share.items()]
+    yield from _measure(bench, others, rates)
     winner = best(rates)
     yield (
         f"fastest here: runtime.engine={winner.engine} runtime.native={str(winner.native).lower()} "
@@ -185,9 +189,9 @@ def first_candidates(auto: Candidate, cohort: int) -> list[Candidate]:
 
 
 def worker_counts(experiment: Any) -> list[int]:
-    """1, 2, 4, ... up to one worker per core; one alone on a GPU."""
+    """1, 2, 4, ... up to one worker per core, which `auto` takes; on a GPU, where it takes one, 2 and 4 before that."""
     if experiment.device.type == "cuda":
-        return [1]
+        return [2, 4, 1]
     cores = max(1, len(os.sched_getaffinity(0)) // experiment.threads)
     return sorted({cores, *(2**k for k in range(cores.bit_length()) if 2**k <= cores)})
 

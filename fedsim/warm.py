@@ -61,7 +61,8 @@ def _ask(config: Path, kind: str, content: RecordDict, context: Context) -> Reco
 
 def _connect(config: Path, context: Context) -> socket.socket:
     """A connection to the process of this app, run and node, which is started if there is none."""
-    path = _folder() / f"{blake2b(bytes(config), digest_size=8).hexdigest()}-{context.run_id}-{context.node_id}"
+    name = f"{config} {context.run_id} {context.node_id}".encode()
+    path = _folder() / blake2b(name, digest_size=8).hexdigest()  # short, since systems take no more than 104 characters
     with suppress(FileNotFoundError, ConnectionRefusedError):
         return _connected(path)
     path.unlink(missing_ok=True)  # of one that was killed

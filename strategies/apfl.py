@@ -22,7 +22,7 @@ from fedsim.aggregate import Mean
 from fedsim.clients.kept import keep, recalled, x0
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet
+from fedsim.fleet import Cost, Fleet
 from fedsim.strategies.momentum import twice
 from fedsim.strategies.server import Rule, ServerState, Synchronous
 from fedsim.strategy import Traits
@@ -49,9 +49,13 @@ class APFL(Synchronous):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is a share and must lie in [0, 1], got {self.alpha}")
 
+    @property
+    def cost(self) -> Cost:
+        return twice(self.local)
+
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
         rule = self.rule(rng, s.last)
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=twice(self.local), x=s.x)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x)
         return self.step(s, r.mean("delta", rule)), {}
 
     def local_update(self, clients: Cohort, x: Tensor) -> Reply:

@@ -64,17 +64,6 @@ def importances(kind: Importance, num_examples: Tensor) -> Tensor:
     return n.to(torch.float64) / n.sum()
 
 
-def given_seconds(job_seconds: tuple[float, ...], p: Tensor) -> Times:
-    """Times as the file gives them.
-
-    Raises:
-        ValueError: if there is not one positive number a client.
-    """
-    if len(job_seconds) != len(p) or not all(0 < t < inf for t in job_seconds):
-        raise ValueError(f"job_seconds needs one positive number for each of the {len(p)} clients")
-    return Times(torch.tensor(job_seconds, dtype=torch.float64), torch.zeros_like(p))
-
-
 @dataclass(frozen=True)
 class JobTimes:
     """How long jobs take that bring one message, two of them, and the whole model.
@@ -112,7 +101,9 @@ def given_jobs(job_seconds: tuple[float, ...], p: Tensor) -> JobTimes:
     Raises:
         ValueError: if there is not one positive number a client.
     """
-    times = given_seconds(job_seconds, p)
+    if len(job_seconds) != len(p) or not all(0 < t < inf for t in job_seconds):
+        raise ValueError(f"job_seconds needs one positive number for each of the {len(p)} clients")
+    times = Times(torch.tensor(job_seconds, dtype=torch.float64), torch.zeros_like(p))
     return JobTimes(times, times, times)
 
 

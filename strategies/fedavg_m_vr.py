@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsim.clients.direction import GRADIENT, gradient_at
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet
+from fedsim.fleet import Cost, Fleet
 from fedsim.strategies.momentum import NO_LATE, Momentum, twice
 from fedsim.strategies.server import ServerState
 from fedsim.strategy import Traits
@@ -42,9 +42,13 @@ class FedAvgMVR(Momentum):
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), x_prev=x0, g=torch.zeros_like(x0))
 
+    @property
+    def cost(self) -> Cost:
+        return twice(self.local)
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cost = self.rule(rng, s.last), twice(self.local)
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x, x_prev=s.x_prev, g=s.g)
+        rule = self.rule(rng, s.last)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x, x_prev=s.x_prev, g=s.g)
         g = r.mean("u", rule)
         return replace(self.step(s, g, self.step_size(fleet, r)), x_prev=s.x, g=g), {}
 

@@ -23,7 +23,7 @@ from fedsim.aggregate import Mean, Median
 from fedsim.clients.direction import GRADIENT, MODEL
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Exact, Fleet
+from fedsim.fleet import Cost, Exact, Fleet
 from fedsim.strategies.momentum import shrunk
 from fedsim.strategies.server import Rule, ServerState, Synchronous
 from fedsim.strategy import Traits
@@ -51,9 +51,13 @@ class FedNova(Synchronous):
                 f"mu={self.mu} does not go with local momentum, for which no normaliser is known; set one of them to 0"
             )
 
+    @property
+    def cost(self) -> Cost:
+        return replace(self.local.cost, scalars_up=1)
+
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
-        rule, cost = self.rule(rng, s.last), replace(self.local.cost, scalars_up=1)
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x)
+        rule = self.rule(rng, s.last)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x)
         tau_eff = float(r.mean("tau", rule if rule.foldable else Median()))
         return self.step(s, r.mean("d", rule), self.server_lr * tau_eff), {}
 

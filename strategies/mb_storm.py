@@ -22,7 +22,7 @@ from torch import Tensor
 from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import gradient_sum
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet
+from fedsim.fleet import Cost, Fleet
 from fedsim.strategies.momentum import NO_LATE, Momentum, twice
 from fedsim.strategies.server import ServerState
 from fedsim.strategy import Traits
@@ -45,9 +45,13 @@ class MBStorm(Momentum):
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), x_prev=x0, g=torch.zeros_like(x0))
 
+    @property
+    def cost(self) -> Cost:
+        return twice(self.local)
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cost, x = self.rule(rng, s.last), twice(self.local), s.x
-        s, r = self.ask(s, fleet, rng, self.gradients, rule=rule, cost=cost, x=x, x_prev=s.x_prev)
+        rule, x = self.rule(rng, s.last), s.x
+        s, r = self.ask(s, fleet, rng, self.gradients, rule=rule, x=x, x_prev=s.x_prev)
         g = r.mean("u", rule) + (1 - self.beta) * s.g
         return replace(self.step(s, g, self.step_size(fleet, r)), x_prev=x, g=g), {}
 

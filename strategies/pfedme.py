@@ -51,9 +51,13 @@ class PFedMe(Synchronous):
         if not 0 < self.inner_lr < inf:
             raise ValueError(f"inner_lr must be positive, got {self.inner_lr}")
 
+    @property
+    def cost(self) -> Cost:
+        return Cost(steps=self._steps)
+
     def round(self, s: ServerState, fleet: Fleet, rng: np.random.Generator) -> tuple[ServerState, dict[str, Any]]:
         rule = self.rule(rng, s.last)
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=Cost(steps=self._steps), x=s.x)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x)
         return self.step(s, r.mean("delta", rule)), {}
 
     def _steps(self, num_examples: Tensor) -> Tensor:

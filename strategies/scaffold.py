@@ -20,7 +20,7 @@ from fedsim.clients.direction import GRADIENT
 from fedsim.clients.local_training import Reply
 from fedsim.clients.oracle import full_gradient
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet
+from fedsim.fleet import Cost, Fleet
 from fedsim.strategies.control import followed, report
 from fedsim.strategies.server import ServerState, Synchronous
 from fedsim.strategy import Traits
@@ -47,9 +47,13 @@ class Scaffold(Synchronous):
     def init(self, x0: Tensor) -> State:
         return State(x0, self.optimizer_state(x0), c=torch.zeros_like(x0))
 
+    @property
+    def cost(self) -> Cost:
+        return replace(self.local.cost, vectors_up=2, exact_up=1)
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cost = self.rule(rng, s.last), replace(self.local.cost, vectors_up=2, exact_up=1)
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x, c=s.c)
+        rule = self.rule(rng, s.last)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x, c=s.c)
         s = self.step(s, r.mean("delta", rule))
         return replace(s, c=followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))), {}
 

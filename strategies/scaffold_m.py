@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsim.clients.direction import GRADIENT
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet
+from fedsim.fleet import Cost, Fleet
 from fedsim.strategies.control import followed, report
 from fedsim.strategies.momentum import Momentum
 from fedsim.strategies.server import ServerState
@@ -41,9 +41,13 @@ class ScaffoldM(Momentum):
         zero = torch.zeros_like(x0)
         return State(x0, self.optimizer_state(x0), g=zero, c=zero)
 
+    @property
+    def cost(self) -> Cost:
+        return replace(self.local.cost, vectors_up=2, exact_up=1)
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cost = self.rule(rng, s.last), replace(self.local.cost, vectors_up=2, exact_up=1)
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, x=s.x, g=s.g, c=s.c)
+        rule = self.rule(rng, s.last)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x, g=s.g, c=s.c)
         g = r.mean("u", rule)
         c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
         return replace(self.step(s, g, self.step_size(fleet, r)), g=g, c=c), {}

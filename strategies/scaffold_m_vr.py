@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsim.clients.direction import GRADIENT, gradient_at
 from fedsim.clients.local_training import Reply
 from fedsim.cohort import Cohort
-from fedsim.fleet import Fleet
+from fedsim.fleet import Cost, Fleet
 from fedsim.strategies.control import followed, report
 from fedsim.strategies.momentum import NO_LATE, Momentum, twice
 from fedsim.strategies.server import ServerState
@@ -45,10 +45,13 @@ class ScaffoldMVR(Momentum):
         zero = torch.zeros_like(x0)
         return State(x0, self.optimizer_state(x0), x_prev=x0, g=zero, c=zero)
 
+    @property
+    def cost(self) -> Cost:
+        return replace(twice(self.local), vectors_up=2, exact_up=1)
+
     def round(self, s: State, fleet: Fleet, rng: np.random.Generator) -> tuple[State, dict[str, Any]]:
-        rule, cost = self.rule(rng, s.last), replace(twice(self.local), vectors_up=2, exact_up=1)
-        sent = {"x": s.x, "x_prev": s.x_prev, "g": s.g, "c": s.c}
-        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, cost=cost, **sent)
+        rule = self.rule(rng, s.last)
+        s, r = self.ask(s, fleet, rng, self.local_update, rule=rule, x=s.x, x_prev=s.x_prev, g=s.g, c=s.c)
         g = r.mean("u", rule)
         c = followed(s.c, r, self.rule(rng, s.c), len(fleet.clients))
         return replace(self.step(s, g, self.step_size(fleet, r)), x_prev=s.x, g=g, c=c), {}

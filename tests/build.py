@@ -21,8 +21,9 @@ from fedsim.data.federated import FederatedData
 from fedsim.data.images import digits
 from fedsim.engine import build_engine
 from fedsim.engine.losses import LOSSES
+from fedsim.experiment import Experiment
 from fedsim.graph import Inbox
-from fedsim.loop import Experiment, Run
+from fedsim.loop import Run
 from fedsim.memory import Memory, MemoryRows
 from fedsim.optim import build as build_optimizer
 from fedsim.params import Layout

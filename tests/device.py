@@ -9,7 +9,8 @@
 A factory or `.to("cuda")` ends in the kernels that are registered here for torch's dispatch key CUDA, which a build
 for CPUs leaves free. They give a `Pretend`, whose operations come to `__torch_dispatch__`: there they are checked,
 counted and done on the CPU tensors inside. So there is no mode to be in: workers' threads, autograd, torch.func and
-modules just work. The numbers are a CPU's; kernels, streams, graphs and torch.compile of a GPU are not covered.
+modules just work. The numbers are a CPU's; kernels and torch.compile of a GPU are not covered. Its graphs are those of
+`tests.device_graphs`; streams, and races between them, are in `tests.device_streams`.
 
 What counts: a launch is an operation that is neither a view nor an allocation, at least one kernel on a GPU. A wait is
 where the host stands until the device has done all its work: a number, a copy to or from memory that is not pinned, a
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +40,11 @@ import torch._dynamo  # before torch.compile is replaced: it keeps a table of to
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests import device_graphs as graphs
+
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
-NOT_CALLERS = (os.path.dirname(torch.__file__), __file__)
+NOT_CALLERS = (os.path.dirname(torch.__file__), os.path.splitext(__file__)[0])
 FREE = {"_reshape_alias", "_unsafe_view", "alias", "detach", "detach_", "empty_like", "is_same_size", "lift_fresh"}
 FREE |= {"new_empty", "new_empty_strided", "resize_", "set_", "sym_size", "sym_stride"}
 SHAPED_BY_DATA = {"_unique2", "bincount", "masked_select", "nonzero", "unique_consecutive", "unique_dim"}
@@ -72,6 +75,10 @@ class Counts:
 
     def add(self, kind: str, number: int = 1) -> None:
         """Count something that just happens."""
+        if kind == "waits":
+            graphs.refuse_to_wait()
+        if graphs.capturing() is not None:
+            return
         with self._lock:
             setattr(self, kind, getattr(self, kind) + number)
             self.places[kind, *_caller()] += number
@@ -83,6 +90,7 @@ class Counts:
 
 
 _counts = Counts()  # of the running context
+_watch: Any = None  # who is told of every operation: `tests.device_streams.Watch`
 
 
 def _caller() -> tuple[str, int]:
@@ -123,6 +131,8 @@ class Pretend(Tensor):
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
         _refuse_mixed(func, name, args, tensors)
         out = _inside(func, args, kwargs, tensors)
+        if (watch := _watching()) is not None:
+            watch.ran(func, args, kwargs, out)
         _count(func, name, args, kwargs, [t for t in (*tensors, *tree_leaves(out)) if isinstance(t, Pretend)])
         return out
 
@@ -174,7 +184,7 @@ def _inside(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
     on_gpu = kwargs.get("device") is None or torch.device(kwargs["device"]).type == "cuda"
     here = tree_map(_inner, kwargs) | ({"device": "cpu"} if kwargs.get("device") is not None else {})
     before = [t.shape for t in tensors]
-    given = func(*tree_map(_inner, args), **here)
+    given = graphs.run(func, tree_map(_inner, args), here)
     if torch.Tag.inplace_view in func.tags:  # squeeze_ and the like: the outside follows the inside
         with torch._C._DisableTorchDispatch():
             func(*args, **kwargs)
@@ -202,35 +212,68 @@ def _count(func: Any, name: str, args: Any, kwargs: Any, tensors: list[Pretend])
         fills = len(args) > 2 and args[2].numel() == 1 and len(masks) == sum(i is not None for i in args[1]) == 1
         by_mask = bool(masks) and not fills
     if name in WAITS or by_mask or (name == "repeat_interleave" and kwargs.get("output_size") is None):
-        _counts.add("waits")
+        _wait()
 
 
 def _to_copy(func: Any, source: Pretend, **kwargs: Any) -> Tensor:
     """`.to` from the device, to itself or to the host."""
     target = torch.device(kwargs.get("device") or GPU)
-    made: Tensor = func(source.inner, **(kwargs | ({"device": "cpu"} if "device" in kwargs else {})))
+    options = kwargs | ({"device": "cpu"} if "device" in kwargs else {})
+    made: Tensor = graphs.run(func, (source.inner,), options)
     if target.type == "cuda":
         _counts.add("launches")
-        return Pretend(made)
+        return _used([source], made=Pretend(made))
+    _used([source])
     _moved("bytes_down", source, kwargs.get("non_blocking", False))
     return made
 
 
 def _copy_(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    _used([source], [to])
     if to.numel() and isinstance(to, Pretend) and isinstance(source, Pretend):
         _counts.add("launches")
     elif to.numel() and isinstance(to, Pretend):
-        _moved("bytes_up", source, non_blocking and source.is_pinned())
+        ahead = non_blocking and source.is_pinned()
+        if ahead and (watch := _watching()) is not None:
+            watch.sends(source)
+        _moved("bytes_up", source, ahead, to)
     elif to.numel():
         _moved("bytes_down", source, non_blocking)
-    _inner(to).copy_(_inner(source))
+    graphs.run(aten.copy_.default, (_inner(to), _inner(source)), {})
     return to
 
 
-def _moved(way: str, tensor: Tensor, ahead: bool = False) -> None:
+def _moved(way: str, tensor: Tensor, ahead: bool = False, written: Tensor | None = None) -> None:
     _counts.add(way, tensor.numel() * tensor.element_size())
     if not ahead:
-        _counts.add("waits")
+        _wait(written)
+
+
+def _wait(written: Tensor | None = None) -> None:
+    """The host waits until its stream is done, with what was copied to the device if anything was."""
+    _counts.add("waits")
+    if (watch := _watching()) is not None:
+        watch.waited(written)
+
+
+def _watching() -> Any:
+    """Who is told of what this thread does; of what it captures a replay tells."""
+    return None if graphs.capturing() else _watch
+
+
+def _replayed(graph: graphs.Graph) -> None:
+    """A graph was launched: one operation of its stream."""
+    _counts.add("launches")
+    if _watch is not None:
+        _watch.used(*graph.accesses(), [])
+
+
+def _used(reads: Sequence[Tensor], writes: Sequence[Tensor] = (), *, made: Any = None, free: bool = False) -> Any:
+    """What was made, after telling who watches."""
+    if (watch := _watching()) is not None:
+        reads, writes = ([t for t in some if isinstance(t, Pretend)] for some in (reads, writes))
+        watch.used(reads, writes, [] if made is None else [made], free)
+    return made
 
 
 def _refuse_mixed(func: Any, name: str, args: Any, tensors: list[Tensor]) -> None:
@@ -258,17 +301,19 @@ def _refuse_mixed(func: Any, name: str, args: Any, tensors: list[Tensor]) -> Non
 def _factory(overload: Any) -> Callable[..., Tensor]:
     def make(*args: Any, **kwargs: Any) -> Tensor:
         _counts.add("launches")
-        return Pretend(overload(*args, **{**kwargs, "device": "cpu"}))
+        return _used([], made=Pretend(graphs.run(overload, args, {**kwargs, "device": "cpu"})))
 
     return make
 
 
 def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **others: Any) -> Tensor:
-    return Pretend(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+    options = {"dtype": dtype, "memory_format": memory_format or torch.contiguous_format}
+    return _used([], made=Pretend(graphs.run(aten.empty.memory_format, (size,), options)), free=True)
 
 
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **others: Any) -> Tensor:
-    return Pretend(torch.empty_strided(size, stride, dtype=dtype))
+    made = Pretend(graphs.run(aten.empty_strided.default, (size, stride), {"dtype": dtype}))
+    return _used([], made=made, free=True)
 
 
 def why_not() -> str | None:
@@ -339,8 +384,8 @@ def pretend_gpu() -> Iterator[Counts]:
     as_it_is: Any = lambda function=None, **options: function if function is not None else lambda f: f  # noqa: E731
     _guard.swap_hooks()
     fakes = [
-        mock.patch.multiple(torch.cuda, **cuda),
-        mock.patch.multiple(torch, compile=as_it_is, tensor=_tensor),
+        mock.patch.multiple(torch.cuda, **cuda, **graphs.fakes(_replayed)),
+        mock.patch.multiple(torch, compile=as_it_is, tensor=_tensor, use_deterministic_algorithms=nothing),
         mock.patch.object(torch.backends.cudnn, "is_acceptable", lambda tensor: False),
     ]
     try:

@@ -47,16 +47,24 @@ def compute_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as e:
-        raise ConfigError(f"runtime.device: unknown device {name!r}; use cpu, cuda, cuda:1 or auto") from e
-    if device.type == "cuda" and not torch.cuda.is_available():
-        if here is not None and here.local_size > 1:
-            raise ConfigError(
-                f"runtime.device: rank {here.rank} has no GPU: {here.local_size} ranks run on this machine, and each "
-                "takes one; start at most as many a node as it has GPUs (--nproc_per_node), or set runtime.device=cpu"
-            )
-        raise ConfigError(f"runtime.device: {name!r} was asked for but no CUDA device is visible; use cpu or auto")
-    return device
+    except RuntimeError:
+        device = torch.device("meta")  # torch knows others than those that it computes on here
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"runtime.device: unknown device {name!r}; use cpu, cuda, cuda:1 or auto")
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cpu" or (device.index or 0) < cards:
+        return device
+    if cards:
+        raise ConfigError(
+            f"runtime.device: {name!r} was asked for, and {cards} GPU(s) are visible, numbered from 0; use one of "
+            "these, or cuda"
+        )
+    if here is not None and here.local_size > 1:
+        raise ConfigError(
+            f"runtime.device: rank {here.rank} has no GPU: {here.local_size} ranks run on this machine, and each "
+            "takes one; start at most as many a node as it has GPUs (--nproc_per_node), or set runtime.device=cpu"
+        )
+    raise ConfigError(f"runtime.device: {name!r} was asked for but no CUDA device is visible; use cpu or auto")
 
 
 def with_compressors(strategy: Strategy, layout: Layout) -> Strategy:
@@ -204,13 +212,18 @@ def _executor(
             f"runtime.executor: {kind} under torchrun would make {here.size} runs of one; use torchrun or auto, or "
             "start fedsim without torchrun"
         )
-    several = device.type == "cuda" and torch.cuda.device_count() > 1
+    several = device == torch.device("cuda") and torch.cuda.device_count() > 1  # one that is named is used alone
     if here is not None and kind in ("auto", "torchrun"):
         return _ranks(here, runtime, runner, width, costs)
     if kind == "ray" or (kind == "auto" and (several or runtime.address is not None)):
         from fedsim.sim.ray_process import ray_executor
 
         _check_rows_travel(runtime, device)
+        if device.index is not None:
+            raise ConfigError(
+                f"runtime.device: each Ray worker takes a GPU of its own; use cuda, not {str(device)!r}, or "
+                "runtime.executor=in_process"
+            )
         wanted = None if runtime.workers == "auto" else runtime.workers
         actors = ray_executor(
             runner,

@@ -121,12 +121,12 @@ class Gan(OnSamples):
 
 
 def _check(player: str, module: nn.Module, inputs: Tensor, wanted: int) -> None:
-    """Refuse a player that gives something else for two samples than so many numbers."""
+    """Refuse a player that gives something else for two inputs than so many numbers."""
     try:
         with torch.no_grad():
             found = module.eval()(inputs)
     except Exception as e:
-        raise ConfigError(f"task.{player}: can't take {list(inputs.shape[1:])}: {first_line(e)}") from e
+        raise ConfigError(f"task.{player}: can't take inputs of {list(inputs.shape[1:])}: {first_line(e)}") from e
     if not isinstance(found, Tensor) or found.numel() != wanted:
         shown = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
-        raise ConfigError(f"task.{player}: gives {shown} for 2 samples, where {wanted // 2} numbers each are needed")
+        raise ConfigError(f"task.{player}: makes {shown} of 2 inputs, and {wanted} numbers in all are needed")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABCMeta
 from collections.abc import Callable
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,13 +30,16 @@ from fedsim.compose.supervised import (
 from fedsim.compose.work import Work
 from fedsim.config import ConfigError, FromTable, at
 from fedsim.engine import Plan, build_engine, choose_engine
+from fedsim.engine.choose import graphed
 from fedsim.prox import Prox
 from fedsim.task import Task
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.own import check_task
 from fedsim.tasks.quadratic import Numbers, QuadraticTask
 from fedsim.tasks.robust import RobustLogisticTask
-from fedsim.trees import pick
+from fedsim.trees import pick, tensors
+
+DATA_SHARE = 0.25  # of a card, for samples; stacks take half, rows of clients a quarter
 
 
 def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch.device) -> Plan:
@@ -43,7 +47,7 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
     if isinstance(problem, Task):
         width = max(1, min(1024, len(problem.num_examples))) if runtime.stack == "auto" else runtime.stack
         return Plan("exact", width, "the task computes its own field")
-    return choose_engine(
+    plan = choose_engine(
         problem.module,
         problem.layout,
         device=device,
@@ -58,17 +62,39 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
         loss=problem.loss,
         sample=pick(problem.data.inputs, 0),
     )
+    return replace(plan, graphs=graphed(plan.engine, device, runtime.graphs))
 
 
-def task_of(problem: Task | Samples, plan: Plan, precision: str, device: torch.device) -> Task:
+def place_data(problem: Samples, runtime: Runtime, device: torch.device) -> Literal["device", "host"]:
+    """Where the samples lie; `auto` takes the device for a quarter of it at most.
+
+    Raises:
+        ConfigError: for the host's memory beside a device that is no GPU of CUDA.
+    """
+    if device.type == "cpu":
+        return "host"
+    if runtime.data == "host" and device.type != "cuda":
+        raise ConfigError(f"runtime.data: host is for GPUs of CUDA, not for {device}; use auto or device")
+    if runtime.data != "auto" or device.type != "cuda":
+        return "host" if runtime.data == "host" else "device"
+    sets = [data for data in (problem.data, problem.held) if data is not None]
+    parts = [part for data in sets for part in (data.inputs, data.targets, data.test_inputs, data.test_targets)]
+    needed = sum(t.nbytes for part in parts for t in tensors(part).values())
+    return "device" if needed <= DATA_SHARE * torch.cuda.get_device_properties(device).total_memory else "host"
+
+
+def task_of(
+    problem: Task | Samples, plan: Plan, precision: str, device: torch.device, data_on: Literal["device", "host"]
+) -> Task:
     """The task, computed as planned."""
     if isinstance(problem, Task):
         return problem
     made = problem.module, problem.layout, problem.loss, device, precision
-    engine = build_engine(plan.engine, *made, native=plan.native)
-    held = None if problem.held is None else problem.held.to(device)
-    data, metrics = problem.data.to(device), problem.metrics
-    return problem.task(data, problem.module, problem.x0, engine, problem.loss, held, metrics, problem.prox)
+    engine = build_engine(plan.engine, *made, native=plan.native, graphs=plan.graphs)
+    data, held, metrics = problem.data, problem.held, problem.metrics
+    if data_on == "device":
+        data, held = data.to(device), None if held is None else held.to(device)
+    return problem.task(data, problem.module, problem.x0, engine, problem.loss, held, metrics, problem.prox, device)
 
 
 def quadratic(

@@ -25,7 +25,7 @@ from fedsim.compose.fleets import (
     with_compressors,
 )
 from fedsim.compose.identity import identity_of
-from fedsim.compose.problems import plan_of, problem_of, task_of
+from fedsim.compose.problems import place_data, plan_of, problem_of, task_of
 from fedsim.compose.refusals import (
     check_local,
     check_personalise,
@@ -49,8 +49,9 @@ from fedsim.compose.work import (
 )
 from fedsim.config import OBJECT, ConfigError, at, decode, naming
 from fedsim.engine import Plan
+from fedsim.engine.precision import same_bits_again
+from fedsim.experiment import Experiment
 from fedsim.fleet import Cost
-from fedsim.loop import Experiment
 from fedsim.memory import Memory
 from fedsim.optim import Optimizer
 from fedsim.pages import room_on_gpu
@@ -63,6 +64,7 @@ from fedsim.strategy import Strategy, fields_of
 from fedsim.task import Task
 
 NOTES = ("versions", "identity")  # sections of a resolved file that say what ran, and are not read again
+SAMPLES_LIE = {"device": "on the device", "host": "in RAM"}
 ROWS_LIE = {"device": "on the device", "ram": "in RAM", "disk": "in files of the run's folder"}
 
 
@@ -130,13 +132,16 @@ def read_file(raw: Mapping[str, Any]) -> tuple[File, dict[str, Any]]:
 
 def _build(file: File, resolved: dict[str, Any]) -> Composition:
     device = compute_device(file.runtime.device)
+    same_bits_again(device)
     problem = problem_of(file, device)
     strategy = _strategy(file, problem)
     work = work_of(strategy, problem.num_examples)
     with at("runtime"):
         plan = plan_of(problem, work, file.runtime, device)
-    with room_on_gpu("runtime.device: the data and the model have", "take a larger card, or runtime.device=cpu"):
-        task = task_of(problem, plan, file.runtime.precision, device)
+    data_on = "host" if isinstance(problem, Task) else place_data(problem, file.runtime, device)
+    ways_out = f"{'set runtime.data=host, ' * (data_on == 'device')}take a larger card, or runtime.device=cpu"
+    with room_on_gpu("runtime.device: the data and the model have", ways_out):
+        task = task_of(problem, plan, file.runtime.precision, device, data_on)
     check_local(file.strategy.name, strategy, task)
     check_prox(file.strategy.name, strategy, task)
     check_step(strategy, task)
@@ -144,7 +149,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     check_selection(strategy, task)
     if isinstance(problem, Samples):
         check_seen(strategy, task)
-    _resolve(resolved, problem, strategy, plan, device)
+    _resolve(resolved, problem, strategy, plan, device, data_on)
     fleet, workers, kept = _fleet(file, task, strategy, work, plan.width, device)
     resolved["runtime"] |= {"stacks": fleet.executor.stacks, "memory": kept}
     experiment = Experiment(
@@ -171,6 +176,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
                 fleet.check_possible(cost, strategy.deadline, x=x)
     words = in_words(work, plan, fleet.executor.stacks, task.layout, sent, task.num_examples)
     words |= frozen_in_words(problem.module) if isinstance(problem, Samples) else {}
+    words |= {"samples": SAMPLES_LIE[data_on]} if isinstance(problem, Samples) else {}
     words |= selection_in_words(resolved["strategy"]) | topology_in_words(strategy, len(fleet.clients), sent, file.seed)
     if fleet.absence.kills:
         words["absence"] = _absence(file, strategy, fleet, sent.size)
@@ -191,14 +197,15 @@ def _absence(file: File, strategy: Strategy, fleet: SimFleet, size: int) -> str:
 
 
 def _resolve(
-    out: dict[str, Any], problem: Task | Samples, strategy: Strategy, plan: Plan, device: torch.device
+    out: dict[str, Any], problem: Task | Samples, strategy: Strategy, plan: Plan, device: torch.device, data_on: str
 ) -> None:
     """Write down what `auto` chose: all that fixes the run's bits has its key; and what was there to work on."""
     out["identity"] = identity_of(problem)
     out["clients"]["count"] = len(problem.num_examples)
     out["runtime"] |= {"stack": plan.width, "device": str(device)}
     if isinstance(problem, Samples):
-        out["runtime"] |= {"engine": plan.engine, "native": plan.native}
+        chosen = {"engine": plan.engine, "native": plan.native, "graphs": plan.graphs, "data": data_on}
+        out["runtime"] |= chosen
     if out["strategy"]["name"].startswith(OBJECT):  # for readers, and to tell it from another on resume
         out["strategy"] |= {k: v for k, v in vars(strategy).items() if isinstance(v, bool | int | float | str | None)}
         return

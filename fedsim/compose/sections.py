@@ -17,33 +17,10 @@ from fedsim.config import Call, ConfigError, FromTable
 from fedsim.data.checks import check_fraction
 from fedsim.engine import ENGINES
 from fedsim.evaluation import Evaluate
-from fedsim.loop import Checkpoint
+from fedsim.experiment import Checkpoint
 from fedsim.sim.absence import Dropout
 from fedsim.streams import server_rng
 from fedsim.task import Schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clients:
-    """Who takes part.
-
-    Args:
-        count: N; null takes it from the data (a natural partition) or is 100.
-        devices: how fast they are.
-        availability: when they can be reached. A job whose client goes off line dies.
-        dropout: jobs that die by themselves.
-        byzantine: who attacks, and how.
-    """
-
-    count: int | None = None
-    devices: Annotated[Any, FromTable("device", "constant")] = None
-    availability: Annotated[Any, FromTable("availability", "always")] = None
-    dropout: Dropout = field(default_factory=Dropout)
-    byzantine: ByzantineClients = field(default_factory=lambda: ByzantineClients())
-
-    def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +55,29 @@ class ByzantineClients:
             raise ValueError(f"count must leave at least one honest client of {num_clients}, got {self.count}")
         picked = server_rng(seed, "byzantine").choice(num_clients, size=self.count, replace=False)
         return torch.from_numpy(np.sort(picked))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """Who takes part.
+
+    Args:
+        count: N; null takes it from the data (a natural partition) or is 100.
+        devices: how fast they are.
+        availability: when they can be reached. A job whose client goes off line dies.
+        dropout: jobs that die by themselves.
+        byzantine: who attacks, and how.
+    """
+
+    count: int | None = None
+    devices: Annotated[Any, FromTable("device", "constant")] = None
+    availability: Annotated[Any, FromTable("availability", "always")] = None
+    dropout: Dropout = field(default_factory=Dropout)
+    byzantine: ByzantineClients = field(default_factory=ByzantineClients)
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +147,15 @@ class Runtime:
         collectives: how workers in several processes fold: by gloo, by nccl (GPUs), through Ray's object_store, or
             auto: nccl between GPUs, else gloo.
         timeout_seconds: after which a Ray worker that is busy with one group of stacks counts as hung and is replaced.
-        device: cpu, cuda, cuda:1, or auto.
+        device: cpu, cuda, cuda:1 (that card alone, in process), or auto: cuda where a GPU is visible.
         stack: clients of a stack at most, or auto: a rule on model, sizes and device (`fedsim tune` measures).
         stacks: into how many a cohort is cut at least, or auto: with `stack: auto` as many as the workers need, else 1.
         engine: loop, stacked, compiled, pkg.module:name, or auto.
         native: whether the stacked engine takes a classifier's last layer and loss in C++ (on a CPU), or auto.
+        graphs: whether steps on a GPU are captured as CUDA graphs and replayed, or auto: with engine loop or stacked.
         precision: of products; storage is float32.
+        data: where the samples lie beside a GPU: device (all of them on it), host (in RAM, from where minibatches are
+            copied ahead of the steps), or auto: the device if they take a quarter of it at most.
         memory: where clients' rows are kept between rounds: ram, disk (a file in the run's folder), device (where
             stacks of this process are computed), or auto: the first of device, ram and disk that surely has room.
     """
@@ -168,7 +171,9 @@ class Runtime:
     stacks: int | Literal["auto"] = "auto"
     engine: str = "auto"
     native: bool | Literal["auto"] = "auto"
+    graphs: bool | Literal["auto"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    data: Literal["auto", "device", "host"] = "auto"
     memory: Literal["auto", "device", "ram", "disk"] = "auto"
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ A preset fills in loss and metrics and says what targets are; whatever it fills 
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -69,7 +69,7 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnSamples:
+class OnSamples(ABC):
     """A task on samples that clients have.
 
     Args:

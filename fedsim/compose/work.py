@@ -32,12 +32,14 @@ class Work:
         steps: [N] local steps of each client.
         batch_size: samples of a step at most.
         in_factors: whether local training can keep its steps in factors, on models that have them.
+        state_bytes: what the local optimizer keeps for one client.
     """
 
     cohort_size: int
     steps: Tensor
     batch_size: int
     in_factors: bool
+    state_bytes: int
 
     def costs(self, num_examples: Tensor) -> Tensor:
         """[N] samples that a client with these goes through in a job, and one for coming at all."""
@@ -50,12 +52,13 @@ def work_of(strategy: Strategy, num_examples: Tensor) -> Work:
     cohort_size, single = strategy.at_work(len(n)), traits.local_rules == "rate"
     local = next(iter(fields_of(strategy, LocalTraining).values()), None)
     if local is None:
-        return Work(cohort_size, torch.ones_like(n), most, False)
+        return Work(cohort_size, torch.ones_like(n), most, False, 0)
     return Work(
         cohort_size,
         torch.ones_like(n) if single else local.schedule.num_steps(n),
         min(local.schedule.batch_size or most, most),
         local.constant_rate and not (single or traits.two_points),
+        local.optimizer.state_bytes,
     )
 
 
@@ -113,22 +116,24 @@ def in_words(work: Work, plan: Plan, stacks: int, layout: Layout, sent: Layout, 
     """The plan, line by line: {what: in words}."""
     n, steps = num_examples, work.steps
     buffers = f" and {layout.size - layout.num_trainable:,} buffer entries" if layout.num_buffers else ""
-    stack_bytes = 4 * layout.size * min(plan.width, work.cohort_size)
+    stack_bytes = min(plan.width, work.cohort_size) * (3 * 4 * layout.size + work.state_bytes)
     model_bits = 32 * sent.size
     kept = f", of which {layout.size - sent.size:,} stay with the client" if sent.size < layout.size else ""
     wide = f"{plan.width} client{'s' * (plan.width != 1)}"
     shares = shares_of(work, n, plan.width, stacks)
     counts, gains = zip(*((str(w), f"{speedup(shares, w):.1f}") for w in WORKERS), strict=True)
+    how = " with C++" if plan.native else " in CUDA graphs" if plan.graphs else ""
     return {
         "clients": f"{len(n):,}, {work.cohort_size:,} of them in a round",
         "samples per client": f"{int(n.min()):,} to {int(n.max()):,}, median {int(n.median()):,}; "
         f"{int((n == 0).sum()):,} clients have none",
         "local steps": f"{int(steps.min()):,} to {int(steps.max()):,}",
         "model": f"{layout.num_trainable:,} parameters{buffers}{kept}",
-        "engine": f"{plan.engine}{' with C++' if plan.native else ''}, {wide} a stack ({plan.reason})",
+        "engine": f"{plan.engine}{how}, {wide} a stack ({plan.reason})",
         "stacks": f"{len(shares):,} a round; with {', '.join(counts)} workers {', '.join(gains)} times one worker's "
         "speed at best",
-        "memory": f"about {3 * stack_bytes / 2**20:,.1f} MiB a worker for parameters, gradients and one buffer",
+        "memory": f"about {stack_bytes / 2**20:,.1f} MiB a worker for parameters, gradients, one buffer and the "
+        "optimizer's state; activations, the data and Python itself come on top",
         "bits per round": f"{model_bits * work.cohort_size / 1e6:,.2f} Mbit down and as many up for every model-sized "
         "message",
     }

@@ -5,6 +5,7 @@ Letters: C clients in the stack, B samples of a minibatch (padded to the largest
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,6 +26,7 @@ class Batch:
             weights are all zero has loss 0 and gradient 0, and its buffers stay as they are.
         streams: of the stack, for dropout and other noise.
         step: the local step, part of the key of that noise.
+        counts: [C] on the host, how many rows of each client are samples; None where nobody has counted padded ones.
     """
 
     inputs: Tree
@@ -32,6 +34,7 @@ class Batch:
     weights: Tensor | None = None
     streams: Streams | None = None
     step: int = 0
+    counts: Sequence[int] | None = None
 
     @property
     def rows(self) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fedsim.config import imported
 from fedsim.engine.compiled import CompiledEngine
+from fedsim.engine.graphs import GraphedEngine
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import LOSSES, Loss
 from fedsim.engine.precision import check_precision
@@ -27,6 +28,7 @@ def build_engine(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     native: bool = False,
+    graphs: bool = False,
 ) -> Engine:
     """An engine by name, for a module on a device.
 
@@ -38,6 +40,7 @@ def build_engine(
         device: where stacks will lie.
         precision: fp32, tf32 or bf16 products; storage is float32.
         native: in the stacked engine on a CPU, a classifier's last layer and loss are compiled C++.
+        graphs: steps are captured as CUDA graphs and replayed (`GraphedEngine`).
 
     Raises:
         ValueError: for an unknown name, C++ in another engine than stacked, or a layer whose noise cannot be keyed.
@@ -51,4 +54,5 @@ def build_engine(
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, or pkg.module:name, got {name!r}")
     make = ENGINES[name] if name in ENGINES else imported(name, "runtime.engine")
     options = {"native": True} if native else {}
-    return make(on_device(module, device), layout, loss, precision, **options)
+    engine = make(on_device(module, device), layout, loss, precision, **options)
+    return GraphedEngine(engine, layout) if graphs else engine

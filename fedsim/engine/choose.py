@@ -53,12 +53,14 @@ class Plan:
         width: clients in a stack at most.
         reason: one sentence for people.
         native: the end of a classifier runs in C++.
+        graphs: steps are replayed as CUDA graphs.
     """
 
     engine: str
     width: int
     reason: str
     native: bool = False
+    graphs: bool = False
 
 
 def choose_engine(
@@ -119,6 +121,29 @@ def choose_engine(
     if even < width:
         return Plan(name, even, f"{why}{num_clients} clients in equal stacks, at most {width}: {reason}", in_cpp)
     return Plan(name, width, why + reason, in_cpp)
+
+
+def graphed(engine: str, device: torch.device, graphs: bool | str = "auto") -> bool:
+    """Whether an engine's steps are replayed as CUDA graphs.
+
+    Those of `compiled` are not, as torch compiles anew for tensors that lie otherwise, such as those of a graph. Nor
+    are those of somebody else's engine unless they say so, for it isn't known what it keeps from step to step.
+
+    Args:
+        engine: its name.
+        device: where stacks will lie.
+        graphs: as the file says, or auto.
+
+    Raises:
+        ValueError: where there can be none.
+    """
+    if graphs == "auto":
+        return device.type == "cuda" and engine in ("loop", "stacked")
+    if graphs and (device.type != "cuda" or engine == "compiled"):
+        raise ValueError(
+            f"graphs=true is for a GPU and engine loop or stacked, got {device} and {engine}; take graphs=auto"
+        )
+    return bool(graphs)
 
 
 def enough_stacks(num_clients: int, width: int, workers: int, layout: Layout, device: torch.device | str) -> int:

@@ -21,6 +21,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+Number = float | Tensor
+"""A number, or a tensor [] on the device that holds it, as a step has it that is to hold for any learning rate."""
+
 CHUNK = 1 << 22  # entries of Gram matrices or of samples' gradients alive at once: 16 MiB in float32
 
 
@@ -31,7 +34,7 @@ class Factors(Protocol):
         """view becomes their sum over the samples."""
         ...
 
-    def add_(self, view: Tensor, factor: float) -> None:
+    def add_(self, view: Tensor, factor: Number) -> None:
         """view += factor times their sum over the samples."""
         ...
 
@@ -62,8 +65,8 @@ class Small:
     def write_(self, view: Tensor) -> None:
         view.copy_(self.total())
 
-    def add_(self, view: Tensor, factor: float) -> None:
-        view.add_(self.total(), alpha=factor)
+    def add_(self, view: Tensor, factor: Number) -> None:
+        add_(view, self.total(), factor)
 
     def square_norms(self) -> Tensor:
         return self.formed().flatten(2).square().sum(-1)
@@ -96,13 +99,11 @@ class Outer:
         else:
             torch.mm(self.deltas.mT, self.inputs, out=view)
 
-    def add_(self, view: Tensor, factor: float) -> None:
+    def add_(self, view: Tensor, factor: Number) -> None:
         if self.deltas.dtype != view.dtype:
-            view.add_(self.deltas.mT @ self.inputs, alpha=factor)
-        elif view.ndim == 3:
-            view.baddbmm_(self.deltas.mT, self.inputs, alpha=factor)
-        else:
-            view.addmm_(self.deltas.mT, self.inputs, alpha=factor)
+            return add_(view, self.deltas.mT @ self.inputs, factor)
+        deltas, alpha = (self.deltas * factor, 1.0) if isinstance(factor, Tensor) else (self.deltas, factor)
+        (view.baddbmm_ if view.ndim == 3 else view.addmm_)(deltas.mT, self.inputs, alpha=alpha)
 
     def square_norms(self) -> Tensor:
         deltas, inputs = self._by_sample(self.deltas), self._by_sample(self.inputs)
@@ -138,8 +139,8 @@ class Rows:
     def write_(self, view: Tensor) -> None:
         view.copy_(self._total())
 
-    def add_(self, view: Tensor, factor: float) -> None:
-        view.add_(self._total(), alpha=factor)
+    def add_(self, view: Tensor, factor: Number) -> None:
+        add_(view, self._total(), factor)
 
     def square_norms(self) -> Tensor:
         """The sum over pairs of positions with one index of d . d', or that of the table where it is the shorter."""
@@ -175,6 +176,14 @@ class Rows:
     def _tables(self, deltas: Tensor, index: Tensor) -> Tensor:
         table = deltas.new_zeros(*index.shape[:-1], self.size, deltas.shape[-1])
         return table.scatter_add_(-2, index[..., None].expand_as(deltas), deltas)
+
+
+def add_(view: Tensor, change: Tensor, factor: Number) -> None:
+    """view += factor * change."""
+    if isinstance(factor, Tensor):
+        view.addcmul_(change, factor)
+    else:
+        view.add_(change, alpha=factor)
 
 
 def given(tensor: Tensor) -> Callable[[], Tensor]:

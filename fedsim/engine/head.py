@@ -99,4 +99,4 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, lead
 
 @cache
 def _minus_one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((), -1.0, dtype=dtype, device=device)
+    return torch.tensor(-1.0, dtype=dtype).to(device)  # a copy is waited for, so it is there for all streams of a GPU

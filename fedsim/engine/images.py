@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsim.engine.factors import CHUNK, Small, outer_square_norms
+from fedsim.engine.factors import CHUNK, Number, Small, add_, outer_square_norms
 from fedsim.engine.ops import Bound, Spec, aten, by_client
 
 Derivatives = tuple[Tensor, Tensor, Tensor]
@@ -106,8 +106,8 @@ class Kernels:
     def write_(self, view: Tensor) -> None:
         view.copy_(stacked(self.found, 1).view(view.shape))
 
-    def add_(self, view: Tensor, factor: float) -> None:
-        view.add_(stacked(self.found, 1).view(view.shape), alpha=factor)
+    def add_(self, view: Tensor, factor: Number) -> None:
+        add_(view, stacked(self.found, 1).view(view.shape), factor)
 
     def square_norms(self) -> Tensor:
         found = [

@@ -229,17 +229,17 @@ class TorchNumbers:
             return
         with _ONE_AT_A_TIME, torch.random.fork_rng(_cards(device)):
             torch.manual_seed(seed)
-            before = _state(device)
+            before = generators(device)
             yield
             if self._drawn is None:
-                self._drawn = not torch.equal(before, _state(device))
+                self._drawn = not torch.equal(before, generators(device))
 
 
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def _state(device: torch.device) -> Tensor:
-    """Of torch's generators for the device and for the host."""
+def generators(device: torch.device) -> Tensor:
+    """The state of torch's generators for the host and for the device; it lies on the host."""
     return torch.cat([torch.get_rng_state(), *map(torch.cuda.get_rng_state, _cards(device))])
 
 

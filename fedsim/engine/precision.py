@@ -1,4 +1,4 @@
-"""The precision of matrix products: fp32, tf32 or bf16 products over fp32 storage.
+"""The precision of matrix products: fp32, tf32 or bf16 products over fp32 storage; and that a GPU gives the same twice.
 
 tf32 and fp32 are process-wide settings of torch, so they are entered and left in pairs and counted: the first user
 sets them and the last one restores what it found. bf16 is autocast's, which belongs to a thread.
@@ -6,6 +6,7 @@ sets them and the last one restores what it found. bf16 is autocast's, which bel
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 
@@ -31,6 +32,19 @@ def check_precision(precision: str) -> None:
     """Refuse an unknown precision."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def same_bits_again(device: torch.device) -> None:
+    """Have this process, if it computes on a GPU, add up in one and the same order; called before it computes.
+
+    By itself a GPU scatters and adds by whichever thread comes first, and may choose such a way for convolutions. What
+    has no other way says so, in a warning of torch's.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class _Float32Products:

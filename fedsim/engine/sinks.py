@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.base import Batch
-from fedsim.engine.factors import Factors, Small
+from fedsim.engine.factors import Factors, Number, Small
 from fedsim.params import Layout
 
 
@@ -50,12 +50,12 @@ class SgdSink:
 
     by_sample = False
 
-    def __init__(self, views: Mapping[str, Tensor], step: float) -> None:
+    def __init__(self, views: Mapping[str, Tensor], step: Number) -> None:
         self.views = views
-        self.step = step
+        self.factor = -step
 
     def take(self, name: str, factors: Factors) -> None:
-        factors.add_(self.views[name], -self.step)
+        factors.add_(self.views[name], self.factor)
 
 
 class SampleSink:

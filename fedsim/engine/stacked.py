@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedsim.engine import native as cpp
 from fedsim.engine.base import Batch
 from fedsim.engine.calls import Unsupported
+from fedsim.engine.factors import Number, add_
 from fedsim.engine.head import End, Head
 from fedsim.engine.loop import LoopEngine
 from fedsim.engine.losses import Loss, cross_entropy
@@ -149,7 +150,7 @@ class TapeSession:
     def sgd_step_(
         self,
         batch: Batch,
-        lr: float,
+        lr: Number,
         *,
         scale: float = 1.0,
         shift: Tensor | None = None,
@@ -162,9 +163,9 @@ class TapeSession:
             loss = self._run(batch, SgdSink(self.views, lr * scale))
         else:
             grad, loss = self.gradient(batch)
-            trained.sub_(grad[:, : trained.shape[1]], alpha=lr * scale)
+            add_(trained, grad[:, : trained.shape[1]], -lr * scale)
         if shift is not None:
-            trained.sub_(shift[..., : trained.shape[1]], alpha=lr)
+            add_(trained, shift[..., : trained.shape[1]], -lr)
         return loss
 
     def weighted_sum(self, batch: Batch, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor] | None:

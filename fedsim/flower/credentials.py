@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
+from fedsim.config import ConfigError
+
 PEM = serialization.Encoding.PEM
 PLAIN = serialization.NoEncryption()
 AUTHORITY = "fedsim federation"
@@ -30,9 +32,14 @@ def write_credentials(folder: Path, num_nodes: int, hosts: Sequence[str] = ()) -
         folder: where; private keys there are for their owner's eyes alone.
         num_nodes: how many key pairs.
         hosts: names and addresses of the server, besides those of this machine itself.
+
+    Raises:
+        ConfigError: if the certificate that is there has expired, or does not name one of the hosts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "server.pem").exists():
+    if (folder / "server.pem").exists():
+        _check_certificate(folder / "server.pem", hosts)
+    else:
         _write_certificate(folder, (*LOCAL, *hosts))
     for i in range(num_nodes):
         if not (folder / f"node{i}.pub").exists():
@@ -46,6 +53,16 @@ def _write_certificate(folder: Path, hosts: Sequence[str]) -> None:
     (folder / "ca.crt").write_bytes(root.public_bytes(PEM))
     _write_secret(folder / "server.key", server, serialization.PrivateFormat.TraditionalOpenSSL)
     (folder / "server.pem").write_bytes(leaf.public_bytes(PEM))
+
+
+def _check_certificate(path: Path, hosts: Sequence[str]) -> None:
+    found = x509.load_pem_x509_certificate(path.read_bytes())
+    known = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    missing = [host for host in hosts if _host(host) not in known]
+    expired = found.not_valid_after_utc < datetime.datetime.now(datetime.UTC)
+    if missing or expired:
+        what = f"does not name {', '.join(missing)}" if missing else f"expired on {found.not_valid_after_utc:%Y-%m-%d}"
+        raise ConfigError(f"{path} {what}; remove it to have a new one, and give devices the new ca.crt")
 
 
 def _write_node(folder: Path, name: str) -> None:

@@ -70,13 +70,13 @@ class Deployment:
         """Start a SuperNode that is to be client i."""
         own = ["--superlink", f"{HOST}:{self.port}", "--root-certificates", str(self.folder / "ca.crt")]
         own += ["--auth-supernode-private-key", str(self.folder / f"node{i}.key")]
-        settings = f"partition-id={i} fedsim-memory={json.dumps(str(self.folder / f'memory{i}'))}"
+        settings = f"partition-id={i} fedsim-memory={setting(str(self.folder / f'memory{i}'))}"
         place = ["--host", HOST, "--port", str(self.port + 1 + i)]  # for processes of the device's own
         return self._start(f"node{i}", ["flower-supernode", *own, *place, "--node-config", settings])
 
     def submit(self, app: Path, settings: Settings) -> str:
         """The number of a run that was started."""
-        text = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+        text = " ".join(f"{key}={setting(value)}" for key, value in settings.items())
         said = self.cli("run", str(app), PROFILE, "--format", "json", *(["-c", text] if text else []))
         run: str = said["run-id"]
         return run
@@ -107,16 +107,20 @@ class Deployment:
         return (self.folder / f"{name}.log").read_text(errors="replace")[-4000:]
 
     def close(self) -> None:
-        """Stop everything: a friendly signal first, then none of them is left."""
+        """Stop everything: a friendly signal first, then none of them is left; a second Ctrl-C ends them at once."""
         for process in reversed(self.processes.values()):
             if process.poll() is None:
                 process.terminate()
-        for process in self.processes.values():
+        end = time.monotonic() + END_SECONDS
+        try:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(END_SECONDS)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its children, too
-            process.wait()
+                for process in self.processes.values():
+                    process.wait(end - time.monotonic())
+        finally:
+            for process in self.processes.values():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its children, too
+                process.wait()
 
     def _start_link(self) -> None:
         files = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.crt"}
@@ -184,6 +188,11 @@ def deployed(folder: Path, num_nodes: int, port: int, show: Callable[[str], None
         yield deployment
     finally:
         deployment.close()
+
+
+def setting(value: str | int | float | bool) -> str:
+    """A value as Flower's command line takes it: as TOML has it, but for quotation marks within, which end it there."""
+    return json.dumps(value, ensure_ascii=False).replace('\\"', "\\u0022")
 
 
 def is_taken(port: int) -> bool:

@@ -2,7 +2,8 @@
 
 The server's side decides as the simulator's `Downlink` does (it is that very object), and keeps the last packets, so
 that a client that missed some is sent those, or the whole vector where that is shorter. The client adds what it gets to
-its copy, which it keeps beside its memory.
+its copy, which it keeps beside its memory. Messages about a vector are numbered: one that comes twice counts once, and
+one that never came is noticed.
 
 Letters: N clients, P entries.
 """
@@ -20,7 +21,10 @@ from fedsim.compress.packet import FLOAT_BITS, Packet
 from fedsim.flower.wire import Key
 from fedsim.sim.links import Change, Downlink
 
-WHOLE, CHANGE = "whole/", "change/"  # how a name in a message begins
+WHOLE, CHANGE = "whole", "change"  # whole/7/x is x as the seventh message about it left it, change/8/x the eighth
+
+Numbered = tuple[int, Tensor]
+"""A copy [P], and the number of the message that made it so."""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Copies:
         while len(changes) > 1 and _length(changes) > FLOAT_BITS * v.numel():
             del changes[0]  # whoever missed that many is sent the vector itself, which is shorter
         version = self.downlink.copies[name].version
-        each = [self._to(name, value, version - last if last else None, changes) for last in seen.tolist()]
+        each = [self._to(name, value, version, last) for last in seen.tolist()]
         return value, each, [c.key for c in changes]
 
     def forget(self) -> None:
@@ -57,46 +61,54 @@ class Copies:
         for copy in self.downlink.copies.values():
             copy.seen[:] = 0
 
-    def _to(self, name: str, value: Tensor, missed: int | None, changes: list[Change]) -> dict[str, Any]:
-        if missed is None or missed > len(changes):
-            return {WHOLE + name: value}
-        last = changes[len(changes) - missed :]
-        if _length(last) > FLOAT_BITS * value.numel():
-            return {WHOLE + name: value}
-        return {f"{CHANGE}{name}/{k}": change.packet for k, change in enumerate(last)}
+    def _to(self, name: str, value: Tensor, version: int, seen: int) -> dict[str, Any]:
+        """What takes a client that has seen a message of this number, 0 for none, to the newest."""
+        changes, missed = self.changes[name], version - seen
+        last = changes[-missed:]
+        if missed > len(changes) or _length(last) > FLOAT_BITS * value.numel():
+            return {f"{WHOLE}/{version}/{name}": value}
+        first = version - len(last) + 1
+        return {f"{CHANGE}/{first + k}/{name}": change.packet for k, change in enumerate(last)}
 
 
 def _length(changes: list[Change]) -> int:
     return sum(int(c.packet.bits[0]) for c in changes)
 
 
-def receive_copies(values: Mapping[str, Any], copies: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def receive_copies(
+    values: Mapping[str, Any], copies: Mapping[str, Numbered]
+) -> tuple[dict[str, Numbered], dict[str, Any]]:
     """A client's side.
 
     Args:
         values: of a message.
-        copies: {name: [P]} that the client kept.
+        copies: {name: the copy} that the client kept.
 
     Returns:
-        (those that changed, the broadcast that its client half gets).
+        (those of the message's vectors, the broadcast that its client half gets).
 
     Raises:
-        ValueError: for a change of a vector that the client has no copy of.
+        ValueError: for a change of a vector that the client has no copy of, or not the one before.
     """
-    new: dict[str, Tensor] = {}
     broadcast: dict[str, Any] = {}
-    changes: list[tuple[str, int, Packet]] = []
+    about: list[tuple[str, int, Tensor | Packet]] = []
     for key, value in values.items():
-        if key.startswith(WHOLE):
-            new[key.removeprefix(WHOLE)] = value
-        elif key.startswith(CHANGE):
-            name, _, k = key.removeprefix(CHANGE).partition("/")
-            changes.append((name, int(k), value))
+        kind, _, rest = key.partition("/")
+        if kind in (WHOLE, CHANGE):
+            nth, _, name = rest.partition("/")
+            about.append((name, int(nth), value))
         else:
             broadcast[key] = value.decode()[0] if isinstance(value, Packet) else value
-    for name, _, packet in sorted(changes, key=lambda change: change[:2]):
-        before = new.get(name, copies.get(name))
-        if before is None:
-            raise ValueError(f"a change of {name!r} arrived and no copy of it is here: the node was started anew")
-        new[name] = before + packet.decode()[0]
-    return new, broadcast | new
+    new: dict[str, Numbered] = {}
+    for name, number, value in sorted(about, key=lambda message: message[:2]):
+        if isinstance(value, Tensor):
+            new[name] = number, value
+            continue
+        known, copy = new.get(name) or copies.get(name) or (None, value.decode()[0])
+        if known is None or number > known + 1:
+            raise ValueError(
+                f"change {number} of {name!r} arrived, and no copy after change {number - 1} is here: the node was "
+                "started anew, or an earlier message did not reach it"
+            )
+        new[name] = (known, copy) if number <= known else (number, copy + value.decode()[0])
+    return new, broadcast | {name: copy for name, (_, copy) in new.items()}

@@ -40,6 +40,7 @@ fedsim-overrides = ""
 fedsim-out = ""
 fedsim-resume = false
 fedsim-reply-seconds = 3600.0
+fedsim-max-examples = 10000000
 """
 
 LICENSE = """\

@@ -339,6 +339,8 @@ class FlowerFleet(Account):
         return Replies(ids, self.num_examples[ids], at, fields, staleness, seconds, logged)
 
     def _close(self, due: Sequence[Landed]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        for d in due:
+            self.mail.devices.replied(d.flight.client, d.at - d.flight.started, d.results.metrics)
         return self._end((d.flight.client, d.flight.key, d.flight.started, d.at) for d in due)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedsim.config import ConfigError
 from fedsim.files import write_tensors
 from fedsim.flower import wire
+from fedsim.flower.downlink import Numbered
 from fedsim.flower.wire import Head
 
 MEMORY, COPIES = "fedsim.memory", "fedsim.copies"
@@ -60,9 +61,10 @@ class Kept:
             )
         return self._rows.get(_of(version), {})
 
-    def copies(self) -> dict[str, Tensor]:
-        """{name: [P]} of broadcasts that come as changes."""
-        return self._rows.get(COPIES, {})
+    def copies(self) -> dict[str, Numbered]:
+        """{name: the copy} of broadcasts that come as changes."""
+        known = {tuple(key.split("/", 1)): value for key, value in self._rows.get(COPIES, {}).items()}
+        return {name: (int(number), value) for (number, name), value in known.items()}
 
     def remember(self, head: Head, rows: Mapping[str, Tensor]) -> int:
         """Keep what a job wrote, and of older versions those that the server may ask for; the new version."""
@@ -71,9 +73,10 @@ class Kept:
         self._rows = {kind: v for kind, v in self._rows.items() if kind in wanted} | {_of(head.version + 1): new}
         return head.version + 1
 
-    def update(self, copies: Mapping[str, Tensor]) -> None:
+    def update(self, copies: Mapping[str, Numbered]) -> None:
         """Keep copies of broadcasts beside those that are kept already."""
-        self._rows[COPIES] = self.copies() | dict(copies)
+        both = self.copies() | dict(copies)
+        self._rows[COPIES] = {f"{number}/{name}": value for name, (number, value) in both.items()}
 
     def save(self) -> None:
         """Make what is kept last.

@@ -24,7 +24,7 @@ from fedsim.flower import wire
 from fedsim.flower.clock import WALL, Clock, Patience
 from fedsim.flower.devices import Devices
 from fedsim.flower.door import Door, Form, Forms, NotFinite, Refused, question
-from fedsim.flower.nodes import GONE, Nodes, push, reason
+from fedsim.flower.nodes import GONE, Nodes, pull, push, reason
 from fedsim.graph import Inbox
 from fedsim.sim.account import TOLERANCE, bits_of
 from fedsim.sim.events import Sent
@@ -194,8 +194,8 @@ class Mail:
         posted = push(self.grid, contents, MessageType.EVALUATE, str(sent.round), self.patience.reply_seconds)
         waiting, answers, start = dict(zip(posted, letters, strict=True)), dict[int, dict[str, Tensor]](), self.now
         while waiting:
-            for message in self.grid.pull_messages(list(waiting)):
-                letter = waiting.pop(message.metadata.reply_to_message_id)
+            for number, message in pull(self.grid, waiting).items():
+                letter = waiting.pop(number)
                 if message.has_error():
                     if message.error.code not in GONE:
                         self._warn(self._failed(letter.client, sent, message))
@@ -219,9 +219,7 @@ class Mail:
     def look(self) -> bool:
         """Take in replies; those of one look count as having come in the order of sending. True if any did."""
         self._send_again()
-        awaited = [number for number in self.flights if number not in self.absent]
-        messages = list(self.grid.pull_messages(awaited)) if awaited else []
-        came = {m.metadata.reply_to_message_id: m for m in messages}
+        came = pull(self.grid, [number for number in self.flights if number not in self.absent])
         for number in [n for n in self.flights if n in came]:
             (flight, sent), message = self.flights[number], came[number]
             gone = message.has_error() and message.error.code in GONE
@@ -241,7 +239,7 @@ class Mail:
             if not self.forms.usual(question(landed.sent), landed.form):
                 del self.landed[landed.flight.client]
                 self._refuse(landed.flight, landed.sent, ODD)
-        return bool(messages)
+        return bool(came)
 
     def wait(self, enough: Callable[[], bool], until: float = inf) -> None:
         """Take in replies until there are enough, or until a time.
@@ -311,7 +309,6 @@ class Mail:
         fields = {k: v.to(self.device) for k, v in opened.results.fields.items()}
         results = replace(opened.results, fields=fields)
         self.landed[client] = Landed(flight, self.now, sent, results, opened.form, before)
-        self.devices.replied(client, self.now - flight.started, results.metrics)
 
     def _lose(self, flight: Flight, sent: Sent, message: Message) -> None:
         """Note a job that was answered with an error."""

@@ -9,6 +9,7 @@ import torch
 from flwr.app import Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from fedsim.flower.clock import Clock, Patience
@@ -17,6 +18,9 @@ from fedsim.sim.executor import ClientError
 
 GONE = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 """Errors that say that a node, and not what ran on it, is at fault."""
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError, DecodeError)
+"""What Flower raises where a reply's parts are not what its own client writes."""
+LONGEST = 2000  # characters of an error that are shown
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ def connect(grid: Grid, num_clients: int, door: Door, clock: Clock, patience: Pa
         known |= set(new)
         contents = [(node, RecordDict()) for node in new]
         asked |= dict(zip(push(grid, contents, MessageType.QUERY, "", patience.reply_seconds), new, strict=True))
-        for message in grid.pull_messages(list(asked)) if asked else ():
-            node = asked.pop(message.metadata.reply_to_message_id)
+        for number, message in pull(grid, asked).items():
+            node = asked.pop(number)
             if message.has_error() and message.error.code in GONE:
                 known.remove(node)  # it left again, and is asked anew when it is back
                 continue
@@ -82,6 +86,22 @@ def push(grid: Grid, contents: Iterable[tuple[int, RecordDict]], kind: str, grou
     return ids
 
 
+def pull(grid: Grid, numbers: Iterable[str]) -> dict[str, Message]:
+    """{number of a message: its reply} of those that have come in.
+
+    Raises:
+        ClientError: if what a device sent is not even a message to Flower, which does not say whose it was.
+    """
+    awaited = dict.fromkeys(numbers)
+    try:
+        found = list(grid.pull_messages([*awaited])) if awaited else []
+    except UNREADABLE as e:
+        what = "Flower can't read what one of the devices sent, and takes no other reply of this look"
+        raise ClientError(f"{what} ({type(e).__name__}: {e}); find the device, then go on by fedsim-resume") from e
+    return {number: m for m in found if (number := m.metadata.reply_to_message_id) in awaited}
+
+
 def reason(message: Message) -> str:
-    """Why a client, or the network, answered with an error."""
-    return f"{message.error.reason} (Flower's error {message.error.code})"
+    """Why a client, or the network, answered with an error; on one line, since the client may have written it."""
+    said = "".join(c if c.isprintable() else " " for c in message.error.reason[:LONGEST])
+    return f"{said} (Flower's error {message.error.code})"

@@ -120,6 +120,11 @@ class Optimizer:
         bare = self.recipe.alone and s.clip.value is None and s.average is None and s.gradient_need == "grad"
         return first.rule.heavy_ball if bare and not first.decays and first.lr_weights is None else None
 
+    @property
+    def state_bytes(self) -> int:
+        """Memory of one client's state, in float32."""
+        return sum(t.nbytes for t in self.init(torch.empty(1, self.layout.size, device="meta")).buffers.values())
+
     def wanted(self, state: OptState, k: int | None = None) -> frozenset[str]:
         """Which of `needs` the next step of the first k clients will use."""
         t = state.t[:k].numpy() + 1

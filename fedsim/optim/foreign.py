@@ -56,6 +56,7 @@ class ForeignOptimizer:
     is_plain_sgd: ClassVar[bool] = False
     momentum: ClassVar[None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
+    state_bytes: ClassVar[int] = 0  # torch's classes make theirs in the first step
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", self.layout.trainable)
@@ -92,9 +93,12 @@ class ForeignOptimizer:
         streams: Streams | None = None,
         doubt: Tensor | None = None,
     ) -> None:
-        """One step of the first k clients, x [k, P] in place; what is not finite skips its client at once."""
-        for i in range(len(x)):
-            if not bool(torch.isfinite(grad[i]).all()):
+        """One step of the first k clients, x [k, P] in place; see `Optimizer.step_`."""
+        if doubt is not None:
+            doubt.add_(grad.sum())
+        finite = [True] * len(x) if doubt is not None else torch.isfinite(grad).all(1).tolist()
+        for i, steps in enumerate(finite):
+            if not steps:
                 state.skipped[i] += 1
                 continue
             rows, grads = self.layout.views(x[i]), self.layout.views(grad[i])

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil, inf
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -72,13 +72,10 @@ class Constant:
     seconds_per_step: float = 0.01
     downlink: float = inf
     uplink: float = inf
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check("seconds_per_step", self.seconds_per_step, self.downlink, self.uplink)
-
-    @property
-    def random(self) -> bool:
-        return False
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
         return bits_down / self.downlink + steps * self.seconds_per_step + bits_up / self.uplink
@@ -102,19 +99,14 @@ class FX:
     slowest: float = 1.0
     downlink: float = inf
     uplink: float = inf
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.x < 100:
-            raise ValueError(f"x must be a percentage in [0, 100), got {self.x}")
+        _check_x(self.x)
         _check("slowest", self.slowest, self.downlink, self.uplink)
 
-    @property
-    def random(self) -> bool:
-        return False
-
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
-        place = streams.clients.double() / max(self.count - 1, 1)
-        work = torch.where(steps > 0, self.slowest * (1 - self.x / 100 * place), 0.0)
+        work = torch.where(steps > 0, _f_x(streams, self.slowest, self.x, self.count), 0.0)
         return bits_down / self.downlink + work + bits_up / self.uplink
 
 
@@ -131,15 +123,12 @@ class Uniform:
     high: float = 0.05
     downlink: float = inf
     uplink: float = inf
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check("low", self.low, self.downlink, self.uplink)
         if self.high < self.low:
             raise ValueError(f"high must be at least low={self.low} seconds, got {self.high}")
-
-    @property
-    def random(self) -> bool:
-        return False
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
         share = _own(streams).uniform("device", 1, dtype=torch.float64)[:, 0]
@@ -199,17 +188,13 @@ class Exponential:
     shift: float = 0.0
     downlink: float = inf
     uplink: float = inf
+    random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.x < 100:
-            raise ValueError(f"x must be a percentage in [0, 100), got {self.x}")
+        _check_x(self.x)
         _check("mean", self.mean, self.downlink, self.uplink)
         if self.shift < 0:
             raise ValueError(f"shift must be 0 or more seconds, got {self.shift}")
-
-    @property
-    def random(self) -> bool:
-        return True
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
         u = streams.uniform("job", 1, dtype=torch.float64)[:, 0]
@@ -222,8 +207,7 @@ class Exponential:
         return least, torch.where(works, self._mean(streams), 0.0)
 
     def _mean(self, streams: Streams) -> Tensor:
-        place = streams.clients.double() / max(self.count - 1, 1)
-        return self.mean * (1 - self.x / 100 * place)
+        return _f_x(streams, self.mean, self.x, self.count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +239,7 @@ class GilbertElliott:
     to_fast: float = 0.25
     downlink: float = inf
     uplink: float = inf
+    random: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check("seconds_per_step", self.seconds_per_step, self.downlink, self.uplink)
@@ -264,10 +249,6 @@ class GilbertElliott:
             raise ValueError(
                 f"to_slow and to_fast must be positive and sum to at most 1, got {self.to_slow} and {self.to_fast}"
             )
-
-    @property
-    def random(self) -> bool:
-        return True
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
         per_step = self.seconds_per_step * (1 + (self.slowdown - 1) * self.slow(streams).double())
@@ -301,13 +282,10 @@ class Trace:
     path: str
     count: int
     table: Tensor = field(init=False, repr=False)
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", _read_speeds(Path(self.path), self.count))
-
-    @property
-    def random(self) -> bool:
-        return False
 
     def seconds(self, streams: Streams, steps: Tensor, bits_down: Tensor, bits_up: Tensor) -> Tensor:
         per_step, down, up = self.table[streams.clients].unbind(1)
@@ -346,9 +324,20 @@ def _read_speeds(path: Path, count: int) -> Tensor:
     return table
 
 
+def _f_x(streams: Streams, slowest: float, x: float, count: int) -> Tensor:
+    """[R] seconds of evenly spaced clocks, of which the fastest is x percent faster than the slowest."""
+    place = streams.clients.double() / max(count - 1, 1)
+    return slowest * (1 - x / 100 * place)
+
+
 def _own(streams: Streams) -> Streams:
     """Streams of the clients themselves, the same for all of their jobs."""
     return Streams(streams.seed, streams.clients, torch.zeros_like(streams.jobs))
+
+
+def _check_x(x: float) -> None:
+    if not 0 <= x < 100:
+        raise ValueError(f"x must be a percentage in [0, 100), got {x}")
 
 
 def _check(name: str, seconds: float, downlink: float, uplink: float) -> None:

@@ -84,12 +84,6 @@ class EventQueue:
         return out
 
 
-def rows_held(events: list[Event]) -> int:
-    """Rows of all the stacks to which computed replies belong."""
-    stacks = {id(e.result.fields[0]): e.result.fields[0] for e in events if e.result and e.result.fields}
-    return sum(len(next(iter(fields.values()))) for fields in stacks.values())
-
-
 @dataclass
 class Sent:
     """What clients were sent: the work's name, the broadcast, the server step, and how many have not replied yet."""

@@ -3,16 +3,14 @@
 Letters: N clients, R jobs or replies, P entries of a client's vector.
 
 When and what are separate. `send` only books a finish time for each client. `receive` pops what is due and then
-computes it together with jobs that will be due next, whatever model each of them started from, so that asynchronous
-runs still work on full stacks. No more replies wait than these stacks hold; other jobs in flight are a few numbers each
-and share what they were sent. Client memory is written when a reply is received. A job that dies is an event as well,
-at which its client is idle again; it is never computed, and neither is a late reply that nobody waits for.
+computes it together with jobs that will be due next (`ahead`); other jobs in flight are a few numbers each and share
+what they were sent. Client memory is written when a reply is received. A job that dies is an event as well, at which
+its client is idle again; it is never computed, and neither is a late reply that nobody waits for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import inf
 from typing import Any, ClassVar
 
@@ -27,10 +25,11 @@ from fedsim.metrics import Metrics
 from fedsim.parts import Parts
 from fedsim.sim.absence import Absence, Ends
 from fedsim.sim.account import TOLERANCE, Account, bits_of, check_foldable, is_second_half
+from fedsim.sim.ahead import compute, packed, unpacked
 from fedsim.sim.byzantine import Byzantine, Knowledge, held_back
 from fedsim.sim.calls import Calls, of_those
 from fedsim.sim.devices import Devices
-from fedsim.sim.events import Event, EventQueue, rows_held
+from fedsim.sim.events import Event, EventQueue
 from fedsim.sim.executor import Executor, Jobs, Results
 from fedsim.sim.links import Downlink
 from fedsim.sim.timing import Timing, least
@@ -120,7 +119,7 @@ class SimFleet(Account):
         """Wait until a time, or for `count` replies, or (with neither) for all in flight; in order of arrival."""
         ended = self.queue.pop(until + TOLERANCE, count)
         events = [e for e in ended if e.lost < 0]
-        self._compute(events)
+        compute(events, self.queue, self._ahead, self._calls, self.sent, self.round)
         if until < inf and (count is None or len(events) < count):
             self.now = max(self.now, until)
         elif ended:
@@ -246,23 +245,13 @@ class SimFleet(Account):
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint needs: the account, the clock, memory, the jobs in flight, and replies that wait."""
-        waiting = self._keep_only_what_waits()
-        return super().state() | {
-            "now": self.now,
-            "queue": [replace(event, result=None) for event in self.queue],
-            "waiting": [event.sequence for event in waiting],
-            "replies": Results.together([event.result for event in waiting if event.result is not None]),
-            "memory": self.memory.state(),
-            "known": {} if self.byzantine is None else self.byzantine.known,
-        }
+        own = {"memory": self.memory.state(), "known": {} if self.byzantine is None else self.byzantine.known}
+        return super().state() | {"now": self.now} | packed(self.queue) | own
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         super().load(state)
-        self.now, self.queue = state["now"], EventQueue(state["queue"])
-        events, replies = {e.sequence: e for e in self.queue}, state["replies"]
-        for sequence, reply in zip(state["waiting"], replies.apart(), strict=True):
-            events[sequence].result = reply
+        self.now, self.queue = state["now"], unpacked(state)
         self.memory.load(state["memory"])
         if self.byzantine is not None:
             self.byzantine.known = dict(state["known"])
@@ -359,33 +348,6 @@ class SimFleet(Account):
         each = (ids, num_examples, at, staleness, seconds)
         ids, num_examples, at, staleness, seconds = (values[arrive] for values in each)
         return Replies(ids, num_examples, at, fields, staleness, seconds, of_those(arrive, results.metrics))
-
-    def _compute(self, due: list[Event]) -> None:
-        """Compute what is due and, in the same stacks, what will be due next, as long as no more than `ahead` wait."""
-        missing = [e for e in due if e.result is None]
-        if not missing:
-            return
-        waiting, coming = list[Event](), list[Event]()
-        for event in self.queue:
-            if event.lost < 0:
-                (coming if event.result is None else waiting).append(event)
-        pending = missing + coming[: max(self._ahead - len(waiting) - len(missing), 0)]
-        pending.sort(key=lambda e: e.sequence)
-        for work in dict.fromkeys(self.sent[e.sent].work for e in pending):
-            events = [e for e in pending if self.sent[e.sent].work == work]
-            results = self.executor.run(self._calls.of(events, self.sent, self.round))
-            for event, result in zip(events, results.apart(), strict=True):
-                event.result = result
-        if rows_held(waiting) > 2 * self._ahead:
-            self._keep_only_what_waits()
-
-    def _keep_only_what_waits(self) -> list[Event]:
-        """The events whose replies wait; these become copies, so that the rest of their stacks takes no room."""
-        waiting = [e for e in self.queue if e.result is not None]
-        replies = Results.together([e.result for e in waiting if e.result is not None])
-        for event, reply in zip(waiting, replies.apart(), strict=True):
-            event.result = reply
-        return waiting
 
     def _deliver(self, events: list[Event]) -> Replies:
         ids, finish, staleness, seconds = self._end((e.client, e.sent, e.started, e.finish) for e in events)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ def follows() -> bool:
     return here is not None and here.rank > 0
 
 
+@cache
 def take_gpu(here: Place) -> None:
-    """Let this process see the GPU of its local rank alone; before CUDA starts."""
+    """Let this process see the GPU of its local rank alone; before CUDA starts, and once, whatever it runs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = None if visible is None else [name for name in visible.split(",") if name]
     if names is None:

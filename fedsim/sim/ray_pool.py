@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsim.config import first_line
+from fedsim.sim.executor import Lost
 from fedsim.sim.failure import Failure
 from fedsim.sim.packing import Parcel
 from fedsim.sim.ray_runtime import connect, environment
@@ -32,8 +33,8 @@ _log = logging.getLogger("fedsim")
 Tag = tuple[int, int]
 
 
-class WorkersLost(RuntimeError):
-    """Workers did not do what a run can't do without."""
+class WorkersLost(Lost):
+    """Workers did not do what a run can't do without, and Ray itself is there: to start it anew would not help."""
 
 
 def pickler() -> type[pickle.Pickler]:
@@ -239,6 +240,11 @@ class RayPool:
             raise ValueError(
                 f"the Ray cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, but a worker needs "
                 f"{self._threads} CPU(s){' and a GPU' if self._gpus else ''}; add nodes, or lower runtime.threads"
+            )
+        if workers is not None and workers > room and not self.others_join:
+            raise ValueError(
+                f"runtime.workers: {workers} Ray workers were asked for, and this machine has {room} GPU(s), one "
+                "for each; lower it, or leave it at auto"
             )
         if workers is not None and workers > room:
             _log.warning("%d Ray workers were asked for, but there is room for %d; the rest wait", workers, room)

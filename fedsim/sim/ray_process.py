@@ -30,7 +30,7 @@ from fedsim.sim.packing import Parcel, pack, unpack
 from fedsim.sim.pipe import Pipe
 from fedsim.sim.ray_driver import Driver
 from fedsim.sim.ray_executor import RayExecutor, setting_of
-from fedsim.sim.ray_pool import ATTEMPTS, pickler
+from fedsim.sim.ray_pool import ATTEMPTS, WorkersLost, pickler
 from fedsim.sim.ray_runtime import environment
 
 CLOSE_SECONDS = 60.0  # for Ray to stop all that it started
@@ -73,7 +73,7 @@ class RayProcess(RayExecutor):
 
         Raises:
             ClientError: a client half raised; its own exception is the cause.
-            Lost: Ray was lost `ATTEMPTS` times in a row, or does not start again.
+            Lost: Ray was lost `ATTEMPTS` times in a row, or does not start again, or its workers were.
         """
         return self._again(f"round {jobs.round + 1}", lambda: super(RayProcess, self).run(jobs))
 
@@ -93,6 +93,8 @@ class RayProcess(RayExecutor):
                     self.close()
                 self._driver = self._driver or self._start()
                 return call()
+            except WorkersLost:
+                raise
             except Lost as error:
                 self.close()
                 lost = f"{what}: Ray was lost ({error})"

@@ -41,7 +41,7 @@ def connect(
             try:
                 _probe(address)
                 ray.init(address=address, **quiet)
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"{key}={address}: cannot join a Ray cluster there ({error}); start one with `ray start "
                     "--head` or leave the address out"

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fedsim import pages
+from fedsim.engine.precision import same_bits_again
 from fedsim.sim.collectives import Backend, Group, meet
 from fedsim.sim.executor import Lost, StackRunner
 from fedsim.sim.failure import Failure
@@ -95,6 +96,7 @@ class Actor:
     def _open(self, setting: Parcel) -> StackRunner:
         if self._runner is None:
             self._runner = StackRunner(*unpack(setting))
+            same_bits_again(self._runner.device)
         return self._runner
 
 

@@ -50,7 +50,7 @@ def value_text(row: Row, target: str | None) -> str:
 
 
 def _best(results: Results) -> Section | None:
-    best = [row for row in results.rows if results.is_best(row)]
+    best = [*results.best.values()]
     if not best or results.target is None:
         return None
     word = "lowest" if results.minimise else "highest"
@@ -118,7 +118,7 @@ def _along(rows: Sequence[Row], key: str, method: str, index: int) -> Curve | No
 
 def _curves(results: Results) -> list[Section]:
     """The best settings' curves over rounds, time and bits: one of each method, or several of the only one."""
-    best = [row for row in results.rows if results.is_best(row)]
+    best = [*results.best.values()]
     if len({row.setting.method for row in results.rows}) == 1:
         best = [row for row in results.rows if row.folders][:MAX_CURVES]
     lines = [(row, [History.load(folder) for folder in row.folders]) for row in best]

@@ -27,7 +27,7 @@ from fedsim.params import Layout
 from fedsim.task import Pool, Session
 from fedsim.tasks.pictures import grid
 from fedsim.tasks.supervised import SupervisedTask, pieces
-from fedsim.trees import Tree, one, pick
+from fedsim.trees import Tree, one
 
 NAME = "perturbation.weight"
 MAX_STEPS = 20  # of the attack that an evaluation makes
@@ -160,7 +160,7 @@ class AdversarialTask(SupervisedTask):
     def _ascent(self, span: slice, x: Tensor, r: Tensor) -> Tensor:
         """[1 + K d]: loss and gradient of a piece of the held-out samples."""
         trained, buffers = self._program.tensors.of(x)
-        inputs, targets = pick(self.data.test_inputs, span), pick(self.data.test_targets, span)
+        inputs, targets = (self.read(part, span) for part in (self.data.test_inputs, self.data.test_targets))
         own = r.clone().requires_grad_()
         with torch.enable_grad():
             tensors = {**trained, **buffers, NAME: own}
@@ -179,8 +179,6 @@ class AdversarialTask(SupervisedTask):
         if not most:
             return {}
         low, high = float(clean.min()), float(clean.max())
-        found = {
-            "Perturbation of each class (grey is none)": grid(r, SHOWN, -most, most),
-            "Samples as they are, and with it": grid(torch.cat([clean, clean + r[labels]]), SHOWN, low, high),
-        }
-        return {title: images for title, images in found.items() if images is not None}
+        both = torch.cat([clean, clean + r[labels]])
+        shown = grid("Perturbation of each class (grey is none)", r, SHOWN, -most, most)
+        return shown | grid("Samples as they are, and with it", both, SHOWN, low, high)

@@ -37,10 +37,11 @@ class BatchPlan:
     Args:
         counts: [C] on the host, samples of each client, in an order in which steps do not increase.
         schedule: epochs or steps, batch size, shuffling.
-        streams: of the stack; `job` in its key makes every round's order fresh. Rows lie on their device.
+        streams: of the stack; `job` in its key makes every round's order fresh. Positions lie on their device.
         gather: (step, k, columns, weights [k, B] or None) -> the batch of the first k clients with the samples at
             `rows[:k, columns]`; step None stands for all steps side by side. `Samples` if left out.
-        locate: positions [C, M] -> rows of the data set [C, M], done once for all steps; the identity if left out.
+        locate: positions [C, M] -> rows of the data set [C, M], done once for all steps; the identity if left out. It
+            may put them where the data lie.
 
     What decides shapes is reckoned on the host from the counts, so that nobody waits for the device.
 
@@ -85,6 +86,11 @@ class BatchPlan:
         """How many of the first clients still take this step."""
         return self._active[step]
 
+    def counts(self, step: int | None, k: int) -> list[int] | None:
+        """[k] samples of the first clients in a step, known without asking the device; None for all steps at once."""
+        found: list[int] | None = None if step is None else self._filled[:k, step].tolist()
+        return found
+
     def _samples(self, step: int | None, k: int, columns: slice, weights: Tensor | None) -> Samples:
         rows = self.rows[:k, columns]
         counted = torch.ones(rows.shape, device=rows.device) if weights is None else weights
@@ -109,7 +115,7 @@ class BatchPlan:
     @cached_property
     def _valid(self) -> Tensor:
         """[C, K, B] float32: one for samples, zero for padding."""
-        column = torch.arange(self._width, device=self.rows.device)
+        column = torch.arange(self._width, device=self.num_steps.device)
         return (column < torch.from_numpy(self._filled).to(column.device)[:, :, None]).to(torch.float32)
 
     @cached_property

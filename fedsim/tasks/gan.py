@@ -172,16 +172,18 @@ class GanTask(SupervisedTask):
     def _imitation(self, span: slice, x: Tensor) -> Tensor:
         """What the generator makes of a piece of the held-out noise."""
         assert isinstance(self.data.test_inputs, dict)
-        return self.made(x, self.data.test_inputs["noise"][span])
+        return self.made(x, self.data.test_inputs["noise"], span)
 
-    def made(self, x: Tensor, noise: Tensor) -> Tensor:
-        """[n, ...]: samples that the generator in x [P] makes of noise [n, L]."""
+    def made(self, x: Tensor, noise: Tensor, span: slice) -> Tensor:
+        """[n, ...]: samples that the generator in x [P] makes of some noise [n, L] of a pool."""
         module, (trained, buffers) = self._program.modules.get(training=False), self._program.tensors.of(x)
         assert isinstance(module, Players) and isinstance(self.data.inputs, dict)
         named = (trained | buffers).items()
         own = {name.removeprefix("generator."): t for name, t in named if name.startswith("generator.")}
         with torch.no_grad():
-            return outputs_of(module.generator, own, noise).reshape(-1, *self.data.inputs["real"].shape[1:])
+            return outputs_of(module.generator, own, self.read(noise, span)).reshape(
+                -1, *self.data.inputs["real"].shape[1:]
+            )
 
     def pictures(self, x: Tensor) -> dict[str, Tensor]:
         """Samples of the generator, and of the data."""
@@ -189,12 +191,9 @@ class GanTask(SupervisedTask):
         assert isinstance(inputs, dict)
         real = inputs["real"][:SHOWN].cpu()
         low, high = float(real.min()), float(real.max())
-        made = self.made(x, inputs["noise"][:SHOWN]).cpu()
-        found = {
-            "Samples of the generator": grid(made, COLUMNS, low, high),
-            "Samples of the data": grid(real, COLUMNS, low, high),
-        }
-        return {title: images for title, images in found.items() if images is not None}
+        made = self.made(x, inputs["noise"], slice(SHOWN)).cpu()
+        shown = grid("Samples of the generator", made, COLUMNS, low, high)
+        return shown | grid("Samples of the data", real, COLUMNS, low, high)
 
 
 def frechet_distance(samples: Tensor, others: Tensor) -> float:

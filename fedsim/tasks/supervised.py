@@ -27,6 +27,7 @@ from fedsim.task import Poison, Pool, Schedule, Session, Task, Walk
 from fedsim.tasks.batches import BatchPlan
 from fedsim.tasks.metrics import Metric
 from fedsim.tasks.samples import Program, SamplesOracle
+from fedsim.tasks.staging import Reader, Resident, Staged
 from fedsim.trees import Tree, each, one, pick, tensors
 
 EVALUATION_ROWS = 1024  # samples of one piece of evaluation; part of what fixes the bits
@@ -45,6 +46,7 @@ class SupervisedTask(Task):
         held: what the same clients hold out of their samples, in the clients' order; None if nothing.
         metrics: by the names that rows give them, beside the loss.
         prox: see `Task`.
+        device: where stacks are computed, if the data do not lie there but on the host.
     """
 
     def __init__(
@@ -57,8 +59,12 @@ class SupervisedTask(Task):
         held: FederatedData | None = None,
         metrics: Mapping[str, Metric] = MappingProxyType({}),
         prox: Prox = FREE,
+        device: torch.device | None = None,
     ) -> None:
         data = by_client(data)
+        here = one(data.inputs).device
+        self.device = here if device is None else device
+        self.read: Reader = Resident() if here.type == self.device.type else Staged(self.device)
         self.data, self.module, self.x0, self.engine, self.sample_loss = data, module, x0, engine, sample_loss
         self.layout = Layout.of_module(module)
         self.held, self.holds_out, self.prox = held, held is not None, prox
@@ -81,31 +87,32 @@ class SupervisedTask(Task):
         return self.x0.clone()
 
     def batches(self, ids: Tensor, streams: Streams, schedule: Schedule) -> BatchPlan:
-        data, liars = self.data, self._liars[ids]
-        honest = not bool(liars.any())
-        views = honest and not schedule.shuffle and isinstance(data.inputs, Tensor) and self._may_view()
+        data, liars, read = self.data, self._liars[ids], self.read
+        honest, staged = not bool(liars.any()), isinstance(read, Staged)
+        # rows tell where a view begins, and a device would be waited for
+        in_order = self.device.type == "cpu" and honest and not schedule.shuffle
+        views = in_order and isinstance(data.inputs, Tensor) and self._may_view()
 
         def gather(step: int | None, k: int, columns: slice, weights: Tensor | None) -> Batch:
-            labels = (
-                _copy(data.targets, plan.rows[:k, columns]) if at_once is None else pick(at_once, (slice(k), columns))
-            )
+            rows = plan.rows[:k, columns]
+            labels = read(data.targets, rows) if at_once is None else pick(at_once, (slice(k), columns))
             line = plan.lines[step] if views and step is not None else None
             if line is None:
-                inputs = _copy(data.inputs, plan.rows[:k, columns])
+                inputs = read(data.inputs, rows)
             else:
                 inputs = _view(data.inputs, one(labels).shape[:2], *line)
             own = streams if k == len(ids) else streams.rows(slice(k))
             if not honest:
-                inputs, labels = self._lies(inputs, labels, plan.rows[:k, columns], liars[:k])
-            return self.redrawn(Batch(inputs, labels, weights, own, step or 0))
+                inputs, labels = self._lies(inputs, labels, rows, liars[:k])
+            return self.redrawn(Batch(inputs, labels, weights, own, step or 0, plan.counts(step, k)))
 
         def locate(positions: Tensor) -> Tensor:
-            return data.rows(streams.clients, positions)
+            return data.rows(ids if staged else streams.clients, positions.to(data.order.device))
 
         plan = BatchPlan(self.num_examples[ids], schedule, streams, gather, locate)
         at_once = None
         if isinstance(data.targets, Tensor) and data.targets.ndim == 1:  # this takes no more than the rows themselves
-            at_once = _copy(data.targets, plan.rows)
+            at_once = read(data.targets, plan.rows)
         return plan
 
     def redrawn(self, batch: Batch) -> Batch:
@@ -118,7 +125,7 @@ class SupervisedTask(Task):
         assert attack is not None and isinstance(targets, Tensor)
         lies, wanted = attack.wanted(inputs, targets, self.data.num_classes)
         drawn = as_uniform(mix64(rows + 1), torch.float64)  # a sample's own number
-        which = (drawn < attack.share) & liars.to(rows.device)[:, None]
+        which = ((drawn < attack.share) & liars.to(rows.device)[:, None]).to(targets.device)
         if lies is not inputs:
             assert isinstance(lies, Tensor) and isinstance(inputs, Tensor)
             inputs = torch.where(which.view(*which.shape, *[1] * (inputs.ndim - 2)), lies, inputs)
@@ -153,12 +160,12 @@ class SupervisedTask(Task):
 
     @cached_property
     def _program(self) -> Program:
-        return Program(on_device(self.module, one(self.data.inputs).device), self.layout, self.sample_loss)
+        return Program(on_device(self.module, self.device), self.layout, self.sample_loss)
 
     def lacks(self, need: str) -> str | None:
         data = self.data
-        first = torch.zeros(1, dtype=torch.int64, device=one(data.inputs).device)
-        inputs, targets = (pick(part, (None, slice(2))) for part in (data.inputs, data.targets))
+        first = torch.zeros(1, dtype=torch.int64, device=self.device)
+        inputs, targets = (pick(self.read(part, slice(2)), None) for part in (data.inputs, data.targets))
         batch = Batch(inputs, targets, None, Streams(0, first, first))
         return self._program.lacks(need, self.x0[None].to(first.device), batch)
 
@@ -187,7 +194,7 @@ class SupervisedTask(Task):
     def _fooled(self, span: slice, x: Tensor) -> Tensor:
         """[2] of a piece of the held-out samples: how many x gives the wanted label, of those that have another."""
         attack, data = self._poison, self.data
-        inputs, targets = pick(data.test_inputs, span), pick(data.test_targets, span)
+        inputs, targets = self.read(data.test_inputs, span), self.read(data.test_targets, span)
         assert attack is not None and isinstance(targets, Tensor)
         shown, wanted = attack.wanted(each(Tensor.clone, inputs), targets, data.num_classes)
         with torch.no_grad():
@@ -233,7 +240,7 @@ class SupervisedTask(Task):
 
     def _scores(self, x: Tensor, inputs: Tree, targets: Tree, which: slice | Tensor, keep: bool = False) -> Scores:
         """The same of some samples."""
-        samples, aims = (pick(part, which) for part in (inputs, targets))
+        samples, aims = (self.read(part, which) for part in (inputs, targets))
         if isinstance(which, slice) and not self._may_view():  # a module may write to what it is given
             samples = each(Tensor.clone, samples)
         with torch.no_grad():
@@ -241,13 +248,13 @@ class SupervisedTask(Task):
             loss = per_sample(self.sample_loss(outputs, aims).double())
             parts = [(loss, torch.ones_like(loss)), *(m.parts(outputs, aims) for m in self._means.values())]
         both = torch.stack([torch.stack(each_kind) for each_kind in zip(*parts, strict=True)])
-        return Scores(both.cpu(), outputs.cpu() if keep else None)
+        return Scores(both, outputs.cpu() if keep else None)  # so few numbers wait on the device until all are there
 
     def _joined(self, found: Sequence[Scores]) -> Scores:
         if not found:
             return Scores(torch.zeros(2, 1 + len(self._means), 0, dtype=torch.float64), None)
         outputs = [f.outputs for f in found if f.outputs is not None]
-        return Scores(torch.cat([f.parts for f in found], -1), torch.cat(outputs) if outputs else None)
+        return Scores(torch.cat([f.parts.cpu() for f in found], -1), torch.cat(outputs) if outputs else None)
 
 
 def _sums(parts: Tensor) -> Tensor:
@@ -288,13 +295,8 @@ def by_client(data: FederatedData) -> FederatedData:
     return replace(data, inputs=inputs, targets=targets, order=torch.arange(len(order), device=order.device))
 
 
-def _copy(pool: Tree, rows: Tensor) -> Tree:
-    """[k, B, ...] from rows [k, B] of a pool of samples."""
-    return each(lambda t: t.index_select(0, rows.reshape(-1)).view(*rows.shape, *t.shape[1:]), pool)
-
-
 def _view(pool: Tree, shape: Sequence[int], first: int, gap: int) -> Tensor:
-    """The same of one tensor, without a copy, for `shape` [k, B] where rows[i, j] = first + i * gap + j."""
+    """The samples at rows[i, j] = first + i * gap + j of one tensor for `shape` [k, B], without a copy."""
     assert isinstance(pool, Tensor)
     sample, *inner = pool.stride()
     start = pool.storage_offset() + first * sample

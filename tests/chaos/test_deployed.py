@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -16,10 +15,9 @@ from fedsim.config import ConfigError
 from fedsim.flower.deployment import Deployment
 from fedsim.strategies import STRATEGIES
 from fedsim.strategies.server import Synchronous
-from tests.build import Rows
 from tests.chaos.killing import SEED, generator
 from tests.composition import pair
-from tests.flower_live.deployment import completed, deployment_in, kill_node, kill_server_app, wait
+from tests.flower_live.deployment import completed, deployment_in, kill_node, kill_server_app, rows_of, until, wait
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
@@ -53,18 +51,6 @@ def strategies(folder: Path) -> list[str]:
     return found
 
 
-def rows_of(folder: Path) -> Rows:
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def until(deployment: Deployment, folder: Path, rounds: int) -> None:
-    end = time.monotonic() + SECONDS
-    while len(rows_of(folder)) < rounds:
-        assert time.monotonic() < end, deployment.log("link")
-        time.sleep(0.1)
-
-
 @pytest.mark.parametrize("case", range(CASES), ids=lambda case: f"deployed-{case}")
 def test_a_deployed_run_ends_whatever_is_killed(case: int, deployment: Deployment) -> None:
     rng, names = generator(6, case), strategies(deployment.folder)
@@ -72,7 +58,7 @@ def test_a_deployed_run_ends_whatever_is_killed(case: int, deployment: Deploymen
     rounds, delay, out = int(rng.integers(ROUNDS - 1)) + 1, 2 * float(rng.random()), deployment.folder / f"run{case}"
     app = deployment.folder / f"app-{strategy}"
     run = deployment.submit(app, {"fedsim-out": str(out)})
-    until(deployment, out, rounds)
+    until(deployment, lambda: len(rows_of(out)) >= rounds, SECONDS)
     time.sleep(delay)
     victim = ["ServerApp", f"SuperNode {node}"][case % 2]
     if case % 2:

@@ -144,7 +144,7 @@ def fedavg_twin(twin: Twin, x: Tensor, rule: type[Rule], scope: str) -> Tensor:
     jobs = [0] * twin.n
     kept: dict[int, Rule] = {}
     for r in range(ROUNDS):
-        chosen = cohort(0, r, twin.n, SIZE)
+        chosen = cohort(r, twin.n, SIZE)
         total = sum(twin.samples(i) for i in chosen)
         new = torch.zeros_like(x)
         for i in chosen:

@@ -7,6 +7,7 @@ numbers are a CPU's up to the order of sums; what it finds is tensors on the wro
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from math import isclose
@@ -22,6 +23,7 @@ from torch import Tensor
 from fedsim import pages
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.clients.byzantine import ATTACKS
+from fedsim.compose import compose
 from fedsim.compress import COMPRESSORS
 from fedsim.config import ConfigError
 from fedsim.engine import Batch, build_engine
@@ -29,7 +31,9 @@ from fedsim.engine.build import ENGINES
 from fedsim.optim import build
 from fedsim.params import Layout
 from fedsim.sim.byzantine import Knowledge
+from fedsim.sim.packing import pack
 from fedsim.sim.place import Place
+from fedsim.sim.ray_worker import Actor
 from fedsim.strategies import STRATEGIES
 from fedsim.streams import Streams
 from fedsim.tasks.models import MODELS, init_parameters
@@ -42,9 +46,15 @@ from tests.contracts.test_attacks import TO_ALL
 from tests.contracts.test_compressors import SETTINGS, stack
 from tests.contracts.test_optimizers import LAYOUT, NAMES, problem, section
 from tests.device import Counts, pretend_gpu, why_not
+from tests.device_streams import pretend_streams
+from tests.fedsim.engine import zoo
 
 REAL = torch.cuda.is_available()
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not REAL and why_not() is not None, reason=str(why_not()))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not REAL and why_not() is not None, reason=str(why_not())),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
+]
 pretended = pytest.mark.skipif(REAL, reason="about the pretend GPU")
 
 
@@ -61,12 +71,17 @@ def a_gpu() -> Iterator[None]:
         yield
 
 
-def run(
-    config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False, memory: str = "auto"
-) -> Rows:
-    """The rows of a run on a device."""
-    runtime = {"workers": 1, "stack": 3, "device": device, "memory": memory}
-    return rows_of({**config, "runtime": runtime}, folder, resume)
+@contextmanager
+def streams() -> Iterator[None]:
+    """The same, with streams that pretend too, and a look for races between them."""
+    with a_gpu(), nullcontext() if REAL else pretend_streams():
+        yield
+
+
+def run(config: dict[str, Any], device: str, folder: Path | None = None, resume: bool = False, **runtime: Any) -> Rows:
+    """The rows of a run on a device, in this process however many GPUs there are."""
+    here = {"executor": "in_process", "workers": 1, "stack": 3, "device": device, **runtime}
+    return rows_of({**config, "runtime": here}, folder, resume)
 
 
 def assert_alike(rows: Rows, others: Rows) -> None:
@@ -126,14 +141,30 @@ def test_launches_waits_and_bytes_are_counted(gpu: Counts) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_gives_the_numbers_of_the_cpu(name: str) -> None:
     expected = run(pair(name, None), "cpu")
-    with a_gpu():
-        assert_alike(run(pair(name, None), "cuda"), expected)
+    with streams():
+        assert_alike(run(pair(name, None), "cuda", workers=2, data="host"), expected)
 
 
 @pytest.mark.skipif(not REAL, reason="a pretend GPU computes as the CPU does")
 def test_every_strategy_gives_the_same_bits_again_on_one_card() -> None:
     for name in STRATEGIES:
         assert run(pair(name, None), "cuda") == run(pair(name, None), "cuda"), name
+
+
+@pretended
+def test_a_process_that_computes_on_a_card_asks_for_the_same_order_of_sums(
+    gpu: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.append(mode))
+    compose({**pair("fedavg", None), "runtime": {"device": "cpu"}}, "config").close()
+    assert asked == []
+    compose({**pair("fedavg", None), "runtime": {"device": "cuda"}}, "config").close()
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    worker = object.__new__(Actor)  # without setting this process's threads
+    worker._runner = None
+    worker._open(pack((None, None, 0, torch.device("cuda"), None)))
+    assert asked == [True, True]
 
 
 @pytest.mark.parametrize("option", ["uplink top_k, error feedback", "NNM before it", "server Adam", "local AdamW"])
@@ -152,9 +183,11 @@ def test_what_runs_beside_a_strategy_gives_the_numbers_of_the_cpu(option: str) -
         {"name": "adamw", "dp": {"clip": 1.0, "noise": 0.5}},
         {"name": "adamw", "state_scope": "client"},
         {"name": "adamw", "state_scope": "server"},
+        {"name": "torch.optim:AdamW"},
     ],
     ids=lambda rule: " ".join(map(str, rule.values())),
 )
+@pytest.mark.filterwarnings("ignore:.*not batched")
 def test_what_optimizers_need_or_keep_gives_the_numbers_of_the_cpu(rule: dict[str, Any]) -> None:
     config = pair("fedavg", None)
     config["local"] = {**config["local"], "optimizer": {"lr": 0.01, **rule}}
@@ -193,6 +226,24 @@ def test_every_engine_gives_the_gradient_and_the_logits_of_the_cpu(engine: str, 
         return [g, loss] if model == "char_lstm" else [g, loss, made.logits(start[0].clone(), given[0])]
 
     assert_same_on_both(compute, 2e-5)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "transformer"])
+def test_products_of_lower_precision_come_close(model: str) -> None:
+    module, layout, x0 = zoo.model(model, dropout=False)
+    module, x, host = module.float(), x0.float().repeat(2, 1), zoo.batch(model, [5, 3], padded=False)
+    inputs = host.inputs if model in zoo.SEQUENCES else host.inputs.float()
+
+    def gradient(device: str, engine: str, precision: str) -> Tensor:
+        made = build_engine(engine, module, layout, "cross_entropy", torch.device(device), precision=precision)
+        batch = Batch(inputs.to(device), host.targets.to(device), None, keyed(2, device))
+        return made.session(x.to(device)).gradient(batch)[0].cpu()
+
+    expected = gradient("cpu", "loop", "fp32")
+    with a_gpu():
+        for precision, share in (("tf32", 0.01), ("bf16", 0.2)):
+            found = gradient("cuda", "stacked", precision)
+            assert (found - expected).norm() <= share * expected.norm(), precision
 
 
 @pytest.mark.parametrize(
@@ -350,6 +401,20 @@ def test_rows_lie_on_the_device_only_in_the_process_that_computes(
     config = {**pair("scaffold", None), "runtime": {"device": "cuda", "executor": executor, "memory": "device"}}
     with pytest.raises(ConfigError, match="runtime.memory: device is for stacks that this process computes itself"):
         rows_of(config)
+
+
+@pretended
+def test_a_card_that_is_named_has_to_be_there_and_is_used_alone(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"runtime.device: 'cuda:7' was asked for, and 1 GPU\(s\) are visible"):
+        run(pair("fedavg", None), "cuda:7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = {**pair("fedavg", None), "runtime": {"device": "cuda:0"}}
+    composition = compose(config, "config")
+    composition.close()
+    assert composition.plan["workers"].endswith("in this process, 1 intra-op thread(s) each")
+    config["runtime"] |= {"executor": "ray"}
+    with pytest.raises(ConfigError, match="each Ray worker takes a GPU of its own; use cuda, not 'cuda:0'"):
+        compose(config, "config")
 
 
 class OnceInfinite(QuadraticTask):

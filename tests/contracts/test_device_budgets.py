@@ -9,6 +9,7 @@ Letters: C clients of a stack, K local steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 
 from fedsim.aggregate import AGGREGATORS, PRE_AGGREGATORS
 from fedsim.compose import compose
+from fedsim.engine import Batch, build_engine
+from fedsim.engine.build import ENGINES
 from fedsim.optim import build
 from fedsim.params import Layout
 from fedsim.streams import Streams
+from fedsim.tasks.models import MODELS
 from tests.build import Play
 from tests.contracts.test_aggregators import build as build_rule
 from tests.contracts.test_aggregators import rows as drawn_rows
 from tests.contracts.test_optimizers import NAMES, section
 from tests.device import Counts, pretend_gpu, why_not
+from tests.device_streams import pretend_streams
+from tests.fedsim.engine import zoo
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -68,26 +74,40 @@ def second_round(
     rule: dict[str, Any] | None = None,
     uplink: dict[str, Any] | None = None,
     memory: str = "auto",
+    data: str = "auto",
+    partition: str | dict[str, Any] = "iid",
+    engine: str = "auto",
+    rounds: int = 1,
+    graphs: bool = False,
 ) -> Spent:
-    """What the second round of a run on digits costs; all clients are one stack unless told otherwise."""
+    """What the second round of a run on digits, or so many, cost; all clients are one stack unless told otherwise."""
     config = {
-        "rounds": 2,
+        "rounds": 1 + rounds,
         "task": {"name": "classification", "dataset": "digits", "model": model},
-        "partition": "iid",
+        "partition": partition,
         "clients": {"count": clients},
         "strategy": strategy or {"name": "fedavg"},
         "local": {"steps": steps, "batch_size": 8, "optimizer": rule or {"name": "sgd", "lr": 0.05}} if steps else {},
         "uplink": uplink or {},
-        "runtime": {"device": "cuda", "workers": 1, "stack": stack or clients, "memory": memory},
+        "runtime": {
+            "device": "cuda",
+            "workers": 1,
+            "stack": stack or clients,
+            "memory": memory,
+            "engine": engine,
+            "graphs": graphs,
+            "data": data,
+        },
     }
-    with pretend_gpu() as counts:
+    with pretend_gpu() as counts, pretend_streams():
         composition = compose(config, "config")
         run = composition.experiment
         play = Play(run.strategy, run.fleet, run.strategy.init(run.task.init(0).to("cuda")))
         try:
             play.step()
             before = spent(counts)
-            play.step()
+            for _ in range(rounds):
+                play.step()
         finally:
             composition.close()
         return spent(counts, before)
@@ -98,6 +118,21 @@ def test_a_local_step_costs_the_same_launches_for_any_number_of_clients_and_neve
     short, long, many = (second_round(*size, **KINDS[kind]) for size in ((2, 2), (2, 4), (16, 4)))
     assert short.waits == long.waits == many.waits <= WAITS_OF_A_STACK
     assert short.launches < long.launches == many.launches
+
+
+@pytest.mark.parametrize("model", ["cnn", "resnet", {"name": "mlp", "dropout": 0.5}], ids=str)
+def test_a_replayed_step_costs_a_few_launches_whatever_the_model(model: Any) -> None:
+    """Two for the minibatch, two to copy it, one for the rate, the replay, a copy of the loss, and its sum."""
+    drop = 3 * (model not in ("cnn", "resnet"))  # who drops: clients and jobs, and the seed of the layer
+    four, six = (second_round(3, steps, model=model, graphs=True) for steps in (4, 6))
+    assert six.launches - four.launches == 2 * (8 + drop) and six.waits == four.waits <= WAITS_OF_A_STACK
+
+
+@pytest.mark.filterwarnings("ignore:.*not batched")
+def test_a_step_of_torchs_own_optimizers_never_waits() -> None:
+    rule = {"name": "torch.optim:AdamW", "lr": 0.001}
+    short, long, many = (second_round(*size, rule=rule) for size in ((2, 2), (2, 4), (5, 4)))
+    assert short.waits == long.waits == many.waits <= WAITS_OF_A_STACK and short.launches < long.launches
 
 
 def test_a_private_step_never_waits() -> None:
@@ -128,6 +163,74 @@ def test_a_step_that_draws_from_torchs_generator_never_waits() -> None:
     short, long, two = (second_round(*size, model=model) for size in ((2, 2), (2, 4), (3, 4)))
     assert short.waits == long.waits == two.waits <= WAITS_OF_A_STACK + 2  # and the ids, by which it is seeded
     assert short.launches < long.launches
+
+
+class Attending(nn.Module):
+    """Attention and norms of torch's own, with dropout inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.1, batch_first=True)
+        self.last = nn.Linear(8, zoo.K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.block(x.flatten(1).unflatten(1, (8, 8))).mean(1))
+        return out
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over the lines of an image."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer, self.last = layer, nn.Linear(layer.hidden_size, zoo.K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.layer(x.flatten(1).unflatten(1, (8, 8)))[0][:, -1])
+        return out
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {name: lambda name=name: zoo.model(name)[0] for name in MODELS}  # type: ignore[misc]
+MODULES |= {
+    "attention": Attending,
+    "GRU": lambda: Recurrent(nn.GRU(8, 6, batch_first=True)),
+    "RNN": lambda: Recurrent(nn.RNN(8, 6, batch_first=True)),
+}
+WHOLE_KERNELS = ("char_lstm", "GRU")  # in the loop engine, of which a pretend GPU has none
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_engine_waits_in_a_step_of_any_model_whose_clients_are_padded(engine: str, name: str) -> None:
+    if engine == "loop" and name in WHOLE_KERNELS:
+        pytest.skip("a kernel of its own")
+    module, counts = MODULES[name]().float(), [4, 2, 0, 1]
+    layout, x0 = zoo.numbers_of(module)
+    host = zoo.batch(name, counts)
+    with pretend_gpu() as spent_on:
+        device = torch.device("cuda")
+        made = build_engine(engine, module, layout, "cross_entropy", device)
+        inputs = host.inputs if name in zoo.SEQUENCES else host.inputs.float()
+        ids = torch.arange(len(counts)).to(device)
+        batch = Batch(
+            inputs.to(device),
+            host.targets.to(device),
+            host.weights.float().to(device),
+            Streams(3, ids, 0 * ids),
+            counts=counts,
+        )
+        session = made.session(x0.float().repeat(len(counts), 1).to(device))
+        session.gradient(batch)  # whatever is made once
+        before = spent(spent_on)
+        session.gradient(batch)
+        assert spent(spent_on, before).waits == 0, spent_on.where("waits")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_uneven_clients_add_no_waits(engine: str) -> None:
+    uneven = {"name": "quantity_skew", "alpha": 1.0}
+    two, four = (second_round(4, k, model="logistic", partition=uneven, engine=engine) for k in (2, 4))
+    assert two.waits == four.waits <= WAITS_OF_A_STACK and two.launches < four.launches
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,7 +269,13 @@ def test_rows_that_clients_keep_stay_on_the_device(kind: str) -> None:
         second_round(8, model=m, **KEEPERS[kind]) for m in ("logistic", {"name": "mlp", "hidden": [32] * 3})
     )
     assert (small.bytes_up, small.bytes_down) == (large.bytes_up, large.bytes_down), "ids, counts and numbers alone"
-    assert small.waits == large.waits
+    assert small.waits == large.waits and small.bytes_down <= 8 * 24, "three numbers of each client"
+
+
+def test_rounds_cost_the_same_with_any_number_of_jobs_in_flight() -> None:
+    strategy = {"name": "fedbuff", "buffer_size": 2}
+    few, many = (second_round(n, model="logistic", strategy=strategy, rounds=8) for n in (8, 32))
+    assert many.waits <= few.waits <= 8 * (3 + WAITS_OF_A_STACK) and many.launches <= few.launches
 
 
 def test_rows_that_are_kept_elsewhere_cross_over_once_each_way() -> None:

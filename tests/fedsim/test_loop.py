@@ -18,7 +18,8 @@ from fedsim.checkpoint import fingerprint
 from fedsim.compose import compose
 from fedsim.config import ConfigError
 from fedsim.evaluation import Evaluate
-from fedsim.loop import Checkpoint, Experiment, Interrupted, Run, ServerError
+from fedsim.experiment import Checkpoint, Experiment
+from fedsim.loop import Interrupted, Run, ServerError
 from fedsim.signals import interruptible
 from fedsim.sinks import JsonLines
 from fedsim.stop import Diverged, Patience, Stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,7 @@ def test_workers_are_counted_up_to_the_cores(monkeypatch: pytest.MonkeyPatch) ->
     for cores, expected in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         assert worker_counts(experiment) == expected
+    assert worker_counts(replace(experiment, device=torch.device("cuda"))) == [2, 4, 1]
 
 
 def test_a_table_comes_line_by_line_and_ends_with_the_keys_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

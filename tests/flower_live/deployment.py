@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from fedsim.flower.deployment import HOST, Deployment, deployed, is_taken
+from tests.build import Rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +36,20 @@ def free_port(count: int) -> int:
         port = random.randrange(20000, 30000)
         if not any(map(is_taken, range(port, port + count))):
             return port
+
+
+def rows_of(folder: Path) -> Rows:
+    """What a run has written so far."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def until(deployment: Deployment, holds: Callable[[], bool], seconds: float = 400) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, deployment.log("link")
+        time.sleep(0.2)
 
 
 def wait(deployment: Deployment, run: str, seconds: float) -> dict[str, Any]:

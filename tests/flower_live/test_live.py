@@ -5,7 +5,6 @@ Every phase costs some seconds, because Flower starts a process for every messag
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from fedsim.flower.credentials import write_credentials
 from fedsim.tasks.quadratic import QuadraticTask
 from tests.fedsim.flower.local_grid import LocalGrid
 from tests.fedsim.flower.test_apps import rows_on
-from tests.flower_live.deployment import completed, deployment_in
+from tests.flower_live.deployment import completed, deployment_in, rows_of
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
 
@@ -45,6 +44,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "strategy": {"name": "masha1", "lr": 0.005, "p": 0.5, "compressor": RAND_K, "server_compressor": QSGD},
     },
 }
+SETTINGS = {"fedsim-overrides": 'log.sinks=["jsonl"]', "fedsim-max-examples": 1000}  # what is so in any case
 DETERMINISTIC = [name for name in EXPERIMENTS if name != "fedfix"]
 
 
@@ -74,11 +74,10 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
             submitted = []
             for name in names:
                 app = apps.export(experiment(name), folder / f"app-{name}")
-                submitted.append(deployment.submit(app, {"fedsim-out": str(folder / name)}))
+                submitted.append(deployment.submit(app, {**SETTINGS, "fedsim-out": str(folder / name)}))
             for name, number in zip(names, submitted, strict=True):
                 states[name] = completed(deployment, number, 600)
-        files = {name: folder / name / "metrics.jsonl" for name in EXPERIMENTS}
-        found = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
+        found = {name: rows_of(folder / name) for name in EXPERIMENTS}
         assert stranger.poll() not in (None, 0), "a node with an unregistered key was let in"
         yield Deployed(found, states)
 

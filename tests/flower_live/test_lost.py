@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from fedsim import apps, runs
 from fedsim.flower.deployment import PROFILE, Deployment
-from tests.flower_live.deployment import completed, deployment_in, kill_node, kill_server_app, wait
+from tests.flower_live.deployment import completed, deployment_in, kill_node, kill_server_app, rows_of, until, wait
 from tests.flower_live.test_live import COMMON, QUADRATIC
 
 pytestmark = [pytest.mark.flower, pytest.mark.slow]
@@ -28,23 +26,11 @@ def experiment(strategy: str) -> dict[str, Any]:
     return {**COMMON, **QUADRATIC, "rounds": 2, "strategy": {"name": strategy}, "checkpoint": {"every": 1}}
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def until(holds: Callable[[], bool], seconds: float = 400) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.2)
-
-
 def test_a_server_app_that_was_killed_resumes_to_the_numbers_of_a_simulation(deployment: Deployment) -> None:
     raw, out = experiment("scaffold_m"), deployment.folder / "scaffold_m"
     app = apps.export(raw, deployment.folder / "app-scaffold_m")
     killed = deployment.submit(app, {"fedsim-out": str(out)})
-    until(lambda: len(rows_of(out)) == 1)
+    until(deployment, lambda: len(rows_of(out)) == 1)
     kill_server_app(deployment)  # devices have been sent the second round, and write their memory all the same
     assert wait(deployment, killed, 200)["status"] != "finished:completed"
     run = deployment.submit(app, {"fedsim-out": str(out), "fedsim-resume": True})
@@ -56,7 +42,7 @@ def test_a_super_node_that_was_killed_costs_its_replies_and_no_more(deployment: 
     out = deployment.folder / "fedavg"
     app = apps.export(experiment("fedavg"), deployment.folder / "app-fedavg")
     run = deployment.submit(app, {"fedsim-out": str(out)})
-    until(lambda: len(rows_of(out)) == 1)
+    until(deployment, lambda: len(rows_of(out)) == 1)
     kill_node(deployment, 1)
     completed(deployment, run, 500)
     rows = rows_of(out)
@@ -67,10 +53,12 @@ def test_a_super_node_that_was_killed_costs_its_replies_and_no_more(deployment: 
 def test_where_every_reply_is_needed_a_killed_node_that_comes_back_is_asked_again(deployment: Deployment) -> None:
     raw, out = {**experiment("monna"), "strategy": {"name": "monna", "beta": 0.9}}, deployment.folder / "monna"
     run = deployment.submit(apps.export(raw, deployment.folder / "app-monna"), {"fedsim-out": str(out)})
-    until(lambda: len(rows_of(out)) == 1)
+    until(deployment, lambda: len(rows_of(out)) == 1)
     kill_node(deployment, 1)
     nodes = ("supernode", "list", PROFILE, "--format", "json")
-    until(lambda: "offline" in [node["status"] for node in deployment.cli(*nodes)["nodes"]])  # else it is not let in
+    until(
+        deployment, lambda: "offline" in [node["status"] for node in deployment.cli(*nodes)["nodes"]]
+    )  # else it is not let in
     time.sleep(10)  # the ServerApp hears of it when it looks next
     deployment.start_node(1)
     completed(deployment, run, 500)

@@ -148,14 +148,13 @@ def fedbuff_stream(
     concurrency: int,
     exponent: float,
     eta: float,
-    seed: int = 0,
 ) -> Trace:
     """Keep `concurrency` clients at work; step when `size` have returned, each scaled by (1 + staleness)^-exponent."""
     out = Trace()
     busy: dict[int, tuple[float, int, int, Tensor, int]] = {}  # client: returns at, place in line, job, model, version
     jobs, line, now = [0] * clients.n, 0, 0.0
     for n in range(aggregations):
-        rng = server_rng(seed, "server", n)
+        rng = server_rng(0, "server", n)
         total = torch.zeros_like(x)
         who, late = [], []
         for _ in range(size):

@@ -21,11 +21,11 @@ def stream(seed: int, client: int, job: int) -> Streams:
     return Streams(seed, torch.tensor([client]), torch.tensor([job]))
 
 
-def cohort(seed: int, round: int, n: int, size: int | None) -> list[int]:
-    """Who takes part in a round."""
+def cohort(round: int, n: int, size: int | None) -> list[int]:
+    """Who takes part in a round of seed 0."""
     if size is None or size == n:
         return list(range(n))
-    return sorted(server_rng(seed, "server", round).choice(n, size=size, replace=False).tolist())
+    return sorted(server_rng(0, "server", round).choice(n, size=size, replace=False).tolist())
 
 
 class Clients(Protocol):
@@ -45,9 +45,9 @@ class Clients(Protocol):
 class Formulas:
     """f_i(x) = a_i / 2 |x - b_i|^2 (a_i a number, a diagonal or a matrix), with keyed noise on minibatch gradients."""
 
-    def __init__(self, a: Tensor, b: Tensor, steps: int, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, a: Tensor, b: Tensor, steps: int, noise: float = 0.0) -> None:
         self.a, self.b, self.n = a, b, len(b)
-        self._steps, self.noise, self.seed = steps, noise, seed
+        self._steps, self.noise = steps, noise
 
     def samples(self, i: int) -> int:
         return 1
@@ -60,7 +60,7 @@ class Formulas:
         return self.a[i] @ away if self.a[i].ndim == 2 else self.a[i] * away
 
     def gradient(self, i: int, y: Tensor, job: int, step: int) -> Tensor:
-        noise = stream(self.seed, i, job).normal("noise", len(y), step=step)[0] if self.noise else 0.0
+        noise = stream(0, i, job).normal("noise", len(y), step=step)[0] if self.noise else 0.0
         return self.full(i, y) + self.noise * noise
 
 

@@ -11,10 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.compress.packet import Compressor
 from fedsim.streams import Streams, server_rng
-from tests.reference.clients import Clients, cohort
+from tests.reference.clients import Clients, cohort, stream
 
 Compress = Callable[[Tensor, int, int], Tensor]
+
+
+def keyed(compressor: Compressor, seed: int = 0) -> Compress:
+    """A compressor of the simulator, for one vector of one client's job."""
+
+    def compress(v: Tensor, client: int, job: int) -> Tensor:
+        return compressor.encode(v[None], stream(seed, client, job)).decode()[0]
+
+    return compress
 
 
 def compressed_descent(
@@ -80,7 +90,7 @@ def ef21(
     g, jobs = [torch.zeros_like(x) for _ in range(clients.n)], [0] * clients.n
     path = []
     for r in range(rounds):
-        for i in cohort(0, r, clients.n, size):
+        for i in cohort(r, clients.n, size):
             g[i] = g[i] + compress(clients.gradient(i, x, jobs[i], 0) - g[i], i, jobs[i])
             jobs[i] += 1
         x = x - eta * torch.stack(g).mean(0)
@@ -117,7 +127,7 @@ def diana(
     h, jobs = [torch.zeros_like(x) for _ in range(clients.n)], [0] * clients.n
     path = []
     for r in range(rounds):
-        mean, asked = torch.stack(h).mean(0), cohort(0, r, clients.n, size)
+        mean, asked = torch.stack(h).mean(0), cohort(r, clients.n, size)
         m = {i: compress(clients.gradient(i, x, jobs[i], 0) - h[i], i, jobs[i]) for i in asked}
         x = x - eta * (mean + torch.stack(list(m.values())).mean(0))
         for i in asked:

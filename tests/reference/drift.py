@@ -10,13 +10,11 @@ from torch import Tensor
 from tests.reference.clients import Clients, cohort
 
 
-def fedprox(
-    clients: Clients, x: Tensor, rounds: int, *, eta: float, mu: float, size: int | None = None, seed: int = 0
-) -> Tensor:
+def fedprox(clients: Clients, x: Tensor, rounds: int, *, eta: float, mu: float, size: int | None = None) -> Tensor:
     """[rounds, P]: the server's model after every round; clients count by their samples."""
     jobs, path = [0] * clients.n, []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         total, mean = sum(clients.samples(i) for i in chosen), torch.zeros_like(x)
         for i in chosen:
             y = x.clone()
@@ -29,21 +27,12 @@ def fedprox(
     return torch.stack(path)
 
 
-def feddyn(
-    clients: Clients,
-    x: Tensor,
-    rounds: int,
-    *,
-    eta: float,
-    alpha: float,
-    size: int | None = None,
-    seed: int = 0,
-) -> Tensor:
+def feddyn(clients: Clients, x: Tensor, rounds: int, *, eta: float, alpha: float, size: int | None = None) -> Tensor:
     """[rounds, P], in the scaling of the paper."""
     jobs, path = [0] * clients.n, []
     g, h = [torch.zeros_like(x) for _ in range(clients.n)], torch.zeros_like(x)
     for r in range(rounds):
-        chosen, ends = cohort(seed, r, clients.n, size), []
+        chosen, ends = cohort(r, clients.n, size), []
         for i in chosen:
             y = x.clone()
             for k in range(clients.steps(i)):
@@ -66,12 +55,11 @@ def fednova(
     momentum: float = 0.0,
     mu: float = 0.0,
     size: int | None = None,
-    seed: int = 0,
 ) -> Tensor:
     """[rounds, P]; clients count by their samples, and momentum begins anew in every round."""
     jobs, path = [0] * clients.n, []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         total, d, tau = sum(clients.samples(i) for i in chosen), torch.zeros_like(x), 0.0
         for i in chosen:
             p, y, v, counter, a = clients.samples(i) / total, x.clone(), torch.zeros_like(x), 0.0, 0.0
@@ -90,19 +78,12 @@ def fednova(
 
 
 def fedcm(
-    clients: Clients,
-    x: Tensor,
-    rounds: int,
-    *,
-    eta: Callable[[int], float],
-    alpha: float,
-    size: int | None = None,
-    seed: int = 0,
+    clients: Clients, x: Tensor, rounds: int, *, eta: Callable[[int], float], alpha: float, size: int | None = None
 ) -> Tensor:
     """[rounds, P]; eta is a function of the round."""
     jobs, path, d = [0] * clients.n, [], torch.zeros_like(x)
     for r in range(rounds):
-        chosen, changes = cohort(seed, r, clients.n, size), []
+        chosen, changes = cohort(r, clients.n, size), []
         for i in chosen:
             y = x.clone()
             for k in range(steps := clients.steps(i)):

@@ -9,20 +9,13 @@ from tests.reference.clients import Clients, cohort
 
 
 def fedavg(
-    clients: Clients,
-    x: Tensor,
-    rounds: int,
-    *,
-    eta: float,
-    server_lr: float = 1.0,
-    size: int | None = None,
-    seed: int = 0,
+    clients: Clients, x: Tensor, rounds: int, *, eta: float, server_lr: float = 1.0, size: int | None = None
 ) -> Tensor:
     """[rounds, P]: the server's model after every round."""
     jobs = [0] * clients.n
     path = []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         total = sum(clients.samples(i) for i in chosen)
         mean = torch.zeros_like(x)
         for i in chosen:

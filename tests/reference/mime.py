@@ -63,13 +63,12 @@ def mime(
     lite: bool = False,
     server_lr: float = 1.0,
     size: int | None = None,
-    seed: int = 0,
 ) -> Tensor:
     """[rounds, P]: the server's model after every round."""
     jobs = [0] * clients.n
     path = []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         c = sum((full(i, x, jobs[i]) for i in chosen), start=torch.zeros_like(x)) / len(chosen)
         mean = torch.zeros_like(x)
         for i in chosen:

@@ -18,14 +18,13 @@ def fedavg_m(
     gamma: float,
     size: int | None = None,
     reduced: bool = False,
-    seed: int = 0,
 ) -> Tensor:
     """[rounds, P]: the server's model after every round; `reduced` is the variance-reduced form."""
     jobs = [0] * clients.n
     g, before = torch.zeros_like(x), x
     path = []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         total = torch.zeros_like(x)
         for i in chosen:
             y = x.clone()

@@ -31,7 +31,6 @@ def monna(
     arrival: str = "all",
     byzantine: Sequence[int] = (),
     attack: Lie = flipped,
-    seed: int = 0,
     weights: Weights | None = None,
 ) -> Tensor:
     """[rounds, n, P]: the nodes' models after every round; faulty nodes all send attack(mean of the correct h_i)."""
@@ -47,7 +46,7 @@ def monna(
             heard = [j for j in range(n) if weights(t)[i, j] > 0]
             keep = len(heard) - (f if arrival == "all" else 2 * f)
             if arrival == "adversarial":
-                draw = stream(seed, i, t).uniform("arrival", len(heard), dtype=torch.float64)[0].tolist()
+                draw = stream(0, i, t).uniform("arrival", len(heard), dtype=torch.float64)[0].tolist()
                 others = [j for j in heard if j != i and j not in byzantine]
                 lost = sorted(others, key=lambda j: draw[heard.index(j)])[:f]
                 heard = [j for j in heard if j not in lost]

@@ -16,12 +16,12 @@ def steps(clients: Clients, i: int, y: Tensor, job: int, eta: float, moves: Tens
 
 
 def fedper(
-    clients: Clients, x: Tensor, own: Tensor, rounds: int, *, eta: float, size: int | None = None, seed: int = 0
+    clients: Clients, x: Tensor, own: Tensor, rounds: int, *, eta: float, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """(server's model after every round [rounds, P], every client's model in the end [n, P]); `own` [P] bool stays."""
     jobs, heads, path = [0] * clients.n, [x.clone() for _ in range(clients.n)], []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         total, mean = sum(clients.samples(i) for i in chosen), torch.zeros_like(x)
         for i in chosen:
             start = torch.where(own, heads[i], x)
@@ -34,20 +34,12 @@ def fedper(
 
 
 def fedrep(
-    clients: Clients,
-    x: Tensor,
-    own: Tensor,
-    rounds: int,
-    *,
-    eta: float,
-    head_steps: int,
-    size: int | None = None,
-    seed: int = 0,
+    clients: Clients, x: Tensor, own: Tensor, rounds: int, *, eta: float, head_steps: int, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `fedper`, with head_steps on a client's own entries first, and then its steps on the others."""
     jobs, heads, path = [0] * clients.n, [x.clone() for _ in range(clients.n)], []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         total, mean = sum(clients.samples(i) for i in chosen), torch.zeros_like(x)
         for i in chosen:
             y = torch.where(own, heads[i], x)
@@ -62,13 +54,11 @@ def fedrep(
     return torch.stack(path), torch.stack([torch.where(own, head, x) for head in heads])
 
 
-def ditto(
-    clients: Clients, x: Tensor, rounds: int, *, eta: float, lam: float, size: int | None = None, seed: int = 0
-) -> Tensor:
+def ditto(clients: Clients, x: Tensor, rounds: int, *, eta: float, lam: float, size: int | None = None) -> Tensor:
     """[n, P]: the clients' own models in the end; the server's are FedAvg's."""
     jobs, own = [0] * clients.n, [x.clone() for _ in range(clients.n)]
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         total, mean = sum(clients.samples(i) for i in chosen), torch.zeros_like(x)
         for i in chosen:
             y = steps(clients, i, x, jobs[i], eta)
@@ -91,12 +81,11 @@ def pfedme(
     inner_lr: float,
     beta: float = 1.0,
     size: int | None = None,
-    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(server's model after every round [rounds, P], the clients' theta [n, P])."""
     jobs, own, path = [0] * clients.n, [x.clone() for _ in range(clients.n)], []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         locals_ = []
         for i in chosen:
             w, theta = x, x
@@ -120,12 +109,11 @@ def apfl(
     alpha: float,
     adaptive: bool = False,
     size: int | None = None,
-    seed: int = 0,
 ) -> tuple[Tensor, Tensor, list[float]]:
     """(server's model after every round [rounds, P], the clients' mixtures [n, P], their alpha)."""
     jobs, own, shares, path = [0] * clients.n, [x.clone() for _ in range(clients.n)], [alpha] * clients.n, []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         total, mean = sum(clients.samples(i) for i in chosen), torch.zeros_like(x)
         for i in chosen:
             w, v, a = x, own[i], shares[i]

@@ -73,13 +73,12 @@ def masha1(
     compress_server: Callable[[Tensor, int, int], Tensor] = lambda v, key, iteration: v,
     size: int | None = None,
     minibatch: bool = False,
-    seed: int = 0,
 ) -> Tensor:
     """[iterations, P]; a device's jobs: two for a refresh, then in every iteration one up, if asked, and one down."""
     w, fw, jobs = z, _mean(devices, z), [2] * devices.n
     path = []
     for k in range(iterations):
-        rng, asked = _asked(devices, seed, k, size)
+        rng, asked = _asked(devices, k, size)
         key, coin = int(rng.integers(1 << 62)), rng.random() < p
         anchor = (1 - p) * z + p * w
         half = anchor - lr * fw
@@ -104,14 +103,13 @@ def masha2(
     compress_server: Compress = identity,
     size: int | None = None,
     minibatch: bool = False,
-    seed: int = 0,
 ) -> Tensor:
     """[iterations, P], with error feedback on both sides; jobs as in masha1."""
     w, fw, jobs = z, _mean(devices, z), [2] * devices.n
     error, server_error = [torch.zeros_like(z) for _ in range(devices.n)], torch.zeros_like(z)
     path = []
     for k in range(iterations):
-        rng, asked = _asked(devices, seed, k, size)
+        rng, asked = _asked(devices, k, size)
         rng.integers(1 << 62)  # the server's compressor has a draw of its own
         coin = rng.random() < p
         anchor = (1 - p) * z + p * w
@@ -136,9 +134,9 @@ def _mean(devices: Devices, z: Tensor) -> Tensor:
     return torch.stack([devices.full(m, z) for m in range(devices.n)]).mean(0)
 
 
-def _asked(devices: Devices, seed: int, iteration: int, size: int | None) -> tuple[np.random.Generator, list[int]]:
+def _asked(devices: Devices, iteration: int, size: int | None) -> tuple[np.random.Generator, list[int]]:
     """(the server's random numbers, who sends a difference)."""
-    rng = server_rng(seed, "server", iteration)
+    rng = server_rng(0, "server", iteration)
     if size is None:
         return rng, list(range(devices.n))
     return rng, sorted(rng.choice(devices.n, size=size, replace=False).tolist())

@@ -17,7 +17,6 @@ def scaffold(
     option: str = "II",
     server_lr: float = 1.0,
     size: int | None = None,
-    seed: int = 0,
 ) -> Tensor:
     """[rounds, P]: the server's model after every round."""
     jobs = [0] * clients.n
@@ -25,7 +24,7 @@ def scaffold(
     own = [torch.zeros_like(x) for _ in range(clients.n)]
     path = []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         delta, change = torch.zeros_like(x), torch.zeros_like(x)
         for i in chosen:
             y = x.clone()

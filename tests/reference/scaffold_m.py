@@ -18,7 +18,6 @@ def scaffold_m(
     gamma: float,
     size: int | None = None,
     reduced: bool = False,
-    seed: int = 0,
 ) -> Tensor:
     """[rounds, P]: the server's model after every round; `reduced` is the variance-reduced form."""
     jobs = [0] * clients.n
@@ -26,7 +25,7 @@ def scaffold_m(
     own = [torch.zeros_like(x) for _ in range(clients.n)]
     path = []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         total, change = torch.zeros_like(x), torch.zeros_like(x)
         for i in chosen:
             y, used = x.clone(), torch.zeros_like(x)

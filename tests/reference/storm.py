@@ -41,14 +41,13 @@ def mb_storm(
     gamma: float,
     g: Tensor | None = None,
     size: int | None = None,
-    seed: int = 0,
 ) -> Tensor:
     """[rounds, P]: the model after every round; g is the estimate at the start, zero if left out."""
     jobs = [0] * clients.n
     g, before = torch.zeros_like(x) if g is None else g, x
     path = []
     for r in range(rounds):
-        chosen = cohort(seed, r, clients.n, size)
+        chosen = cohort(r, clients.n, size)
         here, there = torch.zeros_like(x), torch.zeros_like(x)
         for i in chosen:
             steps = clients.steps(i)

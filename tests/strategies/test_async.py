@@ -16,6 +16,7 @@ from fedsim.optim import build
 from fedsim.sim.devices import Exponential
 from fedsim.sim.links import Downlink
 from fedsim.strategies.async_fedavg import AsyncFedAvg
+from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedbuff import FedBuff
 from fedsim.strategies.fedbuff_stream import FedBuffStream
@@ -171,6 +172,7 @@ def test_one_client_is_local_sgd_restarted_whatever_the_scheme() -> None:
     expected = play(task, FedAvg(local=local), 6)
     for strategy in (
         AsyncFedAvg(local=local),
+        FedAsync(alpha=1.0, local=local),  # fully trusted
         FedFix(interval=0.5, local=local),
         FedBuff(buffer_size=1, local=local),
         FedBuffStream(buffer_size=1, concurrency=1, local=local),
@@ -333,12 +335,13 @@ def test_staleness_limits_the_step_that_is_stable(make: Callable[..., Any], belo
     "make",
     [
         lambda local: AsyncFedAvg(local=local),
+        lambda local: FedAsync(local=local),
         lambda local: FedFix(interval=0.5, local=local),
         lambda local: FedBuff(buffer_size=2, local=local),
         lambda local: FedBuff(buffer_size=2, weights="unbiased", local=local),
         lambda local: FedBuffStream(buffer_size=2, concurrency=3, local=local),
     ],
-    ids=["async", "fedfix", "fedbuff", "fedbuff unbiased", "stream"],
+    ids=["async", "fedasync", "fedfix", "fedbuff", "fedbuff unbiased", "stream"],
 )
 def test_clients_without_data_neither_stop_the_clock_nor_enter_the_model(make: Callable[..., Any]) -> None:
     full, some = digits_task(mlp, [4, 9, 6]), digits_task(mlp, [4, 9, 6, 0, 0])

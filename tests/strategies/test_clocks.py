@@ -16,7 +16,7 @@ from fedsim.strategies.clocks import (
     Times,
     buffer_weights,
     first_weights,
-    given_seconds,
+    given_jobs,
     importances,
     memoryless_shares,
     schedule_shares,
@@ -196,4 +196,4 @@ def test_jobs_that_take_no_time_have_no_unbiased_weights() -> None:
 @pytest.mark.parametrize("seconds", [(1.0,), (1.0, 1, 1, 1, 0), (1.0, 1, 1, 1, float("nan"))])
 def test_given_job_seconds_must_be_one_positive_number_a_client(seconds: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="one positive number for each of the 5 clients"):
-        given_seconds(seconds, P)
+        given_jobs(seconds, P)

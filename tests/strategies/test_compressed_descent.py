@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fedsim.compress.low_rank import PowerSGD
 from fedsim.compress.sparsify import Identity, RandK, TopK
@@ -18,11 +17,10 @@ from fedsim.strategies.diana import Diana
 from fedsim.strategies.ef21 import EF21
 from fedsim.strategies.ef21_bc import EF21BC
 from fedsim.strategies.marina import Marina
-from fedsim.streams import Streams
 from fedsim.tasks.models import logistic
 from tests.build import Play, drawn, local_sgd, play, quadratic, saddle
 from tests.reference.clients import Formulas
-from tests.reference.compressed import diana, ef21, ef21_bc, first_q, marina, power_sgd
+from tests.reference.compressed import diana, ef21, ef21_bc, first_q, keyed, marina, power_sgd
 from tests.reference.saddle import top
 from tests.strategies.tasks import images, noisy
 
@@ -35,11 +33,6 @@ KINDS: list[tuple[type, dict[str, Any]]] = [
     (Marina, {"compressor": RAND}),
 ]
 every = pytest.mark.parametrize("kind, fields", KINDS, ids=[kind.__name__ for kind, _ in KINDS])
-
-
-def _rand(v: Tensor, client: int, job: int, k: int = 2) -> Tensor:
-    streams = Streams(0, torch.tensor([client]), torch.tensor([job]))
-    return RandK(k=k).encode(v[None], streams).decode()[0]
 
 
 # Twins -----------------------------------------------------------------------------------------------------------
@@ -72,22 +65,24 @@ def test_ef21_bc_with_powersgd_both_ways_equals_its_twin() -> None:
 @pytest.mark.parametrize("size, alpha", [(None, None), (2, None), (None, 0.3)])
 def test_diana_equals_its_twin(size: int | None, alpha: float | None) -> None:
     task, twin = noisy(steps=1)
-    strategy = Diana(compressor=RAND, alpha=alpha, cohort_size=size, local=local_sgd(task, 0.1))
-    expected = diana(twin, task.x0, 12, eta=0.1, alpha=alpha or 2 / 3, compress=_rand, size=size)  # omega = 3/2 - 1
+    strategy = Diana(compressor=RAND, alpha=alpha, cohort_size=size, local=local_sgd(task, 0.1))  # omega = 3/2 - 1
+    expected = diana(
+        twin, task.x0, 12, eta=0.1, alpha=alpha or 2 / 3, compress=keyed(RAND), size=size
+    )  # omega = 3/2 - 1
     torch.testing.assert_close(play(task, strategy, 12, width=2), expected, rtol=0, atol=1e-12)
 
 
 def test_marina_equals_its_twin() -> None:
     task = drawn(5, 3)
     strategy = Marina(compressor=RAND, p=0.3, local=local_sgd(task, 0.1))
-    expected = marina(Formulas(task.a, task.b, 1), task.x0, 12, eta=0.1, p=0.3, compress=_rand)
+    expected = marina(Formulas(task.a, task.b, 1), task.x0, 12, eta=0.1, p=0.3, compress=keyed(RAND))
     torch.testing.assert_close(play(task, strategy, 12, width=2), expected, rtol=0, atol=1e-12)
 
 
 def test_marina_on_minibatches_equals_a_plain_loop_of_autograd() -> None:
     task, twin = images(logistic, [6, 9, 5], 4, steps=1)
     strategy = Marina(compressor=RandK(k=200), p=0.4, local=local_sgd(task, 0.2, steps=1, batch_size=4))
-    expected = marina(twin, task.x0, 5, eta=0.2, p=0.4, compress=lambda v, i, job: _rand(v, i, job, 200))
+    expected = marina(twin, task.x0, 5, eta=0.2, p=0.4, compress=keyed(RandK(k=200)))
     torch.testing.assert_close(play(task, strategy, 5, width=2), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ from fedsim.strategies.centralised import Centralised
 from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.tasks.models import mlp
-from tests.build import Clocks, Play, digits_task, local_sgd, play, quadratic, two_clients
+from tests.build import Clocks, Play, local_sgd, play, quadratic, two_clients
 from tests.reference import asynchronous as twin
 from tests.strategies.tasks import images, noisy
 
@@ -48,28 +48,6 @@ def test_equal_clocks_make_every_model_equally_stale() -> None:
         game.step()
         staleness.append(game.seen.get("staleness_mean", 0.0))
     assert staleness[:5] == [0, 1, 2, 3, 4] and set(staleness[5:]) == {4}
-
-
-def test_one_client_that_is_fully_trusted_is_local_sgd_restarted() -> None:
-    task = quadratic([2], [1], 3, noise=0.2)
-    local = local_sgd(task, 0.1, steps=4)
-    x = play(task, FedAsync(alpha=1.0, local=local), 6, devices=Clocks((0.5,)))
-    assert_close(x, play(task, FedAvg(local=local), 6), rtol=0, atol=1e-12)
-
-
-def test_a_contribution_costs_one_vector_each_way() -> None:
-    task, _ = noisy(steps=2)
-    game = Play.start(task, FedAsync(local=local_sgd(task, 0.01, steps=2)), devices=Clocks(TAU))
-    game.path(7)
-    assert game.fleet.ledger.bits_up == 7 * 96 and game.fleet.ledger.bits_down == (7 + 4) * 96
-
-
-def test_clients_without_data_neither_stop_the_clock_nor_enter_the_model() -> None:
-    full, some = digits_task(mlp, [4, 9, 6]), digits_task(mlp, [4, 9, 6, 0, 0])
-    strategy = FedAsync(local=local_sgd(full, 0.1, epochs=1, steps=None, batch_size=4))
-    one, other = Play.start(full, strategy), Play.start(some, strategy)
-    assert_close(one.path(6), other.path(6), rtol=0, atol=0)
-    assert one.fleet.now == other.fleet.now > 0
 
 
 @pytest.mark.parametrize(

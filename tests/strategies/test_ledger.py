@@ -13,6 +13,7 @@ from fedsim.sim.links import Uplink
 from fedsim.strategies.async_fedavg import AsyncFedAvg
 from fedsim.strategies.dsgd import DSGD
 from fedsim.strategies.extragradient import Extragradient
+from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedavg_m import FedAvgM
 from fedsim.strategies.fedavg_m_vr import FedAvgMVR
@@ -80,12 +81,13 @@ def test_scaffold_with_option_one_sends_no_more() -> None:
     "make, replies",
     [
         (lambda local: AsyncFedAvg(local=local), [1, 1, 1, 1]),
+        (lambda local: FedAsync(local=local), [1, 1, 1, 1]),
         (lambda local: FedFix(interval=1.0, local=local), [3, 3, 3, 3]),
         (lambda local: FedFix(interval=0.5, local=local), [1, 3, 1, 3]),  # two idle half of the time
         (lambda local: FedBuff(buffer_size=2, local=local), [2, 2, 2, 2]),
         (lambda local: FedBuffStream(buffer_size=2, concurrency=3, local=local), [2, 2, 2, 2]),
     ],
-    ids=["async", "fedfix 1", "fedfix .5", "fedbuff", "stream"],
+    ids=["async", "fedasync", "fedfix 1", "fedfix .5", "fedbuff", "stream"],
 )
 def test_a_contribution_costs_one_vector_each_way(make: Callable[..., Any], replies: list[int]) -> None:
     task = drawn(3, 3)

@@ -17,13 +17,14 @@ from fedsim.sim.links import Uplink
 from fedsim.strategies.extragradient import Extragradient
 from fedsim.strategies.masha1 import Masha1
 from fedsim.strategies.masha2 import Masha2
+from fedsim.strategies.optimistic_gradient import OptimisticGradient
 from fedsim.streams import Streams
 from fedsim.tasks.bilinear import BilinearTask
 from fedsim.tasks.models import logistic
 from tests.build import Play, play, saddle
 from tests.reference.clients import Operators
-from tests.reference.compressed import first_q, power_sgd
-from tests.reference.saddle import extragradient, masha1, masha2, top
+from tests.reference.compressed import first_q, keyed, power_sgd
+from tests.reference.saddle import extragradient, masha1, masha2, optimistic_gradient, top
 from tests.strategies.tasks import images
 
 
@@ -31,39 +32,25 @@ def _twin(task: BilinearTask) -> Operators:
     return Operators(task.matrix, task.a, task.b, task.lam)
 
 
-def _keyed(compressor: Any, seed: int = 0) -> Any:
-    """A compressor as the twins call it: one vector of one client's job."""
-
-    def compress(v: Tensor, client: int, job: int) -> Tensor:
-        return compressor.encode(v[None], Streams(seed, torch.tensor([client]), torch.tensor([job]))).decode()[0]
-
-    return compress
-
-
-def _keyed_server(compressor: Any) -> Any:
-    def compress(v: Tensor, key: int, iteration: int) -> Tensor:
-        return compressor.encode(v[None], Streams(key, torch.tensor([-1]), torch.tensor([iteration]))).decode()[0]
-
-    return compress
-
-
 # Twins -----------------------------------------------------------------------------------------------------------
 
 
-def test_extragradient_equals_its_twin() -> None:
+@pytest.mark.parametrize("kind, plain", [(Extragradient, extragradient), (OptimisticGradient, optimistic_gradient)])
+def test_uncompressed_methods_equal_their_twins(kind: type, plain: Any) -> None:
     task = saddle(4, 6, lam=0.1)
-    expected = extragradient(_twin(task), task.init(0), 20, lr=0.2)
-    torch.testing.assert_close(play(task, Extragradient(lr=0.2), 20), expected, rtol=0, atol=1e-12)
+    expected = plain(_twin(task), task.init(0), 20, lr=0.2)
+    torch.testing.assert_close(play(task, kind(lr=0.2), 20, width=3), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("compressor", [Identity(), RandK(k=3), QSGD(levels=4), Natural()])
 def test_masha1_equals_its_twin_with_compression_both_ways(compressor: Any) -> None:
     task = saddle(4, 6)
     strategy = Masha1(lr=0.05, p=0.3, compressor=compressor, server_compressor=RandK(k=8))
-    expected = masha1(
-        _twin(task), task.init(0), 25, lr=0.05, p=0.3,
-        compress=_keyed(compressor), compress_server=_keyed_server(RandK(k=8)),
-    )  # fmt: skip
+    ways: dict[str, Any] = {
+        "compress": keyed(compressor),
+        "compress_server": lambda v, key, iteration: keyed(RandK(k=8), key)(v, -1, iteration),
+    }
+    expected = masha1(_twin(task), task.init(0), 25, lr=0.05, p=0.3, **ways)
     torch.testing.assert_close(play(task, strategy, 25, width=3), expected, rtol=0, atol=1e-12)
 
 
@@ -90,7 +77,7 @@ def test_a_part_of_the_devices_and_of_their_samples_equals_the_twin(size: int | 
     path: dict[str, Any] = {"size": size, "minibatch": minibatch, "lr": 0.2, "p": 0.3}
     rand, biased = RandK(k=200), top(200)
     one = play(task, Masha1(compressor=rand, **given), 4, width=2)
-    torch.testing.assert_close(one, masha1(twin, task.x0, 4, compress=_keyed(rand), **path), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one, masha1(twin, task.x0, 4, compress=keyed(rand), **path), rtol=1e-4, atol=1e-5)
     two = play(task, Masha2(compressor=TopK(k=200), **given), 4, width=2)
     torch.testing.assert_close(two, masha2(twin, task.x0, 4, compress=biased, **path), rtol=1e-4, atol=1e-5)
 

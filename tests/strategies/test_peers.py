@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -62,56 +63,33 @@ def end(task: Any, strategy: Any, rounds: int, **options: Any) -> Tensor:
 # Twins -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("topology", GRAPHS, ids=lambda t: type(t).__name__)
-def test_dsgd_equals_its_twin(topology: Any) -> None:
-    task, clients = noisy(steps=1, clients=12)
-    got = paths(task, DSGD(local=local_sgd(task, 0.1, steps=1), topology=topology), 8)
-    expected = dsgd(clients, task.x0, 8, lr=0.1, weights=matrices(topology, 12))
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("topology", GRAPHS[:3], ids=lambda t: type(t).__name__)
-def test_gradient_tracking_equals_its_twin(topology: Any) -> None:
-    task, clients = noisy(steps=1, clients=12)
-    got = paths(task, GradientTracking(local=local_sgd(task, 0.1, steps=1), topology=topology), 8)
-    expected = gradient_tracking(clients, task.x0, 8, lr=0.1, weights=matrices(topology, 12))
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-
-
 FOE: tuple[Attack, Callable[[Tensor], Tensor]] = InnerProduct(tau=3.0), lambda mean: -3.0 * mean
+CASES: list[tuple[Any, Any, dict[str, Any], Any, int]] = [
+    *((DSGD, dsgd, {}, graph, 12) for graph in (*GRAPHS, Complete())),
+    *((GradientTracking, gradient_tracking, {}, graph, 12) for graph in GRAPHS[:3]),
+    *(
+        (Monna, monna, {"beta": 0.7, "f": 1, "arrival": arrival}, Torus(), n)
+        for arrival in ("all", "adversarial")
+        for n in (12, 25)  # by a product of matrices, and pair by pair
+    ),
+    *(
+        (ClippedGossip, clipped_gossip, {"beta": 0.7, "f": 1, "tau": tau}, graph, 12)
+        for tau in (None, 0.5)
+        for graph in (Torus(), ErdosRenyi(p=0.4))
+    ),
+    (Bridge, partial(bridge, f=1), {}, Torus(), 12),
+]
 
 
-@pytest.mark.parametrize("arrival", ["all", "adversarial"])
-@pytest.mark.parametrize("n", [12, 25], ids=["a product of matrices", "pair by pair"])
-def test_monna_equals_its_twin_on_a_torus(arrival: Any, n: int) -> None:
+@pytest.mark.parametrize("kind, plain, fields, topology, n", CASES, ids=[kind.__name__ for kind, *_ in CASES])
+def test_it_equals_its_twin(kind: Any, plain: Any, fields: dict[str, Any], topology: Any, n: int) -> None:
     task, clients = noisy(steps=1, clients=n)
-    honest, torus = [i for i in range(n) if i not in (1, 6)], Torus()
-    strategy = Monna(beta=0.7, f=1, arrival=arrival, local=local_sgd(task, 0.2, steps=1), topology=torus)
-    got = paths(task, strategy, 8, byzantine=lying([1, 6], FOE[0]))
-    rule: dict[str, Any] = {"lr": 0.2, "beta": 0.7, "f": 1, "arrival": arrival, "byzantine": [1, 6], "attack": FOE[1]}
-    expected = monna(clients, task.x0, 8, weights=matrices(torus, n), **rule)
-    torch.testing.assert_close(got[:, honest], expected[:, honest], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("tau", [None, 0.5])
-@pytest.mark.parametrize("topology", [Torus(), ErdosRenyi(p=0.4)], ids=lambda t: type(t).__name__)
-def test_clipped_gossip_equals_its_twin(tau: float | None, topology: Any) -> None:
-    task, clients = noisy(steps=1, clients=12)
-    honest = [i for i in range(12) if i not in (1, 6)]
-    strategy = ClippedGossip(beta=0.7, f=1, tau=tau, local=local_sgd(task, 0.2, steps=1), topology=topology)
-    got = paths(task, strategy, 8, byzantine=lying([1, 6], FOE[0]))
-    rule: dict[str, Any] = {"lr": 0.2, "beta": 0.7, "f": 1, "tau": tau, "byzantine": [1, 6], "attack": FOE[1]}
-    expected = clipped_gossip(clients, task.x0, 8, weights=matrices(topology, 12), **rule)
-    torch.testing.assert_close(got[:, honest], expected[:, honest], rtol=0, atol=1e-12)
-
-
-def test_bridge_equals_its_twin() -> None:
-    task, clients = noisy(steps=1, clients=12)
-    honest, torus = [i for i in range(12) if i not in (1, 6)], Torus()
-    strategy = Bridge(local=local_sgd(task, 0.2, steps=1), topology=torus)
-    got = paths(task, strategy, 8, byzantine=lying([1, 6], FOE[0]))
-    rule: dict[str, Any] = {"lr": 0.2, "f": 1, "byzantine": [1, 6], "attack": FOE[1]}
-    expected = bridge(clients, task.x0, 8, weights=matrices(torus, 12), **rule)
+    liars = [] if kind in (DSGD, GradientTracking) else [1, 6]
+    lies = {"byzantine": liars, "attack": FOE[1]} if liars else {}
+    strategy = kind(local=local_sgd(task, 0.2, steps=1), topology=topology, **fields)
+    got = paths(task, strategy, 8, byzantine=lying(liars, FOE[0]) if liars else None)
+    expected = plain(clients, task.x0, 8, lr=0.2, weights=matrices(topology, n), **fields, **lies)
+    honest = [i for i in range(n) if i not in liars]
     torch.testing.assert_close(got[:, honest], expected[:, honest], rtol=0, atol=1e-12)
 
 

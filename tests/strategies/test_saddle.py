@@ -22,7 +22,6 @@ from fedsim.strategies.optimistic_gradient import OptimisticGradient
 from fedsim.tasks.bilinear import BilinearTask
 from tests.build import Play, drawn, local_sgd, play, saddle, two_clients
 from tests.reference.clients import Operators
-from tests.reference.saddle import optimistic_gradient
 
 KINDS: list[tuple[type, dict[str, Any]]] = [
     (Extragradient, {}),
@@ -43,13 +42,6 @@ def _given(matrix: Any, a: Any, b: Any, **settings: Any) -> BilinearTask:
 
 
 # Optimistic gradient ---------------------------------------------------------------------------------------------
-
-
-def test_optimistic_gradient_equals_its_twin() -> None:
-    task = saddle(4, 6, lam=0.1)
-    expected = optimistic_gradient(Operators(task.matrix, task.a, task.b, 0.1), task.init(0), 20, lr=0.2)
-    got = play(task, OptimisticGradient(lr=0.2), 20, width=3)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 def test_it_converges_on_a_bilinear_problem_with_half_of_extragradients_messages() -> None:

@@ -111,11 +111,6 @@ def test_stem_that_forgets_everything_is_local_sgd_one_step_late() -> None:
 # Where they end --------------------------------------------------------------------------------------------------
 
 
-def test_mb_storm_reaches_the_solution_however_many_minibatches() -> None:
-    x = play(two_clients(), MBStorm(beta=0.3, gamma=0.2, local=local_sgd(two_clients())), 300)
-    assert float(x[-1]) == pytest.approx(0.75, abs=1e-9)
-
-
 def _rest(eta: float, steps: int, a: float) -> float:
     """Where STEM comes to rest on the two clients: (x, d) of each moves by a matrix, K times, and then is averaged."""
     mean = torch.zeros(3, 3, dtype=torch.float64)
@@ -136,15 +131,6 @@ def test_the_bias_of_stem_vanishes_with_the_rate_and_without_drift() -> None:
     assert _rest(0.1, 1, 0.1) == pytest.approx(0.75, abs=1e-12)
     away = [abs(0.75 - _rest(eta, 10, 0.1)) for eta in (0.1, 0.01, 0.001)]
     assert away[0] < 0.75 - 0.598711 and away[1] < away[0] / 5 and away[2] < away[1] / 5
-
-
-def test_the_estimate_of_a_frozen_model_varies_as_an_exponential_average() -> None:
-    beta, clients, steps, sigma = 0.1, 4, 5, 2.0
-    task = quadratic(torch.ones(clients, 500), torch.zeros(clients, 500), torch.zeros(500), noise=sigma)
-    game = Play.start(task, MBStorm(beta=beta, gamma=0.0, local=local_sgd(task, 0.1, steps=steps)))
-    game.path(60)
-    variance = float(game.path(60, lambda state: state.g).square().mean())
-    assert variance == pytest.approx(beta / (2 - beta) * sigma**2 / (clients * steps), rel=0.06)
 
 
 # What travels, and what is refused -------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class App:
         for name, kind in (("serverapp", ServerApp), ("clientapp", ClientApp)):
             try:
                 halves[name] = private.load(named[name], folder, kind)
-            except Exception as e:
+            except (Exception, SystemExit) as e:
                 what = f"{name} {named[name]} can't be loaded ({first_line(e)})"
                 raise ConfigError(f"app: {what}; install what it needs, or correct its pyproject.toml") from e
         return cls(folder.resolve(), named["clientapp"], halves["serverapp"], halves["clientapp"], settings)

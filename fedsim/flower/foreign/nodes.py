@@ -100,7 +100,7 @@ class NodeRunner:
             if reply.has_error():
                 return Answer(None, job.state, reply.error.code, reply.error.reason)
             return Answer(pack(reply.content), pack(context.state))
-        except Exception:
+        except (Exception, SystemExit):  # an app may call sys.exit, which ends its process and not the federation's
             return Answer(None, job.state, RAISED, traceback.format_exc())
 
 

@@ -1,5 +1,3 @@
-import pickle
-
 import numpy as np
 import pytest
 import torch
@@ -66,12 +64,6 @@ def test_other_types_and_shapes_are_refused() -> None:
     for bad in (torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"stack \[C, P\]"):
             TopK(k=1).encode(bad, streams(2))
-
-
-def test_packets_pickle() -> None:
-    packet = QSGD(levels=3).encode(torch.randn(4, 11), streams(4))
-    decoded = packet.decode()
-    assert torch.equal(pickle.loads(pickle.dumps(packet)).decode(), decoded)
 
 
 @settings(max_examples=40, deadline=None)

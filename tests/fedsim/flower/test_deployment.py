@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import ssl
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from flwr.common.config import get_fused_config_from_dir, parse_config_args
 
 from fedsim import flower_cli
 from fedsim.config import ConfigError
+from fedsim.flower.clock import Patience
 from fedsim.flower.credentials import write_credentials
-from fedsim.flower.deployment import HOST, deployed
+from fedsim.flower.deployment import HOST, Deployment, deployed, setting
+from fedsim.flower.door import MAX_EXAMPLES
 from tests.fedsim.console import Outcome, fedsim
 from tests.flower_live.deployment import free_port
 
@@ -86,6 +91,38 @@ def test_a_deployment_starts_what_it_shows_and_leaves_nobody_behind(scripts: Pat
     shown = [line for line in found.out.splitlines() if line.startswith("$")]
     assert len(shown) == 2 + 1 + 2 * 2 + 2 and shown[0].startswith("$ fedsim flower keys ")
     assert are_gone(scripts)
+
+
+def test_settings_reach_flower_as_they_are(scripts: Path) -> None:
+    override = """strategy.aggregator={"name": "median"} data.root='/a b/\\é😀'"""
+    assert fedsim("flower", "export", "quadratic.yaml", "app").code == 0
+    wanted = {"fedsim-overrides": override, "fedsim-out": '/a "b"', "fedsim-resume": True, "fedsim-max-examples": 7}
+    wanted["fedsim-reply-seconds"] = 0.5
+    text = " ".join(f"{key}={setting(value)}" for key, value in wanted.items())
+    assert get_fused_config_from_dir(Path("app"), parse_config_args([text])) == wanted
+    unchanged = get_fused_config_from_dir(Path("app"), {})
+    assert unchanged["fedsim-max-examples"] == MAX_EXAMPLES
+    assert unchanged["fedsim-reply-seconds"] == Patience().reply_seconds
+
+
+def test_an_app_is_found_from_within_its_folder(scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fedsim("flower", "export", "quadratic.yaml", "app").code == 0
+    monkeypatch.chdir("app")
+    assert fedsim("flower", "deploy", ".", "--port", str(free_port(3))).code == 0
+    assert (scripts.parent / "app-federation" / "ca.crt").exists()
+
+
+def test_whoever_does_not_wait_for_the_end_leaves_nobody_behind(tmp_path: Path) -> None:
+    deaf = subprocess.Popen(
+        ["sh", "-c", "trap '' TERM; echo; sleep 60"], start_new_session=True, stdout=subprocess.PIPE
+    )
+    deployment = Deployment(tmp_path, 0, 1)
+    deployment.processes |= {"impatient": mock.Mock(pid=deaf.pid), "deaf": deaf}
+    deployment.processes["impatient"].wait = mock.Mock(side_effect=[KeyboardInterrupt, 0])
+    with deaf, pytest.raises(KeyboardInterrupt):
+        assert deaf.stdout is not None and deaf.stdout.readline() == b"\n"
+        deployment.close()
+    assert deaf.returncode == -signal.SIGKILL
 
 
 def test_a_run_that_failed_is_said_so(scripts: Path) -> None:
@@ -189,6 +226,20 @@ def test_certificates_prove_the_server_and_nobody_else(tmp_path: Path) -> None:
     for name in ("localhost", "127.0.0.1", "fl.example.org", "10.0.0.7"):
         assert handshake(tmp_path, name) is None, name
     assert "mismatch" in str(handshake(tmp_path, "example.org"))
+
+
+def test_a_certificate_that_does_not_serve_any_more_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_credentials(tmp_path, 1, ["fl.example.org"])
+    write_credentials(tmp_path, 2, ["fl.example.org"])
+    with pytest.raises(ConfigError, match=r"server.pem does not name other.example.org, 10.0.0.7; remove it"):
+        write_credentials(tmp_path, 2, ["other.example.org", "fl.example.org", "10.0.0.7"])
+    (tmp_path / "server.pem").unlink()
+    monkeypatch.setattr("fedsim.flower.credentials.DAYS", 0)
+    write_credentials(tmp_path, 1)
+    with pytest.raises(ConfigError, match=r"server.pem expired on \d{4}-\d\d-\d\d; remove it"):
+        write_credentials(tmp_path, 1)
 
 
 def test_keys_are_pairs_for_their_owner_alone_and_are_not_written_twice(tmp_path: Path) -> None:

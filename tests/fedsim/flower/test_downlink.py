@@ -2,14 +2,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
-from torch import Tensor
 
 from fedsim.compress.error_feedback import contractive
 from fedsim.compress.packet import Compressor
 from fedsim.compress.sparsify import Bernoulli, RandK, TopK
 from fedsim.flower import wire
-from fedsim.flower.downlink import Copies, receive_copies
+from fedsim.flower.downlink import Copies, Numbered, receive_copies
 from fedsim.sim.account import bits_of
 from fedsim.sim.links import Downlink
 from tests.fedsim.flower.local_grid import through_bytes
@@ -26,7 +26,8 @@ class Wired:
             Downlink(compressor=compressor, seed=4),
         )
         self.book = wire.Book({"downlink": compressor, "scaled": contractive(compressor, P)})
-        self.clients: list[dict[str, Tensor]] = [{} for _ in range(N)]
+        self.clients: list[dict[str, Numbered]] = [{} for _ in range(N)]
+        self.lost: set[int] = set()  # clients that do not keep what they get
         self.step = 0
 
     def send(self, *ids: int) -> tuple[list[int], list[int]]:
@@ -40,9 +41,10 @@ class Wired:
         sent = []
         for i, values in zip(ids, each, strict=True):
             content = through_bytes(wire.write(values, self.book, keys))
-            new, broadcast = receive_copies(wire.read(content, self.book), self.clients[i])
-            self.clients[i] |= new
-            assert torch.equal(broadcast["x"], expected)
+            for _ in range(2):  # a message that comes twice, the second time to a client that has kept it
+                new, broadcast = receive_copies(wire.read(content, self.book), self.clients[i])
+                assert torch.equal(broadcast["x"], expected)
+                self.clients[i] |= {} if i in self.lost else new
             sent.append(sum(map(bits_of, values.values())))
         return sent, counted.tolist()
 
@@ -94,3 +96,12 @@ def test_more_than_ten_changes_are_applied_in_their_order() -> None:
     for _ in range(11):
         wired.send(0)
     assert wired.send(1)[0] == [12 * 37]
+
+
+def test_a_client_that_missed_a_message_unnoticed_says_so_and_computes_nothing() -> None:
+    wired = Wired(TopK(k=1))
+    wired.send(0, 1)
+    wired.lost = {1}
+    wired.send(0, 1)
+    with pytest.raises(ValueError, match="change 3 of 'x' arrived, and no copy after change 2 is here"):
+        wired.send(0, 1)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from torch import Tensor
 
 from fedsim.aggregate import Mean, Median
@@ -22,8 +23,9 @@ from fedsim.flower.client import app_of
 from fedsim.flower.clock import Patience
 from fedsim.flower.door import Door
 from fedsim.flower.fleet import FlowerFleet
+from fedsim.flower.foreign.private import number
 from fedsim.flower.mail import Mail
-from fedsim.flower.nodes import connect
+from fedsim.flower.nodes import connect, reason
 from fedsim.sim.executor import ClientError, StackRunner
 from fedsim.sim.links import Downlink
 from tests.build import heard_sum, quadratic
@@ -132,6 +134,7 @@ def test_a_restored_fleet_finds_the_memory_of_its_last_checkpoint_however_long_a
     fleet.load(state)
     again = fleet.receive()
     assert (again.ids.tolist(), again["n"].tolist()) == ([0, 3], [[2.0], [2.0]])
+    assert fleet.devices()["replied"].tolist() == [2, 1, 1, 2], "a reply counts once, when it is taken"
     assert fleet.ask(ALL, HALVES.count)["n"].tolist() == [[3.0], [2.0], [2.0], [3.0]]
 
 
@@ -337,18 +340,34 @@ def test_memory_lasts_from_message_to_message_and_a_node_that_lost_it_says_so() 
         assert fleet.ask(ALL, HALVES.count).ids.tolist() == [0, 1, 3]
 
 
-def test_a_client_that_is_back_without_its_copy_is_sent_the_whole_vector() -> None:
+def compressed(seconds: Callable[[int], float] = lambda i: 1.0) -> tuple[FlowerFleet, LocalGrid]:
+    """A fleet whose broadcasts go as changes."""
     rule = TopK(k=1)
     book, clock = wire.Book({"downlink": rule}), VirtualClock()
-    grid = LocalGrid(app(book), NUM, clock=clock)
+    grid = LocalGrid(app(book), NUM, clock=clock, seconds=seconds)
     door = replace(DOOR, book=book)
     mail = Mail(grid, connect(grid, NUM, door, clock, PATIENCE), door, clock, PATIENCE)
-    fleet = FlowerFleet(mail, seed=0, model_size=1, downlink=Downlink(compressor=rule, seed=0))
+    return FlowerFleet(mail, seed=0, model_size=1, downlink=Downlink(compressor=rule, seed=0)), grid
+
+
+def test_a_change_that_nobody_knows_did_not_arrive_costs_one_reply_and_no_wrong_number() -> None:
+    fleet, grid = compressed(lambda i: 5.0 if i == 1 else 1.0)
+    fleet.ask(ALL, HALVES.tell, x=X)
+    grid.gone = {1}
+    assert fleet.ask(ALL, HALVES.tell, within=2.0, x=X + 1).ids.tolist() == [0, 2, 3]  # before the error is there
+    grid.gone = set()
+    with pytest.warns(UserWarning, match="client 1 .*change 3 of 'x' arrived, and no copy after change 2 is here"):
+        assert fleet.ask(ALL, HALVES.tell, x=X + 2)["v"].tolist() == [[12.0], [14.0], [15.0]]
+    assert fleet.ask(ALL, HALVES.tell, x=X + 3)["v"].tolist() == [[13.0], [14.0], [15.0], [16.0]]
+
+
+def test_a_client_that_is_back_without_its_copy_is_sent_the_whole_vector() -> None:
+    fleet, grid = compressed()
     fleet.ask(ALL, HALVES.tell, x=X)
     grid.gone = {1}
     assert fleet.ask(ALL, HALVES.tell, x=X + 1).ids.tolist() == [0, 2, 3]
     grid.gone = set()
-    grid.contexts[mail.nodes.node_ids[1]].state = RecordDict()
+    grid.contexts[fleet.mail.nodes.node_ids[1]].state = RecordDict()
     assert fleet.ask(ALL, HALVES.tell, x=X + 2)["v"].tolist() == [[12.0], [13.0], [14.0], [15.0]]
 
 
@@ -426,6 +445,53 @@ def test_a_node_that_leaves_before_it_has_said_who_it_is_is_asked_again() -> Non
     grid = Late(app(), NUM)
     assert connect(grid, NUM, DOOR, grid.clock, PATIENCE).num_examples.tolist() == [4, 3, 2, 1]
     assert grid.clock.now() == pytest.approx(5.0, abs=2 * PATIENCE.poll_seconds)
+
+
+class Unreadable(LocalGrid):
+    """A grid on which one device's replies are not what they should be to Flower itself."""
+
+    lie: Callable[[list[Message]], Iterable[Message]] = staticmethod(lambda found: found)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self.lie(list(super().pull_messages(message_ids)))
+
+
+def renamed(found: list[Message]) -> Iterable[Message]:
+    """Replies, the second of which says that it answers a message that nobody sent."""
+    for message in found[1:2]:
+        message.metadata.__dict__["_reply_to_message_id"] = "no message"
+    return found
+
+
+def unreadable(found: list[Message]) -> Iterable[Message]:
+    return [inflate_object_from_contents("7", {"7": b"Message  5\x00junk!"}) for _ in found]  # type: ignore[misc]
+
+
+def test_a_reply_to_a_message_that_nobody_sent_is_none() -> None:
+    clock = VirtualClock()
+    grid = Unreadable(app(), NUM, clock=clock)
+    nodes = connect(grid, NUM, DOOR, clock, PATIENCE)
+    fleet = FlowerFleet(Mail(grid, nodes, DOOR, clock, PATIENCE), seed=0, model_size=1)
+    grid.lie = renamed
+    with pytest.warns(UserWarning, match=r"no reply for 60.0 seconds from client\(s\) 1 "):
+        assert fleet.ask(ALL, HALVES.tell, x=X).ids.tolist() == [0, 2, 3]
+    with pytest.warns(UserWarning, match=r"score goes on without client\(s\) 1$"):
+        assert fleet.evaluate(ALL, HALVES.score, x=X)["loss"].isnan().tolist() == [False, True, False, False]
+    with pytest.raises(ClientError, match="no node with partition-id 1"):
+        connect(grid, NUM, DOOR, clock, PATIENCE)
+
+
+def test_what_flower_itself_cannot_read_ends_the_run_with_one_message() -> None:
+    grid = Unreadable(app(), NUM)
+    grid.lie = unreadable
+    with pytest.raises(ClientError, match=r"Flower can't read what one of the devices sent.*find the device"):
+        connect(grid, NUM, DOOR, grid.clock, PATIENCE)
+
+
+def test_what_a_device_says_of_its_error_is_one_line_of_bounded_length() -> None:
+    asked = Message(RecordDict(), 5, "train")
+    said = reason(Message(Error(code=1, reason="a\nb\x1b[2J" + "c" * 10**6), reply_to=number(asked, "1")))
+    assert said.startswith("a b [2Jccc") and said.isprintable() and len(said) < 2100
 
 
 @pytest.mark.parametrize(

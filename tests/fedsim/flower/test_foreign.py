@@ -19,6 +19,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
+from flwr.serverapp import ServerApp
 from flwr.serverapp import strategy as strategies
 from flwr.serverapp.strategy import strategy_utils
 
@@ -159,6 +160,12 @@ def test_a_server_that_raises_ends_the_run_with_its_exception(tmp_path: Path) ->
     assert "Traceback" in found.err and "FedNothing" in found.err
 
 
+def test_a_server_that_leaves_by_itself_has_not_run_to_its_end(tmp_path: Path) -> None:
+    with mock.patch.object(ServerApp, "__call__", side_effect=SystemExit(0)):
+        found = fedsim("flower", "run", MESSAGE, "--out", tmp_path / "run", "-q")
+    assert found.code == 1 and "its ServerApp failed before its first round: SystemExit: 0" in found.err
+
+
 def test_a_run_can_be_run_again_from_its_own_file(tmp_path: Path) -> None:
     first = played(MESSAGE, tmp_path / "a", "clients.devices=lognormal", "run_config.num-server-rounds=1")
     assert played(MESSAGE, tmp_path / "b", "--config", str(tmp_path / "a" / "config.yaml")) == first
@@ -171,6 +178,8 @@ echo = ClientApp()
 def _(message: Message, context: Any) -> Message:
     context.state["mine"] = ConfigRecord({"message": message.metadata.message_id})
     assert "bad" not in message.content
+    if "exit" in message.content:
+        sys.exit("enough")
     message.content["mine"] = ConfigRecord({"node": context.node_id})
     return Message(message.content, reply_to=message)
 
@@ -216,6 +225,9 @@ def test_messages_that_outlive_their_time_or_have_no_node_are_errors_as_flower_h
     bad.content["bad"] = ConfigRecord()
     (reply,) = grid.send_and_receive([bad])
     assert reply.error.code == RAISED and "AssertionError" in reply.error.reason
+    bad.content["exit"] = bad.content.pop("bad")
+    (reply,) = grid.send_and_receive([bad])
+    assert reply.error.code == RAISED and "SystemExit: enough" in reply.error.reason
     assert grid.states[2] == NOTHING_KEPT != grid.states[1]
 
 

@@ -97,10 +97,7 @@ def test_a_shrinking_prefix_steps_each_client_its_own_number_of_times() -> None:
     y = x.clone()
     state = optimizer.init(y)
     for i, k in enumerate([3, 3, 2, 1, 1]):
-        before = {n: v.clone() for n, v in state.to_rows().items()} | {"x": y.clone()}
         optimizer.step_(y[:k], grads[i, :k], state)
-        after = state.to_rows() | {"x": y}
-        assert all(torch.equal(after[n][k:], before[n][k:]) for n in after)
     assert state.t.tolist() == [5, 3, 2]
     for c, n in enumerate([5, 3, 2]):
         assert torch.allclose(y[c], stack_run({"name": "adamw", "lr": 0.1}, x, grads[:n])[c], atol=1e-14)

@@ -43,6 +43,17 @@ def test_a_gradient_that_is_not_finite_skips_its_client_alone() -> None:
     assert x[0].eq(0).all() and x[1].eq(-1).all()
 
 
+def test_whoever_does_not_want_to_wait_is_told_afterwards_that_a_gradient_was_not_finite() -> None:
+    optimizer = ForeignOptimizer(torch.optim.SGD, {"lr": 1.0}, LAYOUT)
+    x, doubt = torch.zeros(2, LAYOUT.size), torch.zeros(())
+    state, grad = optimizer.init(x), torch.ones(2, LAYOUT.size)
+    optimizer.step_(x, grad, state, doubt=doubt)
+    assert doubt.isfinite()
+    grad[0, 3] = torch.inf
+    optimizer.step_(x, grad, state, doubt=doubt)
+    assert not doubt.isfinite()
+
+
 def test_it_is_named_by_import_path_in_an_experiment() -> None:
     config = {
         "rounds": 3,

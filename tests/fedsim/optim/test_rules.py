@@ -99,10 +99,6 @@ def test_lion_contracts_to_the_box_of_its_decay() -> None:
         assert (x.abs().amax(1) - 0.5 <= (1 - 0.1) * before + 1e-13).all()
 
 
-def test_lion_of_zero_moves_nothing() -> None:
-    assert scalar({"name": "lion", "lr": 0.1}, 1.0, [0.0, 0.0]) == 1.0
-
-
 def test_spam_after_a_reset_takes_the_damped_step_that_its_global_counter_gives() -> None:
     spec = {"name": "spam", "lr": 0.1, "interval": 3, "warmup": 150, "guard": 2}
     moved = scalar(spec, 0.0, [1.0, -2.0, 5.0]) - scalar(spec, 0.0, [1.0, -2.0])

@@ -18,7 +18,7 @@ from fedsim.runs import run
 from fedsim.sim.collectives import interface_to
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sim.in_process import InProcess
-from fedsim.sim.place import Place
+from fedsim.sim.place import Place, take_gpu
 from fedsim.strategies import STRATEGIES
 from tests.build import rows_in
 from tests.fedsim.sim import rank_cases
@@ -128,6 +128,13 @@ def test_more_ranks_than_gpus_is_one_message(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError, match=f"^runtime.device: {message}"):
         compute_device("cuda")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_rank_that_runs_two_experiments_keeps_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    for _ in range(2):
+        take_gpu(Place(1, 1, 2, 2, "with two GPUs"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 def test_the_interface_is_the_one_that_leads_to_the_host() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Uplink
 from fedsim.sim.ray_executor import RayExecutor, setting_of
+from fedsim.sim.ray_pool import RayPool
 from tests.fedsim.sim.ray_cases import (
     DIM,
     NUM_CLIENTS,
@@ -309,17 +311,28 @@ def test_a_timeout_of_nothing_is_refused() -> None:
         RayExecutor(runner(), width=1, workers=1, timeout_seconds=0)
 
 
+def test_more_workers_than_gpus_of_this_machine_are_refused() -> None:
+    pool = object.__new__(RayPool)
+    pool.ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 16.0, "GPU": 2.0})
+    pool._threads, pool._gpus, pool.others_join = 1, 1, False
+    with pytest.raises(ValueError, match=r"runtime.workers: 3 Ray workers were asked for, and this machine has 2 GPU"):
+        pool._count(3, joining=False)
+    assert pool._count(None, joining=False) == 2
+
+
 def test_an_address_without_a_cluster_is_refused_at_once() -> None:
     code = """
 import sys
 from fedsim.sim.ray_executor import RayExecutor
 from tests.fedsim.sim.ray_cases import runner
 assert "ray" not in sys.modules, "importing the module does not import ray"
-try:
-    RayExecutor(runner(), width=1, address="127.0.0.1:1")
-except ValueError as error:
-    print(error)
+for address in ("127.0.0.1:1", "nowhere"):
+    try:
+        RayExecutor(runner(), width=1, address=address)
+    except ValueError as error:
+        print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert done.stdout.startswith("runtime.address=127.0.0.1:1: cannot join a Ray cluster there")
-    assert "ray start --head" in done.stdout
+    for line, address in zip(done.stdout.splitlines(), ("127.0.0.1:1", "nowhere"), strict=True):
+        assert line.startswith(f"runtime.address={address}: cannot join a Ray cluster there")
+        assert "ray start --head" in line

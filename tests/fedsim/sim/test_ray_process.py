@@ -17,6 +17,7 @@ import torch
 from fedsim.sim import ray_process
 from fedsim.sim.executor import ClientError, Lost
 from fedsim.sim.in_process import InProcess
+from fedsim.sim.ray_pool import WorkersLost
 from fedsim.sim.ray_process import RayProcess
 from tests.fedsim.sim.ports import addresses, family
 from tests.fedsim.sim.ray_cases import DIM, LocalError, arm, assert_same_bits, once_marked, runner, some_jobs
@@ -168,6 +169,9 @@ def test_a_value_error_of_the_call_is_told_from_one_of_a_start(monkeypatch: pyte
     monkeypatch.setattr(ray_process, "_Driver", Driver)
     process = RayProcess(runner(), width=1)
     with pytest.raises(ValueError, match="^the task's own$"):
+        process.run(some_jobs())
+    monkeypatch.setattr(Driver, "answer", WorkersLost("stack 1 lost its worker 3 times"))
+    with pytest.raises(WorkersLost, match="^stack 1 lost its worker 3 times$"):  # and Ray is not started anew
         process.run(some_jobs())
     monkeypatch.setattr(Driver, "answer", Lost("it ended"))
     monkeypatch.setattr(Driver, "start", ValueError("no cluster"))
