@@ -71,9 +71,11 @@ class Pipe:
         for number in dropped:
             del self._theirs[number]
         for number, size in new:
-            _, (file,), _, _ = socket.recv_fds(self._end, 1, 1)
-            self._theirs[number] = mmap.mmap(file, size)
-            os.close(file)
+            _, files, _, _ = socket.recv_fds(self._end, 1, 1)
+            if not files:
+                raise EOFError("the other end is closed")
+            self._theirs[number] = mmap.mmap(files[0], size)
+            os.close(files[0])
         return said, (stream, [self._exactly(n) if number is None else self._lent(number, n) for n, number in places])
 
     def close(self) -> None:

@@ -151,8 +151,8 @@ class RayExecutor(Executor):
         inbox = pack(jobs.inbox and jobs.inbox.fields, pickler=self._pickler)
         # of the models each group gets its own, in the order that `rows` numbers them
         used = [[0, *(1 + torch.unique(jobs.which[torch.cat(group)])).tolist()] for group in groups]
-        round = f"{jobs.work} in round {jobs.round + 1} for client(s)"
-        what = [f"{round} {shown(jobs.ids[torch.cat(group)])}" for group in groups]
+        work = f"{jobs.work} in round {jobs.round + 1} for client(s)"
+        what = [f"{work} {shown(jobs.ids[torch.cat(group)])}" for group in groups]
         models = (self._shared(model) for model in jobs.models)
         parts = (self._shared(_part(group, jobs)) for group in groups)
         found = self._driver.in_order("run", used, what, chain([inbox], models, parts))

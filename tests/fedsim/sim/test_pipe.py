@@ -101,3 +101,12 @@ def test_an_end_that_is_gone_is_an_error_for_the_other(ends: tuple[Pipe, Pipe]) 
         ends[1].receive()
     with pytest.raises(ConnectionError):
         ends[1].send(None)
+
+
+def test_so_is_one_that_goes_in_the_middle_of_a_parcel(
+    ends: tuple[Pipe, Pipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "send_fds", lambda *_: ends[0].close())
+    ends[0].send(None, (b"", [np.zeros(LARGE, dtype=np.uint8)]))
+    with pytest.raises(EOFError, match="the other end is closed"):
+        ends[1].receive()
