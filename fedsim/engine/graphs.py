@@ -37,7 +37,7 @@ from fedsim.streams import Streams
 from fedsim.task import Session
 from fedsim.trees import Tree, each, tensors
 
-MOST = 32  # calls that a thread remembers: where more of them take turns, none is captured
+MOST = 64  # calls that a thread remembers: where more of them take turns, none is captured
 TOLERANCE = 1e-2  # of the largest change: a GPU may add up in another order, and a wrong input is far off
 INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_unsafe_index_put", "_index_put_impl_"}
 
@@ -159,12 +159,12 @@ class Call:
         self.streams = None if batch.streams is None else OwnStreams.of(batch.streams)
         self.batch = replace(
             batch,
-            inputs=each(torch.clone, batch.inputs),
-            targets=each(torch.clone, batch.targets),
-            weights=None if batch.weights is None else batch.weights.clone(),
+            inputs=each(torch.empty_like, batch.inputs),
+            targets=each(torch.empty_like, batch.targets),
+            weights=None if batch.weights is None else torch.empty_like(batch.weights),
             streams=self.streams,
         )
-        self.lr = x.new_zeros(())
+        self.lr = x.new_empty(())
         self.graph: torch.cuda.CUDAGraph | None = None
         self.loss = self.lr  # of the graph: the next replay of any writes over it
         self.times = 0
