@@ -14,6 +14,7 @@ from math import isclose
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -152,19 +153,17 @@ def test_every_strategy_gives_the_same_bits_again_on_one_card() -> None:
 
 
 @pretended
-def test_a_process_that_computes_on_a_card_asks_for_the_same_order_of_sums(
-    gpu: Counts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_computes_on_a_card_asks_for_the_same_order_of_sums(gpu: Counts) -> None:
     asked = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.append(mode))
-    compose({**pair("fedavg", None), "runtime": {"device": "cpu"}}, "config").close()
-    assert asked == []
-    compose({**pair("fedavg", None), "runtime": {"device": "cuda"}}, "config").close()
-    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    worker = object.__new__(Actor)  # without setting this process's threads
-    worker._runner = None
-    worker._open(pack((None, None, 0, torch.device("cuda"), None)))
-    assert asked == [True, True]
+    with mock.patch.object(torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.append(mode)):
+        compose({**pair("fedavg", None), "runtime": {"device": "cpu"}}, "config").close()
+        assert asked == []
+        compose({**pair("fedavg", None), "runtime": {"device": "cuda"}}, "config").close()
+        assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        worker = object.__new__(Actor)  # without setting this process's threads
+        worker._runner = None
+        worker._open(pack((None, None, 0, torch.device("cuda"), None)))
+        assert asked == [True, True]
 
 
 @pytest.mark.parametrize("option", ["uplink top_k, error feedback", "NNM before it", "server Adam", "local AdamW"])
@@ -376,17 +375,14 @@ def test_a_card_that_is_full_is_one_message(what: str, gpu: Counts, monkeypatch:
 
 
 @pretended
-def test_a_model_that_is_too_large_for_one_client_is_refused_before_anything_starts(
-    gpu: Counts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_is_too_large_for_one_client_is_refused_before_anything_starts(gpu: Counts) -> None:
     config = {
         "task": {"name": "classification", "dataset": "digits", "model": {"name": "mlp", "hidden": [1000]}},
         "runtime": {"device": "cuda"},
     }
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**19))
-    with pytest.raises(
-        ConfigError, match="runtime: 75,010 parameters take 0.0 GiB for one client alone, and the GPU has"
-    ):
+    small = mock.patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**19))
+    words = "runtime: 75,010 parameters take 0.0 GiB for one client alone, and the GPU has"
+    with small, pytest.raises(ConfigError, match=words):
         rows_of(config)
 
 
@@ -404,17 +400,17 @@ def test_rows_lie_on_the_device_only_in_the_process_that_computes(
 
 
 @pretended
-def test_a_card_that_is_named_has_to_be_there_and_is_used_alone(gpu: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_that_is_named_has_to_be_there_and_is_used_alone(gpu: Counts) -> None:
     with pytest.raises(ConfigError, match=r"runtime.device: 'cuda:7' was asked for, and 1 GPU\(s\) are visible"):
         run(pair("fedavg", None), "cuda:7")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = {**pair("fedavg", None), "runtime": {"device": "cuda:0"}}
-    composition = compose(config, "config")
-    composition.close()
-    assert composition.plan["workers"].endswith("in this process, 1 intra-op thread(s) each")
-    config["runtime"] |= {"executor": "ray"}
-    with pytest.raises(ConfigError, match="each Ray worker takes a GPU of its own; use cuda, not 'cuda:0'"):
-        compose(config, "config")
+    with mock.patch.object(torch.cuda, "device_count", lambda: 2):
+        composition = compose(config, "config")
+        composition.close()
+        assert composition.plan["workers"].endswith("in this process, 1 intra-op thread(s) each")
+        config["runtime"] |= {"executor": "ray"}
+        with pytest.raises(ConfigError, match="each Ray worker takes a GPU of its own; use cuda, not 'cuda:0'"):
+            compose(config, "config")
 
 
 class OnceInfinite(QuadraticTask):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -303,12 +304,9 @@ def test_a_step_with_samples_on_the_host_copies_its_minibatch_and_waits_for_noth
 
 @pretended
 @pytest.mark.parametrize("size, wanted", [(2**40, "device"), (2**20, "host")])
-def test_samples_lie_on_the_device_where_they_surely_have_room(
-    size: int, wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pretend_gpu(), pretend_streams():
-        about = SimpleNamespace(total_memory=size)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+def test_samples_lie_on_the_device_where_they_surely_have_room(size: int, wanted: str) -> None:
+    about = SimpleNamespace(total_memory=size)
+    with pretend_gpu(), mock.patch.object(torch.cuda, "get_device_properties", lambda device: about):
         made = compose({**DIGITS, "task": {"name": "classification", "dataset": "digits"}, "runtime": CUDA}, "config")
         made.close()
     assert made.resolved["runtime"]["data"] == wanted
@@ -329,11 +327,12 @@ def test_workers_of_one_machine_read_from_one_copy_on_the_host(monkeypatch: pyte
     with streams():
         made = compose({**digits(), "runtime": {**CUDA, "data": "host"}}, "config")
         task, pool = made.experiment.task, made.executor
-        sent = pack(task, share=True)  # as it goes to a store, which hands out views of its buffers
-        buffers = [span(torch.from_numpy(buffer)) for buffer in sent[1]]
+        stream, buffers = pack(task, share=True)
+        sent = stream, [buffer.copy() for buffer in buffers]  # a store's, which hands out views of them
+        lie = [span(torch.from_numpy(buffer)) for buffer in sent[1]]
         for other in (unpack(sent), unpack(sent)):
             assert isinstance(other, SupervisedTask) and isinstance(other.data.inputs, Tensor)
-            assert other.device.type == "cuda" and span(other.data.inputs) in buffers
+            assert other.device.type == "cuda" and span(other.data.inputs) in lie
             x = other.x0.to("cuda")
             assert other.evaluate(x, pool) == task.evaluate(x, pool)
         made.close()

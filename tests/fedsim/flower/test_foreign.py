@@ -431,11 +431,15 @@ def test_a_worker_answers_as_this_process_does_and_says_why_it_cannot_load_an_ap
     actor = NodeActor(torch.get_num_threads())
     parcel = packing.pack(setting)
     try:
-        assert packing.unpack(actor.ready(parcel)) is None
+        assert actor.ready(parcel) is None
         found = packing.unpack(actor.run(parcel, packing.pack(jobs)))
         app = App.load(MESSAGE, {}).client
     finally:
         gc.unfreeze()
     assert found == list(NodeRunner(app, 4, settings, 5).answers(jobs)) and found[0].content != found[1].content
-    failed = packing.unpack(NodeActor(1).ready(packing.pack(replace(setting, reference="quick.client_app:nothing"))))
-    assert isinstance(failed.error, WorkersLost) and "a Ray worker can't load the app: LoadError" in str(failed.error)
+    failed = NodeActor(1).ready(packing.pack(replace(setting, reference="quick.client_app:nothing")))
+    assert (
+        failed is not None
+        and isinstance(failed.error, WorkersLost)
+        and "a Ray worker can't load the app: LoadError" in str(failed.error)
+    )

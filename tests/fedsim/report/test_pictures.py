@@ -34,12 +34,12 @@ def test_an_image_is_read_by_others_as_it_was(channels: int) -> None:
 
 
 def test_samples_become_images_only_where_they_are_some() -> None:
-    grey = torch.arange(12.0).view(3, 2, 2)
-    assert grid(grey, 2, 0.0, 10.0)[:, :, :, 0, 0].tolist() == [
+    grey = grid("grey", torch.arange(12.0).view(3, 2, 2), 2, 0.0, 10.0)
+    assert grey["grey"][:, :, :, 0, 0].tolist() == [
         [[0.0, pytest.approx(0.2)], [pytest.approx(0.4), pytest.approx(0.6)]]
-    ]  # type: ignore[index]
-    assert grid(torch.zeros(4, 3, 2, 5), 4, 0.0, 1.0).shape == (1, 4, 2, 5, 3)  # type: ignore[union-attr]
-    assert grid(torch.zeros(4, 7), 2, 0.0, 1.0) is None and grid(torch.zeros(4, 2, 3, 3), 2, 0.0, 1.0) is None
+    ]
+    assert grid("colours", torch.zeros(4, 3, 2, 5), 4, 0.0, 1.0)["colours"].shape == (1, 4, 2, 5, 3)
+    assert grid("none", torch.zeros(4, 7), 2, 0.0, 1.0) == grid("none", torch.zeros(4, 2, 3, 3), 2, 0.0, 1.0) == {}
 
 
 @pytest.mark.parametrize("section", [pictures_section, split_section, topology_section])
