@@ -163,6 +163,7 @@ class Call:
             targets=each(torch.empty_like, batch.targets),
             weights=None if batch.weights is None else torch.empty_like(batch.weights),
             streams=self.streams,
+            counts=None,  # a graph would keep those of one batch; a pass that needs them asks, and is not captured
         )
         self.lr = x.new_empty(())
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -42,7 +42,7 @@ def gpu() -> Iterator[None]:
 
 
 def there(b: Batch, seed: int) -> Batch:
-    """A batch on the device, of clients whose noise has this seed."""
+    """A batch on the device, of clients whose noise has this seed, with the counts that a plan of batches tells."""
     assert b.streams is not None
     streams = Streams(seed, b.streams.clients.to("cuda") + seed, b.streams.jobs.to("cuda") + seed)
     return Batch(
@@ -51,6 +51,7 @@ def there(b: Batch, seed: int) -> Batch:
         None if b.weights is None else b.weights.to("cuda"),
         streams,
         b.step,
+        None if b.weights is None else b.weights.sum(1).int().tolist(),
     )
 
 
@@ -127,6 +128,14 @@ def test_replayed_steps_of_the_loop_engine_are_its_steps() -> None:
     x, steps = stack(layout, x0, 3).to("cuda"), plan("mlp", False)
     assert_same(rounds(graphed, x, steps, by_gradient), rounds(plain, x, steps, by_gradient))
     assert all(call.believed for call in graphed.known.calls.values())
+
+
+def test_clients_of_the_loop_engine_may_have_other_numbers_of_samples_in_batches_of_one_shape() -> None:
+    module, layout, x0 = model("mlp")
+    graphed, plain = both(module.double(), layout, "loop")
+    x = stack(layout, x0, 3).to("cuda")
+    steps = [[batch("mlp", counts, seed=sum(counts)) for counts in ([4, 3, 1], [1, 4, 2], [2, 4, 4], [4, 1, 3])]]
+    assert_same(rounds(graphed, x, steps, by_gradient), rounds(plain, x, steps, by_gradient))
 
 
 class Drawing(nn.Module):
