@@ -66,8 +66,12 @@ Reader = Resident | Staged
 
 @cache
 def _copies(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all copies to a GPU: it has one engine for them."""
-    return torch.cuda.Stream(device)
+    """The stream of all copies to a GPU: it has one engine for them.
+
+    It has a priority, since torch hands out its 32 streams without one in turn: in a process of many runs another
+    thread could come to capture a graph on this one.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def _gathered(source: Tensor, which: slice | Tensor) -> Tensor:
