@@ -199,7 +199,7 @@ class Call:
             return self.loss.clone()
         if self.graph is not None:
             return self._both(work, batch, changed, written)
-        loss = self._watched(work, batch) if self.times == 2 else work(self._with(batch), self.lr)
+        loss = self._watched(work, batch, changed) if self.times == 2 else work(self._with(batch), self.lr)
         self.refused = loss is None
         return loss
 
@@ -218,11 +218,17 @@ class Call:
         streams = None if own is None or new is None else replace(own, seed=new.seed)
         return replace(self.batch, streams=streams, step=batch.step)
 
-    def _watched(self, work: Made, batch: Batch) -> Tensor | None:
+    def _watched(self, work: Made, batch: Batch, changed: Sequence[Tensor]) -> Tensor | None:
         """Made as ever, while it is seen whether it can be captured."""
-        before = generators(self.lr.device)
-        with Watch() as watch:
-            loss = work(self._with(batch), self.lr)
+        before, start = generators(self.lr.device), [t.clone() for t in changed]
+        try:
+            with Watch() as watch:
+                loss = work(self._with(batch), self.lr)
+        except Exception:  # some of torch can't be watched: compiled functions, operations that take functions
+            self.plain = True
+            for t, old in zip(changed, start, strict=True):
+                t.copy_(old)
+            return work(self._with(batch), self.lr)
         self.plain = not watch.passed or not torch.equal(before, generators(self.lr.device))
         return loss
 

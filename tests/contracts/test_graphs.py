@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fedsim.config import ConfigError
 from fedsim.engine import Batch, Engine, build_engine
@@ -160,6 +161,47 @@ class Masked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc(x.flatten(1))
         return out + out[out > 0].mean()
+
+
+class Unwatched(nn.Module):
+    """Refuses to work inside a mode of torch's dispatcher, as a compiled function does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(_get_current_dispatch_mode(), room.Watch):
+            raise RuntimeError("non-infra torch dispatch mode present")
+        out: Tensor = self.fc(x.flatten(1))
+        return out
+
+
+def test_what_cannot_be_watched_goes_on_as_ever() -> None:
+    module = Unwatched().double()
+    layout, x0 = numbers_of(module)
+    (graphed, plain), x = both(module, layout, "loop"), stack(layout, x0, 3).to("cuda")
+    steps = plan("mlp", False)
+    assert_same(rounds(graphed, x, steps, by_gradient), rounds(plain, x, steps, by_gradient))
+    assert all(call.plain for call in graphed.known.calls.values())
+
+
+def test_a_call_that_cannot_be_watched_is_made_again_from_where_it_began() -> None:
+    class Moving(Counting):
+        """Moves the buffer, and fails then if it is watched."""
+
+        def field(self, x: Tensor, b: Batch) -> tuple[Tensor, Tensor]:
+            x[:, -1] += 1
+            if isinstance(_get_current_dispatch_mode(), room.Watch):
+                raise RuntimeError("non-infra torch dispatch mode present")
+            return torch.zeros_like(x), x.new_zeros(len(x))
+
+    layout = Layout.of_module(nn.BatchNorm1d(2))
+    graphed, y = GraphedEngine(Moving(), layout), torch.zeros(3, layout.size, device="cuda")
+    b, out = there(plan("logistic", False)[0][0], 0), torch.empty_like(y)
+    for _ in range(4):
+        graphed.session(y).gradient(b, out)
+    assert y[:, -1].tolist() == [4.0] * 3
 
 
 @pytest.mark.filterwarnings("ignore:.* cannot be batched over clients")
