@@ -66,17 +66,11 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
 
 
 def place_data(problem: Samples, runtime: Runtime, device: torch.device) -> Literal["device", "host"]:
-    """Where the samples lie; `auto` takes the device for a quarter of it at most.
-
-    Raises:
-        ConfigError: for the host's memory beside a device that is no GPU of CUDA.
-    """
+    """Where the samples lie; `auto` takes a GPU for a quarter of it at most."""
     if device.type == "cpu":
         return "host"
-    if runtime.data == "host" and device.type != "cuda":
-        raise ConfigError(f"runtime.data: host is for GPUs of CUDA, not for {device}; use auto or device")
-    if runtime.data != "auto" or device.type != "cuda":
-        return "host" if runtime.data == "host" else "device"
+    if runtime.data != "auto":
+        return runtime.data
     sets = [data for data in (problem.data, problem.held) if data is not None]
     parts = [part for data in sets for part in (data.inputs, data.targets, data.test_inputs, data.test_targets)]
     needed = sum(t.nbytes for part in parts for t in tensors(part).values())

@@ -21,6 +21,7 @@ import numpy as np
 from fedsim.sim.packing import Parcel
 
 LARGE = 1 << 18  # bytes; smaller buffers go through the socket
+MOST = 256  # segments of one end, each of which is an open file of both processes; further buffers go as small ones do
 NOTHING: Parcel = b"", []
 
 
@@ -36,6 +37,7 @@ class Pipe:
         self._mine, self._theirs = dict[int, mmap.mmap](), dict[int, mmap.mmap]()  # segments, by number
         self._free = list[int]()  # of mine
         self._back = deque[int]()  # of mine, since the last sending
+        self._dropped = list[int]()  # of mine, to be told with the next sending
         self._done = deque[int]()  # of theirs, to be told with the next sending
         self._made = 0
 
@@ -46,15 +48,19 @@ class Pipe:
             ConnectionError: if the other end is gone.
         """
         stream, buffers = parcel
-        self._free += [self._back.popleft() for _ in range(len(self._back))]
-        new, dropped = list[tuple[int, int, int]](), list[int]()  # (number, size, file)
-        places = [(b.nbytes, self._place(b, new, dropped) if b.nbytes >= LARGE else None) for b in buffers]
-        done = [self._done.popleft() for _ in range(len(self._done))]
-        head = pickle.dumps((said, stream, places, [(number, size) for number, size, _ in new], dropped, done))
-        self._end.sendall(len(head).to_bytes(8, "little") + head)
-        for _, _, file in new:
-            socket.send_fds(self._end, [b"\0"], [file])
-            os.close(file)
+        new = list[tuple[int, int, int]]()  # (number, size, file)
+        try:
+            self._take_back()
+            places = [(b.nbytes, self._place(b, new) if b.nbytes >= LARGE else None) for b in buffers]
+            done = [self._done.popleft() for _ in range(len(self._done))]
+            sizes, dropped, self._dropped = [(number, size) for number, size, _ in new], self._dropped, []
+            head = pickle.dumps((said, stream, places, sizes, dropped, done))
+            self._end.sendall(len(head).to_bytes(8, "little") + head)
+            for _, _, file in new:
+                socket.send_fds(self._end, [b"\0"], [file])
+        finally:
+            for _, _, file in new:
+                os.close(file)
         for part, (nbytes, number) in zip(buffers, places, strict=True):
             if nbytes and number is None:
                 self._end.sendall(part.data.cast("B"))
@@ -78,21 +84,32 @@ class Pipe:
             os.close(files[0])
         return said, (stream, [self._exactly(n) if number is None else self._lent(number, n) for n, number in places])
 
+    def shrink(self) -> None:
+        """Keep no segment that is free, for what comes next is of another size; the other end hears of it next time."""
+        self._take_back()
+        for number in self._free:
+            del self._mine[number]
+        self._dropped += self._free
+        self._free = []
+
     def close(self) -> None:
         """Let the other end know that nobody is here."""
         self._end.close()
 
-    def _place(self, part: np.ndarray, new: list[tuple[int, int, int]], dropped: list[int]) -> int:
+    def _take_back(self) -> None:
+        self._free += [self._back.popleft() for _ in range(len(self._back))]
+
+    def _place(self, part: np.ndarray, new: list[tuple[int, int, int]]) -> int | None:
         """Put a buffer into a segment that is free; where none fits, those that are free make room for a new one."""
         size = 1 << (part.nbytes - 1).bit_length()
         number = next((n for n in self._free if len(self._mine[n]) == size), None)
         if number is None:
-            dropped += self._free
-            for other in self._free:
-                del self._mine[other]
-            self._free, number, file = [], self._made, _unnamed(size)
-            self._mine[number], self._made = mmap.mmap(file, size), number + 1
+            self.shrink()
+            if len(self._mine) >= MOST:
+                return None
+            number, file = self._made, _unnamed(size)
             new.append((number, size, file))
+            self._mine[number], self._made = mmap.mmap(file, size), number + 1
         else:
             self._free.remove(number)
         np.frombuffer(self._mine[number], np.uint8, part.nbytes)[:] = part

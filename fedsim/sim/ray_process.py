@@ -135,6 +135,7 @@ class _Driver:
             )
         try:
             ((self.num_workers, self.least_groups),) = map(unpack, self._ask(options, [setting]))
+            self._pipe.shrink()  # of the data set's size nothing else is
         except BaseException:
             self.close()
             raise
@@ -227,11 +228,12 @@ def main() -> None:
 
 
 def _listen(pipe: Pipe, asked: queue.SimpleQueue[tuple[Any, Parcel]]) -> None:
-    """Take in what is asked, and end when nobody is there to ask: Ray's processes end with this one."""
+    """Take in what is asked, and end when nothing more can come: Ray's processes end with this one."""
     try:
         while True:
             asked.put(pipe.receive())
-    except (EOFError, OSError):
+    except BaseException as error:  # without this thread the other would wait for ever
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 
 

@@ -41,11 +41,11 @@ class Actor:
 
     def run(self, setting: Parcel, parcel: Parcel, inbox: Parcel, *models: Parcel) -> Parcel | Failure:
         """Run the stacks of one group in their order and fold their sums in that order."""
-        jobs, sizes = unpack(parcel)
-        jobs.models = [unpack(model) for model in models]
-        if jobs.inbox is not None:
-            jobs.inbox.fields = unpack(inbox)
         try:
+            jobs, sizes = unpack(parcel)
+            jobs.models = [unpack(model) for model in models]
+            if jobs.inbox is not None:
+                jobs.inbox.fields = unpack(inbox)
             runner = self._open(setting)
             gather = Gather(len(jobs.ids), runner.name_of(jobs.work), num_groups=1)
             stacks = list(torch.arange(len(jobs.ids)).split(sizes))
@@ -56,8 +56,8 @@ class Actor:
 
     def map(self, setting: Parcel, parcel: Parcel, shared: Parcel) -> Parcel | Failure:
         """Some pieces of the task's own work, one after the other."""
-        (work, pieces), same = unpack(parcel), unpack(shared)
         try:
+            (work, pieces), same = unpack(parcel), unpack(shared)
             method = getattr(self._open(setting).task, work)
             return pack([method(piece, **same) for piece in pieces])
         except Exception as error:

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.compose import compose
-from fedsim.compose.problems import place_data
-from fedsim.compose.sections import Runtime
 from fedsim.config import ConfigError
 from fedsim.sim import lanes
 from fedsim.sim.lanes import Errand, Lanes
@@ -329,18 +327,11 @@ def test_workers_of_one_machine_read_from_one_copy_on_the_host(monkeypatch: pyte
         stream, buffers = pack(task, share=True)
         sent = stream, [buffer.copy() for buffer in buffers]  # a store's, which hands out views of them
         lie = [span(torch.from_numpy(buffer)) for buffer in sent[1]]
+        for buffer in sent[1]:
+            buffer.setflags(write=False)
         for other in (unpack(sent), unpack(sent)):
             assert isinstance(other, SupervisedTask) and isinstance(other.data.inputs, Tensor)
             assert other.device.type == "cuda" and span(other.data.inputs) in lie
             x = other.x0.to("cuda")
             assert other.evaluate(x, pool) == task.evaluate(x, pool)
         made.close()
-
-
-def test_only_gpus_of_cuda_have_their_samples_on_the_host() -> None:
-    made = compose({**DIGITS, "task": {"name": "classification", "dataset": "digits"}}, "config")
-    made.close()
-    assert made.resolved["runtime"]["data"] == "host" and made.samples is not None
-    with pytest.raises(ConfigError, match="runtime.data: host is for GPUs of CUDA, not for mps"):
-        place_data(made.samples, Runtime(data="host"), torch.device("mps"))
-    assert place_data(made.samples, Runtime(), torch.device("mps")) == "device"

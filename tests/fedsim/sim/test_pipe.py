@@ -68,6 +68,20 @@ def test_memory_that_is_given_back_is_taken_again_and_what_fits_nothing_is_let_g
     assert len(here._mine) == len(there._theirs) == 1
     place(5 * LARGE)
     assert len(here._mine) == len(there._theirs) == 1
+    here.shrink()
+    through(here, there, None)
+    assert len(here._mine) == len(there._theirs) == 0
+
+
+def test_more_large_buffers_than_there_may_be_segments_arrive_as_well(
+    ends: tuple[Pipe, Pipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsim.sim.pipe.MOST", 2)
+    for _ in range(2):
+        buffers = [np.full(LARGE + i, i, dtype=np.uint8) for i in range(4)]
+        _, (_, got) = through(*ends, None, (b"", buffers))
+        assert all(np.array_equal(a, b) for a, b in zip(buffers, got, strict=True))
+        assert len(ends[0]._mine) == len(ends[1]._theirs) == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="how else to see open files")
@@ -101,6 +115,15 @@ def test_an_end_that_is_gone_is_an_error_for_the_other(ends: tuple[Pipe, Pipe]) 
         ends[1].receive()
     with pytest.raises(ConnectionError):
         ends[1].send(None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="how else to see open files")
+def test_a_sending_that_fails_leaves_no_file_but_its_segments(ends: tuple[Pipe, Pipe]) -> None:
+    ends[0].close()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConnectionError):
+        ends[1].send(None, (b"", [np.zeros(LARGE, dtype=np.uint8)]))
+    assert len(os.listdir("/proc/self/fd")) == before + len(ends[1]._mine)
 
 
 def test_so_is_one_that_goes_in_the_middle_of_a_parcel(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fedsim.sim import collectives, ray_pool
 from fedsim.sim.collectives import backend_for
 from fedsim.sim.devices import Constant
 from fedsim.sim.executor import ClientError, Jobs, Results, StackRunner
+from fedsim.sim.failure import Failure
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Uplink
@@ -313,13 +315,23 @@ def test_a_timeout_of_nothing_is_refused() -> None:
         RayExecutor(runner(), width=1, workers=1, timeout_seconds=0)
 
 
-def test_a_worker_whose_card_is_full_when_it_starts_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(worker: Actor, setting: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+class Full:
+    """What no card has room for where it is opened."""
 
-    monkeypatch.setattr(Actor, "_open", full)
-    said = object.__new__(Actor).ready(pack(None))
-    assert said is not None and isinstance(said.error, torch.OutOfMemoryError), "the loop says what to lower"
+    def __reduce__(self) -> Any:
+        return full, ()
+
+
+def full() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_worker_whose_card_is_full_says_so() -> None:
+    worker, much = object.__new__(Actor), pack(Full())
+    worker._runner = None
+    for said in (worker.ready(much), worker.run(pack(None), much, much), worker.map(pack(None), much, much)):
+        assert isinstance(said, Failure), "what the pool raises here"
+        assert isinstance(said.error, torch.OutOfMemoryError), "the loop says what to lower"
 
 
 def test_more_workers_than_gpus_of_this_machine_are_refused() -> None:

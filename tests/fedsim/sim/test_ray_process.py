@@ -44,7 +44,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def process(home: Path, folder: Path) -> Iterator[RayProcess]:
-    made = RayProcess(runner(folder), width=10, workers=2, collectives="object_store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsim.sim.pipe.LARGE", 1)  # so that the setting lies in memory of both processes
+        made = RayProcess(runner(folder), width=10, workers=2, collectives="object_store")
+        pipe = made._driver._pipe
+        assert pipe._made and not pipe._mine, "which is not kept"
     yield made
     made.close()
 
