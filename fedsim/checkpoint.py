@@ -383,6 +383,6 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
         if k not in (*FREE_TO_CHANGE, "runtime", "identity")
     }
     runtime = config.get("runtime", {})
-    bits = ("engine", "stack", "stacks", "native", "precision", "threads", "device")
+    bits = ("engine", "stack", "stacks", "native", "graphs", "precision", "threads", "device")
     out |= {f"runtime.{k}": json.dumps(runtime[k]) for k in bits if k in runtime}
     return out | {f"{IDENTITY}{k}": v for k, v in config.get("identity", {}).items()}

@@ -126,7 +126,7 @@ class Bench:
         started = time.perf_counter()
         executor.run(self._jobs())
         if self.experiment.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.experiment.device)
         return time.perf_counter() - started
 
     def _jobs(self) -> Jobs:
@@ -207,6 +207,7 @@ def _measure(bench: Bench, candidates: list[Candidate], rates: dict[Candidate, f
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # an engine that hands over to another one says so
+            warnings.filterwarnings("ignore", ".*determinis", UserWarning)  # torch's, on a GPU, where it goes on
             try:
                 rates[candidate] = bench.rate(candidate)
                 yield f"{candidate}{rates[candidate]:>12,.0f}"

@@ -31,7 +31,7 @@ from fedsim.prox import Prox
 from fedsim.sim.absence import Absence
 from fedsim.sim.byzantine import Byzantine
 from fedsim.sim.devices import Constant, Devices
-from fedsim.sim.executor import Jobs, Results, StackRunner
+from fedsim.sim.executor import Executor, Jobs, Results, StackRunner
 from fedsim.sim.fleet import PRESENT, SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.sim.links import Downlink, Uplink
@@ -151,7 +151,7 @@ def cohort(
 class Counted:
     """An executor that notes how many clients each call ran."""
 
-    def __init__(self, inner: InProcess) -> None:
+    def __init__(self, inner: Executor) -> None:
         self.inner = inner
         self.calls: list[int] = []
 
@@ -177,13 +177,14 @@ def build_fleet(
     byzantine: Byzantine | None = None,
     reply_bits: int | None = None,
     absence: Absence = PRESENT,
+    executor: Callable[..., Executor] = InProcess,
 ) -> SimFleet:
-    """A simulated fleet whose clients run the strategy's halves in this process."""
+    """A simulated fleet whose clients run the strategy's halves by an executor."""
     runner = StackRunner(task, strategy, seed, torch.device("cpu"), uplink)
     return SimFleet(
         num_examples=task.num_examples,
         model_size=task.layout.size,
-        executor=Counted(InProcess(runner, width=width, workers=workers)),
+        executor=Counted(executor(runner, width=width, workers=workers)),
         devices=devices or Constant(seconds_per_step=0.01),
         memory=Memory(len(task.num_examples)),
         seed=seed,

@@ -152,7 +152,8 @@ class Runtime:
         stacks: into how many a cohort is cut at least, or auto: with `stack: auto` as many as the workers need, else 1.
         engine: loop, stacked, compiled, pkg.module:name, or auto.
         native: whether the stacked engine takes a classifier's last layer and loss in C++ (on a CPU), or auto.
-        graphs: whether steps on a GPU are captured as CUDA graphs and replayed, or auto: with engine loop or stacked.
+        graphs: whether a step on a GPU is captured as a CUDA graph and replayed in one launch, which rounds otherwise;
+            or auto: with engine loop or stacked.
         precision: of products; storage is float32.
         data: where the samples lie beside a GPU: device (all of them on it), host (in RAM, from where minibatches are
             copied ahead of the steps), or auto: the device if they take a quarter of it at most.

@@ -1,6 +1,7 @@
 """Replies that are computed before they are due, in the same stacks as those that are, and wait to be received.
 
-So asynchronous runs work on full stacks, whatever model each job started from. No more replies wait than these hold.
+So asynchronous runs work on full stacks, whatever model each job started from. No more replies wait than a few
+such stacks hold.
 """
 
 from __future__ import annotations

@@ -74,12 +74,17 @@ class SimFleet(Account):
         super().__init__(num_examples, model_size, seed, downlink)
         self.now = 0.0
         self.absence = absence
-        self.memory, self.executor, self.byzantine = memory, executor, byzantine
+        self.memory, self.byzantine = memory, byzantine
         self._calls = Calls(executor, memory)
         self.queue = EventQueue()
         bits = FLOAT_BITS * model_size if reply_bits is None else reply_bits
         self.timing = Timing(devices, absence, num_examples, model_size, bits, seed)
         self._ahead = ahead
+
+    @property
+    def executor(self) -> Executor:
+        """Where client halves run."""
+        return self._calls.executor
 
     # The server half's side -------------------------------------------------------------------------------------
 

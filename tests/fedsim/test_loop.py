@@ -203,6 +203,7 @@ def test_of_the_runtime_only_what_fixes_bits_is_compared() -> None:
         "engine": "stacked",
         "stack": 8,
         "stacks": 2,
+        "graphs": True,
         "precision": "fp32",
         "threads": 1,
         "device": "cpu",
@@ -210,8 +211,8 @@ def test_of_the_runtime_only_what_fixes_bits_is_compared() -> None:
     }
     here = fingerprint({"runtime": runtime, "rounds": 9, "versions": {}})
     assert fingerprint({"runtime": {**runtime, "workers": 5, "executor": "ray"}, "rounds": 1}) == here
-    assert fingerprint({"runtime": {**runtime, "stack": 9}}) != here
-    assert fingerprint({"runtime": {**runtime, "stacks": 3}}) != here
+    for other in ({"stack": 9}, {"stacks": 3}, {"graphs": False}):
+        assert fingerprint({"runtime": {**runtime, **other}}) != here
 
 
 @pytest.mark.parametrize("bad", [inf, nan])

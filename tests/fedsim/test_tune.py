@@ -108,6 +108,23 @@ def test_a_candidate_that_fails_without_a_word_is_passed_over(monkeypatch: pytes
     assert any("runtime.engine=stacked" in row for row in rows)
 
 
+def test_a_candidate_that_torch_warns_of_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a run has deterministic algorithms and not every operation has one."""
+
+    def rate(self: Bench, candidate: Candidate) -> float:
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))  # has none on any device
+        return float(candidate.stack)
+
+    monkeypatch.setattr(Bench, "settle", lambda self, candidate: None)
+    monkeypatch.setattr(Bench, "rate", rate)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert not any("–" in line for line in tune(CONFIG, "x"))
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def test_measuring_trains_the_first_cohort_as_the_run_would() -> None:
     bench = Bench(compose({**CONFIG, "runtime": {"workers": 1}}, "x"))
     drawn = bench.experiment.fleet.num_examples[bench.ids]

@@ -66,9 +66,7 @@ def test_ef21_bc_with_powersgd_both_ways_equals_its_twin() -> None:
 def test_diana_equals_its_twin(size: int | None, alpha: float | None) -> None:
     task, twin = noisy(steps=1)
     strategy = Diana(compressor=RAND, alpha=alpha, cohort_size=size, local=local_sgd(task, 0.1))  # omega = 3/2 - 1
-    expected = diana(
-        twin, task.x0, 12, eta=0.1, alpha=alpha or 2 / 3, compress=keyed(RAND), size=size
-    )  # omega = 3/2 - 1
+    expected = diana(twin, task.x0, 12, eta=0.1, alpha=alpha or 2 / 3, compress=keyed(RAND), size=size)
     torch.testing.assert_close(play(task, strategy, 12, width=2), expected, rtol=0, atol=1e-12)
 
 

@@ -13,7 +13,7 @@ from fedsim.aggregate import Mean
 from fedsim.cohort import Cohort
 from fedsim.compose import compose
 from fedsim.fleet import Cost
-from fedsim.sim.executor import ClientError, StackRunner
+from fedsim.sim.executor import ClientError
 from fedsim.sim.fleet import SimFleet
 from fedsim.sim.in_process import InProcess
 from fedsim.strategies import STRATEGIES
@@ -44,12 +44,11 @@ def place(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def _fleet(place: str, strategy: Any, width: int) -> SimFleet:
-    fleet = build_fleet(TASK, strategy, width=width)
-    if place == "ray":
-        from fedsim.sim.ray_executor import RayExecutor
+    if place == "in process":
+        return build_fleet(TASK, strategy, width=width)
+    from fedsim.sim.ray_executor import RayExecutor
 
-        fleet.executor = RayExecutor(StackRunner(TASK, strategy, 0, torch.device("cpu")), width=width, workers=1)
-    return fleet
+    return build_fleet(TASK, strategy, width=width, executor=RayExecutor)
 
 
 def _expected(half: str, keepers: Keepers) -> Tensor:
