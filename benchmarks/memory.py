@@ -1,12 +1,13 @@
 """Rounds of SCAFFOLD whose clients' rows lie on disk, by the number of clients: seconds, peak memory, bytes saved.
 
     python -m benchmarks.memory [--clients 1000 10000 100000] [--rounds 25] [--every 8] [--folder DIR]
+    python -m benchmarks.memory --strategy fedbuff --clients 2000 --rounds 60    # all of them in flight, buffers of 10
 
 W1 with memory: an MLP 784-200-10, of which a client keeps 636 kB; 60 of 60,000 images for each client, drawn for it
 alone, so that an image belongs to several where clients are many; batch 20 (3 steps), 100 clients a round. Each size is
 a run in a process of its own; they take turns round by round, so that a drift of the machine serves them alike. Peak
 memory is what the process took (VmHWM) above what it held before the first round, data and torch; times are medians, by
-the clock and of the processor. A round after a checkpoint includes it; what it wrote is what its folder of rows gained.
+the clock and of the processor. A round after a checkpoint includes it; what it wrote is the files that it left.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fedsim.data import FederatedData
 from fedsim.loop import Run
 
 SAMPLES = 60
+STRATEGIES = {"scaffold": {"cohort_size": 100}, "fedbuff": {"buffer_size": 10}}
 
 
 def drawn_for_each(*, num_clients: int) -> FederatedData:
@@ -49,6 +51,7 @@ def run(config: dict[str, Any], folder: Path, parent: Connection) -> None:
     composition = compose(config, "config")
     composition.memory.folder = folder / "memory"
     started, spent, peak_before = 0.0, 0.0, 0.0
+    files: dict[Path, int] = {}  # of all checkpoints so far, those that are gone included
 
     def kilobytes(key: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -57,8 +60,8 @@ def run(config: dict[str, Any], folder: Path, parent: Connection) -> None:
     def turn(row: Any = None) -> None:
         nonlocal started, spent
         took, cpu = time.perf_counter() - started, time.process_time() - spent
-        saved = sum(p.stat().st_size for p in (folder / "checkpoints" / "rows").glob("*"))
-        parent.send((took, cpu, (kilobytes("VmHWM") - peak_before) * 1024, saved))
+        files.update((p, p.stat().st_size) for p in (folder / "checkpoints").rglob("*") if p.is_file())
+        parent.send((took, cpu, (kilobytes("VmHWM") - peak_before) * 1024, sum(files.values())))
         parent.recv()
         started, spent = time.perf_counter(), time.process_time()
 
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=8, help="rounds between checkpoints")
     parser.add_argument("--folder", type=Path, help="where the rows lie for so long")
     parser.add_argument("--memory", choices=["disk", "ram"], default="disk")
+    parser.add_argument("--strategy", choices=list(STRATEGIES), default="scaffold")
     args = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(dir=args.folder) as root:
@@ -111,7 +115,7 @@ def config(num_clients: int, args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         "task": {"name": "classification", "dataset": dataset, "model": "mlp"},
         "partition": "natural",
-        "strategy": {"name": "scaffold", "cohort_size": 100},
+        "strategy": {"name": args.strategy, **STRATEGIES[args.strategy]},
         "local": {"epochs": 1, "batch_size": 20, "shuffle": False, "optimizer": {"name": "sgd", "lr": 0.05}},
         "evaluate": {"every": args.rounds, "per_client": False},
         "checkpoint": {"every": args.every},

@@ -90,7 +90,7 @@ class Bench:
         self.most = int(local.schedule.num_steps(task.num_examples[self.ids]).max())
         self.steps = 1
         runtime = composition.resolved["runtime"]
-        self.precision, self.data_on, self.graphs = runtime["precision"], runtime["data"], runtime["graphs"]
+        self.precision, self.data, self.graphs = runtime["precision"], runtime["data"], runtime["graphs"]
         self.native = suits(self.samples.module, self.samples.loss, self.experiment.device, self.precision)
 
     def settle(self, candidate: Candidate) -> None:
@@ -108,8 +108,8 @@ class Bench:
         """
         experiment = self.experiment
         graphs = self.graphs and graphed(candidate.engine, experiment.device)
-        plan = Plan(candidate.engine, candidate.stack, "", candidate.native, graphs)
-        here = task_of(self.samples, plan, self.precision, experiment.device, self.data_on)
+        plan = Plan(candidate.engine, candidate.stack, "", candidate.native, graphs, self.data)
+        here = task_of(self.samples, plan, self.precision, experiment.device)
         schedule = replace(self.local.schedule, epochs=None, steps=self.steps)
         runner = StackRunner(
             here, LocalWork(replace(self.local, schedule=schedule)), experiment.seed, experiment.device

@@ -62,10 +62,10 @@ def plan_of(problem: Task | Samples, work: Work, runtime: Runtime, device: torch
         loss=problem.loss,
         sample=pick(problem.data.inputs, 0),
     )
-    return replace(plan, graphs=graphed(plan.engine, device, runtime.graphs))
+    return replace(plan, graphs=graphed(plan.engine, device, runtime.graphs), data=_place(problem, runtime, device))
 
 
-def place_data(problem: Samples, runtime: Runtime, device: torch.device) -> Literal["device", "host"]:
+def _place(problem: Samples, runtime: Runtime, device: torch.device) -> Literal["device", "host"]:
     """Where the samples lie; `auto` takes a GPU for a quarter of it at most."""
     if device.type == "cpu":
         return "host"
@@ -77,16 +77,14 @@ def place_data(problem: Samples, runtime: Runtime, device: torch.device) -> Lite
     return "device" if needed <= DATA_SHARE * torch.cuda.get_device_properties(device).total_memory else "host"
 
 
-def task_of(
-    problem: Task | Samples, plan: Plan, precision: str, device: torch.device, data_on: Literal["device", "host"]
-) -> Task:
+def task_of(problem: Task | Samples, plan: Plan, precision: str, device: torch.device) -> Task:
     """The task, computed as planned."""
     if isinstance(problem, Task):
         return problem
     made = problem.module, problem.layout, problem.loss, device, precision
     engine = build_engine(plan.engine, *made, native=plan.native, graphs=plan.graphs)
     data, held, metrics = problem.data, problem.held, problem.metrics
-    if data_on == "device":
+    if plan.data == "device":
         data, held = data.to(device), None if held is None else held.to(device)
     return problem.task(data, problem.module, problem.x0, engine, problem.loss, held, metrics, problem.prox, device)
 

@@ -25,7 +25,7 @@ from fedsim.compose.fleets import (
     with_compressors,
 )
 from fedsim.compose.identity import identity_of
-from fedsim.compose.problems import place_data, plan_of, problem_of, task_of
+from fedsim.compose.problems import plan_of, problem_of, task_of
 from fedsim.compose.refusals import (
     check_local,
     check_personalise,
@@ -138,10 +138,9 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     work = work_of(strategy, problem.num_examples)
     with at("runtime"):
         plan = plan_of(problem, work, file.runtime, device)
-    data_on = "host" if isinstance(problem, Task) else place_data(problem, file.runtime, device)
-    ways_out = f"{'set runtime.data=host, ' * (data_on == 'device')}take a larger card, or runtime.device=cpu"
+    ways_out = f"{'set runtime.data=host, ' * (plan.data == 'device')}take a larger card, or runtime.device=cpu"
     with room_on_gpu("runtime.device: the data and the model have", ways_out):
-        task = task_of(problem, plan, file.runtime.precision, device, data_on)
+        task = task_of(problem, plan, file.runtime.precision, device)
     check_local(file.strategy.name, strategy, task)
     check_prox(file.strategy.name, strategy, task)
     check_step(strategy, task)
@@ -149,7 +148,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
     check_selection(strategy, task)
     if isinstance(problem, Samples):
         check_seen(strategy, task)
-    _resolve(resolved, problem, strategy, plan, device, data_on)
+    _resolve(resolved, problem, strategy, plan, device)
     fleet, workers, kept = _fleet(file, task, strategy, work, plan.width, device)
     resolved["runtime"] |= {"stacks": fleet.executor.stacks, "memory": kept}
     experiment = Experiment(
@@ -176,7 +175,7 @@ def _build(file: File, resolved: dict[str, Any]) -> Composition:
                 fleet.check_possible(cost, strategy.deadline, x=x)
     words = in_words(work, plan, fleet.executor.stacks, task.layout, sent, task.num_examples)
     words |= frozen_in_words(problem.module) if isinstance(problem, Samples) else {}
-    words |= {"samples": SAMPLES_LIE[data_on]} if isinstance(problem, Samples) else {}
+    words |= {"samples": SAMPLES_LIE[plan.data]} if isinstance(problem, Samples) else {}
     words |= selection_in_words(resolved["strategy"]) | topology_in_words(strategy, len(fleet.clients), sent, file.seed)
     if fleet.absence.kills:
         words["absence"] = _absence(file, strategy, fleet, sent.size)
@@ -197,15 +196,14 @@ def _absence(file: File, strategy: Strategy, fleet: SimFleet, size: int) -> str:
 
 
 def _resolve(
-    out: dict[str, Any], problem: Task | Samples, strategy: Strategy, plan: Plan, device: torch.device, data_on: str
+    out: dict[str, Any], problem: Task | Samples, strategy: Strategy, plan: Plan, device: torch.device
 ) -> None:
     """Write down what `auto` chose: all that fixes the run's bits has its key; and what was there to work on."""
     out["identity"] = identity_of(problem)
     out["clients"]["count"] = len(problem.num_examples)
     out["runtime"] |= {"stack": plan.width, "device": str(device)}
     if isinstance(problem, Samples):
-        chosen = {"engine": plan.engine, "native": plan.native, "graphs": plan.graphs, "data": data_on}
-        out["runtime"] |= chosen
+        out["runtime"] |= {k: getattr(plan, k) for k in ("engine", "native", "graphs", "data")}
     if out["strategy"]["name"].startswith(OBJECT):  # for readers, and to tell it from another on resume
         out["strategy"] |= {k: v for k, v in vars(strategy).items() if isinstance(v, bool | int | float | str | None)}
         return

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import torch
 from torch import nn
@@ -54,6 +55,7 @@ class Plan:
         reason: one sentence for people.
         native: the end of a classifier runs in C++.
         graphs: steps are replayed as CUDA graphs.
+        data: where samples lie beside a GPU: on the device, or on the host.
     """
 
     engine: str
@@ -61,6 +63,7 @@ class Plan:
     reason: str
     native: bool = False
     graphs: bool = False
+    data: Literal["device", "host"] = "host"
 
 
 def choose_engine(

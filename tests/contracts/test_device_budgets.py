@@ -141,25 +141,9 @@ def test_a_private_step_never_waits() -> None:
     assert short.waits == long.waits <= WAITS_OF_A_STACK and short.launches < long.launches
 
 
-class Drawing(nn.Module):
-    """Draws from torch's own generator, so it runs in the loop engine, one client after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x.flatten(1))
-        return out + 0.1 * torch.randn_like(out)
-
-
-def drawing(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    return Drawing()
-
-
 @pytest.mark.filterwarnings("ignore:Drawing cannot be batched")
 def test_a_step_that_draws_from_torchs_generator_never_waits() -> None:
-    model = "tests.contracts.test_device_budgets:drawing"
+    model = "tests.fedsim.engine.zoo:drawing"
     short, long, two = (second_round(*size, model=model) for size in ((2, 2), (2, 4), (3, 4)))
     assert short.waits == long.waits == two.waits <= WAITS_OF_A_STACK + 2  # and the ids, by which it is seeded
     assert short.launches < long.launches

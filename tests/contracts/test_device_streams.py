@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsim.compose import compose
 from fedsim.config import ConfigError
@@ -48,22 +48,6 @@ DIGITS = {
 def digits(model: Any = "logistic", task: str = "classification", **sections: Any) -> dict[str, Any]:
     models = {"model": model} if model else {}
     return {**DIGITS, "task": {"name": task, "dataset": "digits", **models}, **sections}
-
-
-class Noisy(nn.Module):
-    """Draws from torch's own generator while it trains."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x.flatten(1))
-        return out + 0.1 * torch.randn_like(out) if self.training else out
-
-
-def noisy(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    return Noisy()
 
 
 # The detector ----------------------------------------------------------------------------------------------------
@@ -182,7 +166,7 @@ def test_neither_workers_nor_the_place_of_data_change_the_bits(name: str) -> Non
 GAMES = {"name": "extragradient", "lr": 0.05}
 CONFIGS: dict[str, dict[str, Any]] = {
     "convolutions": digits("cnn"),
-    "a module that is called as it is": digits("tests.contracts.test_device_streams:noisy"),
+    "a module that is called as it is": digits("tests.fedsim.engine.zoo:drawing"),
     "per-sample gradients": digits(local={"steps": 1, "optimizer": {**section("adamw"), "dp": {"clip": 1.0}}}),
     "poisoned samples": digits(clients={"count": 6, "byzantine": {"count": 2, "attack": "backdoor"}}),
     "models evaluated by their owners": digits(data={"client_test": 0.3}, evaluate={"personalise": {"epochs": 1}}),
@@ -191,7 +175,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Noisy cannot be batched")
+@pytest.mark.filterwarnings("ignore:Drawing cannot be batched")
 @pytest.mark.parametrize("what", CONFIGS)
 def test_every_use_of_samples_has_its_bits_from_the_host(what: str) -> None:
     with a_gpu():
@@ -202,9 +186,11 @@ def test_every_use_of_samples_has_its_bits_from_the_host(what: str) -> None:
 
 @pytest.mark.parametrize("name", ["adafactor", "dct_lowrank", "frugal", "galore", "muon"])
 def test_tables_that_optimizers_make_once_are_there_for_all_streams(name: str) -> None:
-    local = {"steps": 2, "batch_size": 8, "optimizer": section(name)}
+    config = digits(local={"steps": 2, "batch_size": 8, "optimizer": section(name)}, rounds=1)
+    with streams():  # raises where one is not, and two workers read it first
+        together = run(config, "cuda", workers=2)
     with streams():
-        run(digits(local=local, rounds=1), "cuda", workers=2)
+        assert together == run(config, "cuda", workers=1)
 
 
 def give_and_take() -> Tensor:

@@ -31,7 +31,7 @@ from tests.build import rows_of
 from tests.contracts.test_device import REAL, a_gpu, assert_alike, pretended
 from tests.contracts.test_device_budgets import KINDS
 from tests.device import why_not
-from tests.fedsim.engine.zoo import Deciding, batch, model, numbers_of, stack
+from tests.fedsim.engine.zoo import Deciding, Drawing, batch, model, numbers_of, stack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not REAL and why_not() is not None, reason=str(why_not()))]
 
@@ -139,24 +139,8 @@ def test_clients_of_the_loop_engine_may_have_other_numbers_of_samples_in_batches
     assert_same(rounds(graphed, x, steps, by_gradient), rounds(plain, x, steps, by_gradient))
 
 
-class Drawing(nn.Module):
-    """Draws from torch's generator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(64, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(x.flatten(1))
-        return out + torch.randn_like(out)
-
-
-class Masked(nn.Module):
+class Masked(Deciding):
     """Has shapes that depend on its data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(64, 7)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc(x.flatten(1))

@@ -36,6 +36,23 @@ class Deciding(nn.Module):
         return x if float(x.detach().sum()) > 0 else -x
 
 
+class Drawing(nn.Module):
+    """Draws from torch's own generator while it trains, so it runs in the loop engine, one client after the other."""
+
+    def __init__(self, num_classes: int = K) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x.flatten(1))
+        return out + 0.1 * torch.randn_like(out) if self.training else out
+
+
+def drawing(input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """`Drawing` for a file's `model`."""
+    return Drawing(num_classes)
+
+
 def model(name: str, *, dropout: bool = True) -> tuple[nn.Module, Layout, Tensor]:
     """(module, layout, x0 [P] float64)."""
     shape = (T,) if name in SEQUENCES else (1, 8, 8)
