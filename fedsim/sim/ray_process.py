@@ -228,13 +228,13 @@ def main() -> None:
 
 
 def _listen(pipe: Pipe, asked: queue.SimpleQueue[tuple[Any, Parcel]]) -> None:
-    """Take in what is asked, and end when nothing more can come: Ray's processes end with this one."""
+    """Take in what is asked, and end when nothing more can come, with all of Ray: its agents outlive it by minutes."""
     try:
         while True:
             asked.put(pipe.receive())
     except BaseException as error:  # without this thread the other would wait for ever
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)  # this process leads its group
 
 
 def _stream(asked: queue.SimpleQueue[tuple[Any, Parcel]]) -> Iterator[Parcel]:

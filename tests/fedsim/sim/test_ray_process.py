@@ -145,6 +145,17 @@ def test_a_run_that_is_lost_again_and_again_or_stopped_at_once_leaves_nothing(
 
 
 @pytest.mark.alone
+def test_nothing_of_ray_outlives_a_run_that_was_killed() -> None:
+    process = RayProcess(runner(), width=2, workers=1)
+    leader = process._driver._process.pid
+    family = [p for p in children() if os.getpgid(p.pid) == leader]  # workers lead groups, and end with their raylet
+    process._driver._pipe.close()  # as the system does for a process that is gone
+    left = psutil.wait_procs(family, timeout=20)[1]
+    process.close()
+    assert len(family) > 3 and not left, "by themselves Ray's agents stay for minutes"
+
+
+@pytest.mark.alone
 def test_a_mistake_is_refused_as_in_the_process_itself() -> None:
     with pytest.raises(ValueError, match="runtime.collectives: nccl needs a GPU for every worker"):
         RayProcess(runner(), width=1, collectives="nccl")
